@@ -1,0 +1,291 @@
+"""THE SPEC: every op in plain PyTorch, any dtype up to float64. It is also the CPU path, so it wastes nothing.
+
+`dora_linear_ref` is the definition, in one screen, differentiable by autograd. Each of the other `..._ref` functions
+defines one step, and has the arguments of the kernel launcher of the same name in dora_kernels/kernels/; passes.py
+composes either into the forward and the backward pass.
+
+The low-rank operands of a step have one dtype, that of lora_A and lora_B: passes.py has settled it.
+
+Letters: M tokens, N out features, K in features, R rank. norm and gain are float32 (float64 for float64 inputs).
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# A block of rows is worked on while it is in the cache: 1 MiB, half of a core's L2 on current servers.
+_BLOCK_BYTES = 1 << 20
+
+
+def dora_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    x_dropped: Tensor | None = None,
+    norm: Tensor | None = None,
+    norm_grad: bool = False,
+) -> Tensor:
+    """The definition (DoRA, arXiv 2402.09353, equation 5; the norm is a constant unless norm_grad, section 4.3).
+
+    x, x_dropped (..., K), weight (N, K), lora_A (R, K), lora_B (N, R), magnitude, bias, norm (N,) -> (..., N):
+        gain = magnitude / norm;  norm_n = ||(weight + scaling * lora_B @ lora_A)_n||_2, gain 0 where norm is 0
+        y = gain * (x weight^T + scaling * x lora_A^T lora_B^T) + bias
+    With dropout, where x_dropped = dropout(x):
+        y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * x_dropped lora_A^T lora_B^T + bias
+    """
+    if norm is None:
+        norm = torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1)
+        norm = norm if norm_grad else norm.detach()
+    gain = torch.where(norm == 0, 0, magnitude / torch.where(norm == 0, 1, norm))
+    adapter_input = x if x_dropped is None else x_dropped
+    base = F.linear(adapter_input, weight)
+    low = F.linear(adapter_input.to(lora_A.dtype), lora_A)
+    y = gain * (base + scaling * F.linear(low, lora_B))
+    if x_dropped is not None:
+        y = y + F.linear(x, weight) - base
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+class Needs(NamedTuple):
+    """Which gradients a backward pass has to compute."""
+
+    x: bool
+    x_dropped: bool
+    lora_A: bool
+    lora_B: bool
+    magnitude: bool
+    bias: bool
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norm, gain and every sum: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
+    """Slices of about _BLOCK_BYTES in float32, of at least 256 rows so that a block's GEMM stays efficient."""
+    step = max(256, _BLOCK_BYTES // (4 * max(columns, 1)))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _direction_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, (weight + scaling * lora_B @ lora_A)[rows] in the accumulate dtype).
+
+    The blocks share one buffer, which the caller may overwrite: each is good until the next is asked for.
+    """
+    accumulate = accumulate_dtype(weight.dtype)
+    lora_A, lora_B = lora_A.to(accumulate), lora_B.to(accumulate)
+    buffer = None
+    for rows in _row_blocks(*weight.shape):
+        if buffer is None:
+            buffer = lora_A.new_empty((rows.stop, weight.shape[1]))
+        block = buffer[: rows.stop - rows.start].copy_(weight[rows])
+        yield rows, block.addmm_(lora_B[rows], lora_A, alpha=scaling)
+
+
+def gain_ref(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """gain (N,) = magnitude / norm in norm's dtype; 0 where norm is 0 (a zero row stays zero)."""
+    return torch.where(norm == 0, 0, magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm))
+
+
+def norm_ref(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    magnitude: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """norm (N,) = row norms of weight + scaling * lora_B @ lora_A and, with a magnitude, gain (N,)."""
+    norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
+    for rows, direction in _direction_blocks(weight, lora_A, lora_B, scaling):
+        norm[rows] = torch.linalg.vector_norm(direction, dim=1)
+    return norm, None if magnitude is None else gain_ref(magnitude, norm)
+
+
+def merge_ref(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor | None,
+    scaling: float,
+    subtract_weight: bool = False,
+) -> Tensor:
+    """gain * (weight + scaling * lora_B @ lora_A) [- weight], (N, K) in weight.dtype, rounded once."""
+    merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    for rows, direction in _direction_blocks(weight, lora_A, lora_B, scaling):
+        if gain is not None:
+            direction.mul_(gain[rows, None])
+        if subtract_weight:
+            direction.sub_(weight[rows])
+        merged[rows] = direction
+    return merged
+
+
+def project_ref(
+    rows: Tensor, factor: Tensor, scale: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
+    """rows (M, K) @ (factor (R, K) * scale (K,)).T -> (M, R): low = x @ A.T and P = dy @ (gain * B).
+
+    In factor's dtype, which out_dtype may widen.
+    """
+    dtype = factor.dtype
+    if scale is not None:
+        factor = (factor * scale).to(dtype)
+    return _matmul(rows.to(dtype), factor.T, out_dtype or dtype)
+
+
+def base_product(x: Tensor, weight: Tensor, exact: bool) -> Tensor:
+    """base (M, N) = x @ weight.T in x.dtype, or rounded to float32 only if `exact` (the GEMM's accumulator)."""
+    if not exact or x.dtype not in (torch.bfloat16, torch.float16):
+        return F.linear(x, weight)
+    if x.device.type == "cpu":
+        return F.linear(x.float(), weight.float())
+    return _matmul(x, weight.T, torch.float32)
+
+
+def _matmul(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """left @ right in out_dtype, without rounding to half precision on the way where the GEMM library can."""
+    half = left.dtype in (torch.bfloat16, torch.float16)
+    if left.device.type == "cuda" and half and out_dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=out_dtype)
+    if left.dtype == torch.float16 and out_dtype == torch.float32:
+        return left.float() @ right.float()  # a sum over the tokens overflows float16 before scaling brings it back
+    return (left @ right).to(out_dtype)
+
+
+def epilogue_ref(
+    base: Tensor,
+    low: Tensor | None,
+    lora_B: Tensor,
+    gain: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    out_dtype: torch.dtype,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base], (M, N) in out_dtype, rounded once."""
+    y = torch.empty(base.shape, dtype=out_dtype, device=base.device)
+    factor = lora_B.to(gain.dtype).T
+    for rows in _row_blocks(*base.shape):
+        block = block_base = base[rows].to(gain.dtype)
+        if low is not None:
+            block = torch.addmm(block, low[rows].to(gain.dtype), factor, alpha=scaling)
+        block = block * gain
+        if bias is not None:
+            block += bias
+        if residual is not None:
+            block += residual[rows].to(gain.dtype) - block_base
+        y[rows] = block
+    return y
+
+
+def token_sums_ref(
+    columns: Tensor,
+    low: Tensor | None,
+    scaling: float,
+    *,
+    outer: Tensor | None = None,
+    gain: Tensor | None = None,
+    kept: Tensor | None = None,
+    norm: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    dmagnitude: Tensor | None = None,
+    dbias: Tensor | None = None,
+    scaled: Tensor | None = None,
+) -> None:
+    """Sums over the tokens of columns (M, N), written into the tensors given.
+
+    outer (N, R) = scaling * gain * columns^T low;  dbias (N,) = sum_m columns;  scaled (M, N) = gain * columns;
+    dmagnitude (N,) = (sum_m columns * kept + scaling * rowsum((columns^T low) * lora_B)) / norm, 0 where norm is 0,
+    without the low-rank term where lora_B is None (kept then is gain-free z and not base).
+    """
+    accumulate = accumulate_dtype(columns.dtype)
+    product = None if low is None else _matmul(columns.to(low.dtype).T, low, accumulate)
+    if outer is not None:
+        outer.copy_(scaling * product if gain is None else (scaling * gain[:, None]) * product)
+    if dmagnitude is not None:
+        dot = torch.zeros_like(norm)
+        for rows in _row_blocks(*columns.shape):
+            dot += (columns[rows].to(accumulate) * kept[rows]).sum(0)
+        if lora_B is not None:
+            dot += scaling * (product * lora_B).sum(1)
+        dmagnitude.copy_(torch.where(norm == 0, 0, dot / torch.where(norm == 0, 1, norm)))
+    if dbias is not None:
+        dbias.copy_(columns.sum(0, dtype=accumulate))
+    if scaled is not None:
+        for rows in _row_blocks(*columns.shape):
+            scaled[rows] = columns[rows] * gain
+
+
+def outer_product_ref(left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype) -> Tensor:
+    """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype: dA. In left's dtype."""
+    product = _matmul(left.T, right.to(left.dtype), accumulate_dtype(left.dtype))
+    return product.mul_(scaling).to(out_dtype)
+
+
+def merged_forward_ref(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    given_gain: Tensor | None,
+    scaling: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(y, norm unless the gain is given, gain, z if keep) through the merged weight; z is y before gain and bias.
+
+    Each block of rows of weight + scaling * B @ A is made once, for the norm and for the product alike.
+    """
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    z = torch.empty_like(y) if keep else None
+    norm, gain = None, given_gain
+    if gain is None:
+        norm = magnitude.new_empty(magnitude.shape, dtype=accumulate_dtype(weight.dtype))
+        gain = torch.empty_like(norm)
+    for rows, direction in _direction_blocks(weight, lora_A, lora_B, scaling):
+        if norm is not None:
+            norm[rows] = torch.linalg.vector_norm(direction, dim=1)
+            gain[rows] = gain_ref(magnitude[rows], norm[rows])
+        block_bias = None if bias is None else bias[rows]
+        if z is None:
+            y[:, rows] = F.linear(x, direction.mul_(gain[rows, None]).to(weight.dtype), block_bias)
+        else:
+            block = F.linear(x, direction.to(weight.dtype))
+            z[:, rows] = block
+            block = block * gain[rows]
+            y[:, rows] = block if bias is None else block.add_(block_bias)
+    return y, norm, gain, z
+
+
+class Steps(NamedTuple):
+    """The steps that passes.py composes; `REFERENCE` here, `KERNELS` in dora_kernels/kernels/."""
+
+    norm: Callable[..., tuple[Tensor, Tensor | None]]
+    merge: Callable[..., Tensor]
+    project: Callable[..., Tensor]
+    epilogue: Callable[..., Tensor]
+    merged_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor | None]]
+    token_sums: Callable[..., None]
+    outer_product: Callable[..., Tensor]
+
+
+REFERENCE = Steps(
+    norm=norm_ref,
+    merge=merge_ref,
+    project=project_ref,
+    epilogue=epilogue_ref,
+    merged_forward=merged_forward_ref,
+    token_sums=token_sums_ref,
+    outer_product=outer_product_ref,
+)
