@@ -1,0 +1,150 @@
+"""Options, the choice of a backend, and the tile configurations."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dora_kernels import launch
+from dora_kernels.launch import Config, DeviceFacts, Options, options
+
+CPU = torch.device("cpu")
+H200 = DeviceFacts("NVIDIA H200", "sm_90", 132)
+
+
+def test_options_nest_and_are_restored():
+    assert launch.current_options() == Options()
+    with options(backend="reference", way="split"):
+        with options(way="merged"), pytest.raises(KeyError):
+            assert launch.current_options() == Options("reference", "merged", "auto")
+            raise KeyError
+        assert launch.current_options() == Options("reference", "split", "auto")
+    assert launch.current_options() == Options()
+
+
+@pytest.mark.parametrize("name", ("backend", "way", "precision"))
+def test_an_unknown_option_is_named(name):
+    with pytest.raises(ValueError, match=f"options: {name} is 'fast'; expected one of auto, "):
+        with options(**{name: "fast"}):
+            pass
+    assert launch.current_options() == Options()
+
+
+@pytest.mark.parametrize(("value", "expected"), (("reference", "reference"), (None, "auto")))
+def test_the_environment_switch(value, expected, monkeypatch):
+    if value is None:
+        monkeypatch.delenv("DORA_KERNELS_BACKEND", raising=False)
+    else:
+        monkeypatch.setenv("DORA_KERNELS_BACKEND", value)
+    code = "from dora_kernels import launch; print(launch.current_options().backend)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == expected
+
+
+def test_a_wrong_environment_switch_is_an_error(monkeypatch):
+    monkeypatch.setenv("DORA_KERNELS_BACKEND", "fast")
+    result = subprocess.run([sys.executable, "-c", "import dora_kernels"], capture_output=True, text=True)
+    assert result.returncode != 0 and "options: backend is 'fast'" in result.stderr
+
+
+@pytest.fixture
+def without_triton(monkeypatch):
+    monkeypatch.setattr(launch, "has_triton", lambda: False)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Every device answers as an H200."""
+    monkeypatch.setattr(launch, "has_triton", lambda: True)
+    monkeypatch.setattr(launch, "device_facts", lambda device: H200)
+    return torch.device("cuda", 0)
+
+
+def test_the_cpu_takes_the_reference_unless_asked():
+    assert launch.backend_for("auto", CPU, torch.float32) == "reference"
+    assert launch.backend_for("reference", CPU, torch.float32) == "reference"
+
+
+def test_a_gpu_takes_the_kernels(gpu):
+    assert launch.backend_for("auto", gpu, torch.bfloat16, torch.float32) == "triton"
+    assert launch.backend_for("reference", gpu, torch.bfloat16) == "reference"
+
+
+@pytest.mark.parametrize("missing", ("triton", "target", "dtype"))
+def test_a_fallback_is_logged_once_and_a_named_backend_raises(missing, gpu, monkeypatch, caplog):
+    dtype = torch.float64 if missing == "dtype" else torch.bfloat16
+    if missing == "triton":
+        monkeypatch.setattr(launch, "has_triton", lambda: False)
+        reason = "triton is not installed"
+    elif missing == "target":
+        monkeypatch.setattr(launch, "device_facts", lambda device: DeviceFacts("Tesla T4", "", 40))
+        reason = "no kernel configuration is known for Tesla T4"
+    else:
+        reason = "the kernels do not take torch.float64 on NVIDIA H200"
+    launch._log_once.cache_clear()
+    with caplog.at_level(logging.INFO, "dora_kernels"):
+        assert launch.backend_for("auto", gpu, dtype) == "reference"
+        assert launch.backend_for("auto", gpu, dtype) == "reference"
+    assert [record.getMessage() for record in caplog.records] == [f"dora_kernels uses the reference: {reason}"]
+    with pytest.raises(ValueError, match=reason):
+        launch.backend_for("triton", gpu, dtype)
+
+
+def test_without_triton_the_package_imports_and_computes():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util; find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *rest: None if name == 'triton' else find(name, *rest)\n"
+        "import torch, dora_kernels\n"
+        "layer = dora_kernels.DoraLinear(8, 6, 2, 4.0)\n"
+        "layer(torch.ones(3, 8)).sum().backward()\n"
+        "print(layer.lora_B.weight.grad.abs().sum() > 0)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "tensor(True)", result.stderr
+
+
+def test_every_target_has_every_kernel():
+    names = set(launch.CONFIGS["sm_90", 2])
+    for (target, itemsize), configs in launch.CONFIGS.items():
+        assert set(configs) == names, (target, itemsize)
+    families = set(launch._CUDA_FAMILIES.values()) | set(launch._HIP_FAMILIES.values())
+    for target in families:
+        assert (target, 2) in launch.CONFIGS and (target, 4) in launch.CONFIGS
+
+
+def test_block_r_shrinks_to_a_small_rank():
+    config = Config(BLOCK_N=64, BLOCK_R=64)
+    assert [config.tiles(R)["BLOCK_R"] for R in (0, 1, 8, 16, 17, 33, 64, 384)] == [16, 16, 16, 16, 32, 64, 64, 64]
+    assert "BLOCK_M" not in config.tiles() and config.tiles()["num_warps"] == 4
+
+
+def test_splits_fill_the_device_and_no_more():
+    config = Config(waves=1)
+    assert launch.splits(32, 100, H200, config) == 4  # 32 tiles on 132 multiprocessors
+    assert launch.splits(32, 3, H200, config) == 3  # no more parts than steps
+    assert launch.splits(500, 100, H200, config) == 1
+    assert launch.splits(0, 100, H200, config) == 100
+    assert launch.splits(32, 0, H200, config) == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "operand", "weight", "expected"),
+    [
+        ("highest", torch.float32, torch.float32, "ieee"),
+        ("high", torch.float32, torch.float32, "tf32x3"),
+        ("highest", torch.float32, torch.bfloat16, "bf16x6"),
+        ("medium", torch.float32, torch.bfloat16, "bf16x3"),
+        ("medium", torch.bfloat16, torch.bfloat16, "ieee"),
+    ],
+)
+def test_the_precision_of_float32_dots_follows_torch(setting, operand, weight, expected):
+    previous = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        assert launch.dot_precision(H200, operand, weight) == expected
+        assert launch.dot_precision(DeviceFacts("MI300X", "gfx942", 304), operand, weight) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(previous)
