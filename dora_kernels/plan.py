@@ -1,0 +1,176 @@
+"""Which way a call takes: a cost model of bytes, FLOPs and launches, as pure functions of shape and device.
+
+split:  base = x @ weight.T by cuBLAS, then one epilogue kernel adds the low-rank part and applies the gain.
+merged: the merged weight W' = gain * (weight + scaling * lora_B @ lora_A) is built for one GEMM and dropped.
+
+The constants of `DEVICES` are predictions where nothing else is said; their use is to rank two ways of doing the
+same thing, so what matters is the ratio of bandwidth to FLOPs to launch cost.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """bandwidth in bytes/s, matmul in FLOP/s (half precision; float32 beside it), launch in seconds."""
+
+    bandwidth: float
+    matmul: float
+    matmul_float32: float
+    launch: float
+
+
+# H200: 4.3 TB/s copy and 790 TFLOP/s are published cuBLAS and copy measurements on random data; 4 us is the gap
+# between two kernels on the device, not the host's time for a launch (about 17 us, hidden from M of about 2000 on).
+_H200 = Device(bandwidth=4.3e12, matmul=790e12, matmul_float32=50e12, launch=4e-6)
+DEVICES = {
+    "sm_80": Device(bandwidth=1.5e12, matmul=250e12, matmul_float32=18e12, launch=4e-6),
+    "sm_90": _H200,
+    "sm_100": Device(bandwidth=6.5e12, matmul=1500e12, matmul_float32=60e12, launch=4e-6),
+    "sm_120": Device(bandwidth=1.5e12, matmul=350e12, matmul_float32=80e12, launch=4e-6),
+    "gfx942": Device(bandwidth=4.0e12, matmul=600e12, matmul_float32=100e12, launch=8e-6),
+    # two cores of a current server; torch's own dispatch is the launch
+    "cpu": Device(bandwidth=20e9, matmul=150e9, matmul_float32=150e9, launch=5e-6),
+}
+
+
+def device_model(target: str) -> Device:
+    """The constants for a target of launch.py; the H200's for a GPU that is not listed."""
+    return DEVICES["cpu"] if target in ("cpu", "interpreter") else DEVICES.get(target, _H200)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call: M tokens, N out features, K in features, rank R, bytes of an element of the base GEMM."""
+
+    M: int
+    N: int
+    K: int
+    R: int
+    itemsize: int
+
+    @classmethod
+    def of(cls, tokens: int, weight: torch.Tensor, lora_A: torch.Tensor) -> "Shape":
+        """The shape of a call with `tokens` rows of x."""
+        return cls(tokens, *weight.shape, lora_A.shape[0], weight.itemsize)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel, GEMM or elementwise pass: elements moved, FLOPs, launches."""
+
+    elements: float
+    flops: float
+    launches: int = 1
+
+    def seconds(self, shape: Shape, device: Device) -> float:
+        """The larger of the time to move the bytes and to do the FLOPs, plus the launches."""
+        rate = device.matmul if shape.itemsize == 2 else device.matmul_float32
+        work = max(self.elements * shape.itemsize / device.bandwidth, self.flops / rate)
+        return work + self.launches * device.launch
+
+
+def gemm(m: int, n: int, k: int) -> Step:
+    """(m, k) @ (k, n)."""
+    return Step(m * k + k * n + m * n, 2 * m * n * k)
+
+
+def forward_steps(shape: Shape, way: str, norm_given: bool = False) -> dict[str, Step]:
+    """The steps of one forward pass, by name."""
+    M, N, K, R = shape.M, shape.N, shape.K, shape.R
+    steps = {} if norm_given else {"norm": Step(N * K, 2 * N * K * R, launches=2)}
+    if way == "split":
+        low = Step(M * K, 2 * M * K * R)
+        return steps | {"base": gemm(M, N, K), "low": low, "epilogue": Step(2 * M * N, 2 * M * N * R)}
+    return steps | {"merge": Step(2 * N * K, 2 * N * K * R), "y": gemm(M, N, K)}
+
+
+def dx_steps(shape: Shape, way: str) -> dict[str, Step]:
+    """The steps that make dx; P = dy @ (gain * lora_B) is made for dA in any case."""
+    M, N, K, R = shape.M, shape.N, shape.K, shape.R
+    if way == "merged":
+        return {"merge": Step(2 * N * K, 2 * N * K * R), "dx": gemm(M, K, N)}
+    # dz costs one write: the kernel that sums dy over the tokens has it in registers
+    return {"dz": Step(M * N, 0, launches=0), "dx": gemm(M, K, N), "addmm": Step(2 * M * K, 2 * M * K * R)}
+
+
+def backward_steps(shape: Shape, dx: str) -> dict[str, Step]:
+    """The steps of one backward pass in which every gradient is wanted."""
+    M, N, K, R = shape.M, shape.N, shape.K, shape.R
+    return {
+        "P": Step(M * N, 2 * M * N * R),
+        "token_sums": Step(2 * M * N, 2 * M * N * R, launches=2),
+        "dA": Step(M * K, 2 * M * K * R, launches=2),
+    } | dx_steps(shape, dx)
+
+
+def seconds(steps: dict[str, Step], shape: Shape, device: Device) -> float:
+    """The time of the steps one after another."""
+    return sum(step.seconds(shape, device) for step in steps.values())
+
+
+def _faster(steps_of, shape: Shape, device: Device, names: tuple[str, str]) -> str:
+    """The name whose steps take less time; the first one in a tie."""
+    return min(names, key=lambda name: seconds(steps_of(shape, name), shape, device))
+
+
+def forward_way(
+    asked: str, keep: str, norm_given: bool, shape: Shape, device: Device, *, must_split: bool, wide: bool
+) -> str:
+    """ "split" or "merged" for a forward pass.
+
+    What is kept for the backward pass decides where something is (see `kept_tensor`). must_split: dropout needs both x
+    and dropout(x) times the weight, and precision="exact" an unrounded base. wide as in `kept_tensor`.
+    """
+    if keep or must_split:
+        return "merged" if keep == "z" else "split"
+    if asked != "auto":
+        return asked
+    if wide:
+        return "split"
+    if device is DEVICES["cpu"] and not norm_given:
+        # the reference makes weight + scaling * B @ A for the norm anyway, block by block, in float32: merging it is
+        # nearly free where it needs no conversion
+        return "split" if shape.itemsize == 2 else "merged"
+    return _faster(lambda s, way: forward_steps(s, way, norm_given), shape, device, ("split", "merged"))
+
+
+def dx_way(asked: str, shape: Shape, device: Device) -> str:
+    """How dx is made: "merged" through W' rebuilt with the known gain, "dz" through gain * dy."""
+    if asked != "auto":
+        return "merged" if asked == "merged" else "dz"
+    return _faster(dx_steps, shape, device, ("merged", "dz"))
+
+
+def kept_tensor(dtype: torch.dtype, asked: str, *, must_split: bool, wide: bool) -> str:
+    """What a forward pass keeps for dmagnitude: "base" (and so goes split) or "z" (and so goes merged).
+
+    Does not see the number of tokens, so that a training step's numerics do not change with it.
+
+    wide: the adapters' dtype is wider than that of the base GEMM (float32 over bfloat16). A merged weight would round
+    them: against PyTorch in the same dtypes the error is 1.29 times as large in y and 1.68 in dmagnitude, split 1.00.
+    Half precision keeps base: on a GPU the epilogue reads it once anyway, and on a CPU split took 0.91 of merged's time
+    for a step. float32 merges: rounding the merged weight costs 6e-8 there.
+    """
+    if must_split:
+        return "base"
+    if asked != "auto":
+        return "base" if asked == "split" else "z"
+    return "base" if wide or dtype.itemsize == 2 else "z"
+
+
+# cuBLAS reaches 40-70% of its roof on skinny GEMMs up to this rank, and its own speed from here on (a prediction from
+# published figures, to be measured per shape).
+SKINNY_RANK = 128
+
+
+def project_by_kernel(R: int, scaled: bool, same_dtype: bool) -> bool:
+    """Whether rows @ (factor * scale).T goes through the Triton kernel: it folds a scale in and mixes dtypes."""
+    return not same_dtype or (scaled and R < SKINNY_RANK)
+
+
+def outer_by_kernel(R: int, same_dtype: bool) -> bool:
+    """Whether a product summed over the tokens goes through the Triton kernel."""
+    return not same_dtype or R < SKINNY_RANK
