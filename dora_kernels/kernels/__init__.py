@@ -1,0 +1,20 @@
+"""Device code and its launchers. Importing this package needs triton; only ops.py imports it."""
+
+from dora_kernels import interpreter
+
+interpreter.repair()  # before the first kernel runs; does nothing outside TRITON_INTERPRET=1
+
+from dora_kernels.kernels.backward import outer_product, token_sums  # noqa: E402
+from dora_kernels.kernels.forward import epilogue, merged_forward, project  # noqa: E402
+from dora_kernels.kernels.norm import merge, norm  # noqa: E402
+from dora_kernels.reference import Steps  # noqa: E402
+
+KERNELS = Steps(
+    norm=norm,
+    merge=merge,
+    project=project,
+    epilogue=epilogue,
+    merged_forward=merged_forward,
+    token_sums=token_sums,
+    outer_product=outer_product,
+)

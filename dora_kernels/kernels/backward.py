@@ -1,0 +1,254 @@
+"""Steps of the backward pass: sums over the tokens, from which dB, dmagnitude, dbias and dA fall out."""
+
+import torch
+import triton
+import triton.language as tl
+
+from dora_kernels import launch, plan
+from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_tile
+from dora_kernels.reference import outer_product_ref
+
+
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
+def _token_sums_kernel(
+    columns_ptr,  # (M, N)
+    low_ptr,  # (M, R)
+    kept_ptr,  # (M, N)
+    gain_ptr,  # (N,) in ACC_DTYPE
+    outer_ptr,  # (splits, N, R) in ACC_DTYPE, contiguous
+    dot_ptr,  # (splits, N)
+    total_ptr,  # (splits, N)
+    scaled_ptr,  # (M, N), contiguous
+    M,
+    N,
+    R,
+    stride_cm,
+    stride_cn,
+    stride_lm,
+    stride_lr,
+    stride_km,
+    stride_kn,
+    rows_per_split,
+    HAS_LOW: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    WANT_TOTAL: tl.constexpr,
+    WANT_SCALED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    OPERAND_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """Over the split's rows m: outer[n, r] = sum columns[m, n] low[m, r]; dot[n] = sum columns * kept;
+    total[n] = sum columns; and scaled = gain * columns.
+
+    One program owns a [BLOCK_N, BLOCK_R] tile of one split; what has no r belongs to the first block of r.
+    """
+    offs_n = block_offsets(tl.program_id(0), BLOCK_N)
+    split = tl.program_id(1).to(tl.int64)
+    offs_r = block_offsets(tl.program_id(2), BLOCK_R)
+    first = tl.program_id(2) == 0
+    mask_n = offs_n < N
+    mask_r = offs_r < R
+    start = split * rows_per_split
+    end = tl.minimum(start + rows_per_split, M)
+    outer = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC_DTYPE)
+    dot = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
+    total = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
+    for m in range(start, end, BLOCK_M):
+        offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
+        mask_m = offs_m < end
+        columns = load_tile(columns_ptr, offs_m, offs_n, mask_m, mask_n, stride_cm, stride_cn)  # [BLOCK_M, BLOCK_N]
+        if HAS_LOW:
+            low = load_tile(low_ptr, offs_m, offs_r, mask_m, mask_r, stride_lm, stride_lr)  # [BLOCK_M, BLOCK_R]
+            outer = tl.dot(
+                tl.trans(columns.to(OPERAND_DTYPE)),
+                low.to(OPERAND_DTYPE),
+                outer,
+                input_precision=DOT_PRECISION,
+                out_dtype=ACC_DTYPE,
+            )
+        if HAS_KEPT:
+            kept = load_tile(kept_ptr, offs_m, offs_n, mask_m & first, mask_n, stride_km, stride_kn)
+            dot += tl.sum(columns.to(ACC_DTYPE) * kept.to(ACC_DTYPE), axis=0)
+        if WANT_TOTAL:
+            total += tl.sum(columns.to(ACC_DTYPE), axis=0)
+        if WANT_SCALED:
+            gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
+            scaled = gain[None, :] * columns.to(ACC_DTYPE)
+            pointers = scaled_ptr + offs_m[:, None] * N + offs_n[None, :]
+            mask = (mask_m & first)[:, None] & mask_n[None, :]
+            tl.store(pointers, scaled.to(scaled_ptr.dtype.element_ty), mask=mask)
+    if HAS_LOW:
+        pointers = outer_ptr + (split * N + offs_n)[:, None] * R + offs_r[None, :]
+        tl.store(pointers, outer, mask=mask_n[:, None] & mask_r[None, :])
+    if HAS_KEPT:
+        tl.store(dot_ptr + split * N + offs_n, dot, mask=mask_n & first)
+    if WANT_TOTAL:
+        tl.store(total_ptr + split * N + offs_n, total, mask=mask_n & first)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _finish_sums_kernel(
+    outer_ptr,  # (splits, N, R)
+    dot_ptr,  # (splits, N)
+    total_ptr,  # (splits, N)
+    lora_B_ptr,  # (N, R)
+    gain_ptr,  # (N,)
+    norm_ptr,  # (N,)
+    scaled_outer_ptr,  # (N, R) through its strides
+    dmagnitude_ptr,  # (N,)
+    dbias_ptr,  # (N,)
+    N,
+    R,
+    splits,
+    stride_bn,
+    stride_br,
+    stride_on,
+    stride_or,
+    scaling,
+    HAS_LOW: tl.constexpr,
+    WANT_OUTER: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    HAS_DOT: tl.constexpr,
+    DOT_LACKS_LOW_RANK: tl.constexpr,
+    WANT_TOTAL: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """scaled_outer = scaling * gain * outer; dmagnitude = dot / norm, 0 where norm is 0; dbias = total.
+
+    Where the kept tensor was base, the low-rank part of dot is scaling * sum_r outer[n, r] lora_B[n, r].
+    One program owns BLOCK_N rows; the splits are summed in a fixed order.
+    """
+    offs_n = block_offsets(tl.program_id(0), BLOCK_N)
+    mask_n = offs_n < N
+    low_rank_dot = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
+    if HAS_LOW:
+        for r in range(0, R, BLOCK_R):
+            offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+            mask_r = offs_r < R
+            mask = mask_n[:, None] & mask_r[None, :]
+            outer = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC_DTYPE)
+            for split in range(0, splits):
+                rows = split * N + offs_n
+                outer += tl.load(outer_ptr + rows[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
+            if DOT_LACKS_LOW_RANK:
+                lora_B = load_tile(lora_B_ptr, offs_n, offs_r, mask_n, mask_r, stride_bn, stride_br)
+                low_rank_dot += tl.sum(outer * lora_B.to(ACC_DTYPE), axis=1)
+            if WANT_OUTER:
+                if HAS_GAIN:
+                    outer = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[:, None] * outer
+                pointers = scaled_outer_ptr + offs_n[:, None] * stride_on + offs_r[None, :] * stride_or
+                tl.store(pointers, (scaling * outer).to(scaled_outer_ptr.dtype.element_ty), mask=mask)
+    if HAS_DOT:
+        dot = scaling * low_rank_dot
+        for split in range(0, splits):
+            dot += tl.load(dot_ptr + split * N + offs_n, mask=mask_n, other=0.0)
+        norm = tl.load(norm_ptr + offs_n, mask=mask_n, other=0.0)
+        divisor = tl.where(norm == 0, 1.0, norm)
+        dmagnitude = tl.where(norm == 0, 0.0, dot / divisor)
+        tl.store(dmagnitude_ptr + offs_n, dmagnitude.to(dmagnitude_ptr.dtype.element_ty), mask=mask_n)
+    if WANT_TOTAL:
+        total = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
+        for split in range(0, splits):
+            total += tl.load(total_ptr + split * N + offs_n, mask=mask_n, other=0.0)
+        tl.store(dbias_ptr + offs_n, total.to(dbias_ptr.dtype.element_ty), mask=mask_n)
+
+
+def token_sums(
+    columns: torch.Tensor,
+    low: torch.Tensor | None,
+    scaling: float,
+    *,
+    outer: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+    kept: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    dmagnitude: torch.Tensor | None = None,
+    dbias: torch.Tensor | None = None,
+    scaled: torch.Tensor | None = None,
+) -> None:
+    """Sums over the tokens of columns (M, N), written into the tensors given; as `reference.token_sums_ref`."""
+    M, N = columns.shape
+    R = 0 if low is None else low.shape[1]
+    how = Launch.of(columns, columns.dtype if low is None else low.dtype)
+    config = how.config("token_sums")
+    tiles = config.tiles(R)
+    if N == 0:
+        return
+    blocks = (triton.cdiv(N, config.BLOCK_N), max(1, triton.cdiv(R, tiles["BLOCK_R"])))
+    steps = triton.cdiv(M, config.BLOCK_M)
+    wanted = launch.splits(blocks[0] * blocks[1], steps, how.facts, config)
+    rows_per_split = triton.cdiv(steps, wanted) * config.BLOCK_M
+    splits = max(1, triton.cdiv(M, max(rows_per_split, 1)))
+
+    def partial(wanted: bool, *shape: int) -> torch.Tensor | None:
+        return columns.new_empty((splits, *shape), dtype=how.accumulate) if wanted else None
+
+    outer_partial = partial(low is not None, N, R)
+    dot_partial = partial(dmagnitude is not None, N)
+    total_partial = partial(dbias is not None, N)
+    _token_sums_kernel[blocks[0], splits, blocks[1]](
+        columns,
+        low,
+        kept,
+        gain,
+        outer_partial,
+        dot_partial,
+        total_partial,
+        scaled,
+        M,
+        N,
+        R,
+        *columns.stride(),
+        *((0, 0) if low is None else low.stride()),
+        *((0, 0) if kept is None else kept.stride()),
+        rows_per_split,
+        HAS_LOW=low is not None,
+        HAS_KEPT=dmagnitude is not None,
+        WANT_TOTAL=dbias is not None,
+        WANT_SCALED=scaled is not None,
+        **how.dtypes(),
+        **tiles,
+    )
+    if outer is None and dmagnitude is None and dbias is None:
+        return
+    finish = how.config("finish_sums")
+    _finish_sums_kernel[triton.cdiv(N, finish.BLOCK_N),](
+        outer_partial,
+        dot_partial,
+        total_partial,
+        lora_B,
+        gain,
+        norm,
+        outer,
+        dmagnitude,
+        dbias,
+        N,
+        R,
+        splits,
+        *((0, 0) if lora_B is None else lora_B.stride()),
+        *((0, 0) if outer is None else outer.stride()),
+        scaling,
+        HAS_LOW=low is not None,
+        WANT_OUTER=outer is not None,
+        HAS_GAIN=gain is not None,
+        HAS_DOT=dmagnitude is not None,
+        DOT_LACKS_LOW_RANK=lora_B is not None,
+        WANT_TOTAL=dbias is not None,
+        ACC_DTYPE=TL_DTYPE[how.accumulate],
+        **finish.tiles(R),
+    )
+
+
+def outer_product(left: torch.Tensor, right: torch.Tensor, scaling: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype; as `reference.outer_product_ref`."""
+    if not plan.outer_by_kernel(left.shape[1], same_dtype=right.dtype == left.dtype):
+        return outer_product_ref(left, right, scaling, out_dtype)
+    result = right.new_empty((left.shape[1], right.shape[1]), dtype=out_dtype)
+    token_sums(right, left, scaling, outer=result.T)
+    return result

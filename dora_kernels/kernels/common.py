@@ -1,0 +1,137 @@
+"""Pieces that several kernels share, on the device and on the host."""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from dora_kernels import launch
+from dora_kernels.reference import accumulate_dtype
+
+TL_DTYPE = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+
+
+@triton.jit
+def block_offsets(pid, BLOCK: tl.constexpr):
+    """The int64 offsets of block `pid`: they are multiplied by strides, and 2^31 elements is one large activation."""
+    return pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def load_tile(ptr, offs_0, offs_1, mask_0, mask_1, stride_0, stride_1):
+    """A [len(offs_0), len(offs_1)] tile, zero outside the masks."""
+    pointers = ptr + offs_0[:, None] * stride_0 + offs_1[None, :] * stride_1
+    return tl.load(pointers, mask=mask_0[:, None] & mask_1[None, :], other=0.0)
+
+
+@triton.jit
+def _add_chunk(
+    acc,
+    left_ptr,
+    right_ptr,
+    r,
+    offs_0,
+    offs_1,
+    mask_0,
+    mask_1,
+    R,
+    stride_left,
+    stride_left_r,
+    stride_right,
+    stride_right_r,
+    BLOCK_R: tl.constexpr,
+    OPERAND_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """acc + left[offs_0, r : r + BLOCK_R] @ right[offs_1, r : r + BLOCK_R].T"""
+    offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_r = offs_r < R
+    left = load_tile(left_ptr, offs_0, offs_r, mask_0, mask_r, stride_left, stride_left_r)
+    right = load_tile(right_ptr, offs_r, offs_1, mask_r, mask_1, stride_right_r, stride_right)
+    return tl.dot(
+        left.to(OPERAND_DTYPE),
+        right.to(OPERAND_DTYPE),
+        acc,
+        input_precision=DOT_PRECISION,
+        out_dtype=ACC_DTYPE,
+    )
+
+
+@triton.jit
+def low_rank_tile(
+    left_ptr,  # (rows, R)
+    right_ptr,  # (columns, R)
+    offs_0,
+    offs_1,
+    mask_0,
+    mask_1,
+    R,
+    stride_left,
+    stride_left_r,
+    stride_right,
+    stride_right_r,
+    BLOCK_0: tl.constexpr,
+    BLOCK_1: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    OPERAND_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """(left @ right.T)[offs_0, offs_1] in ACC_DTYPE, R walked in chunks of BLOCK_R."""
+    acc = tl.zeros([BLOCK_0, BLOCK_1], dtype=ACC_DTYPE)
+    # no loop for one chunk: Triton pipelines innermost loops only, and then that is the caller's
+    if ONE_CHUNK:
+        acc = _add_chunk(
+            acc, left_ptr, right_ptr, 0, offs_0, offs_1, mask_0, mask_1, R,
+            stride_left, stride_left_r, stride_right, stride_right_r,
+            BLOCK_R, OPERAND_DTYPE, ACC_DTYPE, DOT_PRECISION,
+        )  # fmt: skip
+    else:
+        for r in range(0, R, BLOCK_R):
+            acc = _add_chunk(
+                acc, left_ptr, right_ptr, r, offs_0, offs_1, mask_0, mask_1, R,
+                stride_left, stride_left_r, stride_right, stride_right_r,
+                BLOCK_R, OPERAND_DTYPE, ACC_DTYPE, DOT_PRECISION,
+            )  # fmt: skip
+    return acc
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How the kernels of one call are launched: device facts, dtypes and the precision of their dots."""
+
+    facts: launch.DeviceFacts
+    operand: torch.dtype
+    accumulate: torch.dtype
+    precision: str
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, operand: torch.dtype) -> "Launch":
+        """The launch for low-rank operands of dtype `operand` beside `weight`."""
+        facts = launch.device_facts(weight.device)
+        return cls(
+            facts=facts,
+            operand=operand,
+            accumulate=accumulate_dtype(weight.dtype),
+            precision=launch.dot_precision(facts, operand, weight.dtype),
+        )
+
+    def config(self, kernel: str) -> launch.Config:
+        """The tile configuration of `kernel`."""
+        return launch.config_for(kernel, self.facts, self.operand)
+
+    def dtypes(self) -> dict[str, object]:
+        """The constexpr arguments that say in which dtypes a kernel works."""
+        return {
+            "OPERAND_DTYPE": TL_DTYPE[self.operand],
+            "ACC_DTYPE": TL_DTYPE[self.accumulate],
+            "DOT_PRECISION": self.precision,
+        }

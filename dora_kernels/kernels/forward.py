@@ -1,0 +1,273 @@
+"""Steps of the forward pass: the low-rank projection, the fused epilogue, and the product with a merged weight."""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from dora_kernels import launch, plan
+from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_tile, low_rank_tile
+from dora_kernels.kernels.norm import merge, norm
+from dora_kernels.reference import project_ref
+
+
+@triton.jit(do_not_specialize=["M"])
+def _project_kernel(
+    rows_ptr,  # (M, K)
+    factor_ptr,  # (R, K) through its strides
+    scale_ptr,  # (K,) in ACC_DTYPE
+    partial_ptr,  # (splits, M, R), contiguous
+    M,
+    K,
+    R,
+    stride_rm,
+    stride_rk,
+    stride_fr,
+    stride_fk,
+    columns_per_split,
+    HAS_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    OPERAND_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """partial[split, m, r] = sum over the split's k of rows[m, k] * scale[k] * factor[r, k].
+
+    One program owns a [BLOCK_M, BLOCK_R] tile of one split.
+    """
+    offs_m = block_offsets(tl.program_id(0), BLOCK_M)
+    offs_r = block_offsets(tl.program_id(1), BLOCK_R)
+    split = tl.program_id(2).to(tl.int64)
+    mask_m = offs_m < M
+    mask_r = offs_r < R
+    start = split * columns_per_split
+    end = tl.minimum(start + columns_per_split, K)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC_DTYPE)
+    for k in range(start, end, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
+        mask_k = offs_k < end
+        rows = load_tile(rows_ptr, offs_m, offs_k, mask_m, mask_k, stride_rm, stride_rk)  # [BLOCK_M, BLOCK_K]
+        factor = load_tile(factor_ptr, offs_k, offs_r, mask_k, mask_r, stride_fk, stride_fr)  # [BLOCK_K, BLOCK_R]
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)
+            factor = scale[:, None] * factor.to(ACC_DTYPE)
+        acc = tl.dot(
+            rows.to(OPERAND_DTYPE),
+            factor.to(OPERAND_DTYPE),
+            acc,
+            input_precision=DOT_PRECISION,
+            out_dtype=ACC_DTYPE,
+        )
+    pointers = partial_ptr + (split * M + offs_m)[:, None] * R + offs_r[None, :]
+    tl.store(pointers, acc.to(partial_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+
+
+@triton.jit(do_not_specialize=["size", "splits"])
+def _finish_project_kernel(
+    partial_ptr,  # (splits, size)
+    result_ptr,  # (size,)
+    size,
+    splits,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """result = sum of the partial products, in a fixed order. One program owns BLOCK_M elements."""
+    offsets = block_offsets(tl.program_id(0), BLOCK_M)
+    mask = offsets < size
+    acc = tl.zeros([BLOCK_M], dtype=ACC_DTYPE)
+    for split in range(0, splits):
+        # no int64 needed: there are several splits only where the output is small (launch.splits)
+        acc += tl.load(partial_ptr + split * size + offsets, mask=mask, other=0.0)
+    tl.store(result_ptr + offsets, acc.to(result_ptr.dtype.element_ty), mask=mask)
+
+
+def project(
+    rows: torch.Tensor,
+    factor: torch.Tensor,
+    scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """rows (M, K) @ (factor (R, K) * scale (K,)).T -> (M, R); as `reference.project_ref`."""
+    dtype = factor.dtype
+    out_dtype = out_dtype or dtype
+    M, K = rows.shape
+    R = factor.shape[0]
+    if not plan.project_by_kernel(R, scaled=scale is not None, same_dtype=rows.dtype == dtype):
+        return project_ref(rows, factor, scale, out_dtype)
+    how = Launch.of(rows, dtype)
+    config = how.config("project")
+    tiles = config.tiles(R)
+    blocks = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(R, tiles["BLOCK_R"]))
+    steps = triton.cdiv(K, config.BLOCK_K)
+    wanted = launch.splits(blocks[0] * blocks[1], steps, how.facts, config)
+    columns_per_split = triton.cdiv(steps, wanted) * config.BLOCK_K
+    splits = max(1, triton.cdiv(K, max(columns_per_split, 1)))
+    result = rows.new_empty((M, R), dtype=out_dtype)
+    if M == 0:
+        return result
+    partial = result if splits == 1 else rows.new_empty((splits, M, R), dtype=how.accumulate)
+    _project_kernel[blocks[0], blocks[1], splits](
+        rows,
+        factor,
+        scale,
+        partial,
+        M,
+        K,
+        R,
+        *rows.stride(),
+        *factor.stride(),
+        columns_per_split,
+        HAS_SCALE=scale is not None,
+        **how.dtypes(),
+        **tiles,
+    )
+    if splits > 1:
+        finish = how.config("finish_project")
+        _finish_project_kernel[triton.cdiv(M * R, finish.BLOCK_M),](
+            partial, result, M * R, splits, ACC_DTYPE=TL_DTYPE[how.accumulate], **finish.tiles()
+        )
+    return result
+
+
+@triton.jit(do_not_specialize=["M"])
+def _epilogue_kernel(
+    base_ptr,  # (M, N)
+    low_ptr,  # (M, R)
+    lora_B_ptr,  # (N, R)
+    gain_ptr,  # (N,) in ACC_DTYPE
+    bias_ptr,  # (N,)
+    residual_ptr,  # (M, N)
+    y_ptr,  # (M, N), contiguous
+    M,
+    N,
+    R,
+    stride_base_m,
+    stride_base_n,
+    stride_lm,
+    stride_lr,
+    stride_bn,
+    stride_br,
+    stride_bias,
+    stride_residual_m,
+    stride_residual_n,
+    scaling,
+    HAS_LOW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    OPERAND_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """y = gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base].
+
+    One program owns a [BLOCK_M, BLOCK_N] tile.
+    """
+    offs_m = block_offsets(tl.program_id(0), BLOCK_M)
+    offs_n = block_offsets(tl.program_id(1), BLOCK_N)
+    mask_m = offs_m < M
+    mask_n = offs_n < N
+    mask = mask_m[:, None] & mask_n[None, :]
+    base = load_tile(base_ptr, offs_m, offs_n, mask_m, mask_n, stride_base_m, stride_base_n).to(ACC_DTYPE)
+    gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
+    y = base
+    if HAS_LOW:
+        y += scaling * low_rank_tile(
+            low_ptr,
+            lora_B_ptr,
+            offs_m,
+            offs_n,
+            mask_m,
+            mask_n,
+            R,
+            stride_lm,
+            stride_lr,
+            stride_bn,
+            stride_br,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_R,
+            ONE_CHUNK,
+            OPERAND_DTYPE,
+            ACC_DTYPE,
+            DOT_PRECISION,
+        )
+    y = gain[None, :] * y
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(ACC_DTYPE)[None, :]
+    if HAS_RESIDUAL:
+        residual = load_tile(residual_ptr, offs_m, offs_n, mask_m, mask_n, stride_residual_m, stride_residual_n)
+        y += residual.to(ACC_DTYPE) - base
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def epilogue(
+    base: torch.Tensor,
+    low: torch.Tensor | None,
+    lora_B: torch.Tensor,
+    gain: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    out_dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """y (M, N) in out_dtype from base in one read and one write; as `reference.epilogue_ref`."""
+    M, N = base.shape
+    R = lora_B.shape[1]
+    how = Launch.of(base, lora_B.dtype)
+    config = how.config("epilogue")
+    tiles = config.tiles(R)
+    y = base.new_empty((M, N), dtype=out_dtype)
+    if y.numel() == 0:
+        return y
+    _epilogue_kernel[triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)](
+        base,
+        low,
+        lora_B,
+        gain,
+        bias,
+        residual,
+        y,
+        M,
+        N,
+        R,
+        *base.stride(),
+        *((0, 0) if low is None else low.stride()),
+        *lora_B.stride(),
+        0 if bias is None else bias.stride(0),
+        *((0, 0) if residual is None else residual.stride()),
+        scaling,
+        HAS_LOW=low is not None,
+        HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None,
+        ONE_CHUNK=R <= tiles["BLOCK_R"],
+        **how.dtypes(),
+        **tiles,
+    )
+    return y
+
+
+def merged_forward(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    bias: torch.Tensor | None,
+    given_gain: torch.Tensor | None,
+    scaling: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """(y, norm unless the gain is given, gain, z if keep) through a merged weight; as `merged_forward_ref`."""
+    row_norm, gain = None, given_gain
+    if gain is None:
+        row_norm, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
+    if not keep:
+        return F.linear(x, merge(weight, lora_A, lora_B, gain, scaling), bias), row_norm, gain, None
+    z = F.linear(x, merge(weight, lora_A, lora_B, None, scaling))
+    return epilogue(z, None, lora_B, gain, bias, scaling, x.dtype), row_norm, gain, z

@@ -1,0 +1,144 @@
+"""Each launcher of dora_kernels/kernels/ against the reference step of the same name, on the real kernel code."""
+
+import pytest
+import torch
+
+from dora_kernels import launch, reference
+from dora_kernels.launch import Config
+from tests.problem import DEVICE, Problem
+
+kernels = pytest.importorskip("dora_kernels.kernels")
+
+# float64 through the interpreter shows the index arithmetic to 1e-12; on a GPU float32 stands in
+DTYPE = torch.float64 if DEVICE == "cpu" else torch.float32
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-10} if DEVICE == "cpu" else {"rtol": 1e-4, "atol": 1e-4}
+# ragged in every axis, rank in one and in several chunks, rank above K, one of everything
+SHAPES = ((33, 70, 90, 20), (17, 33, 40, 16), (7, 24, 10, 33), (1, 1, 1, 1), (130, 5, 3, 2))
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def problem(request):
+    return Problem.random(*request.param, DTYPE)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Fresh memory is NaN, so that an element that nobody writes or that is read too early shows."""
+    empty = torch.Tensor.new_empty
+
+    def poisoned(self, *arguments, **keywords):
+        tensor = empty(self, *arguments, **keywords)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, **TOLERANCE)
+
+
+def test_norm(problem):
+    arguments = (problem.weight, problem.lora_A, problem.lora_B, 0.75, problem.magnitude)
+    for actual, expected in zip(kernels.norm(*arguments), reference.norm_ref(*arguments), strict=True):
+        close(actual, expected)
+    assert kernels.norm(*arguments[:-1])[1] is None
+
+
+@pytest.mark.parametrize("subtract_weight", (False, True))
+@pytest.mark.parametrize("with_gain", (False, True))
+def test_merge(problem, with_gain, subtract_weight):
+    gain = problem.magnitude if with_gain else None
+    arguments = (problem.weight, problem.lora_A, problem.lora_B, gain, 0.75, subtract_weight)
+    close(kernels.merge(*arguments), reference.merge_ref(*arguments))
+
+
+@pytest.mark.parametrize("scaled", (False, True))
+def test_project(problem, scaled, monkeypatch):
+    # the planner would leave an unscaled product to the GEMM library
+    monkeypatch.setattr("dora_kernels.plan.project_by_kernel", lambda *arguments, **keywords: True)
+    scale = problem.magnitude if scaled else None
+    for rows, factor in ((problem.dy, problem.lora_B.T), (problem.dy.T.contiguous().T, problem.lora_B.T.contiguous())):
+        close(kernels.project(rows, factor, scale), reference.project_ref(rows, factor, scale))
+
+
+@pytest.mark.parametrize("with_low", (False, True))
+@pytest.mark.parametrize("with_bias", (False, True))
+@pytest.mark.parametrize("with_residual", (False, True))
+def test_epilogue(problem, with_low, with_bias, with_residual):
+    low = problem.x @ problem.lora_A.T if with_low else None
+    bias = problem.bias if with_bias else None
+    residual = problem.dy.T.contiguous().T if with_residual else None
+    base = problem.x @ problem.weight.T
+    arguments = (base, low, problem.lora_B, problem.magnitude, bias, 0.75, DTYPE, residual)
+    close(kernels.epilogue(*arguments), reference.epilogue_ref(*arguments))
+
+
+@pytest.mark.parametrize("keep", ("base", "z"))
+@pytest.mark.parametrize("wanted", ("outer", "dmagnitude", "dbias", "scaled", "all"))
+def test_token_sums(problem, wanted, keep):
+    low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
+    norm = problem.magnitude.clone()
+    norm[0] = 0  # a zero row: dmagnitude is 0 there
+    N, R = problem.lora_B.shape
+
+    def run(token_sums):
+        shapes = {"outer": (N, R), "dmagnitude": (N,), "dbias": (N,), "scaled": problem.dy.shape}
+        outputs = {name: problem.x.new_empty(shape) for name, shape in shapes.items() if wanted in (name, "all")}
+        lacks_low_rank = keep == "base" and "dmagnitude" in outputs
+        token_sums(
+            problem.dy,
+            low if "outer" in outputs or lacks_low_rank else None,
+            0.75,
+            gain=problem.magnitude,
+            kept=base if "dmagnitude" in outputs else None,
+            norm=norm,
+            lora_B=problem.lora_B if lacks_low_rank else None,
+            **outputs,
+        )
+        return outputs
+
+    actual, expected = run(kernels.token_sums), run(reference.token_sums_ref)
+    assert actual
+    for name in actual:
+        close(actual[name], expected[name])
+
+
+def test_outer_product(problem):
+    projected = problem.x @ problem.lora_A.T
+    arguments = (projected, problem.x, 0.75, DTYPE)
+    close(kernels.outer_product(*arguments), reference.outer_product_ref(*arguments))
+
+
+@pytest.mark.parametrize("keep", (False, True))
+def test_merged_forward(problem, keep):
+    arguments = (
+        problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.bias,
+        None, 0.75, keep,
+    )  # fmt: skip
+    actual, expected = kernels.merged_forward(*arguments), reference.merged_forward_ref(*arguments)
+    for one, other in zip(actual, expected, strict=True):
+        assert one is other is None or torch.allclose(one, other, **TOLERANCE)
+
+
+def test_offsets_do_not_wrap_at_2_to_the_31():
+    """A row stride of 2^31 elements: in int32 the second row would be read from 2^31 elements before the first."""
+    if DEVICE == "cuda":
+        pytest.skip("reads uncommitted pages, which only host memory has")
+    row = 2**31
+    weight = torch.empty(2 * row, dtype=torch.float16)[: row + 3].as_strided((2, 3), (row, 1))
+    weight.copy_(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+    zeros_A, zeros_B = torch.zeros(1, 3, dtype=torch.float16), torch.zeros(2, 1, dtype=torch.float16)
+    norm, _ = kernels.norm(weight, zeros_A, zeros_B, 1.0)
+    torch.testing.assert_close(norm, torch.tensor([14.0, 77.0]).sqrt())
+
+
+@pytest.mark.parametrize("tiles", ({"BLOCK_K": 16}, {"BLOCK_N": 16}, {"BLOCK_K": 64, "BLOCK_N": 64}), ids=str)
+def test_tile_sizes_do_not_change_the_result(tiles, monkeypatch):
+    problem = Problem.random(33, 70, 90, 20, DTYPE)
+    arguments = (problem.weight, problem.lora_A, problem.lora_B, 0.75)
+    expected = reference.norm_ref(*arguments)[0]
+    facts = launch.device_facts(problem.x.device)
+    config = launch.config_for("norm", facts, DTYPE)
+    changed = Config(**(vars(config) | tiles))
+    monkeypatch.setattr(launch, "config_for", lambda kernel, *_: changed if kernel == "norm" else config)
+    close(kernels.norm(*arguments)[0], expected)
