@@ -1,0 +1,379 @@
+"""The public functions: validation, shape folding, dtypes under autocast, and autograd."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_kernels import launch, ops, plan
+from dora_kernels.ops import is_autocast
+from dora_kernels.reference import accumulate_dtype, gain_ref
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    norm_grad: bool = False,
+) -> Tensor:
+    """The DoRA linear layer, differentiable once in everything but weight (DoRA, arXiv 2402.09353, equation 5).
+
+        y = gain * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias
+        gain = magnitude / norm,  norm_n = ||(weight + scaling * lora_B lora_A)_n||_2
+
+    Shapes: x (..., K), weight (N, K) of any strides and frozen, lora_A (R, K), lora_B (N, R), magnitude (N,), bias (N,)
+    -> y (..., N). A row whose norm is 0 has gain 0: its output is the bias, and its gradients are 0. So has a row whose
+    norm float32 cannot hold: entries all below about 1e-23 or one above 1e19.
+
+    Dtypes: x and weight share one (under autocast both are cast to autocast's), which y has too; the adapters and
+    the magnitude may have another one, float32 over bfloat16 say. norm and gain are float32, float64 for float64.
+
+    norm_grad: False holds the norm constant in the backward pass (section 4.3 of the paper, and what PEFT does);
+    True is the exact gradient.
+
+    Raises ValueError, naming the argument, where shapes, dtypes, devices or scaling do not fit, and where weight
+    requires a gradient. A second derivative, forward-mode AD and torch.func transforms raise torch's own errors.
+    """
+    return dora_linear_core(x, weight, lora_A, lora_B, magnitude, scaling, bias, norm_grad=norm_grad)
+
+
+def dora_linear_core(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    x_dropped: Tensor | None = None,
+    norm: Tensor | None = None,
+    norm_grad: bool = False,
+    function: str = "dora_linear",
+) -> Tensor:
+    """`dora_linear` with what other libraries' layers need beside it.
+
+    x_dropped: dropout(x), of x's shape. The adapter then sees x_dropped, and the base layer x (PEFT's meaning):
+        y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * (x_dropped lora_A^T) lora_B^T + bias
+    norm (N,): used in place of the row norms; a constant, so norm_grad cannot be asked for with it.
+    function: the name that error messages give.
+    """
+    return dora_linear_and_norm(
+        x,
+        weight,
+        lora_A,
+        lora_B,
+        magnitude,
+        scaling,
+        bias,
+        x_dropped=x_dropped,
+        norm=norm,
+        norm_grad=norm_grad,
+        function=function,
+    )[0]
+
+
+def dora_linear_and_norm(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    x_dropped: Tensor | None = None,
+    norm: Tensor | None = None,
+    gain: Tensor | None = None,
+    norm_grad: bool = False,
+    function: str = "dora_linear",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, norm and gain: `dora_linear_core` for a caller that keeps the last two (reuse.py) and gives them back.
+
+    gain (N,) is magnitude / norm, and is given with norm or not at all.
+    """
+    scaling = _check_adapter(function, weight, lora_A, lora_B, scaling)
+    _check_call(function, x, weight, magnitude, bias, x_dropped, norm)
+    if norm is not None and norm_grad:
+        raise ValueError(
+            f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
+        )
+
+    options = launch.current_options()
+    exact = options.precision == "exact"
+    base_dtype, dtype = operand_dtypes(x, lora_A)
+    autocast = is_autocast(x.device.type)
+    if x.dtype != weight.dtype and (not autocast or torch.float64 in (x.dtype, weight.dtype)):
+        raise ValueError(
+            f"{function}: x is {x.dtype} but weight is {weight.dtype}; expected one dtype"
+            + (": autocast leaves float64 alone" if autocast else " outside autocast")
+        )
+
+    grad = torch.is_grad_enabled()
+    needs_A, needs_B = grad and lora_A.requires_grad, grad and lora_B.requires_grad
+    needs_dot = (grad and magnitude.requires_grad) or (norm_grad and (needs_A or needs_B))
+    keep = ""
+    if needs_dot:
+        must_split, wide = exact or x_dropped is not None, dtype != base_dtype
+        keep = plan.kept_tensor(base_dtype, options.way, must_split=must_split, wide=wide)
+    keep_low = needs_B or keep == "base"
+    arguments = (
+        x,
+        x_dropped,
+        weight,
+        lora_A,
+        lora_B,
+        magnitude,
+        bias,
+        None if norm is None else norm.detach().to(accumulate_dtype(base_dtype)),
+        gain,
+        scaling,
+        base_dtype,
+        dtype,
+        options.way,
+        keep,
+        keep_low,
+        exact,
+        norm_grad,
+        options.backend,
+    )
+    y, norm, gain = _DoraLinear.apply(*arguments) if grad else _DoraLinear.forward(None, *arguments)
+    # outside the Function: autograd refuses to modify in place a view that a Function has returned
+    return y.view(*x.shape[:-1], weight.shape[0]), norm, gain
+
+
+def operand_dtypes(x: Tensor, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes in which x meets the weight and in which it meets the adapters: autocast's, else their own.
+
+    As nn.Linear's: autocast leaves float64 alone, and adapters wider than x widen their own products only.
+    """
+    if is_autocast(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return dtype, dtype
+    return x.dtype, torch.promote_types(x.dtype, lora_A.dtype)
+
+
+def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """norm (N,) of dora_linear: the row norms of weight (N, K) + scaling * lora_B (N, R) @ lora_A (R, K).
+
+    float32 (float64 for float64 weights), a constant for autograd. The adapters are taken in the dtype in which
+    dora_linear would multiply them by an x of weight's dtype. Raises ValueError as dora_linear.
+    """
+    scaling = _check_adapter("weight_norm", weight, lora_A, lora_B, scaling)
+    backend = launch.current_options().backend
+    _, dtype = operand_dtypes(weight, lora_A)
+    with torch.no_grad():
+        return ops.norm(weight, lora_A, lora_B, scaling, dtype, backend)
+
+
+def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
+    """gain * (weight + scaling * lora_B @ lora_A), (N, K) in weight.dtype: the weight of an equivalent nn.Linear.
+
+    Shapes and dtypes as dora_linear; rounded once; a constant for autograd. Raises ValueError as dora_linear.
+    """
+    scaling = _check_adapter("merge_weight", weight, lora_A, lora_B, scaling)
+    _check_row("merge_weight", "magnitude", magnitude, weight)
+    backend = launch.current_options().backend
+    _, dtype = operand_dtypes(weight, lora_A)
+    with torch.no_grad():
+        norm = ops.norm(weight, lora_A, lora_B, scaling, dtype, backend)
+        gain = gain_ref(magnitude, norm)
+        return ops.merge(weight, lora_A, lora_B, gain, scaling, dtype, backend)
+
+
+class _DoraLinear(torch.autograd.Function):
+    """Folds the leading dimensions, settles dtypes, and calls the operators of ops.py."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_dropped: Tensor | None,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        bias: Tensor | None,
+        norm: Tensor | None,
+        gain: Tensor | None,
+        scaling: float,
+        base_dtype: torch.dtype,
+        dtype: torch.dtype,
+        way: str,
+        keep: str,
+        keep_low: bool,
+        exact: bool,
+        norm_grad: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows = (x.shape[:-1].numel(), weight.shape[1])
+        x_rows = x.reshape(rows).to(base_dtype)
+        dropped_rows = None if x_dropped is None else x_dropped.reshape(rows).to(base_dtype)
+        y, new_norm, new_gain, low, kept = ops.forward(
+            x_rows,
+            dropped_rows,
+            weight.to(base_dtype),
+            lora_A,
+            lora_B,
+            magnitude,
+            None if bias is None else bias.to(base_dtype),
+            norm,
+            gain,
+            scaling,
+            dtype,
+            way,
+            keep,
+            keep_low,
+            exact,
+            backend,
+        )
+        norm = new_norm if norm is None else norm
+        gain = new_gain if gain is None else gain
+        if ctx is not None:
+            adapter_rows = x_rows if dropped_rows is None else dropped_rows
+            ctx.save_for_backward(
+                adapter_rows if lora_A.requires_grad else None,
+                weight,
+                lora_A,
+                lora_B,
+                norm,
+                gain,
+                low if keep_low else None,
+                kept if keep else None,
+            )
+            ctx.mark_non_differentiable(norm, gain)
+            ctx.settings = (scaling, dtype, way, keep, x_dropped is not None, norm_grad, backend)
+            ctx.base_dtype = base_dtype
+            ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+            ctx.dropped_dtype = x.dtype if x_dropped is None else x_dropped.dtype
+            ctx.magnitude_dtype = magnitude.dtype
+            ctx.bias_dtype = magnitude.dtype if bias is None else bias.dtype
+        return y, norm, gain
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, lora_A, lora_B, norm, gain, low, kept = ctx.saved_tensors
+        scaling, dtype, way, keep, dropped, norm_grad, backend = ctx.settings
+        needs_x, needs_dropped, _, needs_A, needs_B, needs_magnitude, needs_bias, *_ = ctx.needs_input_grad
+        needs = [needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias]
+        gradients = ops.backward(
+            dy,
+            x,
+            weight.to(ctx.base_dtype),
+            lora_A,
+            lora_B,
+            norm,
+            gain,
+            low,
+            kept,
+            scaling,
+            dtype,
+            way,
+            keep,
+            dropped,
+            norm_grad,
+            needs,
+            ctx.magnitude_dtype,
+            ctx.bias_dtype,
+            backend,
+        )
+        dx, dx_dropped, dA, dB, dmagnitude, dbias = (
+            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+        )
+        if dx is not None:
+            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
+        if dx_dropped is not None:
+            dx_dropped = dx_dropped.view(ctx.x_shape).to(ctx.dropped_dtype)
+        return dx, dx_dropped, None, dA, dB, dmagnitude, dbias, *(None,) * 11
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _check_adapter(function: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
+    """Raise ValueError unless weight, lora_A, lora_B and scaling fit each other; scaling as a float."""
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        _check_tensor(function, name, tensor, weight)
+        if tensor.dim() != 2:
+            raise ValueError(f"{function}: {name} has shape {_shape(tensor)}; expected 2 dimensions")
+    if weight.requires_grad:
+        raise ValueError(f"{function}: weight.requires_grad is True; expected False: DoRA freezes the weight")
+    (N, K), (R, _) = weight.shape, lora_A.shape
+    if lora_A.shape[1] != K:
+        raise ValueError(
+            f"{function}: lora_A has shape {_shape(lora_A)} but weight has shape {_shape(weight)}; "
+            f"expected lora_A (R, K) with K = {K}"
+        )
+    if lora_B.shape[0] != N or lora_B.shape[1] != R:
+        raise ValueError(
+            f"{function}: lora_B has shape {_shape(lora_B)} but weight has shape {_shape(weight)} and lora_A "
+            f"{_shape(lora_A)}; expected lora_B (N, R) with N = {N}, R = {R}"
+        )
+    if lora_A.dtype != lora_B.dtype:
+        raise ValueError(f"{function}: lora_A is {lora_A.dtype} but lora_B is {lora_B.dtype}; expected one dtype")
+    # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes
+    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
+        raise ValueError(f"{function}: scaling is {scaling!r}; expected a finite Python number")
+    return float(scaling)
+
+
+def _check_call(
+    function: str,
+    x: Tensor,
+    weight: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    x_dropped: Tensor | None,
+    norm: Tensor | None,
+) -> None:
+    """Raise ValueError unless what surrounds the adapter fits weight (N, K)."""
+    K = weight.shape[1]
+    _check_tensor(function, "x", x, weight)
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"{function}: x has shape {_shape(x)} but weight has shape {_shape(weight)}; "
+            f"expected x (..., K) with K = {K}"
+        )
+    if x_dropped is not None:
+        _check_tensor(function, "x_dropped", x_dropped, weight)
+        if x_dropped.shape != x.shape:
+            raise ValueError(
+                f"{function}: x_dropped has shape {_shape(x_dropped)} but x has shape {_shape(x)}; expected one shape"
+            )
+    _check_row(function, "magnitude", magnitude, weight)
+    if bias is not None:
+        _check_row(function, "bias", bias, weight)
+    if norm is not None:
+        _check_row(function, "norm", norm, weight)
+
+
+def _check_row(function: str, name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless `tensor` has one number per output row of weight."""
+    _check_tensor(function, name, tensor, weight)
+    if tensor.dim() != 1 or tensor.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{function}: {name} has shape {_shape(tensor)} but weight has shape {_shape(weight)}; "
+            f"expected {name} (N,) with N = {weight.shape[0]}"
+        )
+
+
+def _check_tensor(function: str, name: str, tensor: Tensor, weight: Tensor) -> None:
+    """Raise ValueError unless `tensor` is a floating-point tensor on weight's device."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{function}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
+    if tensor.dtype not in _FLOATING:
+        raise ValueError(f"{function}: {name} is {tensor.dtype}; expected one of float64, float32, bfloat16, float16")
+    if isinstance(weight, Tensor) and tensor.device != weight.device:
+        raise ValueError(
+            f"{function}: {name} is on {tensor.device} but weight is on {weight.device}; expected one device"
+        )

@@ -1,0 +1,174 @@
+"""torch.library: one opaque operator per pass, so that torch.compile sees shapes and dtypes and nothing else.
+
+The backend and the way are taken inside the operator: every choice returns the same tensors, so that nothing
+recompiles when the number of tokens changes. Autograd is in functional.py.
+"""
+
+import collections
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_kernels import launch, passes
+from dora_kernels.reference import REFERENCE, Steps, accumulate_dtype
+
+# (operator, backend) -> how often it ran in this process; tests and the demo read it to know what really ran
+calls: collections.Counter[tuple[str, str]] = collections.Counter()
+
+_library = torch.library.Library("dora_kernels", "DEF")
+
+
+def _steps(operator: str, requested: str, *arguments: object) -> Steps:
+    """The steps of the backend that takes the tensors among `arguments`; counts the call."""
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    backend = launch.backend_for(requested, tensors[0].device, *(tensor.dtype for tensor in tensors))
+    calls[operator, backend] += 1
+    if backend == "reference":
+        return REFERENCE
+    from dora_kernels.kernels import KERNELS  # needs triton
+
+    return KERNELS
+
+
+def is_autocast(device_type: str) -> bool:
+    """Whether autocast is on for a device; some devices, meta among them, have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+_NOTHING_TO_SETTLE = contextlib.nullcontext()
+
+
+def _settled(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """The state in which an operator's code runs: what surrounds the call has been accounted for in functional.py.
+
+    No autograd (the formulas are in functional.py), no autocast (which would still convert the operands), and
+    tensor's device as the current one, where kernels launch: a model may be spread over several.
+    """
+    device = tensor.device
+    autocast = is_autocast(device.type)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not (torch.is_grad_enabled() or autocast or elsewhere):
+        return _NOTHING_TO_SETTLE
+    stack = contextlib.ExitStack()
+    stack.enter_context(torch.no_grad())
+    if autocast:
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+    if elsewhere:
+        stack.enter_context(torch.cuda.device(device))
+    return stack
+
+
+def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """An empty tensor for each None: the results of an operator cannot be None."""
+    return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
+
+
+_library.define(
+    "norm(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype, str backend) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "norm", "CompositeExplicitAutograd")
+def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype, backend: str) -> Tensor:
+    steps = _steps("norm", backend, weight, lora_A, lora_B)
+    with _settled(weight):
+        return steps.norm(weight, lora_A.to(dtype), lora_B.to(dtype), scaling)[0]
+
+
+@torch.library.register_fake("dora_kernels::norm", lib=_library)
+def _norm_fake(weight, lora_A, lora_B, scaling, dtype, backend):
+    return weight.new_empty(weight.shape[:1], dtype=accumulate_dtype(weight.dtype))
+
+
+_library.define(
+    "merge(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, float scaling, ScalarType dtype, str backend)"
+    " -> Tensor"
+)
+
+
+@torch.library.impl(_library, "merge", "CompositeExplicitAutograd")
+def _merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    steps = _steps("merge", backend, weight, lora_A, lora_B)
+    with _settled(weight):
+        return steps.merge(weight, lora_A.to(dtype), lora_B.to(dtype), gain, scaling)
+
+
+@torch.library.register_fake("dora_kernels::merge", lib=_library)
+def _merge_fake(weight, lora_A, lora_B, gain, scaling, dtype, backend):
+    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+
+
+_library.define(
+    "forward(Tensor x, Tensor? x_dropped, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, "
+    "Tensor? norm, Tensor? gain, float scaling, ScalarType dtype, str way, str keep, bool keep_low, bool exact, "
+    "str backend) -> (Tensor y, Tensor norm, Tensor gain, Tensor low, Tensor kept)"
+)
+
+
+@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
+def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """passes.forward; the schema above names the arguments."""
+    *arguments, backend = arguments
+    steps = _steps("forward", backend, x, *arguments)
+    with _settled(x):
+        return _or_empty(x, *passes.forward(steps, x, *arguments))
+
+
+@torch.library.register_fake("dora_kernels::forward", lib=_library)
+def _forward_fake(x, x_dropped, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, dtype, *flags):
+    _way, keep, keep_low, exact, _backend = flags
+    M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
+    y = x.new_empty((M, N))
+    accumulate = accumulate_dtype(weight.dtype)
+    new_norm = magnitude.new_empty((N,), dtype=accumulate) if norm is None else x.new_empty(0)
+    new_gain = magnitude.new_empty((N,), dtype=accumulate) if gain is None else x.new_empty(0)
+    low = x.new_empty((M, R), dtype=dtype) if keep_low else x.new_empty(0)
+    kept_dtype = accumulate_dtype(x.dtype) if exact else x.dtype
+    kept = x.new_empty((M, N), dtype=kept_dtype) if keep else x.new_empty(0)
+    return y, new_norm, new_gain, low, kept
+
+
+_library.define(
+    "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor norm, Tensor gain, "
+    "Tensor? low, Tensor? kept, float scaling, ScalarType dtype, str way, str keep, bool dropped, bool norm_grad, "
+    "bool[] needs, ScalarType magnitude_dtype, ScalarType bias_dtype, str backend)"
+    " -> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias)"
+)
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """passes.backward; the schema above names the arguments."""
+    *arguments, backend = arguments
+    steps = _steps("backward", backend, dy, *arguments)
+    with _settled(dy):
+        return _or_empty(dy, *passes.backward(steps, dy, *arguments))
+
+
+@torch.library.register_fake("dora_kernels::backward", lib=_library)
+def _backward_fake(dy, x, weight, lora_A, lora_B, *arguments):
+    *_, needs, magnitude_dtype, bias_dtype, _backend = arguments
+    M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
+    shapes = ((M, K), (M, K), (R, K), (N, R), (N,), (N,))
+    dtypes = (dy.dtype, dy.dtype, lora_A.dtype, lora_B.dtype, magnitude_dtype, bias_dtype)
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if needed else dy.new_empty(0)
+        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+# what functional.py calls: the one overload of each operator, looked up once
+norm = torch.ops.dora_kernels.norm.default
+merge = torch.ops.dora_kernels.merge.default
+forward = torch.ops.dora_kernels.forward.default
+backward = torch.ops.dora_kernels.backward.default

@@ -1,0 +1,176 @@
+"""The forward and the backward pass, composed of steps; the steps are Triton kernels or the reference (see `Steps`)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_kernels import launch, plan
+from dora_kernels.reference import Needs, Steps, base_product, gain_ref
+
+
+def _device_model(tensor: Tensor) -> plan.Device:
+    if tensor.device.type == "cpu":
+        return plan.DEVICES["cpu"]
+    return plan.device_model(launch.device_facts(tensor.device).target)
+
+
+def forward(
+    steps: Steps,
+    x: Tensor,
+    x_dropped: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    given_norm: Tensor | None,
+    given_gain: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+    way: str,
+    keep: str,
+    keep_low: bool,
+    exact: bool,
+) -> tuple[Tensor | None, ...]:
+    """y (M, N), norm (N,) and gain (N,) unless given, low (M, R) if keep_low, and what dmagnitude will need.
+
+    x, x_dropped (M, K) and weight (N, K) in the dtype of the base GEMM; `dtype` is that of the low-rank operands.
+    keep: "base" keeps x @ weight.T, "z" keeps base + scaling * low @ lora_B.T, "" keeps nothing (plan.py chooses).
+    Nothing that is kept is y: fused RoPE and SwiGLU kernels overwrite a layer's output behind autograd's back.
+    """
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    shape = plan.Shape.of(x.shape[0], weight, lora_A)
+    norm_given = given_norm is not None
+    must_split, wide = exact or x_dropped is not None, dtype != x.dtype
+    way = plan.forward_way(way, keep, norm_given, shape, _device_model(x), must_split=must_split, wide=wide)
+    adapter_input = x if x_dropped is None else x_dropped
+    low = steps.project(adapter_input, lora_A) if way == "split" or keep_low else None
+    norm = gain = None
+    if norm_given:
+        gain = gain_ref(magnitude, given_norm) if given_gain is None else given_gain
+    if way == "merged":
+        y, norm, gain, z = steps.merged_forward(x, weight, lora_A, lora_B, magnitude, bias, gain, scaling, keep == "z")
+        return y, norm, None if given_gain is not None else gain, low, z
+
+    if not norm_given:
+        norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
+    base = base_product(adapter_input, weight, exact)
+    residual = None
+    if x_dropped is not None:
+        residual, bias = F.linear(x, weight, bias), None
+    y = steps.epilogue(base, low, lora_B, gain, bias, scaling, x.dtype, residual)
+    return y, norm, None if given_gain is not None else gain, low if keep_low else None, base if keep else None
+
+
+def backward(
+    steps: Steps,
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    norm: Tensor,
+    gain: Tensor,
+    low: Tensor | None,
+    kept: Tensor | None,
+    scaling: float,
+    dtype: torch.dtype,
+    way: str,
+    keep: str,
+    dropped: bool,
+    norm_grad: bool,
+    needs: Sequence[bool],
+    magnitude_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """dx, dx_dropped (M, K), dA (R, K), dB (N, R), dmagnitude (N,), dbias (N,); None where not needed.
+
+    x is what the adapter saw (x_dropped under dropout); low and kept are what `forward` kept.
+        dB = scaling * gain * dy^T low        dA = scaling * P^T x,  P = dy @ (gain * lora_B)
+        dmagnitude = sum_m dy * (base + scaling * low @ lora_B^T) / norm        dbias = sum_m dy
+        dx = dy @ (gain * (weight + scaling * lora_B @ lora_A)), through that matrix or through dz = gain * dy
+    """
+    needs = Needs(*needs)
+    accumulate = gain.dtype
+    A_dtype, B_dtype = lora_A.dtype, lora_B.dtype
+    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
+    through_norm = norm_grad and (needs.lora_A or needs.lora_B)
+    shape = plan.Shape.of(dy.shape[0], weight, lora_A)
+    dx_way = plan.dx_way(way, shape, _device_model(dy)) if needs.x and not dropped else ""
+
+    def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+        return accumulate if through_norm else dtype
+
+    dx = dx_dropped = dA = dB = dmagnitude = dbias = dz = None
+    if needs.lora_B:
+        dB = gain.new_empty(lora_B.shape, dtype=grad_dtype(B_dtype))
+    if needs.magnitude or through_norm:
+        dmagnitude = gain.new_empty(norm.shape, dtype=grad_dtype(magnitude_dtype))
+    if needs.bias:
+        dbias = gain.new_empty(norm.shape, dtype=bias_dtype)
+    if dx_way == "dz":
+        dz = gain.new_empty(dy.shape, dtype=dy.dtype)
+    lacks_low_rank = dmagnitude is not None and keep == "base"
+    if dB is not None or dmagnitude is not None or dbias is not None or dz is not None:
+        steps.token_sums(
+            dy,
+            low if dB is not None or lacks_low_rank else None,
+            scaling,
+            outer=dB,
+            gain=gain,
+            kept=kept if dmagnitude is not None else None,
+            norm=norm,
+            lora_B=lora_B if lacks_low_rank else None,
+            dmagnitude=dmagnitude,
+            dbias=dbias,
+            scaled=dz,
+        )
+    if needs.lora_A or dx_way == "dz":
+        projected = steps.project(dy, lora_B.T, scale=gain)
+    if needs.lora_A:
+        dA = steps.outer_product(projected, x, scaling, grad_dtype(A_dtype))
+    if through_norm:
+        # c is d(loss)/dV over V = weight + scaling * B @ A; gain and dmagnitude are both 0 where norm is
+        c = -gain * dmagnitude / torch.where(norm == 0, 1, norm)
+        dA, dB = _add_norm_gradient(steps, dA, dB, c, weight, lora_A, lora_B, scaling)
+        dA, dB = None if dA is None else dA.to(A_dtype), None if dB is None else dB.to(B_dtype)
+        dmagnitude = dmagnitude.to(magnitude_dtype) if needs.magnitude else None
+
+    if dx_way == "dz":
+        dx = (dz @ weight).addmm_(projected.to(dz.dtype), lora_A.to(dz.dtype), alpha=scaling)
+    elif dx_way == "merged":
+        dx = dy @ steps.merge(weight, lora_A, lora_B, gain, scaling)
+    elif needs.x:
+        dx = dy @ weight
+    if needs.x_dropped:
+        dx_dropped = dy @ steps.merge(weight, lora_A, lora_B, gain, scaling, subtract_weight=True)
+    return dx, dx_dropped, dA, dB, dmagnitude, dbias
+
+
+def _add_norm_gradient(
+    steps: Steps,
+    dA: Tensor | None,
+    dB: Tensor | None,
+    c: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA and dB with the gradient through the norm added, nothing (N, K) made.
+
+    With d(loss)/dV = diag(c) V, V = weight + scaling * B A, U = weight A^T and G = A A^T:
+        dB += scaling * c (U + scaling * B G)        dA += scaling * ((c B)^T weight + scaling * (c B)^T B A)
+    """
+    A, B = lora_A.to(c.dtype), lora_B.to(c.dtype)
+    weighted_B = c[:, None] * B
+    if dB is not None:
+        product = steps.project(weight, lora_A, out_dtype=c.dtype)  # U
+        product = torch.addmm(product, B, A @ A.T, alpha=scaling)
+        dB = dB + (scaling * c)[:, None] * product
+    if dA is not None:
+        dA = dA + steps.outer_product(weighted_B.to(lora_A.dtype), weight, scaling, c.dtype)
+        dA = torch.addmm(dA, weighted_B.T @ B, A, alpha=scaling * scaling)
+    return dA, dB

@@ -1,0 +1,71 @@
+"""The operators obey torch.library's rules: schema, fake results, autograd registration, tracing."""
+
+import pytest
+import torch
+
+from dora_kernels import ops
+from tests.problem import BACKENDS, Problem
+
+DTYPES = (torch.float32, torch.bfloat16)
+# opcheck calls the bare operators, whose autograd lives in functional.py
+pytestmark = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+
+
+def forward_arguments(problem, backend, keep, dropped, norm=None, exact=False):
+    x_dropped = (problem.x + 1).detach().requires_grad_(problem.x.requires_grad) if dropped else None
+    return (
+        problem.x, x_dropped, problem.weight, problem.lora_A, problem.lora_B,
+        problem.magnitude, problem.bias, norm, None, 0.75, problem.x.dtype, "auto", keep, bool(keep), exact, backend,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("requires_grad", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_and_merge(dtype, requires_grad, transposed, backend):
+    problem = Problem.random(5, 12, 10, 3, dtype)
+    weight = problem.weight.T.contiguous().T if transposed else problem.weight
+    lora_A, lora_B = (tensor.requires_grad_(requires_grad) for tensor in (problem.lora_A, problem.lora_B))
+    torch.library.opcheck(ops.norm, (weight, lora_A, lora_B, 0.75, dtype, backend))
+    gain = torch.ones(12, device=weight.device)
+    torch.library.opcheck(ops.merge, (weight, lora_A, lora_B, gain, 0.75, dtype, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("keep", "dropped", "exact"),
+    (("", False, False), ("base", False, True), ("z", False, False), ("base", True, False)),
+)
+@pytest.mark.parametrize("requires_grad", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward(dtype, requires_grad, keep, dropped, exact, backend):
+    problem = Problem.random(5, 12, 10, 3, dtype)
+    for name in ("x", "lora_A", "lora_B", "magnitude", "bias"):
+        getattr(problem, name).requires_grad_(requires_grad)
+    arguments = forward_arguments(problem, backend, keep, dropped, exact=exact)
+    torch.library.opcheck(ops.forward, arguments)
+    with torch.no_grad():
+        _, norm, gain, low, kept = ops.forward(*arguments)
+    needs = [True, dropped, True, bool(keep), bool(keep), True]
+    torch.library.opcheck(
+        ops.backward,
+        (
+            problem.dy, problem.x.detach(), problem.weight, problem.lora_A, problem.lora_B, norm, gain,
+            low if keep else None, kept if keep else None, 0.75, dtype, "auto", keep, dropped, False, needs,
+            torch.float32, dtype, backend,
+        ),
+    )  # fmt: skip
+
+
+def test_a_given_norm_is_not_aliased():
+    problem = Problem.random(5, 12, 10, 3, torch.float32)
+    norm = torch.ones(12, device=problem.x.device)
+    torch.library.opcheck(ops.forward, forward_arguments(problem, "reference", "", False, norm=norm))
+
+
+def test_calls_are_counted():
+    problem = Problem.random(5, 12, 10, 3, torch.float32)
+    before = ops.calls["norm", "reference"]
+    ops.norm(problem.weight, problem.lora_A, problem.lora_B, 0.75, torch.float32, "reference")
+    assert ops.calls["norm", "reference"] == before + 1
