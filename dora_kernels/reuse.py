@@ -1,0 +1,112 @@
+"""norm and gain of a layer, kept while nothing that they depend on can have changed, and used again.
+
+Two calls reuse what an earlier call of the same layer computed:
+    a call in eval mode, until train(), an optimizer step, a load of the state dict, a move or `invalidate`;
+    a call inside a backward pass, which is activation checkpointing running the forward pass once more.
+
+What is kept is good only while its fingerprint is: address, version and dtype of each tensor, scaling, operand dtypes,
+and the number of optimizer steps taken in this process. The version alone would not do: fused optimizers, 8-bit
+optimizers and writes through .data leave it alone. Writes through .data outside an optimizer step cannot be seen; after
+one, call `invalidate(model)`.
+"""
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from dora_kernels.functional import dora_linear_and_norm, dora_linear_core, operand_dtypes
+
+
+class _Kept(NamedTuple):
+    """A layer's norm (N,) and gain (N,), and what they were computed from."""
+
+    fingerprint: tuple[object, ...]
+    norm: Tensor
+    gain: Tensor
+
+
+# beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
+_kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+_optimizer_steps = 0
+_counting = False
+
+
+def dora_linear_reusing(
+    layer: nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    x_dropped: Tensor | None = None,
+    function: str = "dora_linear",
+) -> Tensor:
+    """`dora_linear_core` for `layer`, reusing the norm and gain of its last call where that is safe.
+
+    Arguments and errors as dora_linear_core. Under torch.compile nothing is kept: the graph cannot see what changed.
+    """
+    arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
+    if torch.compiler.is_compiling():
+        return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
+    tensors = (weight, lora_A, lora_B, magnitude)
+    if not all(map(_has_identity, tensors)) or _is_capturing(x):
+        # what a CUDA graph computes changes at every replay
+        return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
+
+    fingerprint = _fingerprint(x, tensors, scaling)
+    kept = _kept.get(layer)
+    in_backward = torch._C._current_graph_task_id() != -1
+    if kept is not None and kept.fingerprint == fingerprint and (in_backward or not layer.training):
+        y, _, _ = dora_linear_and_norm(
+            *arguments, x_dropped=x_dropped, norm=kept.norm, gain=kept.gain, function=function
+        )
+        return y
+    y, norm, gain = dora_linear_and_norm(*arguments, x_dropped=x_dropped, function=function)
+    _count_optimizer_steps()
+    _kept[layer] = _Kept(fingerprint, norm, gain)
+    return y
+
+
+def forget(layer: nn.Module) -> None:
+    """Drop what is kept for one layer; its train() and its loads call this."""
+    _kept.pop(layer, None)
+
+
+def invalidate(model: nn.Module) -> None:
+    """Drop the norms and gains kept for the layers of `model`: needed after writes through .data, and only then."""
+    for module in model.modules():
+        forget(module)
+
+
+def _fingerprint(x: Tensor, tensors: tuple[Tensor, ...], scaling: float) -> tuple[object, ...]:
+    identity = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
+    # what inference mode computes cannot be saved for a backward pass
+    return identity, scaling, operand_dtypes(x, tensors[1]), _optimizer_steps, torch.is_inference_mode_enabled()
+
+
+def _has_identity(tensor: Tensor) -> bool:
+    """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor."""
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _count_optimizer_steps() -> None:
+    """From the first norm kept on, count the steps of every optimizer: the hook fires for fused ones too."""
+    global _counting
+    if not _counting:
+        register_optimizer_step_post_hook(_count_one_step)
+        _counting = True
+
+
+def _count_one_step(*_: object) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
