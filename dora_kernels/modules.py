@@ -1,0 +1,177 @@
+"""DoraLinear: the DoRA layer as a module, with PEFT's parameter names."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_kernels import reuse
+from dora_kernels.functional import merge_weight, weight_norm
+from dora_kernels.reference import gain_ref
+
+
+class DoraLinear(nn.Module):
+    """y = gain * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias (see `dora_linear`), weight and bias frozen.
+
+    scaling = alpha / rank. With dropout p > 0, in training the adapter sees dropout(x) and the base layer x, as in
+    PEFT.
+
+    State dict: weight, bias (as nn.Linear) and lora_A.weight (R, K), lora_B.weight (N, R), lora_magnitude_vector (N,),
+    the names under which PEFT saves an adapter, so that weights move both ways.
+
+    A fresh layer computes what its nn.Linear computes: lora_B is zero and the magnitude is the row norms of weight.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        alpha: float,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        """adapter_dtype is that of lora_A, lora_B and the magnitude; None: float32 over a half-precision weight.
+
+        Raises ValueError unless rank is positive, alpha finite and dropout in [0, 1).
+        """
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"DoraLinear: rank is {rank!r}; expected a positive int")
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ValueError(f"DoraLinear: alpha is {alpha!r}; expected a finite number")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"DoraLinear: dropout is {dropout!r}; expected a probability in [0, 1)")
+        super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        if adapter_dtype is None:
+            adapter_dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
+        self.dropout = dropout
+        base = nn.Linear(in_features, out_features, bias, device, dtype)
+        self.weight = base.weight.requires_grad_(False)
+        self.bias = base.bias.requires_grad_(False) if bias else None
+        self.lora_A = nn.Linear(in_features, rank, False, device, adapter_dtype)
+        self.lora_B = nn.Linear(rank, out_features, False, device, adapter_dtype)
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(out_features, device=device, dtype=adapter_dtype))
+        # norm and gain with which the weight was merged; None while it is not
+        self._merged_with: tuple[Tensor, Tensor] | None = None
+        self.reset_adapter()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> "DoraLinear":
+        """A layer that computes what `linear` does and shares its weight and bias, which it freezes.
+
+        Shared means that merge() changes `linear` too, and whatever is tied to its weight.
+        """
+        if type(linear) is not nn.Linear:
+            raise ValueError(f"DoraLinear.from_linear: linear is {type(linear).__name__}; expected torch.nn.Linear")
+        weight, bias = linear.weight, linear.bias
+        # on meta, so that no second weight is made
+        layer = cls(linear.in_features, linear.out_features, rank, alpha, False, dropout, "meta", weight.dtype)
+        layer.weight = weight.requires_grad_(False)
+        layer.bias = None if bias is None else bias.requires_grad_(False)
+        layer.lora_A.to_empty(device=weight.device)
+        layer.lora_B.to_empty(device=weight.device)
+        layer.lora_magnitude_vector = nn.Parameter(torch.empty_like(layer.lora_magnitude_vector, device=weight.device))
+        layer.train(linear.training)
+        layer.reset_adapter()
+        return layer
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """lora_A uniform as nn.Linear, lora_B zero, the magnitude the row norms of weight."""
+        self._refuse_while_merged("reset_adapter")
+        self.lora_A.reset_parameters()
+        self.lora_B.weight.zero_()
+        if self.weight.device.type != "meta":
+            norm = weight_norm(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
+            self.lora_magnitude_vector.copy_(norm)
+
+    @property
+    def merged(self) -> bool:
+        """True between merge() and unmerge()."""
+        return self._merged_with is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
+        return reuse.dora_linear_reusing(
+            self,
+            x,
+            self.weight,
+            self.lora_A.weight,
+            self.lora_B.weight,
+            self.lora_magnitude_vector,
+            self.scaling,
+            self.bias,
+            x_dropped=x_dropped,
+            function="DoraLinear",
+        )
+
+    def train(self, mode: bool = True) -> "DoraLinear":
+        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
+        reuse.forget(self)
+        return super().train(mode)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the adapter into weight, in place: the layer then costs what nn.Linear costs. Does nothing if merged.
+
+        Until unmerge() the adapter gets no gradient, and the state dict can be neither saved nor loaded.
+        """
+        if self.merged:
+            return
+        adapter = (self.lora_A.weight, self.lora_B.weight)
+        norm = weight_norm(self.weight, *adapter, self.scaling)
+        gain = gain_ref(self.lora_magnitude_vector, norm)
+        self.weight.copy_(merge_weight(self.weight, *adapter, self.lora_magnitude_vector, self.scaling))
+        self._merged_with = norm, gain
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the adapter out of weight again, to within one rounding of its dtype. Does nothing if not merged.
+
+        Raises ValueError where a row's magnitude is 0 and its norm is not, because its weights are gone. The adapter
+        must not have changed in between.
+        """
+        if not self.merged:
+            return
+        norm, gain = (row.to(self.weight.device) for row in self._merged_with)
+        lost = int(((gain == 0) & (norm != 0)).sum())
+        if lost:
+            raise ValueError(
+                f"DoraLinear.unmerge: {lost} of {self.out_features} rows were merged with gain 0; expected none: "
+                "their weights cannot be recovered"
+            )
+        # where the norm is 0 the merged row is 0 and the weight was -scaling * B A
+        weight = self.weight.to(gain.dtype) / torch.where(gain == 0, 1, gain)[:, None]
+        adapter = (self.lora_A.weight.to(weight.dtype), self.lora_B.weight.to(weight.dtype))
+        self.weight.copy_(torch.addmm(weight, adapter[1], adapter[0], alpha=-self.scaling))
+        self._merged_with = None
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._refuse_while_merged("state_dict")
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._refuse_while_merged("load_state_dict")
+        super()._load_from_state_dict(*arguments)
+
+    def _refuse_while_merged(self, function: str) -> None:
+        """A merged weight beside its adapter would be merged a second time by whoever loads it."""
+        if self.merged:
+            raise ValueError(f"DoraLinear.{function}: the layer is merged; expected unmerge() first")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"alpha={self.alpha}, bias={self.bias is not None}, dropout={self.dropout}"
+        )
