@@ -1,0 +1,326 @@
+"""PEFT: dora_linear under the `lora.Linear` DoRA layers of a model, one layer at a time.
+
+A layer is taken over by changing its class to DoraKernelsLinear, a subclass of PEFT's own that differs in
+`forward` alone. Parameters, state dict, merging and adapter management stay PEFT's code, deepcopy and pickle
+work as before, and giving a layer back is changing its class back.
+
+Each call decides anew whether it is ours. A merged or disabled layer, a plain LoRA adapter, hooks on a
+submodule we would bypass, and everything else that is not known to mean exactly what dora_linear computes
+goes to PEFT's forward. The decision reads attributes only: it never waits for the device, and torch.compile
+traces it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from types import MethodType
+from typing import Any, NamedTuple
+
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MINIMUM_VERSION = (0, 19)
+"""The first release whose DoraLinearLayer.forward has the arguments below; older ones lack adapter_name."""
+
+_version = tuple(int(part) for part in peft.__version__.split(".")[:2])
+if _version < MINIMUM_VERSION:
+    raise ImportError(f"enable: PEFT {peft.__version__} is installed; expected 0.19 or newer")
+
+from peft.tuners.lora import dora  # noqa: E402
+from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
+from peft.tuners.lora.layer import LoraLayer  # noqa: E402
+from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
+from transformers.pytorch_utils import Conv1D  # noqa: E402
+
+from dora_kernels import reuse  # noqa: E402
+from dora_kernels.adapters import LayerReport  # noqa: E402
+from dora_kernels.functional import weight_norm  # noqa: E402
+from dora_kernels.reference import gain_ref  # noqa: E402
+
+KNOWN_ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")
+"""DoraLinearLayer.forward's arguments. Where they differ its meaning may too, and PEFT keeps the layer."""
+
+KNOWN_PARTS = (
+    ("lora_A", (nn.Linear,)),
+    ("lora_B", (nn.Linear,)),
+    ("dropout", (nn.Identity, nn.Dropout)),
+    ("magnitude", (dora.DoraLinearLayer,)),
+)
+"""What an adapter is made of: these classes and no subclass."""
+
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (*AUTOCAST_DTYPES, torch.float64)
+
+_logger = logging.getLogger("dora_kernels")
+_logged: set[str] = set()
+
+
+class DoraKernelsLinear(LoraLinear):
+    """PEFT's `lora.Linear` with the DoRA forward computed by dora_linear. Never constructed: see enable."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (..., K) -> (..., N), of the dtype PEFT returns: the base layer's output dtype.
+
+        Without dropout, adapters nest: y = g2 * (g1 * (x W^T + d1) + d2) + bias, d = scaling * x A^T B^T.
+        An adapter with dropout adds (g - 1) * xd W^T + g * d(xd), xd = dropout(x), to the output so far.
+        """
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        known = self.lora_A
+        adapters = [_read(self, name) for name in self.active_adapters if name in known]
+        if not adapters:
+            return super().forward(x, *args, **kwargs)
+        reason = _call_reason(self, x, adapters, bool(args or kwargs))
+        if reason is not None:
+            _log_once(reason)
+            return super().forward(x, *args, **kwargs)
+
+        base = self.base_layer
+        weight = base.weight.T if self.fan_in_fan_out else base.weight  # (N, K)
+        first, *others = adapters
+        x_dropped = _dropped(self, first, x)
+        result = reuse.dora_linear_reusing(self, x, weight, *first.tensors(), base.bias, x_dropped=x_dropped)
+        dtype = result.dtype
+        for adapter in others:
+            x_dropped = _dropped(self, adapter, x)
+            result = _nest(result, x, weight, *adapter.tensors(), base.bias, x_dropped)
+        return result.to(dtype)
+
+    def train(self, mode: bool = True) -> DoraKernelsLinear:
+        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
+        reuse.forget(self)
+        return super().train(mode)
+
+
+class Adapter(NamedTuple):
+    """One adapter of a layer. Read at each call: set_scale, hotswapping and loading change it between calls."""
+
+    variant: Any
+    lora_A: nn.Module
+    lora_B: nn.Module
+    dropout: nn.Module
+    magnitude: nn.Module | None
+    scaling: float
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling."""
+        return self.lora_A.weight, self.lora_B.weight, self.magnitude.weight, self.scaling
+
+
+def _read(layer: LoraLinear, name: str) -> Adapter:
+    magnitudes = layer.lora_magnitude_vector
+    return Adapter(
+        layer.lora_variant.get(name),
+        layer.lora_A[name],
+        layer.lora_B[name],
+        layer.lora_dropout[name],
+        magnitudes[name] if name in magnitudes else None,
+        layer.scaling[name],
+    )
+
+
+def enable(model: nn.Module) -> list[LayerReport]:
+    """Take over the dense DoRA layers of `model`; report every DoRA layer of PEFT's in it."""
+    reports = []
+    for name, layer in _dora_layers(model):
+        taken_over, reason = _judge(layer)
+        if taken_over and type(layer) is LoraLinear:
+            _set_class(layer, DoraKernelsLinear)
+        elif not taken_over and type(layer) is DoraKernelsLinear:
+            _set_class(layer, LoraLinear)  # taken over before and changed since: PEFT's again
+        reports.append(LayerReport(name, "peft", taken_over, reason))
+    return reports
+
+
+def disable(model: nn.Module) -> list[LayerReport]:
+    """Give every layer of `model` back to PEFT; report every DoRA layer of PEFT's in it."""
+    for layer in model.modules():
+        if type(layer) is DoraKernelsLinear:
+            _set_class(layer, LoraLinear)
+    return [
+        LayerReport(name, "peft", isinstance(layer, DoraKernelsLinear), "disable(model) was called")
+        for name, layer in _dora_layers(model)
+    ]
+
+
+def _dora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and len(module.lora_magnitude_vector) > 0:
+            yield name, module
+
+
+def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Change a layer's class, and with it the bound forward that accelerate's hooks keep on the instance."""
+    layer.__class__ = cls
+    reuse.forget(layer)
+    for attribute in ("forward", "_old_forward"):
+        if _is_bound_forward(layer, layer.__dict__.get(attribute)):
+            setattr(layer, attribute, MethodType(cls.forward, layer))
+
+
+# Which layers, and which of their calls, are ours. Each _reason function returns None, or the reason against.
+
+
+def _judge(layer: nn.Module) -> tuple[bool, str]:
+    """Whether `layer` is taken over, and why not, or else which of its adapters PEFT goes on computing."""
+    if type(layer) is not LoraLinear and not isinstance(layer, DoraKernelsLinear):
+        return False, f"the layer is a {_class_name(layer)}, not PEFT's lora.Linear itself"
+    if tuple(inspect.signature(dora.DoraLinearLayer.forward).parameters) != KNOWN_ARGUMENTS:
+        return False, f"the DoraLinearLayer.forward of PEFT {peft.__version__} has unknown arguments"
+    if not _forward_is_the_class_s(layer):
+        return False, "the layer's forward was replaced on the instance"
+    base_reason = _base_reason(layer)
+    if base_reason is not None:
+        return False, base_reason
+    reasons = {name: _adapter_reason(_read(layer, name)) for name in layer.lora_magnitude_vector}
+    against = [f"adapter {name!r}: {reason}" for name, reason in reasons.items() if reason is not None]
+    return len(against) < len(reasons), "; ".join(against)
+
+
+def _base_reason(layer: LoraLinear) -> str | None:
+    base = layer.base_layer
+    if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
+        return f"the base layer is a {_class_name(base)}; expected nn.Linear, or Conv1D with fan_in_fan_out"
+    weight = base.weight
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"the base weight is a {_class_name(weight)}, not a plain tensor"
+    if weight.dtype not in DTYPES:
+        return f"the base weight is {weight.dtype}"
+    if weight.requires_grad:
+        return "the base weight requires a gradient"
+    return _bypass_reason("base_layer", base)
+
+
+def _adapter_reason(adapter: Adapter, device: torch.device | None = None) -> str | None:
+    if adapter.variant is None:
+        return "the adapter is plain LoRA"
+    if type(adapter.variant) is not DoraLinearVariant:
+        return f"the adapter is a {_class_name(adapter.variant)}"
+    if not isinstance(adapter.scaling, (int, float)):
+        return "scaling is a tensor"  # by prepare_model_for_compiled_hotswap; its value is on the device
+    for part, known in KNOWN_PARTS:
+        module = getattr(adapter, part)
+        if type(module) not in known:  # e.g. wrapped by FSDP1: no storage outside its own forward
+            return f"{part} is a {_class_name(module)}"
+        reason = _bypass_reason(part, module)
+        if reason is not None:
+            return reason
+    if adapter.lora_A.bias is not None or adapter.lora_B.bias is not None:
+        return "lora_A or lora_B has a bias"
+    for tensor in adapter.tensors()[:3]:
+        if type(tensor) not in (nn.Parameter, Tensor):
+            return f"a weight of the adapter is a {_class_name(tensor)}, not a plain tensor"
+        if device is not None and tensor.device != device:
+            return f"x is on {device} and a weight of the adapter is on {tensor.device}"
+    return None
+
+
+def _call_reason(layer: DoraKernelsLinear, x: Tensor, adapters: list[Adapter], has_more: bool) -> str | None:
+    if has_more:
+        return "the call has arguments beyond x"
+    if dora.ENABLE_DORA_CACHING and not layer.training:
+        return "PEFT's DoraCaching is on"
+    reason = _base_reason(layer)
+    if reason is not None:
+        return reason
+    weight, device = layer.base_layer.weight, x.device
+    if x.dim() < 2:
+        return "x has fewer than two dimensions"  # PEFT gives (1, N) for a vector
+    if weight.is_meta or weight.device != device:
+        return f"x is on {device} and the base weight is on {weight.device}"
+    if not layer.cast_input_dtype_enabled:
+        return "casting of the input is disabled"
+    if x.dtype != weight.dtype:
+        dtypes = f"x is {x.dtype} and the base weight is {weight.dtype}"
+        if not torch.is_autocast_enabled(device.type):
+            return f"{dtypes}, without autocast"
+        if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
+            return f"{dtypes}, which autocast leaves alone"
+    for adapter in adapters:
+        reason = _adapter_reason(adapter, device)
+        if reason is not None:
+            return reason
+        if adapter.lora_A.weight.dtype != adapter.lora_B.weight.dtype:
+            return "lora_A and lora_B differ in dtype"
+        if adapter.magnitude._dora_cache:
+            adapter.magnitude._cache_clear()  # as each uncached forward of PEFT does: it may be stale by now
+    return None
+
+
+def _bypass_reason(part: str, module: nn.Module) -> str | None:
+    """Why `module` must really be called: reading its weight instead would skip somebody's code."""
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return f"{part} has hooks"
+    if not _forward_is_the_class_s(module):
+        return f"the forward of {part} was replaced on the instance"
+    return None
+
+
+def _forward_is_the_class_s(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward, perhaps between device moves of accelerate.
+
+    A model dispatched with a device_map has an AlignDevicesHook on every module, which replaces `forward` on
+    the instance and brings x to the module's device. Where x is on that device already it does nothing; where
+    the weights are offloaded it moves them, and the module must be called.
+    """
+    forward = module.__dict__.get("forward")
+    if forward is None or _is_bound_forward(module, forward):
+        return True
+    hook = module.__dict__.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not hook.offload
+        and _is_bound_forward(module, module.__dict__.get("_old_forward"))
+    )
+
+
+def _is_bound_forward(module: nn.Module, method: Any) -> bool:
+    forwards = (type(module).forward, LoraLinear.forward, DoraKernelsLinear.forward)
+    return isinstance(method, MethodType) and method.__self__ is module and method.__func__ in forwards
+
+
+def _class_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _log_once(reason: str) -> None:
+    if reason not in _logged and not torch.compiler.is_compiling():
+        _logged.add(reason)
+        _logger.warning("dora_kernels: a call went to PEFT: %s", reason)
+
+
+# The computation.
+
+
+def _dropped(layer: LoraLinear, adapter: Adapter, x: Tensor) -> Tensor | None:
+    """dropout(x) with PEFT's mask for the same seed, so drawn in the adapter's dtype; None for x itself."""
+    dropout = adapter.dropout
+    if not layer.training or not dropout.training or isinstance(dropout, nn.Identity) or dropout.p == 0:
+        return None
+    return dropout(x.to(adapter.lora_A.weight.dtype))
+
+
+def _nest(
+    result: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    x_dropped: Tensor | None,
+) -> Tensor:
+    """One more adapter over `result` (..., N), the output with the adapters before it, as forward says."""
+    gain = gain_ref(magnitude, weight_norm(weight, lora_A, lora_B, scaling))
+    lora_x = x if x_dropped is None else x_dropped
+    lora = F.linear(F.linear(lora_x.to(lora_A.dtype), lora_A), lora_B) * scaling
+    if x_dropped is not None:
+        base = F.linear(x_dropped.to(weight.dtype), weight)
+    else:
+        base = result if bias is None else result - bias
+    return result + (gain - 1) * base + gain * lora

@@ -1,0 +1,236 @@
+"""PEFT parity: an enabled model gives PEFT's outputs and gradients.
+
+The yardstick is stock PEFT in the same dtypes, both measured against stock PEFT in float64.
+"""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("peft")
+
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from dora_kernels import launch, ops, passes  # noqa: E402
+from dora_kernels.testing import compare, rms_error  # noqa: E402
+from tests.peft_problem import build, calls, enabled, layers, randomise, tensors  # noqa: E402
+from tests.problem import BACKENDS, DEVICE  # noqa: E402
+
+
+def exact_tensors(model, x, dy, *, autocast=None):
+    """The same by stock PEFT in float64, with the dropout masks that `model` draws."""
+    exact = copy.deepcopy(model).double()
+    handles = []
+    for layer, twin in zip(layers(model), layers(exact), strict=True):
+        for name, dropout in layer.lora_dropout.items():
+            if isinstance(dropout, nn.Dropout):
+                twin.lora_dropout[name] = Replay()
+                handles.append(dropout.register_forward_hook(twin.lora_dropout[name].record))
+    tensors(model, x, dy, autocast=autocast)
+    for handle in handles:
+        handle.remove()
+    return tensors(exact, x.double(), dy.double())
+
+
+class Replay(nn.Module):
+    """Applies the mask of another module's dropout, which has p = 0.5: each factor is 0 or 2."""
+
+    def record(self, module, inputs, output):
+        self.mask = (output / inputs[0]).detach().double().round()
+
+    def forward(self, x):
+        return x * self.mask
+
+
+def assert_as_good(ours, stock, exact):
+    """Each tensor as close to exact as stock PEFT's, which passes through the output's dtype."""
+    assert ours.keys() == stock.keys() == exact.keys()
+    for name, value in ours.items():
+        assert value.dtype == stock[name].dtype and value.shape == stock[name].shape, name
+        comparison = compare(name, value, stock[name], exact[name], through=ours["y"].dtype)
+        assert comparison.limit < 0.2, comparison  # zeros have an error of 1
+        if value.dtype == torch.float64:  # where exact is stock, and has the rounding errors of its own sums
+            assert comparison.error < 1e-14, comparison
+        else:
+            assert comparison.ok, comparison
+
+
+def assert_parity(model, x, *, autocast=None):
+    """Output and every gradient of an enabled copy of `model`, all its layers computed by dora_linear."""
+    dy = torch.randn_like(model(x) if autocast is None else x[..., :20])
+    stock = tensors(model, x, dy, autocast=autocast)
+    ops.calls.clear()
+    ours = tensors(enabled(model), x, dy, autocast=autocast)
+    assert calls("forward") == calls("backward") == len(layers(model))
+    assert_as_good(ours, stock, exact_tensors(model, x, dy, autocast=autocast))
+
+
+CASES = {
+    "float32": {},
+    "float64": {"dtype": torch.float64},
+    "rslora": {"use_rslora": True},
+    "conv1d": {"conv1d": True},
+    "trained bias": {"train_bias": True},
+    "dropout": {"lora_dropout": 0.5},
+    "conv1d, dropout": {"conv1d": True, "lora_dropout": 0.5},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "bfloat16, dropout": {"dtype": torch.bfloat16, "lora_dropout": 0.5},
+    "bfloat16 adapters": {"dtype": torch.bfloat16, "autocast_adapter_dtype": False},
+    "autocast": {"autocast": torch.bfloat16},
+    "autocast, dropout": {"autocast": torch.bfloat16, "lora_dropout": 0.5},
+    "autocast over bfloat16": {"autocast": torch.bfloat16, "dtype": torch.bfloat16},
+    "autocast, conv1d": {"autocast": torch.bfloat16, "conv1d": True},
+    "two adapters": {"adapters": 2},
+    "two adapters, trained bias": {"adapters": 2, "train_bias": True},
+    "two adapters, bfloat16": {"adapters": 2, "dtype": torch.bfloat16},
+    "three adapters, two with dropout": {"adapters": 3, "lora_dropout": 0.5},
+    "three adapters, two with dropout, autocast": {
+        "adapters": 3,
+        "lora_dropout": 0.5,
+        "autocast": torch.bfloat16,
+    },
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_every_gradient(case, backend):
+    config = dict(CASES[case])
+    autocast = config.pop("autocast", None)
+    model = build(**config)
+    x = torch.randn(3, 4, 24, device=DEVICE, dtype=config.get("dtype", torch.float32))
+    with launch.options(backend=backend):
+        assert_parity(model, x, autocast=autocast)
+
+
+def test_parity_check_sees_an_error_of_one_in_a_thousand():
+    model = build()
+    x, dy = torch.randn(5, 24, device=DEVICE), torch.randn(5, 20, device=DEVICE)
+    stock, exact = tensors(model, x, dy), exact_tensors(model, x, dy)
+    for name in stock:
+        wrong = stock | {name: stock[name] * 1.001}
+        with pytest.raises(AssertionError):
+            assert_as_good(wrong, stock, exact)
+
+
+def test_dropout_draws_what_peft_draws(monkeypatch):
+    """On a GPU the mask depends on the dtype it is drawn for, as well as on the seed."""
+    model = build(lora_dropout=0.3, dtype=torch.bfloat16, adapters=3)
+    x = torch.randn(6, 24, device=DEVICE, dtype=torch.bfloat16)
+    drawn, state, dropout = [], [], functional.dropout
+    monkeypatch.setattr(functional, "dropout", lambda x, *args: drawn.append(x.dtype) or dropout(x, *args))
+    for each in (model, enabled(model)):
+        torch.manual_seed(5)
+        each(x)
+        state.append(torch.rand(4, device=DEVICE))
+    assert torch.equal(*state)
+    assert drawn == [torch.float32] * 8  # two adapters of each layer, twice
+
+
+@pytest.mark.parametrize("mode", ["layer.eval", "dropout.eval", "p = 0"])
+def test_dropout_that_does_not_drop(mode, monkeypatch):
+    """No mask, no random number drawn, and no second product with the base weight."""
+    model = build(lora_dropout=0.5)
+    for layer in layers(model):
+        layer.training = mode != "layer.eval"
+        layer.lora_dropout["default"].training = mode != "dropout.eval"
+        layer.lora_dropout["default"].p = 0.0 if mode == "p = 0" else 0.5
+    assert_parity(model, torch.randn(6, 24, device=DEVICE))
+    given, forward = [], passes.forward
+    monkeypatch.setattr(
+        passes,
+        "forward",
+        lambda steps, x, x_dropped, *others: given.append(x_dropped) or forward(steps, x, x_dropped, *others),
+    )
+    enabled(model)(torch.randn(6, 24, device=DEVICE))
+    assert given == [None, None]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ten_optimizer_steps(backend):
+    stock = build(lora_dropout=0.1, adapters=2)
+    ours = enabled(stock)
+    x, target = torch.randn(8, 24, device=DEVICE), torch.randn(8, 20, device=DEVICE)
+    losses = []
+    for model in (stock, ours):
+        torch.manual_seed(7)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        with launch.options(backend=backend):
+            losses.append([training_step(model, optimizer, x, target) for _ in range(10)])
+    assert losses[0][-1] < 0.8 * losses[0][0]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+
+
+def training_step(model, optimizer, x, target):
+    loss = nn.functional.mse_loss(model(x), target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    model = enabled(build(lora_dropout=0.5))
+    x, dy = torch.randn(5, 24, device=DEVICE), torch.randn(5, 20, device=DEVICE)
+    plain = tensors(model, x, dy)
+    ops.calls.clear()
+    checkpointed = tensors(model, x, dy, call=functools.partial(checkpoint, model, use_reentrant=reentrant))
+    assert calls("forward") == 4 and calls("backward") == 2
+    torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_transformers_model(arch):
+    """Attention, tied embeddings, every linear layer a DoRA layer; the whole model's loss and gradients."""
+    torch.manual_seed(0)
+    if arch == "llama":
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **sizes))
+    else:
+        base = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4))
+    config = LoraConfig(use_dora=True, target_modules="all-linear", lora_dropout=0.1, task_type="CAUSAL_LM")
+    model = get_peft_model(base.to(DEVICE), config).train()
+    randomise(model)
+    ids = torch.randint(64, (2, 16), device=DEVICE)
+    results = []
+    for each in (model, enabled(model)):
+        torch.manual_seed(1)
+        loss = each(input_ids=ids, labels=ids).loss
+        loss.backward()
+        results.append([loss] + [p.grad for p in each.parameters() if p.requires_grad])
+    for stock, ours in zip(*results, strict=True):
+        assert rms_error(ours, stock) < 1e-4
+
+
+def test_zero_row_is_finite():
+    """norm 0: PEFT divides by it; ours has gain 0 there, for the first adapter and for those nested on it."""
+    model = build(adapters=2)
+    layer = layers(model)[0]
+    layer.base_layer.weight.data[3] = 0
+    for name in ("default", "second"):
+        layer.lora_B[name].weight.data[3] = 0
+    x, dy = torch.randn(5, 24, device=DEVICE), torch.randn(5, 20, device=DEVICE)
+    assert tensors(model, x, dy)["y"].isnan().any()  # when PEFT stops doing this, the documentation changes
+    assert all(value.isfinite().all() for value in tensors(enabled(model), x, dy).values())
+    torch.testing.assert_close(layer.base_layer.bias[3].expand(5), enabled(model).up(x)[:, 3])
+
+
+def test_nan_is_not_hidden():
+    model = build(adapters=2)
+    layers(model)[0].lora_B["second"].weight.data[3, 0] = torch.nan
+    assert enabled(model).up(torch.randn(5, 24, device=DEVICE))[:, 3].isnan().all()
+
+
+def test_compiles_without_a_graph_break():
+    model = enabled(build(lora_dropout=0.5))
+    x, dy = torch.randn(5, 24, device=DEVICE), torch.randn(5, 20, device=DEVICE)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(tensors(model, x, dy, call=compiled), tensors(model, x, dy))
