@@ -1,0 +1,97 @@
+"""The command line: python -m dora_kernels <command>.
+
+A command is one `_add_<command>` function, listed in COMMANDS, which declares its arguments and the function that
+runs it. What a command needs beyond torch it imports when it runs: `info` has to work where nothing else does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dora_kernels import __version__, launch
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, or 1 where the command's own checks failed, or 2 where it could not run."""
+    parser = argparse.ArgumentParser(prog="python -m dora_kernels", description="Fast DoRA linear layers.")
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for add in COMMANDS:
+        add(commands)
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser("info", help="versions, devices, and which backend each device gets and why")
+    parser.set_defaults(run=_info)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    rows = [("dora_kernels", __version__), ("python", platform.python_version())]
+    rows += [(name, _version(name)) for name in ("torch", "triton", "peft")]
+    rows.append(("requested backend", launch.current_options().backend))
+    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in [*devices, torch.device("cpu")]:
+        facts = launch.device_facts(device)
+        name = str(device) if facts.name == str(device) else f"{device} ({facts.name})"
+        rows.append(("device", name))
+        rows.append(("  target", facts.target or "none"))
+        rows.append(("  auto picks", _auto_picks(device)))
+    width = max(len(key) for key, _ in rows)
+    for key, value in rows:
+        print(f"{key:<{width}}  {value}")
+    return 0
+
+
+def _auto_picks(device: torch.device) -> str:
+    """The backend that "auto" takes for bfloat16 tensors on `device`, and why."""
+    backend = launch.backend_for("auto", device, torch.bfloat16)
+    if backend == "triton":
+        return "triton: the kernels are built for this device"
+    reason = launch.why_not_triton(device, (torch.bfloat16,))
+    return f"reference: {reason or 'Triton would interpret its kernels here, for tests only'}"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _add_demo(commands: Any) -> None:
+    parser = commands.add_parser(
+        "demo", help="fine-tune a small Llama with PEFT DoRA twice, stock and enabled, and compare the runs"
+    )
+    parser.add_argument("--preset", default="tiny", help="model size: tiny, llama-1b (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
+    parser.add_argument("--backend", default="auto", choices=launch.BACKENDS, help="default: %(default)s")
+    parser.add_argument("--steps", type=int, help="fine-tuning steps of each run (default: the preset's)")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
+    parser.add_argument("--out", default="demo.png", help="where the chart goes (default: %(default)s)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    try:
+        from dora_kernels import demo
+    except ModuleNotFoundError as error:
+        print(f"demo: {error}; expected the demo extra: pip install 'dora-kernels[demo]'", file=sys.stderr)
+        return 2
+    options = {key: value for key, value in vars(arguments).items() if key != "run"}
+    try:
+        settings = demo.Settings(**options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return demo.run(settings)
+
+
+COMMANDS = (_add_info, _add_demo)

@@ -1,0 +1,180 @@
+"""The command line, and the demo at a size that takes a second: it passes, and it notices what it promises to."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from dora_kernels import adapters, demo
+from dora_kernels.cli import main
+
+# 7 linear layers, 12 steps
+MICRO = demo.Preset(
+    hidden=32,
+    layers=1,
+    intermediate=64,
+    heads=2,
+    kv_heads=1,
+    sequence=32,
+    batch=4,
+    base_steps=4,
+    steps=12,
+    base_rate=3e-3,
+    rate=1e-2,
+)
+
+
+@pytest.fixture
+def run_micro(monkeypatch, tmp_path, capsys):
+    """Run the demo at a preset (MICRO), on the CPU, and return its exit status, what it printed and its chart."""
+
+    def run(preset: demo.Preset = MICRO, device: str = "cpu"):
+        monkeypatch.setitem(demo.PRESETS, "micro", preset)
+        chart = tmp_path / "chart.png"
+        status = main(["demo", "--preset", "micro", "--device", device, "--out", str(chart)])
+        return status, capsys.readouterr().out, chart
+
+    return run
+
+
+def test_info_names_versions_devices_and_backend(capsys):
+    assert main(["info"]) == 0
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    rows = {key: value for key, value in lines}
+    assert rows["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert rows["device"] == "cpu"  # the last device listed
+    assert rows["auto"].startswith("picks") and "reference: " in rows["auto"]
+
+
+def test_info_needs_torch_alone():
+    code = """
+import importlib.metadata, sys
+for name in ("triton", "peft", "transformers", "rich", "matplotlib"):
+    sys.modules[name] = None  # import raises ImportError
+installed = importlib.metadata.version
+def version(name):
+    if name in ("triton", "peft"):
+        raise importlib.metadata.PackageNotFoundError(name)
+    return installed(name)
+importlib.metadata.version = version
+from dora_kernels.cli import main
+sys.exit(main(["info"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert ["triton", "not", "installed"] in rows
+    assert ["peft", "not", "installed"] in rows
+    assert done.stdout.rstrip().endswith("reference: triton is not installed")
+
+
+def test_demo_passes(run_micro):
+    status, printed, chart = run_micro()
+    assert status == 0, printed
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    assert "7 of 7" in printed
+    assert printed.count("84 of 84") == 2
+    assert "FAILED" not in printed
+
+
+def test_demo_fails_when_no_layer_is_taken_over(run_micro, monkeypatch):
+    monkeypatch.setattr(demo.adapters, "enable", lambda model: adapters.Report())
+    status, printed, _ = run_micro()
+    assert status == 1
+    assert "expected 7 DoRA layers to be taken over; no DoRA layer found" in printed
+    assert "the forward op ran 0 times; expected 84" in printed
+    assert "the backward op ran 0 times; expected 84" in printed
+
+
+def test_demo_fails_when_a_layer_goes_back_to_peft(run_micro, monkeypatch):
+    enable = adapters.enable
+
+    def enable_and_hook(model):
+        report = enable(model)
+        layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj.lora_A.default")
+        layer.register_forward_hook(lambda *_: None)  # must be called from now on, so PEFT computes the layer
+        return report
+
+    monkeypatch.setattr(demo.adapters, "enable", enable_and_hook)
+    status, printed, _ = run_micro()
+    assert status == 1
+    assert "the forward op ran 72 times; expected 84" in printed
+    assert "to be taken over" not in printed
+
+
+def test_demo_fails_when_the_losses_differ(run_micro, monkeypatch):
+    enable = adapters.enable
+
+    def enable_and_scale(model):
+        report = enable(model)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_magnitude_vector" in name:
+                    parameter.mul_(1.01)
+        return report
+
+    monkeypatch.setattr(demo.adapters, "enable", enable_and_scale)
+    status, printed, _ = run_micro()
+    assert status == 1
+    assert "the losses differ by" in printed
+    assert "op ran" not in printed
+
+
+def test_demo_fails_when_nothing_is_learned(run_micro):
+    status, printed, _ = run_micro(replace(MICRO, rate=0.0))
+    assert status == 1
+    assert printed.count("lora_B of some layer is still zero") == 2  # once for either run
+
+
+def test_demo_fails_when_the_loss_rises(run_micro, monkeypatch):
+    monkeypatch.setattr(torch.optim, "AdamW", partial(torch.optim.AdamW, maximize=True))
+    status, printed, _ = run_micro()
+    assert status == 1
+    assert printed.count("the loss went from") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        (("--preset", "huge"), "demo: preset is 'huge'; expected one of tiny, llama-1b"),
+        (("--device", "tpu"), "demo: device is 'tpu'; expected auto, cpu or cuda"),
+        (("--steps", "3"), "demo: steps is 3; expected more than 3, the warm-up"),
+        (("--out", "no/such/folder.png"), "demo: out is 'no/such/folder.png'; expected a file in a folder"),
+    ),
+)
+def test_demo_refuses_settings(capsys, arguments, message):
+    assert main(["demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_names_the_extra_it_needs(monkeypatch, capsys):
+    import dora_kernels
+
+    monkeypatch.delattr(dora_kernels, "demo")
+    monkeypatch.delitem(sys.modules, "dora_kernels.demo")
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["demo"]) == 2
+    assert "pip install 'dora-kernels[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_demo_passes_on_a_gpu(run_micro):
+    status, printed, _ = run_micro(device="cuda")
+    assert status == 0, printed
+    assert "peak GPU memory" in printed
+
+
+@pytest.mark.nightly
+def test_demo_passes_at_its_default_size(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "dora_kernels", "demo", "--device", "cpu", "--out", str(tmp_path / "chart.png")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1680 of 1680" in done.stdout
