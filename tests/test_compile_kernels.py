@@ -1,0 +1,121 @@
+"""The kernels compile for GPUs that are not here, and compile once: no shape of x and no scaling asks for another.
+
+All of it runs in subprocesses: in this one Triton may be interpreting, which leaves nothing to compile.
+"""
+
+import ast
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = pathlib.Path(__file__).parent.parent
+TOKENS = (1, 16, 100, 1000, 4096, 65536)
+SCALINGS = (0.5, 1.0, 2.0)
+
+
+def _run(*command: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")])
+    return subprocess.run([sys.executable, *command], env=env, text=True, capture_output=True)
+
+
+def _compile(*arguments: str) -> subprocess.CompletedProcess:
+    return _run(str(ROOT / "tools" / "compile_kernels.py"), *arguments)
+
+
+def _kernels() -> set[str]:
+    """The names of the kernels of the package, helpers that kernels call apart."""
+    return {
+        node.name
+        for path in (ROOT / "dora_kernels" / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
+    }
+
+
+def test_every_kernel_compiles():
+    done = _compile("--fast")
+    assert done.returncode == 0, done.stdout + done.stderr
+    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+    assert _kernels()
+    assert not _kernels() - compiled, "kernels that no call of the tool launches"
+
+
+@pytest.mark.nightly  # about 1800 compilations, ten minutes of one core
+def test_every_config_compiles_for_every_target():
+    done = _compile(f"--jobs={os.cpu_count()}")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "override, complaint",
+    [
+        ("project:num_stages=8", "over the limit"),  # eight stages of 24 KiB; sm_120 has 99 KiB
+        ("project:num_warps=1", "spills"),  # a [128, 64] float32 tile is 256 registers of each of 32 threads
+        ("project:BLOCK_K=48", "does not compile"),  # not a power of 2
+    ],
+)
+def test_a_config_that_does_not_fit_is_rejected(override, complaint):
+    done = _compile(
+        "--target=sm_120", "--variant=bf16", "--rank=64", "--call=train", "--kernel=project", "--set", override
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert complaint in done.stderr
+
+
+def specialization_keys() -> dict[str, dict[str, dict[str, list[str]]]]:
+    """way -> call -> kernel -> keys of the specialisations; run where Triton compiles."""
+    import compile_kernels
+
+    import dora_kernels
+
+    def keys(variant: str, M: int, scaling: float) -> dict[str, list[str]]:
+        found: dict[str, set[str]] = {}
+        inputs = compile_kernels.Inputs.of(compile_kernels.VARIANTS[variant], M, N=4096, K=4096, R=64)
+        target = compile_kernels.TARGETS["sm_90"]
+        with compile_kernels.recording(target, compile_kernels.VARIANTS[variant]) as recorded:
+            compile_kernels.step(inputs, scaling=scaling)
+        for specialization in recorded:
+            found.setdefault(specialization.name, set()).add(str(specialization.key))
+        return {name: sorted(found[name]) for name in found}
+
+    results = {}
+    for way in ("split", "merged"):
+        with dora_kernels.options(way=way):
+            results[way] = {f"M={M} s={scaling}": keys("bf16", M, scaling) for M in TOKENS for scaling in SCALINGS}
+            results[way]["fp16"] = keys("fp16", TOKENS[-1], SCALINGS[-1])
+    return results
+
+
+@pytest.fixture(scope="module")
+def recorded_keys() -> dict:
+    done = _run("-c", "import json, test_compile_kernels as t; print(json.dumps(t.specialization_keys()))")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# Kernels that are launched in more than one way as M changes, and why.
+LAUNCHED_IN_WAYS = {
+    "_project_kernel": 2,  # few tokens: float32 partial sums of several splits; many: the result in its own dtype
+}
+
+
+@pytest.mark.parametrize("way", ["split", "merged"])
+def test_tokens_and_scaling_recompile_nothing(recorded_keys, way):
+    """A kernel may be launched for some M only (one that adds up splits), but never with another key."""
+    other_dtype = recorded_keys[way].pop("fp16")
+    keys: dict[str, set[tuple[str, ...]]] = {}
+    for call in recorded_keys[way].values():
+        for kernel, found in call.items():
+            keys.setdefault(kernel, set()).add(tuple(found))
+    ways = {kernel: len(found) for kernel, found in keys.items() if len(found) > 1}
+    assert ways == LAUNCHED_IN_WAYS, "kernels with more than one set of specialisations"
+    # another dtype is another specialisation of whatever touches the inputs: the keys do tell calls apart
+    for kernel in ("_norm_kernel", "_epilogue_kernel", "_token_sums_kernel"):
+        assert not set(other_dtype[kernel]) & {key for found in keys[kernel] for key in found}
