@@ -1,0 +1,396 @@
+"""The measurements that decide how the package is built, in order of worth; one short run answers all of them.
+
+    python -m bench.decisive                                  # into bench/results/<gpu>/decisive.json
+    python -m bench.decisive --section fused_gemm host_cost
+
+Each section is a function from a Bench to rows. One that raises leaves a row that says so, and the next one runs; the
+file is complete after every section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import dora_kernels
+from bench import kernels
+from bench.machine import ROOT, device_folder, meta
+from bench.measure import capture
+from bench.providers import SCALING
+from bench.report import write
+from bench.shapes import Case
+from dora_kernels import launch
+from dora_kernels.testing import compare
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The device with its roof. small: sizes for a check of the code on a CPU."""
+
+    device: torch.device
+    roof: kernels.Roof
+    small: bool = False
+
+    def case(self, M: int, N: int, K: int, R: int, precision: str = "bf16") -> Case:
+        """The case on this device; where small, at most 256 tokens and features and rank 32."""
+        sizes = (min(M, 256), min(N, 256), min(K, 256), min(R, 32)) if self.small else (M, N, K, R)
+        return Case(*sizes, precision, self.device.type)
+
+    def rows(self, case: Case, *names: str, by: Sequence[str] = ("kernel", "library")) -> list[Row]:
+        """The kernels and library calls of these names at one case."""
+        return kernels.measure_case(case, self.roof, names, by, seconds=0.5)
+
+    def ms(self, step: Callable[[], object]) -> float:
+        """Median milliseconds of eager calls."""
+        return kernels.median_ms(step, self.device, 5 if self.small else 30)
+
+    def graph_ms(self, step: Callable[[], dict[str, Tensor]]) -> float:
+        """Median milliseconds of replays of a CUDA graph: no host time."""
+        if self.device.type != "cuda":
+            return self.ms(step)
+        graph, _ = capture(step, torch.cuda.graph_pool_handle())
+        return self.ms(graph.replay)
+
+
+def cublas_gemms(bench: Bench) -> list[Row]:
+    """Base, dx and the skinny products of the vendor's library: what a kernel has to beat."""
+    rows = []
+    for sizes in ((8192, 4096, 4096, 64), (8192, 14336, 4096, 384), (8192, 8192, 8192, 64), (512, 4096, 4096, 64)):
+        names = ("base", "dx", "low", "project", "token_sums", "outer_product")
+        rows += bench.rows(bench.case(*sizes), *names, by=("library",))
+    for R in (8, 16, 128):
+        case = bench.case(8192, 4096, 4096, R)
+        rows += bench.rows(case, "low", "project", "token_sums", "outer_product", by=("library",))
+    return rows
+
+
+def memory_bound_kernels(bench: Bench) -> list[Row]:
+    """Bandwidth of every kernel at the two training shapes, above all of W' and of the sums over the tokens."""
+    names = ("merge", "token_sums", "norm", "epilogue", "project", "outer_product", "low")
+    cases = ((8192, 4096, 4096, 64), (8192, 8192, 8192, 64))
+    return [row for sizes in cases for row in bench.rows(bench.case(*sizes), *names, by=("kernel",))]
+
+
+def merge_at_high_rank(bench: Bench) -> list[Row]:
+    """At R = 384: addmm, and addmm with a pass for the norm, against our merge and our norm."""
+    cases = ((8192, 4096, 4096, 384), (8192, 8192, 8192, 384), (8192, 14336, 4096, 384))
+    return [row for sizes in cases for row in bench.rows(bench.case(*sizes), "merge", "norm")]
+
+
+def norm_of_float32_adapters(bench: Bench) -> list[Row]:
+    """float32 adapters over a bf16 weight: bf16x6 ("highest") and bf16x3 ("high"), with the error of each."""
+    rows, before = [], torch.get_float32_matmul_precision()
+    try:
+        for setting in ("highest", "high"):
+            torch.set_float32_matmul_precision(setting)
+            facts = launch.device_facts(bench.device)
+            precision = launch.dot_precision(facts, torch.float32, torch.bfloat16)
+            for R in (64, 384):
+                case = bench.case(8192, 8192, 8192, R, "bf16-fp32")
+                rows += [row | {"dot_precision": precision} for row in bench.rows(case, "norm", by=("kernel",))]
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return rows
+
+
+@triton.jit
+def _touch_kernel(pointer, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(pointer + offsets, tl.load(pointer + offsets) + 1)
+
+
+def host_cost(bench: Bench) -> list[Row]:
+    """Microseconds of the host per call, while the device keeps up: one launch, one torch op, one layer of ours."""
+    tensor = torch.ones(16, device=bench.device)
+    o = kernels.Operands.random(bench.case(16, 256, 256, 16))
+    steps, backend = kernels.steps_for(bench.case(16, 256, 256, 16))
+    magnitude = o.norm.to(o.lora_A.dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (o.x, o.lora_A, o.lora_B, magnitude)]
+
+    def layer() -> Tensor:
+        x, lora_A, lora_B, trained = leaves
+        return dora_kernels.dora_linear(x, o.weight, lora_A, lora_B, trained, SCALING)
+
+    def inference() -> Tensor:
+        with torch.no_grad():
+            return layer()
+
+    calls: dict[str, Callable[[], object]] = {
+        "one torch op (add_)": lambda: tensor.add_(1),
+        "one small GEMM": lambda: torch.mm(o.x, o.weight.T),
+        "norm launcher (two launches)": lambda: steps.norm(o.weight, o.lora_A, o.lora_B, SCALING, o.norm),
+        "layer, no_grad": inference,
+        "layer, forward": layer,
+        "layer, forward+backward": lambda: torch.autograd.grad(layer(), leaves, o.dy),
+    }
+    if backend == "triton":
+        calls = {"one Triton launch": lambda: _touch_kernel[(1,)](tensor, BLOCK=16)} | calls
+    return [{"call": name, "us": _host_us(call, bench)} for name, call in calls.items()]
+
+
+def _host_us(call: Callable[[], object], bench: Bench) -> float:
+    """The median of five loops of 100 calls (the launch queue holds 1024), each started on an idle device."""
+    repeats = 2 if bench.small else 100
+    call()
+    times = []
+    for _ in range(5):
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize(bench.device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        times.append(1e6 * (time.perf_counter() - start) / repeats)
+    return statistics.median(times)
+
+
+def merged_against_split(bench: Bench) -> list[Row]:
+    """The forward pass without gradients each way and as planned, over M, as a CUDA graph."""
+    rows = []
+    for N, K, R in ((4096, 4096, 64), (14336, 4096, 384)):
+        for M in (1, 16, 128, 512, 2048, 8192) if not bench.small else (16,):
+            case = bench.case(M, N, K, R)
+            o = kernels.Operands.random(case)
+            magnitude = o.norm.to(o.lora_A.dtype)
+            ms = {"frozen": bench.graph_ms(lambda o=o: {"y": o.x @ o.weight.T})}
+            for way in ("split", "merged", "auto"):
+
+                def forward(o: kernels.Operands = o, magnitude: Tensor = magnitude) -> dict[str, Tensor]:
+                    y = dora_kernels.dora_linear(o.x, o.weight, o.lora_A, o.lora_B, magnitude, SCALING)
+                    return {"y": y}
+
+                with torch.no_grad(), dora_kernels.options(way=way):
+                    ms[way] = bench.graph_ms(forward)
+            rows.append({"M": case.M, "N": case.N, "K": case.K, "R": case.R, "ms": ms})
+    return rows
+
+
+@triton.jit
+def _tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The tile of program `pid`, in groups of GROUP_M rows of tiles that share columns of the weight in L2."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    group = pid // (GROUP_M * blocks_n)
+    first = group * GROUP_M
+    rows = tl.minimum(tl.cdiv(M, BLOCK_M) - first, GROUP_M)
+    inside = pid % (GROUP_M * blocks_n)
+    return first + inside % rows, inside // rows
+
+
+@triton.jit
+def _fused_kernel(
+    x_ptr,  # (M, K)
+    low_ptr,  # (M, R), times scaling
+    weight_ptr,  # (N, K)
+    lora_B_ptr,  # (N, R)
+    gain_ptr,  # (N,) float32
+    y_ptr,  # (M, N)
+    M,
+    N,
+    K,
+    R,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """y = gain * ([x | low] @ [weight | lora_B].T). All contiguous, sizes multiples of the tiles: the best case."""
+    m, n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_m = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = tl.load(x_ptr + offs_m[:, None] * K + (k + offs_k)[None, :])
+        weight = tl.load(weight_ptr + offs_n[None, :] * K + (k + offs_k)[:, None])
+        acc = tl.dot(x, weight, acc)
+    for r in range(0, R, BLOCK_K):
+        low = tl.load(low_ptr + offs_m[:, None] * R + (r + offs_k)[None, :])
+        lora_B = tl.load(lora_B_ptr + offs_n[None, :] * R + (r + offs_k)[:, None])
+        acc = tl.dot(low, lora_B, acc)
+    y = acc * tl.load(gain_ptr + offs_n)[None, :]
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _fused_descriptor_kernel(
+    x_desc,
+    low_desc,
+    weight_desc,
+    lora_B_desc,
+    gain_ptr,
+    y_desc,
+    M,
+    N,
+    K,
+    R,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """As _fused_kernel, through tensor descriptors (the bulk copy engine of Hopper)."""
+    m, n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        x = x_desc.load([m * BLOCK_M, k])
+        weight = weight_desc.load([n * BLOCK_N, k])
+        acc = tl.dot(x, weight.T, acc)
+    for r in range(0, R, BLOCK_K):
+        low = low_desc.load([m * BLOCK_M, r])
+        lora_B = lora_B_desc.load([n * BLOCK_N, r])
+        acc = tl.dot(low, lora_B.T, acc)
+    y = acc * tl.load(gain_ptr + n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    y_desc.store([m * BLOCK_M, n * BLOCK_N], y.to(y_desc.dtype))
+
+
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: what published Triton matmuls for Hopper take
+FUSED_TILES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3))
+
+
+def fused_linear(
+    x: Tensor, low: Tensor, weight: Tensor, lora_B: Tensor, gain: Tensor, tiles: tuple[int, ...], descriptors: bool
+) -> Tensor:
+    """gain * (x @ weight.T + low @ lora_B.T) in one kernel; raises ValueError where a size is no multiple of a tile."""
+    block_m, block_n, block_k, warps, stages = tiles
+    (M, K), N, R = x.shape, weight.shape[0], low.shape[1]
+    if M % block_m or N % block_n or K % block_k or R % block_k:
+        raise ValueError(f"fused_linear: sizes {(M, N, K, R)}; expected multiples of {(block_m, block_n, block_k)}")
+    y = x.new_empty((M, N))
+    sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8}
+    grid = (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)
+    kernel, operands = _fused_kernel, [x, low, weight, lora_B, gain, y]
+    if descriptors:
+        kernel = _fused_descriptor_kernel
+        left, right, out = [block_m, block_k], [block_n, block_k], [block_m, block_n]
+        blocks = (left, left, right, right, None, out)
+        operands = [
+            tensor if block is None else TensorDescriptor.from_tensor(tensor, block)
+            for tensor, block in zip(operands, blocks, strict=True)
+        ]
+    kernel[grid](*operands, M, N, K, R, **sizes, num_warps=warps, num_stages=stages)
+    return y
+
+
+def fused_gemm(bench: Bench) -> list[Row]:
+    """One Triton GEMM with the adapter as further columns of K and the gain in its epilogue, against cuBLAS + epilogue.
+
+    low is given to both.
+    """
+    rows = []
+    for sizes in ((8192, 4096, 4096, 64), (8192, 14336, 4096, 384), (8192, 8192, 8192, 64)):
+        case = bench.case(*sizes)
+        o = kernels.Operands.random(case)
+        steps, backend = kernels.steps_for(case)
+        scaled_low = o.low * SCALING
+
+        def two_kernels(o: kernels.Operands = o, steps: kernels.Steps = steps) -> Tensor:
+            return steps.epilogue(o.x @ o.weight.T, o.low, o.lora_B, o.gain, None, SCALING, o.x.dtype)
+
+        exact = o.gain.double() * (o.x.double() @ o.weight.double().T)
+        exact += o.gain * (SCALING * (o.low.double() @ o.lora_B.double().T))
+        yardstick = two_kernels()
+        shape = {"M": case.M, "N": case.N, "K": case.K, "R": case.R}
+        flops = 2 * case.M * case.N * (case.K + case.R)
+        cublas, together = bench.ms(lambda o=o: o.x @ o.weight.T), bench.ms(two_kernels)
+        rows.append(shape | {"variant": "cublas + epilogue", "ms": together, "cublas_ms": cublas})
+        tilings = FUSED_TILES if not bench.small else ((32, 32, 16, 4, 2),)
+        for descriptors in (True, False):
+            for tiles in tilings if backend == "triton" else ():
+                row = shape | {"variant": "descriptors" if descriptors else "pointers", "tiles": tiles}
+                arguments = (o.x, scaled_low, o.weight, o.lora_B, o.gain, tiles, descriptors)
+                try:
+                    error = compare("y", fused_linear(*arguments), yardstick, exact).error
+                    row |= {"error": error, "ok": error < 1e-2}  # bf16: 2e-3; a wrong tile: 1e-1 and more
+                    ms = bench.ms(lambda arguments=arguments: fused_linear(*arguments))
+                    row |= {"ms": ms, "teraflops": 1e-9 * flops / ms, "over_two_kernels": ms / together}
+                except Exception as error:  # out of shared memory, say: the other tiles still have something to say
+                    row |= {"ok": False, "reason": f"{type(error).__name__}: {error}"[:300]}
+                rows.append(row)
+    return rows
+
+
+SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
+    section.__name__: section
+    for section in (
+        cublas_gemms,
+        memory_bound_kernels,
+        merge_at_high_rank,
+        norm_of_float32_adapters,
+        host_cost,
+        merged_against_split,
+        fused_gemm,
+    )
+}
+
+
+def run(
+    bench: Bench,
+    out: pathlib.Path,
+    information: dict[str, Any],
+    seconds: float,
+    sections: dict[str, Callable[[Bench], list[Row]]] = SECTIONS,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[Row]:
+    """The sections in order into `out`, written after each; once `seconds` are over the rest is left out."""
+    end, rows, names = clock() + seconds, [], list(sections)
+    for place, name in enumerate(names):
+        if clock() >= end:
+            print(f"out of time, left out: {', '.join(names[place:])}", flush=True)
+            break
+        start = clock()
+        try:
+            found = sections[name](bench)
+        except Exception as error:  # one refusal must not cost the other answers
+            found = [{"ok": False, "reason": f"{type(error).__name__}: {error}"[:500]}]
+        rows += [{"section": name, "ok": True} | row for row in found]
+        print(f"{name}: {len(found)} rows in {clock() - start:.0f} s", flush=True)
+        write(out, information | {"left_out": names[place + 1 :]}, rows)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, 1 where a row is not ok, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bench.decisive", description=__doc__.splitlines()[0])
+    parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--seconds", type=float, default=120, help="for the whole run (default: %(default)s)")
+    parser.add_argument("--out", type=pathlib.Path, help="default: bench/results/<gpu>/decisive.json")
+    parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, on the CPU: a check of the code")
+    arguments = parser.parse_args(argv)
+    if not torch.cuda.is_available() and not arguments.small:
+        print("bench.decisive: torch sees no GPU; expected one, or --small", file=sys.stderr)
+        return 2
+    device = torch.device("cpu" if arguments.small else "cuda")
+    roof = kernels.measure_roof(device, 1 << 20, 64, 3) if arguments.small else kernels.measure_roof(device)
+    out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "decisive.json"
+    information = meta(device, arguments.commit) | {"roof": asdict(roof)}
+    sections = {name: SECTIONS[name] for name in SECTIONS if name in arguments.section}
+    rows = run(Bench(device, roof, arguments.small), out, information, arguments.seconds, sections)
+    print(kernels.table([row for row in rows if "kernel" in row]))
+    for row in rows:
+        if "kernel" not in row:
+            print(*(f"{name}={_short(value)}" for name, value in row.items()))
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def _short(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_short(item)}" for name, item in value.items()) + "}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""The figures of README.md and docs/performance.md, between their markers, and the plots in docs/figures/.
+
+    python -m bench.figures            # regenerate
+    python -m bench.figures --check    # exit status 1 where the text is not what the results say
+
+Every measured number comes from bench/results/<device>/*.json; a device or a benchmark without a file has no figure.
+The predictions in docs/performance.md come from the cost model of dora_kernels/plan.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.machine import ROOT
+from dora_kernels import plan
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+COMPARED = ("peft_lora", "peft_dora", "ours")
+NOTHING = "Nothing has been measured yet: `bench/results/` is empty."
+NO_GPU = (
+    "No GPU has run this yet: there is no measured GPU figure, and the constants in `plan.py` and the tile sizes in\n"
+    "`launch.py` are predictions from bytes, FLOPs and ahead-of-time compilation."
+)
+
+# bf16 on an H200: M, N, K, R
+PREDICTED_SHAPES = (
+    (8192, 4096, 4096, 64),
+    (8192, 14336, 4096, 384),
+    (8192, 8192, 8192, 64),
+    (65536, 4096, 4096, 64),
+    (512, 4096, 4096, 64),
+)
+
+Rows = list[dict[str, Any]]
+
+
+def load(results: Path, name: str) -> dict[str, dict[str, Any]]:
+    """device folder -> the JSON of one benchmark, for the devices that have it."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob(f"*/{name}.json"))}
+
+
+def cases(rows: Rows, step: str) -> dict[tuple[Any, ...], dict[str, float]]:
+    """(precision, N, K, R, M) -> provider -> milliseconds, in the order measured.
+
+    CUDA graph times where every provider compared has one, else eager ones: both sides of a ratio use one clock.
+    """
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if row["step"] == step and row["ok"]:
+            key = tuple(row[name] for name in ("precision", "N", "K", "R", "M"))
+            groups.setdefault(key, {})[row["provider"]] = row
+    result = {}
+    for key, group in groups.items():
+        compared = [group[name] for name in ("frozen", *COMPARED) if name in group]
+        clock = "graph_ms" if all(row.get("graph_ms") for row in compared) else "ms"
+        times = {name: row[clock]["median"] for name, row in group.items() if row.get(clock)}
+        if {"frozen", "peft_dora", "ours"} <= times.keys():
+            result[key] = times
+    return result
+
+
+def layer_table(device: str, data: dict[str, Any]) -> str:
+    """One layer's training step over the frozen linear layer, as a Markdown table with where it was measured."""
+    meta = data["meta"]
+    lines = [
+        f"**{meta['device']}** ({device}), torch {meta['torch']}, triton {meta['triton']}, PEFT {meta['peft']}, "
+        f"commit `{(meta['commit'] or 'unknown')[:10]}`, {meta['date'][:10]}: forward and backward of one layer, "
+        "time over the frozen linear layer's.",
+        "",
+        "| precision | N x K | R | M | frozen | PEFT LoRA | PEFT DoRA | ours | ours over PEFT DoRA |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (precision, N, K, R, M), times in cases(data["rows"], "forward+backward").items():
+        over = [f"{times[name] / times['frozen']:.2f}" if name in times else "" for name in COMPARED]
+        ratio = times["ours"] / times["peft_dora"]
+        cells = (precision, f"{N} x {K}", R, M, f"{times['frozen']:.3g} ms", *over, f"{ratio:.2f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def model_table(device: str, data: dict[str, Any]) -> str:
+    """The whole model's training steps as a Markdown table."""
+    meta = data["meta"]
+    lines = [f"**{meta['device']}** ({device}), whole model:", "", "| variant | seconds | tokens/s | peak GiB |"]
+    lines.append("| --- | --- | --- | --- |")
+    for row in data["rows"]:
+        if row.get("seconds"):
+            seconds = row["seconds"]["median"] if isinstance(row["seconds"], dict) else row["seconds"]
+            peak = f"{row['peak_bytes'] / 2**30:.1f}" if row.get("peak_bytes") else ""
+            tokens = f"{row['tokens_per_second']:.0f}" if row.get("tokens_per_second") else ""
+            lines.append(f"| {row['variant']} | {seconds:.3g} | {tokens} | {peak} |")
+    return "\n".join(lines)
+
+
+def figures(results: Path) -> str:
+    """The Markdown between the markers."""
+    layers, models = load(results, "layer"), load(results, "model")
+    parts = [layer_table(device, data) for device, data in layers.items()]
+    parts += [model_table(device, data) for device, data in models.items()]
+    if layers:
+        parts += [f"![{title}](docs/figures/{name}.png)" for name, title in plot_names(results).items()]
+    if all(device == "cpu" for device in layers):
+        parts.insert(0, NO_GPU)
+    return "\n\n".join(parts) if parts else NOTHING
+
+
+def predictions() -> str:
+    """What the cost model says of a training step on an H200 in bf16, as a Markdown table."""
+    device = plan.DEVICES["sm_90"]
+    lines = ["| M, N, K, R | bytes | planner | dx by |", "| --- | --- | --- | --- |"]
+    for M, N, K, R in PREDICTED_SHAPES:
+        shape = plan.Shape(M, N, K, R, itemsize=2)
+        way = plan.dx_way("auto", shape, device)
+        steps = plan.forward_steps(shape, "split") | plan.backward_steps(shape, way)
+
+        def over_frozen(device: plan.Device, steps: Any = steps, shape: plan.Shape = shape) -> float:
+            frozen = 2 * plan.gemm(shape.M, shape.N, shape.K).seconds(shape, device)
+            return plan.seconds(steps, shape, device) / frozen
+
+        ratios = over_frozen(dataclasses.replace(device, launch=0.0)), over_frozen(device)
+        cells = f"{M}, {N}, {K}, {R}", *(f"{ratio:.2f}" for ratio in ratios), "W'" if way == "merged" else way
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot_names(results: Path) -> dict[str, str]:
+    """file name -> title of every plot that there is data for."""
+    names = {}
+    for device in load(results, "layer"):
+        names[f"{device}-speed"] = f"{device}: speed over PEFT DoRA"
+        names[f"{device}-tokens"] = f"{device}: step over the frozen linear layer"
+    for device in load(results, "kernels"):
+        names[f"{device}-roofline"] = f"{device}: each kernel against its roof"
+    return names
+
+
+def draw(results: Path, folder: Path) -> list[Path]:
+    """Write the plots; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+
+    def save(figure: Any, name: str) -> None:
+        path = folder / f"{name}.png"
+        # no date and no version in the file: the same results give the same bytes
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+        written.append(path)
+
+    for device, data in load(results, "layer").items():
+        times = cases(data["rows"], "forward+backward")
+        figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(times) + 1.2), layout="constrained")
+        labels = [f"{precision} {N}x{K} R={R} M={M}" for precision, N, K, R, M in times]
+        axes.barh(labels, [entry["peft_dora"] / entry["ours"] for entry in times.values()])
+        axes.axvline(1, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set(xlabel="speed over PEFT DoRA, forward and backward", title=data["meta"]["device"])
+        save(figure, f"{device}-speed")
+
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        series: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
+        for (precision, N, K, R, M), entry in times.items():
+            series.setdefault((precision, N, K, R), []).append((M, entry["ours"] / entry["frozen"]))
+        for (precision, N, K, R), points in series.items():
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{precision} {N}x{K} R={R}")
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel="tokens M", ylabel="step over the frozen linear layer", ylim=(0, None))
+        axes.legend(fontsize="x-small")
+        save(figure, f"{device}-tokens")
+
+    for device, data in load(results, "kernels").items():
+        rows = [row for row in data["rows"] if row.get("ok", True) and row.get("percent_of_roof")]
+        figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.2), layout="constrained")
+        labels = [f"{row['kernel']} {row['N']}x{row['K']} R={row['R']} M={row['M']}" for row in rows]
+        axes.barh(labels, [row["percent_of_roof"] for row in rows])
+        axes.axvline(100, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set(xlabel="percent of the measured roof", title=data["meta"]["device"])
+        save(figure, f"{device}-roofline")
+    return written
+
+
+def replaced(text: str, markdown: str) -> str:
+    """`text` with `markdown` between the markers; ValueError where they are not there once each, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"figures: the text has not one {BEGIN} before one {END}; expected both")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{markdown}\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 1 with --check where a text differs."""
+    parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, compare")
+    arguments = parser.parse_args(argv)
+    results = ROOT / "bench" / "results"
+    contents = {ROOT / "README.md": figures(results), ROOT / "docs" / "performance.md": predictions()}
+    texts = {path: replaced(path.read_text(), markdown) for path, markdown in contents.items()}
+    if arguments.check:
+        return int(any(text != path.read_text() for path, text in texts.items()))
+    for path, text in texts.items():
+        path.write_text(text)
+    for path in draw(results, ROOT / "docs" / "figures"):
+        print(path.relative_to(ROOT))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

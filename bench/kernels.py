@@ -1,0 +1,419 @@
+"""Each kernel alone, and the GEMM-library call that does the same work: time, rate, and percent of the measured roof.
+
+    python -m bench.kernels                           # the default cases, into bench/results/<gpu>/kernels.json
+    python -m bench.kernels --case 8192x14336x4096x384 --precision bf16
+    python -m bench.kernels --device cpu              # the reference, or Triton's interpreter: a check of the tool only
+
+The roof is the larger of the bytes over the copy bandwidth and the FLOPs over the matmul rate, both measured first, in
+the same process. L2 is flushed before every run. A kernel whose results are wrong has a row, and no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import pathlib
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from bench.machine import ROOT, device_folder, meta
+from bench.measure import FLUSH_BYTES, CudaStopwatch, Timing, cpu_stopwatch, interleave
+from bench.providers import SCALING
+from bench.report import write
+from bench.shapes import Case, layer_names
+from dora_kernels import launch, plan
+from dora_kernels.reference import REFERENCE, Steps, accumulate_dtype, project_ref
+from dora_kernels.testing import WORST_RATIO, Comparison, compare
+
+# name -> dtype of x and weight, dtype of the low-rank operands
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "fp32": (torch.float32, torch.float32),
+    "bf16-fp32": (torch.bfloat16, torch.float32),
+}
+# M, N, K, R; what says most comes first
+GPU_CASES = (
+    (8192, 4096, 4096, 64),
+    (8192, 14336, 4096, 384),
+    (8192, 8192, 8192, 64),
+    (8192, 8192, 8192, 384),
+    (8192, 4096, 14336, 64),
+    (2048, 4096, 4096, 16),
+    (8192, 1024, 4096, 16),
+)
+CPU_CASES = ((64, 96, 128, 8),)
+# Sums of thousands of float32 terms in another order than the reference's differ by about this; a bf16 result must
+# come within WORST_RATIO of the reference's own rounding.
+SUMMATION = 4e-6
+COPY_BYTES = 2 << 30
+ROOF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Roof:
+    """What the device did in this run: bytes/s of a copy (read and written), FLOP/s of a square matmul by dtype."""
+
+    bandwidth: float
+    matmul: dict[str, float]
+
+
+def stopwatch_of(device: torch.device) -> Callable[[Callable[[], object]], Callable[[], float]]:
+    """bench.measure's stopwatch for the device; on a GPU with a second flush ahead of it.
+
+    The fills take the device about 150 us, in which the host gets a kernel of two launches (40 us) on the queue, so
+    that the time between the events is the kernel's.
+    """
+    if device.type != "cuda":
+        return cpu_stopwatch
+    stopwatch, ahead = CudaStopwatch(device), torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+
+    def start(step: Callable[[], object]) -> Callable[[], float]:
+        ahead.zero_()
+        return stopwatch(step)
+
+    return start
+
+
+def median_ms(step: Callable[[], object], device: torch.device, runs: int) -> float:
+    """The median of `runs` timed runs after three warm-ups, in milliseconds."""
+    stopwatch = stopwatch_of(device)
+    for _ in range(3):
+        step()
+    readings = [stopwatch(step) for _ in range(runs)]
+    return statistics.median(reading() for reading in readings)
+
+
+def measure_roof(
+    device: torch.device,
+    copy_bytes: int = COPY_BYTES,
+    size: int = 8192,
+    runs: int = 20,
+    dtypes: dict[str, torch.dtype] = ROOF_DTYPES,
+) -> Roof:
+    """The copy bandwidth and the matmul rates (size^3), on random data: a product of zeros is 13% faster on an H200."""
+    source = torch.empty(copy_bytes // 2, dtype=torch.int16, device=device).random_()
+    target = torch.empty_like(source)
+    copy = median_ms(functools.partial(target.copy_, source), device, runs)
+    del source, target
+    matmul = {}
+    for name, dtype in dtypes.items():
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(left)
+        ms = median_ms(functools.partial(torch.mm, left, right, out=out), device, runs)
+        matmul[name] = 2 * size**3 / (1e-3 * ms)
+    return Roof(2 * copy_bytes / (1e-3 * copy), matmul)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The fewest bytes that a kernel must move (inputs read once, outputs written once), and its FLOPs."""
+
+    bytes: float
+    flops: float
+
+
+def work(kernel: str, case: Case) -> Work:
+    """The main tensors and the FLOPs as plan.py counts them, and the low-rank operands beside them."""
+    base, operand = DTYPES[case.precision]
+    M, N, K, R = case.M, case.N, case.K, case.R
+    shape = plan.Shape(M, N, K, R, base.itemsize)
+    steps = plan.forward_steps(shape, "split") | plan.backward_steps(shape, "merged")
+    step, low_rank = {
+        "norm": (steps["norm"], R * (N + K)),
+        "merge": (steps["merge"], R * (N + K)),
+        "low": (steps["low"], R * (M + K)),
+        "project": (steps["P"], R * (M + N)),
+        "epilogue": (steps["epilogue"], R * (M + N)),
+        "token_sums": (steps["token_sums"], R * (M + N)),
+        "outer_product": (steps["dA"], R * (M + K)),
+        "base": (steps["base"], 0),
+        "dx": (steps["dx"], 0),
+    }[kernel]
+    return Work(step.elements * base.itemsize + low_rank * operand.itemsize, step.flops)
+
+
+def floor_seconds(kernel: str, case: Case, roof: Roof, precision: str = "ieee") -> tuple[float, str]:
+    """(seconds at the roof, "bytes" or "flops"). precision: of the dots (launch.dot_precision)."""
+    base, operand = DTYPES[case.precision]
+    done = work(kernel, case)
+    names = {dtype: name for name, dtype in ROOF_DTYPES.items()}
+    if kernel in ("base", "dx") or operand != torch.float32 or precision == "ieee":
+        rate = roof.matmul[names[base if kernel in ("base", "dx") else operand]]
+    else:  # so many half-precision products for one float32 product; TF32 runs at half the rate of bf16
+        rate = roof.matmul["bf16"] / {"bf16x3": 3, "bf16x6": 6, "tf32x3": 6}[precision]
+    by_bytes, by_flops = done.bytes / roof.bandwidth, done.flops / rate
+    return max(by_bytes, by_flops), "bytes" if by_bytes >= by_flops else "flops"
+
+
+@dataclass
+class Operands:
+    """Random tensors of one case, for the kernels and for their checks."""
+
+    x: Tensor  # (M, K)
+    weight: Tensor  # (N, K)
+    lora_A: Tensor  # (R, K)
+    lora_B: Tensor  # (N, R)
+    dy: Tensor  # (M, N)
+    base: Tensor  # (M, N)
+    low: Tensor  # (M, R)
+    projected: Tensor  # (M, R)
+    gain: Tensor  # (N,)
+    norm: Tensor  # (N,)
+    bias: Tensor  # (N,)
+
+    @classmethod
+    def random(cls, case: Case, seed: int = 0) -> Operands:
+        """The update scaling * B @ A is about a tenth of the weight; gain and norm are spread over 0.5 to 1.5."""
+        dtype, operand = DTYPES[case.precision]
+        M, N, K, R = case.M, case.N, case.K, case.R
+        generator = None if case.device == "meta" else torch.Generator(case.device).manual_seed(seed)
+
+        def normal(*shape: int, size: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, device=case.device, generator=generator).mul_(size).to(dtype)
+
+        def spread() -> Tensor:
+            return 0.5 + torch.rand(N, device=case.device, generator=generator, dtype=accumulate_dtype(dtype))
+
+        return cls(
+            x=normal(M, K),
+            weight=normal(N, K, size=K**-0.5),
+            lora_A=normal(R, K, size=K**-0.5, dtype=operand),
+            lora_B=normal(N, R, size=0.1 * R**-0.5, dtype=operand),
+            dy=normal(M, N),
+            base=normal(M, N),
+            low=normal(M, R, dtype=operand),
+            projected=normal(M, R, dtype=operand),
+            gain=spread(),
+            norm=spread(),
+            bias=normal(N),
+        )
+
+    def double(self) -> Operands:
+        """The same numbers in float64."""
+        return Operands(**{name: tensor.double() for name, tensor in vars(self).items()})
+
+
+def _token_sums(o: Operands, steps: Steps) -> dict[str, Tensor]:
+    dB, dmagnitude, dbias = torch.empty_like(o.lora_B), torch.empty_like(o.norm), torch.empty_like(o.bias)
+    given = {"gain": o.gain, "kept": o.base, "norm": o.norm, "lora_B": o.lora_B}
+    steps.token_sums(o.dy, o.low, SCALING, outer=dB, dmagnitude=dmagnitude, dbias=dbias, **given)
+    return {"dB": dB, "dmagnitude": dmagnitude, "dbias": dbias}
+
+
+def _norm(o: Operands, steps: Steps) -> dict[str, Tensor]:
+    norm, gain = steps.norm(o.weight, o.lora_A, o.lora_B, SCALING, o.norm)
+    return {"norm": norm, "gain": gain}
+
+
+CALLS: dict[str, Callable[[Operands, Steps], dict[str, Tensor]]] = {
+    "norm": _norm,
+    "merge": lambda o, steps: {"merged": steps.merge(o.weight, o.lora_A, o.lora_B, o.gain, SCALING)},
+    "low": lambda o, steps: {"low": steps.project(o.x, o.lora_A)},
+    "project": lambda o, steps: {"P": steps.project(o.dy, o.lora_B.T, scale=o.gain)},
+    "epilogue": lambda o, steps: {"y": steps.epilogue(o.base, o.low, o.lora_B, o.gain, o.bias, SCALING, o.base.dtype)},
+    "token_sums": _token_sums,
+    "outer_product": lambda o, steps: {"dA": steps.outer_product(o.projected, o.x, SCALING, o.lora_A.dtype)},
+}
+# The nearest calls of PyTorch. Without gain or bias, and over several passes, they do less or other work than the
+# kernels: a yardstick of speed, checked for nothing. The base GEMM and dx are what the frozen layer takes.
+LIBRARY: dict[str, Callable[[Operands], Tensor]] = {
+    "norm": lambda o: torch.linalg.vector_norm(_added(o), dim=1, dtype=o.norm.dtype),
+    "merge": lambda o: _added(o),
+    "low": lambda o: o.x.to(o.lora_A.dtype) @ o.lora_A.T,
+    "project": lambda o: project_ref(o.dy, o.lora_B.T, o.gain),
+    "epilogue": lambda o: torch.addmm(o.base, o.low.to(o.base.dtype), o.lora_B.T.to(o.base.dtype), alpha=SCALING),
+    "token_sums": lambda o: o.dy.T.to(o.low.dtype) @ o.low,
+    "outer_product": lambda o: o.projected.T @ o.x.to(o.projected.dtype),
+    "base": lambda o: o.x @ o.weight.T,
+    "dx": lambda o: o.dy @ o.weight,
+}
+
+
+def _added(o: Operands) -> Tensor:
+    dtype = o.weight.dtype
+    return torch.addmm(o.weight, o.lora_B.to(dtype), o.lora_A.to(dtype), alpha=SCALING)
+
+
+@contextlib.contextmanager
+def every_call_by_kernel() -> Iterator[None]:
+    """Inside, the launchers never hand a product to the GEMM library."""
+    with (
+        mock.patch.object(plan, "project_by_kernel", lambda *args, **kwargs: True),
+        mock.patch.object(plan, "outer_by_kernel", lambda *args, **kwargs: True),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _poisoned() -> Iterator[None]:
+    """Inside, torch.empty is full of NaN: what a kernel leaves unwritten does not look like an earlier result."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+class Checker:
+    """Holds kernels to the reference: float64 is exact, the reference in the case's own dtypes is the yardstick."""
+
+    def __init__(self, operands: Operands) -> None:
+        self.operands = operands
+        self._double: Operands | None = None
+        self._known: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
+
+    def comparisons(self, kernel: str, steps: Steps) -> list[Comparison]:
+        """Each tensor that the kernel writes."""
+        if kernel not in self._known:
+            self._double = self._double or self.operands.double()
+            self._known[kernel] = CALLS[kernel](self.operands, REFERENCE), CALLS[kernel](self._double, REFERENCE)
+        yardstick, exact = self._known[kernel]
+        with _poisoned():
+            results = CALLS[kernel](self.operands, steps)
+        return [compare(name, result, yardstick[name], exact[name]) for name, result in results.items()]
+
+
+def failure(comparisons: Iterable[Comparison]) -> str | None:
+    """What speaks against these results, or None. NaN is never within the bound."""
+    bad = [c for c in comparisons if not c.error <= WORST_RATIO * c.yardstick + SUMMATION]
+    return "; ".join(f"{c.name}: error {c.error:.2e}, yardstick {c.yardstick:.2e}" for c in bad) or None
+
+
+def steps_for(case: Case) -> tuple[Steps, str]:
+    """(KERNELS, "triton") where the kernels can take the case on its device, else (REFERENCE, "reference")."""
+    if launch.why_not_triton(torch.device(case.device), DTYPES[case.precision]):
+        return REFERENCE, "reference"
+    from dora_kernels.kernels import KERNELS
+
+    return KERNELS, "triton"
+
+
+def measure_case(
+    case: Case,
+    roof: Roof,
+    names: Sequence[str] = tuple(LIBRARY),
+    by: Sequence[str] = ("kernel", "library"),
+    seconds: float = 1.0,
+    rounds: tuple[int, int] = (10, 50),
+) -> list[dict[str, Any]]:
+    """A row per kernel and per library call of that work. What raises or is wrong says so and is not timed."""
+    device = torch.device(case.device)
+    operands = Operands.random(case)
+    checker = Checker(operands)
+    steps, backend = steps_for(case)
+    base, operand = DTYPES[case.precision]
+    rows, calls = {}, {}
+    with every_call_by_kernel():
+        for who, kernel in ((who, name) for name in names for who in by):
+            if kernel not in (CALLS if who == "kernel" else LIBRARY):
+                continue
+            key = f"{who} {kernel}"
+            rows[key] = row = _row(kernel, who, backend if who == "kernel" else "torch", case)
+            try:
+                if who == "kernel":
+                    comparisons = checker.comparisons(kernel, steps)
+                    row["errors"] = {c.name: {"error": c.error, "yardstick": c.yardstick} for c in comparisons}
+                    row["reason"] = failure(comparisons)
+                    call = functools.partial(CALLS[kernel], operands, steps)
+                else:
+                    call = functools.partial(LIBRARY[kernel], operands)
+                    call()
+            except Exception as error:  # a kernel that cannot do a case is a result, not the end
+                row["reason"] = f"{type(error).__name__}: {error}"[:500]
+            row["ok"] = row["reason"] is None
+            if row["ok"]:
+                calls[key] = call
+        checker = None  # the float64 copies: gigabytes
+        for key, timing in interleave(calls, stopwatch_of(device), seconds, rounds).items():
+            precision = launch.dot_precision(launch.device_facts(device), operand, base)
+            rows[key] |= figures(rows[key]["kernel"], case, timing, roof, precision)
+    return list(rows.values())
+
+
+def figures(kernel: str, case: Case, timing: Timing, roof: Roof, precision: str = "ieee") -> dict[str, Any]:
+    """The numbers of a row: time, bytes and FLOPs, both rates, and the percent of the roof reached."""
+    seconds, done = 1e-3 * timing.median, work(kernel, case)
+    floor, bound = floor_seconds(kernel, case, roof, precision)
+    return {
+        "ms": asdict(timing),
+        "bytes": done.bytes,
+        "flops": done.flops,
+        "bound": bound,
+        "gigabytes_per_second": 1e-9 * done.bytes / seconds,
+        "teraflops": 1e-12 * done.flops / seconds,
+        "percent_of_roof": 100 * floor / seconds,
+    }
+
+
+def _row(kernel: str, by: str, backend: str, case: Case) -> dict[str, Any]:
+    shape = {"M": case.M, "N": case.N, "K": case.K, "R": case.R, "precision": case.precision}
+    row = {"kernel": kernel, "by": by, "backend": backend, "layers": layer_names(case.N, case.K)} | shape
+    return row | {"ok": False, "reason": None, "errors": {}, "ms": None}
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """A line per row: microseconds, both rates, percent of the roof."""
+    lines = [("kernel", "by", "M", "N", "K", "R", "precision", "us", "GB/s", "TFLOP/s", "bound", "% roof")]
+    for row in rows:
+        shape = [str(row[name]) for name in ("kernel", "by", "M", "N", "K", "R", "precision")]
+        if row["ms"] is None:
+            lines.append((*shape, "-", "-", "-", "-", (row["reason"] or "-")[:80]))
+            continue
+        rates = [f"{row['gigabytes_per_second']:.0f}", f"{row['teraflops']:.1f}", row["bound"]]
+        lines.append((*shape, f"{1e3 * row['ms']['median']:.1f}", *rates, f"{row['percent_of_roof']:.0f}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, 1 where a kernel was wrong or raised, 2 where the device is not there."""
+    parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--case", nargs="+", type=_case, metavar="MxNxKxR")
+    parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--kernel", nargs="+", choices=LIBRARY, default=list(LIBRARY))
+    parser.add_argument("--seconds", type=float, default=120, help="for the whole run (default: %(default)s)")
+    parser.add_argument("--out", type=pathlib.Path, help="default: bench/results/<gpu>/kernels.json")
+    parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
+    arguments = parser.parse_args(argv)
+    there = torch.cuda.is_available()
+    device = torch.device("cuda" if there and arguments.device != "cpu" else "cpu")
+    if arguments.device == "cuda" and not there:
+        print("bench.kernels: --device cuda but torch sees no GPU; expected a GPU, or --device cpu", file=sys.stderr)
+        return 2
+    gpu = device.type == "cuda"
+    out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "kernels.json"
+    end = time.monotonic() + arguments.seconds
+    roof = measure_roof(device) if gpu else measure_roof(device, 64 << 20, 512, 5)
+    cases = arguments.case or (GPU_CASES if gpu else CPU_CASES)
+    cases = [Case(*sizes, precision, device.type) for precision in arguments.precision for sizes in cases]
+    information, rows = meta(device, arguments.commit) | {"roof": asdict(roof)}, []
+    for done, case in enumerate(cases, start=1):
+        if time.monotonic() >= end:
+            print(f"out of time, left out: {'; '.join(map(str, cases[done - 1 :]))}", flush=True)
+            break
+        print(case, flush=True)
+        rows += measure_case(case, roof, arguments.kernel)
+        write(out, information | {"left_out": [str(left) for left in cases[done:]]}, rows)
+    print(table(rows))
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def _case(text: str) -> tuple[int, int, int, int]:
+    M, N, K, R = map(int, text.split("x"))
+    return M, N, K, R
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""The layers that are compared: one function each, from the same tensors to a layer ready to be stepped.
+
+A further provider is one more function and its name in PROVIDERS. `computes` names the function a provider
+computes, so that the gate (measure.py) holds each to its own exact result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import peft
+import torch
+from torch import Tensor, nn
+
+import dora_kernels
+from bench import peers
+from bench.shapes import PRECISIONS, Case, Precision
+from dora_kernels.reference import dora_linear_ref
+
+# 2 * alpha / R is common, but a power of two would make the product exact and hide a scaling in the wrong place
+SCALING = 0.7
+
+
+@dataclass
+class Problem:
+    """Random tensors of one case: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), magnitude (N,), dy (M, N).
+
+    lora_B is not zero, gains are spread over 0.5 to 1.5, and dy is dense: on zeros a product runs faster, and a
+    layer without its low-rank part or its gain would look right.
+    """
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    dy: Tensor
+    precision: Precision
+
+    @classmethod
+    def random(cls, case: Case, seed: int = 0) -> Problem:
+        """The tensors of `case`; the update scaling * B @ A is about a tenth of the weight."""
+        precision = PRECISIONS[case.precision]
+        M, N, K, R = case.M, case.N, case.K, case.R
+        generator = torch.Generator(case.device).manual_seed(seed)
+
+        def normal(*shape: int, size: float = 1.0) -> Tensor:
+            return torch.randn(shape, device=case.device, generator=generator) * size
+
+        weight = normal(N, K, size=K**-0.5).to(precision.dtype)
+        lora_A = normal(R, K, size=K**-0.5).to(precision.adapter_dtype)
+        lora_B = normal(N, R, size=0.1 * R**-0.5).to(precision.adapter_dtype)
+        gain = 0.5 + torch.rand(N, device=case.device, generator=generator)
+        merged = torch.addmm(weight.float(), lora_B.float(), lora_A.float(), alpha=SCALING)
+        return cls(
+            normal(M, K).to(precision.dtype).requires_grad_(),
+            weight,
+            lora_A,
+            lora_B,
+            (gain * torch.linalg.vector_norm(merged, dim=1)).to(precision.adapter_dtype),
+            normal(M, N).to(precision.dtype),
+            precision,
+        )
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """The context of a forward pass."""
+        device_type = self.x.device.type
+        return torch.autocast(device_type, dtype=self.precision.dtype, enabled=self.precision.autocast)
+
+    def double(self) -> Problem:
+        """The same numbers in float64, where dora_linear_ref is exact."""
+        tensors = (self.weight, self.lora_A, self.lora_B, self.magnitude, self.dy)
+        x = self.x.detach().double().requires_grad_()
+        return Problem(x, *(tensor.double() for tensor in tensors), Precision("fp64", torch.float64, torch.float64))
+
+
+@dataclass
+class Layer:
+    """One provider's layer: x -> y, the tensors it trains by name, and what it computes: frozen, lora or dora.
+
+    ours: the call must have run in dora_kernels' own operators; a call handed back to PEFT is no measurement.
+    module: what train() and eval() are called on, where the layer knows the difference.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    trained: dict[str, Tensor]
+    computes: str
+    ours: bool = False
+    module: nn.Module | None = None
+
+    def set_mode(self, step: str) -> None:
+        """train() before a training pass, eval() before inference: once, and not in what is timed."""
+        if self.module is not None:
+            self.module.train(step in TRAINING)
+
+
+def reference(problem: Problem, computes: str) -> Layer:
+    """The definition in the dtypes of `problem`: "lora" is DoRA with gain 1, "frozen" is that with lora_B = 0."""
+    lora_A, lora_B, magnitude = (
+        tensor.detach().clone().requires_grad_() for tensor in (problem.lora_A, problem.lora_B, problem.magnitude)
+    )
+    trained = {"lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude}
+    norm = None
+    if computes != "dora":
+        norm = magnitude = torch.ones_like(problem.magnitude)
+        del trained["magnitude"]
+    if computes == "frozen":
+        lora_B, trained = torch.zeros_like(problem.lora_B), {}
+
+    def forward(x: Tensor) -> Tensor:
+        return dora_linear_ref(x, problem.weight, lora_A, lora_B, magnitude, SCALING, norm=norm)
+
+    return Layer(forward, trained, computes)
+
+
+def frozen(problem: Problem) -> Layer:
+    """The floor: nn.Linear over the frozen weight."""
+    return Layer(_linear(problem), {}, "frozen")
+
+
+def peft_lora(problem: Problem) -> Layer:
+    """PEFT's LoRA layer, unmodified."""
+    model = _peft_model(problem, use_dora=False)
+    return Layer(_layer_of(model), _trained(model), "lora", module=model)
+
+
+def peft_dora(problem: Problem) -> Layer:
+    """PEFT's DoRA layer, unmodified and eager."""
+    model = _peft_model(problem, use_dora=True)
+    return Layer(_layer_of(model), _trained(model), "dora", module=model)
+
+
+def compiled(provider: Provider) -> Provider:
+    """The layer of `provider` under torch.compile, for its own shapes alone.
+
+    The first call of each pass compiles, some ten seconds. All layers of a class share the compiler's cache, which
+    holds a few shapes and then gives up silently: torch.compiler.reset() before the next case.
+    """
+
+    def build(problem: Problem) -> Layer:
+        layer = provider(problem)
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+        return layer
+
+    return build
+
+
+def peft_dora_compiled(problem: Problem) -> Layer:
+    """PEFT's DoRA layer, unmodified, under torch.compile."""
+    return compiled(peft_dora)(problem)
+
+
+def factored_compose(problem: Problem) -> Layer:
+    """The published factored norm and elementwise composition, eager."""
+    return _peer(problem, peers.factored_compose)
+
+
+def factored_compose_compiled(problem: Problem) -> Layer:
+    """The same under torch.compile, which makes one kernel of the composition, as its authors have."""
+    return compiled(factored_compose)(problem)
+
+
+def axolotl(problem: Problem) -> Layer:
+    """Axolotl's formula: the row norm, the vendor's products, an eager rescale, a backward pass by hand."""
+    return _peer(problem, peers.RescaledLora.apply)
+
+
+def ours(problem: Problem, **options: str) -> Layer:
+    """The layer of peft_dora after dora_kernels.enable, as the planner has it."""
+    model = _peft_model(problem, use_dora=True)
+    report = dora_kernels.enable(model)
+    if not report.taken_over or report.left_alone:
+        raise RuntimeError(f"ours: {report}")
+    layer = _layer_of(model)
+
+    def forward(x: Tensor) -> Tensor:
+        with dora_kernels.options(**options):
+            return layer(x)
+
+    return Layer(forward if options else layer, _trained(model), "dora", ours=True, module=model)
+
+
+def ours_split(problem: Problem) -> Layer:
+    """ours, with base = x @ weight.T and an epilogue; dx through dz."""
+    return ours(problem, way="split")
+
+
+def ours_merged(problem: Problem) -> Layer:
+    """ours, through the temporary merged weight, in the backward pass too."""
+    return ours(problem, way="merged")
+
+
+def ours_exact(problem: Problem) -> Layer:
+    """ours, with base kept in float32 until the one rounding of y."""
+    return ours(problem, precision="exact")
+
+
+Provider = Callable[[Problem], Layer]
+PROVIDERS: dict[str, Provider] = {
+    "frozen": frozen,
+    "peft_lora": peft_lora,
+    "peft_dora": peft_dora,
+    "peft_dora_compiled": peft_dora_compiled,
+    "factored_compose": factored_compose,
+    "factored_compose_compiled": factored_compose_compiled,
+    "axolotl": axolotl,
+    "ours": ours,
+    "ours_split": ours_split,
+    "ours_merged": ours_merged,
+    "ours_exact": ours_exact,
+}
+COMPILED = ("peft_dora_compiled", "factored_compose_compiled")
+
+
+def default_providers(device_type: str) -> list[str]:
+    """All, but on a CPU not those that torch.compile takes longer over than the whole measurement."""
+    return [name for name in PROVIDERS if device_type != "cpu" or name not in COMPILED]
+
+
+def forward(layer: Layer, problem: Problem) -> dict[str, Tensor]:
+    """y of a training forward pass: what the backward pass needs is saved."""
+    with problem.autocast():
+        return {"y": layer.forward(problem.x)}
+
+
+def forward_backward(layer: Layer, problem: Problem) -> dict[str, Tensor]:
+    """y, the gradient of x, and the gradient of each trained tensor, by name."""
+    y = forward(layer, problem)["y"]
+    leaves = {"x": problem.x} | layer.trained
+    gradients = torch.autograd.grad(y, list(leaves.values()), problem.dy)
+    return {"y": y} | dict(zip(leaves, gradients, strict=True))
+
+
+def inference(layer: Layer, problem: Problem) -> dict[str, Tensor]:
+    """y without a graph; the layer is in eval mode (Layer.set_mode)."""
+    with torch.no_grad():
+        return forward(layer, problem)
+
+
+PASSES = {"forward": forward, "forward+backward": forward_backward, "inference": inference}
+TRAINING = ("forward", "forward+backward")
+
+
+def _peer(problem: Problem, formula: Callable[..., Tensor]) -> Layer:
+    """A layer that computes `formula` (peers.py) with leaves of its own."""
+    trained = {
+        name: getattr(problem, name).detach().clone().requires_grad_() for name in ("lora_A", "lora_B", "magnitude")
+    }
+
+    def forward(x: Tensor) -> Tensor:
+        return formula(x, problem.weight, *trained.values(), SCALING)
+
+    return Layer(forward, trained, "dora")
+
+
+def _linear(problem: Problem) -> nn.Linear:
+    """nn.Linear over the very weight of `problem`; all providers share it."""
+    N, K = problem.weight.shape
+    linear = nn.Linear(K, N, bias=False, device="meta")
+    linear.weight = nn.Parameter(problem.weight, requires_grad=False)
+    return linear
+
+
+def _peft_model(problem: Problem, use_dora: bool) -> nn.Module:
+    """A PEFT model of one adapted layer that holds the tensors of `problem`."""
+    R = problem.lora_A.shape[0]
+    config = peft.LoraConfig(r=R, lora_alpha=SCALING * R, target_modules=["layer"], use_dora=use_dora)
+    model = peft.get_peft_model(
+        nn.ModuleDict({"layer": _linear(problem)}),
+        config,
+        autocast_adapter_dtype=problem.precision.adapter_dtype == torch.float32,
+    )
+    with torch.no_grad():
+        for name, parameter in _trained(model).items():
+            tensor = getattr(problem, name)
+            if (parameter.dtype, parameter.shape) != (tensor.dtype, tensor.shape):
+                raise RuntimeError(f"PEFT's {name} is {parameter.dtype}; expected {tensor.dtype}")
+            parameter.copy_(tensor)
+    return model.train()
+
+
+def _layer_of(model: nn.Module) -> nn.Module:
+    return model.get_submodule("base_model.model.layer")
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    layer = _layer_of(model)
+    trained = {"lora_A": layer.lora_A["default"].weight, "lora_B": layer.lora_B["default"].weight}
+    if "default" in layer.lora_magnitude_vector:
+        trained["magnitude"] = layer.lora_magnitude_vector["default"].weight
+    return trained

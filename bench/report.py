@@ -1,0 +1,75 @@
+"""Results on disk and on the terminal: JSON {meta, rows}, and the table of ratios."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from dora_kernels.testing import geometric_mean
+
+
+def write(path: pathlib.Path, meta: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """{meta, rows} as JSON, a row per line, whole or not at all; numbers to 4 digits, inf and NaN as null."""
+    lines = ",\n".join(json.dumps(_tidy(row), allow_nan=False) for row in rows)
+    text = f'{{"meta": {json.dumps(_tidy(meta), indent=1, allow_nan=False)},\n"rows": [\n{lines}\n]}}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _tidy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tidy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_tidy(item) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.4g}") if math.isfinite(value) else None
+    return value
+
+
+def table(rows: Iterable[dict[str, Any]]) -> str:
+    """Per case and step: the frozen linear in ms, and every provider's median over it and over PEFT DoRA.
+
+    Graph times where frozen, PEFT DoRA and ours all have one, else eager ones; a dash where there is no time.
+    """
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("precision", "step", "M", "N", "K", "R"))
+        groups.setdefault(key, {})[row["provider"]] = row
+    names = list(dict.fromkeys(name for group in groups.values() for name in group if name != "frozen"))
+    lines = [("precision", "step", "M", "N", "K", "R", "clock", "frozen ms", *names, "ours/peft_dora")]
+    ratios: dict[str, list[float]] = {"ours/frozen": [], "ours/peft_dora": []}
+    for key, group in groups.items():
+        compared = [group[name] for name in ("frozen", "peft_dora", "ours") if name in group]
+        clock = "graph_ms" if all(row["graph_ms"] for row in compared) else "ms"
+        median = {name: row[clock]["median"] for name, row in group.items() if row[clock]}
+
+        def over(name: str, base: str, median: dict[str, float] = median) -> float | None:
+            return median[name] / median[base] if name in median and base in median else None
+
+        for ratio in ratios:
+            value = over(*ratio.split("/"))
+            ratios[ratio] += [] if value is None else [value]
+        floor = f"{median['frozen']:.3f}" if "frozen" in median else "-"
+        cells = [over(name, "frozen") for name in names] + [over("ours", "peft_dora")]
+        shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+        lines.append((*map(str, key), "graph" if clock == "graph_ms" else "eager", floor, *shown))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text += [f"geometric mean of {name}: {geometric_mean(values):.2f}" for name, values in ratios.items() if values]
+    return "\n".join(text)
+
+
+def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """One line for each provider that a case has no time for, or no graph time."""
+    lines = [
+        f"{row['provider']} M={row['M']} N={row['N']} K={row['K']} R={row['R']} {row['precision']}: {reason}"
+        for row in rows
+        for reason in (row["reason"], row["graph_reason"] and f"CUDA graph: {row['graph_reason']}")
+        if reason
+    ]
+    return list(dict.fromkeys(lines))

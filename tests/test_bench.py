@@ -1,0 +1,472 @@
+"""The instrument: its gate lets right providers through and wrong ones not, its results have one form, and the suite
+of GPU stages keeps to its time.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import layer, measure, peers, report, shapes
+from bench.measure import Gate, GateError, Timing, failure, interleave
+from bench.providers import (
+    COMPILED,
+    PROVIDERS,
+    Layer,
+    Problem,
+    default_providers,
+    forward_backward,
+    ours,
+    peft_dora,
+    reference,
+)
+from bench.shapes import PRECISIONS, Case
+from dora_kernels.testing import rms_error
+
+ROOT = Path(__file__).parent.parent
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_suite():
+    """tools/gpu_suite.py as a module; tools/ is no package."""
+    spec = importlib.util.spec_from_file_location("gpu_suite", ROOT / "tools" / "gpu_suite.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu_suite = load_suite()
+
+
+def case(precision: str = "fp32", M: int = 48) -> Case:
+    return Case(M, 96, 160, 8, precision, DEVICE)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_provider_passes_the_gate(precision):
+    problem = Problem.random(case(precision))
+    gate = Gate(problem)
+    for name in default_providers("cpu"):
+        built = PROVIDERS[name](problem)
+        comparisons, backend = gate.check(built)
+        assert failure(comparisons) is None, name
+        assert {"frozen": 2, "lora": 4, "dora": 5}[built.computes] == len(comparisons), name
+        assert (backend is not None) == name.startswith("ours"), name
+
+        comparisons, backend = gate.check(built, "inference")
+        assert failure(comparisons) is None and len(comparisons) == 1, name
+        assert (backend is not None) == name.startswith("ours"), name
+        assert built.module is None or not built.module.training
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_every_formula_is_exact_in_float64(name, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # without a compiler
+    monkeypatch.setattr(peers, "CHUNK", 64)  # three chunks of 160 columns, one of them ragged
+    problem = Problem.random(case()).double()
+    if name == "ours_exact" and DEVICE == "cuda":
+        pytest.skip("float64 has no kernels")
+    built = PROVIDERS[name](problem)
+    exact = forward_backward(reference(problem, built.computes), problem)
+    for tensor, result in forward_backward(built, problem).items():
+        assert rms_error(result, exact[tensor]) < 1e-13, tensor
+
+
+def test_compiled_providers_really_compile(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled.append(dynamic) or function)
+    for name in COMPILED:
+        PROVIDERS[name](Problem.random(case()))
+    assert compiled == [False, False]
+    assert default_providers("cuda") == list(PROVIDERS) and not set(COMPILED) & set(default_providers("cpu"))
+
+
+def test_saved_bytes():
+    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(4, 16, requires_grad=True)
+
+    def step():
+        hidden = (x @ weight.T).exp()  # exp keeps its result, 8 x 4
+        return hidden.T * hidden.T.sigmoid()  # both factors: hidden again, and the sigmoid, which keeps itself too
+
+    assert measure.saved_bytes(step, x, weight) == 2 * 8 * 4 * 4
+    assert measure.saved_bytes(step) == 2 * 8 * 4 * 4 + x.nbytes + weight.nbytes
+    with torch.no_grad():
+        assert measure.saved_bytes(step) == 0
+
+
+def test_saved_bytes_of_a_layer():
+    M, N, R = 48, 96, 8
+    rows = layer.measure_case(
+        case("bf16"), {name: PROVIDERS[name] for name in ("frozen", "ours", "peft_dora")}, rounds=(1, 1)
+    )
+    saved = {(row.provider, row.step): row.saved_bytes for row in rows}
+    assert saved["frozen", "forward"] == 0
+    assert {size for (_, step), size in saved.items() if step == "inference"} == {0}
+    # base and low in bf16, norm and gain in float32
+    assert saved["ours", "forward"] == saved["ours", "forward+backward"] == 2 * M * N + 2 * M * R + 2 * 4 * N
+    assert saved["peft_dora", "forward"] > saved["ours", "forward"]
+
+
+def broken(problem: Problem, **changes) -> Layer:
+    """PEFT's DoRA layer with changed values in its trained tensors."""
+    built = peft_dora(problem)
+    with torch.no_grad():
+        for name, factor in changes.items():
+            built.trained[name].mul_(factor)
+    return built
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("changes", ({"magnitude": 1.01}, {"magnitude": 0.99}, {"lora_B": 0}, {"lora_A": 0.8}), ids=str)
+def test_the_gate_rejects_a_wrong_layer(precision, changes):
+    problem = Problem.random(case(precision))
+    comparisons, _ = Gate(problem).check(broken(problem, **changes))
+    assert "y: error" in failure(comparisons)
+
+
+@pytest.mark.parametrize("name", ("y", "x", "lora_A", "lora_B", "magnitude"))
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_gate_rejects_each_wrong_tensor(precision, name):
+    problem = Problem.random(case(precision))
+    gate = Gate(problem)
+    right = forward_backward(ours(problem), problem)
+    assert failure(gate.comparisons("dora", right)) is None
+    for wrong in (torch.zeros_like(right[name]), right[name] * 1.01, right[name] * torch.nan):
+        reason = failure(gate.comparisons("dora", right | {name: wrong}))
+        assert reason.startswith(f"{name}: error") and ";" not in reason
+
+
+def test_the_gate_wants_every_tensor_in_its_dtype():
+    problem = Problem.random(case("bf16"))
+    gate = Gate(problem)
+    results = forward_backward(ours(problem), problem)
+    with pytest.raises(GateError, match="y is torch.float32 .* expected torch.bfloat16"):
+        gate.comparisons("dora", results | {"y": results["y"].float()})
+    del results["magnitude"]
+    with pytest.raises(GateError, match="results are y, x, lora_A, lora_B; expected y, x, lora_A, lora_B, magnitude"):
+        gate.comparisons("dora", results)
+
+
+def test_a_layer_of_ours_that_peft_computed_is_no_measurement():
+    problem = Problem.random(case())
+    with pytest.raises(GateError, match="operators called"):
+        Gate(problem).check(dataclasses.replace(peft_dora(problem), ours=True))
+
+
+def test_the_problem_hides_nothing():
+    problem = Problem.random(Case(8, 64, 32, 4, "fp32", DEVICE))
+    y = reference(problem, "dora").forward(problem.x)
+    for computes in ("lora", "frozen"):  # the update and the gain are both large beside any rounding
+        assert measure.compare("y", reference(problem, computes).forward(problem.x), y, y).error > 0.02
+    assert problem.dy.stride() == (64, 1) and problem.dy.count_nonzero() == problem.dy.numel()
+
+
+def zeros(problem: Problem) -> Layer:
+    """A very fast layer."""
+    built = peft_dora(problem)
+    return dataclasses.replace(built, forward=lambda x: built.forward(x) * 0)
+
+
+def raising(problem: Problem) -> Layer:
+    raise RuntimeError("no such kernel")
+
+
+FIELDS = {field.name for field in dataclasses.fields(layer.Row)}
+
+
+def test_rows_and_json(tmp_path, capsys):
+    providers = {name: PROVIDERS[name] for name in ("frozen", "peft_dora", "ours")}
+    providers |= {"zeros": zeros, "raising": raising}
+    path = tmp_path / "deep" / "layer.json"
+
+    def measured(case):
+        return layer.measure_case(case, providers, seconds=0.0, rounds=(2, 2))
+
+    layer.run([case(), case("bf16")], path, measured, 60, {"commit": "c0ffee"})
+    content = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert content["meta"] == {"commit": "c0ffee", "left_out": []}
+    rows = content["rows"]
+    assert len(rows) == 2 * 3 * len(providers)
+    for row in rows:
+        assert row.keys() == FIELDS
+        assert (row["M"], row["N"], row["K"], row["R"]) == (48, 96, 160, 8)
+        wrong = row["provider"] in ("zeros", "raising")
+        assert row["ok"] != wrong and (row["ms"] is None) == wrong and (row["reason"] is not None) == wrong
+        if not wrong:
+            assert row["ms"].keys() == {field.name for field in dataclasses.fields(Timing)}
+            assert 0 < row["ms"]["minimum"] <= row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+            assert row["ms"]["runs"] == 2 and row["errors"]["y"]["error"] < 0.01
+    reasons = {row["provider"]: row["reason"] for row in rows if row["precision"] == "fp32"}
+    assert reasons["raising"] == "RuntimeError: no such kernel"
+    assert reasons["zeros"].startswith("y: error 1.00e+00")
+
+    text = report.table(rows)
+    assert len(text.splitlines()) == 1 + 6 + 2  # a header, two cases of three steps, two means
+    assert "geometric mean of ours/frozen" in text
+    assert len(report.problems(rows)) == 4
+
+
+def test_what_has_no_time_is_a_dash_in_the_table():
+    common = {"precision": "fp32", "step": "forward", "M": 1, "N": 2, "K": 3, "R": 4, "graph_ms": None}
+    times = {"frozen": 2.0, "peft_dora": 8.0, "ours": 4.0, "zeros": None}
+    rows = [common | {"provider": name, "ms": ms and {"median": ms}} for name, ms in times.items()]
+    header, line, over_frozen, over_peft = (text.split() for text in report.table(rows).splitlines())
+    shown = dict(zip(header[-4:], line[-4:], strict=True))
+    assert shown == {"peft_dora": "4.00", "ours": "2.00", "zeros": "-", "ours/peft_dora": "0.50"}
+    assert (over_frozen[-1], over_peft[-1]) == ("2.00", "0.50")
+    rows[0]["graph_ms"] = {"median": 1.0}  # of one clock alone: nothing to compare with
+    assert report.table(rows).splitlines()[1].split() == line
+    for row, ms in zip(rows, (1.0, 3.0, 2.0), strict=False):
+        row["graph_ms"] = {"median": ms}
+    assert report.table(rows).splitlines()[1].split()[-4:] == ["3.00", "2.00", "-", "0.67"]
+
+
+def test_a_run_out_of_time_leaves_what_it_has(tmp_path, capsys):
+    clock = FakeClock()
+
+    def measured(case):
+        clock.now += 10
+        return []
+
+    cases = [case(M=M) for M in (1, 2, 3, 4)]
+    layer.run(cases, tmp_path / "layer.json", measured, 15, {}, clock)
+    left_out = json.loads((tmp_path / "layer.json").read_text())["meta"]["left_out"]
+    assert left_out == [str(case) for case in cases[2:]]
+    assert f"left out: {cases[2]}; {cases[3]}" in capsys.readouterr().out
+
+
+def test_inf_and_nan_are_null(tmp_path):
+    report.write(tmp_path / "a.json", {}, [{"a": float("inf"), "b": [float("nan"), 1.23456]}])
+    assert json.loads((tmp_path / "a.json").read_text())["rows"] == [{"a": None, "b": [None, 1.235]}]
+
+
+class FakeClock:
+    """Moves only when told."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_interleaved_timing():
+    clock = FakeClock()
+    ran: list[str] = []
+    costs = {"a": 1.0, "b": 3.0, "c": 2.0}
+
+    def step(name):
+        def run():
+            ran.append(name)
+            clock.now += costs[name]
+
+        return run
+
+    def stopwatch(step):
+        start = clock()
+        step()
+        elapsed = clock() - start
+        return lambda: elapsed
+
+    timings = interleave({name: step(name) for name in costs}, stopwatch, seconds=20, rounds=(2, 50), clock=clock)
+    warmup = 3 * measure.WARMUP_STEPS
+    rounds = [ran[start : start + 3] for start in range(warmup, len(ran), 3)]
+    assert len(rounds) == 4  # 6 s each: the fourth begins at 18 s
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds) and len(set(map(tuple, rounds))) > 1
+    assert {name: timing.median for name, timing in timings.items()} == costs
+    timings = interleave({"a": step("a")}, stopwatch, seconds=0, rounds=(2, 50), clock=clock)
+    assert timings["a"].runs == 2
+
+
+def test_timing_statistics():
+    assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == Timing(3.5, 2.0, 5.0, 1.0, 6)
+    assert Timing.of([7.0]) == Timing(7.0, 7.0, 7.0, 7.0, 1)
+
+
+def test_a_graph_that_does_not_write_its_results_has_no_time(monkeypatch):
+    problem = Problem.random(case())
+    layers = {name: PROVIDERS[name](problem) for name in ("frozen", "peft_dora", "ours")}
+    calls = {name: (lambda built=built: forward_backward(built, problem)) for name, built in layers.items()}
+    rows = {name: layer.Row(name, None, "forward+backward", [], 1, 1, 1, 1, "fp32") for name in layers}
+
+    class Graph:
+        def __init__(self, call, results):
+            self.call, self.results = call, results
+
+        def replay(self):
+            for name, result in self.call().items() if self.call else ():
+                self.results[name].copy_(result)
+
+    def capture(call, pool):
+        if call is calls["frozen"]:
+            raise RuntimeError("cannot be captured")
+        results = {name: result.detach().clone() for name, result in call().items()}
+        return Graph(None if call is calls["peft_dora"] else call, results), results
+
+    monkeypatch.setattr(layer, "capture", capture)
+    monkeypatch.setattr(layer, "CudaStopwatch", lambda device: measure.cpu_stopwatch)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    layer._time_graphs(calls, layers, rows, Gate(problem), "forward+backward", torch.device("cpu"), 0.0, (2, 2))
+    assert rows["ours"].graph_ms.runs == 2 and rows["ours"].graph_reason is None
+    assert rows["frozen"].graph_ms is None and rows["frozen"].graph_reason == "RuntimeError: cannot be captured"
+    assert rows["peft_dora"].graph_ms is None and rows["peft_dora"].graph_reason.startswith("y: error inf")
+
+    only_y = {"ours": lambda: {"y": layers["ours"].forward(problem.x)}}  # a pass that gives y alone
+    rows["ours"] = layer.Row("ours", None, "forward", [], 1, 1, 1, 1, "fp32")
+    layer._time_graphs(only_y, layers, rows, Gate(problem), "forward", torch.device("cpu"), 0.0, (2, 2))
+    assert rows["ours"].graph_ms.runs == 2 and rows["ours"].graph_reason is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_graphs_and_memory_on_a_gpu():
+    rows = layer.measure_case(Case(256, 512, 512, 16, "bf16", "cuda"), seconds=0.2, rounds=(3, 20))
+    assert [(row.provider, row.reason, row.graph_reason) for row in rows if row.reason or row.graph_reason] == []
+    assert all(row.backend == "triton" for row in rows if row.provider.startswith("ours"))
+    for row in rows:
+        assert row.graph_ms.median > 0 and row.ms.median > 0
+        assert row.peak_bytes >= 2 * row.M * row.N  # y at least
+        assert row.launches >= 1 and row.host_us > 0
+
+
+def test_shapes():
+    names = [(shape.model, shape.layer) for shape in shapes.LAYERS]
+    assert len(set(names)) == len(names)
+    assert shapes.layer_names(4096, 4096) == ["Llama-3.1-8B q/o"]
+    assert shapes.layer_names(1024, 5120) == ["Qwen3-32B k/v"] and shapes.layer_names(3, 3) == []
+    assert [str(case) for case in layer.grid([(1, 2)], (3, 4), (5,), ("fp32",), "cpu")] == [
+        "M=3 N=1 K=2 R=5 fp32",
+        "M=4 N=1 K=2 R=5 fp32",
+    ]
+
+
+def test_named_grids():
+    core, decode, full = (shapes.GRIDS[name]("cpu") for name in ("core", "decode", "full"))
+    assert len(core) <= 24 and len(set(core)) == len(core)
+    assert core[0] == Case(8192, 4096, 4096, 64, "bf16", "cpu") and core[2] == Case(
+        8192, 14336, 4096, 384, "bf16", "cpu"
+    )
+    assert {case.precision for case in core} == set(PRECISIONS)
+    assert {case.M for case in decode} == {1, 8, 16} and set(core[3:5]) < set(decode)
+    weights = {(shape.N, shape.K) for shape in shapes.LAYERS}
+    assert len(full) == len(set(full)) == 2 * len(weights) * len(shapes.M_LIST) * len(shapes.R_LIST) + 2
+
+
+def test_which_cases_run(capsys):
+    def cases(*argv, device="cuda"):
+        return layer.cases_of(layer._parser().parse_args(argv), device)
+
+    assert cases() == cases("--grid", "core") == shapes.core_grid()
+    assert cases("--grid", "decode", device="cpu") == shapes.decode_grid("cpu")
+    assert [str(case) for case in cases("--tokens", "3", "--rank", "4", "--precision", "fp16")] == [
+        "M=3 N=4096 K=4096 R=4 fp16"
+    ]
+    assert len(cases(device="cpu")) == 8
+    with pytest.raises(SystemExit):
+        layer.main(["--device", "cpu", "--grid", "core", "--rank", "4"])
+    assert "--grid core with --rank" in capsys.readouterr().err
+
+
+def run_fake_stages(tmp_path, seconds, *descriptions):
+    """(name, least, takes, outcome or error) each -> results by name, and the seconds that each stage was given."""
+    clock, shares = FakeClock(), {}
+
+    def stage(name, least, takes, outcome):
+        def run(suite, seconds):
+            shares[name] = seconds
+            clock.now += takes
+            if isinstance(outcome, Exception):
+                raise outcome
+            return {"ok": True} | outcome
+
+        return gpu_suite.Stage(name, least, run)
+
+    stages = [stage(*description) for description in descriptions]
+    results = gpu_suite.run_stages(stages, gpu_suite.Suite(tmp_path), seconds, {"commit": None}, clock)
+    written = json.loads((tmp_path / "suite.json").read_text())
+    assert [row["stage"] for row in written["rows"]] == [stage.name for stage in stages]
+    return {row["stage"]: row for row in results}, shares
+
+
+def test_stages_share_the_time(tmp_path):
+    results, shares = run_fake_stages(tmp_path, 300, ("a", 50, 100, {}), ("b", 40, 10, {}), ("c", 30, 10, {}))
+    # what is left, but for what the later ones need at least
+    assert shares == {"a": 300 - 40 - 30, "b": 200 - 30, "c": 190}
+    assert all(result["ok"] for result in results.values())
+    assert results["a"]["seconds"] == 100
+
+
+def test_the_first_stage_goes_first_where_time_is_short(tmp_path, capsys):
+    results, shares = run_fake_stages(tmp_path, 60, ("a", 50, 45, {}), ("b", 40, 10, {}), ("c", 15, 10, {}))
+    assert shares == {"a": 50, "c": 15}
+    assert results["b"]["skipped"] == "15 s left; expected 40 or more" and not results["b"]["ok"]
+    assert "b: skipped, 15 s left" in capsys.readouterr().out
+
+
+def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):
+    stages = (("a", 10, 5, RuntimeError("boom")), ("b", 10, 200, {"ok": False, "reason": "late"}), ("c", 10, 5, {}))
+    results, shares = run_fake_stages(tmp_path, 100, *stages)
+    assert results["a"]["reason"] == "RuntimeError: boom" and not results["a"]["ok"]
+    assert shares["b"] == 85 and results["c"]["skipped"].startswith("0 s left")
+    text = gpu_suite.summary(list(results.values()), tmp_path)
+    assert [line.split()[:2] for line in text.splitlines()] == [["a", "FAILED"], ["b", "FAILED"], ["c", "skipped"]]
+
+
+def test_a_command_is_stopped_in_time(tmp_path):
+    polite = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('wrote the rest')"
+    done = gpu_suite.run_command([sys.executable, "-uc", polite], 6, tmp_path / "logs" / "a.log", grace=3)
+    assert done.status is None and done.tail == "wrote the rest"
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(60)"
+    start = time.monotonic()
+    done = gpu_suite.run_command([sys.executable, "-uc", deaf], 3.5, tmp_path / "b.log", grace=0.5)
+    assert done.status is None and done.tail == "deaf" and time.monotonic() - start < 20
+    done = gpu_suite.run_command(
+        [sys.executable, "-c", "import bench, os; exit('TRITON_INTERPRET' in os.environ)"], 60, tmp_path / "c.log"
+    )
+    assert done.status == 0, done.tail
+
+
+def test_a_test_run_is_read_from_its_junit_file_or_its_log(tmp_path):
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'one is two'\n"
+        "def test_skipped(): pytest.skip('why')\n"
+    )
+    xml, log = tmp_path / "tests.xml", tmp_path / "tests.log"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        f"--rootdir={tmp_path}",
+        "-c",
+        os.devnull,
+    ]
+    done = gpu_suite.run_command([*command, f"--junitxml={xml}", str(tmp_path)], 60, log)
+    outcome = gpu_suite.pytest_outcome(xml, log)
+    assert done.status == 1 and outcome["counts"] == {"passed": 1, "failure": 1, "skipped": 1}
+    assert "one is two" in outcome["failures"]["test_some::test_bad"]
+    xml.unlink()
+    outcome = gpu_suite.pytest_outcome(xml, log)
+    assert outcome == {"counts": {"passed": 1, "failed": 1, "skipped": 1}, "failures": None}
+
+
+def test_no_gpu_is_exit_status_2(tmp_path):
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    command = [sys.executable, str(ROOT / "tools" / "gpu_suite.py"), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert done.returncode == 2 and "sees no GPU" in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,77 @@
+"""The README's figures are what the results say, and nothing else."""
+
+import json
+
+import pytest
+
+from bench import figures
+
+
+def row(provider, ms, *, graph=None, ok=True, M=64, step="forward+backward"):
+    timing = None if ms is None else {"median": ms}
+    return {
+        "provider": provider, "step": step, "precision": "bf16", "M": M, "N": 32, "K": 16, "R": 8, "ok": ok,
+        "ms": timing, "graph_ms": graph and {"median": graph},
+    }  # fmt: skip
+
+
+META = {"device": "Card", "torch": "2", "triton": "3", "peft": "0", "commit": "a" * 40, "date": "2026-01-02T03"}
+
+
+@pytest.fixture
+def results(tmp_path):
+    rows = [row("frozen", 2.0), row("peft_lora", 3.0), row("peft_dora", 8.0), row("ours", 2.5)]
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "layer.json").write_text(json.dumps({"meta": META, "rows": rows}))
+    return tmp_path
+
+
+def test_the_table_holds_the_ratios(results):
+    text = figures.figures(results)
+    assert "| bf16 | 32 x 16 | 8 | 64 | 2 ms | 1.50 | 4.00 | 1.25 | 0.31 |" in text
+    assert "Card" in text and "`aaaaaaaaaa`" in text and "2026-01-02" in text
+    assert figures.NO_GPU not in text
+
+
+def test_the_cpu_alone_says_that_no_gpu_ran(results):
+    (results / "card").rename(results / "cpu")
+    assert figures.figures(results).startswith(figures.NO_GPU)
+
+
+def test_no_results_no_figures(tmp_path):
+    assert figures.figures(tmp_path).startswith(figures.NO_GPU)
+    assert figures.draw(tmp_path, tmp_path / "out") == []
+
+
+def test_one_clock_for_both_sides_of_a_ratio():
+    graphs = [row("frozen", 2.0, graph=1.0), row("peft_dora", 8.0, graph=6.0), row("ours", 4.0, graph=1.5)]
+    (times,) = figures.cases(graphs, "forward+backward").values()
+    assert times == {"frozen": 1.0, "peft_dora": 6.0, "ours": 1.5}
+    graphs[2]["graph_ms"] = None
+    (times,) = figures.cases(graphs, "forward+backward").values()
+    assert times == {"frozen": 2.0, "peft_dora": 8.0, "ours": 4.0}
+
+
+def test_a_provider_that_failed_the_gate_is_left_out():
+    rows = [row("frozen", 2.0), row("peft_dora", 8.0), row("ours", None, ok=False)]
+    assert figures.cases(rows, "forward+backward") == {}
+
+
+def test_the_plots_are_reproducible(results, tmp_path):
+    paths = figures.draw(results, tmp_path / "one")
+    again = figures.draw(results, tmp_path / "two")
+    assert [path.stem for path in paths] == ["card-speed", "card-tokens"] == list(figures.plot_names(results))
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
+
+
+def test_the_markers_have_to_be_there():
+    assert figures.replaced(f"a {figures.BEGIN} old {figures.END} b", "new") == (
+        f"a {figures.BEGIN}\nnew\n{figures.END} b"
+    )
+    for readme in ("none", f"{figures.END}{figures.BEGIN}", 2 * f"{figures.BEGIN}{figures.END}"):
+        with pytest.raises(ValueError, match="expected both"):
+            figures.replaced(readme, "new")
+
+
+def test_readme_and_performance_are_up_to_date():
+    assert figures.main(["--check"]) == 0

@@ -1,0 +1,253 @@
+"""The benchmarks of single kernels: the formula table by hand-computed numbers, the check of results, and the decisive
+measurements, whose code runs here at small sizes.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import decisive, kernels
+from bench.kernels import Operands, Roof, Work, work
+from bench.measure import Timing
+from bench.shapes import Case
+from dora_kernels import launch, plan
+from dora_kernels.reference import REFERENCE
+
+ROOT = Path(__file__).parent.parent
+H200 = Roof(4e12, {"bf16": 800e12, "fp16": 800e12, "fp32": 50e12})
+CASE = Case(8192, 4096, 2048, 64, "bf16")
+SMALL = Case(40, 48, 56, 8, "bf16")
+
+
+def small(precision: str) -> Case:
+    return replace(SMALL, precision=precision)
+
+
+# main tensors by hand: W 2^23 elements, x 2^24, dy or base or y 2^25; low-rank operands: A 2^17, B 2^18, low or P 2^19
+@pytest.mark.parametrize(
+    ("kernel", "elements", "flops"),
+    [
+        ("norm", 2**23 + 2**17 + 2**18, 2 * 2**23 * 64),
+        ("merge", 2 * 2**23 + 2**17 + 2**18, 2 * 2**23 * 64),
+        ("low", 2**24 + 2**17 + 2**19, 2 * 2**24 * 64),
+        ("project", 2**25 + 2**18 + 2**19, 2 * 2**25 * 64),
+        ("epilogue", 2 * 2**25 + 2**18 + 2**19, 2 * 2**25 * 64),
+        ("token_sums", 2 * 2**25 + 2**18 + 2**19, 2 * 2**25 * 64),
+        ("outer_product", 2**24 + 2**17 + 2**19, 2 * 2**24 * 64),
+        ("base", 2**24 + 2**23 + 2**25, 2 * 2**36),
+        ("dx", 2**24 + 2**23 + 2**25, 2 * 2**36),
+    ],
+)
+def test_work(kernel, elements, flops):
+    assert work(kernel, CASE) == Work(2 * elements, flops)
+
+
+def test_work_of_wider_operands():
+    assert work("norm", replace(CASE, precision="bf16-fp32")).bytes == 2 * 2**23 + 4 * (2**17 + 2**18)
+    assert work("norm", replace(CASE, precision="fp32")).bytes == 4 * (2**23 + 2**17 + 2**18)
+
+
+def test_every_kernel_has_a_formula_and_a_library_call():
+    assert set(kernels.CALLS) < set(kernels.LIBRARY)
+    for kernel in kernels.LIBRARY:
+        assert work(kernel, CASE).bytes > 0
+
+
+def test_the_roof_is_the_larger_of_bytes_and_flops():
+    # 16 MiB of W and 0.75 MiB of A and B at 4 TB/s; 1.07 GFLOP at 800 TFLOP/s would be 1.3 us
+    seconds, bound = kernels.floor_seconds("norm", CASE, H200)
+    assert bound == "bytes" and seconds == pytest.approx(4.39e-6, rel=1e-2)
+    seconds, bound = kernels.floor_seconds("base", CASE, H200)
+    assert bound == "flops" and seconds == pytest.approx(2 * 2**36 / 800e12)
+    wide = replace(CASE, R=384, precision="bf16-fp32")
+    floors = {p: kernels.floor_seconds("norm", wide, H200, p)[0] for p in ("bf16x3", "bf16x6", "ieee")}
+    flops = 2 * 2**23 * 384
+    assert floors == pytest.approx({"bf16x3": flops * 3 / 8e14, "bf16x6": flops * 6 / 8e14, "ieee": flops / 5e13})
+
+
+def test_the_figures_of_a_row():
+    timing = Timing(median=0.01, p20=0.01, p80=0.01, minimum=0.01, runs=3)
+    row = kernels.figures("norm", CASE, timing, H200)
+    done = work("norm", CASE)
+    assert row["gigabytes_per_second"] == pytest.approx(done.bytes / 1e4)
+    assert row["teraflops"] == pytest.approx(done.flops / 1e7)
+    assert row["percent_of_roof"] == pytest.approx(100 * done.bytes / 4e12 / 1e-5)
+
+
+@pytest.mark.parametrize("precision", kernels.DTYPES)
+def test_the_reference_passes_its_own_check(precision):
+    checker = kernels.Checker(Operands.random(small(precision)))
+    for kernel in kernels.CALLS:
+        assert kernels.failure(checker.comparisons(kernel, REFERENCE)) is None, kernel
+
+
+STEP = {"norm": "norm", "merge": "merge", "low": "project", "project": "project", "epilogue": "epilogue"}
+
+
+@pytest.mark.parametrize("precision", ("bf16", "fp32"))
+@pytest.mark.parametrize("wrong", (0.0, 0.99, float("nan")))
+@pytest.mark.parametrize("kernel", STEP)
+def test_a_wrong_kernel_is_found(kernel, wrong, precision):
+    def step(*arguments, **keywords):
+        results = getattr(REFERENCE, STEP[kernel])(*arguments, **keywords)
+        return tuple(wrong * t for t in results) if isinstance(results, tuple) else wrong * results
+
+    checker = kernels.Checker(Operands.random(small(precision)))
+    reason = kernels.failure(checker.comparisons(kernel, REFERENCE._replace(**{STEP[kernel]: step})))
+    assert reason and "error" in reason
+
+
+@pytest.mark.parametrize("part", ("outer", "dmagnitude", "dbias"))
+def test_sums_over_the_tokens_that_are_left_unwritten_are_found(part):
+    def step(*arguments, **keywords):
+        keywords.pop(part)
+        REFERENCE.token_sums(*arguments, **keywords)
+
+    checker = kernels.Checker(Operands.random(SMALL))
+    reason = kernels.failure(checker.comparisons("token_sums", REFERENCE._replace(token_sums=step)))
+    assert reason == f"{'dB' if part == 'outer' else part}: error inf, yardstick {reason.split()[-1]}"
+
+
+def test_an_update_that_is_lost_is_found():
+    operands = Operands.random(SMALL)
+    checker = kernels.Checker(operands)
+    for kernel in ("norm", "merge", "epilogue"):
+        without = replace(operands, lora_B=torch.zeros_like(operands.lora_B))
+        checker.comparisons(kernel, REFERENCE)  # of the right operands
+        checker.operands = without
+        assert kernels.failure(checker.comparisons(kernel, REFERENCE)), kernel
+        checker.operands = operands
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    monkeypatch.setattr(kernels, "steps_for", lambda case: (REFERENCE._replace(norm=lambda *a: 1 / 0), "triton"))
+    monkeypatch.setattr(kernels, "SUMMATION", -1.0)  # nothing is good enough
+    rows = kernels.measure_case(SMALL, H200, ("norm", "merge"), seconds=0, rounds=(1, 1))
+    by_key = {(row["kernel"], row["by"]): row for row in rows}
+    assert by_key["norm", "kernel"]["reason"] == "ZeroDivisionError: division by zero"
+    assert by_key["merge", "kernel"]["reason"].startswith("merged: error")
+    for name in ("norm", "merge"):
+        assert not by_key[name, "kernel"]["ok"] and by_key[name, "kernel"]["ms"] is None
+        assert by_key[name, "library"]["ok"] and by_key[name, "library"]["ms"]["runs"] == 1
+
+
+def test_every_call_is_by_kernel_inside():
+    before = plan.project_by_kernel, plan.outer_by_kernel
+    with kernels.every_call_by_kernel():
+        assert plan.project_by_kernel(384, scaled=False, same_dtype=True) and plan.outer_by_kernel(384, same_dtype=True)
+    assert (plan.project_by_kernel, plan.outer_by_kernel) == before
+
+
+def test_poison_is_gone_afterwards():
+    with kernels._poisoned():
+        assert torch.empty(5).isnan().all() and torch.ones(1, dtype=torch.bfloat16).new_empty(3).isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="the real kernels at sizes for the interpreter")
+def test_the_real_kernels_are_measured(monkeypatch):
+    rows = kernels.measure_case(SMALL, H200, ("norm", "outer_product"), ("kernel",), seconds=0, rounds=(1, 1))
+    assert [(row["kernel"], row["backend"], row["ok"]) for row in rows] == [
+        ("norm", "triton", True),
+        ("outer_product", "triton", True),
+    ]
+
+
+def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, text=True, capture_output=True)
+
+
+def test_the_command_writes_its_rows(tmp_path):
+    out = tmp_path / "a" / "kernels.json"
+    arguments = ("--device", "cpu", "--case", "16x32x48x8", "--kernel", "norm", "--out", str(out), "--commit", "c")
+    done = run("-m", "bench.kernels", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    content = json.loads(out.read_text())
+    assert [row["by"] for row in content["rows"]] == ["kernel", "library"] and content["meta"]["left_out"] == []
+    assert content["meta"]["roof"]["bandwidth"] > 0 and set(content["meta"]["roof"]["matmul"]) == {
+        "bf16",
+        "fp16",
+        "fp32",
+    }
+
+
+def test_the_roofs_are_rows():
+    spec = importlib.util.spec_from_file_location("roofline", ROOT / "tools" / "roofline.py")
+    roofline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(roofline)
+    rows = roofline.rows_of(H200)
+    assert [(row["what"], row["dtype"], row["value"]) for row in rows[:2]] == [
+        ("copy", None, 4e12),
+        ("matmul", "bf16", 800e12),
+    ]
+    roof = kernels.measure_roof(torch.device("cpu"), 1 << 16, 16, 3, {"fp32": torch.float32})
+    assert roof.bandwidth > 0 and roof.matmul["fp32"] > 0
+
+
+def test_a_section_that_raises_is_a_row_and_not_the_end(tmp_path):
+    def broken(bench):
+        raise RuntimeError("out of luck")
+
+    sections = {"a": broken, "b": lambda bench: [{"us": 1.0}, {"ok": False}], "c": broken}
+    # the start, then per section: before it, at its start and its end
+    ticks = iter((0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 5.0, 5.0))
+    out = tmp_path / "decisive.json"
+    rows = decisive.run(decisive.Bench(torch.device("cpu"), H200), out, {}, 5, sections, lambda: next(ticks))
+    assert rows == [
+        {"section": "a", "ok": False, "reason": "RuntimeError: out of luck"},
+        {"section": "b", "ok": True, "us": 1.0},
+        {"section": "b", "ok": False},
+    ]
+    assert json.loads(out.read_text())["meta"]["left_out"] == ["c"]
+
+
+def test_the_sections_run(tmp_path):
+    done = run("-m", "bench.decisive", "--small", "--out", str(tmp_path / "d.json"), CUDA_VISIBLE_DEVICES="")
+    rows = json.loads((tmp_path / "d.json").read_text())["rows"]
+    assert done.returncode == 0, [row for row in rows if not row["ok"]]
+    assert {row["section"] for row in rows} == set(decisive.SECTIONS)
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="the fused product at sizes for the interpreter")
+@pytest.mark.parametrize("descriptors", (False, True))
+def test_the_fused_product(descriptors):
+    o = Operands.random(Case(64, 32, 48, 32, "fp32"))
+    actual = decisive.fused_linear(o.x, o.low, o.weight, o.lora_B, o.gain, (32, 16, 16, 4, 2), descriptors)
+    torch.testing.assert_close(actual, o.gain * (o.x @ o.weight.T + o.low @ o.lora_B.T), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="expected multiples of"):
+        decisive.fused_linear(o.x, o.low, o.weight, o.lora_B, o.gain, (128, 16, 16, 4, 2), descriptors)
+
+
+FUSED = """
+import torch, compile_kernels as tool
+from bench import decisive
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+target = tool.TARGETS["sm_90"]
+for descriptors in (True, False):
+    for tiles in decisive.FUSED_TILES[:2]:  # the two that need most
+        with tool.recording(target, tool.VARIANTS["bf16"]) as recorded:
+            gain = empty(14336, dtype=torch.float32)
+            x, low, weight, lora_B = empty(8192, 4096), empty(8192, 384), empty(14336, 4096), empty(14336, 384)
+            decisive.fused_linear(x, low, weight, lora_B, gain, tiles, descriptors)
+        assert len(recorded) == 1
+        complaint = tool.verdict(tool.compile_ahead(recorded[0]), target)
+        assert not complaint, (descriptors, tiles, complaint)
+print("all")
+"""
+
+
+def test_the_fused_kernels_compile_for_hopper():
+    done = run("-c", FUSED)
+    assert done.stdout.strip() == "all", done.stdout + done.stderr
