@@ -1,0 +1,344 @@
+"""The table of tuned configurations: what is chosen, how it is written, what the package makes of it; and the stages of
+the GPU suite that use it.
+"""
+
+import importlib.util
+import json
+import logging
+import os
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dora_kernels import launch
+from dora_kernels.launch import Config, DeviceFacts
+
+ROOT = Path(__file__).parent.parent
+H200 = DeviceFacts("NVIDIA H200", "sm_90", 132)
+
+
+def load(name: str):
+    """A file of tools/ as a module; tools/ is no package."""
+    spec = importlib.util.spec_from_file_location(f"{name}_under_test", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+tune, gpu_suite = load("tune"), load("gpu_suite")
+DEFAULTS = launch.CONFIGS["sm_90", 2]
+NORM = tune.fields_of(DEFAULTS["norm"])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the package looks for tables."""
+    monkeypatch.setattr(launch, "TUNED_FOLDER", tmp_path)
+    launch.tuned_configs.cache_clear()
+    yield tmp_path
+    launch.tuned_configs.cache_clear()
+
+
+def write(folder: Path, configs: object) -> None:
+    (folder / "nvidia-h200.json").write_text(json.dumps({"meta": {}, "configs": configs}))
+    launch.tuned_configs.cache_clear()
+
+
+def norm_config(operand: torch.dtype = torch.bfloat16, facts: DeviceFacts = H200) -> Config:
+    return launch.config_for("norm", facts, operand)
+
+
+def test_a_tuned_configuration_is_used_on_its_gpu_for_its_operands(folder):
+    assert norm_config() == DEFAULTS["norm"]
+    write(folder, {"2": {"norm": NORM | {"BLOCK_N": 128, "num_stages": 4}}})
+    assert norm_config() == replace(DEFAULTS["norm"], BLOCK_N=128, num_stages=4)
+    assert norm_config(torch.float16) == norm_config()
+    assert norm_config(torch.float32) == launch.CONFIGS["sm_90", 4]["norm"]
+    assert launch.config_for("merge", H200, torch.bfloat16) == DEFAULTS["merge"]
+    assert norm_config(facts=DeviceFacts("NVIDIA H100 80GB HBM3", "sm_90", 132)) == DEFAULTS["norm"]
+
+
+def test_the_file_of_a_gpu():
+    names = {"NVIDIA H200": "nvidia-h200", "RTX 6000 / Ada (x)": "rtx-6000-ada-x", "../a": "a"}
+    assert {name: launch.tuned_path(name).stem for name in names} == names
+    assert launch.tuned_path("NVIDIA H200").parent == ROOT / "dora_kernels" / "tuned"
+
+
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"BLOCK_N": 96},
+        {"BLOCK_N": 8},
+        {"BLOCK_N": -64},
+        {"BLOCK_N": 64.0},
+        {"BLOCK_N": "64"},
+        {"BLOCK_N": None},
+        {"BLOCK_M": 64},
+        {"num_warps": 3},
+        {"num_warps": 32},
+        {"num_warps": True},
+        {"num_stages": 0},
+        {"num_stages": 9},
+        {"waves": 0},
+        {"BLOCK_Q": 64},
+    ),
+    ids=str,
+)
+def test_a_field_that_could_make_a_wrong_launch_means_defaults(change, folder, caplog):
+    write(folder, {"2": {"merge": tune.fields_of(DEFAULTS["merge"]) | {"num_stages": 3}, "norm": NORM | change}})
+    with caplog.at_level(logging.WARNING, "dora_kernels"):
+        assert norm_config() == DEFAULTS["norm"]
+        assert launch.config_for("merge", H200, torch.bfloat16) == DEFAULTS["merge"]
+    assert len(caplog.records) == 1 and "nvidia-h200.json" in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ("", "{", "[]", "null", '{"meta": {}}', '{"configs": []}', '{"configs": {"3": {"norm": {}}}}')
+    + ('{"configs": {"2": {"gemm": {}}}}', '{"configs": {"2": {"norm": []}}}', '{"configs": {"two": {"norm": {}}}}'),
+)
+def test_a_broken_table_means_defaults_and_is_logged_once(text, folder, caplog):
+    (folder / "nvidia-h200.json").write_text(text)
+    launch.tuned_configs.cache_clear()
+    with caplog.at_level(logging.WARNING, "dora_kernels"):
+        assert norm_config() == DEFAULTS["norm"] and norm_config(torch.float32) == launch.CONFIGS["sm_90", 4]["norm"]
+    assert len(caplog.records) == 1
+
+
+def test_a_missing_table_is_read_once_and_says_nothing(folder, caplog):
+    with caplog.at_level(logging.DEBUG, "dora_kernels"):
+        norm_config()
+    (folder / "nvidia-h200.json").write_text("{")
+    norm_config()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "dora_kernels" / "tuned").glob("*.json")), ids=lambda path: path.stem)
+def test_every_table_of_the_package_is_whole(path, monkeypatch, caplog):
+    table = json.loads(path.read_text())
+    launch.tuned_configs.cache_clear()
+    configs = launch.tuned_configs(table["meta"]["device"], "sm_90")
+    assert len(configs) == sum(len(kernels) for kernels in table["configs"].values()) and not caplog.records
+
+
+def test_candidates_are_configurations_that_can_run():
+    for size in tune.PRECISIONS:
+        defaults = launch.CONFIGS["sm_90", size]
+        for kernel, subject in tune.SUBJECTS.items():
+            found = tune.candidates(kernel, defaults[kernel], size, 232448)
+            assert found[0] == defaults[kernel] and len(set(found)) == len(found)
+            assert 9 <= len(found) <= 16, (kernel, size)
+            for config in found:
+                assert launch._checked(tune.fields_of(config), defaults[kernel]) == config
+            ranks = [R for _, _, _, _, R in subject.jobs]
+            if kernel in ("norm", "merge"):  # above HIGH_RANK the launchers take the other configuration
+                assert max(ranks) <= launch.HIGH_RANK
+            if kernel.endswith("high_rank"):
+                assert min(ranks) > launch.HIGH_RANK
+
+
+def test_what_cannot_fit_is_no_candidate():
+    config = Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=4)
+    # 4 stages of 64 columns of 128 rows of x and of 64 rows of the factor, 2 bytes each: 96 KiB
+    assert tune.fits("project", config, 2, 98304) and not tune.fits("project", config, 2, 98303)
+    norm = Config(BLOCK_N=128, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=1)
+    assert tune.fits("norm", norm, 2, 1 << 20) and not tune.fits("norm", replace(norm, BLOCK_K=256), 2, 1 << 20)
+    assert len(tune.candidates("project", config, 2, 98303)) < len(tune.candidates("project", config, 2, 98304))
+
+
+A, B, C = (Config(BLOCK_N=size) for size in (16, 32, 64))
+
+
+def test_the_fastest_over_all_shapes_wins_by_more_than_3_percent():
+    assert tune.choose(A, {A: [1.0, 2.0], B: [0.9, 1.8], C: [0.8, 2.0]}) == (C, pytest.approx(0.8**0.5))
+    assert tune.choose(A, {A: [1.0, 2.0], B: [0.98, 1.95]}) == (A, 1.0)
+    assert tune.choose(A, {A: [1.0, 2.0], B: [0.96, 1.92]}) == (B, pytest.approx(0.96))
+
+
+def test_no_shape_pays_for_another():
+    assert tune.choose(A, {A: [1.0, 2.0], B: [0.5, 2.06], C: [0.9, 2.0]}) == (C, pytest.approx(0.9**0.5))
+
+
+def test_a_wrong_candidate_never_wins_and_a_wrong_default_says_so():
+    assert tune.choose(A, {A: [1.0], B: None, C: [0.99]}) == (A, 1.0)
+    with pytest.raises(ValueError, match="choose: the default .* was wrong or refused"):
+        tune.choose(A, {A: None, B: [1.0]})
+
+
+def run_tune(path, times, names=("norm", "merge"), seconds=100.0, commit="c1", clock=lambda: 0.0, fresh=False):
+    """(left out, kernels measured) of tune.tune, the second candidate taking `times[kernel]` of the default's time."""
+    measured = []
+
+    def measure(kernel, operand_bytes, configs):
+        measured.append(kernel)
+        return {config: [times[kernel] if place == 1 else 1.0] for place, config in enumerate(configs)}
+
+    arguments = (names, 2, DEFAULTS, 232448, measure, path, {"commit": commit}, seconds, fresh, clock)
+    return tune.tune(*arguments), measured
+
+
+def second(kernel: str) -> dict[str, int]:
+    return tune.fields_of(tune.candidates(kernel, DEFAULTS[kernel], 2, 232448)[1])
+
+
+def test_only_winners_are_written_and_the_package_reads_them(folder):
+    path = folder / "nvidia-h200.json"
+    assert run_tune(path, {"norm": 0.8, "merge": 0.99}) == ([], ["norm", "merge"])
+    table = json.loads(path.read_text())
+    assert table["configs"] == {"2": {"norm": second("norm")}}
+    assert table["measured"]["2"]["merge"]["over_default"] == 1.0
+    launch.tuned_configs.cache_clear()
+    assert norm_config() == Config(**second("norm")) != DEFAULTS["norm"]
+
+
+def test_a_partial_run_goes_on_where_it_was(tmp_path):
+    path = tmp_path / "t.json"
+    ticks = iter((0.0, 0.0, 10.0))  # the start, before norm, before merge
+    assert run_tune(path, {"norm": 0.8}, seconds=5, clock=lambda: next(ticks)) == (["merge"], ["norm"])
+    assert run_tune(path, {"norm": 0.8, "merge": 0.7}) == ([], ["merge"])
+    assert set(json.loads(path.read_text())["configs"]["2"]) == {"norm", "merge"}
+    # another commit measures again, and takes back what no longer wins
+    assert run_tune(path, {"norm": 1.0, "merge": 0.7}, commit="c2") == ([], ["norm", "merge"])
+    assert set(json.loads(path.read_text())["configs"]["2"]) == {"merge"}
+    assert run_tune(path, {"norm": 1.0, "merge": 0.7}, commit="c2", fresh=True)[1] == ["norm", "merge"]
+
+
+def test_a_table_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "tuned" / "t.json"
+    table = {"meta": {}, "configs": {"2": {}}, "measured": {}}
+    tune.write_table(path, table)
+    before = path.read_text()
+    with pytest.raises(ValueError):
+        tune.write_table(path, {"configs": {"2": {"norm": float("nan")}}})
+    monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        tune.write_table(path, {"configs": {}})
+    assert path.read_text() == before
+    assert tune.read_table(path) == table
+    path.write_text("{")
+    assert tune.read_table(path) == {"meta": {}, "configs": {}, "measured": {}}
+
+
+@pytest.mark.skipif(not launch.interpreting(), reason="tiny jobs for the interpreter")
+def test_candidates_are_checked_on_the_real_kernels(monkeypatch):
+    subject = replace(tune.SUBJECTS["merge"], jobs=(("merge", 16, 40, 24, 8),))
+    monkeypatch.setitem(tune.SUBJECTS, "merge", subject)
+    default = launch.CONFIGS["interpreter", 2]["merge"]
+    other, broken = replace(default, BLOCK_N=64), replace(default, BLOCK_N=48)
+    used = []
+    config_for = launch.config_for
+    call = tune.kernels.CALLS["merge"]
+
+    def spy(operands, steps):
+        used.append(launch.config_for("merge", launch.device_facts(torch.device("cpu")), torch.bfloat16))
+        return call(operands, steps)
+
+    monkeypatch.setitem(tune.kernels.CALLS, "merge", spy)
+    times = tune.measure_on(torch.device("cpu"), 0, (1, 1))("merge", 2, [default, other, broken])
+    assert times[broken] is None and len(times[default]) == len(times[other]) == 1
+    assert {default, other, broken} <= set(used) and launch.config_for is config_for
+
+
+def test_the_stages_fit_one_budget_in_order_of_worth():
+    names = [stage.name for stage in gpu_suite.STAGES]
+    assert names == ["tests", "decisive", "layer", "tuning", "kernels", "layer_tuned", "model", "sanitizer"]
+    assert sum(stage.least for stage in gpu_suite.STAGES) <= 540
+    assert all(stage.least <= stage.most for stage in gpu_suite.STAGES)
+    files = {stage.file for stage in gpu_suite.STAGES} - {None}
+    assert len(files | {"suite.json", "suite.log"}) <= 8
+    assert gpu_suite.LOG_BYTES * len(names) < 16e6
+
+
+def fake_stages(clock: list[float], ran: dict[str, float], **kinds) -> list:
+    def stage(name, least, most, lasts):
+        def run(suite, seconds):
+            ran[name] = seconds
+            clock[0] += lasts
+            (suite.logs / f"{name}.log").write_text(f"log of {name}")
+            return {"ok": True}
+
+        return gpu_suite.Stage(name, least, run, most)
+
+    return [stage(name, *kind) for name, kind in kinds.items()]
+
+
+def test_a_stage_gets_no_more_than_its_most_and_logs_are_one_file(tmp_path):
+    clock, ran = [0.0], {}
+    stages = fake_stages(clock, ran, a=(10, 30, 30), b=(10, 1000, 20), c=(10, 1000, 5))
+    suite = gpu_suite.Suite(tmp_path)
+    gpu_suite.run_stages(stages, suite, 100, {"commit": "c"}, lambda: clock[0])
+    assert ran == {"a": 30, "b": 60, "c": 50}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["suite.json", "suite.log"]
+    assert (tmp_path / "suite.log").read_text().split("\n===== ")[1:] == [f"{n}\nlog of {n}" for n in "abc"]
+
+
+def test_resuming_skips_what_ended_well_for_the_same_commit(tmp_path):
+    clock, ran = [0.0], {}
+    stages = fake_stages(clock, ran, a=(10, 90, 1), b=(10, 90, 1), c=(10, 90, 1), d=(10, 90, 1))
+    stages[2] = replace(stages[2], file="c.json")
+    rows = [{"stage": n, "seconds": 1.0, "ok": n != "b"} for n in "abc"] + [{"stage": "d", "ok": True, "skipped": ""}]
+    (tmp_path / "suite.json").write_text(json.dumps({"meta": {"commit": "c1"}, "rows": rows}))
+    assert gpu_suite.finished_before(tmp_path, stages, "c2") == {}
+    assert gpu_suite.finished_before(tmp_path, stages, None) == {}
+    assert set(gpu_suite.finished_before(tmp_path, stages, "c1")) == {"a"}
+    (tmp_path / "c.json").write_text("")
+    finished = gpu_suite.finished_before(tmp_path, stages, "c1")
+    assert set(finished) == {"a", "c"}
+    suite = gpu_suite.Suite(tmp_path)
+    results = gpu_suite.run_stages(stages, suite, 100, {"commit": "c1"}, lambda: clock[0], finished)
+    assert set(ran) == {"b", "d"} and [row["stage"] for row in results] == list("abcd")
+    assert set(gpu_suite.finished_before(tmp_path, stages, "c1")) == set("abcd")
+
+
+def test_a_benchmark_is_judged_by_its_file(tmp_path, monkeypatch):
+    content = {"meta": {"left_out": []}, "rows": [{"section": "a", "ok": True}, {"section": "b", "ok": False}]}
+    written, status = dict(content), 0
+
+    def run_command(command, seconds, log, **more):
+        path = Path(command[command.index("--out") + 1])
+        assert not path.exists(), "an earlier result would look like this one's"
+        if written:
+            path.write_text(json.dumps(written))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("the end")
+        return gpu_suite.Run(status, log)
+
+    monkeypatch.setattr(gpu_suite, "run_command", run_command)
+    suite = gpu_suite.Suite(tmp_path)
+    outcome = gpu_suite.decisive(suite, 100)
+    assert outcome["ok"] and outcome["rows"] == 2 and outcome["not_measured"] == ["b"]
+    written["meta"] = {"left_out": ["fused_gemm"]}
+    assert not gpu_suite.decisive(suite, 100)["ok"]
+    written, status = {}, 2
+    assert gpu_suite.decisive(suite, 100) == {"ok": False, "reason": "exit status 2"}
+
+
+def test_the_tuned_grid_takes_the_place_of_the_first(tmp_path, monkeypatch):
+    table = tmp_path / "table.json"
+    monkeypatch.setattr(gpu_suite, "tuned_table", lambda: table)
+    suite = gpu_suite.Suite(tmp_path / "out")
+    suite.out.mkdir()
+    assert gpu_suite.layer_tuned(suite, 100)["skipped"] == "no tuned configuration"
+    table.write_text('{"configs": {"2": {"norm": {}}}}')
+    (suite.out / "layer.json").write_text("first")
+
+    def layer(suite, seconds, name):
+        (suite.out / f"{name}.json").write_text("second")
+        return {"ok": True, "rows": 1, "left_out": left_out}
+
+    monkeypatch.setattr(gpu_suite, "layer", layer)
+    left_out = ["a case"]
+    gpu_suite.layer_tuned(suite, 100)
+    assert (suite.out / "layer.json").read_text() == "first"
+    left_out = []
+    gpu_suite.layer_tuned(suite, 100)
+    assert (suite.out / "layer.json").read_text() == "second"
+    assert (suite.out / "layer_untuned.json").read_text() == "first"
+
+
+def test_fields_of_a_configuration_make_it_again():
+    assert Config(**tune.fields_of(A)) == A and asdict(A)["BLOCK_M"] is None and "BLOCK_M" not in tune.fields_of(A)

@@ -1,0 +1,55 @@
+"""The roofs of this machine on this day: copy bandwidth, and the matmul rate of each dtype, on random data.
+
+    python tools/roofline.py                  # into bench/results/<gpu>/roofline.json
+    python tools/roofline.py --device cpu     # small sizes
+
+bytes/s counts bytes read and bytes written of one copy of a 2 GiB buffer; FLOP/s is an 8192^3 product by the vendor's
+library, float32 at full precision. Medians, L2 flushed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+
+from bench import kernels, machine, report  # noqa: E402
+
+
+def rows_of(roof: kernels.Roof) -> list[dict[str, Any]]:
+    """A row per roof: what, dtype, value, unit."""
+    copy = {"what": "copy", "dtype": None, "value": roof.bandwidth, "unit": "bytes/s"}
+    return [copy] + [
+        {"what": "matmul", "dtype": dtype, "value": rate, "unit": "FLOP/s"} for dtype, rate in roof.matmul.items()
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 2 where the device is not there."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--out", type=Path, help="default: bench/results/<gpu>/roofline.json")
+    parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        print("roofline: --device cuda but torch sees no GPU; expected a GPU, or --device cpu", file=sys.stderr)
+        return 2
+    device = torch.device("cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu")
+    large = device.type == "cuda"
+    sizes = (kernels.COPY_BYTES, 8192, 20) if large else (64 << 20, 512, 5)
+    rows = rows_of(kernels.measure_roof(device, *sizes))
+    out = arguments.out or machine.ROOT / "bench" / "results" / machine.device_folder(device) / "roofline.json"
+    report.write(out, machine.meta(device, arguments.commit), rows)
+    for row in rows:
+        print(f"{row['what']:<8}{row['dtype'] or '':<6}{1e-12 * row['value']:>9.3f} T{row['unit']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
