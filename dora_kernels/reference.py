@@ -77,18 +77,23 @@ def _row_blocks(rows: int, columns: int) -> Iterator[slice]:
         yield slice(start, min(start + step, rows))
 
 
-def _direction_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, (weight + scaling * lora_B @ lora_A)[rows] in the accumulate dtype).
+def _accumulate_blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, matrix[rows] in dtype).
 
     The blocks share one buffer, which the caller may overwrite: each is good until the next is asked for.
     """
+    buffer = None
+    for rows in _row_blocks(*matrix.shape):
+        if buffer is None:
+            buffer = matrix.new_empty((rows.stop, matrix.shape[1]), dtype=dtype)
+        yield rows, buffer[: rows.stop - rows.start].copy_(matrix[rows])
+
+
+def _direction_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, (weight + scaling * lora_B @ lora_A)[rows] in the accumulate dtype), as `_accumulate_blocks`."""
     accumulate = accumulate_dtype(weight.dtype)
     lora_A, lora_B = lora_A.to(accumulate), lora_B.to(accumulate)
-    buffer = None
-    for rows in _row_blocks(*weight.shape):
-        if buffer is None:
-            buffer = lora_A.new_empty((rows.stop, weight.shape[1]))
-        block = buffer[: rows.stop - rows.start].copy_(weight[rows])
+    for rows, block in _accumulate_blocks(weight, accumulate):
         yield rows, block.addmm_(lora_B[rows], lora_A, alpha=scaling)
 
 
@@ -174,16 +179,16 @@ def epilogue_ref(
 ) -> Tensor:
     """gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base], (M, N) in out_dtype, rounded once."""
     y = torch.empty(base.shape, dtype=out_dtype, device=base.device)
-    factor = lora_B.to(gain.dtype).T
-    for rows in _row_blocks(*base.shape):
-        block = block_base = base[rows].to(gain.dtype)
+    if low is not None:
+        low, factor = low.to(gain.dtype), lora_B.to(gain.dtype).T
+    for rows, block in _accumulate_blocks(base, gain.dtype):
         if low is not None:
-            block = torch.addmm(block, low[rows].to(gain.dtype), factor, alpha=scaling)
-        block = block * gain
+            block.addmm_(low[rows], factor, alpha=scaling)
+        block.mul_(gain)
         if bias is not None:
-            block += bias
+            block.add_(bias)
         if residual is not None:
-            block += residual[rows].to(gain.dtype) - block_base
+            block.add_(residual[rows]).sub_(base[rows])
         y[rows] = block
     return y
 
@@ -214,16 +219,16 @@ def token_sums_ref(
         outer.copy_(scaling * product if gain is None else (scaling * gain[:, None]) * product)
     if dmagnitude is not None:
         dot = torch.zeros_like(norm)
-        for rows in _row_blocks(*columns.shape):
-            dot += (columns[rows].to(accumulate) * kept[rows]).sum(0)
+        for rows, block in _accumulate_blocks(columns, accumulate):
+            dot += block.mul_(kept[rows]).sum(0)
         if lora_B is not None:
             dot += scaling * (product * lora_B).sum(1)
         dmagnitude.copy_(torch.where(norm == 0, 0, dot / torch.where(norm == 0, 1, norm)))
     if dbias is not None:
         dbias.copy_(columns.sum(0, dtype=accumulate))
     if scaled is not None:
-        for rows in _row_blocks(*columns.shape):
-            scaled[rows] = columns[rows] * gain
+        for rows, block in _accumulate_blocks(columns, accumulate):
+            scaled[rows] = block.mul_(gain)
 
 
 def outer_product_ref(left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype) -> Tensor:
