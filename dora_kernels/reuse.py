@@ -4,10 +4,11 @@ Two calls reuse what an earlier call of the same layer computed:
     a call in eval mode, until train(), an optimizer step, a load of the state dict, a move or `invalidate`;
     a call inside a backward pass, which is activation checkpointing running the forward pass once more.
 
-What is kept is good only while its fingerprint is: address, version and dtype of each tensor, scaling, operand dtypes,
-and the number of optimizer steps taken in this process. The version alone would not do: fused optimizers, 8-bit
-optimizers and writes through .data leave it alone. Writes through .data outside an optimizer step cannot be seen; after
-one, call `invalidate(model)`.
+What is kept is good only while its fingerprint is: which tensors there are, with address, version, dtype and layout,
+scaling, operand dtypes, and the number of optimizer steps taken in this process. The version alone would not do: fused
+optimizers, 8-bit optimizers and writes through .data leave it alone. Nor would the address: a parameter that is
+replaced leaves its address to the next one. Writes through .data outside an optimizer step cannot be seen; after one,
+call `invalidate(model)`.
 """
 
 import weakref
@@ -21,11 +22,17 @@ from dora_kernels.functional import dora_linear_and_norm, dora_linear_core, oper
 
 
 class _Kept(NamedTuple):
-    """A layer's norm (N,) and gain (N,), and what they were computed from."""
+    """A layer's norm (N,) and gain (N,), and what they were computed from: `owners` are the tensors, if they live."""
 
+    owners: tuple[weakref.ref[Tensor], ...]
     fingerprint: tuple[object, ...]
     norm: Tensor
     gain: Tensor
+
+    def is_of(self, owners: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> bool:
+        """Whether the same tensors, unchanged, would be used again."""
+        same = all(kept() is owner for kept, owner in zip(self.owners, owners, strict=True))
+        return same and self.fingerprint == fingerprint
 
 
 # beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
@@ -59,17 +66,17 @@ def dora_linear_reusing(
         # what a CUDA graph computes changes at every replay
         return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
 
-    fingerprint = _fingerprint(x, tensors, scaling)
+    owners, fingerprint = tuple(map(_owner, tensors)), _fingerprint(x, tensors, scaling)
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
-    if kept is not None and kept.fingerprint == fingerprint and (in_backward or not layer.training):
+    if kept is not None and (in_backward or not layer.training) and kept.is_of(owners, fingerprint):
         y, _, _ = dora_linear_and_norm(
             *arguments, x_dropped=x_dropped, norm=kept.norm, gain=kept.gain, function=function
         )
         return y
     y, norm, gain = dora_linear_and_norm(*arguments, x_dropped=x_dropped, function=function)
     _count_optimizer_steps()
-    _kept[layer] = _Kept(fingerprint, norm, gain)
+    _kept[layer] = _Kept(tuple(map(weakref.ref, owners)), fingerprint, norm, gain)
     return y
 
 
@@ -88,6 +95,14 @@ def _fingerprint(x: Tensor, tensors: tuple[Tensor, ...], scaling: float) -> tupl
     identity = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
     # what inference mode computes cannot be saved for a backward pass
     return identity, scaling, operand_dtypes(x, tensors[1]), _optimizer_steps, torch.is_inference_mode_enabled()
+
+
+def _owner(tensor: Tensor) -> Tensor:
+    """The tensor that lives as long as the storage is the layer's: the parameter itself, where a view of it is passed.
+
+    (A transposed weight is a new view at every call.)
+    """
+    return tensor if tensor._base is None else tensor._base
 
 
 def _has_identity(tensor: Tensor) -> bool:

@@ -194,6 +194,18 @@ def test_the_copy_of_a_layer_keeps_nothing(layer, norms):
     torch.testing.assert_close(other(x), layer(x))
 
 
+def test_replaced_parameter(layer):
+    """A new parameter may be given the address of the one it replaces, and its version is 0 again."""
+    x = torch.randn(5, 24, device=DEVICE)
+    memory = torch.randn(20, 4, device=DEVICE)
+    layer.lora_B.weight = torch.nn.Parameter(memory.data)
+    first = layer(x)
+    memory.mul_(2)
+    layer.lora_B.weight = torch.nn.Parameter(memory.data)
+    torch.testing.assert_close(layer(x), definition(layer, x))
+    assert not torch.equal(layer(x), first)
+
+
 def test_what_is_kept_goes_with_the_layer(layer):
     layer(torch.randn(5, 24, device=DEVICE))
     copied = copy.deepcopy(layer)
