@@ -259,6 +259,17 @@ def test_enable_is_idempotent_and_disable_undoes_it():
     assert dora_kernels.enable(model) == report
 
 
+def test_disable_says_why_a_layer_was_never_ours():
+    model = build()
+    layers(model)[0].base_layer.requires_grad_()
+    dora_kernels.enable(model)
+    reasons = {layer.name: layer.reason for layer in dora_kernels.disable(model).layers}
+    assert reasons == {
+        "base_model.model.up": "the base weight requires a gradient",
+        "base_model.model.down": "disable(model) was called",
+    }
+
+
 def test_enable_again_after_add_adapter():
     model = build(target_modules=["up"])
     assert len(dora_kernels.enable(model)) == 1

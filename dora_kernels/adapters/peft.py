@@ -141,10 +141,12 @@ def disable(model: nn.Module) -> list[LayerReport]:
     for layer in model.modules():
         if type(layer) is DoraKernelsLinear:
             _set_class(layer, LoraLinear)
-    return [
-        LayerReport(name, "peft", isinstance(layer, DoraKernelsLinear), "disable(model) was called")
-        for name, layer in _dora_layers(model)
-    ]
+    reports = []
+    for name, layer in _dora_layers(model):
+        can_be_taken_over, reason = _judge(layer)
+        reason = "disable(model) was called" if can_be_taken_over else reason
+        reports.append(LayerReport(name, "peft", isinstance(layer, DoraKernelsLinear), reason))
+    return reports
 
 
 def _dora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
