@@ -30,6 +30,7 @@ from bench.machine import ROOT, device_folder, meta
 from bench.measure import capture
 from bench.providers import SCALING
 from bench.report import write
+from bench.roof import Roof, measure_roof, median_ms
 from bench.shapes import Case
 from dora_kernels import launch
 from dora_kernels.testing import compare
@@ -42,7 +43,7 @@ class Bench:
     """The device with its roof. small: sizes for a check of the code on a CPU."""
 
     device: torch.device
-    roof: kernels.Roof
+    roof: Roof
     small: bool = False
 
     def case(self, M: int, N: int, K: int, R: int, precision: str = "bf16") -> Case:
@@ -56,7 +57,7 @@ class Bench:
 
     def ms(self, step: Callable[[], object]) -> float:
         """Median milliseconds of eager calls."""
-        return kernels.median_ms(step, self.device, 5 if self.small else 30)
+        return median_ms(step, self.device, 5 if self.small else 30)
 
     def graph_ms(self, step: Callable[[], dict[str, Tensor]]) -> float:
         """Median milliseconds of replays of a CUDA graph: no host time."""
@@ -374,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.decisive: torch sees no GPU; expected one, or --small", file=sys.stderr)
         return 2
     device = torch.device("cpu" if arguments.small else "cuda")
-    roof = kernels.measure_roof(device, 1 << 20, 64, 3) if arguments.small else kernels.measure_roof(device)
+    roof = measure_roof(device, 1 << 20, 64, 3) if arguments.small else measure_roof(device)
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "decisive.json"
     information = meta(device, arguments.commit) | {"roof": asdict(roof)}
     sections = {name: SECTIONS[name] for name in SECTIONS if name in arguments.section}

@@ -1,6 +1,7 @@
 """One layer step, every provider, side by side: a grid of cases into JSON {meta, rows}, and a table of ratios.
 
     python -m bench.layer                         # the core grid, into bench/results/<gpu>/layer.json
+    python -m bench.layer --grid cpu --device cpu # the grid of bench/results/cpu/layer.json
     python -m bench.layer --grid decode           # 1 to 16 tokens, inference, into layer-decode.json; also: full
     python -m bench.layer --shape 14336x4096 --tokens 8192 --rank 384 --provider frozen peft_dora ours
     python -m bench.layer --device cpu --shape 1024x1024 --tokens 64 512 --rank 8 64 --precision fp32 bf16
@@ -262,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     measure = functools.partial(
         measure_case, providers=providers, steps=steps, seconds=arguments.step_seconds, rounds=arguments.rounds
     )
-    file = "layer.json" if arguments.grid in (None, "core") else f"layer-{arguments.grid}.json"
+    file = "layer.json" if arguments.grid in (None, "core", "cpu") else f"layer-{arguments.grid}.json"
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / file
     try:
         cases = cases_of(arguments, device.type)

@@ -3,6 +3,7 @@
 Letters: M tokens, N out features, K in features, R rank.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -145,4 +146,11 @@ def full_grid(device: str = "cuda") -> list[Case]:
     return cases + [case for case in core_grid(device) if case.precision in ("fp16", "fp32")]
 
 
-GRIDS = {"core": core_grid, "decode": decode_grid, "full": full_grid}
+def cpu_grid(device: str = "cpu") -> list[Case]:
+    """What two cores can step in a few seconds."""
+    shapes = ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 1024), (1024, 4096))
+    axes = itertools.product(("fp32", "bf16"), shapes, (64, 512, 2048), (8, 64))
+    return [Case(M, N, K, R, precision, device) for precision, (N, K), M, R in axes]
+
+
+GRIDS = {"core": core_grid, "cpu": cpu_grid, "decode": decode_grid, "full": full_grid}

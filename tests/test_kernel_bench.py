@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decisive, kernels
-from bench.kernels import Operands, Roof, Work, work
+from bench import decisive, kernels, roof
+from bench.kernels import Operands
 from bench.measure import Timing
+from bench.roof import Roof, Work, work
 from bench.shapes import Case
 from dora_kernels import launch, plan
 from dora_kernels.reference import REFERENCE
@@ -62,12 +63,12 @@ def test_every_kernel_has_a_formula_and_a_library_call():
 
 def test_the_roof_is_the_larger_of_bytes_and_flops():
     # 16 MiB of W and 0.75 MiB of A and B at 4 TB/s; 1.07 GFLOP at 800 TFLOP/s would be 1.3 us
-    seconds, bound = kernels.floor_seconds("norm", CASE, H200)
+    seconds, bound = roof.floor_seconds("norm", CASE, H200)
     assert bound == "bytes" and seconds == pytest.approx(4.39e-6, rel=1e-2)
-    seconds, bound = kernels.floor_seconds("base", CASE, H200)
+    seconds, bound = roof.floor_seconds("base", CASE, H200)
     assert bound == "flops" and seconds == pytest.approx(2 * 2**36 / 800e12)
     wide = replace(CASE, R=384, precision="bf16-fp32")
-    floors = {p: kernels.floor_seconds("norm", wide, H200, p)[0] for p in ("bf16x3", "bf16x6", "ieee")}
+    floors = {p: roof.floor_seconds("norm", wide, H200, p)[0] for p in ("bf16x3", "bf16x6", "ieee")}
     flops = 2 * 2**23 * 384
     assert floors == pytest.approx({"bf16x3": flops * 3 / 8e14, "bf16x6": flops * 6 / 8e14, "ieee": flops / 5e13})
 
@@ -189,8 +190,8 @@ def test_the_roofs_are_rows():
         ("copy", None, 4e12),
         ("matmul", "bf16", 800e12),
     ]
-    roof = kernels.measure_roof(torch.device("cpu"), 1 << 16, 16, 3, {"fp32": torch.float32})
-    assert roof.bandwidth > 0 and roof.matmul["fp32"] > 0
+    measured = roof.measure_roof(torch.device("cpu"), 1 << 16, 16, 3, {"fp32": torch.float32})
+    assert measured.bandwidth > 0 and measured.matmul["fp32"] > 0
 
 
 def test_a_section_that_raises_is_a_row_and_not_the_end(tmp_path):

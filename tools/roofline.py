@@ -19,14 +19,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench import kernels, machine, report  # noqa: E402
+from bench import machine, report, roof  # noqa: E402
 
 
-def rows_of(roof: kernels.Roof) -> list[dict[str, Any]]:
+def rows_of(measured: roof.Roof) -> list[dict[str, Any]]:
     """A row per roof: what, dtype, value, unit."""
-    copy = {"what": "copy", "dtype": None, "value": roof.bandwidth, "unit": "bytes/s"}
+    copy = {"what": "copy", "dtype": None, "value": measured.bandwidth, "unit": "bytes/s"}
     return [copy] + [
-        {"what": "matmul", "dtype": dtype, "value": rate, "unit": "FLOP/s"} for dtype, rate in roof.matmul.items()
+        {"what": "matmul", "dtype": dtype, "value": rate, "unit": "FLOP/s"} for dtype, rate in measured.matmul.items()
     ]
 
 
@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu")
     large = device.type == "cuda"
-    sizes = (kernels.COPY_BYTES, 8192, 20) if large else (64 << 20, 512, 5)
-    rows = rows_of(kernels.measure_roof(device, *sizes))
+    sizes = (roof.COPY_BYTES, 8192, 20) if large else (64 << 20, 512, 5)
+    rows = rows_of(roof.measure_roof(device, *sizes))
     out = arguments.out or machine.ROOT / "bench" / "results" / machine.device_folder(device) / "roofline.json"
     report.write(out, machine.meta(device, arguments.commit), rows)
     for row in rows:
