@@ -1,4 +1,4 @@
-"""The figures of README.md and docs/performance.md, between their markers, and the plots in docs/figures/.
+"""The figures of README.md and docs/performance.md, between their markers, and what is in docs/figures/.
 
     python -m bench.figures            # regenerate
     python -m bench.figures --check    # exit status 1 where the text is not what the results say
@@ -19,6 +19,7 @@ from typing import Any
 
 from bench.machine import ROOT
 from dora_kernels import plan
+from dora_kernels.testing import geometric_mean
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 COMPARED = ("peft_lora", "peft_dora", "ours")
@@ -65,13 +66,45 @@ def cases(rows: Rows, step: str) -> dict[tuple[Any, ...], dict[str, float]]:
     return result
 
 
-def layer_table(device: str, data: dict[str, Any]) -> str:
-    """One layer's training step over the frozen linear layer, as a Markdown table with where it was measured."""
+def heading(device: str, data: dict[str, Any]) -> str:
+    """Where, when and with what it was measured."""
     meta = data["meta"]
-    lines = [
+    commit = (meta["commit"] or "unknown")[:10] + (" and changes" if meta.get("dirty") else "")
+    return (
         f"**{meta['device']}** ({device}), torch {meta['torch']}, triton {meta['triton']}, PEFT {meta['peft']}, "
-        f"commit `{(meta['commit'] or 'unknown')[:10]}`, {meta['date'][:10]}: forward and backward of one layer, "
-        "time over the frozen linear layer's.",
+        f"commit `{commit}`, {meta['date'][:10]}"
+    )
+
+
+def layer_summary(device: str, data: dict[str, Any]) -> str:
+    """One layer's training step over the frozen linear layer: geometric means by precision and number of tokens."""
+    groups: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for (precision, _, _, _, M), times in cases(data["rows"], "forward+backward").items():
+        groups.setdefault((precision, M), []).append(times)
+    lines = [
+        f"{heading(device, data)}: forward and backward of one layer, time over the frozen linear layer's, geometric "
+        "means over shapes and ranks ([each of them](docs/figures/layer.md)).",
+        "",
+        "| precision | M | cases | PEFT LoRA | PEFT DoRA | ours | ours over PEFT DoRA | at its worst |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (precision, M), group in groups.items():
+        means = [
+            f"{geometric_mean([times[name] / times['frozen'] for times in group]):.2f}"
+            if all(name in times for times in group)
+            else ""
+            for name in COMPARED
+        ]
+        ratios = [times["ours"] / times["peft_dora"] for times in group]
+        cells = (precision, M, len(group), *means, f"{geometric_mean(ratios):.2f}", f"{max(ratios):.2f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def layer_table(device: str, data: dict[str, Any]) -> str:
+    """One layer's training step over the frozen linear layer, a line per case."""
+    lines = [
+        f"{heading(device, data)}.",
         "",
         "| precision | N x K | R | M | frozen | PEFT LoRA | PEFT DoRA | ours | ours over PEFT DoRA |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -82,6 +115,15 @@ def layer_table(device: str, data: dict[str, Any]) -> str:
         cells = (precision, f"{N} x {K}", R, M, f"{times['frozen']:.3g} ms", *over, f"{ratio:.2f}")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def layer_page(results: Path) -> str:
+    """docs/figures/layer.md: every case of every device."""
+    parts = [
+        "# One layer, forward and backward: time over the frozen linear layer",
+        "Written by `python -m bench.figures`.",
+    ]
+    return "\n\n".join(parts + [layer_table(device, data) for device, data in load(results, "layer").items()]) + "\n"
 
 
 def model_table(device: str, data: dict[str, Any]) -> str:
@@ -101,7 +143,7 @@ def model_table(device: str, data: dict[str, Any]) -> str:
 def figures(results: Path) -> str:
     """The Markdown between the markers."""
     layers, models = load(results, "layer"), load(results, "model")
-    parts = [layer_table(device, data) for device, data in layers.items()]
+    parts = [layer_summary(device, data) for device, data in layers.items()]
     parts += [model_table(device, data) for device, data in models.items()]
     if layers:
         parts += [f"![{title}](docs/figures/{name}.png)" for name, title in plot_names(results).items()]
@@ -157,26 +199,34 @@ def draw(results: Path, folder: Path) -> list[Path]:
         pyplot.close(figure)
         written.append(path)
 
-    for device, data in load(results, "layer").items():
-        times = cases(data["rows"], "forward+backward")
-        figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(times) + 1.2), layout="constrained")
-        labels = [f"{precision} {N}x{K} R={R} M={M}" for precision, N, K, R, M in times]
-        axes.barh(labels, [entry["peft_dora"] / entry["ours"] for entry in times.values()])
-        axes.axvline(1, color="black", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set(xlabel="speed over PEFT DoRA, forward and backward", title=data["meta"]["device"])
-        save(figure, f"{device}-speed")
+    def lines(data: dict[str, Any], over: str, under: str, label: str) -> Any:
+        """A panel per precision, a line per layer: milliseconds of `over` by those of `under`, against M."""
+        panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+        for (precision, N, K, R, M), times in cases(data["rows"], "forward+backward").items():
+            layers = panels.setdefault(precision, {})
+            layers.setdefault(f"{N} x {K}, R = {R}", []).append((M, times[over] / times[under]))
+        figure, axes = pyplot.subplots(
+            1, len(panels), figsize=(1.5 + 4 * len(panels), 4), layout="constrained", sharey=True, squeeze=False
+        )
+        names = list(dict.fromkeys(name for layers in panels.values() for name in layers))
+        for axis, (precision, layers) in zip(axes[0], panels.items(), strict=True):
+            for name, points in layers.items():
+                style = {"color": f"C{names.index(name) % 10}", "marker": "os^D"[names.index(name) // 10 % 4]}
+                axis.plot(*zip(*sorted(points), strict=True), label=name, **style)
+            axis.axhline(1, color="black", linewidth=0.8)
+            tokens = sorted({M for points in layers.values() for M, _ in points})
+            axis.set(title=precision, xlabel="tokens M", xscale="log")
+            axis.set_xticks(tokens, map(str, tokens))
+            axis.minorticks_off()
+        axes[0, 0].set(ylabel=label, ylim=(0, None))
+        handles = dict(pair for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="x-small")
+        figure.suptitle(f"{data['meta']['device']}: forward and backward of one layer")
+        return figure
 
-        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-        series: dict[tuple[Any, ...], list[tuple[int, float]]] = {}
-        for (precision, N, K, R, M), entry in times.items():
-            series.setdefault((precision, N, K, R), []).append((M, entry["ours"] / entry["frozen"]))
-        for (precision, N, K, R), points in series.items():
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"{precision} {N}x{K} R={R}")
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", xlabel="tokens M", ylabel="step over the frozen linear layer", ylim=(0, None))
-        axes.legend(fontsize="x-small")
-        save(figure, f"{device}-tokens")
+    for device, data in load(results, "layer").items():
+        save(lines(data, "peft_dora", "ours", "speed over PEFT DoRA"), f"{device}-speed")
+        save(lines(data, "ours", "frozen", "time over the frozen linear layer"), f"{device}-tokens")
 
     for device, data in load(results, "kernels").items():
         rows = [row for row in data["rows"] if row.get("ok", True) and row.get("percent_of_roof")]
@@ -204,13 +254,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing, compare")
     arguments = parser.parse_args(argv)
     results = ROOT / "bench" / "results"
+    folder = ROOT / "docs" / "figures"
     contents = {ROOT / "README.md": figures(results), ROOT / "docs" / "performance.md": predictions()}
     texts = {path: replaced(path.read_text(), markdown) for path, markdown in contents.items()}
+    texts[folder / "layer.md"] = layer_page(results)
     if arguments.check:
-        return int(any(text != path.read_text() for path, text in texts.items()))
+        return int(any(not path.exists() or text != path.read_text() for path, text in texts.items()))
+    folder.mkdir(parents=True, exist_ok=True)
     for path, text in texts.items():
         path.write_text(text)
-    for path in draw(results, ROOT / "docs" / "figures"):
+    for path in draw(results, folder):
         print(path.relative_to(ROOT))
     return 0
 

@@ -26,10 +26,21 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_the_table_holds_the_ratios(results):
-    text = figures.figures(results)
+def test_the_page_holds_the_ratios(results):
+    text = figures.layer_page(results)
     assert "| bf16 | 32 x 16 | 8 | 64 | 2 ms | 1.50 | 4.00 | 1.25 | 0.31 |" in text
     assert "Card" in text and "`aaaaaaaaaa`" in text and "2026-01-02" in text
+
+
+def test_the_summary_holds_geometric_means(results):
+    path = results / "card" / "layer.json"
+    data = json.loads(path.read_text())
+    others = [row("frozen", 1.0), row("peft_lora", 6.0), row("peft_dora", 4.0), row("ours", 5.0)]
+    data["rows"] += [entry | {"N": 48} for entry in others]
+    path.write_text(json.dumps(data))
+    text = figures.figures(results)
+    # 1.5 and 6 over the frozen layer; 4 and 4; 1.25 and 5; ours over PEFT DoRA 0.3125 and 1.25
+    assert "| bf16 | 64 | 2 | 3.00 | 4.00 | 2.50 | 0.62 | 1.25 |" in text
     assert figures.NO_GPU not in text
 
 
