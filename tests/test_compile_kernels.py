@@ -71,16 +71,16 @@ def test_a_config_that_does_not_fit_is_rejected(override, complaint):
 
 def specialization_keys() -> dict[str, dict[str, dict[str, list[str]]]]:
     """way -> call -> kernel -> keys of the specialisations; run where Triton compiles."""
-    import compile_kernels
+    import specializations as tool
 
     import dora_kernels
 
     def keys(variant: str, M: int, scaling: float) -> dict[str, list[str]]:
         found: dict[str, set[str]] = {}
-        inputs = compile_kernels.Inputs.of(compile_kernels.VARIANTS[variant], M, N=4096, K=4096, R=64)
-        target = compile_kernels.TARGETS["sm_90"]
-        with compile_kernels.recording(target, compile_kernels.VARIANTS[variant]) as recorded:
-            compile_kernels.step(inputs, scaling=scaling)
+        inputs = tool.Inputs.of(tool.VARIANTS[variant], M, N=4096, K=4096, R=64)
+        target = tool.TARGETS["sm_90"]
+        with tool.recording(target, tool.VARIANTS[variant]) as recorded:
+            tool.step(inputs, scaling=scaling)
         for specialization in recorded:
             found.setdefault(specialization.name, set()).add(str(specialization.key))
         return {name: sorted(found[name]) for name in found}

@@ -229,7 +229,7 @@ def test_the_fused_product(descriptors):
 
 
 FUSED = """
-import torch, compile_kernels as tool
+import torch, compile_kernels, specializations as tool
 from bench import decisive
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -243,7 +243,7 @@ for descriptors in (True, False):
             x, low, weight, lora_B = empty(8192, 4096), empty(8192, 384), empty(14336, 4096), empty(14336, 384)
             decisive.fused_linear(x, low, weight, lora_B, gain, tiles, descriptors)
         assert len(recorded) == 1
-        complaint = tool.verdict(tool.compile_ahead(recorded[0]), target)
+        complaint = compile_kernels.verdict(compile_kernels.compile_ahead(recorded[0]), target)
         assert not complaint, (descriptors, tiles, complaint)
 print("all")
 """

@@ -41,7 +41,7 @@ WIN = 0.97
 LOSS = 1.02
 ACCUMULATORS = 128  # float32 values of a tile for each thread; above it the tile spills
 PRECISIONS = {2: "bf16", 4: "bf16-fp32"}
-VARIANTS = {2: "bf16", 4: "bf16, fp32 adapters"}  # of tools/compile_kernels.py
+VARIANTS = {2: "bf16", 4: "bf16, fp32 adapters"}  # of tools/specializations.py
 
 
 @dataclass(frozen=True)
@@ -319,11 +319,12 @@ def precompile(names: Sequence[str], operand_bytes: int, defaults: dict[str, Con
     minutes of the device's time.
     """
     import compile_kernels
+    import specializations
 
     from dora_kernels.kernels import KERNELS
 
     major, minor = torch.cuda.get_device_capability()
-    found = compile_kernels.TARGETS[f"sm_{major}{minor}"]
+    found = specializations.TARGETS[f"sm_{major}{minor}"]
     count = torch.cuda.get_device_properties("cuda").multi_processor_count
     target = dataclasses.replace(found, multiprocessors=count)
     variant = VARIANTS[operand_bytes]
@@ -334,7 +335,7 @@ def precompile(names: Sequence[str], operand_bytes: int, defaults: dict[str, Con
             for config in candidates(name, defaults[name], operand_bytes, shared_limit):
                 override = {name: dataclasses.asdict(config)}
                 with (
-                    compile_kernels.recording(target, compile_kernels.VARIANTS[variant], override) as recorded,
+                    specializations.recording(target, specializations.VARIANTS[variant], override) as recorded,
                     kernels.every_call_by_kernel(),
                 ):
                     kernels.CALLS[job](operands, KERNELS)

@@ -1,0 +1,245 @@
+"""What Triton's JIT would compile for a call of the public functions, on any GPU and with none at hand.
+
+The calls run on meta tensors; where the JIT would compile, the specialisation that it chose (types, constexprs,
+divisibility, num_warps) is recorded instead. Nothing about a kernel is restated.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+import dora_kernels
+from dora_kernels import functional, launch, ops
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: whose configs it takes (launch.py), and its shared memory for one program in bytes."""
+
+    name: str
+    family: str
+    shared_limit: int
+    multiprocessors: int
+
+    @property
+    def gpu(self) -> GPUTarget:
+        """What Triton compiles for."""
+        if self.name.startswith("gfx"):
+            return GPUTarget("hip", self.name, 64)
+        return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
+
+
+# shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", less the 1 KiB that
+# the driver keeps; CDNA3 and CDNA4 ISA guides, LDS per workgroup
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "sm_80", 166912, 108),
+        Target("sm_86", "sm_120", 101376, 84),
+        Target("sm_89", "sm_120", 101376, 128),
+        Target("sm_90", "sm_90", 232448, 132),
+        Target("sm_100", "sm_100", 232448, 148),
+        Target("sm_120", "sm_120", 101376, 170),
+        Target("gfx942", "gfx942", 65536, 304),
+        Target("gfx950", "gfx942", 163840, 256),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The dtypes of a call. autocast: as inside torch.autocast(dtype); precision: torch's float32 matmul setting."""
+
+    base: torch.dtype
+    adapter: torch.dtype
+    autocast: torch.dtype | None = None
+    precision: str = "highest"
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+VARIANTS = {
+    "bf16": Variant(_BF16, _BF16),
+    "fp16": Variant(_FP16, _FP16),
+    "fp32": Variant(_FP32, _FP32),
+    "fp32 high": Variant(_FP32, _FP32, precision="high"),
+    "bf16, fp32 adapters": Variant(_BF16, _FP32),
+    "bf16, fp32 adapters, high": Variant(_BF16, _FP32, precision="high"),
+    "bf16 autocast, fp32 adapters": Variant(_BF16, _FP32, autocast=_BF16),
+}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The arguments of dora_linear as meta tensors, all but weight wanting a gradient."""
+
+    x: Tensor
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, variant: Variant, M: int, N: int, K: int, R: int) -> "Inputs":
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+        base, adapter = variant.base, variant.adapter
+        return cls(
+            x=empty(M, K, dtype=base),
+            weight=empty(N, K, dtype=base).detach(),
+            lora_A=empty(R, K, dtype=adapter),
+            lora_B=empty(N, R, dtype=adapter),
+            magnitude=empty(N, dtype=adapter),
+            bias=empty(N, dtype=base),
+        )
+
+    def adapter(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.lora_A, self.lora_B, self.magnitude
+
+
+def step(inputs: Inputs, *, scaling: float = 0.5, bias: bool = True, drop: bool = False, **arguments) -> None:
+    """One forward and backward pass. arguments: norm_grad of dora_linear, way and precision of options."""
+    norm_grad = arguments.pop("norm_grad", False)
+    with dora_kernels.options(**arguments):
+        y = functional.dora_linear_core(
+            inputs.x,
+            inputs.weight,
+            *inputs.adapter(),
+            scaling,
+            inputs.bias if bias else None,
+            x_dropped=inputs.x * 1.0 if drop else None,
+            norm_grad=norm_grad,
+        )
+        y.backward(torch.empty_like(y))
+
+
+def _frozen(inputs: Inputs) -> Inputs:
+    return dataclasses.replace(inputs, magnitude=inputs.magnitude.detach(), bias=inputs.bias.detach())
+
+
+def _transposed(inputs: Inputs) -> Inputs:
+    return dataclasses.replace(inputs, weight=inputs.weight.new_empty(inputs.weight.shape[::-1]).T)
+
+
+def _few_tokens(inputs: Inputs) -> Inputs:
+    return dataclasses.replace(inputs, x=inputs.x.new_empty(16, inputs.x.shape[1]).requires_grad_())
+
+
+def _inference(inputs: Inputs) -> None:
+    with torch.no_grad():
+        for way in ("split", "merged"):
+            with dora_kernels.options(way=way):
+                dora_kernels.dora_linear(inputs.x, inputs.weight, *inputs.adapter(), 0.5, inputs.bias)
+        dora_kernels.weight_norm(inputs.weight, inputs.lora_A, inputs.lora_B, 0.5)
+        dora_kernels.merge_weight(inputs.weight, *inputs.adapter(), 0.5)
+
+
+# by name, in the order in which a specialisation that several of them share is attributed
+CALLS: dict[str, Callable[[Inputs], None]] = {
+    "train": step,
+    "few tokens": lambda inputs: step(_few_tokens(inputs)),
+    "no bias": lambda inputs: step(inputs, bias=False),
+    "split": lambda inputs: step(inputs, way="split"),
+    "merged": lambda inputs: step(inputs, way="merged"),
+    "exact": lambda inputs: step(inputs, precision="exact"),
+    "dropout": lambda inputs: step(inputs, drop=True),
+    "norm_grad": lambda inputs: step(inputs, norm_grad=True),
+    "frozen magnitude": lambda inputs: step(_frozen(inputs)),
+    "transposed weight": lambda inputs: step(_transposed(inputs)),
+    "inference": _inference,
+}
+# what the variants other than bf16 are compiled for: flags and dtypes hardly meet
+CORE_CALLS = ("train", "few tokens", "split", "dropout", "norm_grad")
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """What Triton's JIT would have compiled at a launch."""
+
+    kernel: JITFunction
+    key: str
+    target: Target
+    signature: dict[str, str]
+    constexprs: dict
+    attrs: dict
+    options: object
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def tiles(self) -> str:
+        """BLOCK_M=64 BLOCK_N=128 warps=4 stages=3"""
+        names = list(self.signature)
+        blocks = {names[path[0]]: value for path, value in self.constexprs.items()}
+        sizes = [f"{name}={value}" for name, value in blocks.items() if name.startswith("BLOCK_")]
+        return " ".join([*sizes, f"warps={self.options.num_warps}", f"stages={self.options.num_stages}"])
+
+
+class _Driver:
+    """As much of a Triton driver as JITFunction.run asks for before it compiles."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target.name  # the key of the JIT's cache of backends
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target.gpu
+
+
+@contextlib.contextmanager
+def recording(target: Target, variant: Variant, overrides: dict[str, dict] | None = None) -> Iterator[list]:
+    """Inside, launches on meta tensors as on `target` compile nothing; the list yielded gets a Specialization each.
+
+    overrides: kernel -> fields of launch.Config to replace.
+    """
+    if launch.interpreting():
+        raise RuntimeError("recording: TRITON_INTERPRET is set, which leaves nothing to compile; expected it unset")
+    recorded: list[Specialization] = []
+    run, config_for = JITFunction.run, launch.config_for
+
+    def run_warmup(self, *args, grid, warmup, **kwargs):
+        return run(self, *args, grid=grid, warmup=True, **kwargs)
+
+    def record(self, key, signature, device, constexprs, options, attrs, warmup):
+        recorded.append(Specialization(self, key, target, signature, constexprs, attrs, options))
+
+    def config_with_overrides(kernel, facts, operand):
+        return dataclasses.replace(config_for(kernel, facts, operand), **(overrides or {}).get(kernel, {}))
+
+    facts = launch.DeviceFacts(target.name, target.family, target.multiprocessors)
+    with contextlib.ExitStack() as stack:
+        for owner, name, replacement in (
+            (JITFunction, "run", run_warmup),
+            (JITFunction, "_do_compile", record),
+            (launch, "device_facts", lambda device: facts),
+            (launch, "config_for", config_with_overrides),
+            # meta tensors would take the fake implementations, and autocast does not know the meta device
+            *((ops, name, getattr(ops, f"_{name}")) for name in ("norm", "merge", "forward", "backward")),
+            (torch, "autocast", lambda *device_type, **options: contextlib.nullcontext()),
+            (torch, "is_autocast_enabled", lambda *device_type: variant.autocast is not None),
+            (torch, "get_autocast_dtype", lambda device_type: variant.autocast),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, replacement))
+        active, precision = triton.runtime.driver._active, torch.get_float32_matmul_precision()
+        triton.runtime.driver.set_active(_Driver(target))
+        torch.set_float32_matmul_precision(variant.precision)
+        try:
+            yield recorded
+        finally:
+            triton.runtime.driver.set_active(active)
+            torch.set_float32_matmul_precision(precision)
