@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels import launch, plan
+from dora_kernels import plan
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_tile
 from dora_kernels.reference import outer_product_ref
 
@@ -43,12 +43,13 @@ def _token_sums_kernel(
     """Over the split's rows m: outer[n, r] = sum columns[m, n] low[m, r]; dot[n] = sum columns * kept;
     total[n] = sum columns; and scaled = gain * columns.
 
-    One program owns a [BLOCK_N, BLOCK_R] tile of one split; what has no r belongs to the first block of r.
+    One program owns a [BLOCK_N, BLOCK_R] tile of one split; what has no r belongs to the first block of r. The blocks
+    of r of one tile start one after the other: they read the same columns, from memory once and then from the L2 cache.
     """
-    offs_n = block_offsets(tl.program_id(0), BLOCK_N)
-    split = tl.program_id(1).to(tl.int64)
-    offs_r = block_offsets(tl.program_id(2), BLOCK_R)
-    first = tl.program_id(2) == 0
+    offs_r = block_offsets(tl.program_id(0), BLOCK_R)
+    first = tl.program_id(0) == 0
+    offs_n = block_offsets(tl.program_id(1), BLOCK_N)
+    split = tl.program_id(2).to(tl.int64)
     mask_n = offs_n < N
     mask_r = offs_r < R
     start = split * rows_per_split
@@ -180,11 +181,8 @@ def token_sums(
     tiles = config.tiles(R)
     if N == 0:
         return
-    blocks = (triton.cdiv(N, config.BLOCK_N), max(1, triton.cdiv(R, tiles["BLOCK_R"])))
-    steps = triton.cdiv(M, config.BLOCK_M)
-    wanted = launch.splits(blocks[0] * blocks[1], steps, how.facts, config)
-    rows_per_split = triton.cdiv(steps, wanted) * config.BLOCK_M
-    splits = max(1, triton.cdiv(M, max(rows_per_split, 1)))
+    blocks_r, blocks_n = max(1, triton.cdiv(R, tiles["BLOCK_R"])), triton.cdiv(N, config.BLOCK_N)
+    rows_per_split, splits = how.split(blocks_r * blocks_n, M, config.BLOCK_M, config)
 
     def partial(wanted: bool, *shape: int) -> torch.Tensor | None:
         return columns.new_empty((splits, *shape), dtype=how.accumulate) if wanted else None
@@ -192,7 +190,7 @@ def token_sums(
     outer_partial = partial(low is not None, N, R)
     dot_partial = partial(dmagnitude is not None, N)
     total_partial = partial(dbias is not None, N)
-    _token_sums_kernel[blocks[0], splits, blocks[1]](
+    _token_sums_kernel[blocks_r, blocks_n, splits](
         columns,
         low,
         kept,

@@ -128,6 +128,15 @@ class Launch:
         """The tile configuration of `kernel`."""
         return launch.config_for(kernel, self.facts, self.operand)
 
+    def split(self, blocks: int, size: int, block: int, config: launch.Config) -> tuple[int, int]:
+        """(elements of each part, parts) of a sum over `size` elements in steps of `block`, for `blocks` output tiles.
+
+        At least one part, so that a sum over nothing is written as 0.
+        """
+        steps = triton.cdiv(size, block)
+        per_split = triton.cdiv(steps, launch.splits(blocks, steps, self.facts, config)) * block
+        return per_split, max(1, triton.cdiv(size, max(per_split, 1)))
+
     def dtypes(self) -> dict[str, object]:
         """The constexpr arguments that say in which dtypes a kernel works."""
         return {

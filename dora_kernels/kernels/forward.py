@@ -5,9 +5,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from dora_kernels import launch, plan
+from dora_kernels import plan
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_tile, low_rank_tile
-from dora_kernels.kernels.norm import merge, norm
+from dora_kernels.kernels.weight import merge, norm
 from dora_kernels.reference import project_ref
 
 
@@ -35,11 +35,13 @@ def _project_kernel(
 ):
     """partial[split, m, r] = sum over the split's k of rows[m, k] * scale[k] * factor[r, k].
 
-    One program owns a [BLOCK_M, BLOCK_R] tile of one split.
+    One program owns a [BLOCK_M, BLOCK_R] tile of one split; those that read the same rows start one after the other.
     """
-    offs_m = block_offsets(tl.program_id(0), BLOCK_M)
-    offs_r = block_offsets(tl.program_id(1), BLOCK_R)
-    split = tl.program_id(2).to(tl.int64)
+    blocks_r = tl.cdiv(R, BLOCK_R)
+    offs_r = block_offsets(tl.program_id(0) % blocks_r, BLOCK_R)
+    # not on an axis of its own: CUDA's second and third end at 65535 programs
+    offs_m = block_offsets(tl.program_id(0) // blocks_r, BLOCK_M)
+    split = tl.program_id(1).to(tl.int64)
     mask_m = offs_m < M
     mask_r = offs_r < R
     start = split * columns_per_split
@@ -99,16 +101,13 @@ def project(
     how = Launch.of(rows, dtype)
     config = how.config("project")
     tiles = config.tiles(R)
-    blocks = (triton.cdiv(M, config.BLOCK_M), triton.cdiv(R, tiles["BLOCK_R"]))
-    steps = triton.cdiv(K, config.BLOCK_K)
-    wanted = launch.splits(blocks[0] * blocks[1], steps, how.facts, config)
-    columns_per_split = triton.cdiv(steps, wanted) * config.BLOCK_K
-    splits = max(1, triton.cdiv(K, max(columns_per_split, 1)))
+    blocks = triton.cdiv(R, tiles["BLOCK_R"]) * triton.cdiv(M, config.BLOCK_M)
+    columns_per_split, splits = how.split(blocks, K, config.BLOCK_K, config)
     result = rows.new_empty((M, R), dtype=out_dtype)
     if M == 0:
         return result
     partial = result if splits == 1 else rows.new_empty((splits, M, R), dtype=how.accumulate)
-    _project_kernel[blocks[0], blocks[1], splits](
+    _project_kernel[blocks, splits](
         rows,
         factor,
         scale,

@@ -1,4 +1,6 @@
-"""The row norm of weight + scaling * lora_B @ lora_A, and the merged weight, without lora_B @ lora_A in device memory.
+"""What reads the weight: the row norm of weight + scaling * lora_B @ lora_A, and the merged weight.
+
+lora_B @ lora_A is formed in registers and never stands in device memory.
 
 With few rows or many columns the sum over K is split; the partial sums are added in a fixed order, so that the
 result is bitwise the same in every call.
@@ -10,6 +12,56 @@ import triton.language as tl
 
 from dora_kernels import launch
 from dora_kernels.kernels.common import Launch, block_offsets, load_tile, low_rank_tile
+
+
+@triton.jit
+def direction_tile(
+    weight_ptr,  # (N, K)
+    lora_A_ptr,  # (R, K)
+    lora_B_ptr,  # (N, R)
+    offs_n,
+    offs_k,
+    mask_n,
+    mask_k,
+    R,
+    stride_wn,
+    stride_wk,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    scaling,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    OPERAND_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """The [BLOCK_N, BLOCK_K] tiles at offs_n, offs_k of weight and of weight + scaling * lora_B @ lora_A."""
+    w = load_tile(weight_ptr, offs_n, offs_k, mask_n, mask_k, stride_wn, stride_wk).to(ACC_DTYPE)
+    low_rank = low_rank_tile(
+        lora_B_ptr,
+        lora_A_ptr,
+        offs_n,
+        offs_k,
+        mask_n,
+        mask_k,
+        R,
+        stride_bn,
+        stride_br,
+        stride_ak,
+        stride_ar,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_R,
+        ONE_CHUNK,
+        OPERAND_DTYPE,
+        ACC_DTYPE,
+        DOT_PRECISION,
+    )
+    return w, w + scaling * low_rank
 
 
 @triton.jit
@@ -50,19 +102,22 @@ def _norm_kernel(
     for k in range(start, end, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
         mask_k = offs_k < end
-        w = load_tile(weight_ptr, offs_n, offs_k, mask_n, mask_k, stride_wn, stride_wk)  # [BLOCK_N, BLOCK_K]
-        low_rank = low_rank_tile(
-            lora_B_ptr,
+        _, direction = direction_tile(
+            weight_ptr,
             lora_A_ptr,
+            lora_B_ptr,
             offs_n,
             offs_k,
             mask_n,
             mask_k,
             R,
+            stride_wn,
+            stride_wk,
+            stride_ar,
+            stride_ak,
             stride_bn,
             stride_br,
-            stride_ak,
-            stride_ar,
+            scaling,
             BLOCK_N,
             BLOCK_K,
             BLOCK_R,
@@ -71,8 +126,7 @@ def _norm_kernel(
             ACC_DTYPE,
             DOT_PRECISION,
         )
-        v = w.to(ACC_DTYPE) + scaling * low_rank
-        squares += tl.sum(v * v, axis=1)
+        squares += tl.sum(direction * direction, axis=1)
     tl.store(partial_ptr + split * N + offs_n, squares, mask=mask_n)
 
 
@@ -128,9 +182,7 @@ def norm(
     config = how.config("norm" if R <= launch.HIGH_RANK else "norm_high_rank")
     tiles = config.tiles(R)
     rows = triton.cdiv(N, config.BLOCK_N)
-    steps = triton.cdiv(K, config.BLOCK_K)
-    columns_per_split = triton.cdiv(steps, launch.splits(rows, steps, how.facts, config)) * config.BLOCK_K
-    splits = max(1, triton.cdiv(K, max(columns_per_split, 1)))
+    columns_per_split, splits = how.split(rows, K, config.BLOCK_K, config)
     partial = weight.new_empty((splits, N), dtype=how.accumulate)
     result = weight.new_empty((N,), dtype=how.accumulate)
     gain = None if magnitude is None else torch.empty_like(result)
@@ -201,19 +253,22 @@ def _merge_kernel(
     offs_k = block_offsets(tl.program_id(1), BLOCK_K)
     mask_n = offs_n < N
     mask_k = offs_k < K
-    w = load_tile(weight_ptr, offs_n, offs_k, mask_n, mask_k, stride_wn, stride_wk).to(ACC_DTYPE)
-    low_rank = low_rank_tile(
-        lora_B_ptr,
+    w, merged = direction_tile(
+        weight_ptr,
         lora_A_ptr,
+        lora_B_ptr,
         offs_n,
         offs_k,
         mask_n,
         mask_k,
         R,
+        stride_wn,
+        stride_wk,
+        stride_ar,
+        stride_ak,
         stride_bn,
         stride_br,
-        stride_ak,
-        stride_ar,
+        scaling,
         BLOCK_N,
         BLOCK_K,
         BLOCK_R,
@@ -222,7 +277,6 @@ def _merge_kernel(
         ACC_DTYPE,
         DOT_PRECISION,
     )
-    merged = w + scaling * low_rank  # [BLOCK_N, BLOCK_K]
     if HAS_GAIN:
         merged = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[:, None] * merged
     if SUBTRACT_WEIGHT:
