@@ -1,7 +1,7 @@
 """What a launch needs to know: the user's options, the device, and the tile configuration of each kernel.
 
-This is the only room that reads the environment (DORA_KERNELS_BACKEND) and the only one that decides between
-the Triton kernels and the plain-PyTorch reference.
+This is the only room that reads the environment (DORA_KERNELS_BACKEND), and it decides whether the Triton kernels or
+the plain-PyTorch reference compute a call; which of its products go to the GEMM library is plan.py's choice.
 """
 
 import contextlib
@@ -146,9 +146,14 @@ def why_not_triton(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str
     return f"the kernels do not take {refused[0]} on {facts.name}" if refused else ""
 
 
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+_logged: set[str] = set()
+
+
+def log_once(message: str) -> None:
+    """Warn of a path that costs speed, once in a process; not while torch.compile traces, which cannot log."""
+    if message not in _logged and not torch.compiler.is_compiling():
+        _logged.add(message)
+        logger.warning(message)
 
 
 def backend_for(requested: str, device: torch.device, *dtypes: torch.dtype) -> str:
@@ -165,7 +170,7 @@ def backend_for(requested: str, device: torch.device, *dtypes: torch.dtype) -> s
         return "triton"
     if requested == "triton":
         raise ValueError(f'options(backend="triton"): {reason}; expected a GPU that the kernels are built for')
-    _log_once(f"dora_kernels uses the reference: {reason}")
+    log_once(f"dora_kernels uses the reference: {reason}")
     return "reference"
 
 

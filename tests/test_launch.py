@@ -83,7 +83,7 @@ def test_a_fallback_is_logged_once_and_a_named_backend_raises(missing, gpu, monk
         reason = "no kernel configuration is known for Tesla T4"
     else:
         reason = "the kernels do not take torch.float64 on NVIDIA H200"
-    launch._log_once.cache_clear()
+    monkeypatch.setattr(launch, "_logged", set())
     with caplog.at_level(logging.INFO, "dora_kernels"):
         assert launch.backend_for("auto", gpu, dtype) == "reference"
         assert launch.backend_for("auto", gpu, dtype) == "reference"

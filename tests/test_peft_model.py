@@ -22,7 +22,7 @@ from peft.tuners.lora import dora  # noqa: E402
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
 
 import dora_kernels  # noqa: E402
-from dora_kernels import ops  # noqa: E402
+from dora_kernels import launch, ops  # noqa: E402
 from dora_kernels.adapters import peft as adapter  # noqa: E402
 from dora_kernels.testing import rms_error  # noqa: E402
 from tests.peft_problem import Net, build, calls, enabled, layers, randomise  # noqa: E402
@@ -138,7 +138,7 @@ HANDED_TO_PEFT = {
 @pytest.mark.parametrize("reason", HANDED_TO_PEFT)
 def test_call_goes_to_peft(reason, caplog, monkeypatch):
     """What we do not compute gives PEFT's result bit for bit, and one line in the log for each reason."""
-    monkeypatch.setattr(adapter, "_logged", set())
+    monkeypatch.setattr(launch, "_logged", set())
     caplog.set_level(logging.WARNING, "dora_kernels")
     stock = build()
     ours = enabled(stock)
@@ -165,7 +165,7 @@ def test_errors_are_peft_s():
 @pytest.mark.parametrize("part", ["base weight", "weight of the adapter"])
 def test_weights_on_another_device(part, caplog, monkeypatch):
     """What PEFT makes of it is its own affair: an error, or a move by a hook."""
-    monkeypatch.setattr(adapter, "_logged", set())
+    monkeypatch.setattr(launch, "_logged", set())
     model = enabled(build())
     (model.up.base_layer if part == "base weight" else model.up.lora_magnitude_vector["default"]).to("meta")
     ops.calls.clear()

@@ -1,8 +1,8 @@
 """PEFT: dora_linear under the `lora.Linear` DoRA layers of a model, one layer at a time.
 
 A layer is taken over by changing its class to DoraKernelsLinear, a subclass of PEFT's own that differs in
-`forward` alone. Parameters, state dict, merging and adapter management stay PEFT's code, deepcopy and pickle
-work as before, and giving a layer back is changing its class back.
+`forward`, and in `train` by what it forgets. Parameters, state dict, merging and adapter management stay PEFT's
+code, deepcopy and pickle work as before, and giving a layer back is changing its class back.
 
 Each call decides anew whether it is ours. A merged or disabled layer, a plain LoRA adapter, hooks on a
 submodule we would bypass, and everything else that is not known to mean exactly what dora_linear computes
@@ -13,7 +13,6 @@ traces it.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from dora_kernels import reuse  # noqa: E402
+from dora_kernels import launch, reuse  # noqa: E402
 from dora_kernels.adapters import LayerReport  # noqa: E402
 from dora_kernels.functional import weight_norm  # noqa: E402
 from dora_kernels.reference import gain_ref  # noqa: E402
@@ -54,9 +53,6 @@ KNOWN_PARTS = (
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (*AUTOCAST_DTYPES, torch.float64)
-
-_logger = logging.getLogger("dora_kernels")
-_logged: set[str] = set()
 
 
 class DoraKernelsLinear(LoraLinear):
@@ -76,9 +72,12 @@ class DoraKernelsLinear(LoraLinear):
             return super().forward(x, *args, **kwargs)
         reason = _call_reason(self, x, adapters, bool(args or kwargs))
         if reason is not None:
-            _log_once(reason)
+            launch.log_once(f"dora_kernels: a call went to PEFT: {reason}")
             return super().forward(x, *args, **kwargs)
 
+        for adapter in adapters:
+            if adapter.magnitude._dora_cache:
+                adapter.magnitude._cache_clear()  # as each uncached forward of PEFT does: it may be stale by now
         base = self.base_layer
         weight = base.weight.T if self.fan_in_fan_out else base.weight  # (N, K)
         first, *others = adapters
@@ -248,8 +247,6 @@ def _call_reason(layer: DoraKernelsLinear, x: Tensor, adapters: list[Adapter], h
             return reason
         if adapter.lora_A.weight.dtype != adapter.lora_B.weight.dtype:
             return "lora_A and lora_B differ in dtype"
-        if adapter.magnitude._dora_cache:
-            adapter.magnitude._cache_clear()  # as each uncached forward of PEFT does: it may be stale by now
     return None
 
 
@@ -287,12 +284,6 @@ def _is_bound_forward(module: nn.Module, method: Any) -> bool:
 
 def _class_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _log_once(reason: str) -> None:
-    if reason not in _logged and not torch.compiler.is_compiling():
-        _logged.add(reason)
-        _logger.warning("dora_kernels: a call went to PEFT: %s", reason)
 
 
 # The computation.
