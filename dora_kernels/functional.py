@@ -1,7 +1,7 @@
 """The public functions: validation, shape folding, dtypes under autocast, and autograd."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,46 +42,10 @@ def dora_linear(
     Raises ValueError, naming the argument, where shapes, dtypes, devices or scaling do not fit, and where weight
     requires a gradient. A second derivative, forward-mode AD and torch.func transforms raise torch's own errors.
     """
-    return dora_linear_core(x, weight, lora_A, lora_B, magnitude, scaling, bias, norm_grad=norm_grad)
+    return dora_linear_core(x, weight, lora_A, lora_B, magnitude, scaling, bias, norm_grad=norm_grad)[0]
 
 
 def dora_linear_core(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-    *,
-    x_dropped: Tensor | None = None,
-    norm: Tensor | None = None,
-    norm_grad: bool = False,
-    function: str = "dora_linear",
-) -> Tensor:
-    """`dora_linear` with what other libraries' layers need beside it.
-
-    x_dropped: dropout(x), of x's shape. The adapter then sees x_dropped, and the base layer x (PEFT's meaning):
-        y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * (x_dropped lora_A^T) lora_B^T + bias
-    norm (N,): used in place of the row norms; a constant, so norm_grad cannot be asked for with it.
-    function: the name that error messages give.
-    """
-    return dora_linear_and_norm(
-        x,
-        weight,
-        lora_A,
-        lora_B,
-        magnitude,
-        scaling,
-        bias,
-        x_dropped=x_dropped,
-        norm=norm,
-        norm_grad=norm_grad,
-        function=function,
-    )[0]
-
-
-def dora_linear_and_norm(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
@@ -96,9 +60,13 @@ def dora_linear_and_norm(
     norm_grad: bool = False,
     function: str = "dora_linear",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, norm and gain: `dora_linear_core` for a caller that keeps the last two (reuse.py) and gives them back.
+    """y, norm (N,) and gain (N,): `dora_linear` with what other libraries' layers and reuse.py need beside it.
 
-    gain (N,) is magnitude / norm, and is given with norm or not at all.
+    x_dropped: dropout(x), of x's shape. The adapter then sees x_dropped, and the base layer x (PEFT's meaning):
+        y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * (x_dropped lora_A^T) lora_B^T + bias
+    norm (N,): used in place of the row norms; a constant, so norm_grad cannot be asked for with it.
+    gain (N,): magnitude / norm, given with norm or not at all.
+    function: the name that error messages give.
     """
     scaling = _check_adapter(function, weight, lora_A, lora_B, scaling)
     _check_call(function, x, weight, magnitude, bias, x_dropped, norm)
@@ -125,26 +93,12 @@ def dora_linear_and_norm(
         must_split, wide = exact or x_dropped is not None, dtype != base_dtype
         keep = plan.kept_tensor(base_dtype, options.way, must_split=must_split, wide=wide)
     keep_low = needs_B or keep == "base"
-    arguments = (
-        x,
-        x_dropped,
-        weight,
-        lora_A,
-        lora_B,
-        magnitude,
-        bias,
-        None if norm is None else norm.detach().to(accumulate_dtype(base_dtype)),
-        gain,
-        scaling,
-        base_dtype,
-        dtype,
-        options.way,
-        keep,
-        keep_low,
-        exact,
-        norm_grad,
-        options.backend,
+    norm = None if norm is None else norm.detach().to(accumulate_dtype(base_dtype))
+    dropped = x_dropped is not None
+    settings = _Settings(
+        scaling, base_dtype, dtype, options.way, keep, keep_low, exact, norm_grad, dropped, options.backend
     )
+    arguments = (x, x_dropped, weight, lora_A, lora_B, magnitude, bias, norm, gain, settings)
     y, norm, gain = _DoraLinear.apply(*arguments) if grad else _DoraLinear.forward(None, *arguments)
     # outside the Function: autograd refuses to modify in place a view that a Function has returned
     return y.view(*x.shape[:-1], weight.shape[0]), norm, gain
@@ -179,6 +133,13 @@ def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tens
 
     Shapes and dtypes as dora_linear; rounded once; a constant for autograd. Raises ValueError as dora_linear.
     """
+    return merge_weight_and_norm(weight, lora_A, lora_B, magnitude, scaling)[0]
+
+
+def merge_weight_and_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`merge_weight`, with the norm (N,) and the gain (N,) that went into it."""
     scaling = _check_adapter("merge_weight", weight, lora_A, lora_B, scaling)
     _check_row("merge_weight", "magnitude", magnitude, weight)
     backend = launch.current_options().backend
@@ -186,7 +147,22 @@ def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tens
     with torch.no_grad():
         norm = ops.norm(weight, lora_A, lora_B, scaling, dtype, backend)
         gain = gain_ref(magnitude, norm)
-        return ops.merge(weight, lora_A, lora_B, gain, scaling, dtype, backend)
+        return ops.merge(weight, lora_A, lora_B, gain, scaling, dtype, backend), norm, gain
+
+
+class _Settings(NamedTuple):
+    """What a call has settled beside its tensors; passes.py says what each is."""
+
+    scaling: float
+    base_dtype: torch.dtype
+    dtype: torch.dtype
+    way: str
+    keep: str
+    keep_low: bool
+    exact: bool
+    norm_grad: bool
+    dropped: bool
+    backend: str
 
 
 class _DoraLinear(torch.autograd.Function):
@@ -204,16 +180,9 @@ class _DoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         norm: Tensor | None,
         gain: Tensor | None,
-        scaling: float,
-        base_dtype: torch.dtype,
-        dtype: torch.dtype,
-        way: str,
-        keep: str,
-        keep_low: bool,
-        exact: bool,
-        norm_grad: bool,
-        backend: str,
+        settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        base_dtype = settings.base_dtype
         rows = (x.shape[:-1].numel(), weight.shape[1])
         x_rows = x.reshape(rows).to(base_dtype)
         dropped_rows = None if x_dropped is None else x_dropped.reshape(rows).to(base_dtype)
@@ -227,13 +196,13 @@ class _DoraLinear(torch.autograd.Function):
             None if bias is None else bias.to(base_dtype),
             norm,
             gain,
-            scaling,
-            dtype,
-            way,
-            keep,
-            keep_low,
-            exact,
-            backend,
+            settings.scaling,
+            settings.dtype,
+            settings.way,
+            settings.keep,
+            settings.keep_low,
+            settings.exact,
+            settings.backend,
         )
         norm = new_norm if norm is None else norm
         gain = new_gain if gain is None else gain
@@ -246,12 +215,11 @@ class _DoraLinear(torch.autograd.Function):
                 lora_B,
                 norm,
                 gain,
-                low if keep_low else None,
-                kept if keep else None,
+                low if settings.keep_low else None,
+                kept if settings.keep else None,
             )
             ctx.mark_non_differentiable(norm, gain)
-            ctx.settings = (scaling, dtype, way, keep, x_dropped is not None, norm_grad, backend)
-            ctx.base_dtype = base_dtype
+            ctx.settings = settings
             ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
             ctx.dropped_dtype = x.dtype if x_dropped is None else x_dropped.dtype
             ctx.magnitude_dtype = magnitude.dtype
@@ -262,29 +230,29 @@ class _DoraLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_A, lora_B, norm, gain, low, kept = ctx.saved_tensors
-        scaling, dtype, way, keep, dropped, norm_grad, backend = ctx.settings
+        settings = ctx.settings
         needs_x, needs_dropped, _, needs_A, needs_B, needs_magnitude, needs_bias, *_ = ctx.needs_input_grad
         needs = [needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias]
         gradients = ops.backward(
             dy,
             x,
-            weight.to(ctx.base_dtype),
+            weight.to(settings.base_dtype),
             lora_A,
             lora_B,
             norm,
             gain,
             low,
             kept,
-            scaling,
-            dtype,
-            way,
-            keep,
-            dropped,
-            norm_grad,
+            settings.scaling,
+            settings.dtype,
+            settings.way,
+            settings.keep,
+            settings.dropped,
+            settings.norm_grad,
             needs,
             ctx.magnitude_dtype,
             ctx.bias_dtype,
-            backend,
+            settings.backend,
         )
         dx, dx_dropped, dA, dB, dmagnitude, dbias = (
             gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
@@ -293,7 +261,7 @@ class _DoraLinear(torch.autograd.Function):
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
         if dx_dropped is not None:
             dx_dropped = dx_dropped.view(ctx.x_shape).to(ctx.dropped_dtype)
-        return dx, dx_dropped, None, dA, dB, dmagnitude, dbias, *(None,) * 11
+        return dx, dx_dropped, None, dA, dB, dmagnitude, dbias, None, None, None
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

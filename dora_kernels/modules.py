@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.functional import merge_weight, weight_norm
-from dora_kernels.reference import gain_ref
+from dora_kernels.functional import merge_weight_and_norm, weight_norm
 
 
 class DoraLinear(nn.Module):
@@ -129,10 +128,9 @@ class DoraLinear(nn.Module):
         """
         if self.merged:
             return
-        adapter = (self.lora_A.weight, self.lora_B.weight)
-        norm = weight_norm(self.weight, *adapter, self.scaling)
-        gain = gain_ref(self.lora_magnitude_vector, norm)
-        self.weight.copy_(merge_weight(self.weight, *adapter, self.lora_magnitude_vector, self.scaling))
+        adapter = (self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector)
+        merged, norm, gain = merge_weight_and_norm(self.weight, *adapter, self.scaling)
+        self.weight.copy_(merged)
         self._merged_with = norm, gain
 
     @torch.no_grad()

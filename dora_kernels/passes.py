@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels import launch, plan
@@ -57,9 +56,7 @@ def forward(
     if not norm_given:
         norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
     base = base_product(adapter_input, weight, exact)
-    residual = None
-    if x_dropped is not None:
-        residual, bias = F.linear(x, weight, bias), None
+    residual = None if x_dropped is None else base_product(x, weight, exact)
     y = steps.epilogue(base, low, lora_B, gain, bias, scaling, x.dtype, residual)
     return y, norm, None if given_gain is not None else gain, low if keep_low else None, base if keep else None
 

@@ -5,7 +5,8 @@ Two calls reuse what an earlier call of the same layer computed:
     a call inside a backward pass, which is activation checkpointing running the forward pass once more.
 
 What is kept is good only while its fingerprint is: which tensors there are, with address, version, dtype and layout,
-scaling, operand dtypes, and the number of optimizer steps taken in this process. The version alone would not do: fused
+scaling, operand dtypes, the CUDA stream that computed it (another would have to wait for it, and for its memory), and
+the number of optimizer steps taken in this process. The version alone would not do: fused
 optimizers, 8-bit optimizers and writes through .data leave it alone. Nor would the address: a parameter that is
 replaced leaves its address to the next one. Writes through .data outside an optimizer step cannot be seen; after one,
 call `invalidate(model)`.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dora_kernels.functional import dora_linear_and_norm, dora_linear_core, operand_dtypes
+from dora_kernels.functional import dora_linear_core, operand_dtypes
 
 
 class _Kept(NamedTuple):
@@ -54,34 +55,30 @@ def dora_linear_reusing(
     x_dropped: Tensor | None = None,
     function: str = "dora_linear",
 ) -> Tensor:
-    """`dora_linear_core` for `layer`, reusing the norm and gain of its last call where that is safe.
+    """y of `dora_linear_core` for `layer`, reusing the norm and gain of its last call where that is safe.
 
-    Arguments and errors as dora_linear_core. Under torch.compile nothing is kept: the graph cannot see what changed.
+    Arguments and errors as dora_linear_core. Nothing is kept under torch.compile, whose graph cannot see what changed,
+    nor in a CUDA graph, which computes something else at every replay.
     """
     arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
-    if torch.compiler.is_compiling():
-        return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
     tensors = (weight, lora_A, lora_B, magnitude)
-    if not all(map(_has_identity, tensors)) or _is_capturing(x):
-        # what a CUDA graph computes changes at every replay
-        return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
+    if torch.compiler.is_compiling() or not all(map(_has_identity, tensors)) or _is_capturing(x):
+        return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)[0]
 
     owners, fingerprint = tuple(map(_owner, tensors)), _fingerprint(x, tensors, scaling)
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
     if kept is not None and (in_backward or not layer.training) and kept.is_of(owners, fingerprint):
-        y, _, _ = dora_linear_and_norm(
-            *arguments, x_dropped=x_dropped, norm=kept.norm, gain=kept.gain, function=function
-        )
-        return y
-    y, norm, gain = dora_linear_and_norm(*arguments, x_dropped=x_dropped, function=function)
+        given = {"norm": kept.norm, "gain": kept.gain}
+        return dora_linear_core(*arguments, x_dropped=x_dropped, **given, function=function)[0]
+    y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
     _count_optimizer_steps()
     _kept[layer] = _Kept(tuple(map(weakref.ref, owners)), fingerprint, norm, gain)
     return y
 
 
 def forget(layer: nn.Module) -> None:
-    """Drop what is kept for one layer; its train() and its loads call this."""
+    """Drop what is kept for one layer: its train() calls this, and enable() and disable() do."""
     _kept.pop(layer, None)
 
 
@@ -93,8 +90,10 @@ def invalidate(model: nn.Module) -> None:
 
 def _fingerprint(x: Tensor, tensors: tuple[Tensor, ...], scaling: float) -> tuple[object, ...]:
     identity = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
     # what inference mode computes cannot be saved for a backward pass
-    return identity, scaling, operand_dtypes(x, tensors[1]), _optimizer_steps, torch.is_inference_mode_enabled()
+    inference = torch.is_inference_mode_enabled()
+    return identity, scaling, operand_dtypes(x, tensors[1]), stream, _optimizer_steps, inference
 
 
 def _owner(tensor: Tensor) -> Tensor:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import dora_kernels
-from dora_kernels import functional, launch, ops
+from dora_kernels import launch, ops
 from dora_kernels.reference import dora_linear_ref
-from dora_kernels.testing import MEAN_RATIO, geometric_mean
-from tests.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem
+from dora_kernels.testing import MEAN_RATIO, geometric_mean, rms_error
+from tests.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, core
 
 # M, N, K, R: each shape is here for one thing that the others do not have
 SHAPES = (
@@ -86,6 +86,16 @@ def test_exact_precision_keeps_a_small_adapter_visible(backend):
     assert (exact["magnitude"] - truth).norm() < 0.01 * (auto["magnitude"] - truth).norm()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", (0.0, 0.4))
+def test_exact_precision_rounds_the_output_once(dropout, backend):
+    problem = Problem.random(33, 70, 90, 4, torch.bfloat16, torch.float32, dropout=dropout)
+    exact = problem.exact()["y"]
+    once = rms_error(exact.to(torch.bfloat16), exact)
+    assert rms_error(problem.ours(backend, precision="exact")["y"], exact) < 1.02 * once
+    assert rms_error(problem.ours(backend)["y"], exact) > 1.1 * once
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("given_norm", (False, True), ids=("through_the_norm", "given_norm"))
 @pytest.mark.parametrize("shape", ((6, 35, 34, 17), (3, 4, 40, 1)), ids=ids)
@@ -98,9 +108,7 @@ def test_gradcheck_on_the_kernel_code(shape, given_norm, way):
 
     def function(x, lora_A, lora_B, magnitude, bias):
         with launch.options(backend="triton", way=way):
-            return functional.dora_linear_core(
-                x, problem.weight, lora_A, lora_B, magnitude, 0.75, bias, norm=norm, norm_grad=not given_norm
-            )
+            return core(x, problem.weight, lora_A, lora_B, magnitude, 0.75, bias, norm=norm, norm_grad=not given_norm)
 
     inputs = [getattr(problem, name).requires_grad_() for name in GRADIENTS]
     before = ops.calls["backward", "triton"]
@@ -158,7 +166,7 @@ def test_an_overwritten_output_does_not_reach_the_backward(way, backend):
     problem = Problem.random(16, 40, 36, 6)
 
     def overwritten(*arguments, **keywords):
-        y = functional.dora_linear_core(*arguments, **keywords)
+        y = core(*arguments, **keywords)
         y.data.fill_(math.nan)
         return y
 
@@ -316,7 +324,7 @@ def test_backward_inside_autocast():
 def test_torch_compile_keeps_the_operators():
     problem = Problem.random(12, 40, 36, 6, torch.float32)
     torch._dynamo.reset()
-    compiled = torch.compile(functional.dora_linear_core, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(core, fullgraph=True, backend="aot_eager")
     before = dict(ops.calls)
     actual, expected = problem.run(compiled), problem.ours("auto")
     for name in actual:
@@ -393,7 +401,6 @@ class TestErrors:
     def test_core_arguments(self):
         problem = Problem.random(5, 8, 6, 2, torch.float32)
         arguments = {name: value for name, value in vars(problem).items() if name not in ("dy", "x_dropped")}
-        core = functional.dora_linear_core
         with pytest.raises(ValueError, match=r"x_dropped has shape \(4, 6\) but x has shape \(5, 6\)"):
             core(**arguments, x_dropped=problem.x[:4])
         with pytest.raises(ValueError, match=r"norm has shape \(6,\)"):
@@ -424,7 +431,7 @@ def test_the_output_may_be_modified_in_place():
     problem = Problem.random(5, 8, 6, 2)
 
     def modified(*arguments, **keywords):
-        y = functional.dora_linear_core(*arguments, **keywords)
+        y = core(*arguments, **keywords)
         y += 1
         return torch.relu_(y)
 
@@ -439,7 +446,7 @@ def test_the_output_may_be_modified_in_place():
 def test_torch_compile_takes_a_scaling_that_changes():
     problem = Problem.random(12, 40, 36, 6, torch.float32)
     torch._dynamo.reset()
-    compiled = torch.compile(functional.dora_linear_core, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(core, fullgraph=True, backend="aot_eager")
     for scaling in (0.75, 0.5, 0.3):
         problem.scaling = scaling
         torch.testing.assert_close(problem.run(compiled)["y"], problem.ours("auto")["y"])

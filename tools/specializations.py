@@ -118,7 +118,7 @@ def step(inputs: Inputs, *, scaling: float = 0.5, bias: bool = True, drop: bool 
             inputs.bias if bias else None,
             x_dropped=inputs.x * 1.0 if drop else None,
             norm_grad=norm_grad,
-        )
+        )[0]
         y.backward(torch.empty_like(y))
 
 
