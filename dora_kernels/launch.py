@@ -12,6 +12,7 @@ import logging
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -87,6 +88,21 @@ def interpreting() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def interpret_on_cpu() -> None:
+    """Let Triton run kernels on CPU tensors through its interpreter; in this process, before triton is imported.
+
+    Raises ValueError where it is too late, or where there is no triton.
+    """
+    if not has_triton():
+        raise ValueError("interpret_on_cpu: triton is not installed; expected it, to run its kernels on the CPU")
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not interpreting():
+        raise ValueError("interpret_on_cpu: triton was imported with its interpreter off; expected TRITON_INTERPRET=1")
+    interpreting.cache_clear()
+    device_facts.cache_clear()
 
 
 @dataclass(frozen=True)

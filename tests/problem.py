@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dora_kernels import functional, launch
 from dora_kernels.reference import dora_linear_ref
-from dora_kernels.testing import Comparison, compare
+from dora_kernels.testing import SCALING, Comparison, compare, random_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # float64 shows an error of meaning to 1e-9; a GPU's kernels do not take it, and float32 stands in
@@ -35,7 +35,7 @@ def core(*arguments, **keywords) -> Tensor:
 
 @dataclass
 class Problem:
-    """The tensors of one call; gains are spread around 1 and lora_B is not zero, so that every term counts."""
+    """The tensors of one call, from random_inputs."""
 
     x: Tensor
     weight: Tensor
@@ -45,8 +45,7 @@ class Problem:
     bias: Tensor | None
     dy: Tensor
     x_dropped: Tensor | None = None
-    # 0.75 and not 0.7: Triton takes a float32 scaling, and float64 tests want it exact
-    scaling: float = 0.75
+    scaling: float = SCALING
 
     @classmethod
     def random(
@@ -64,27 +63,11 @@ class Problem:
     ) -> "Problem":
         """A problem with M tokens, N out features, K in features, rank R."""
         generator = torch.Generator().manual_seed(seed)
-        adapter_dtype = adapter_dtype or dtype
-
-        def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).to(DEVICE)
-
-        x = normal(M, K)
-        weight = normal(N, K) * max(K, 1) ** -0.5
-        lora_A = normal(R, K, dtype=adapter_dtype) * max(K, 1) ** -0.5
-        lora_B = normal(N, R, dtype=adapter_dtype) * max(R, 1) ** -0.5
-        spread = 0.5 + torch.rand(N, dtype=torch.float64, generator=generator).to(DEVICE)
-        norm = torch.linalg.vector_norm(weight.double() + 0.75 * lora_B.double() @ lora_A.double(), dim=1)
-        return cls(
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            (spread * norm).to(adapter_dtype),
-            normal(N) if bias else None,
-            normal(M, N),
-            F.dropout(x, dropout) if dropout else None,
-        )
+        inputs = random_inputs(M, N, K, R, dtype, adapter_dtype, bias=bias, device=DEVICE, generator=generator)
+        inputs = {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        dy = torch.randn(M, N, dtype=torch.float64, generator=generator).to(dtype).to(DEVICE)
+        x_dropped = F.dropout(inputs["x"], dropout) if dropout else None
+        return cls(**inputs, dy=dy, x_dropped=x_dropped)
 
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same numbers in another dtype."""
