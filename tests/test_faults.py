@@ -3,10 +3,89 @@
 Each ends in the right answer or in a clear error, and the next call is right.
 """
 
+import functools
+import sys
 import threading
+from collections.abc import Callable
 
-from dora_kernels import launch
+import pytest
+import torch
+
+import dora_kernels
+from dora_kernels import DoraLinear, launch
 from dora_kernels.launch import Options
+from dora_kernels.reference import dora_linear_ref
+from tests.problem import BACKENDS, DEVICE
+
+
+@pytest.fixture
+def layer() -> DoraLinear:
+    """A layer whose adapter counts, in eval mode."""
+    torch.manual_seed(0)
+    layer = DoraLinear(24, 20, rank=4, alpha=6.0, device=DEVICE).eval()
+    with torch.no_grad():
+        layer.lora_B.weight.normal_()
+    return layer
+
+
+def definition(layer: DoraLinear, x: torch.Tensor) -> torch.Tensor:
+    adapter = (layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector)
+    return dora_linear_ref(x, layer.weight, *adapter, layer.scaling, layer.bias)
+
+
+def in_threads(*works: Callable[[], None]) -> None:
+    """Run each in a thread of its own, all at once and switching often; raises what the first of them raised."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(len(works))
+
+    def run(work):
+        try:
+            barrier.wait()
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=run, args=(work,)) for work in works]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    if errors:
+        raise errors[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("training", (False, True), ids=("eval", "train"))
+def test_many_threads_through_one_layer(training, backend, layer):
+    """Each with its own x; one of them drops what is kept again and again."""
+    layer.train(training)
+    parameters = [layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector]
+
+    def one(seed):
+        x = torch.randn(3 + seed, 24, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        y, expected = layer(x), definition(layer, x)
+        torch.testing.assert_close(y, expected)
+        gradients = torch.autograd.grad(y.square().sum(), parameters)
+        torch.testing.assert_close(
+            gradients, torch.autograd.grad(expected.square().sum(), parameters), rtol=1e-4, atol=1e-4
+        )
+
+    def many(seed):
+        for round in range(3):
+            one(seed + round)
+
+    def invalidate():
+        for _ in range(40):
+            dora_kernels.invalidate(layer)
+
+    with launch.options(backend=backend):
+        in_threads(*(functools.partial(many, seed) for seed in range(6)), invalidate)
+        one(99)
 
 
 def test_options_of_threads_that_overlap_leave_nothing_behind():
