@@ -39,6 +39,8 @@ class _Kept(NamedTuple):
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 _optimizer_steps = 0
 _counting = False
+# how often something was dropped: what another thread drops must not come back from a call that had begun before
+_drops = 0
 
 
 def dora_linear_reusing(
@@ -66,6 +68,8 @@ def dora_linear_reusing(
         # what a CUDA graph computes changes at every replay
         return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
 
+    _count_optimizer_steps()
+    drops = _drops
     owners, fingerprint = tuple(map(_owner, tensors)), _fingerprint(x, tensors, scaling)
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
@@ -75,13 +79,15 @@ def dora_linear_reusing(
         )
         return y
     y, norm, gain = dora_linear_and_norm(*arguments, x_dropped=x_dropped, function=function)
-    _count_optimizer_steps()
-    _kept[layer] = _Kept(tuple(map(weakref.ref, owners)), fingerprint, norm, gain)
+    if drops == _drops:
+        _kept[layer] = _Kept(tuple(map(weakref.ref, owners)), fingerprint, norm, gain)
     return y
 
 
 def forget(layer: nn.Module) -> None:
     """Drop what is kept for one layer; its train() and its loads call this."""
+    global _drops
+    _drops += 1
     _kept.pop(layer, None)
 
 
@@ -115,7 +121,9 @@ def _is_capturing(x: Tensor) -> bool:
 
 
 def _count_optimizer_steps() -> None:
-    """From the first norm kept on, count the steps of every optimizer: the hook fires for fused ones too."""
+    """From the first call on, before a norm is made, count the steps of every optimizer: the hook fires for fused ones
+    too.
+    """
     global _counting
     if not _counting:
         register_optimizer_step_post_hook(_count_one_step)

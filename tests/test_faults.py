@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import dora_kernels
-from dora_kernels import DoraLinear, launch
+from dora_kernels import DoraLinear, launch, ops, reuse
 from dora_kernels.launch import Options
-from dora_kernels.reference import dora_linear_ref
+from dora_kernels.reference import REFERENCE, dora_linear_ref
 from tests.problem import BACKENDS, DEVICE
 
 
@@ -86,6 +86,46 @@ def test_many_threads_through_one_layer(training, backend, layer):
     with launch.options(backend=backend):
         in_threads(*(functools.partial(many, seed) for seed in range(6)), invalidate)
         one(99)
+
+
+def test_what_one_thread_drops_another_does_not_put_back(layer, monkeypatch):
+    """A write through .data and invalidate(), while a call that has read the old weights is still under way."""
+    x = torch.randn(5, 24, device=DEVICE)
+
+    def overtaken(*arguments):
+        result = REFERENCE.merged_forward(*arguments)
+        monkeypatch.setattr(ops, "REFERENCE", REFERENCE)
+
+        def swap():
+            layer.lora_B.weight.data.mul_(2)
+            dora_kernels.invalidate(layer)
+
+        in_threads(swap)
+        return result
+
+    monkeypatch.setattr(ops, "REFERENCE", REFERENCE._replace(merged_forward=overtaken))
+    with launch.options(backend="reference", way="merged"):
+        layer(x)
+        torch.testing.assert_close(layer(x), definition(layer, x))
+
+
+def test_a_fused_step_of_another_thread_during_the_first_call_is_seen(layer, monkeypatch):
+    """Steps are counted from before the first norm is made."""
+    x = torch.randn(5, 24, device=DEVICE)
+    monkeypatch.setattr(reuse, "_counting", False)
+    layer.lora_B.weight.grad = torch.ones_like(layer.lora_B.weight)
+    optimizer = torch.optim.AdamW([layer.lora_B.weight], lr=0.1, fused=True)
+
+    def overtaken(*arguments):
+        result = REFERENCE.merged_forward(*arguments)
+        monkeypatch.setattr(ops, "REFERENCE", REFERENCE)
+        in_threads(optimizer.step)
+        return result
+
+    monkeypatch.setattr(ops, "REFERENCE", REFERENCE._replace(merged_forward=overtaken))
+    with launch.options(backend="reference", way="merged"):
+        layer(x)
+        torch.testing.assert_close(layer(x), definition(layer, x))
 
 
 def test_options_of_threads_that_overlap_leave_nothing_behind():
