@@ -112,8 +112,12 @@ def _owner(tensor: Tensor) -> Tensor:
 
 
 def _has_identity(tensor: Tensor) -> bool:
-    """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+    """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor,
+    nor in memory that other processes write to.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return False
+    return tensor.device.type != "cpu" or not tensor.is_shared()
 
 
 def _is_capturing(x: Tensor) -> bool:

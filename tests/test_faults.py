@@ -4,6 +4,7 @@ Each ends in the right answer or in a clear error, and the next call is right.
 """
 
 import functools
+import multiprocessing
 import sys
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from dora_kernels import DoraLinear, launch, ops, reuse
 from dora_kernels.launch import Options
 from dora_kernels.reference import REFERENCE, dora_linear_ref
 from tests.problem import BACKENDS, DEVICE
+
+needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 
 
 @pytest.fixture
@@ -159,3 +162,36 @@ def test_options_of_threads_that_overlap_leave_nothing_behind():
     enter_first_then_second()
     assert seen == [Options(way="merged", precision="exact")]
     assert launch.current_options() == Options()
+
+
+def forked(work: Callable[[], None]) -> None:
+    """Run `work` in a forked process; raises AssertionError where that fails or does not end."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run():
+        torch.set_num_threads(1)  # an OpenMP pool does not survive a fork; a DataLoader's workers do the same
+        try:
+            work()
+            sender.send("")
+        except BaseException as error:
+            sender.send(f"{type(error).__name__}: {error}")
+
+    process = context.Process(target=run)
+    process.start()
+    said = receiver.recv() if receiver.poll(60) else "no answer in 60 s"
+    process.kill()
+    process.join()
+    assert not said, said
+
+
+@needs_fork
+@pytest.mark.skipif(DEVICE == "cuda", reason="parameters in host memory")
+def test_what_another_process_writes_into_shared_memory_is_seen(layer):
+    """It changes no version that this process could see, so that nothing is kept for such a layer."""
+    layer.share_memory()
+    x = torch.randn(5, 24)
+    before = layer(x)
+    forked(lambda: layer.lora_B.weight.data.mul_(2))
+    torch.testing.assert_close(layer(x), definition(layer, x))
+    assert not torch.allclose(layer(x), before)
