@@ -4,10 +4,13 @@ Each ends in the right answer or in a clear error, and the next call is right.
 """
 
 import functools
+import importlib.util
+import json
 import multiprocessing
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from dora_kernels.launch import Options
 from dora_kernels.reference import REFERENCE, dora_linear_ref
 from tests.problem import BACKENDS, DEVICE
 
+ROOT = Path(__file__).parent.parent
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 
 
@@ -195,3 +199,29 @@ def test_what_another_process_writes_into_shared_memory_is_seen(layer):
     forked(lambda: layer.lora_B.weight.data.mul_(2))
     torch.testing.assert_close(layer(x), definition(layer, x))
     assert not torch.allclose(layer(x), before)
+
+
+@pytest.fixture(scope="module")
+def tune():
+    spec = importlib.util.spec_from_file_location("tune_for_faults", ROOT / "tools" / "tune.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_two_tuners_of_one_table_do_not_write_into_one_file(tune, tmp_path, monkeypatch):
+    """A second process comes in between writing and replacing: the last one wins, whole."""
+    path = tmp_path / "t.json"
+    replace, pid = tune.os.replace, tune.os.getpid()
+
+    def overtaken(partial, path):
+        monkeypatch.setattr(tune.os, "replace", replace)
+        monkeypatch.setattr(tune.os, "getpid", lambda: pid + 1)
+        tune.write_table(path, {"configs": "second"})
+        replace(partial, path)
+
+    monkeypatch.setattr(tune.os, "replace", overtaken)
+    tune.write_table(path, {"configs": "first"})
+    assert json.loads(path.read_text()) == {"configs": "first"}
+    assert list(tmp_path.iterdir()) == [path]
