@@ -66,6 +66,7 @@ def test_a_clean_run_is_ok(tool, run):
     assert row["ok"] and row["errors"] == ["0"] and "skipped" not in row
     assert len(row["calls"]) == 2 and all(f"--tool {tool}" in call for call in row["calls"])
     assert "tests/test_kernels.py" in row["calls"][1] and "--error-exitcode" in row["calls"][1]
+    assert "--no-poison" in row["calls"][1]
 
 
 @pytest.mark.parametrize("tool", TOOLS)
