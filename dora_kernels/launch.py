@@ -13,8 +13,9 @@ import os
 import pathlib
 import re
 import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -42,7 +43,11 @@ class Options:
 
 # A module global and neither thread-local nor a ContextVar: torch.compile guards on a global, silently ignores
 # changes of a thread-local and refuses a ContextVar (torch 2.13).
-_current = Options(backend=os.environ.get("DORA_KERNELS_BACKEND", "auto"))
+_default = Options(backend=os.environ.get("DORA_KERNELS_BACKEND", "auto"))
+_current = _default
+# what each open `options` block asked for, in the order in which they were entered
+_asked: list[dict[str, str]] = []
+_asking = threading.Lock()
 
 
 def current_options() -> Options:
@@ -61,17 +66,33 @@ def options(backend: str | None = None, way: str | None = None, precision: str |
 
     A backward pass uses the options that were in force in its forward pass.
     """
-    global _current
-    previous = _current
-    _current = Options(
-        backend=previous.backend if backend is None else backend,
-        way=previous.way if way is None else way,
-        precision=previous.precision if precision is None else precision,
-    )
+    named = {"backend": backend, "way": way, "precision": precision}
+    asked = {name: value for name, value in named.items() if value is not None}
+    replace(_current, **asked)  # raises ValueError before anything is changed
+    with _alone():
+        _asked.append(asked)
+        _settle()
     try:
         yield _current
     finally:
-        _current = previous
+        # not simply what it was before: threads may leave their blocks in another order than they entered them
+        with _alone():
+            _asked[:] = [other for other in _asked if other is not asked]
+            _settle()
+
+
+def _settle() -> None:
+    """The options in force from what the open blocks asked for: the block entered last has the last word."""
+    global _current
+    settled = _default
+    for asked in _asked:
+        settled = replace(settled, **asked)
+    _current = settled
+
+
+def _alone() -> contextlib.AbstractContextManager:
+    """One thread at a time; torch.compile, which cannot trace a lock, traces alone anyway."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _asking
 
 
 @functools.cache

@@ -40,6 +40,8 @@ class _Kept(NamedTuple):
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 _optimizer_steps = 0
 _counting = False
+# how often something was dropped: what another thread drops must not come back from a call that had begun before
+_drops = 0
 
 
 def dora_linear_reusing(
@@ -65,6 +67,8 @@ def dora_linear_reusing(
     if torch.compiler.is_compiling() or not all(map(_has_identity, tensors)) or _is_capturing(x):
         return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)[0]
 
+    _count_optimizer_steps()
+    drops = _drops
     owners, fingerprint = tuple(map(_owner, tensors)), _fingerprint(x, tensors, scaling)
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
@@ -72,13 +76,15 @@ def dora_linear_reusing(
         given = {"norm": kept.norm, "gain": kept.gain}
         return dora_linear_core(*arguments, x_dropped=x_dropped, **given, function=function)[0]
     y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
-    _count_optimizer_steps()
-    _kept[layer] = _Kept(tuple(map(weakref.ref, owners)), fingerprint, norm, gain)
+    if drops == _drops:
+        _kept[layer] = _Kept(tuple(map(weakref.ref, owners)), fingerprint, norm, gain)
     return y
 
 
 def forget(layer: nn.Module) -> None:
     """Drop what is kept for one layer: its train() calls this, and enable() and disable() do."""
+    global _drops
+    _drops += 1
     _kept.pop(layer, None)
 
 
@@ -105,8 +111,12 @@ def _owner(tensor: Tensor) -> Tensor:
 
 
 def _has_identity(tensor: Tensor) -> bool:
-    """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+    """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor,
+    nor in memory that other processes write to.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return False
+    return tensor.device.type != "cpu" or not tensor.is_shared()
 
 
 def _is_capturing(x: Tensor) -> bool:
@@ -114,7 +124,9 @@ def _is_capturing(x: Tensor) -> bool:
 
 
 def _count_optimizer_steps() -> None:
-    """From the first norm kept on, count the steps of every optimizer: the hook fires for fused ones too."""
+    """From the first call on, before a norm is made, count the steps of every optimizer: the hook fires for fused ones
+    too.
+    """
     global _counting
     if not _counting:
         register_optimizer_step_post_hook(_count_one_step)
