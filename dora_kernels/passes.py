@@ -35,7 +35,7 @@ def forward(
 ) -> tuple[Tensor | None, ...]:
     """y (M, N), norm (N,) and gain (N,) unless given, low (M, R) if keep_low, and what dmagnitude will need.
 
-    x, x_dropped (M, K) and weight (N, K) in the dtype of the base GEMM; `dtype` is that of the low-rank operands.
+    x (M, K) and weight (N, K) in the dtype of the base GEMM; `dtype` is that of the low-rank operands and of x_dropped.
     keep: "base" keeps x @ weight.T, "z" keeps base + scaling * low @ lora_B.T, "" keeps nothing (plan.py chooses).
     Nothing that is kept is y: fused RoPE and SwiGLU kernels overwrite a layer's output behind autograd's back.
     """
@@ -55,7 +55,7 @@ def forward(
 
     if not norm_given:
         norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
-    base = base_product(adapter_input, weight, exact)
+    base = base_product(adapter_input.to(x.dtype), weight, exact)
     residual = None if x_dropped is None else base_product(x, weight, exact)
     y = steps.epilogue(base, low, lora_B, gain, bias, scaling, x.dtype, residual)
     return y, norm, None if given_gain is not None else gain, low if keep_low else None, base if keep else None

@@ -224,6 +224,22 @@ class TestLayer:
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert model.training and type(layer).__module__.startswith("peft")
 
+    def test_dropout_is_not_rounded_to_the_weights_dtype_for_float32_adapters(self):
+        """dlora_A and dlora_B under dropout: 1.3 and 1.5 of PEFT's error where dropout(x) is rounded to bfloat16."""
+        peft = pytest.importorskip("peft")
+        ratios = {"dlora_A": [], "dlora_B": []}
+        for seed in range(3):
+            torch.manual_seed(seed)
+            model = nn.Sequential(nn.Linear(60, 50)).to(DEVICE, torch.bfloat16)
+            config = peft.LoraConfig(r=4, use_dora=True, lora_dropout=0.3, target_modules=["0"])
+            report = check_layer(peft.get_peft_model(model, config).base_model.model[0], seed=seed)
+            for row in report.rows:
+                for name in ratios:
+                    if row.check == "train, accuracy" and row.subject.startswith(name):
+                        ratios[name].append(row.comparison.ratio)
+        for name in ratios:
+            assert geometric_mean(ratios[name]) < 1.1, ratios
+
     def test_an_enabled_layer_passes(self, model):
         dora_kernels.enable(model)
         check_layer(model.base_model.model[0]).raise_if_failed()
