@@ -41,9 +41,17 @@ class Options:
                 raise ValueError(f"options: {name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
+def _from_environment() -> Options:
+    """DORA_KERNELS_BACKEND; unset and empty mean auto."""
+    backend = os.environ.get("DORA_KERNELS_BACKEND") or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"DORA_KERNELS_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    return Options(backend=backend)
+
+
 # A module global and neither thread-local nor a ContextVar: torch.compile guards on a global, silently ignores
 # changes of a thread-local and refuses a ContextVar (torch 2.13).
-_default = Options(backend=os.environ.get("DORA_KERNELS_BACKEND", "auto"))
+_default = _from_environment()
 _current = _default
 # what each open `options` block asked for, in the order in which they were entered
 _asked: list[dict[str, str]] = []

@@ -8,8 +8,8 @@ What is kept is good only while its fingerprint is: which tensors there are, wit
 scaling, operand dtypes, the CUDA stream that computed it (another would have to wait for it, and for its memory), and
 the number of optimizer steps taken in this process. The version alone would not do: fused
 optimizers, 8-bit optimizers and writes through .data leave it alone. Nor would the address: a parameter that is
-replaced leaves its address to the next one. Writes through .data outside an optimizer step cannot be seen; after one,
-call `invalidate(model)`.
+replaced leaves its address to the next one. Writes through .data outside an optimizer step (PEFT's hot swap is one)
+cannot be seen; after one, call `invalidate(model)`.
 """
 
 import weakref
@@ -17,23 +17,39 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_kernels.functional import dora_linear_core, operand_dtypes
 
 
 class _Kept(NamedTuple):
-    """A layer's norm (N,) and gain (N,), and what they were computed from: `owners` are the tensors, if they live."""
+    """A layer's norm (N,) and gain (N,), and what they were computed from: tensors, their storages, a fingerprint.
+
+    Both references are weak, and both are needed: a new parameter may take over the storage of the one that it
+    replaces, and a parameter may get a new storage, at the old one's address, through .data.
+    """
 
     owners: tuple[weakref.ref[Tensor], ...]
+    storages: tuple[StorageWeakRef, ...]
     fingerprint: tuple[object, ...]
     norm: Tensor
     gain: Tensor
 
-    def is_of(self, owners: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> bool:
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...], norm: Tensor, gain: Tensor) -> "_Kept":
+        owners = tuple(weakref.ref(_owner(tensor)) for tensor in tensors)
+        storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+        return cls(owners, storages, fingerprint, norm, gain)
+
+    def is_of(self, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> bool:
         """Whether the same tensors, unchanged, would be used again."""
-        same = all(kept() is owner for kept, owner in zip(self.owners, owners, strict=True))
-        return same and self.fingerprint == fingerprint
+        if self.fingerprint != fingerprint:
+            return False
+        return all(
+            owner() is _owner(tensor) and storage.cdata == tensor.untyped_storage()._cdata
+            for owner, storage, tensor in zip(self.owners, self.storages, tensors, strict=True)
+        )
 
 
 # beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
@@ -69,15 +85,15 @@ def dora_linear_reusing(
 
     _count_optimizer_steps()
     drops = _drops
-    owners, fingerprint = tuple(map(_owner, tensors)), _fingerprint(x, tensors, scaling)
+    fingerprint = _fingerprint(x, tensors, scaling)
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
-    if kept is not None and (in_backward or not layer.training) and kept.is_of(owners, fingerprint):
+    if kept is not None and (in_backward or not layer.training) and kept.is_of(tensors, fingerprint):
         given = {"norm": kept.norm, "gain": kept.gain}
         return dora_linear_core(*arguments, x_dropped=x_dropped, **given, function=function)[0]
     y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
     if drops == _drops:
-        _kept[layer] = _Kept(tuple(map(weakref.ref, owners)), fingerprint, norm, gain)
+        _kept[layer] = _Kept.of(tensors, fingerprint, norm, gain)
     return y
 
 
@@ -103,7 +119,7 @@ def _fingerprint(x: Tensor, tensors: tuple[Tensor, ...], scaling: float) -> tupl
 
 
 def _owner(tensor: Tensor) -> Tensor:
-    """The tensor that lives as long as the storage is the layer's: the parameter itself, where a view of it is passed.
+    """The tensor that lives as long as the layer has it: the parameter itself, where a view of it is passed.
 
     (A transposed weight is a new view at every call.)
     """

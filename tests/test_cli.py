@@ -145,6 +145,7 @@ def test_demo_fails_when_the_loss_rises(run_micro, monkeypatch):
         (("--device", "tpu"), "demo: device is 'tpu'; expected auto, cpu or cuda"),
         (("--steps", "3"), "demo: steps is 3; expected more than 3, the warm-up"),
         (("--out", "no/such/folder.png"), "demo: out is 'no/such/folder.png'; expected a file in a folder"),
+        (("--out", "chart.xyz"), "demo: out is 'chart.xyz'; expected a name that ends in .png"),
     ),
 )
 def test_demo_refuses_settings(capsys, arguments, message):
