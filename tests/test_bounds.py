@@ -69,14 +69,22 @@ def call(launcher: str, t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     if launcher == "merge":
         return [kernels.merge(t["weight"], t["lora_A"], t["lora_B"], t["gain"], 0.75)]
     if launcher == "project":
-        return [kernels.project(t["x"], t["lora_A"], t["gain"])]
+        return [kernels.project(t["x"], t["lora_A"], t["scale"])]
     if launcher == "epilogue":
-        more = (t["gain"], t["bias"], 0.75, torch.float16, t["residual"])
+        more = (t["gain"], t["bias"], 0.75, t["x"].dtype, t["residual"])
         return [kernels.epilogue(t["base"], t["low"], t["lora_B"], *more)]
-    sums = {"outer": t["outer"], "dmagnitude": torch.empty(3)}
+    sums = {"outer": t["outer"], "dmagnitude": torch.empty_like(t["gain"])}
     keywords = {"gain": t["gain"], "kept": t["base"], "norm": t["gain"], "lora_B": t["lora_B"]}
     kernels.token_sums(t["dy"], t["low"], 0.75, **keywords, **sums)
     return list(sums.values())
+
+
+def tensors_of(problem: Problem) -> dict[str, torch.Tensor]:
+    """What the launchers take, by name."""
+    tensors = {name: value for name, value in vars(problem).items() if isinstance(value, torch.Tensor)}
+    tensors |= {"base": problem.x @ problem.weight.T, "low": problem.x @ problem.lora_A.T, "residual": problem.dy + 1}
+    gain = problem.magnitude.to(torch.promote_types(problem.x.dtype, torch.float32))
+    return tensors | {"gain": gain, "scale": 1 + gain.new_ones(problem.x.shape[1]), "outer": 0 * problem.lora_B}
 
 
 OPERANDS = {
@@ -95,12 +103,30 @@ OPERANDS = {
 )
 def test_offsets_do_not_wrap_at_2_to_the_31(launcher, operand, dim, monkeypatch):
     monkeypatch.setattr("dora_kernels.plan.project_by_kernel", lambda *arguments, **keywords: True)
-    problem = Problem.random(3, 3, 3, 3, torch.float16)
-    tensors = {name: value for name, value in vars(problem).items() if isinstance(value, torch.Tensor)}
-    tensors |= {"base": problem.x @ problem.weight.T, "low": problem.x @ problem.lora_A.T, "residual": problem.dy + 1}
-    tensors |= {"gain": problem.magnitude.float(), "outer": torch.zeros_like(problem.lora_B)}
+    tensors = tensors_of(Problem.random(3, 3, 3, 3, torch.float16))
     if dim >= tensors[operand].dim():
         pytest.skip("has one dimension")
     expected = [tensor.clone() for tensor in call(launcher, tensors)]
     actual = call(launcher, tensors | {operand: far(tensors[operand], dim)})
     assert all(map(torch.equal, actual, expected))
+
+
+def hemmed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same numbers with NaN all around them."""
+    hem = 64
+    memory = torch.full([size + 2 * hem for size in tensor.shape], math.nan, dtype=tensor.dtype, device=tensor.device)
+    inner = memory[tuple(slice(hem, hem + size) for size in tensor.shape)]
+    return inner.copy_(tensor)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("launcher", OPERANDS)
+def test_nothing_is_read_outside(launcher, shape, monkeypatch):
+    """What lies around an operand is NaN, and 0 * NaN would show, too."""
+    monkeypatch.setattr("dora_kernels.plan.project_by_kernel", lambda *arguments, **keywords: True)
+    tensors = tensors_of(Problem.random(*shape, DTYPE))
+    expected = [tensor.clone() for tensor in call(launcher, tensors)]
+    for operand in OPERANDS[launcher]:
+        actual = call(launcher, tensors | {operand: hemmed(tensors[operand])})
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other)

@@ -36,21 +36,39 @@ ROOT = Path(__file__).resolve().parent.parent
 ENOUGH = 0.95
 COPIED = ("dora_kernels", "tests", "tools", "bench", "pyproject.toml")
 # What is mutated -> the tests that must notice, the most likely first: pytest stops at the first failure
-_KERNELS = ("tests/test_kernels.py", "tests/test_bounds.py", "tests/test_functional.py")
+_KERNELS = (
+    "tests/test_kernels.py",
+    "tests/test_bounds.py",
+    "tests/test_passes.py",
+    "tests/test_compile_kernels.py::test_every_kernel_compiles",
+    "tests/test_compile_kernels.py::test_norm_and_gain_are_rounded_to_nearest",
+    "tests/test_functional.py",
+)
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/backward.py": _KERNELS,
     "dora_kernels/kernels/common.py": _KERNELS,
     "dora_kernels/kernels/forward.py": _KERNELS,
     "dora_kernels/kernels/norm.py": _KERNELS,
     "dora_kernels/functional.py": (
+        "tests/test_passes.py",
         "tests/test_functional.py",
         "tests/test_fallback.py",
         "tests/test_ops.py",
         "tests/test_modules.py",
         "tests/test_reuse.py",
     ),
-    "dora_kernels/passes.py": ("tests/test_passes.py", "tests/test_functional.py", "tests/test_ops.py"),
-    "dora_kernels/reference.py": ("tests/test_reference.py", "tests/test_functional.py", "tests/test_kernels.py"),
+    "dora_kernels/passes.py": (
+        "tests/test_passes.py",
+        "tests/test_functional.py",
+        "tests/test_ops.py",
+        "tests/test_reuse.py",
+    ),
+    "dora_kernels/reference.py": (
+        "tests/test_reference.py",
+        "tests/test_passes.py",
+        "tests/test_functional.py",
+        "tests/test_kernels.py",
+    ),
 }
 
 
@@ -79,6 +97,7 @@ _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row i
 _NO_TENSOR = "strides, or a rank, of a tensor that is not there"
 _INT64 = "the other operand is int64 already; each of the two alone is enough"
 _SPLITS = "into how many parts a sum is split: speed, and the order of the sum"
+_CAST = "Triton promotes, and casts to what it stores to, by itself"
 _TABLE = "which of two tables of tiles, or a loop of one step: speed"
 _BLOCKS = "how large a block of rows is: speed"
 EXCLUDED = (
@@ -105,6 +124,22 @@ EXCLUDED = (
     Excluded(_FORWARD, "_project_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_NORM, "_norm_kernel", "split = tl.program_id(1).to(tl.int64)", ("tl.program_id(1).to",), _INT64),
     Excluded(_NORM, "_norm_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_BACKWARD, "_token_sums_kernel", "dot +=", ("columns.to(ACC_DTYPE) -> columns",), _CAST),
+    Excluded(_BACKWARD, "_token_sums_kernel", "dot +=", ("kept.to(ACC_DTYPE) -> kept",), _CAST),
+    Excluded(_BACKWARD, "_token_sums_kernel", "scaled = gain", ("columns.to(ACC_DTYPE) -> columns",), _CAST),
+    Excluded(_BACKWARD, "_token_sums_kernel", "tl.store(", ("scaled.to(scaled_ptr",), _CAST),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "low_rank_dot +=", ("lora_B.to(ACC_DTYPE) -> lora_B",), _CAST),
+    Excluded(
+        _BACKWARD, "_finish_sums_kernel", "tl.store(", ("(scaling * outer).to(", "dmagnitude.to", "total.to"), _CAST
+    ),
+    Excluded(_FORWARD, "_project_kernel", "factor = scale", ("factor.to(ACC_DTYPE) -> factor",), _CAST),
+    Excluded(_FORWARD, "_project_kernel", "tl.store(", ("acc.to(",), _CAST),
+    Excluded(_FORWARD, "_finish_project_kernel", "tl.store(", ("acc.to(",), _CAST),
+    Excluded(_FORWARD, "_epilogue_kernel", "y += tl.load(bias_ptr", ("tl.load(",), _CAST),
+    Excluded(_FORWARD, "_epilogue_kernel", "y += residual", ("residual.to(ACC_DTYPE) -> residual",), _CAST),
+    Excluded(_FORWARD, "_epilogue_kernel", "tl.store(", ("y.to(",), _CAST),
+    Excluded(_NORM, "_norm_kernel", "v = w", ("w.to(ACC_DTYPE) -> w",), _CAST),
+    Excluded(_NORM, "_merge_kernel", "tl.store(", ("merged.to(",), _CAST),
     Excluded(_BACKWARD, "token_sums", "wanted = launch.splits(blocks", ("blocks", "0", "1"), _SPLITS),
     Excluded(_FORWARD, "project", "wanted = launch.splits(blocks", ("blocks", "0", "1"), _SPLITS),
     Excluded(_FORWARD, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
