@@ -314,9 +314,11 @@ class Copy:
             output, _ = process.communicate(timeout=seconds)
             state = "passed" if process.returncode == 0 else "failed"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            state = "timeout"
+            output, state = "", "timeout"
+        finally:
+            if process.poll() is None:  # after Ctrl-C too: it has a session of its own
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate()
         return state, time.monotonic() - start, "\n".join(output.splitlines()[-5:])
 
     def try_mutant(self, mutant: Mutant, tests: Sequence[str], seconds: float) -> dict[str, object]:
