@@ -47,6 +47,17 @@ class QuantizedWeight:
         """Bytes of storage, scales and all."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def dim(self) -> int:
+        """2, as Tensor.dim()."""
+        return len(self.shape)
+
+    def new_empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """As Tensor.new_empty."""
+        return self.tensors[0].new_empty(shape, dtype=dtype or self.dtype)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        return self.dequantize(rows)
+
     def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """weight[rows] (n, K), bit for bit what the library decodes, in `dtype` if given. rows: of step 1."""
         N, K = self.shape
@@ -56,6 +67,27 @@ class QuantizedWeight:
         stop = max(start, stop)
         values = FORMATS[self.format](self, start * K, stop * K)
         return values.view(stop - start, K).to(dtype or self.dtype)
+
+
+Weight = Tensor | QuantizedWeight
+DENSE = "dense"
+"""The format of a Tensor."""
+
+
+def parts(weight: Weight) -> tuple[list[Tensor], str, list[int], torch.dtype]:
+    """(tensors, format, numbers, dtype): a weight as an operator of ops.py takes it; `whole` is the way back."""
+    if isinstance(weight, Tensor):
+        return [weight], DENSE, [], weight.dtype
+    return list(weight.tensors), weight.format, list(weight.numbers), weight.dtype
+
+
+def whole(
+    tensors: list[Tensor], weight_format: str, numbers: list[int], dtype: torch.dtype, shape: tuple[int, int]
+) -> Weight:
+    """The weight (N, K) of which `parts` were taken."""
+    if weight_format == DENSE:
+        return tensors[0]
+    return QuantizedWeight(weight_format, shape, dtype, tuple(tensors), tuple(numbers))
 
 
 # One function per format: the elements [first, last) of the flat weight, rounded to weight.dtype.
@@ -172,13 +204,11 @@ def _bitsandbytes4(weight: Any) -> QuantizedWeight:
     if len(state.shape) != 2:
         raise ValueError(f"read: the bitsandbytes weight has shape {tuple(state.shape)}; expected (N, K)")
     N, K = state.shape
-    absmax, dtype = state.absmax, state.dtype
-    if absmax.dim() == 2:  # repacked, or once repacked: state_dict() puts all but a weight's plain scales back
-        absmax = absmax.T.flatten().float()
     if is_packed_for_cpu(weight):
-        packed, dtype = _unpack_for_cpu(weight.data, N, K), state.original_dtype
+        packed, dtype = _unpacked(weight.data, N, K), state.original_dtype
     else:
-        packed = _bytes(weight)
+        packed, dtype = _bytes(weight), state.dtype
+    absmax = _flat_scales(state)
     if packed.numel() != (N * K + 1) // 2:
         raise ValueError(
             f"read: the bitsandbytes weight has {packed.numel()} bytes; expected {(N * K + 1) // 2} for {(N, K)}"
@@ -347,17 +377,34 @@ def _bitsandbytes_decodes(K: int, blocksize: int) -> bool:
 def is_packed_for_cpu(weight: Any) -> bool:
     """Whether Linear4bit has repacked its weight in place, as it does in eval mode on CPUs with AVX512_BF16.
 
-    Its scales are rounded to bfloat16 from then on, dequantize_4bit returns scrambled values, and training it gives no
-    gradient of x.
+    Its scales are rounded to bfloat16 from then on, dequantize_4bit returns scrambled values, and no gradient of x can
+    be computed. `read` takes the weight as it is.
     """
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
-def _unpack_for_cpu(packed: Tensor, N: int, K: int) -> Tensor:
+def unpack_for_cpu(weight: Any) -> None:
+    """Put a weight that was repacked back into the layout that bitsandbytes trains and merges, in place.
+
+    The scales stay as they were rounded. (Its own state_dict() quantises nested ones again, or leaves plain ones
+    transposed.)
+    """
+    state = weight.quant_state
+    packed, absmax = _unpacked(weight.data, *state.shape), _flat_scales(state)
+    weight.data = packed.view(getattr(state, "original_storage_type", torch.uint8)).view(-1, 1)
+    state.absmax, state.dtype, state.packing_format_for_cpu = absmax, state.original_dtype, False
+
+
+def _flat_scales(state: Any) -> Tensor:
+    """absmax (blocks,); that of a weight which is or was repacked is (K / blocksize, N) in bfloat16."""
+    return state.absmax.T.flatten().float() if state.absmax.dim() == 2 else state.absmax
+
+
+def _unpacked(packed: Tensor, N: int, K: int) -> Tensor:
     """The bytes of a weight that was repacked, in the layout of codebook4.
 
     32 rows are interleaved: byte b of (32 rows, 2 columns) has row b // 2 in its low nibble, row 16 + b // 2 in its
-    high one, and column b % 2. The scales are (K / blocksize, N).
+    high one, and column b % 2.
     """
     tiles = packed.view(N // 32, K // 2, 16, 2)
     nibbles = torch.cat((tiles & 15, tiles >> 4), 2).transpose(1, 2)  # (N / 32, 32, K / 2, 2)

@@ -121,9 +121,28 @@ def test_repacking_trap(bnb, nested, storage):
     assert after.dtype == before.dtype and rms_error(after, before) < 2**-8
     assert torch.equal(after.sign(), before.sign())
     assert rms_error(layer(x), x @ after.T + layer.bias) < 2**-6  # bitsandbytes computes in bfloat16
-    state = layer.state_dict()  # which repacks again, and rounds the scales once more
-    assert not quant.is_packed_for_cpu(layer.weight) and "weight" in state
-    assert rms_error(quant.read(layer).dequantize(), before) < 2e-2
+    saved = copy.deepcopy(layer)
+    saved.state_dict()  # which puts the weight back, and rounds the scales once more
+    assert not quant.is_packed_for_cpu(saved.weight)
+    assert rms_error(quant.read(saved).dequantize(), before) < 2e-2
+    quant.unpack_for_cpu(layer.weight)
+    assert not quant.is_packed_for_cpu(layer.weight) and layer.weight.dtype == storage
+    assert torch.equal(quant.read(layer).dequantize(), after)
+    assert torch.equal(decoded_by_library(bnb, layer.weight), after)
+    layer(x)
+    assert torch.equal(quant.read(layer).dequantize(), after)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_repacking_that_fails(bnb, nested):
+    """Where K is no multiple of the blocksize the layer raises in eval mode, its state half changed."""
+    layer = linear4bit(bnb, 64, 96, nested=nested)
+    before = quant.read(layer).dequantize()
+    try:
+        layer.eval()(torch.randn(3, 96))
+        assert not layer.support_avx512bf16_for_cpu
+    except RuntimeError:
+        assert torch.equal(quant.read(layer).dequantize(), before)
 
 
 def linear4bit(bnb, N, K, **settings):
