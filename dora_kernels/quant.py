@@ -288,10 +288,10 @@ def _hqq(layer: Any) -> QuantizedWeight:
         raise ValueError(f"read: the HQQ layer is packed as {meta['packing']}; expected 4bit_u8 in groups")
     if meta.get("quant_zero") or meta.get("quant_scale") or "zero" not in meta or "scale" not in meta:
         raise ValueError("read: the HQQ layer has quantised scales or zeros; expected plain ones")
-    scale, zero = meta["scale"], meta["zero"]
+    packed, scale, zero = (_differentiable(tensor) for tensor in (layer.W_q, meta["scale"], meta["zero"]))
     compute_dtype = meta.get("compute_dtype", torch.float16)
     dtype = torch.promote_types(torch.promote_types(compute_dtype, scale.dtype), zero.dtype)
-    tensors = (_bytes(layer.W_q), scale.view(-1), zero.view(-1))
+    tensors = (_bytes(packed), scale.view(-1), zero.view(-1))
     return QuantizedWeight("hqq4", tuple(meta["shape"]), dtype, tensors, (meta["group_size"], meta["axis"]))
 
 
@@ -329,6 +329,11 @@ def _once(tensor: Tensor, compute: Callable[[], Any]) -> Any:
         value = compute()
         _computed[tensor] = tensor._version, value
     return value
+
+
+def _differentiable(tensor: Tensor) -> Tensor:
+    """A copy of what was computed in inference mode, as HQQ quantises: autograd refuses to save that."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _plain(tensor: Tensor) -> Tensor:

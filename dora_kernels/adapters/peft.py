@@ -74,6 +74,11 @@ class TakenOver:
         """The base layer's weight (N, K), and why the base layer is not ours to compute."""
         raise NotImplementedError
 
+    @staticmethod
+    def remarks(layer: LoraLayer) -> list[str]:
+        """What the report says of a layer that is taken over."""
+        return []
+
     def base_operands(self, x: Tensor, weight: Weight) -> tuple[Tensor, Weight, str | None]:
         """x and weight as dora_linear takes them, and why their dtypes are PEFT's affair."""
         reason = None
@@ -254,7 +259,7 @@ def _judge(layer: nn.Module) -> tuple[bool, str]:
         return False, base_reason
     reasons = {name: _adapter_reason(_read(layer, name)) for name in layer.lora_magnitude_vector}
     against = [f"adapter {name!r}: {reason}" for name, reason in reasons.items() if reason is not None]
-    return len(against) < len(reasons), "; ".join(against)
+    return len(against) < len(reasons), "; ".join(against or cls.remarks(layer))
 
 
 def _adapter_reason(adapter: Adapter, device: torch.device | None = None) -> str | None:

@@ -117,6 +117,14 @@ if is_bnb_4bit_available():
             _unpack(layer)
             return super().read_base(layer)
 
+        @classmethod
+        def remarks(cls, layer: LoraLayer) -> list[str]:
+            """As TakenOver.remarks: a fresh magnitude is the norm of the weight that PEFT has decoded."""
+            weight, _ = cls.read_base(layer)
+            if not quant.is_decoded_wrongly(weight):
+                return []
+            return [f"{_wrong_decoding(weight)}, and PEFT takes a fresh magnitude from that"]
+
         def base_operands(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, QuantizedWeight, str | None]:
             """As TakenOver.base_operands."""
             base = self.base_layer
