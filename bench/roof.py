@@ -90,16 +90,21 @@ class Work:
     flops: float
 
 
+def shape_of(case: Case) -> plan.Shape:
+    """The case as plan.py sees it."""
+    return plan.Shape(case.M, case.N, case.K, case.R, DTYPES[case.precision][0].itemsize)
+
+
 def plan_step(kernel: str, case: Case) -> plan.Step:
     """What plan.py counts for a kernel of bench.kernels: the elements of the main tensors, FLOPs and launches."""
-    shape = plan.Shape(case.M, case.N, case.K, case.R, DTYPES[case.precision][0].itemsize)
+    shape = shape_of(case)
     steps = plan.forward_steps(shape, "split") | plan.backward_steps(shape, "merged")
     return steps[{"project": "P", "outer_product": "dA"}.get(kernel, kernel)]
 
 
 def work(kernel: str, case: Case) -> Work:
     """The main tensors and the FLOPs as plan.py counts them, and the low-rank operands beside them."""
-    base, operand = DTYPES[case.precision]
+    operand = DTYPES[case.precision][1]
     M, N, K = case.M, case.N, case.K
     rows = {
         "norm": N + K,
@@ -113,7 +118,7 @@ def work(kernel: str, case: Case) -> Work:
         "dx": 0,
     }[kernel]
     step = plan_step(kernel, case)
-    return Work(step.elements * base.itemsize + case.R * rows * operand.itemsize, step.flops)
+    return Work(step.bytes(shape_of(case)) + case.R * rows * operand.itemsize, step.flops)
 
 
 def floor_seconds(kernel: str, case: Case, roof: Roof, precision: str = "ieee") -> tuple[float, str]:

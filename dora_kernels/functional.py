@@ -1,6 +1,7 @@
 """The public functions: validation, shape folding, dtypes under autocast, and autograd."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from dora_kernels import launch, ops, plan
 from dora_kernels.ops import is_autocast
+from dora_kernels.quant import DENSE, QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -15,7 +17,7 @@ _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def dora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -29,12 +31,13 @@ def dora_linear(
         y = gain * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias
         gain = magnitude / norm,  norm_n = ||(weight + scaling * lora_B lora_A)_n||_2
 
-    Shapes: x (..., K), weight (N, K) of any strides and frozen, lora_A (R, K), lora_B (N, R), magnitude (N,), bias (N,)
-    -> y (..., N). A row whose norm is 0 has gain 0: its output is the bias, and its gradients are 0. So has a row whose
-    norm float32 cannot hold: entries all below about 1e-23 or one above 1e19.
+    Shapes: x (..., K), weight (N, K) of any strides or a QuantizedWeight, frozen, lora_A (R, K), lora_B (N, R),
+    magnitude (N,), bias (N,) -> y (..., N). A row whose norm is 0 has gain 0: its output is the bias, and its gradients
+    are 0. So has a row whose norm float32 cannot hold: entries all below about 1e-23 or one above 1e19.
 
-    Dtypes: x and weight share one (under autocast both are cast to autocast's), which y has too; the adapters and
-    the magnitude may have another one, float32 over bfloat16 say. norm and gain are float32, float64 for float64.
+    Dtypes: x and weight share one (under autocast both are cast to autocast's; a quantised weight is decoded to x's),
+    which y has too; the adapters and the magnitude may have another one, float32 over bfloat16 say. norm and gain are
+    float32, float64 for float64.
 
     norm_grad: False holds the norm constant in the backward pass (section 4.3 of the paper, and what PEFT does);
     True is the exact gradient.
@@ -47,7 +50,7 @@ def dora_linear(
 
 def dora_linear_core(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -79,7 +82,9 @@ def dora_linear_core(
     exact = options.precision == "exact"
     base_dtype, dtype = operand_dtypes(x, lora_A)
     autocast = is_autocast(x.device.type)
-    if x.dtype != weight.dtype and (not autocast or torch.float64 in (x.dtype, weight.dtype)):
+    # a quantised weight is decoded to what is asked for, as its library's own layer does
+    converted = autocast or isinstance(weight, QuantizedWeight)
+    if x.dtype != weight.dtype and (not converted or torch.float64 in (x.dtype, weight.dtype)):
         raise ValueError(
             f"{function}: x is {x.dtype} but weight is {weight.dtype}; expected one dtype"
             + (": autocast leaves float64 alone" if autocast else " outside autocast")
@@ -95,10 +100,11 @@ def dora_linear_core(
     keep_low = needs_B or keep == "base"
     norm = None if norm is None else norm.detach().to(accumulate_dtype(base_dtype))
     dropped = x_dropped is not None
+    tensors, *storage = parts(weight)
     settings = _Settings(
-        scaling, base_dtype, dtype, options.way, keep, keep_low, exact, norm_grad, dropped, options.backend
+        scaling, base_dtype, dtype, options.way, keep, keep_low, exact, norm_grad, dropped, options.backend, *storage
     )
-    arguments = (x, x_dropped, weight, lora_A, lora_B, magnitude, bias, norm, gain, settings)
+    arguments = (x, x_dropped, lora_A, lora_B, magnitude, bias, norm, gain, settings, *tensors)
     y, norm, gain = _DoraLinear.apply(*arguments) if grad else _DoraLinear.forward(None, *arguments)
     # outside the Function: autograd refuses to modify in place a view that a Function has returned
     return y.view(*x.shape[:-1], weight.shape[0]), norm, gain
@@ -115,7 +121,7 @@ def operand_dtypes(x: Tensor, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]
     return x.dtype, torch.promote_types(x.dtype, lora_A.dtype)
 
 
-def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """norm (N,) of dora_linear: the row norms of weight (N, K) + scaling * lora_B (N, R) @ lora_A (R, K).
 
     float32 (float64 for float64 weights), a constant for autograd. The adapters are taken in the dtype in which
@@ -125,10 +131,10 @@ def weight_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) 
     backend = launch.current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
     with torch.no_grad():
-        return ops.norm(weight, lora_A, lora_B, scaling, dtype, backend)
+        return ops.norm(*parts(weight), lora_A, lora_B, scaling, dtype, backend)
 
 
-def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
+def merge_weight(weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
     """gain * (weight + scaling * lora_B @ lora_A), (N, K) in weight.dtype: the weight of an equivalent nn.Linear.
 
     Shapes and dtypes as dora_linear; rounded once; a constant for autograd. Raises ValueError as dora_linear.
@@ -137,7 +143,7 @@ def merge_weight(weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tens
 
 
 def merge_weight_and_norm(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float
+    weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`merge_weight`, with the norm (N,) and the gain (N,) that went into it."""
     scaling = _check_adapter("merge_weight", weight, lora_A, lora_B, scaling)
@@ -145,9 +151,10 @@ def merge_weight_and_norm(
     backend = launch.current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
     with torch.no_grad():
-        norm = ops.norm(weight, lora_A, lora_B, scaling, dtype, backend)
+        stored = parts(weight)
+        norm = ops.norm(*stored, lora_A, lora_B, scaling, dtype, backend)
         gain = gain_ref(magnitude, norm)
-        return ops.merge(weight, lora_A, lora_B, gain, scaling, dtype, backend), norm, gain
+        return ops.merge(*stored, lora_A, lora_B, gain, scaling, dtype, backend), norm, gain
 
 
 class _Settings(NamedTuple):
@@ -163,6 +170,15 @@ class _Settings(NamedTuple):
     norm_grad: bool
     dropped: bool
     backend: str
+    weight_format: str
+    weight_numbers: list[int]
+    weight_dtype: torch.dtype
+
+    def weight(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], str, list[int], torch.dtype]:
+        """The weight's arguments of an operator; a dense one in the dtype of the base GEMM."""
+        if self.weight_format == DENSE:
+            return parts(tensors[0].to(self.base_dtype))
+        return list(tensors), self.weight_format, self.weight_numbers, self.weight_dtype
 
 
 class _DoraLinear(torch.autograd.Function):
@@ -173,7 +189,6 @@ class _DoraLinear(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         x_dropped: Tensor | None,
-        weight: Tensor,
         lora_A: Tensor,
         lora_B: Tensor,
         magnitude: Tensor,
@@ -181,16 +196,17 @@ class _DoraLinear(torch.autograd.Function):
         norm: Tensor | None,
         gain: Tensor | None,
         settings: _Settings,
+        *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         base_dtype = settings.base_dtype
-        rows = (x.shape[:-1].numel(), weight.shape[1])
+        rows = (x.shape[:-1].numel(), lora_A.shape[1])
         x_rows = x.reshape(rows).to(base_dtype)
         # not rounded to a narrower weight's dtype: the low-rank products see it as the adapter does
         dropped_rows = None if x_dropped is None else x_dropped.reshape(rows).to(settings.dtype)
         y, new_norm, new_gain, low, kept = ops.forward(
             x_rows,
             dropped_rows,
-            weight.to(base_dtype),
+            *settings.weight(tensors),
             lora_A,
             lora_B,
             magnitude,
@@ -211,13 +227,13 @@ class _DoraLinear(torch.autograd.Function):
             adapter_rows = x_rows if dropped_rows is None else dropped_rows
             ctx.save_for_backward(
                 adapter_rows if lora_A.requires_grad else None,
-                weight,
                 lora_A,
                 lora_B,
                 norm,
                 gain,
                 low if settings.keep_low else None,
                 kept if settings.keep else None,
+                *tensors,
             )
             ctx.mark_non_differentiable(norm, gain)
             ctx.settings = settings
@@ -230,14 +246,14 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_A, lora_B, norm, gain, low, kept = ctx.saved_tensors
+        x, lora_A, lora_B, norm, gain, low, kept, *tensors = ctx.saved_tensors
         settings = ctx.settings
-        needs_x, needs_dropped, _, needs_A, needs_B, needs_magnitude, needs_bias, *_ = ctx.needs_input_grad
+        needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, *constants = ctx.needs_input_grad
         needs = [needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias]
         gradients = ops.backward(
             dy,
             x,
-            weight.to(settings.base_dtype),
+            *settings.weight(tensors),
             lora_A,
             lora_B,
             norm,
@@ -262,17 +278,18 @@ class _DoraLinear(torch.autograd.Function):
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
         if dx_dropped is not None:
             dx_dropped = dx_dropped.view(ctx.x_shape).to(ctx.dropped_dtype)
-        return dx, dx_dropped, None, dA, dB, dmagnitude, dbias, None, None, None
+        return dx, dx_dropped, dA, dB, dmagnitude, dbias, *(None for _ in constants)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def _check_adapter(function: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
+def _check_adapter(function: str, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
     """Raise ValueError unless weight, lora_A, lora_B and scaling fit each other; scaling as a float."""
     for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        _check_tensor(function, name, tensor, weight)
+        if not isinstance(tensor, QuantizedWeight):
+            _check_tensor(function, name, tensor, weight)
         if tensor.dim() != 2:
             raise ValueError(f"{function}: {name} has shape {_shape(tensor)}; expected 2 dimensions")
     if weight.requires_grad:
@@ -299,7 +316,7 @@ def _check_adapter(function: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor
 def _check_call(
     function: str,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     magnitude: Tensor,
     bias: Tensor | None,
     x_dropped: Tensor | None,
@@ -326,7 +343,7 @@ def _check_call(
         _check_row(function, "norm", norm, weight)
 
 
-def _check_row(function: str, name: str, tensor: Tensor, weight: Tensor) -> None:
+def _check_row(function: str, name: str, tensor: Tensor, weight: Weight) -> None:
     """Raise ValueError unless `tensor` has one number per output row of weight."""
     _check_tensor(function, name, tensor, weight)
     if tensor.dim() != 1 or tensor.shape[0] != weight.shape[0]:
@@ -336,13 +353,13 @@ def _check_row(function: str, name: str, tensor: Tensor, weight: Tensor) -> None
         )
 
 
-def _check_tensor(function: str, name: str, tensor: Tensor, weight: Tensor) -> None:
+def _check_tensor(function: str, name: str, tensor: Tensor, weight: Weight) -> None:
     """Raise ValueError unless `tensor` is a floating-point tensor on weight's device."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{function}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
     if tensor.dtype not in _FLOATING:
         raise ValueError(f"{function}: {name} is {tensor.dtype}; expected one of float64, float32, bfloat16, float16")
-    if isinstance(weight, Tensor) and tensor.device != weight.device:
+    if isinstance(weight, (Tensor, QuantizedWeight)) and tensor.device != weight.device:
         raise ValueError(
             f"{function}: {name} is on {tensor.device} but weight is on {weight.device}; expected one device"
         )

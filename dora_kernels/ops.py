@@ -2,6 +2,8 @@
 
 The backend and the way are taken inside the operator: every choice returns the same tensors, so that nothing
 recompiles when the number of tokens changes. Autograd is in functional.py.
+
+A weight is four arguments, those of `quant.parts`; its N and K are those of lora_B and lora_A.
 """
 
 import collections
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels import launch, passes
+from dora_kernels.quant import QuantizedWeight, Weight, whole
 from dora_kernels.reference import REFERENCE, Steps, accumulate_dtype
 
 # (operator, backend) -> how often it ran in this process; tests and the demo read it to know what really ran
@@ -22,7 +25,7 @@ _library = torch.library.Library("dora_kernels", "DEF")
 
 def _steps(operator: str, requested: str, *arguments: object) -> Steps:
     """The steps of the backend that takes the tensors among `arguments`; counts the call."""
-    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    tensors = [argument for argument in arguments if isinstance(argument, (Tensor, QuantizedWeight))]
     backend = launch.backend_for(requested, tensors[0].device, *(tensor.dtype for tensor in tensors))
     calls[operator, backend] += 1
     if backend == "reference":
@@ -40,7 +43,7 @@ def is_autocast(device_type: str) -> bool:
 _NOTHING_TO_SETTLE = contextlib.nullcontext()
 
 
-def _settled(tensor: Tensor) -> contextlib.AbstractContextManager:
+def _settled(tensor: Weight) -> contextlib.AbstractContextManager:
     """The state in which an operator's code runs: what surrounds the call has been accounted for in functional.py.
 
     No autograd (the formulas are in functional.py), no autocast (which would still convert the operands), and
@@ -65,32 +68,58 @@ def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
+def _whole(
+    tensors: list[Tensor],
+    weight_format: str,
+    weight_numbers: list[int],
+    weight_dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+) -> Weight:
+    return whole(tensors, weight_format, weight_numbers, weight_dtype, (lora_B.shape[0], lora_A.shape[1]))
+
+
 _library.define(
-    "norm(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, ScalarType dtype, str backend) -> Tensor"
+    "norm(Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, Tensor lora_A, "
+    "Tensor lora_B, float scaling, ScalarType dtype, str backend) -> Tensor"
 )
 
 
 @torch.library.impl(_library, "norm", "CompositeExplicitAutograd")
-def _norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, dtype: torch.dtype, backend: str) -> Tensor:
+def _norm(
+    tensors: list[Tensor],
+    weight_format: str,
+    weight_numbers: list[int],
+    weight_dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
     steps = _steps("norm", backend, weight, lora_A, lora_B)
     with _settled(weight):
         return steps.norm(weight, lora_A.to(dtype), lora_B.to(dtype), scaling)[0]
 
 
 @torch.library.register_fake("dora_kernels::norm", lib=_library)
-def _norm_fake(weight, lora_A, lora_B, scaling, dtype, backend):
-    return weight.new_empty(weight.shape[:1], dtype=accumulate_dtype(weight.dtype))
+def _norm_fake(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, scaling, dtype, backend):
+    return lora_B.new_empty(lora_B.shape[:1], dtype=accumulate_dtype(weight_dtype))
 
 
 _library.define(
-    "merge(Tensor weight, Tensor lora_A, Tensor lora_B, Tensor gain, float scaling, ScalarType dtype, str backend)"
-    " -> Tensor"
+    "merge(Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, Tensor lora_A, "
+    "Tensor lora_B, Tensor gain, float scaling, ScalarType dtype, str backend) -> Tensor"
 )
 
 
 @torch.library.impl(_library, "merge", "CompositeExplicitAutograd")
 def _merge(
-    weight: Tensor,
+    tensors: list[Tensor],
+    weight_format: str,
+    weight_numbers: list[int],
+    weight_dtype: torch.dtype,
     lora_A: Tensor,
     lora_B: Tensor,
     gain: Tensor,
@@ -98,38 +127,54 @@ def _merge(
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
+    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
     steps = _steps("merge", backend, weight, lora_A, lora_B)
     with _settled(weight):
         return steps.merge(weight, lora_A.to(dtype), lora_B.to(dtype), gain, scaling)
 
 
 @torch.library.register_fake("dora_kernels::merge", lib=_library)
-def _merge_fake(weight, lora_A, lora_B, gain, scaling, dtype, backend):
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+def _merge_fake(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, gain, scaling, dtype, backend):
+    return lora_B.new_empty((lora_B.shape[0], lora_A.shape[1]), dtype=weight_dtype)
 
 
 _library.define(
-    "forward(Tensor x, Tensor? x_dropped, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, "
-    "Tensor? norm, Tensor? gain, float scaling, ScalarType dtype, str way, str keep, bool keep_low, bool exact, "
-    "str backend) -> (Tensor y, Tensor norm, Tensor gain, Tensor low, Tensor kept)"
+    "forward(Tensor x, Tensor? x_dropped, Tensor[] weight, str weight_format, int[] weight_numbers, "
+    "ScalarType weight_dtype, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor? norm, "
+    "Tensor? gain, float scaling, ScalarType dtype, str way, str keep, bool keep_low, bool exact, str backend)"
+    " -> (Tensor y, Tensor norm, Tensor gain, Tensor low, Tensor kept)"
 )
 
 
 @torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _forward(
+    x: Tensor,
+    x_dropped: Tensor | None,
+    tensors: list[Tensor],
+    weight_format: str,
+    weight_numbers: list[int],
+    weight_dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
     """passes.forward; the schema above names the arguments."""
     *arguments, backend = arguments
-    steps = _steps("forward", backend, x, *arguments)
+    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    arguments = (x, x_dropped, weight, lora_A, lora_B, *arguments)
+    steps = _steps("forward", backend, *arguments)
     with _settled(x):
-        return _or_empty(x, *passes.forward(steps, x, *arguments))
+        return _or_empty(x, *passes.forward(steps, *arguments))
 
 
 @torch.library.register_fake("dora_kernels::forward", lib=_library)
-def _forward_fake(x, x_dropped, weight, lora_A, lora_B, magnitude, bias, norm, gain, scaling, dtype, *flags):
-    _way, keep, keep_low, exact, _backend = flags
-    M, N, R = x.shape[0], weight.shape[0], lora_A.shape[0]
+def _forward_fake(
+    x, x_dropped, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, magnitude, *arguments
+):
+    _bias, norm, gain, _scaling, dtype, _way, keep, keep_low, exact, _backend = arguments
+    M, (N, R) = x.shape[0], lora_B.shape
     y = x.new_empty((M, N))
-    accumulate = accumulate_dtype(weight.dtype)
+    accumulate = accumulate_dtype(x.dtype)
     new_norm = magnitude.new_empty((N,), dtype=accumulate) if norm is None else x.new_empty(0)
     new_gain = magnitude.new_empty((N,), dtype=accumulate) if gain is None else x.new_empty(0)
     low = x.new_empty((M, R), dtype=dtype) if keep_low else x.new_empty(0)
@@ -139,26 +184,39 @@ def _forward_fake(x, x_dropped, weight, lora_A, lora_B, magnitude, bias, norm, g
 
 
 _library.define(
-    "backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor norm, Tensor gain, "
-    "Tensor? low, Tensor? kept, float scaling, ScalarType dtype, str way, str keep, bool dropped, bool norm_grad, "
-    "bool[] needs, ScalarType magnitude_dtype, ScalarType bias_dtype, str backend)"
+    "backward(Tensor dy, Tensor? x, Tensor[] weight, str weight_format, int[] weight_numbers, "
+    "ScalarType weight_dtype, Tensor lora_A, Tensor lora_B, Tensor norm, Tensor gain, Tensor? low, Tensor? kept, "
+    "float scaling, ScalarType dtype, str way, str keep, bool dropped, bool norm_grad, bool[] needs, "
+    "ScalarType magnitude_dtype, ScalarType bias_dtype, str backend)"
     " -> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias)"
 )
 
 
 @torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
-def _backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    tensors: list[Tensor],
+    weight_format: str,
+    weight_numbers: list[int],
+    weight_dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
     """passes.backward; the schema above names the arguments."""
     *arguments, backend = arguments
-    steps = _steps("backward", backend, dy, *arguments)
+    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    arguments = (dy, x, weight, lora_A, lora_B, *arguments)
+    steps = _steps("backward", backend, *arguments)
     with _settled(dy):
-        return _or_empty(dy, *passes.backward(steps, dy, *arguments))
+        return _or_empty(dy, *passes.backward(steps, *arguments))
 
 
 @torch.library.register_fake("dora_kernels::backward", lib=_library)
-def _backward_fake(dy, x, weight, lora_A, lora_B, *arguments):
+def _backward_fake(dy, x, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, *arguments):
     *_, needs, magnitude_dtype, bias_dtype, _backend = arguments
-    M, (N, K), R = dy.shape[0], weight.shape, lora_A.shape[0]
+    M, N, (R, K) = dy.shape[0], lora_B.shape[0], lora_A.shape
     shapes = ((M, K), (M, K), (R, K), (N, R), (N,), (N,))
     dtypes = (dy.dtype, dy.dtype, lora_A.dtype, lora_B.dtype, magnitude_dtype, bias_dtype)
     return tuple(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels import launch, plan
+from dora_kernels.quant import Weight
 from dora_kernels.reference import Needs, Steps, base_product, gain_ref
 
 
@@ -19,7 +20,7 @@ def forward(
     steps: Steps,
     x: Tensor,
     x_dropped: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -35,12 +36,14 @@ def forward(
 ) -> tuple[Tensor | None, ...]:
     """y (M, N), norm (N,) and gain (N,) unless given, low (M, R) if keep_low, and what dmagnitude will need.
 
-    x (M, K) and weight (N, K) in the dtype of the base GEMM; `dtype` is that of the low-rank operands and of x_dropped.
+    x (M, K) and a dense weight (N, K) in the dtype of the base GEMM, to which a quantised one is decoded; `dtype` is
+    that of the low-rank operands and of x_dropped.
     keep: "base" keeps x @ weight.T, "z" keeps base + scaling * low @ lora_B.T, "" keeps nothing (plan.py chooses).
+    A quantised weight stands dense for no longer than its products take, and never twice at a time.
     Nothing that is kept is y: fused RoPE and SwiGLU kernels overwrite a layer's output behind autograd's back.
     """
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-    shape = plan.Shape.of(x.shape[0], weight, lora_A)
+    shape = plan.Shape.of(x, weight, lora_A)
     norm_given = given_norm is not None
     must_split, wide = exact or x_dropped is not None, dtype != x.dtype
     way = plan.forward_way(way, keep, norm_given, shape, _device_model(x), must_split=must_split, wide=wide)
@@ -55,8 +58,10 @@ def forward(
 
     if not norm_given:
         norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
-    base = base_product(adapter_input.to(x.dtype), weight, exact)
-    residual = None if x_dropped is None else base_product(x, weight, exact)
+    dense = steps.dense(weight, x.dtype)
+    base = base_product(adapter_input.to(x.dtype), dense, exact)
+    residual = None if x_dropped is None else base_product(x, dense, exact)
+    del dense
     y = steps.epilogue(base, low, lora_B, gain, bias, scaling, x.dtype, residual)
     return y, norm, None if given_gain is not None else gain, low if keep_low else None, base if keep else None
 
@@ -65,7 +70,7 @@ def backward(
     steps: Steps,
     dy: Tensor,
     x: Tensor | None,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     norm: Tensor,
@@ -94,7 +99,7 @@ def backward(
     A_dtype, B_dtype = lora_A.dtype, lora_B.dtype
     lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
     through_norm = norm_grad and (needs.lora_A or needs.lora_B)
-    shape = plan.Shape.of(dy.shape[0], weight, lora_A)
+    shape = plan.Shape.of(dy, weight, lora_A)
     dx_way = plan.dx_way(way, shape, _device_model(dy)) if needs.x and not dropped else ""
 
     def grad_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -136,13 +141,14 @@ def backward(
         dmagnitude = dmagnitude.to(magnitude_dtype) if needs.magnitude else None
 
     if dx_way == "dz":
-        dx = (dz @ weight).addmm_(projected.to(dz.dtype), lora_A.to(dz.dtype), alpha=scaling)
+        dx = (dz @ steps.dense(weight, dz.dtype)).addmm_(projected.to(dz.dtype), lora_A.to(dz.dtype), alpha=scaling)
     elif dx_way == "merged":
-        dx = dy @ steps.merge(weight, lora_A, lora_B, gain, scaling)
+        dx = dy @ steps.merge(weight, lora_A, lora_B, gain, scaling, out_dtype=dy.dtype)
     elif needs.x:
-        dx = dy @ weight
+        dx = dy @ steps.dense(weight, dy.dtype)
     if needs.x_dropped:
-        dx_dropped = dy @ steps.merge(weight, lora_A, lora_B, gain, scaling, subtract_weight=True)
+        difference = steps.merge(weight, lora_A, lora_B, gain, scaling, subtract_weight=True, out_dtype=dy.dtype)
+        dx_dropped = dy @ difference
     return dx, dx_dropped, dA, dB, dmagnitude, dbias
 
 
@@ -151,16 +157,17 @@ def _add_norm_gradient(
     dA: Tensor | None,
     dB: Tensor | None,
     c: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA and dB with the gradient through the norm added, nothing (N, K) made.
+    """dA and dB with the gradient through the norm added; nothing (N, K) is made but of a quantised weight.
 
     With d(loss)/dV = diag(c) V, V = weight + scaling * B A, U = weight A^T and G = A A^T:
         dB += scaling * c (U + scaling * B G)        dA += scaling * ((c B)^T weight + scaling * (c B)^T B A)
     """
+    weight = steps.dense(weight, lora_A.dtype)
     A, B = lora_A.to(c.dtype), lora_B.to(c.dtype)
     weighted_B = c[:, None] * B
     if dB is not None:

@@ -43,32 +43,43 @@ def device_model(target: str) -> Device:
 
 @dataclass(frozen=True)
 class Shape:
-    """One call: M tokens, N out features, K in features, rank R, bytes of an element of the base GEMM."""
+    """One call: M tokens, N out features, K in features, rank R, bytes of an element of the base GEMM.
+
+    packed: bytes of an element of a quantised weight, scales and all; 0 for a dense one.
+    """
 
     M: int
     N: int
     K: int
     R: int
     itemsize: int
+    packed: float = 0.0
 
     @classmethod
-    def of(cls, tokens: int, weight: torch.Tensor, lora_A: torch.Tensor) -> "Shape":
-        """The shape of a call with `tokens` rows of x."""
-        return cls(tokens, *weight.shape, lora_A.shape[0], weight.itemsize)
+    def of(cls, rows: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> "Shape":
+        """The shape of a call with `rows` (M, ...) of x or dy; weight may be a QuantizedWeight."""
+        N, K = weight.shape
+        packed = 0.0 if isinstance(weight, torch.Tensor) else weight.nbytes / max(N * K, 1)
+        return cls(rows.shape[0], N, K, lora_A.shape[0], rows.itemsize, packed)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One kernel, GEMM or elementwise pass: elements moved, FLOPs, launches."""
+    """One kernel, GEMM or elementwise pass: elements moved, FLOPs, launches, elements read of the stored weight."""
 
     elements: float
     flops: float
     launches: int = 1
+    stored: float = 0
+
+    def bytes(self, shape: Shape) -> float:
+        """The bytes moved."""
+        return self.elements * shape.itemsize + self.stored * (shape.packed or shape.itemsize)
 
     def seconds(self, shape: Shape, device: Device) -> float:
         """The larger of the time to move the bytes and to do the FLOPs, plus the launches."""
         rate = device.matmul if shape.itemsize == 2 else device.matmul_float32
-        work = max(self.elements * shape.itemsize / device.bandwidth, self.flops / rate)
+        work = max(self.bytes(shape) / device.bandwidth, self.flops / rate)
         return work + self.launches * device.launch
 
 
@@ -77,23 +88,31 @@ def gemm(m: int, n: int, k: int) -> Step:
     return Step(m * k + k * n + m * n, 2 * m * n * k)
 
 
+def dense_steps(shape: Shape) -> dict[str, Step]:
+    """What a product with the weight itself needs before it: a quantised one is decoded into a dense temporary."""
+    elements = shape.N * shape.K
+    return {"dense": Step(elements, 0, stored=elements)} if shape.packed else {}
+
+
 def forward_steps(shape: Shape, way: str, norm_given: bool = False) -> dict[str, Step]:
     """The steps of one forward pass, by name."""
     M, N, K, R = shape.M, shape.N, shape.K, shape.R
-    steps = {} if norm_given else {"norm": Step(N * K, 2 * N * K * R, launches=2)}
+    steps = {} if norm_given else {"norm": Step(0, 2 * N * K * R, launches=2, stored=N * K)}
     if way == "split":
         low = Step(M * K, 2 * M * K * R)
-        return steps | {"base": gemm(M, N, K), "low": low, "epilogue": Step(2 * M * N, 2 * M * N * R)}
-    return steps | {"merge": Step(2 * N * K, 2 * N * K * R), "y": gemm(M, N, K)}
+        steps |= dense_steps(shape) | {"base": gemm(M, N, K), "low": low}
+        return steps | {"epilogue": Step(2 * M * N, 2 * M * N * R)}
+    return steps | {"merge": Step(N * K, 2 * N * K * R, stored=N * K), "y": gemm(M, N, K)}
 
 
 def dx_steps(shape: Shape, way: str) -> dict[str, Step]:
     """The steps that make dx; P = dy @ (gain * lora_B) is made for dA in any case."""
     M, N, K, R = shape.M, shape.N, shape.K, shape.R
     if way == "merged":
-        return {"merge": Step(2 * N * K, 2 * N * K * R), "dx": gemm(M, K, N)}
+        return {"merge": Step(N * K, 2 * N * K * R, stored=N * K), "dx": gemm(M, K, N)}
     # dz costs one write: the kernel that sums dy over the tokens has it in registers
-    return {"dz": Step(M * N, 0, launches=0), "dx": gemm(M, K, N), "addmm": Step(2 * M * K, 2 * M * K * R)}
+    steps = dense_steps(shape) | {"dz": Step(M * N, 0, launches=0), "dx": gemm(M, K, N)}
+    return steps | {"addmm": Step(2 * M * K, 2 * M * K * R)}
 
 
 def backward_steps(shape: Shape, dx: str) -> dict[str, Step]:

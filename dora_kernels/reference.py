@@ -6,6 +6,8 @@ composes either into the forward and the backward pass.
 
 The low-rank operands of a step have one dtype, that of lora_A and lora_B: passes.py has settled it.
 
+A weight may be quantised (quant.py): it is read through weight[rows], a block of its rows in weight.dtype.
+
 Letters: M tokens, N out features, K in features, R rank. norm and gain are float32 (float64 for float64 inputs).
 """
 
@@ -102,6 +104,11 @@ def gain_ref(magnitude: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm == 0, 0, magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm))
 
 
+def dense_ref(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight (N, K) itself or, of a quantised one, a dense copy in dtype."""
+    return weight if isinstance(weight, Tensor) else weight.dequantize(dtype=dtype)
+
+
 def norm_ref(
     weight: Tensor,
     lora_A: Tensor,
@@ -123,9 +130,10 @@ def merge_ref(
     gain: Tensor | None,
     scaling: float,
     subtract_weight: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """gain * (weight + scaling * lora_B @ lora_A) [- weight], (N, K) in weight.dtype, rounded once."""
-    merged = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    """gain * (weight + scaling * lora_B @ lora_A) [- weight], (N, K) in out_dtype or weight.dtype, rounded once."""
+    merged = torch.empty(weight.shape, dtype=out_dtype or weight.dtype, device=weight.device)
     for rows, direction in _direction_blocks(weight, lora_A, lora_B, scaling):
         if gain is not None:
             direction.mul_(gain[rows, None])
@@ -264,9 +272,9 @@ def merged_forward_ref(
             gain[rows] = gain_ref(magnitude[rows], norm[rows])
         block_bias = None if bias is None else bias[rows]
         if z is None:
-            y[:, rows] = F.linear(x, direction.mul_(gain[rows, None]).to(weight.dtype), block_bias)
+            y[:, rows] = F.linear(x, direction.mul_(gain[rows, None]).to(x.dtype), block_bias)
         else:
-            block = F.linear(x, direction.to(weight.dtype))
+            block = F.linear(x, direction.to(x.dtype))
             z[:, rows] = block
             block = block * gain[rows]
             y[:, rows] = block if bias is None else block.add_(block_bias)
@@ -276,6 +284,7 @@ def merged_forward_ref(
 class Steps(NamedTuple):
     """The steps that passes.py composes; `REFERENCE` here, `KERNELS` in dora_kernels/kernels/."""
 
+    dense: Callable[..., Tensor]
     norm: Callable[..., tuple[Tensor, Tensor | None]]
     merge: Callable[..., Tensor]
     project: Callable[..., Tensor]
@@ -286,6 +295,7 @@ class Steps(NamedTuple):
 
 
 REFERENCE = Steps(
+    dense=dense_ref,
     norm=norm_ref,
     merge=merge_ref,
     project=project_ref,

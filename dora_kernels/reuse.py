@@ -21,6 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_kernels.functional import dora_linear_core, operand_dtypes
+from dora_kernels.quant import Weight, parts
 
 
 class _Kept(NamedTuple):
@@ -44,7 +45,7 @@ class _Kept(NamedTuple):
 
     def is_of(self, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> bool:
         """Whether the same tensors, unchanged, would be used again."""
-        if self.fingerprint != fingerprint:
+        if self.fingerprint != fingerprint:  # and with it perhaps the number of tensors
             return False
         return all(
             owner() is _owner(tensor) and storage.cdata == tensor.untyped_storage()._cdata
@@ -63,7 +64,7 @@ _drops = 0
 def dora_linear_reusing(
     layer: nn.Module,
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     lora_A: Tensor,
     lora_B: Tensor,
     magnitude: Tensor,
@@ -79,13 +80,14 @@ def dora_linear_reusing(
     nor in a CUDA graph, which computes something else at every replay.
     """
     arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
-    tensors = (weight, lora_A, lora_B, magnitude)
+    stored, *storage = parts(weight)
+    tensors = (*stored, lora_A, lora_B, magnitude)
     if torch.compiler.is_compiling() or not all(map(_has_identity, tensors)) or _is_capturing(x):
         return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)[0]
 
     _count_optimizer_steps()
     drops = _drops
-    fingerprint = _fingerprint(x, tensors, scaling)
+    fingerprint = _fingerprint(x, lora_A, tensors, scaling, storage)
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
     if kept is not None and (in_backward or not layer.training) and kept.is_of(tensors, fingerprint):
@@ -110,18 +112,20 @@ def invalidate(model: nn.Module) -> None:
         forget(module)
 
 
-def _fingerprint(x: Tensor, tensors: tuple[Tensor, ...], scaling: float) -> tuple[object, ...]:
+def _fingerprint(
+    x: Tensor, lora_A: Tensor, tensors: tuple[Tensor, ...], scaling: float, storage: list[object]
+) -> tuple[object, ...]:
     identity = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
     stream = torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
     # what inference mode computes cannot be saved for a backward pass
     inference = torch.is_inference_mode_enabled()
-    return identity, scaling, operand_dtypes(x, tensors[1]), stream, _optimizer_steps, inference
+    return identity, storage, scaling, operand_dtypes(x, lora_A), stream, _optimizer_steps, inference
 
 
 def _owner(tensor: Tensor) -> Tensor:
     """The tensor that lives as long as the layer has it: the parameter itself, where a view of it is passed.
 
-    (A transposed weight is a new view at every call.)
+    (A transposed weight is a new view at every call, and so are the bytes of a packed one.)
     """
     return tensor if tensor._base is None else tensor._base
 

@@ -7,22 +7,24 @@ import copy
 
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import dora_kernels
 from dora_kernels import ops
+from dora_kernels.testing import compare
 from tests.problem import DEVICE
 
 
 class Net(nn.Module):
     """Two layers for a DoRA adapter to sit on: with and without bias, no dimension a multiple of a block."""
 
-    def __init__(self, conv1d: bool = False):
+    def __init__(self, conv1d: bool = False, sizes: tuple[int, int, int] = (24, 40, 20)):
         super().__init__()
-        self.up = Conv1D(40, 24) if conv1d else nn.Linear(24, 40)
-        self.down = nn.Linear(40, 20, bias=False)
+        narrow, wide, out = sizes
+        self.up = Conv1D(wide, narrow) if conv1d else nn.Linear(narrow, wide)
+        self.down = nn.Linear(wide, out, bias=False)
 
     def forward(self, x):
         return self.down(torch.tanh(self.up(x)))
@@ -39,12 +41,19 @@ def randomise(model, seed=0):
             parameter.data.copy_(0.3 * noise)
 
 
-def build(dtype=torch.float32, conv1d=False, adapters=1, autocast_adapter_dtype=True, train_bias=False, **config):
-    """A stock PEFT model in train mode, with `adapters` active DoRA adapters of different ranks."""
+def build(dtype=torch.float32, conv1d=False, train_bias=False, **config):
+    """A stock PEFT model in train mode, with active DoRA adapters (see `adapt`)."""
     torch.manual_seed(0)
+    model = adapt(Net(conv1d).to(DEVICE, dtype), **config)
+    layers(model)[0].base_layer.bias.requires_grad_(train_bias)
+    return model
+
+
+def adapt(net, adapters=1, autocast_adapter_dtype=True, **config):
+    """`net` in PEFT, in train mode, with `adapters` active DoRA adapters of different ranks."""
     settings = {"use_dora": True, "target_modules": ["up", "down"], "r": 5, "lora_alpha": 7} | config
     casting = {"autocast_adapter_dtype": autocast_adapter_dtype}
-    model = get_peft_model(Net(conv1d).to(DEVICE, dtype), LoraConfig(**settings), **casting)
+    model = get_peft_model(net, LoraConfig(**settings), **casting)
     for i in range(1, adapters):  # the last one has no dropout: PEFT computes the two kinds differently
         dropout = 0.0 if i == adapters - 1 else settings.get("lora_dropout", 0.0)
         more = settings | {"r": 5 + 2 * i, "lora_dropout": dropout}
@@ -52,12 +61,11 @@ def build(dtype=torch.float32, conv1d=False, adapters=1, autocast_adapter_dtype=
     if adapters > 1:
         model.base_model.set_adapter(["default", "second", "third"][:adapters])
     randomise(model)
-    layers(model)[0].base_layer.bias.requires_grad_(train_bias)
     return model.train()
 
 
 def layers(model):
-    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def enabled(model):
@@ -83,3 +91,49 @@ def tensors(model, x, dy, *, autocast=None, call=None):
 def calls(op):
     """How often `op` ran, on whichever backend."""
     return sum(count for (name, _), count in ops.calls.items() if name == op)
+
+
+def exact_tensors(model, x, dy, *, autocast=None):
+    """The same by stock PEFT in float64, with the dropout masks that `model` draws."""
+    exact = copy.deepcopy(model).double()
+    handles = []
+    for layer, twin in zip(layers(model), layers(exact), strict=True):
+        for name, dropout in layer.lora_dropout.items():
+            if isinstance(dropout, nn.Dropout):
+                twin.lora_dropout[name] = Replay()
+                handles.append(dropout.register_forward_hook(twin.lora_dropout[name].record))
+    tensors(model, x, dy, autocast=autocast)
+    for handle in handles:
+        handle.remove()
+    return tensors(exact, x.double(), dy.double())
+
+
+class Replay(nn.Module):
+    """Applies the mask of another module's dropout, which has p = 0.5: each factor is 0 or 2."""
+
+    def record(self, module, inputs, output):
+        self.mask = (output / inputs[0]).detach().double().round()
+
+    def forward(self, x):
+        return x * self.mask
+
+
+def assert_as_good(ours, stock, exact):
+    """Each tensor as close to exact as stock PEFT's, which passes through the output's dtype."""
+    assert ours.keys() == stock.keys() == exact.keys()
+    for name, value in ours.items():
+        assert value.dtype == stock[name].dtype and value.shape == stock[name].shape, name
+        comparison = compare(name, value, stock[name], exact[name], through=ours["y"].dtype)
+        assert comparison.limit < 0.2, comparison  # zeros have an error of 1
+        if value.dtype == torch.float64:  # where exact is stock, and has the rounding errors of its own sums
+            assert comparison.error < 1e-14, comparison
+        else:
+            assert comparison.ok, comparison
+
+
+def training_step(model, optimizer, x, target):
+    loss = nn.functional.mse_loss(model(x), target)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()

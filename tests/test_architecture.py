@@ -13,6 +13,7 @@ ROOMS = {
     "interpreter": 0,
     "launch": 0,
     "plan": 0,
+    "quant": 0,
     "reference": 0,
     "kernels": 1,
     "passes": 1,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dora_kernels import ops
+from dora_kernels.quant import parts
 from tests.problem import BACKENDS, Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not reg
 def forward_arguments(problem, backend, keep, dropped, norm=None, exact=False):
     x_dropped = (problem.x + 1).detach().requires_grad_(problem.x.requires_grad) if dropped else None
     return (
-        problem.x, x_dropped, problem.weight, problem.lora_A, problem.lora_B,
+        problem.x, x_dropped, *parts(problem.weight), problem.lora_A, problem.lora_B,
         problem.magnitude, problem.bias, norm, None, 0.75, problem.x.dtype, "auto", keep, bool(keep), exact, backend,
     )  # fmt: skip
 
@@ -27,9 +28,9 @@ def test_norm_and_merge(dtype, requires_grad, transposed, backend):
     problem = Problem.random(5, 12, 10, 3, dtype)
     weight = problem.weight.T.contiguous().T if transposed else problem.weight
     lora_A, lora_B = (tensor.requires_grad_(requires_grad) for tensor in (problem.lora_A, problem.lora_B))
-    torch.library.opcheck(ops.norm, (weight, lora_A, lora_B, 0.75, dtype, backend))
+    torch.library.opcheck(ops.norm, (*parts(weight), lora_A, lora_B, 0.75, dtype, backend))
     gain = torch.ones(12, device=weight.device)
-    torch.library.opcheck(ops.merge, (weight, lora_A, lora_B, gain, 0.75, dtype, backend))
+    torch.library.opcheck(ops.merge, (*parts(weight), lora_A, lora_B, gain, 0.75, dtype, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -51,7 +52,7 @@ def test_forward_and_backward(dtype, requires_grad, keep, dropped, exact, backen
     torch.library.opcheck(
         ops.backward,
         (
-            problem.dy, problem.x.detach(), problem.weight, problem.lora_A, problem.lora_B, norm, gain,
+            problem.dy, problem.x.detach(), *parts(problem.weight), problem.lora_A, problem.lora_B, norm, gain,
             low if keep else None, kept if keep else None, 0.75, dtype, "auto", keep, dropped, False, needs,
             torch.float32, dtype, backend,
         ),
@@ -67,5 +68,5 @@ def test_a_given_norm_is_not_aliased():
 def test_calls_are_counted():
     problem = Problem.random(5, 12, 10, 3, torch.float32)
     before = ops.calls["norm", "reference"]
-    ops.norm(problem.weight, problem.lora_A, problem.lora_B, 0.75, torch.float32, "reference")
+    ops.norm(*parts(problem.weight), problem.lora_A, problem.lora_B, 0.75, torch.float32, "reference")
     assert ops.calls["norm", "reference"] == before + 1

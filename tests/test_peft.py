@@ -3,12 +3,10 @@
 The yardstick is stock PEFT in the same dtypes, both measured against stock PEFT in float64.
 """
 
-import copy
 import functools
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -18,47 +16,19 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from dora_kernels import launch, ops, passes  # noqa: E402
-from dora_kernels.testing import check_layer, compare, geometric_mean, rms_error  # noqa: E402
-from tests.peft_problem import build, calls, enabled, layers, randomise, tensors  # noqa: E402
+from dora_kernels.testing import check_layer, geometric_mean, rms_error  # noqa: E402
+from tests.peft_problem import (  # noqa: E402
+    assert_as_good,
+    build,
+    calls,
+    enabled,
+    exact_tensors,
+    layers,
+    randomise,
+    tensors,
+    training_step,
+)
 from tests.problem import BACKENDS, DEVICE  # noqa: E402
-
-
-def exact_tensors(model, x, dy, *, autocast=None):
-    """The same by stock PEFT in float64, with the dropout masks that `model` draws."""
-    exact = copy.deepcopy(model).double()
-    handles = []
-    for layer, twin in zip(layers(model), layers(exact), strict=True):
-        for name, dropout in layer.lora_dropout.items():
-            if isinstance(dropout, nn.Dropout):
-                twin.lora_dropout[name] = Replay()
-                handles.append(dropout.register_forward_hook(twin.lora_dropout[name].record))
-    tensors(model, x, dy, autocast=autocast)
-    for handle in handles:
-        handle.remove()
-    return tensors(exact, x.double(), dy.double())
-
-
-class Replay(nn.Module):
-    """Applies the mask of another module's dropout, which has p = 0.5: each factor is 0 or 2."""
-
-    def record(self, module, inputs, output):
-        self.mask = (output / inputs[0]).detach().double().round()
-
-    def forward(self, x):
-        return x * self.mask
-
-
-def assert_as_good(ours, stock, exact):
-    """Each tensor as close to exact as stock PEFT's, which passes through the output's dtype."""
-    assert ours.keys() == stock.keys() == exact.keys()
-    for name, value in ours.items():
-        assert value.dtype == stock[name].dtype and value.shape == stock[name].shape, name
-        comparison = compare(name, value, stock[name], exact[name], through=ours["y"].dtype)
-        assert comparison.limit < 0.2, comparison  # zeros have an error of 1
-        if value.dtype == torch.float64:  # where exact is stock, and has the rounding errors of its own sums
-            assert comparison.error < 1e-14, comparison
-        else:
-            assert comparison.ok, comparison
 
 
 def assert_parity(model, x, *, autocast=None):
@@ -200,14 +170,6 @@ def test_ten_optimizer_steps(backend):
             losses.append([training_step(model, optimizer, x, target) for _ in range(10)])
     assert losses[0][-1] < 0.8 * losses[0][0]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
-
-
-def training_step(model, optimizer, x, target):
-    loss = nn.functional.mse_loss(model(x), target)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels import launch
+from dora_kernels.quant import Weight
 from dora_kernels.reference import accumulate_dtype
 
 TL_DTYPE = {
@@ -114,14 +115,16 @@ class Launch:
     precision: str
 
     @classmethod
-    def of(cls, weight: torch.Tensor, operand: torch.dtype) -> "Launch":
-        """The launch for low-rank operands of dtype `operand` beside `weight`."""
+    def of(cls, weight: Weight, operand: torch.dtype) -> "Launch":
+        """The launch for low-rank operands of dtype `operand` beside `weight`, or beside other numbers."""
         facts = launch.device_facts(weight.device)
+        # a quantised weight has 8 bits at the most, whatever dtype its library decodes it to
+        beside = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
         return cls(
             facts=facts,
             operand=operand,
             accumulate=accumulate_dtype(weight.dtype),
-            precision=launch.dot_precision(facts, operand, weight.dtype),
+            precision=launch.dot_precision(facts, operand, beside),
         )
 
     def config(self, kernel: str) -> launch.Config:

@@ -8,6 +8,7 @@ import triton.language as tl
 from dora_kernels import plan
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_tile, low_rank_tile
 from dora_kernels.kernels.weight import merge, norm
+from dora_kernels.quant import Weight
 from dora_kernels.reference import project_ref
 
 
@@ -253,7 +254,7 @@ def epilogue(
 
 def merged_forward(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
@@ -267,6 +268,7 @@ def merged_forward(
     if gain is None:
         row_norm, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
     if not keep:
-        return F.linear(x, merge(weight, lora_A, lora_B, gain, scaling), bias), row_norm, gain, None
-    z = F.linear(x, merge(weight, lora_A, lora_B, None, scaling))
+        merged = merge(weight, lora_A, lora_B, gain, scaling, out_dtype=x.dtype)
+        return F.linear(x, merged, bias), row_norm, gain, None
+    z = F.linear(x, merge(weight, lora_A, lora_B, None, scaling, out_dtype=x.dtype))
     return epilogue(z, None, lora_B, gain, bias, scaling, x.dtype), row_norm, gain, z

@@ -11,26 +11,32 @@ import triton
 import triton.language as tl
 
 from dora_kernels import launch
-from dora_kernels.kernels.common import Launch, block_offsets, load_tile, low_rank_tile
+from dora_kernels.kernels.common import Launch, block_offsets, low_rank_tile
+from dora_kernels.kernels.quant import arguments, weight_tile
+from dora_kernels.quant import Weight
 
 
 @triton.jit
 def direction_tile(
-    weight_ptr,  # (N, K)
+    weight_ptrs,  # (N, K), in the storage of its format
+    weight_numbers,
     lora_A_ptr,  # (R, K)
     lora_B_ptr,  # (N, R)
     offs_n,
-    offs_k,
     mask_n,
-    mask_k,
+    k,
+    K,
     R,
-    stride_wn,
-    stride_wk,
     stride_ar,
     stride_ak,
     stride_bn,
     stride_br,
     scaling,
+    FORMAT: tl.constexpr,
+    SIZES: tl.constexpr,
+    GROUP: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    HAS_ADAPTER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -39,48 +45,56 @@ def direction_tile(
     ACC_DTYPE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
 ):
-    """The [BLOCK_N, BLOCK_K] tiles at offs_n, offs_k of weight and of weight + scaling * lora_B @ lora_A."""
-    w = load_tile(weight_ptr, offs_n, offs_k, mask_n, mask_k, stride_wn, stride_wk).to(ACC_DTYPE)
-    low_rank = low_rank_tile(
-        lora_B_ptr,
-        lora_A_ptr,
-        offs_n,
-        offs_k,
-        mask_n,
-        mask_k,
-        R,
-        stride_bn,
-        stride_br,
-        stride_ak,
-        stride_ar,
-        BLOCK_N,
-        BLOCK_K,
-        BLOCK_R,
-        ONE_CHUNK,
-        OPERAND_DTYPE,
-        ACC_DTYPE,
-        DOT_PRECISION,
-    )
-    return w, w + scaling * low_rank
+    """weight and weight + scaling * lora_B @ lora_A at offs_n and the BLOCK_K columns from k, a multiple of BLOCK_K."""
+    w = weight_tile(
+        weight_ptrs, weight_numbers, offs_n, mask_n, k, K, FORMAT, SIZES, GROUP, WEIGHT_DTYPE, BLOCK_N, BLOCK_K
+    ).to(ACC_DTYPE)
+    direction = w
+    if HAS_ADAPTER:
+        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
+        direction += scaling * low_rank_tile(
+            lora_B_ptr,
+            lora_A_ptr,
+            offs_n,
+            offs_k,
+            mask_n,
+            offs_k < K,
+            R,
+            stride_bn,
+            stride_br,
+            stride_ak,
+            stride_ar,
+            BLOCK_N,
+            BLOCK_K,
+            BLOCK_R,
+            ONE_CHUNK,
+            OPERAND_DTYPE,
+            ACC_DTYPE,
+            DOT_PRECISION,
+        )
+    return w, direction
 
 
 @triton.jit
 def _norm_kernel(
-    weight_ptr,  # (N, K)
+    weight_ptrs,  # (N, K), in the storage of its format
+    weight_numbers,
     lora_A_ptr,  # (R, K)
     lora_B_ptr,  # (N, R)
     partial_ptr,  # (splits, N) in ACC_DTYPE, contiguous
     N,
     K,
     R,
-    stride_wn,
-    stride_wk,
     stride_ar,
     stride_ak,
     stride_bn,
     stride_br,
     columns_per_split,
     scaling,
+    FORMAT: tl.constexpr,
+    SIZES: tl.constexpr,
+    GROUP: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -100,24 +114,26 @@ def _norm_kernel(
     end = tl.minimum(start + columns_per_split, K)
     squares = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
     for k in range(start, end, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-        mask_k = offs_k < end
         _, direction = direction_tile(
-            weight_ptr,
+            weight_ptrs,
+            weight_numbers,
             lora_A_ptr,
             lora_B_ptr,
             offs_n,
-            offs_k,
             mask_n,
-            mask_k,
+            k,
+            K,
             R,
-            stride_wn,
-            stride_wk,
             stride_ar,
             stride_ak,
             stride_bn,
             stride_br,
             scaling,
+            FORMAT,
+            SIZES,
+            GROUP,
+            WEIGHT_DTYPE,
+            True,
             BLOCK_N,
             BLOCK_K,
             BLOCK_R,
@@ -169,7 +185,7 @@ def _finish_norm_kernel(
 
 
 def norm(
-    weight: torch.Tensor,
+    weight: Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     scaling: float,
@@ -183,25 +199,27 @@ def norm(
     tiles = config.tiles(R)
     rows = triton.cdiv(N, config.BLOCK_N)
     columns_per_split, splits = how.split(rows, K, config.BLOCK_K, config)
+    weight_ptrs, numbers, constexprs = arguments(weight, config.BLOCK_K)
     partial = weight.new_empty((splits, N), dtype=how.accumulate)
     result = weight.new_empty((N,), dtype=how.accumulate)
     gain = None if magnitude is None else torch.empty_like(result)
     if N == 0:
         return result, gain
     _norm_kernel[rows, splits](
-        weight,
+        weight_ptrs,
+        numbers,
         lora_A,
         lora_B,
         partial,
         N,
         K,
         R,
-        *weight.stride(),
         *lora_A.stride(),
         *lora_B.stride(),
         columns_per_split,
         scaling,
         ONE_CHUNK=R <= tiles["BLOCK_R"],
+        **constexprs,
         **how.dtypes(),
         **tiles,
     )
@@ -223,7 +241,8 @@ def norm(
 
 @triton.jit
 def _merge_kernel(
-    weight_ptr,  # (N, K)
+    weight_ptrs,  # (N, K), in the storage of its format
+    weight_numbers,
     lora_A_ptr,  # (R, K)
     lora_B_ptr,  # (N, R)
     gain_ptr,  # (N,) in ACC_DTYPE
@@ -231,13 +250,16 @@ def _merge_kernel(
     N,
     K,
     R,
-    stride_wn,
-    stride_wk,
     stride_ar,
     stride_ak,
     stride_bn,
     stride_br,
     scaling,
+    FORMAT: tl.constexpr,
+    SIZES: tl.constexpr,
+    GROUP: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    HAS_ADAPTER: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     SUBTRACT_WEIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -250,25 +272,28 @@ def _merge_kernel(
 ):
     """merged = gain * (weight + scaling * lora_B @ lora_A) [- weight]. One program owns a [BLOCK_N, BLOCK_K] tile."""
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
-    offs_k = block_offsets(tl.program_id(1), BLOCK_K)
+    k = tl.program_id(1).to(tl.int64) * BLOCK_K
     mask_n = offs_n < N
-    mask_k = offs_k < K
     w, merged = direction_tile(
-        weight_ptr,
+        weight_ptrs,
+        weight_numbers,
         lora_A_ptr,
         lora_B_ptr,
         offs_n,
-        offs_k,
         mask_n,
-        mask_k,
+        k,
+        K,
         R,
-        stride_wn,
-        stride_wk,
         stride_ar,
         stride_ak,
         stride_bn,
         stride_br,
         scaling,
+        FORMAT,
+        SIZES,
+        GROUP,
+        WEIGHT_DTYPE,
+        HAS_ADAPTER,
         BLOCK_N,
         BLOCK_K,
         BLOCK_R,
@@ -281,29 +306,33 @@ def _merge_kernel(
         merged = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[:, None] * merged
     if SUBTRACT_WEIGHT:
         merged -= w
+    offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
     pointers = merged_ptr + offs_n[:, None] * K + offs_k[None, :]
-    tl.store(pointers, merged.to(merged_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_k[None, :])
+    tl.store(pointers, merged.to(merged_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_k < K)[None, :])
 
 
 def merge(
-    weight: torch.Tensor,
-    lora_A: torch.Tensor,
-    lora_B: torch.Tensor,
+    weight: Weight,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
     gain: torch.Tensor | None,
     scaling: float,
     subtract_weight: bool = False,
+    out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The merged weight (N, K) in weight.dtype; as `reference.merge_ref`."""
+    """The merged weight (N, K); as `reference.merge_ref`, and without an adapter weight itself."""
     N, K = weight.shape
-    R = lora_A.shape[0]
-    how = Launch.of(weight, lora_A.dtype)
+    R = 0 if lora_A is None else lora_A.shape[0]
+    how = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
     config = how.config("merge" if R <= launch.HIGH_RANK else "merge_high_rank")
     tiles = config.tiles(R)
-    merged = weight.new_empty((N, K))
+    weight_ptrs, numbers, constexprs = arguments(weight, config.BLOCK_K)
+    merged = weight.new_empty((N, K), dtype=out_dtype or weight.dtype)
     if merged.numel() == 0:
         return merged
     _merge_kernel[triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K)](
-        weight,
+        weight_ptrs,
+        numbers,
         lora_A,
         lora_B,
         gain,
@@ -311,14 +340,20 @@ def merge(
         N,
         K,
         R,
-        *weight.stride(),
-        *lora_A.stride(),
-        *lora_B.stride(),
+        *((0, 0) if lora_A is None else lora_A.stride()),
+        *((0, 0) if lora_B is None else lora_B.stride()),
         scaling,
+        HAS_ADAPTER=lora_A is not None,
         HAS_GAIN=gain is not None,
         SUBTRACT_WEIGHT=subtract_weight,
         ONE_CHUNK=R <= tiles["BLOCK_R"],
+        **constexprs,
         **how.dtypes(),
         **tiles,
     )
     return merged
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
+    """weight (N, K) itself or, of a quantised one, a dense copy in dtype; as `reference.dense_ref`."""
+    return weight if isinstance(weight, torch.Tensor) else merge(weight, None, None, None, 0.0, out_dtype=dtype)

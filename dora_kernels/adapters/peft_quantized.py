@@ -1,0 +1,189 @@
+"""PEFT's DoRA layers over quantised weights: bitsandbytes' 4 and 8 bits, HQQ's 4 bits, torchao's 8 bits.
+
+Imported only for a model that has such layers, and their libraries with it. Merging stays PEFT's: it decodes, merges
+and quantises again.
+
+The library's own product is never called for a layer that is taken over: its weight is read as it is stored. So 8-bit
+layers of bitsandbytes multiply with the decoded weight everywhere, and not with x rounded to 8 bits too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.import_utils import is_bnb_4bit_available, is_bnb_available, is_hqq_available
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.torchao import TorchaoLoraLinear
+from torch import Tensor, nn
+
+from dora_kernels import launch, quant
+from dora_kernels.adapters.peft import AUTOCAST_DTYPES, TakenOver, bypass_reason
+from dora_kernels.quant import QuantizedWeight
+
+
+class TakenOverQuantized(TakenOver):
+    """TakenOver, with a base layer that `quant.read` knows."""
+
+    base_classes: tuple[type[nn.Module], ...] = ()
+
+    @classmethod
+    def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
+        """As TakenOver.read_base."""
+        base = layer.base_layer
+        if type(base) not in cls.base_classes:
+            names = " or ".join(base_class.__name__ for base_class in cls.base_classes)
+            return None, f"the base layer is a {type(base).__module__}.{type(base).__qualname__}; expected {names}"
+        try:
+            weight = quant.read(base)
+        except ValueError as error:
+            return None, str(error).removeprefix("read: ")
+        return weight, bypass_reason("base_layer", base)
+
+    def base_product(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        """As TakenOver.base_product."""
+        return _Product.apply(x.to(weight.dtype), weight)
+
+
+class _Product(torch.autograd.Function):
+    """x @ weight.T, the weight decoded for the forward and again for the backward product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dequantize())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.weight.dequantize(dtype=dy.dtype), None
+
+
+class DoraKernelsTorchaoLinear(TakenOverQuantized, TorchaoLoraLinear):
+    """Over TorchaoLoraLinear: nn.Linear with a weight-only int8 or float8 tensor of torchao's."""
+
+    base_classes = (nn.Linear,)
+
+
+CLASSES: dict[type[LoraLayer], type[TakenOver]] = {TorchaoLoraLinear: DoraKernelsTorchaoLinear}
+"""The class that takes over each of PEFT's."""
+
+if is_hqq_available():
+    from hqq.core.quantize import HQQLinear
+    from peft.tuners.lora.hqq import HqqLoraLinear
+
+    class DoraKernelsHqqLinear(TakenOverQuantized, HqqLoraLinear):
+        """Over HqqLoraLinear."""
+
+        base_classes = (HQQLinear,)
+        draws_in_adapter_dtype = False
+
+    CLASSES[HqqLoraLinear] = DoraKernelsHqqLinear
+
+if is_bnb_available():
+    import bitsandbytes as bnb
+    from peft.tuners.lora.bnb import Linear8bitLt
+
+    class DoraKernelsLinear8bitLt(TakenOverQuantized, Linear8bitLt):
+        """Over PEFT's Linear8bitLt, which computes in the dtype of x."""
+
+        base_classes = (bnb.nn.Linear8bitLt,)
+        draws_in_adapter_dtype = False
+
+        def base_operands(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, QuantizedWeight, str | None]:
+            """As TakenOver.base_operands."""
+            return _operands(x, weight, x.dtype)
+
+    CLASSES[Linear8bitLt] = DoraKernelsLinear8bitLt
+
+if is_bnb_4bit_available():
+    from peft.tuners.lora.bnb import Linear4bit
+
+    class DoraKernelsLinear4bit(TakenOverQuantized, Linear4bit):
+        """Over PEFT's Linear4bit, which computes in the compute_dtype of its base layer.
+
+        On a CPU bitsandbytes decodes some widths wrongly, and repacks a weight in eval mode (see quant.py). What PEFT
+        and bitsandbytes compute of such a weight is refused, or the weight is unpacked first.
+        """
+
+        base_classes = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
+        draws_in_adapter_dtype = False
+
+        @classmethod
+        def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
+            """As TakenOver.read_base; what was repacked is unpacked, once."""
+            _unpack(layer)
+            return super().read_base(layer)
+
+        @classmethod
+        def remarks(cls, layer: LoraLayer) -> list[str]:
+            """As TakenOver.remarks: a fresh magnitude is the norm of the weight that PEFT has decoded."""
+            weight, _ = cls.read_base(layer)
+            if not quant.is_decoded_wrongly(weight):
+                return []
+            return [f"{_wrong_decoding(weight)}, and PEFT takes a fresh magnitude from that"]
+
+        def base_operands(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, QuantizedWeight, str | None]:
+            """As TakenOver.base_operands."""
+            base = self.base_layer
+            compute_dtype = base.compute_dtype or x.dtype
+            if not base.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
+                compute_dtype = x.dtype  # as bitsandbytes settles it in a layer's first call
+            return _operands(x, weight, compute_dtype)
+
+        def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """As TakenOver.peft_forward. Raises ValueError where bitsandbytes' product is wrong on this machine."""
+            self._refuse_wrong_decoding("forward")
+            return super().peft_forward(x, *args, **kwargs)
+
+        def merge(self, *args: Any, **kwargs: Any) -> None:
+            """PEFT's. Raises ValueError where bitsandbytes decodes this weight wrongly on this machine."""
+            _unpack(self)
+            self._refuse_wrong_decoding("merge")
+            super().merge(*args, **kwargs)
+
+        def unmerge(self) -> None:
+            """PEFT's. Raises ValueError as merge."""
+            _unpack(self)
+            self._refuse_wrong_decoding("unmerge")
+            super().unmerge()
+
+        def _refuse_wrong_decoding(self, function: str) -> None:
+            weight, _ = self.read_base(self)
+            if weight is not None and quant.is_decoded_wrongly(weight):
+                raise ValueError(f"{function}: {_wrong_decoding(weight)}; expected a GPU, or another blocksize")
+
+    CLASSES[Linear4bit] = DoraKernelsLinear4bit
+
+
+def class_over(cls: type[LoraLayer]) -> type[TakenOver] | None:
+    """The class that takes over layers of PEFT's `cls`; None where there is none."""
+    return CLASSES.get(cls)
+
+
+def _operands(
+    x: Tensor, weight: QuantizedWeight, compute_dtype: torch.dtype
+) -> tuple[Tensor, QuantizedWeight, str | None]:
+    """x and weight in compute_dtype, or under autocast in its dtype: bitsandbytes decodes to what it multiplies in."""
+    if x.dtype not in AUTOCAST_DTYPES:
+        return x, weight, f"x is {x.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        return x, dataclasses.replace(weight, dtype=torch.get_autocast_dtype(x.device.type)), None
+    return x.to(compute_dtype), dataclasses.replace(weight, dtype=compute_dtype), None
+
+
+def _unpack(layer: LoraLayer) -> None:
+    """Undo what bitsandbytes did to the weight of `layer` in eval mode."""
+    weight = getattr(layer.base_layer, "weight", None)
+    if quant.is_packed_for_cpu(weight):
+        launch.log_once(
+            "dora_kernels: bitsandbytes had repacked a weight for inference on this CPU; it is unpacked, but its "
+            "scales stay rounded to bfloat16: load the model again for the exact ones"
+        )
+        quant.unpack_for_cpu(weight)
+
+
+def _wrong_decoding(weight: QuantizedWeight) -> str:
+    return f"bitsandbytes decodes K = {weight.shape[1]} in blocks of {weight.numbers[0]} wrongly on this CPU"
