@@ -61,8 +61,13 @@ class Problem:
         bias: bool = True,
         dropout: float = 0.0,
         seed: int = 0,
+        scaling: float = 0.75,
+        update: float | None = None,
     ) -> "Problem":
-        """A problem with M tokens, N out features, K in features, rank R."""
+        """A problem with M tokens, N out features, K in features, rank R.
+
+        update: |scaling * B A| / |W|, about; None leaves B of the size at which B A alone is as large as W.
+        """
         generator = torch.Generator().manual_seed(seed)
         adapter_dtype = adapter_dtype or dtype
 
@@ -72,9 +77,10 @@ class Problem:
         x = normal(M, K)
         weight = normal(N, K) * max(K, 1) ** -0.5
         lora_A = normal(R, K, dtype=adapter_dtype) * max(K, 1) ** -0.5
-        lora_B = normal(N, R, dtype=adapter_dtype) * max(R, 1) ** -0.5
+        size = 1.0 if update is None else update / abs(scaling)
+        lora_B = normal(N, R, dtype=adapter_dtype) * (size * max(R, 1) ** -0.5)
         spread = 0.5 + torch.rand(N, dtype=torch.float64, generator=generator).to(DEVICE)
-        norm = torch.linalg.vector_norm(weight.double() + 0.75 * lora_B.double() @ lora_A.double(), dim=1)
+        norm = torch.linalg.vector_norm(weight.double() + scaling * lora_B.double() @ lora_A.double(), dim=1)
         return cls(
             x,
             weight,
@@ -84,6 +90,7 @@ class Problem:
             normal(N) if bias else None,
             normal(M, N),
             F.dropout(x, dropout) if dropout else None,
+            scaling,
         )
 
     def to(self, dtype: torch.dtype) -> "Problem":
