@@ -93,10 +93,18 @@ class TestOneElement:
                 for position in positions(getattr(problem, name)):
                     check(problem, name, value, position, **VARIANTS[variant])
 
+    @pytest.mark.parametrize("name", ("x", "lora_A", "lora_B"))
+    @pytest.mark.parametrize("scaling", (0.0, -1e30))
+    def test_scaling_does_not_hide_it(self, scaling, name):
+        """0 * inf is NaN: a scaling of 0 keeps an inf of the adapter visible."""
+        problem = problem_for(SHAPES[0], FLOATS, "plain", False)
+        problem.scaling = scaling
+        check(problem, name, math.inf, (1, 2))
+
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("scaling", (0.75,))
+@pytest.mark.parametrize("scaling", (0.75, 0.0))
 @pytest.mark.parametrize("name", ("weight", "lora_A", "lora_B", "magnitude"))
 def test_weight_norm_and_merge_weight(name, scaling, backend):
     """NaN and inf apart here: an infinite norm is inf."""
