@@ -99,9 +99,12 @@ class Problem:
         return Problem(**(vars(self) | tensors))
 
     def run(self, function: Callable[..., Tensor], needs: tuple[str, ...] = GRADIENTS, **arguments) -> Results:
-        """y and the gradients in `needs` (and of x_dropped, where there is one), by name."""
+        """y and the gradients in `needs` (and of x_dropped, where there is one), by name.
+
+        The leaves are views of the problem's own tensors: a clone would have strides of its own.
+        """
         leaves = {
-            name: value.detach().clone(memory_format=torch.preserve_format).requires_grad_(name in needs)
+            name: value.detach().requires_grad_(name in needs)
             for name, value in vars(self).items()
             if isinstance(value, Tensor) and name not in ("dy", "weight")
         }
