@@ -60,10 +60,17 @@ class Problem:
         bias: bool = True,
         dropout: float = 0.0,
         seed: int = 0,
+        scaling: float = SCALING,
+        update: float | None = None,
     ) -> "Problem":
-        """A problem with M tokens, N out features, K in features, rank R."""
+        """A problem with M tokens, N out features, K in features, rank R.
+
+        update: |scaling * B A| / |W|, about; None leaves B of the size at which B A alone is as large as W.
+        """
         generator = torch.Generator().manual_seed(seed)
-        inputs = random_inputs(M, N, K, R, dtype, adapter_dtype, bias=bias, device=DEVICE, generator=generator)
+        inputs = random_inputs(
+            M, N, K, R, dtype, adapter_dtype, scaling, update, bias=bias, device=DEVICE, generator=generator
+        )
         inputs = {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
         dy = torch.randn(M, N, dtype=torch.float64, generator=generator).to(dtype).to(DEVICE)
         x_dropped = F.dropout(inputs["x"], dropout) if dropout else None
@@ -75,9 +82,12 @@ class Problem:
         return Problem(**(vars(self) | tensors))
 
     def run(self, function: Callable[..., Tensor], needs: tuple[str, ...] = GRADIENTS, **arguments) -> Results:
-        """y and the gradients in `needs` (and of x_dropped, where there is one), by name."""
+        """y and the gradients in `needs` (and of x_dropped, where there is one), by name.
+
+        The leaves are views of the problem's own tensors: a clone would have strides of its own.
+        """
         leaves = {
-            name: value.detach().clone(memory_format=torch.preserve_format).requires_grad_(name in needs)
+            name: value.detach().requires_grad_(name in needs)
             for name, value in vars(self).items()
             if isinstance(value, Tensor) and name not in ("dy", "weight")
         }
