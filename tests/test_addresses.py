@@ -15,7 +15,7 @@ from dora_kernels import launch, reference
 from tests.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
-from dora_kernels.kernels import backward, common, forward, weight  # noqa: E402
+from dora_kernels.kernels import backward, common, forward, quant, weight  # noqa: E402
 
 on_cpu = pytest.mark.skipif(
     DEVICE != "cpu" or sys.platform != "linux", reason="reads uncommitted pages, which only host memory has"
@@ -141,10 +141,11 @@ def test_merge_writes_rows_of_2_to_the_30(memory):
     lora_A = torch.zeros(3, 64)
     lora_A[:, :3] = problem.lora_A
     expected = reference.merge_ref(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
+    pointers, numbers, constexprs = quant.arguments(far_weight, 32)
     weight._merge_kernel[1, 1](
-        far_weight, lora_A, problem.lora_B, problem.magnitude, huge, 3, FAR, 3,
-        *far_weight.stride(), *lora_A.stride(), *problem.lora_B.stride(), 0.75,
-        HAS_GAIN=True, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, **tiles("merge"),
+        pointers, numbers, lora_A, problem.lora_B, problem.magnitude, huge, 3, FAR, 3,
+        *lora_A.stride(), *problem.lora_B.stride(), 0.75, **constexprs,
+        HAS_ADAPTER=True, HAS_GAIN=True, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, **tiles("merge"),
     )  # fmt: skip
     torch.testing.assert_close(merged, expected)
 
@@ -154,9 +155,10 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
     """`split * N` with N = 2^30: more rows than any weight has, but the offset must hold."""
     problem = Problem.random(3, 32, 96, 3, torch.float32)
     partial = corner(memory, columns=32)
+    pointers, numbers, constexprs = quant.arguments(problem.weight, 32)
     weight._norm_kernel[1, 3](
-        problem.weight, problem.lora_A, problem.lora_B, memory[2**31 :], FAR, 96, 3,
-        *problem.weight.stride(), *problem.lora_A.stride(), *problem.lora_B.stride(), 32, 0.75,
+        pointers, numbers, problem.lora_A, problem.lora_B, memory[2**31 :], FAR, 96, 3,
+        *problem.lora_A.stride(), *problem.lora_B.stride(), 32, 0.75, **constexprs,
         ONE_CHUNK=True, **tiles("norm"),
     )  # fmt: skip
     norm, _ = reference.norm_ref(problem.weight, problem.lora_A, problem.lora_B, 0.75)

@@ -8,6 +8,7 @@ import torch
 
 import dora_kernels
 from dora_kernels import functional, ops, passes, plan, reference
+from dora_kernels.quant import parts
 from dora_kernels.reference import REFERENCE, Steps
 from tests.problem import DEVICE, GRADIENTS, TOLERANCE, Problem
 
@@ -124,7 +125,7 @@ def test_the_operators_results_have_the_dtypes_of_what_they_are_gradients_of(nor
     norm = torch.ones(12, device=DEVICE)
     low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
     results = ops.backward(
-        problem.dy, problem.x, problem.weight, problem.lora_A, problem.lora_B, norm, norm, low, base, 0.75,
+        problem.dy, problem.x, *parts(problem.weight), problem.lora_A, problem.lora_B, norm, norm, low, base, 0.75,
         torch.bfloat16, "auto", "base", False, norm_grad, [True, False, True, True, True, True],
         torch.bfloat16, torch.float16, "reference",
     )  # fmt: skip
