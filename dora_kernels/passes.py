@@ -7,13 +7,19 @@ from torch import Tensor
 
 from dora_kernels import launch, plan
 from dora_kernels.quant import Weight
-from dora_kernels.reference import Needs, Steps, base_product, gain_ref
+from dora_kernels.reference import REFERENCE, Needs, Steps, base_product, gain_ref, product_onto_low_rank
 
 
 def _device_model(tensor: Tensor) -> plan.Device:
     if tensor.device.type == "cpu":
         return plan.DEVICES["cpu"]
     return plan.device_model(launch.device_facts(tensor.device).target)
+
+
+def _low_rank_first(steps: Steps, base: torch.dtype, low_rank: torch.dtype, tensor: Tensor, must_split: bool) -> bool:
+    """Whether a split pass makes z, and keeps it, where otherwise it makes and keeps base."""
+    device = _device_model(tensor)
+    return steps is REFERENCE and plan.low_rank_first(base, device, must_split=must_split, wide=low_rank != base)
 
 
 def forward(
@@ -38,7 +44,8 @@ def forward(
 
     x (M, K) and a dense weight (N, K) in the dtype of the base GEMM, to which a quantised one is decoded; `dtype` is
     that of the low-rank operands and of x_dropped.
-    keep: "base" keeps x @ weight.T, "z" keeps base + scaling * low @ lora_B.T, "" keeps nothing (plan.py chooses).
+    keep: "base" keeps x @ weight.T (z where `_low_rank_first`), "z" keeps base + scaling * low @ lora_B.T, "" keeps
+    nothing (plan.py chooses).
     A quantised weight stands dense for no longer than its products take, and never twice at a time.
     Nothing that is kept is y: fused RoPE and SwiGLU kernels overwrite a layer's output behind autograd's back.
     """
@@ -59,10 +66,13 @@ def forward(
     if not norm_given:
         norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
     dense = steps.dense(weight, x.dtype)
-    base = base_product(adapter_input.to(x.dtype), dense, exact)
+    if _low_rank_first(steps, x.dtype, dtype, x, must_split):
+        base, low_term = product_onto_low_rank(x, dense, low, lora_B, scaling), None
+    else:
+        base, low_term = base_product(adapter_input.to(x.dtype), dense, exact), low
     residual = None if x_dropped is None else base_product(x, dense, exact)
     del dense
-    y = steps.epilogue(base, low, lora_B, gain, bias, scaling, x.dtype, residual)
+    y = steps.epilogue(base, low_term, lora_B, gain, bias, scaling, x.dtype, residual)
     return y, norm, None if given_gain is not None else gain, low if keep_low else None, base if keep else None
 
 
@@ -114,7 +124,9 @@ def backward(
         dbias = gain.new_empty(norm.shape, dtype=bias_dtype)
     if dx_way == "dz":
         dz = gain.new_empty(dy.shape, dtype=dy.dtype)
-    lacks_low_rank = dmagnitude is not None and keep == "base"
+    must_split = dropped or (kept is not None and kept.dtype != dy.dtype)  # the latter: base unrounded
+    holds_low_rank = keep == "z" or _low_rank_first(steps, dy.dtype, dtype, dy, must_split)
+    lacks_low_rank = dmagnitude is not None and not holds_low_rank
     if dB is not None or dmagnitude is not None or dbias is not None or dz is not None:
         steps.token_sums(
             dy,

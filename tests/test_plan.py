@@ -46,6 +46,18 @@ def test_the_cpu_merges_in_float32_unless_the_norm_is_known():
     assert forward_way(device=CPU, shape=Shape(1, 4096, 4096, 8, 4), norm_given=True) == "split"
 
 
+def test_the_cpu_splits_in_half_precision_and_adds_base_onto_the_low_rank_term():
+    shape = Shape(32768, 1024, 1024, 8, 2)
+    assert forward_way(device=CPU, shape=shape) == forward_way(device=CPU, shape=shape, norm_given=True) == "split"
+    assert plan.low_rank_first(torch.bfloat16, CPU, must_split=False, wide=False)
+    assert not plan.low_rank_first(torch.bfloat16, H200, must_split=False, wide=False)
+    assert not plan.low_rank_first(torch.float16, CPU, must_split=False, wide=False)
+    assert not plan.low_rank_first(torch.bfloat16, CPU, must_split=True, wide=False)
+    assert not plan.low_rank_first(torch.bfloat16, CPU, must_split=False, wide=True)
+    ways = [plan.dx_way("auto", Shape(M, 1024, 1024, 64, 2), CPU) for M in (1, 2048, 2049)]
+    assert ways == ["dz", "dz", "merged"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "asked", "must_split", "wide", "expected"),
     [
