@@ -3,6 +3,7 @@
     python -m bench.layer                         # the core grid, into bench/results/<gpu>/layer.json
     python -m bench.layer --grid cpu --device cpu # the grid of bench/results/cpu/layer.json
     python -m bench.layer --grid decode           # 1 to 16 tokens, inference, into layer-decode.json; also: full
+    python -m bench.layer --grid qdora            # over a 4-bit base, into layer-qdora.json: QLoRA, QDoRA and ours
     python -m bench.layer --shape 14336x4096 --tokens 8192 --rank 384 --provider frozen peft_dora ours
     python -m bench.layer --device cpu --shape 1024x1024 --tokens 64 512 --rank 8 64 --precision fp32 bf16
 
@@ -38,8 +39,8 @@ from bench.measure import (
     saved_bytes,
 )
 from bench.providers import COMPILED, PASSES, PROVIDERS, Layer, Problem, Provider, default_providers
-from bench.report import problems, table, write
-from bench.shapes import GRIDS, PRECISIONS, Case, layer_names
+from bench.report import memory, problems, table, write
+from bench.shapes import GRIDS, PRECISIONS, QUANTIZED, Case, layer_names
 
 # without --grid: what is not named of --shape, --tokens, --rank and --precision (a GPU without any: the core grid)
 DEFAULT_GPU = {"shape": [(4096, 4096)], "tokens": [8192, 512], "rank": [64, 16], "precision": ["bf16", "bf16-autocast"]}
@@ -52,8 +53,9 @@ class Row:
 
     ms: eager, wall time on the CPU and device time on a GPU (see CudaStopwatch); graph_ms: replay of a CUDA graph.
     errors: per tensor of a forward and backward pass, error and yardstick of dora_kernels.testing.
-    peak_bytes: device memory at the peak of the step; saved_bytes: what forward keeps for backward, but for x and the
-    parameters; host_us: the host's microseconds for a call; launches: what a call starts on the device.
+    peak_bytes: at the peak of the step (see measure.peak_bytes); saved_bytes: what forward keeps for backward, but for
+    x, the weight and the parameters; host_us: the host's microseconds for a call; launches: what a call starts on the
+    device.
     """
 
     provider: str
@@ -185,7 +187,7 @@ def _measure(
         row, call = rows[name], calls[name]
         try:
             row.peak_bytes = peak_bytes(call, device)
-            row.saved_bytes = saved_bytes(call, problem.x, problem.weight, *layers[name].trained.values())
+            row.saved_bytes = saved_bytes(call, *problem.held(), *layers[name].trained.values())
             row.host_us = host_microseconds(call, device)
             row.launches = launches(call, device)
         except torch.OutOfMemoryError as error:
@@ -258,11 +260,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         print("bench.layer: --device cuda but torch sees no GPU; expected a GPU, or --device cpu", file=sys.stderr)
         return 2
-    providers = {name: PROVIDERS[name] for name in arguments.provider or default_providers(device.type)}
     steps = arguments.step or (["inference"] if arguments.grid == "decode" else list(PASSES))
-    measure = functools.partial(
-        measure_case, providers=providers, steps=steps, seconds=arguments.step_seconds, rounds=arguments.rounds
-    )
+
+    def measure(case: Case) -> list[Row]:
+        names = arguments.provider or default_providers(device.type, case.precision in QUANTIZED)
+        providers = {name: PROVIDERS[name] for name in names}
+        return measure_case(case, providers, steps, arguments.step_seconds, arguments.rounds)
+
     file = "layer.json" if arguments.grid in (None, "core", "cpu") else f"layer-{arguments.grid}.json"
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / file
     try:
@@ -272,6 +276,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = run(cases, out, measure, arguments.seconds, meta(device, arguments.commit))
     print("\ntimes over the frozen linear layer")
     print(table(rows))
+    print("\npeak memory of a step, MiB")
+    print(memory(rows))
     failed = problems(rows)
     if failed:
         print("not measured\n" + "\n".join(failed))
@@ -299,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shape", nargs="+", type=_shape, metavar="NxK", help="weight shapes")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M")
     parser.add_argument("--rank", nargs="+", type=int, metavar="R")
-    parser.add_argument("--precision", nargs="+", choices=PRECISIONS)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS | QUANTIZED)
     parser.add_argument(
         "--provider", nargs="+", choices=PROVIDERS, help="default: all, without the compiled ones on a CPU"
     )

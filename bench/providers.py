@@ -7,6 +7,7 @@ computes, so that the gate (measure.py) holds each to its own exact result.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 import dora_kernels
 from bench import peers
-from bench.shapes import PRECISIONS, Case, Precision
+from bench.shapes import PRECISIONS, QUANTIZED, Case, Precision
+from dora_kernels import quant
 from dora_kernels.reference import dora_linear_ref
 
 # 2 * alpha / R is common, but a power of two would make the product exact and hide a scaling in the wrong place
@@ -38,18 +40,23 @@ class Problem:
     magnitude: Tensor
     dy: Tensor
     precision: Precision
+    base: nn.Linear | None = None
+    """The layer that `weight` is the decoded weight of, where the base is quantised."""
 
     @classmethod
     def random(cls, case: Case, seed: int = 0) -> Problem:
         """The tensors of `case`; the update scaling * B @ A is about a tenth of the weight."""
-        precision = PRECISIONS[case.precision]
+        precision = (PRECISIONS | QUANTIZED)[case.precision]
         M, N, K, R = case.M, case.N, case.K, case.R
         generator = torch.Generator(case.device).manual_seed(seed)
 
         def normal(*shape: int, size: float = 1.0) -> Tensor:
             return torch.randn(shape, device=case.device, generator=generator) * size
 
-        weight = normal(N, K, size=K**-0.5).to(precision.dtype)
+        weight, base = normal(N, K, size=K**-0.5).to(precision.dtype), None
+        if precision.base == "nf4":
+            base = _nf4_linear(weight)
+            weight = quant.read(base).dequantize()
         lora_A = normal(R, K, size=K**-0.5).to(precision.adapter_dtype)
         lora_B = normal(N, R, size=0.1 * R**-0.5).to(precision.adapter_dtype)
         gain = 0.5 + torch.rand(N, device=case.device, generator=generator)
@@ -62,7 +69,12 @@ class Problem:
             (gain * torch.linalg.vector_norm(merged, dim=1)).to(precision.adapter_dtype),
             normal(M, N).to(precision.dtype),
             precision,
+            base,
         )
+
+    def held(self) -> list[Tensor]:
+        """What is there before a step, whoever takes it: x and the weight."""
+        return [self.x, self.weight] if self.base is None else [self.x, *quant.read(self.base).tensors]
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass."""
@@ -214,8 +226,16 @@ PROVIDERS: dict[str, Provider] = {
 COMPILED = ("peft_dora_compiled", "factored_compose_compiled")
 
 
-def default_providers(device_type: str) -> list[str]:
-    """All, but on a CPU not those that torch.compile takes longer over than the whole measurement."""
+OVER_ANY_BASE = ("frozen", "peft_lora", "peft_dora", "ours")
+
+
+def default_providers(device_type: str, quantized: bool = False) -> list[str]:
+    """All, but on a CPU not those that torch.compile takes longer over than the whole measurement.
+
+    quantized: those alone that hold the quantised layer, and not its decoded weight.
+    """
+    if quantized:
+        return list(OVER_ANY_BASE)
     return [name for name in PROVIDERS if device_type != "cpu" or name not in COMPILED]
 
 
@@ -256,19 +276,36 @@ def _peer(problem: Problem, formula: Callable[..., Tensor]) -> Layer:
 
 
 def _linear(problem: Problem) -> nn.Linear:
-    """nn.Linear over the very weight of `problem`; all providers share it."""
+    """nn.Linear over the very weight of `problem`, which all providers share; or a copy of its quantised layer.
+
+    (A copy, because bitsandbytes repacks the weight in place in eval mode on some CPUs.)
+    """
+    if problem.base is not None:
+        return copy.deepcopy(problem.base)
     N, K = problem.weight.shape
     linear = nn.Linear(K, N, bias=False, device="meta")
     linear.weight = nn.Parameter(problem.weight, requires_grad=False)
     return linear
 
 
+def _nf4_linear(weight: Tensor) -> nn.Linear:
+    """bitsandbytes' Linear4bit of `weight`, as transformers loads it with double quantisation."""
+    import bitsandbytes
+
+    N, K = weight.shape
+    linear = bitsandbytes.nn.Linear4bit(K, N, bias=False, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
+    linear.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=linear)
+    return linear.to(weight.device)
+
+
 def _peft_model(problem: Problem, use_dora: bool) -> nn.Module:
     """A PEFT model of one adapted layer that holds the tensors of `problem`."""
     R = problem.lora_A.shape[0]
     config = peft.LoraConfig(r=R, lora_alpha=SCALING * R, target_modules=["layer"], use_dora=use_dora)
+    net = nn.ModuleDict({"layer": _linear(problem)})
+    net.is_loaded_in_4bit = problem.base is not None  # as transformers tells PEFT
     model = peft.get_peft_model(
-        nn.ModuleDict({"layer": _linear(problem)}),
+        net,
         config,
         autocast_adapter_dtype=problem.precision.adapter_dtype == torch.float32,
     )

@@ -36,12 +36,9 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
 
     Graph times where frozen, PEFT DoRA and ours all have one, else eager ones; a dash where there is no time.
     """
-    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in ("precision", "step", "M", "N", "K", "R"))
-        groups.setdefault(key, {})[row["provider"]] = row
+    groups = _by_case(rows)
     names = list(dict.fromkeys(name for group in groups.values() for name in group if name != "frozen"))
-    lines = [("precision", "step", "M", "N", "K", "R", "clock", "frozen ms", *names, "ours/peft_dora")]
+    lines = [(*CASE, "clock", "frozen ms", *names, "ours/peft_dora")]
     ratios: dict[str, list[float]] = {"ours/frozen": [], "ours/peft_dora": []}
     for key, group in groups.items():
         compared = [group[name] for name in ("frozen", "peft_dora", "ours") if name in group]
@@ -58,10 +55,36 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
         cells = [over(name, "frozen") for name in names] + [over("ours", "peft_dora")]
         shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
         lines.append((*map(str, key), "graph" if clock == "graph_ms" else "eager", floor, *shown))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = _aligned(lines)
     text += [f"geometric mean of {name}: {geometric_mean(values):.2f}" for name, values in ratios.items() if values]
     return "\n".join(text)
+
+
+def memory(rows: Iterable[dict[str, Any]]) -> str:
+    """Per case and step: every provider's peak in MiB, a dash where there is none."""
+    groups = _by_case(rows)
+    names = list(dict.fromkeys(name for group in groups.values() for name in group))
+    lines = [(*CASE, *names)]
+    for key, group in groups.items():
+        peaks = [group[name]["peak_bytes"] if name in group else None for name in names]
+        lines.append((*map(str, key), *("-" if peak is None else f"{peak / 2**20:.1f}" for peak in peaks)))
+    return "\n".join(_aligned(lines))
+
+
+CASE = ("precision", "step", "M", "N", "K", "R")
+
+
+def _by_case(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    """The row of each provider, by the values of CASE."""
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in CASE), {})[row["provider"]] = row
+    return groups
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
 
 
 def problems(rows: Iterable[dict[str, Any]]) -> list[str]:

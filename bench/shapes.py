@@ -53,12 +53,17 @@ def layer_names(N: int, K: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Precision:
-    """The dtype of x and weight, the dtype of the adapter, and whether the step runs under autocast to `dtype`."""
+    """The dtype of x and weight, the dtype of the adapter, and whether the step runs under autocast to `dtype`.
+
+    base: "dense", or "nf4": bitsandbytes' Linear4bit, nested, in blocks of 64. What is LoRA over a dense base is QLoRA
+    then, and DoRA QDoRA.
+    """
 
     name: str
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     autocast: bool = False
+    base: str = "dense"
 
 
 PRECISIONS = {
@@ -69,6 +74,14 @@ PRECISIONS = {
         # what PEFT makes of a bf16 model, in a trainer with bf16=True
         Precision("bf16-autocast", torch.bfloat16, torch.float32, autocast=True),
         Precision("fp16", torch.float16, torch.float16),
+    )
+}
+QUANTIZED = {
+    precision.name: precision
+    for precision in (
+        Precision("nf4-fp32", torch.float32, torch.float32, base="nf4"),
+        Precision("nf4-bf16", torch.bfloat16, torch.bfloat16, base="nf4"),
+        Precision("nf4-autocast", torch.bfloat16, torch.float32, autocast=True, base="nf4"),
     )
 }
 
@@ -153,4 +166,12 @@ def cpu_grid(device: str = "cpu") -> list[Case]:
     return [Case(M, N, K, R, precision, device) for precision, (N, K), M, R in axes]
 
 
-GRIDS = {"core": core_grid, "cpu": cpu_grid, "decode": decode_grid, "full": full_grid}
+def qdora_grid(device: str = "cuda") -> list[Case]:
+    """A 4-bit base: on a GPU the layer that the target is for, as two trainers run it, and shapes of Llama-3.1-8B."""
+    if device == "cpu":
+        return [Case(M, 1024, 1024, 16, precision, device) for precision in ("nf4-fp32", "nf4-bf16") for M in (64, 512)]
+    points = ((8192, 4096, 4096, 64), (8192, 14336, 4096, 64), (8192, 4096, 14336, 64), (512, 4096, 4096, 64))
+    return [Case(*point, precision, device) for point in points for precision in ("nf4-bf16", "nf4-autocast")]
+
+
+GRIDS = {"core": core_grid, "cpu": cpu_grid, "decode": decode_grid, "full": full_grid, "qdora": qdora_grid}

@@ -71,6 +71,7 @@ def _add_demo(commands: Any) -> None:
         "demo", help="fine-tune a small Llama with PEFT DoRA twice, stock and enabled, and compare the runs"
     )
     parser.add_argument("--preset", default="tiny", help="model size: tiny, llama-1b (default: %(default)s)")
+    parser.add_argument("--base", default="dense", help="frozen weights: dense, nf4 (QDoRA) (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
     parser.add_argument("--backend", default="auto", choices=launch.BACKENDS, help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="fine-tuning steps of each run (default: the preset's)")

@@ -3,13 +3,15 @@
 Nothing is downloaded. The text is the source of Python's standard library, the model reads bytes, and its base
 is trained briefly before it is frozen, so that the fine-tuning starts from a model that has learned something.
 
-Both runs take their steps in turns on the same batches. They share the frozen base weights; each has its own
-adapters and optimizer. `run` exits 1 unless dora_kernels really computed every layer and the runs agree.
+Both runs take their steps in turns on the same batches. They share the frozen base weights, with --base nf4 packed to
+4 bits by bitsandbytes (QDoRA); each has its own adapters and optimizer. `run` exits 1 unless dora_kernels really
+computed every layer and the runs agree.
 """
 
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sysconfig
 import time
 import warnings
@@ -27,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dora_kernels import adapters, launch, ops
+from dora_kernels import adapters, launch, ops, quant
 
 TOLERANCE = 1e-3
 """Largest |loss difference| between the runs at any step."""
@@ -66,7 +68,7 @@ PRESETS = {
     "tiny": Preset(
         hidden=256,
         layers=4,
-        intermediate=688,
+        intermediate=704,  # in whole blocks of 64: bitsandbytes decodes some other widths wrongly on a CPU
         heads=4,
         kv_heads=2,
         sequence=128,
@@ -95,11 +97,16 @@ PRESETS = {
 }
 
 
+BASES = ("dense", "nf4")
+"""What the frozen weights are: as they were trained, or bitsandbytes' NF4, nested."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """The options of the command line. ValueError where this machine cannot run them."""
 
     preset: str = "tiny"
+    base: str = "dense"
     device: str = "auto"
     backend: str = "auto"
     steps: int | None = None
@@ -109,6 +116,10 @@ class Settings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"demo: preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
+        if self.base not in BASES:
+            raise ValueError(f"demo: base is {self.base!r}; expected one of {', '.join(BASES)}")
+        if self.base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
+            raise ValueError("demo: base is 'nf4' but bitsandbytes is not installed; expected pip install bitsandbytes")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"demo: device is {self.device!r}; expected auto, cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -190,6 +201,9 @@ class Result:
     layers: int
     report: adapters.Report
     calls: Counter[tuple[str, str]]
+    weight_bytes: int
+    """Of the frozen linear layers, as they are stored."""
+    weight_elements: int
 
     @property
     def expected_calls(self) -> int:
@@ -232,10 +246,13 @@ def run(settings: Settings) -> int:
         f"Llama with {preset.layers} blocks of width {preset.hidden}, DoRA rank {preset.rank}, "
         f"{preset.batch} x {preset.sequence} bytes per step,\n"
         f"{str(dtype).removeprefix('torch.')} on {launch.device_facts(device).name}"
+        + (", over a base in NF4" if settings.base == "nf4" else "")
     )
     columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress:
         model = trained_base(preset, device, dtype, settings.seed, progress)
+        if settings.base == "nf4":
+            pack(model)
         result = fine_tune(model, settings, progress)
     console.print(result_table(result))
     draw(result, settings.out)
@@ -278,6 +295,23 @@ def trained_base(
     return model.to(dtype)
 
 
+def pack(model: LlamaForCausalLM) -> None:
+    """Replace every linear layer but the head by bitsandbytes' Linear4bit of the same weight, as transformers loads it.
+
+    The compute dtype is that of the weight.
+    """
+    import bitsandbytes
+
+    for name, linear in list(model.model.named_modules()):
+        if isinstance(linear, torch.nn.Linear):
+            sizes = (linear.in_features, linear.out_features)
+            weight = linear.weight.detach()
+            packed = bitsandbytes.nn.Linear4bit(*sizes, False, weight.dtype, quant_type="nf4", device="meta")
+            packed.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=packed)
+            model.model.set_submodule(name, packed.to(weight.device))
+    model.is_loaded_in_4bit = True  # PEFT chooses its layer classes by it
+
+
 def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> Result:
     """Fine-tune `model` with DoRA on every linear layer, by stock PEFT and enabled, step by step in turns."""
     preset = PRESETS[settings.preset]
@@ -311,7 +345,17 @@ def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -
             for run in (stock, ours) if step % 2 == 0 else (ours, stock):
                 loss = run.step(ids)
                 progress.update(bars[run], advance=1, status=f"loss {loss:.4f}")
-    return Result(stock, ours, len(stock_model.targeted_module_names), report, ops.calls - before)
+    names = stock_model.targeted_module_names
+    bases = [stock_model.base_model.model.get_submodule(name).base_layer for name in names]
+    return Result(
+        stock,
+        ours,
+        len(names),
+        report,
+        ops.calls - before,
+        sum(quant.read(base).nbytes if quant.is_quantized(base) else base.weight.nbytes for base in bases),
+        sum(base.in_features * base.out_features for base in bases),
+    )
 
 
 def standard_library(patterns: tuple[str, ...]) -> Tensor:
@@ -347,6 +391,8 @@ def result_table(result: Result) -> Table:
     table.add_row("mean |B| at end (0 at start)", *(f"{_mean(r.lora_B_norms()):.4f}" for r in (stock, ours)))
     table.add_row("time per step (median)", *(f"{run.step_seconds * 1e3:.1f} ms" for run in (stock, ours)))
     table.add_row("  stock PEFT / dora_kernels", "", f"{stock.step_seconds / ours.step_seconds:.2f} x")
+    bits = 8 * result.weight_bytes / result.weight_elements
+    table.add_row("frozen linear weights, shared", "", f"{result.weight_bytes / 2**20:.2f} MiB, {bits:.2f} bits each")
     if ours.peak_bytes:
         peaks = (f"{run.peak_bytes / 2**20:.0f} MiB" for run in (stock, ours))
         table.add_row("peak GPU memory of a step", *peaks)

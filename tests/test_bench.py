@@ -28,7 +28,8 @@ from bench.providers import (
     peft_dora,
     reference,
 )
-from bench.shapes import PRECISIONS, Case
+from bench.shapes import PRECISIONS, QUANTIZED, Case
+from dora_kernels import quant
 from dora_kernels.testing import rms_error
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,38 @@ def test_every_provider_passes_the_gate(precision):
         assert failure(comparisons) is None and len(comparisons) == 1, name
         assert (backend is not None) == name.startswith("ours"), name
         assert built.module is None or not built.module.training
+
+
+@pytest.mark.parametrize("precision", QUANTIZED)
+def test_every_provider_over_a_4_bit_base(precision):
+    """QLoRA, QDoRA and ours of the same packed weight, each layer with a copy of its own; and what they need."""
+    pytest.importorskip("bitsandbytes")
+    problem = Problem.random(Case(16, 1024, 1024, 8, precision, DEVICE))
+    gate, peaks = Gate(problem), {}
+    for name in default_providers(DEVICE, quantized=True):
+        built = PROVIDERS[name](problem)
+        comparisons, backend = gate.check(built)
+        assert failure(comparisons) is None and (backend is not None) == (name == "ours"), name
+        step = functools.partial(forward_backward, built, problem)
+        peaks[name] = measure.peak_bytes(step, problem.x.device)
+        if name == "ours":
+            held = (
+                *problem.held(),
+                *built.trained.values(),
+                *quant.read(built.module.base_model.layer.base_layer).tensors,
+            )
+            assert measure.saved_bytes(step, *held) < problem.weight.nbytes // 2
+    assert problem.weight.nbytes < peaks["ours"] < peaks["peft_dora"]
+
+
+def test_peak_on_a_cpu():
+    """Of what is alive at once, and not of what was allocated in all."""
+
+    def step():
+        for _ in range(3):
+            torch.empty(1 << 20, dtype=torch.uint8).add(1)
+
+    assert 2 << 20 <= measure.peak_bytes(step, torch.device("cpu")) < 3 << 20
 
 
 @pytest.mark.parametrize("name", PROVIDERS)
@@ -228,6 +261,14 @@ def test_what_has_no_time_is_a_dash_in_the_table():
     for row, ms in zip(rows, (1.0, 3.0, 2.0), strict=False):
         row["graph_ms"] = {"median": ms}
     assert report.table(rows).splitlines()[1].split()[-4:] == ["3.00", "2.00", "-", "0.67"]
+
+
+def test_memory_table():
+    rows = [{"precision": "nf4-bf16", "step": "forward", "M": 1, "N": 2, "K": 3, "R": 4}] * 3
+    peaks = {"frozen": None, "peft_dora": 3 << 20, "ours": 5 << 19}
+    rows = [row | {"provider": name, "peak_bytes": peak} for row, (name, peak) in zip(rows, peaks.items(), strict=True)]
+    header, line = (text.split() for text in report.memory(rows).splitlines())
+    assert dict(zip(header[-3:], line[-3:], strict=True)) == {"frozen": "-", "peft_dora": "3.0", "ours": "2.5"}
 
 
 def test_a_run_out_of_time_leaves_what_it_has(tmp_path, capsys):

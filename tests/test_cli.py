@@ -31,10 +31,10 @@ MICRO = demo.Preset(
 def run_micro(monkeypatch, tmp_path, capsys):
     """Run the demo at a preset (MICRO), on the CPU, and return its exit status, what it printed and its chart."""
 
-    def run(preset: demo.Preset = MICRO, device: str = "cpu"):
+    def run(preset: demo.Preset = MICRO, device: str = "cpu", base: str = "dense"):
         monkeypatch.setitem(demo.PRESETS, "micro", preset)
         chart = tmp_path / "chart.png"
-        status = main(["demo", "--preset", "micro", "--device", device, "--out", str(chart)])
+        status = main(["demo", "--preset", "micro", "--device", device, "--base", base, "--out", str(chart)])
         return status, capsys.readouterr().out, chart
 
     return run
@@ -78,6 +78,18 @@ def test_demo_passes(run_micro):
     assert "7 of 7" in printed
     assert printed.count("84 of 84") == 2
     assert "FAILED" not in printed
+
+
+@pytest.mark.parametrize("base, bits", [("dense", "32.00 bits"), ("nf4", "5.79 bits")])
+def test_demo_says_what_the_base_weighs(run_micro, base, bits):
+    """4 bits a weight and 8 for a block of 64; and 1 KiB of tables a layer, which counts in layers of this size."""
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    status, printed, _ = run_micro(replace(MICRO, hidden=64, intermediate=128), base=base)
+    assert status == 0, printed
+    (line,) = [line for line in printed.splitlines() if "frozen linear weights" in line]
+    assert f"MiB, {bits}" in line
+    assert printed.count("84 of 84") == 2 and ("NF4" in printed) == (base == "nf4")
 
 
 def test_demo_fails_when_no_layer_is_taken_over(run_micro, monkeypatch):
@@ -140,6 +152,7 @@ def test_demo_fails_when_the_loss_rises(run_micro, monkeypatch):
     "arguments, message",
     (
         (("--preset", "huge"), "demo: preset is 'huge'; expected one of tiny, llama-1b"),
+        (("--base", "int3"), "demo: base is 'int3'; expected one of dense, nf4"),
         (("--device", "tpu"), "demo: device is 'tpu'; expected auto, cpu or cuda"),
         (("--steps", "3"), "demo: steps is 3; expected more than 3, the warm-up"),
         (("--out", "no/such/folder.png"), "demo: out is 'no/such/folder.png'; expected a file in a folder"),
@@ -148,6 +161,12 @@ def test_demo_fails_when_the_loss_rises(run_micro, monkeypatch):
 def test_demo_refuses_settings(capsys, arguments, message):
     assert main(["demo", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_demo_over_nf4_needs_bitsandbytes(monkeypatch, capsys):
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert main(["demo", "--base", "nf4"]) == 2
+    assert "expected pip install bitsandbytes" in capsys.readouterr().err
 
 
 def test_demo_names_the_extra_it_needs(monkeypatch, capsys):

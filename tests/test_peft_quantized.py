@@ -4,6 +4,7 @@ The yardstick is stock PEFT in the same dtypes over nn.Linear layers of the same
 that in float64. Stock PEFT over bitsandbytes is compared with directly where it is right on a CPU.
 """
 
+import contextlib
 import copy
 import functools
 import logging
@@ -170,15 +171,22 @@ def test_compute_dtype():
     assert rms_error(ours(x), exact["y"]) > 1e-5  # it is not computed in float32
 
 
+@contextlib.contextmanager
+def cuda_autocast():
+    """Autocast to bfloat16 on the device of the tests, and PEFT, which asks for CUDA's, told that it is on."""
+    enabled_on = torch.is_autocast_enabled
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "is_autocast_enabled", lambda *device: enabled_on(*device) if device else True)
+        yield
+
+
 @pytest.mark.parametrize("format", ["nf4", "int8", "hqq"])
-def test_no_float32_leaks_under_autocast(format, monkeypatch):
+def test_no_float32_leaks_under_autocast(format):
     """Under CUDA's autocast PEFT's quantised layers return float32, promoted by the magnitude; nn.Linear does not."""
     model = build(format, dtype=torch.bfloat16)
     ours = enabled(model)
     x, _ = inputs(model, torch.bfloat16)
-    enabled_on = torch.is_autocast_enabled
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: enabled_on(*device) if device else True)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+    with cuda_autocast():
         leaked, y = model(x), ours(x)
     assert leaked.dtype == torch.float32 and y.dtype == torch.bfloat16
     assert rms_error(y, leaked) < 2**-6
@@ -189,10 +197,9 @@ def test_dropout_draws_what_peft_draws_under_autocast(monkeypatch):
     model = build("nf4", dtype=torch.bfloat16, lora_dropout=0.3)
     x, _ = inputs(model, torch.bfloat16)
     drawn, dropout = [], torch.nn.functional.dropout
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: True)
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *args: drawn.append(x.dtype) or dropout(x, *args))
     for each in (model, enabled(model)):
-        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        with cuda_autocast():
             each.up(x)
     assert drawn == [torch.bfloat16] * 2
 

@@ -236,6 +236,14 @@ def test_what_is_no_quantised_weight():
             quant.read(source)
 
 
+def test_blocks(bnb, monkeypatch):
+    """A weight of several blocks of rows, the last one shorter, and the rows that do not start at a block."""
+    weight = quant.read(params4bit(bnb, random_weight(70, 40)))
+    expected = weight.dequantize()
+    monkeypatch.setattr(quant, "_BLOCK_ELEMENTS", {"cpu": 16 * 40, "gpu": 16 * 40})
+    assert_decodes_to(weight, expected)
+
+
 def test_rows_have_step_1():
     weight = quant.QuantizedWeight(
         "row8", (4, 3), torch.float32, (torch.ones(4, 3, dtype=torch.int8), torch.arange(4.0))
