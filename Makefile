@@ -6,6 +6,8 @@ VENV := .venv
 VENV_OLDEST := .venv-oldest-peft
 # The oldest PEFT that enable() supports; constraints.txt pins the newest.
 OLDEST_PEFT := 0.19.1
+# Which mutants the night draws; it is printed, and make nightly MUTANTS_SEED=20261125 draws the same again.
+MUTANTS_SEED ?= $(shell date +%Y%m%d)
 
 .PHONY: test lint demo bench nightly
 
@@ -31,6 +33,7 @@ nightly: $(VENV)/installed $(VENV_OLDEST)/installed
 	$(VENV)/bin/python tools/peft_suite.py
 	$(VENV_OLDEST)/bin/python -m pytest tests/test_peft*.py
 	$(VENV_OLDEST)/bin/python tools/peft_suite.py
+	$(VENV)/bin/python tools/mutate.py --sample 250 --seed $(MUTANTS_SEED) --seconds 5400
 
 # $(call install,folder,constraints): setuptools comes first, so that the build backend is the pinned one too.
 define install

@@ -95,4 +95,48 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.run(settings)
 
 
-COMMANDS = (_add_info, _add_demo)
+def _add_check(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check", help="prove on this machine that outputs and gradients are those of the definition in float64"
+    )
+    add = parser.add_argument
+    add("--layer", nargs="+", default=["function"], choices=("function", "module", "peft"), help="default: function")
+    add("--shape", nargs="+", metavar="MxNxKxR", help="tokens, out and in features, rank (default: a few ragged ones)")
+    add("--dtype", nargs="+", help="float32, bfloat16, float16, bfloat16-float32: weight and adapter (default: all)")
+    add("--backend", nargs="+", choices=launch.BACKENDS, help="default: reference, and triton where there is one")
+    add("--way", default="auto", choices=launch.WAYS, help="default: %(default)s")
+    add("--dropout", type=float, default=0.0, help="of module and peft (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda or auto; on a CPU Triton interprets its kernels (default: auto)")
+    add("--seed", type=int, default=0, help="of the random inputs (default: %(default)s)")
+    add("--json", help="where every error and verdict goes")
+    add("--verbose", action="store_true", help="a table for every case, not only for those that failed")
+    parser.set_defaults(run=_check)
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    backends = arguments.backend or ["reference", "triton"][: 1 + launch.has_triton()]
+    try:
+        if device == "cpu" and "triton" in backends:
+            launch.interpret_on_cpu()  # before anything that imports triton, as peft does
+        from dora_kernels.testing import suite
+
+        cases = suite.cases(
+            arguments.layer,
+            arguments.shape or suite.SHAPES,
+            arguments.dtype or suite.DTYPES,
+            backends,
+            way=arguments.way,
+            dropout=arguments.dropout,
+            device=device,
+            seed=arguments.seed,
+        )
+        return suite.run(cases, arguments.json, arguments.verbose)
+    except (ValueError, ImportError) as error:
+        print(f"check: {error}", file=sys.stderr)
+        return 2
+
+
+COMMANDS = (_add_info, _add_demo, _add_check)

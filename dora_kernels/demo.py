@@ -128,6 +128,8 @@ class Settings:
             raise ValueError(f"demo: steps is {self.steps}; expected more than {WARM_UP_STEPS}, the warm-up")
         if not Path(self.out).absolute().parent.is_dir():
             raise ValueError(f"demo: out is {self.out!r}; expected a file in a folder that exists")
+        if Path(self.out).suffix != ".png":
+            raise ValueError(f"demo: out is {self.out!r}; expected a name that ends in .png")
         launch.backend_for(self.backend, self.torch_device, self.dtype)
 
     @property

@@ -201,7 +201,8 @@ class _DoraLinear(torch.autograd.Function):
         base_dtype = settings.base_dtype
         rows = (x.shape[:-1].numel(), lora_A.shape[1])
         x_rows = x.reshape(rows).to(base_dtype)
-        dropped_rows = None if x_dropped is None else x_dropped.reshape(rows).to(base_dtype)
+        # not rounded to a narrower weight's dtype: the low-rank products see it as the adapter does
+        dropped_rows = None if x_dropped is None else x_dropped.reshape(rows).to(settings.dtype)
         y, new_norm, new_gain, low, kept = ops.forward(
             x_rows,
             dropped_rows,

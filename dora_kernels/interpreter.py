@@ -17,6 +17,7 @@ What a repaired interpreter does:
                                        that it asked for (a GPU would round it to float32)
     input_precision bf16x3, bf16x6     accepted; computed in float32, like "tf32" and "ieee"
     range() over a run-time bound      works with NumPy >= 2.4 on Triton 3.6 too (3.7 mended that itself)
+    kernels from several threads       one at a time: the program id and triton.language are process-wide state
 
 What stays different from a GPU: the order of sums, fma contraction, the rounding of TF32 and bf16x3, atomics
 on bf16, races, shared memory limits, inline assembly.
@@ -25,6 +26,7 @@ on bf16, races, shared memory limits, inline assembly.
 import dataclasses
 import functools
 import importlib.util
+import threading
 
 try:
     import numpy as np
@@ -54,6 +56,7 @@ def repair() -> bool:
     _repair_builder(interpreter)
     _repair_sum(interpreter)
     _repair_arguments(interpreter)
+    _repair_threads(interpreter)
     _repaired = True
     return True
 
@@ -183,3 +186,15 @@ def _repair_arguments(interpreter) -> None:
 
     interpreter._implicit_cvt = repaired_implicit_cvt
     interpreter._patch_lang_tensor = repaired_patch_lang_tensor
+
+
+def _repair_threads(interpreter) -> None:
+    """A kernel runs alone: upstream patches triton.language while it runs, and takes that back for all threads."""
+    run, lock = interpreter.InterpretedFunction.run, threading.Lock()
+
+    @functools.wraps(run)
+    def repaired_run(self, *arguments, **keywords):
+        with lock:
+            return run(self, *arguments, **keywords)
+
+    interpreter.InterpretedFunction.run = repaired_run

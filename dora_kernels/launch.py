@@ -12,8 +12,10 @@ import logging
 import os
 import pathlib
 import re
+import sys
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,9 +41,21 @@ class Options:
                 raise ValueError(f"options: {name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
+def _from_environment() -> Options:
+    """DORA_KERNELS_BACKEND; unset and empty mean auto."""
+    backend = os.environ.get("DORA_KERNELS_BACKEND") or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"DORA_KERNELS_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    return Options(backend=backend)
+
+
 # A module global and neither thread-local nor a ContextVar: torch.compile guards on a global, silently ignores
 # changes of a thread-local and refuses a ContextVar (torch 2.13).
-_current = Options(backend=os.environ.get("DORA_KERNELS_BACKEND", "auto"))
+_default = _from_environment()
+_current = _default
+# what each open `options` block asked for, in the order in which they were entered
+_asked: list[dict[str, str]] = []
+_asking = threading.Lock()
 
 
 def current_options() -> Options:
@@ -60,17 +74,33 @@ def options(backend: str | None = None, way: str | None = None, precision: str |
 
     A backward pass uses the options that were in force in its forward pass.
     """
-    global _current
-    previous = _current
-    _current = Options(
-        backend=previous.backend if backend is None else backend,
-        way=previous.way if way is None else way,
-        precision=previous.precision if precision is None else precision,
-    )
+    named = {"backend": backend, "way": way, "precision": precision}
+    asked = {name: value for name, value in named.items() if value is not None}
+    replace(_current, **asked)  # raises ValueError before anything is changed
+    with _alone():
+        _asked.append(asked)
+        _settle()
     try:
         yield _current
     finally:
-        _current = previous
+        # not simply what it was before: threads may leave their blocks in another order than they entered them
+        with _alone():
+            _asked[:] = [other for other in _asked if other is not asked]
+            _settle()
+
+
+def _settle() -> None:
+    """The options in force from what the open blocks asked for: the block entered last has the last word."""
+    global _current
+    settled = _default
+    for asked in _asked:
+        settled = replace(settled, **asked)
+    _current = settled
+
+
+def _alone() -> contextlib.AbstractContextManager:
+    """One thread at a time; torch.compile, which cannot trace a lock, traces alone anyway."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _asking
 
 
 @functools.cache
@@ -87,6 +117,21 @@ def interpreting() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def interpret_on_cpu() -> None:
+    """Let Triton run kernels on CPU tensors through its interpreter; in this process, before triton is imported.
+
+    Raises ValueError where it is too late, or where there is no triton.
+    """
+    if not has_triton():
+        raise ValueError("interpret_on_cpu: triton is not installed; expected it, to run its kernels on the CPU")
+    if "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    elif not interpreting():
+        raise ValueError("interpret_on_cpu: triton was imported with its interpreter off; expected TRITON_INTERPRET=1")
+    interpreting.cache_clear()
+    device_facts.cache_clear()
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,11 @@ class DoraLinear(nn.Module):
         reuse.forget(self)
         return super().train(mode)
 
+    def _apply(self, *arguments: Any, **keywords: Any) -> "DoraLinear":
+        """What moves and casts go through."""
+        reuse.forget(self)
+        return super()._apply(*arguments, **keywords)
+
     @torch.no_grad()
     def merge(self) -> None:
         """Put the adapter into weight, in place: the layer then costs what nn.Linear costs. Does nothing if merged.

@@ -36,8 +36,8 @@ def forward(
 ) -> tuple[Tensor | None, ...]:
     """y (M, N), norm (N,) and gain (N,) unless given, low (M, R) if keep_low, and what dmagnitude will need.
 
-    x, x_dropped (M, K) and a dense weight (N, K) in the dtype of the base GEMM, to which a quantised one is decoded;
-    `dtype` is that of the low-rank operands.
+    x (M, K) and a dense weight (N, K) in the dtype of the base GEMM, to which a quantised one is decoded; `dtype` is
+    that of the low-rank operands and of x_dropped.
     keep: "base" keeps x @ weight.T, "z" keeps base + scaling * low @ lora_B.T, "" keeps nothing (plan.py chooses).
     A quantised weight stands dense for no longer than its products take, and never twice at a time.
     Nothing that is kept is y: fused RoPE and SwiGLU kernels overwrite a layer's output behind autograd's back.
@@ -59,7 +59,7 @@ def forward(
     if not norm_given:
         norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
     dense = steps.dense(weight, x.dtype)
-    base = base_product(adapter_input, dense, exact)
+    base = base_product(adapter_input.to(x.dtype), dense, exact)
     residual = None if x_dropped is None else base_product(x, dense, exact)
     del dense
     y = steps.epilogue(base, low, lora_B, gain, bias, scaling, x.dtype, residual)

@@ -91,12 +91,19 @@ def _accumulate_blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[sli
         yield rows, buffer[: rows.stop - rows.start].copy_(matrix[rows])
 
 
+def _add_product(block: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+    """block += scaling * left @ right, in place."""
+    if scaling == 0:  # a GEMM would skip the product, and 0 * inf is NaN
+        return block.addmm_(scaling * left, right)
+    return block.addmm_(left, right, alpha=scaling)
+
+
 def _direction_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Iterator[tuple[slice, Tensor]]:
     """(rows, (weight + scaling * lora_B @ lora_A)[rows] in the accumulate dtype), as `_accumulate_blocks`."""
     accumulate = accumulate_dtype(weight.dtype)
     lora_A, lora_B = lora_A.to(accumulate), lora_B.to(accumulate)
     for rows, block in _accumulate_blocks(weight, accumulate):
-        yield rows, block.addmm_(lora_B[rows], lora_A, alpha=scaling)
+        yield rows, _add_product(block, lora_B[rows], lora_A, scaling)
 
 
 def gain_ref(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -191,7 +198,7 @@ def epilogue_ref(
         low, factor = low.to(gain.dtype), lora_B.to(gain.dtype).T
     for rows, block in _accumulate_blocks(base, gain.dtype):
         if low is not None:
-            block.addmm_(low[rows], factor, alpha=scaling)
+            _add_product(block, low[rows], factor, scaling)
         block.mul_(gain)
         if bias is not None:
             block.add_(bias)

@@ -8,8 +8,8 @@ What is kept is good only while its fingerprint is: which tensors there are, wit
 scaling, operand dtypes, the CUDA stream that computed it (another would have to wait for it, and for its memory), and
 the number of optimizer steps taken in this process. The version alone would not do: fused
 optimizers, 8-bit optimizers and writes through .data leave it alone. Nor would the address: a parameter that is
-replaced leaves its address to the next one. Writes through .data outside an optimizer step cannot be seen; after one,
-call `invalidate(model)`.
+replaced leaves its address to the next one. Writes through .data outside an optimizer step (PEFT's hot swap is one)
+cannot be seen; after one, call `invalidate(model)`.
 """
 
 import weakref
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_kernels.functional import dora_linear_core, operand_dtypes
@@ -24,24 +25,40 @@ from dora_kernels.quant import Weight, parts
 
 
 class _Kept(NamedTuple):
-    """A layer's norm (N,) and gain (N,), and what they were computed from: `owners` are the tensors, if they live."""
+    """A layer's norm (N,) and gain (N,), and what they were computed from: tensors, their storages, a fingerprint.
+
+    Both references are weak, and both are needed: a new parameter may take over the storage of the one that it
+    replaces, and a parameter may get a new storage, at the old one's address, through .data.
+    """
 
     owners: tuple[weakref.ref[Tensor], ...]
+    storages: tuple[StorageWeakRef, ...]
     fingerprint: tuple[object, ...]
     norm: Tensor
     gain: Tensor
 
-    def is_of(self, owners: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> bool:
+    @classmethod
+    def of(cls, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...], norm: Tensor, gain: Tensor) -> "_Kept":
+        owners = tuple(weakref.ref(_owner(tensor)) for tensor in tensors)
+        storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+        return cls(owners, storages, fingerprint, norm, gain)
+
+    def is_of(self, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> bool:
         """Whether the same tensors, unchanged, would be used again."""
         if self.fingerprint != fingerprint:  # and with it perhaps the number of tensors
             return False
-        return all(kept() is owner for kept, owner in zip(self.owners, owners, strict=True))
+        return all(
+            owner() is _owner(tensor) and storage.cdata == tensor.untyped_storage()._cdata
+            for owner, storage, tensor in zip(self.owners, self.storages, tensors, strict=True)
+        )
 
 
 # beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
 _optimizer_steps = 0
 _counting = False
+# how often something was dropped: what another thread drops must not come back from a call that had begun before
+_drops = 0
 
 
 def dora_linear_reusing(
@@ -68,20 +85,24 @@ def dora_linear_reusing(
     if torch.compiler.is_compiling() or not all(map(_has_identity, tensors)) or _is_capturing(x):
         return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)[0]
 
-    owners, fingerprint = tuple(map(_owner, tensors)), _fingerprint(x, lora_A, tensors, scaling, storage)
+    _count_optimizer_steps()
+    drops = _drops
+    fingerprint = _fingerprint(x, lora_A, tensors, scaling, storage)
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
-    if kept is not None and (in_backward or not layer.training) and kept.is_of(owners, fingerprint):
+    if kept is not None and (in_backward or not layer.training) and kept.is_of(tensors, fingerprint):
         given = {"norm": kept.norm, "gain": kept.gain}
         return dora_linear_core(*arguments, x_dropped=x_dropped, **given, function=function)[0]
     y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
-    _count_optimizer_steps()
-    _kept[layer] = _Kept(tuple(map(weakref.ref, owners)), fingerprint, norm, gain)
+    if drops == _drops:
+        _kept[layer] = _Kept.of(tensors, fingerprint, norm, gain)
     return y
 
 
 def forget(layer: nn.Module) -> None:
     """Drop what is kept for one layer: its train() calls this, and enable() and disable() do."""
+    global _drops
+    _drops += 1
     _kept.pop(layer, None)
 
 
@@ -102,7 +123,7 @@ def _fingerprint(
 
 
 def _owner(tensor: Tensor) -> Tensor:
-    """The tensor that lives as long as the storage is the layer's: the parameter itself, where a view of it is passed.
+    """The tensor that lives as long as the layer has it: the parameter itself, where a view of it is passed.
 
     (A transposed weight is a new view at every call, and so are the bytes of a packed one.)
     """
@@ -110,8 +131,12 @@ def _owner(tensor: Tensor) -> Tensor:
 
 
 def _has_identity(tensor: Tensor) -> bool:
-    """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_inference()
+    """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor,
+    nor in memory that other processes write to.
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return False
+    return tensor.device.type != "cpu" or not tensor.is_shared()
 
 
 def _is_capturing(x: Tensor) -> bool:
@@ -119,7 +144,9 @@ def _is_capturing(x: Tensor) -> bool:
 
 
 def _count_optimizer_steps() -> None:
-    """From the first norm kept on, count the steps of every optimizer: the hook fires for fused ones too."""
+    """From the first call on, before a norm is made, count the steps of every optimizer: the hook fires for fused ones
+    too.
+    """
     global _counting
     if not _counting:
         register_optimizer_step_post_hook(_count_one_step)

@@ -1,4 +1,4 @@
-"""Without a GPU the kernels run in Triton's interpreter, which has to be chosen before triton is imported."""
+"""Every test: the interpreter where there is no GPU, and uninitialised memory that is NaN."""
 
 import os
 
@@ -6,16 +6,22 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["TRITON_INTERPRET"] = "1"  # has to be chosen before triton is imported
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """Fresh memory is NaN, so that an element that nobody writes or that is read too early shows."""
-    empty = torch.Tensor.new_empty
+def pytest_addoption(parser):
+    parser.addoption(
+        "--no-poison", action="store_true", help="leave fresh memory as it is: compute-sanitizer watches it"
+    )
 
-    def poisoned(self, *arguments, **keywords):
-        tensor = empty(self, *arguments, **keywords)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+@pytest.fixture(autouse=True)
+def poison(request):
+    """Fresh memory is NaN, in every thread: an element that nobody writes, or that is read too early, shows."""
+    if request.config.getoption("--no-poison"):
+        yield
+        return
+    from dora_kernels.testing import nan_filled_memory  # not above: the interpreter has to be chosen first
+
+    with nan_filled_memory():
+        yield

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dora_kernels import functional, launch
 from dora_kernels.reference import dora_linear_ref
-from dora_kernels.testing import Comparison, compare
+from dora_kernels.testing import SCALING, Comparison, compare, random_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # float64 shows an error of meaning to 1e-9; a GPU's kernels do not take it, and float32 stands in
@@ -35,7 +35,7 @@ def core(*arguments, **keywords) -> Tensor:
 
 @dataclass
 class Problem:
-    """The tensors of one call; gains are spread around 1 and lora_B is not zero, so that every term counts."""
+    """The tensors of one call, from random_inputs."""
 
     x: Tensor
     weight: Tensor
@@ -45,8 +45,7 @@ class Problem:
     bias: Tensor | None
     dy: Tensor
     x_dropped: Tensor | None = None
-    # 0.75 and not 0.7: Triton takes a float32 scaling, and float64 tests want it exact
-    scaling: float = 0.75
+    scaling: float = SCALING
 
     @classmethod
     def random(
@@ -61,30 +60,21 @@ class Problem:
         bias: bool = True,
         dropout: float = 0.0,
         seed: int = 0,
+        scaling: float = SCALING,
+        update: float | None = None,
     ) -> "Problem":
-        """A problem with M tokens, N out features, K in features, rank R."""
+        """A problem with M tokens, N out features, K in features, rank R.
+
+        update: |scaling * B A| / |W|, about; None leaves B of the size at which B A alone is as large as W.
+        """
         generator = torch.Generator().manual_seed(seed)
-        adapter_dtype = adapter_dtype or dtype
-
-        def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
-            return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).to(DEVICE)
-
-        x = normal(M, K)
-        weight = normal(N, K) * max(K, 1) ** -0.5
-        lora_A = normal(R, K, dtype=adapter_dtype) * max(K, 1) ** -0.5
-        lora_B = normal(N, R, dtype=adapter_dtype) * max(R, 1) ** -0.5
-        spread = 0.5 + torch.rand(N, dtype=torch.float64, generator=generator).to(DEVICE)
-        norm = torch.linalg.vector_norm(weight.double() + 0.75 * lora_B.double() @ lora_A.double(), dim=1)
-        return cls(
-            x,
-            weight,
-            lora_A,
-            lora_B,
-            (spread * norm).to(adapter_dtype),
-            normal(N) if bias else None,
-            normal(M, N),
-            F.dropout(x, dropout) if dropout else None,
+        inputs = random_inputs(
+            M, N, K, R, dtype, adapter_dtype, scaling, update, bias=bias, device=DEVICE, generator=generator
         )
+        inputs = {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        dy = torch.randn(M, N, dtype=torch.float64, generator=generator).to(dtype).to(DEVICE)
+        x_dropped = F.dropout(inputs["x"], dropout) if dropout else None
+        return cls(**inputs, dy=dy, x_dropped=x_dropped)
 
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same numbers in another dtype."""
@@ -92,9 +82,12 @@ class Problem:
         return Problem(**(vars(self) | tensors))
 
     def run(self, function: Callable[..., Tensor], needs: tuple[str, ...] = GRADIENTS, **arguments) -> Results:
-        """y and the gradients in `needs` (and of x_dropped, where there is one), by name."""
+        """y and the gradients in `needs` (and of x_dropped, where there is one), by name.
+
+        The leaves are views of the problem's own tensors: a clone would have strides of its own.
+        """
         leaves = {
-            name: value.detach().clone(memory_format=torch.preserve_format).requires_grad_(name in needs)
+            name: value.detach().requires_grad_(name in needs)
             for name, value in vars(self).items()
             if isinstance(value, Tensor) and name not in ("dy", "weight")
         }

@@ -15,7 +15,6 @@ ROOMS = {
     "plan": 0,
     "quant": 0,
     "reference": 0,
-    "testing": 1,
     "kernels": 1,
     "passes": 1,
     "ops": 2,
@@ -23,10 +22,11 @@ ROOMS = {
     "reuse": 4,
     "modules": 5,
     "adapters": 6,
-    "demo": 7,
-    "cli": 8,
-    "__init__": 9,
-    "__main__": 9,
+    "testing": 7,
+    "demo": 8,
+    "cli": 9,
+    "__init__": 10,
+    "__main__": 10,
 }
 # ops.py hands the kernels to passes.py, which must not know them
 FORBIDDEN_PAIRS = {("passes", "kernels"), ("kernels", "passes")}

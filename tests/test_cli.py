@@ -1,5 +1,7 @@
 """The command line, and the demo at a size that takes a second: it passes, and it notices what it promises to."""
 
+import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from dora_kernels import adapters, demo
+from dora_kernels import adapters, demo, reference
 from dora_kernels.cli import main
 
 # 7 linear layers, 12 steps
@@ -156,6 +158,7 @@ def test_demo_fails_when_the_loss_rises(run_micro, monkeypatch):
         (("--device", "tpu"), "demo: device is 'tpu'; expected auto, cpu or cuda"),
         (("--steps", "3"), "demo: steps is 3; expected more than 3, the warm-up"),
         (("--out", "no/such/folder.png"), "demo: out is 'no/such/folder.png'; expected a file in a folder"),
+        (("--out", "chart.xyz"), "demo: out is 'chart.xyz'; expected a name that ends in .png"),
     ),
 )
 def test_demo_refuses_settings(capsys, arguments, message):
@@ -197,3 +200,46 @@ def test_demo_passes_at_its_default_size(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1680 of 1680" in done.stdout
+
+
+class TestCheck:
+    """python -m dora_kernels check."""
+
+    SMALL = ("--shape", "5x12x10x3", "--dtype", "float32", "bfloat16-float32")
+
+    @pytest.mark.parametrize("layer", ("function", "module", "peft"))
+    def test_passes_and_writes_json(self, layer, tmp_path, capsys):
+        path = tmp_path / "check.json"
+        backends = ("--backend", "reference", "triton")
+        assert main(["check", "--layer", layer, *self.SMALL, *backends, "--json", str(path)]) == 0
+        assert capsys.readouterr().out.rstrip().endswith("4 of 4 cases ok")
+        content = json.loads(path.read_text())
+        assert content["meta"]["torch"] and [case["ok"] for case in content["cases"]] == [True] * 4
+        row = content["cases"][0]["rows"][0]
+        assert row["tensor"] == "y" and 0 < row["error"] <= row["limit"] < 1e-6
+
+    def test_a_wrong_result_is_status_1_and_shows_a_table(self, monkeypatch, capsys):
+        gain_ref = reference.gain_ref
+        monkeypatch.setattr(reference, "gain_ref", lambda *arguments: gain_ref(*arguments) * 1.001)
+        assert main(["check", "--layer", "function", *self.SMALL[:3], "float32", "--backend", "reference"]) == 1
+        printed = capsys.readouterr().out
+        assert "rms error above" in printed and printed.rstrip().endswith("0 of 1 cases ok")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        (
+            (("--shape", "5x12x10"), "check: shape is '5x12x10'; expected tokens, out features, in features and rank"),
+            (("--dtype", "int8"), "check: dtype is 'int8'; expected one of float32"),
+        ),
+    )
+    def test_bad_arguments_are_status_2(self, arguments, message, capsys):
+        assert main(["check", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_the_interpreter_is_turned_on_in_time(self):
+        """From a shell without TRITON_INTERPRET, for PEFT too, which imports triton."""
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        small = ["--shape", "5x12x10x3", "--dtype", "bfloat16", "--backend", "triton", "--device", "cpu"]
+        command = [sys.executable, "-m", "dora_kernels", "check", "--layer", "peft", *small]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0 and "1 of 1 cases ok" in done.stdout, done.stderr

@@ -119,3 +119,22 @@ def test_tokens_and_scaling_recompile_nothing(recorded_keys, way):
     # another dtype is another specialisation of whatever touches the inputs: the keys do tell calls apart
     for kernel in ("_norm_kernel", "_epilogue_kernel", "_token_sums_kernel"):
         assert not set(other_dtype[kernel]) & {key for found in keys[kernel] for key in found}
+
+
+ROUNDING = """
+import re, specializations as tool, triton
+from triton.compiler import ASTSource
+inputs = tool.Inputs.of(tool.VARIANTS["bf16"], 64, N=4096, K=4096, R=64)
+with tool.recording(tool.TARGETS["sm_90"], tool.VARIANTS["bf16"]) as recorded:
+    tool.step(inputs, scaling=0.5)
+found = next(one for one in recorded if one.name == "_finish_norm_kernel")
+source = ASTSource(found.kernel, found.signature, found.constexprs, found.attrs)
+kernel = triton.compile(source, target=found.target.gpu, options=found.options.__dict__)
+print(sorted(set(re.findall(r"\\b(?:sqrt|rsqrt|div|rcp)\\.[a-z0-9.]+", kernel.asm["ptx"]))))
+"""
+
+
+def test_norm_and_gain_are_rounded_to_nearest():
+    """tl.sqrt and "/" would be approximate, which no interpreter shows."""
+    done = _run("-c", ROUNDING)
+    assert done.stdout.strip() == "['div.rn.f32', 'sqrt.rn.f32']", done.stdout + done.stderr

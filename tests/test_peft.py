@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from dora_kernels import launch, ops, passes  # noqa: E402
-from dora_kernels.testing import rms_error  # noqa: E402
+from dora_kernels.testing import check_layer, geometric_mean, rms_error  # noqa: E402
 from tests.peft_problem import (  # noqa: E402
     assert_as_good,
     build,
@@ -37,7 +37,10 @@ def assert_parity(model, x, *, autocast=None):
     stock = tensors(model, x, dy, autocast=autocast)
     ops.calls.clear()
     ours = tensors(enabled(model), x, dy, autocast=autocast)
-    assert calls("forward") == calls("backward") == len(layers(model))
+    # between several adapters half precision is not rounded: they are composed in PyTorch, over the norm's kernel
+    wide = len(layers(model)[0].active_adapters) > 1 and (autocast or x.dtype) != torch.float32
+    assert calls("forward") == calls("backward") == (0 if wide else len(layers(model)))
+    assert calls("norm") == len(layers(model)) * (len(layers(model)[0].active_adapters) - (not wide))
     assert_as_good(ours, stock, exact_tensors(model, x, dy, autocast=autocast))
 
 
@@ -121,6 +124,37 @@ def test_dropout_that_does_not_drop(mode, monkeypatch):
     )
     enabled(model)(torch.randn(6, 24, device=DEVICE))
     assert given == [None, None]
+
+
+@pytest.mark.parametrize("mode", ["dropout.eval", "p = 0"])
+def test_dropout_that_does_not_drop_in_one_of_several_adapters(mode):
+    """PEFT then nests as under dropout: over the base layer's output, not over that of the adapters before."""
+    model = build(lora_dropout=0.5, adapters=3)
+    for layer in layers(model):
+        for dropout in layer.lora_dropout.values():
+            dropout.train(mode != "dropout.eval")
+            dropout.p = 0.0 if mode == "p = 0" else 0.5
+    x, dy = torch.randn(5, 24, device=DEVICE), torch.randn(5, 20, device=DEVICE)
+    ours, stock = tensors(enabled(model), x, dy), tensors(model, x, dy)
+    for name in stock:
+        assert rms_error(ours[name], stock[name]) < 1e-5, name
+
+
+def test_several_adapters_are_not_rounded_in_between():
+    """With three adapters the error was 1.31 times PEFT's where the output of each was rounded to bfloat16."""
+    ratios = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = build(dtype=torch.bfloat16, adapters=3)
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:  # gains near 1, or the errors are those of a chaotic net
+                parameter.data.copy_(1 + 0.05 * torch.randn_like(parameter))
+        layer = layers(model)[0]
+        x = torch.randn(40, 24, device=DEVICE, dtype=torch.bfloat16)
+        report = check_layer(layer, x.requires_grad_(), randomise=False, seed=seed)
+        assert report.ok, report
+        ratios += [row.comparison.ratio for row in report.rows if row.check == "train, accuracy"]
+    assert geometric_mean(ratios) < 1.05, ratios
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

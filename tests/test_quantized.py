@@ -62,7 +62,6 @@ def problem_over(weight: QuantizedWeight, M: int, R: int, adapter_dtype: torch.d
 # The kernels.
 
 
-@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=ids)
 @pytest.mark.parametrize(("kind", "shape"), CASES, ids=ids)
 def test_the_kernel_decodes_bit_for_bit(kind, shape, dtype):
@@ -72,7 +71,6 @@ def test_the_kernel_decodes_bit_for_bit(kind, shape, dtype):
     assert torch.equal(kernels.dense(weight, torch.float32), weight.dequantize(dtype=torch.float32))
 
 
-@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(("kind", "shape"), CASES, ids=ids)
 def test_norm_and_merge(kind, shape):
     N, K, R = shape

@@ -206,6 +206,23 @@ def test_replaced_parameter(layer):
     assert not torch.equal(layer(x), first)
 
 
+def test_new_storage_through_data(layer):
+    """Here at another address; the allocator may hand out the old one, which the storage's identity tells apart."""
+    x = torch.randn(5, 24, device=DEVICE)
+    first = layer(x)
+    kept = reuse._kept[layer]
+    layer.lora_B.weight.data = layer.lora_B.weight.data * 2
+    tensors = (layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector)
+    assert not kept.is_of(tensors, kept.fingerprint)
+    assert not torch.equal(layer(x), first)
+
+
+def test_moves_and_casts_forget(layer):
+    layer(torch.randn(5, 24, device=DEVICE))
+    layer.float()
+    assert layer not in reuse._kept
+
+
 def test_what_is_kept_goes_with_the_layer(layer):
     layer(torch.randn(5, 24, device=DEVICE))
     copied = copy.deepcopy(layer)

@@ -205,9 +205,9 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, also where two GPUs of one name are tuned side by side."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
     os.replace(partial, path)
 

@@ -141,7 +141,9 @@ def _norm_kernel(
             ACC_DTYPE,
             DOT_PRECISION,
         )
-        squares += tl.sum(direction * direction, axis=1)
+        # columns past K are zero in weight and lora_A, but not in the product where lora_B is inf or NaN
+        mask_k = k + tl.arange(0, BLOCK_K) < K
+        squares += tl.sum(tl.where(mask_k[None, :], direction * direction, 0.0), axis=1)
     tl.store(partial_ptr + split * N + offs_n, squares, mask=mask_n)
 
 

@@ -1,6 +1,7 @@
 """The one error measure of the project, and the bound that tests, tools and benchmarks hold results to.
 
 error(t) = RMS(t - exact) / RMS(exact), with exact in float64. The yardstick is plain PyTorch in the same dtypes.
+max_error(t) = max |t - exact| / RMS(exact) beside it, for the single element that an RMS does not see.
 """
 
 import math
@@ -13,6 +14,10 @@ from torch import Tensor
 # exact by luck); the geometric mean over many results may be MEAN_RATIO of PyTorch's.
 WORST_RATIO = 2.0
 MEAN_RATIO = 1.1
+# The RMS of a million elements does not see a single one that is wrong; the largest error does. It is the tail of a
+# distribution, so it gets more room: in 1,500 random layers of up to 80 x 80 in four precisions a correct result stayed
+# below 2.6, but for layers with one input feature or one output.
+WORST_MAX_RATIO = 8.0
 
 
 def rms_error(actual: Tensor, exact: Tensor) -> float:
@@ -20,15 +25,21 @@ def rms_error(actual: Tensor, exact: Tensor) -> float:
 
     Raises ValueError where the shapes differ.
     """
+    return _errors(actual, exact)[0]
+
+
+def _errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
+    """The RMS and the largest element of actual - exact, both over RMS(exact)."""
     if actual.shape != exact.shape:
         raise ValueError(f"rms_error: actual has shape {tuple(actual.shape)}; expected {tuple(exact.shape)}")
     if actual.numel() == 0:
-        return 0.0
+        return 0.0, 0.0
     actual, exact = actual.detach().double(), exact.detach().double()
-    error, size = (actual - exact).square().mean().sqrt().item(), exact.square().mean().sqrt().item()
-    if not math.isfinite(error):
-        return math.inf
-    return error / size if size else (0.0 if error == 0 else math.inf)
+    difference, size = actual - exact, exact.square().mean().sqrt().item()
+    errors = difference.square().mean().sqrt().item(), difference.abs().max().item()
+    if not math.isfinite(errors[0]):
+        return math.inf, math.inf
+    return tuple(error / size if size else (0.0 if error == 0 else math.inf) for error in errors)
 
 
 @dataclass(frozen=True)
@@ -39,16 +50,23 @@ class Comparison:
     error: float
     yardstick: float
     ulp: float
+    max_error: float = 0.0
+    max_yardstick: float = 0.0
 
     @property
     def limit(self) -> float:
-        """The largest error allowed."""
+        """The largest RMS error allowed."""
         return WORST_RATIO * self.yardstick + 2 * self.ulp
 
     @property
+    def max_limit(self) -> float:
+        """The largest error of one element allowed."""
+        return WORST_MAX_RATIO * (self.max_yardstick + 2 * self.ulp)
+
+    @property
     def ok(self) -> bool:
-        """True where the error is within the limit."""
-        return self.error <= self.limit
+        """True where both errors are within their limits."""
+        return self.error <= self.limit and self.max_error <= self.max_limit
 
     @property
     def ratio(self) -> float:
@@ -65,7 +83,8 @@ def compare(
     The ulp is that of the coarsest of actual, yardstick and `through`, the dtype of an intermediate result.
     """
     ulp = max(torch.finfo(dtype or actual.dtype).eps for dtype in (actual.dtype, yardstick.dtype, through))
-    return Comparison(name, rms_error(actual, exact), rms_error(yardstick, exact), ulp)
+    (error, max_error), (measure, max_measure) = _errors(actual, exact), _errors(yardstick, exact)
+    return Comparison(name, error, measure, ulp, max_error, max_measure)
 
 
 def geometric_mean(ratios: list[float]) -> float:

@@ -1,0 +1,103 @@
+"""check_layer: a DoRA layer of another library, as that library computes it and as we do."""
+
+import copy
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels.adapters import disable, enable
+from dora_kernels.testing.gradients import check_gradients
+from dora_kernels.testing.measure import compare
+from dora_kernels.testing.report import Report, Row
+
+TOKENS = 12
+
+
+def dora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, layer) of every DoRA layer in `model` that enable() would take over; the model is left as it is."""
+    names = [layer.name for layer in enable(copy.deepcopy(model)).taken_over]
+    return [(name, model.get_submodule(name)) for name in names]
+
+
+def check_layer(layer: nn.Module, x: Tensor | None = None, *, randomise: bool = True, seed: int = 0) -> Report:
+    """Compare a DoRA layer as its own library computes it with the same layer after enable(); a Report.
+
+    layer: any layer that enable() takes over, already enabled or not. It is copied and stays as it is.
+    x (..., K): by default random, 12 tokens, in the dtype of the layer's weight.
+    randomise: give the copies a lora_B that is not zero and gains away from 1, as a fresh adapter tests nothing.
+
+    The library's layer in float64 is the exact result, and in its own dtypes the measure. Compared, as check_gradients
+    does, are output and gradients in train mode, with one dropout mask for all, and in eval mode; and, where the layer
+    can merge, the output when merged and the weight after unmerge. Fails where enable() leaves the layer alone, and
+    says why.
+    """
+    model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
+    disable(model)
+    stock = model["layer"]
+    if randomise:
+        _randomise(stock, seed)
+    ours = nn.ModuleDict({"layer": copy.deepcopy(stock)})
+    title = f"{type(stock).__module__.partition('.')[0]} {type(stock).__name__}"
+    found = enable(ours).layers
+    reasons = [entry.reason or "not a DoRA layer that enable() knows" for entry in found if not entry.taken_over]
+    if not found or reasons:
+        return Report(title, (Row("enable", "layer", False, "; ".join(reasons) or "no DoRA layer found"),))
+    ours = ours["layer"]
+    x = _random_x(stock, seed) if x is None else x
+    rows = []
+    for mode in ("train", "eval"):
+        stock.train(mode == "train")
+        ours.train(mode == "train")
+        report = check_gradients(ours, x, stock, finite_differences=False, seed=seed)
+        rows += [replace(row, check=f"{mode}, {row.check}") for row in report.rows]
+    if hasattr(ours, "merge") and hasattr(ours, "unmerge"):
+        rows += _merge_round_trip(ours, stock, x)
+    return Report(title, tuple(rows))
+
+
+@torch.no_grad()
+def _randomise(layer: nn.Module, seed: int) -> None:
+    """Adapter tensors that are zero become random, and those named magnitude are spread over 0.75 to 1.25."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in layer.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        noise = torch.rand(parameter.shape, generator=generator).to(parameter)
+        if "magnitude" in name or name.endswith("dora_scale"):
+            parameter.mul_(0.75 + 0.5 * noise)
+        elif not parameter.any():
+            parameter.copy_((noise - 0.5) * parameter.shape[-1] ** -0.5)
+
+
+def _random_x(layer: nn.Module, seed: int) -> Tensor:
+    weight = getattr(layer, "base_layer", layer).weight
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(TOKENS, layer.in_features, generator=generator)
+    return x.to(weight.device, weight.dtype if weight.is_floating_point() else None).requires_grad_()
+
+
+@torch.no_grad()
+def _merge_round_trip(ours: nn.Module, stock: nn.Module, x: Tensor) -> list[Row]:
+    """Merged, ours gives what the library's layer gives merged; unmerged, the weight is back to within a rounding."""
+    ours, stock = copy.deepcopy(ours).eval(), copy.deepcopy(stock).eval()
+    exact = copy.deepcopy(stock).double()
+    before = [parameter.clone() for parameter in stock.parameters()]
+    exact_y = exact(x.double())
+    for module in (ours, stock):
+        module.merge()
+    rows = [_row("merge, accuracy", compare("y", ours(x), stock(x), exact_y))]
+    for module in (ours, stock):
+        module.unmerge()
+    changes = zip(before, ours.parameters(), stock.parameters(), strict=True)
+    for (name, _), (old, new, yardstick) in zip(ours.named_parameters(), changes, strict=True):
+        if not torch.equal(old, yardstick):
+            rows.append(_row("unmerge, accuracy", compare(name, new, yardstick, old.double())))
+        elif not torch.equal(old, new):
+            rows.append(Row("unmerge, accuracy", name, False, "changed by merge and unmerge"))
+    return rows
+
+
+def _row(check: str, comparison) -> Row:
+    reason = "" if comparison.ok else f"rms error above {comparison.limit:.2e}"
+    return Row(check, comparison.name, comparison.ok, reason, comparison)

@@ -1,0 +1,151 @@
+"""The cases of `python -m dora_kernels check`: layers, shapes, dtypes and backends, each checked against float64."""
+
+import importlib.metadata
+import itertools
+import json
+import pathlib
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels import launch
+from dora_kernels.functional import dora_linear
+from dora_kernels.modules import DoraLinear
+from dora_kernels.testing.gradients import check_gradients
+from dora_kernels.testing.layers import check_layer
+from dora_kernels.testing.problem import random_inputs
+from dora_kernels.testing.report import Report, aligned
+
+# no size a multiple of a block; ranks in one chunk and in several; a rank above K; one token; rank 1
+SHAPES = ("33x70x90x20", "7x24x10x33", "1x50x33x4", "130x40x24x1")
+# name -> (dtype of x and weight, dtype of the adapter); the last is what PEFT makes of a bfloat16 model by default
+DTYPES = {
+    "float32": (torch.float32, torch.float32),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float16": (torch.float16, torch.float16),
+    "bfloat16-float32": (torch.bfloat16, torch.float32),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check: what is called, how large, in which dtypes, by which backend."""
+
+    layer: str
+    shape: tuple[int, int, int, int]
+    dtype: str
+    backend: str
+    way: str = "auto"
+    dropout: float = 0.0
+    device: str = "cpu"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.layer} {'x'.join(map(str, self.shape))} {self.dtype} {self.backend}"
+
+    def check(self) -> Report:
+        """Run it. Raises ValueError where the backend cannot take it."""
+        with launch.options(backend=self.backend, way=self.way):
+            return LAYERS[self.layer](self)
+
+
+def cases(
+    layers: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], backends: Sequence[str], **more: object
+) -> list[Case]:
+    """Every combination. Raises ValueError for a shape that is not four positive sizes, or an unknown dtype."""
+    sizes = []
+    for shape in shapes:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", shape):
+            raise ValueError(f"shape is {shape!r}; expected tokens, out features, in features and rank as MxNxKxR")
+        sizes.append(tuple(map(int, shape.split("x"))))
+    for dtype in dtypes:
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
+    return [Case(*combination, **more) for combination in itertools.product(layers, sizes, dtypes, backends)]
+
+
+def run(cases: Sequence[Case], json_path: str | None = None, verbose: bool = False) -> int:
+    """Check every case and print a table. Returns 0 where all are ok, else 1."""
+    reports, lines = [], [("layer", "MxNxKxR", "dtypes", "backend", "worst ratio to PyTorch's error", "verdict")]
+    progress = sys.stderr if sys.stderr.isatty() else None
+    for number, case in enumerate(cases, 1):
+        if progress:
+            print(f"\r\x1b[2K{number} of {len(cases)}: {case}", end="", file=progress, flush=True)
+        report = case.check()
+        reports.append(report)
+        ratios = [(row.comparison.ratio, row.subject) for row in report.rows if row.comparison is not None]
+        worst = "{:.2f} {}".format(*max(ratios)) if ratios else ""
+        verdict = "ok" if report.ok else f"FAILED: {len(report.failures)} of {len(report.rows)}"
+        lines.append((case.layer, "x".join(map(str, case.shape)), case.dtype, case.backend, worst, verdict))
+    if progress:
+        print("\r\x1b[2K", end="", file=progress, flush=True)
+    for case, report in zip(cases, reports, strict=True):
+        if verbose or not report.ok:
+            print(f"{case}\n{report}\n")
+    print("\n".join(aligned(lines)))
+    passed = sum(report.ok for report in reports)
+    print(f"{passed} of {len(reports)} cases ok")
+    if json_path is not None:
+        content = [asdict(case) | report.to_json() for case, report in zip(cases, reports, strict=True)]
+        pathlib.Path(json_path).write_text(json.dumps({"meta": _meta(), "cases": content}, indent=1) + "\n")
+    return 0 if passed == len(reports) else 1
+
+
+def _meta() -> dict[str, str]:
+    names = ("dora-kernels", "torch", "triton", "peft")
+    installed = {entry.metadata["Name"] for entry in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in names if name in installed}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return versions | {"device": device}
+
+
+def _generator(case: Case) -> torch.Generator:
+    return torch.Generator().manual_seed(case.seed)
+
+
+def _check_function(case: Case) -> Report:
+    inputs = random_inputs(*case.shape, *DTYPES[case.dtype], device=case.device, generator=_generator(case))
+    return check_gradients(dora_linear, inputs, seed=case.seed)
+
+
+def _check_module(case: Case) -> Report:
+    _, N, K, R = case.shape
+    inputs = random_inputs(*case.shape, *DTYPES[case.dtype], device=case.device, generator=_generator(case))
+    layer = DoraLinear(K, N, R, R * inputs["scaling"], True, case.dropout, case.device, *DTYPES[case.dtype])
+    _copy(layer.weight, inputs["weight"])
+    _copy(layer.bias, inputs["bias"])
+    _copy(layer.lora_A.weight, inputs["lora_A"])
+    _copy(layer.lora_B.weight, inputs["lora_B"])
+    _copy(layer.lora_magnitude_vector, inputs["magnitude"])
+    return check_gradients(layer, inputs["x"], seed=case.seed)
+
+
+def _check_peft(case: Case) -> Report:
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ValueError(f"layer is 'peft': {error}; expected the peft extra") from error
+
+    _, N, K, R = case.shape
+    dtype, adapter_dtype = DTYPES[case.dtype]
+    inputs = random_inputs(*case.shape, dtype, device=case.device, generator=_generator(case))
+    linear = nn.Linear(K, N, device=case.device, dtype=dtype)
+    _copy(linear.weight, inputs["weight"])
+    _copy(linear.bias, inputs["bias"])
+    config = peft.LoraConfig(r=R, use_dora=True, lora_dropout=case.dropout, target_modules=["0"])
+    widen = dtype != adapter_dtype
+    model = peft.get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=widen)
+    return check_layer(model.base_model.model[0], inputs["x"], seed=case.seed)
+
+
+@torch.no_grad()
+def _copy(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value)
+
+
+LAYERS = {"function": _check_function, "module": _check_module, "peft": _check_peft}

@@ -1,0 +1,188 @@
+"""The mutation check itself, on a toy: what it changes, what it calls killed, and when it is not content."""
+
+import ast
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOY = '''\
+"""A toy; the 1 in a docstring stays."""
+
+BLOCK = 64  # only speed
+
+
+def add(a: int | float, b=0):
+    if a is None:
+        raise ValueError(f"a is {a!r}" + "; expected a number")
+    return (a  +  b)  # odd spaces stay
+
+
+def scale(x, by=3):
+    return 2 * (x - by)
+
+
+def down(n):
+    while n > 0:
+        n -= 1
+    return n
+'''
+# nothing holds scale
+TESTS = """\
+import pytest
+from dora_kernels import toy
+
+def test_add():
+    assert toy.add(1, 5) == 6 and toy.add(1) == 1
+    with pytest.raises(ValueError):
+        toy.add(None)
+
+def test_down():
+    assert toy.down(3) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def mutate():
+    spec = importlib.util.spec_from_file_location("mutate_under_test", ROOT / "tools" / "mutate.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses looks its module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """The root of a checkout with one file and one test."""
+    for path, text in {"dora_kernels/__init__.py": "", "dora_kernels/toy.py": TOY, "tests/test_toy.py": TESTS}.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    return tmp_path
+
+
+SUBJECTS = {"dora_kernels/toy.py": ("tests/test_toy.py",)}
+
+
+def run(mutate, root, *arguments, excluded=()):
+    """(exit status, report) of the tool on the toy."""
+    path = root / "report.json"
+    status = mutate.main([*arguments, "--json", str(path)], root, SUBJECTS, excluded, patience=1)
+    return status, json.loads(path.read_text())
+
+
+def test_what_is_changed(mutate):
+    source = TOY.encode()
+    found = mutate.Finder("toy.py", source).found
+    assert [(mutant.function, mutant.change) for mutant in found] == [
+        ("", "64 -> 65"),
+        ("add", "0 -> 1"),
+        ("add", "a is None -> (a is not None)"),
+        ("add", "a + b -> (a - b)"),
+        ("scale", "3 -> 4"),
+        ("scale", "2 * (x - by) -> (2 / (x - by))"),
+        ("scale", "2 -> 3"),
+        ("scale", "x - by -> (x + by)"),
+        ("down", "n > 0 -> (n >= 0)"),
+        ("down", "0 -> 1"),
+        ("down", "n -= 1 -> n += 1"),
+        ("down", "1 -> 0"),
+    ]
+    for mutant in found:
+        changed = mutant.apply(source)
+        ast.parse(changed)
+        tail = len(source) - mutant.end
+        assert changed[: mutant.start] == source[: mutant.start] and changed[-tail:] == source[-tail:]
+        assert changed != source
+
+
+@pytest.mark.parametrize(
+    ("expression", "changes"),
+    (
+        ("x & y | z", ["x & y | z -> (x & y & z)", "x & y -> (x | y)"]),
+        ("a and b or c", ["a and b or c -> ((a and b) and c)", "a and b -> (a or b)"]),
+        ("not a", ["not a -> (a)"]),
+        ("a < b <= c", ["a < b <= c -> (a <= b <= c)", "a < b <= c -> (a < b < c)"]),
+        ("max(a, 1)", ["max(a, 1) -> min(a, 1)", "1 -> 0"]),
+        ("tl.minimum(a, b)", ["tl.minimum(a, b) -> tl.maximum(a, b)"]),
+        ("x.to(d).T", ["x.to(d) -> x"]),
+        ("a if b else c", ["b -> (not b)"]),
+        ("f(flag=True, scale=-1.0)", ["True -> False", "-1.0 -> (1.0)", "1.0 -> 0.0"]),
+        ("0 + 0", ["0 + 0 -> (0 - 0)", "0 -> 1", "0 -> 1 (2)"]),
+        ("'é' + x", ["'é' + x -> ('é' - x)"]),
+    ),
+)  # fmt: skip
+def test_each_kind_of_change(expression, changes, mutate):
+    source = f"é = {expression}\n".encode()  # ast counts bytes
+    found = mutate.Finder("toy.py", source).found
+    assert [mutant.change for mutant in found] == changes
+    assert {mutant.apply(source).decode() for mutant in found}.isdisjoint({source.decode()})
+    for mutant in found:
+        ast.parse(mutant.apply(source))
+
+
+# of the toy's mutants these are tried below
+TRIED = ("a + b", "2 -> 3", "n -= 1")
+
+
+@pytest.fixture
+def few(mutate):
+    """Excludes the other mutants of the toy."""
+    found = mutate.Finder("dora_kernels/toy.py", TOY.encode()).found
+    others = [mutant for mutant in found if not mutant.change.startswith(TRIED)]
+    return [mutate.Excluded(other.path, other.function, "", (other.change,), "only speed") for other in others]
+
+
+def test_killed_survived_and_excluded(mutate, toy, few, capsys):
+    before = {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()}
+    status, report = run(mutate, toy, excluded=few)
+    outcome = [(row["original"], row["status"], row["by"]) for row in report["rows"]]
+    killed = ("a + b", "killed", "tests/test_toy.py::test_add")
+    assert outcome == [killed, ("2", "survived", None), ("n -= 1", "timeout", None)]
+    assert len(report["excluded"]) == 9 and all(line.endswith(": only speed") for line in report["excluded"])
+    assert status == 1 and report["rate"] == pytest.approx(2 / 3)
+    assert "2 of 3 killed (66.7%; 1 by the time limit)" in capsys.readouterr().out
+    assert before == {path: path.read_bytes() for path in toy.rglob("*") if path.is_file() and path.suffix != ".json"}
+
+
+@pytest.mark.parametrize(("killed", "expected"), ((95, 0), (94, 1)))
+def test_95_of_100_are_enough(killed, expected, mutate, toy, monkeypatch):
+    (toy / "dora_kernels" / "toy.py").write_text("".join(f"x = {number}\n" for number in range(2, 102)))
+    states = iter(["passed"] + ["failed"] * killed + ["passed"] * (100 - killed))
+    monkeypatch.setattr(mutate.Copy, "run", lambda *arguments: (next(states), 1.0, ""))
+    assert run(mutate, toy)[0] == expected
+
+
+def test_a_drawn_sample_is_the_same_for_the_same_seed(mutate, toy, monkeypatch):
+    monkeypatch.setattr(mutate.Copy, "run", lambda *arguments: ("passed", 1.0, ""))
+    drawn = [
+        [row["start"] for row in run(mutate, toy, "--sample", "4", "--seed", seed)[1]["rows"]]
+        for seed in ("1", "1", "5")
+    ]
+    assert len(set(drawn[0])) == 4 and drawn[0] == drawn[1] != drawn[2]
+
+
+def test_out_of_time_and_a_list_run_nothing(mutate, toy, capsys, monkeypatch):
+    monkeypatch.setattr(mutate.Copy, "run", lambda *arguments: ("passed", 1.0, ""))
+    _, report = run(mutate, toy, "--seconds", "0", "--sample", "3")
+    assert report["rows"] == [] and report["left_out"] == 3
+    assert mutate.main(["--list", "--only", "(scale)"], toy, SUBJECTS, ()) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-5] == "4 mutants, 0 of them excluded"
+    assert lines[-1].strip() == "dora_kernels/toy.py:13 (scale)  x - by -> (x + by)"
+
+
+def test_tests_that_fail_anyway_say_nothing_about_mutants(mutate, toy, capsys):
+    (toy / "tests" / "test_toy.py").write_text("def test(): assert False\n")
+    assert mutate.main(["--sample", "1"], toy, SUBJECTS, ()) == 2
+    assert "the tests fail without a mutant" in capsys.readouterr().err
+
+
+def test_every_exclusion_still_excludes_something(mutate):
+    found = [mutant for path in mutate.SUBJECTS for mutant in mutate.Finder(path, (ROOT / path).read_bytes()).found]
+    assert len(found) > 500
+    for row in mutate.EXCLUDED:
+        assert row.reason and any(row.covers(mutant) for mutant in found), row
+    assert all((ROOT / test.partition("::")[0]).exists() for tests in mutate.SUBJECTS.values() for test in tests)

@@ -1,0 +1,253 @@
+"""What the passes ask the planner, the steps and the operators for: choices that hardly show in the numbers."""
+
+import inspect
+import itertools
+
+import pytest
+import torch
+
+import dora_kernels
+from dora_kernels import functional, ops, passes, plan, reference
+from dora_kernels.quant import parts
+from dora_kernels.reference import REFERENCE, Steps
+from tests.problem import DEVICE, GRADIENTS, TOLERANCE, Problem
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """(function, arguments, keywords) of every question to the planner."""
+    questions = []
+
+    def recording(name):
+        function = getattr(plan, name)
+
+        def recorded(*arguments, **keywords):
+            questions.append((name, arguments, keywords))
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(plan, name, recorded)
+
+    for name in ("forward_way", "dx_way", "kept_tensor"):
+        recording(name)
+    return questions
+
+
+def test_the_planner_is_told_the_sizes_of_the_call(asked):
+    problem = Problem.random(3, 40, 36, 6, torch.bfloat16)
+    problem.ours("reference")
+    shape = plan.Shape(M=3, N=40, K=36, R=6, itemsize=2)
+    questions = {name: (arguments, keywords) for name, arguments, keywords in asked}
+    assert questions["forward_way"][0][:4] == ("auto", "base", False, shape)
+    assert questions["dx_way"][0][:2] == ("auto", shape)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "arguments", "expected"),
+    (
+        ((torch.float32,), {}, {"must_split": False, "wide": False}),
+        ((torch.bfloat16, torch.float32), {}, {"must_split": False, "wide": True}),
+        ((torch.float32,), {"precision": "exact"}, {"must_split": True, "wide": False}),
+        ((torch.float32,), {"dropout": 0.4}, {"must_split": True, "wide": False}),
+    ),
+    ids=("plain", "wide", "exact", "dropout"),
+)
+def test_the_planner_is_told_what_must_split(dtypes, arguments, expected, asked):
+    problem = Problem.random(3, 40, 36, 6, *dtypes, dropout=arguments.get("dropout", 0.0))
+    problem.ours("reference", precision=arguments.get("precision", "auto"))
+    answers = [keywords for name, _, keywords in asked if name != "dx_way"]
+    assert len(answers) == 2 and all(keywords == expected for keywords in answers)
+
+
+def test_a_device_that_is_no_cpu_is_not_planned_for_as_one():
+    assert passes._device_model(torch.empty(0, device="meta")) is plan.device_model("")
+    if DEVICE == "cpu":
+        assert passes._device_model(torch.empty(0)) is plan.DEVICES["cpu"]
+
+
+def test_dx_is_not_planned_where_it_is_not_wanted(asked):
+    Problem.random(3, 40, 36, 6, torch.float32).ours("reference", needs=("lora_B",))
+    assert [name for name, *_ in asked] == ["forward_way"]
+
+
+@pytest.mark.parametrize("norm_grad", (False, True))
+@pytest.mark.parametrize("way", ("split", "merged"))
+def test_a_forward_pass_keeps_what_the_backward_pass_needs_and_no_more(way, norm_grad, monkeypatch):
+    """For every choice of what requires a gradient, with autograd and without."""
+    problem = Problem.random(3, 8, 6, 2, torch.float32)
+    flags = []
+    names = [argument.name for argument in ops.forward._schema.arguments]
+
+    def recorded(*arguments):
+        flags.append(dict(zip(names, arguments, strict=True)))
+        return forward(*arguments)
+
+    forward = ops.forward
+    monkeypatch.setattr(functional.ops, "forward", recorded)
+    for grad, needs_A, needs_B, needs_magnitude in itertools.product((False, True), repeat=4):
+        problem.lora_A.requires_grad_(needs_A)
+        problem.lora_B.requires_grad_(needs_B)
+        problem.magnitude.requires_grad_(needs_magnitude)
+        with torch.set_grad_enabled(grad), dora_kernels.options(backend="reference", way=way):
+            functional.dora_linear_core(
+                problem.x.requires_grad_(), problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75,
+                norm_grad=norm_grad,
+            )  # fmt: skip
+        needs_dot = grad and (needs_magnitude or (norm_grad and (needs_A or needs_B)))
+        keep = ("base" if way == "split" else "z") if needs_dot else ""
+        asked = {name: flags[-1][name] for name in ("keep", "keep_low")}
+        assert asked == {"keep": keep, "keep_low": (grad and needs_B) or keep == "base"}, (grad, needs_A, needs_B)
+
+
+@pytest.mark.parametrize(
+    "subset", (("lora_A",), ("lora_B",), ("magnitude",), ("lora_A", "lora_B"), ("x", "bias")), ids=str
+)
+@pytest.mark.parametrize("way", ("split", "merged"))
+def test_any_subset_of_gradients_through_the_norm(way, subset):
+    problem = Problem.random(17, 40, 36, 6)
+    actual, exact = problem.ours("reference", way, norm_grad=True, needs=subset), problem.exact(norm_grad=True)
+    for name in actual:
+        torch.testing.assert_close(actual[name], exact[name], **TOLERANCE)
+
+
+def test_the_norm_is_a_constant_unless_it_is_asked_for():
+    """The public function's default, and its switch."""
+    problem = Problem.random(5, 12, 10, 3)
+    for arguments in ({}, {"norm_grad": False}, {"norm_grad": True}):
+        actual, exact = problem.run(dora_kernels.dora_linear, **arguments), problem.exact(**arguments)
+        for name in actual:
+            torch.testing.assert_close(actual[name], exact[name], **TOLERANCE)
+
+
+@pytest.mark.parametrize("norm_grad", (False, True))
+def test_the_operators_results_have_the_dtypes_of_what_they_are_gradients_of(norm_grad):
+    """Autograd would convert them in silence."""
+    problem = Problem.random(5, 12, 10, 3, torch.bfloat16)
+    norm = torch.ones(12, device=DEVICE)
+    low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
+    results = ops.backward(
+        problem.dy, problem.x, *parts(problem.weight), problem.lora_A, problem.lora_B, norm, norm, low, base, 0.75,
+        torch.bfloat16, "auto", "base", False, norm_grad, [True, False, True, True, True, True],
+        torch.bfloat16, torch.float16, "reference",
+    )  # fmt: skip
+    dx, _, dA, dB, dmagnitude, dbias = (result.dtype for result in results)
+    assert (dx, dA, dB, dmagnitude, dbias) == (torch.bfloat16,) * 4 + (torch.float16,)
+
+
+@pytest.mark.parametrize("way", ("split", "merged"))
+@pytest.mark.parametrize("dropout", (0.0, 0.4))
+@pytest.mark.parametrize("norm_grad", (False, True))
+def test_under_autocast_every_operand_is_in_autocasts_dtype(norm_grad, dropout, way, monkeypatch):
+    """A step that got a float32 operand would be more exact, and slower than what was asked for."""
+    wide = []
+
+    def recorded(name, function):
+        parameters = list(inspect.signature(function).parameters)
+
+        def step(*arguments, **keywords):
+            given = dict(zip(parameters, arguments)) | keywords  # noqa: B905
+            tensors = {
+                key: value for key, value in given.items() if isinstance(value, torch.Tensor) and value.dim() == 2
+            }
+            # what a step writes has the dtype of its gradient
+            wide.extend((name, key) for key in tensors.keys() - {"outer"} if tensors[key].dtype != torch.bfloat16)
+            bias = given.get("bias")
+            wide.extend([(name, "bias")] if bias is not None and bias.dtype != torch.bfloat16 else [])
+            return function(*arguments, **keywords)
+
+        return step
+
+    steps = Steps(**{name: recorded(name, function) for name, function in REFERENCE._asdict().items()})
+    monkeypatch.setattr(ops, "REFERENCE", steps)
+    problem = Problem.random(5, 12, 10, 3, torch.float32, dropout=dropout)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        results = problem.ours("reference", way, norm_grad=norm_grad)
+    assert wide == [] and results["y"].dtype == torch.bfloat16
+
+
+def test_autocast_leaves_float64_alone_and_says_so():
+    problem = Problem.random(5, 12, 10, 3)
+    arguments = (problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
+    for x, weight in ((problem.x.double(), problem.weight.float()), (problem.x.float(), problem.weight.double())):
+        with (
+            torch.autocast(DEVICE, dtype=torch.bfloat16),
+            pytest.raises(ValueError, match="autocast leaves float64 alone"),
+        ):
+            dora_kernels.dora_linear(x, weight, *arguments)
+
+
+def test_a_scaling_of_minus_infinity_is_refused():
+    problem = Problem.random(5, 12, 10, 3)
+    for scaling in (float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match=f"scaling is {scaling}; expected a finite"):
+            dora_kernels.weight_norm(problem.weight, problem.lora_A, problem.lora_B, scaling)
+
+
+@pytest.mark.parametrize("out_dtype", (None, torch.float32), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_a_product_of_the_reference_on_a_cpu(dtype, out_dtype):
+    """Rounded by the GEMM, but for float16, whose sums could overflow."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(40, 40, generator=generator).to(dtype) for _ in range(2))
+    expected = (left @ right).to(out_dtype or dtype)
+    if dtype == torch.float16 and out_dtype == torch.float32:
+        expected = left.float() @ right.float()
+    assert torch.equal(reference._matmul(left, right, out_dtype or dtype), expected)
+
+
+def test_a_product_of_the_reference_on_a_gpu(monkeypatch):
+    """torch.mm gives the accumulator out, where it is wanted and where it is half precision that would round it."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    unrounded, mm = [], torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda *arguments, **keywords: unrounded.append(keywords) or mm(*arguments, **keywords)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for dtype, out_dtype in itertools.product((torch.bfloat16, torch.float16, torch.float32), repeat=2):
+            left = torch.empty(4, 4, device="cuda", dtype=dtype)
+            assert reference._matmul(left, left, out_dtype).dtype == out_dtype
+            half = dtype != torch.float32 and out_dtype == torch.float32
+            assert unrounded == ([{"out_dtype": out_dtype}] if half else []), (dtype, out_dtype)
+            unrounded.clear()
+            base = reference.base_product(left, left, exact=dtype == out_dtype)
+            assert base.dtype == (torch.float32 if dtype == out_dtype else dtype)
+            unrounded.clear()
+
+
+@pytest.mark.parametrize("scaled", (False, True))
+@pytest.mark.parametrize("other", (False, True), ids=("one dtype", "two dtypes"))
+@pytest.mark.parametrize("answer", (False, True), ids=("library", "kernel"))
+def test_the_planner_decides_between_the_kernel_and_the_library(answer, other, scaled, monkeypatch):
+    kernels = pytest.importorskip("dora_kernels.kernels")
+    problem = Problem.random(5, 12, 10, 3, torch.bfloat16, torch.float32 if other else torch.bfloat16)
+    asked, used = [], []
+    for module, name in ((kernels.forward, "project_ref"), (kernels.backward, "outer_product_ref")):
+        monkeypatch.setattr(module, name, lambda *_, name=name: used.append(name))
+    for name in ("project_by_kernel", "outer_by_kernel"):
+        monkeypatch.setattr(plan, name, lambda *ranks, **keywords: asked.append((*ranks, keywords)) or answer)
+    kernels.project(problem.x, problem.lora_A, torch.ones(10, device=DEVICE) if scaled else None)
+    kernels.outer_product(problem.lora_B, problem.dy.T, 1.0, torch.float32)
+    assert asked == [(3, {"scaled": scaled, "same_dtype": not other}), (3, {"same_dtype": not other})]
+    assert used == ([] if answer else ["project_ref", "outer_product_ref"])
+
+
+def test_what_is_given_is_not_returned():
+    """norm and gain that a caller keeps: an operator must not return what it was given."""
+    problem = Problem.random(5, 12, 10, 3)
+    exact = problem.exact()
+    norm = torch.linalg.vector_norm(problem.weight + 0.75 * problem.lora_B @ problem.lora_A, dim=1)
+    gain = problem.magnitude / norm
+    for way, keep, given in itertools.product(("split", "merged"), (False, True), (None, gain)):
+        needs = GRADIENTS if keep else ()
+        results = problem.run(
+            lambda *arguments, given=given, way=way: _and_check(arguments, norm, given, gain, way), needs=needs
+        )
+        for name in results:
+            torch.testing.assert_close(results[name], exact[name], **TOLERANCE)
+
+
+def _and_check(arguments, norm, given, gain, way):
+    with dora_kernels.options(backend="reference", way=way):
+        y, new_norm, new_gain = functional.dora_linear_core(*arguments, norm=norm, gain=given)
+    torch.testing.assert_close((new_norm, new_gain), (norm, gain), **TOLERANCE)
+    return y
