@@ -398,6 +398,11 @@ def test_named_grids():
         8192, 14336, 4096, 384, "bf16", "cpu"
     )
     assert {case.precision for case in core} == set(PRECISIONS)
+    for device in ("cpu", "cuda"):
+        quantized = shapes.GRIDS["qdora"](device)
+        assert len(set(quantized)) == len(quantized) and {case.precision for case in quantized} <= set(QUANTIZED)
+        assert all(case.K % 64 == 0 for case in quantized)  # or bitsandbytes may be wrong
+    assert Case(8192, 4096, 4096, 64, "nf4-bf16", "cuda") in quantized
     assert {case.M for case in decode} == {1, 8, 16} and set(core[3:5]) < set(decode)
     weights = {(shape.N, shape.K) for shape in shapes.LAYERS}
     assert len(full) == len(set(full)) == 2 * len(weights) * len(shapes.M_LIST) * len(shapes.R_LIST) + 2
