@@ -255,7 +255,8 @@ def _torchao_int8(weight: Any) -> QuantizedWeight:
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
         raise ValueError("read: the torchao weight has its layer quantise or scale x too; expected weight-only")
     zero_point = weight.zero_point
-    if zero_point is not None and _once(zero_point, lambda: bool(zero_point.any())):
+    compiling = torch.compiler.is_compiling()  # a graph cannot ask what a number is; whoever compiles has read before
+    if zero_point is not None and not compiling and _once(zero_point, lambda: bool(zero_point.any())):
         raise ValueError("read: the torchao weight has zero points; expected symmetric quantisation")
     return _torchao_rows(weight)
 
@@ -350,7 +351,9 @@ def _once(tensor: Tensor, compute: Callable[[], Any]) -> Any:
 
 def _differentiable(tensor: Tensor) -> Tensor:
     """A copy of what was computed in inference mode, as HQQ quantises: autograd refuses to save that."""
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _plain(tensor: Tensor) -> Tensor:
