@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.functional import merge_weight_and_norm, weight_norm
+from dora_kernels.quant import Weight, is_quantized, read
 
 
 class DoraLinear(nn.Module):
@@ -18,7 +19,8 @@ class DoraLinear(nn.Module):
     PEFT.
 
     State dict: weight, bias (as nn.Linear) and lora_A.weight (R, K), lora_B.weight (N, R), lora_magnitude_vector (N,),
-    the names under which PEFT saves an adapter, so that weights move both ways.
+    the names under which PEFT saves an adapter, so that weights move both ways. Over a quantised layer (`from_linear`)
+    weight and bias are None while not merged: that layer is the submodule base_layer, and saves and moves itself.
 
     A fresh layer computes what its nn.Linear computes: lora_B is zero and the magnitude is the row norms of weight.
     """
@@ -55,6 +57,7 @@ class DoraLinear(nn.Module):
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         self.weight = base.weight.requires_grad_(False)
         self.bias = base.bias.requires_grad_(False) if bias else None
+        self.base_layer: nn.Module | None = None
         self.lora_A = nn.Linear(in_features, rank, False, device, adapter_dtype)
         self.lora_B = nn.Linear(rank, out_features, False, device, adapter_dtype)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(out_features, device=device, dtype=adapter_dtype))
@@ -63,18 +66,28 @@ class DoraLinear(nn.Module):
         self.reset_adapter()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0) -> "DoraLinear":
+    def from_linear(cls, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> "DoraLinear":
         """A layer that computes what `linear` does and shares its weight and bias, which it freezes.
 
-        Shared means that merge() changes `linear` too, and whatever is tied to its weight.
+        Shared means that merge() changes `linear` too, and whatever is tied to its weight. Not so for a layer that
+        bitsandbytes, torchao or HQQ has quantised: it is kept as base_layer, merge() makes a dense weight beside it,
+        and unmerge() drops that again.
         """
-        if type(linear) is not nn.Linear:
-            raise ValueError(f"DoraLinear.from_linear: linear is {type(linear).__name__}; expected torch.nn.Linear")
-        weight, bias = linear.weight, linear.bias
+        quantized = is_quantized(linear)
+        if type(linear) is not nn.Linear and not quantized:
+            raise ValueError(
+                f"DoraLinear.from_linear: linear is {type(linear).__name__}; "
+                "expected torch.nn.Linear, or a layer quantised by bitsandbytes, torchao or HQQ"
+            )
+        weight, bias = read(linear) if quantized else linear.weight, linear.bias
+        N, K = weight.shape
         # on meta, so that no second weight is made
-        layer = cls(linear.in_features, linear.out_features, rank, alpha, False, dropout, "meta", weight.dtype)
-        layer.weight = weight.requires_grad_(False)
-        layer.bias = None if bias is None else bias.requires_grad_(False)
+        layer = cls(K, N, rank, alpha, False, dropout, "meta", weight.dtype)
+        if quantized:
+            layer.weight, layer.base_layer = None, linear.requires_grad_(False)
+        else:
+            layer.weight = weight.requires_grad_(False)
+            layer.bias = None if bias is None else bias.requires_grad_(False)
         layer.lora_A.to_empty(device=weight.device)
         layer.lora_B.to_empty(device=weight.device)
         layer.lora_magnitude_vector = nn.Parameter(torch.empty_like(layer.lora_magnitude_vector, device=weight.device))
@@ -88,9 +101,16 @@ class DoraLinear(nn.Module):
         self._refuse_while_merged("reset_adapter")
         self.lora_A.reset_parameters()
         self.lora_B.weight.zero_()
-        if self.weight.device.type != "meta":
-            norm = weight_norm(self.weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
+        weight, _ = self._base()
+        if weight.device.type != "meta":
+            norm = weight_norm(weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
             self.lora_magnitude_vector.copy_(norm)
+
+    def _base(self) -> tuple[Weight, Tensor | None]:
+        """The weight and the bias beneath the adapter; a quantised one is read anew: its library may have moved it."""
+        if self.base_layer is None:
+            return self.weight, self.bias
+        return read(self.base_layer), self.base_layer.bias
 
     @property
     def merged(self) -> bool:
@@ -99,18 +119,21 @@ class DoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if self.merged:
+        if self.merged and self.base_layer is None:
             return F.linear(x, self.weight, self.bias)
+        weight, bias = self._base()
+        if self.merged:
+            return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         return reuse.dora_linear_reusing(
             self,
             x,
-            self.weight,
+            weight,
             self.lora_A.weight,
             self.lora_B.weight,
             self.lora_magnitude_vector,
             self.scaling,
-            self.bias,
+            bias,
             x_dropped=x_dropped,
             function="DoraLinear",
         )
@@ -124,13 +147,18 @@ class DoraLinear(nn.Module):
     def merge(self) -> None:
         """Put the adapter into weight, in place: the layer then costs what nn.Linear costs. Does nothing if merged.
 
+        Over a quantised layer, which has no place for it, the weight is a new dense one.
+
         Until unmerge() the adapter gets no gradient, and the state dict can be neither saved nor loaded.
         """
         if self.merged:
             return
         adapter = (self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector)
-        merged, norm, gain = merge_weight_and_norm(self.weight, *adapter, self.scaling)
-        self.weight.copy_(merged)
+        merged, norm, gain = merge_weight_and_norm(self._base()[0], *adapter, self.scaling)
+        if self.base_layer is None:
+            self.weight.copy_(merged)
+        else:
+            self.weight = nn.Parameter(merged, requires_grad=False)
         self._merged_with = norm, gain
 
     @torch.no_grad()
@@ -141,6 +169,9 @@ class DoraLinear(nn.Module):
         must not have changed in between.
         """
         if not self.merged:
+            return
+        if self.base_layer is not None:
+            self.weight = self._merged_with = None
             return
         norm, gain = (row.to(self.weight.device) for row in self._merged_with)
         lost = int(((gain == 0) & (norm != 0)).sum())
@@ -171,5 +202,5 @@ class DoraLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"alpha={self.alpha}, bias={self.bias is not None}, dropout={self.dropout}"
+            f"alpha={self.alpha}, bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
         )

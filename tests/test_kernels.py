@@ -8,6 +8,7 @@ from dora_kernels.launch import Config
 from tests.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
+pytestmark = pytest.mark.usefixtures("poison")
 
 # float64 through the interpreter shows the index arithmetic to 1e-12; on a GPU float32 stands in
 DTYPE = torch.float64 if DEVICE == "cpu" else torch.float32
@@ -19,18 +20,6 @@ SHAPES = ((33, 70, 90, 20), (17, 33, 40, 16), (7, 24, 10, 33), (1, 1, 1, 1), (13
 @pytest.fixture(params=SHAPES, ids=str)
 def problem(request):
     return Problem.random(*request.param, DTYPE)
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """Fresh memory is NaN, so that an element that nobody writes or that is read too early shows."""
-    empty = torch.Tensor.new_empty
-
-    def poisoned(self, *arguments, **keywords):
-        tensor = empty(self, *arguments, **keywords)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 def close(actual, expected):

@@ -22,7 +22,17 @@ import time
 from dataclasses import dataclass
 
 import triton
-from specializations import CALLS, CORE_CALLS, TARGETS, VARIANTS, Inputs, Specialization, Target, recording
+from specializations import (
+    CALLS,
+    CORE_CALLS,
+    QUANTIZED_KINDS,
+    TARGETS,
+    VARIANTS,
+    Inputs,
+    Specialization,
+    Target,
+    recording,
+)
 from triton.compiler import ASTSource
 
 from dora_kernels import launch
@@ -196,7 +206,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", type=_override, default=[], metavar="KERNEL:FIELD=VALUE")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--every", action="store_true", help="a row per specialisation")
-    parser.add_argument("--fast", action="store_true", help="each kernel once on sm_90, dots on sm_120 and gfx942")
+    parser.add_argument(
+        "--fast", action="store_true", help="each kernel and format on sm_90, dots on sm_120 and gfx942"
+    )
     options = parser.parse_args(arguments)
     overrides: dict[str, dict] = {}
     for kernel, field, value in options.set:
@@ -209,6 +221,8 @@ def main(arguments: list[str] | None = None) -> int:
         # what PEFT calls with, in one chunk of R and in several, where shared memory is scarcest
         small = jobs_for(["sm_120", "gfx942"], ["bf16 autocast, fp32 adapters"], (64, 384), ("train",), overrides)
         jobs += [job for job in small if "DOT_PRECISION" in job.specialization.signature]
+        stored = jobs_for(["sm_90"], ["bf16"], (64,), QUANTIZED_KINDS, overrides)
+        jobs += list({job.call: job for job in stored if job.specialization.name == "_norm_kernel"}.values())
     else:
         jobs = jobs_for(
             options.target or list(TARGETS),

@@ -18,6 +18,7 @@ from triton.runtime.jit import JITFunction
 
 import dora_kernels
 from dora_kernels import functional, launch, ops
+from dora_kernels.quant import QuantizedWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Inputs:
     """The arguments of dora_linear as meta tensors, all but weight wanting a gradient."""
 
     x: Tensor
-    weight: Tensor
+    weight: Weight
     lora_A: Tensor
     lora_B: Tensor
     magnitude: Tensor
@@ -143,6 +144,51 @@ def _inference(inputs: Inputs) -> None:
         dora_kernels.merge_weight(inputs.weight, *inputs.adapter(), 0.5)
 
 
+def _stored(kind: str, N: int, K: int, dtype: torch.dtype) -> QuantizedWeight:
+    """A weight (N, K) on meta, with the block sizes that the libraries take by default."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    packed, blocks = empty((N * K + 1) // 2), -(-N * K // 64)
+    outer = -(-blocks // 256)
+    if kind in ("int8", "float8"):
+        q = empty(N, K, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+        return QuantizedWeight("row8", (N, K), dtype, (q, empty(N, dtype=_FP32)))
+    if kind == "nf4_torchao":
+        tensors = (empty(blocks, dtype=torch.int8), *(empty(*size, dtype=dtype) for size in ((outer,), (), (16,))))
+        return QuantizedWeight(kind, (N, K), dtype, (packed, *tensors), (64, 256))
+    if kind.startswith("hqq4"):
+        tensors = packed, empty(blocks, dtype=dtype), empty(blocks, dtype=dtype)
+        return QuantizedWeight("hqq4", (N, K), dtype, tensors, (64, int(kind[-1])))
+    if kind.endswith("nested"):
+        nested = (empty(*size, dtype=_FP32) for size in ((16,), (outer,), (256,), ()))
+        return QuantizedWeight("codebook4", (N, K), dtype, (packed, empty(blocks), *nested), (64, 256))
+    tensors = packed, empty(blocks, dtype=_FP32), empty(16, dtype=_FP32)
+    return QuantizedWeight("codebook4", (N, K), dtype, tensors, (64, 0))
+
+
+def _quantized(kind: str) -> Callable[[Inputs], None]:
+    """What a weight of that kind compiles beside a dense one: the norm, and the merged weights."""
+
+    def call(inputs: Inputs) -> None:
+        if "K = " in kind:
+            K = int(kind.split()[-1])
+            x, lora_A = (tensor.new_empty(len(tensor), K).requires_grad_() for tensor in (inputs.x, inputs.lora_A))
+            inputs = dataclasses.replace(inputs, x=x, lora_A=lora_A)
+        weight = _stored(kind, inputs.weight.shape[0], inputs.x.shape[1], inputs.weight.dtype)
+        inputs = dataclasses.replace(inputs, weight=weight)
+        step(inputs, way="split")
+        step(inputs, way="merged", drop=True)
+
+    return call
+
+
+# 4304 is 16 * 269, the width of a vision tower: blocks straddle rows. At 4095 a row may start within a byte.
+QUANTIZED_KINDS = (
+    "codebook4", "codebook4 nested", "codebook4, K = 4304", "codebook4, K = 4095", "int8", "float8", "nf4_torchao",
+    "hqq4 axis 0", "hqq4 axis 1",
+)  # fmt: skip
 # by name, in the order in which a specialisation that several of them share is attributed
 CALLS: dict[str, Callable[[Inputs], None]] = {
     "train": step,
@@ -156,9 +202,9 @@ CALLS: dict[str, Callable[[Inputs], None]] = {
     "frozen magnitude": lambda inputs: step(_frozen(inputs)),
     "transposed weight": lambda inputs: step(_transposed(inputs)),
     "inference": _inference,
-}
+} | {kind: _quantized(kind) for kind in QUANTIZED_KINDS}
 # what the variants other than bf16 are compiled for: flags and dtypes hardly meet
-CORE_CALLS = ("train", "few tokens", "split", "dropout", "norm_grad")
+CORE_CALLS = ("train", "few tokens", "split", "dropout", "norm_grad", "codebook4 nested", "nf4_torchao")
 
 
 @dataclass(frozen=True)

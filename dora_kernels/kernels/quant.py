@@ -4,13 +4,15 @@ A weight reaches a kernel as a tuple of pointers, a tuple of run-time numbers an
 decoded in registers to what its library decodes it to, rounding included.
 """
 
+import dataclasses
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.common import TL_DTYPE, load_tile
+from dora_kernels import launch
+from dora_kernels.kernels.common import TL_DTYPE, Launch, load_tile
 from dora_kernels.quant import DENSE, Weight, parts
 
 
@@ -66,7 +68,7 @@ def _float8(bits):
 def _nibbles(packed_ptr, row_bytes, offs_n, mask_n, k, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
     """The 4-bit codes of weight[offs_n, k : k + BLOCK_K], the high nibble first, 0 outside."""
     if GROUP % 2 == 0:
-        # K is even, so that the codes of a byte are neighbours in a row, and each byte is loaded once: 2 instructions of
+        # K is even, so that the codes of a byte are neighbours in a row and each byte is loaded once: 2 instructions of
         # 16 bytes for the 64 codes that a thread has of a tile of 64 x 128. A byte for each code would take 64
         offs_byte = tl.multiple_of(k // 2, BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2).to(tl.int64)
         packed = load_tile(packed_ptr, offs_n, offs_byte, mask_n, offs_byte < row_bytes, row_bytes, 1)
@@ -174,6 +176,19 @@ def _hqq4(
         scale, zero = scale[:, :, None], zero[:, :, None]
     tile = (codes - zero).to(DTYPE).to(tl.float32) * scale
     return tl.reshape(tile, [BLOCK_N, BLOCK_K])
+
+
+def weight_config(how: Launch, kernel: str, weight: Weight, R: int) -> launch.Config:
+    """The configuration of the norm or merge kernel: fewer rows where decoding would spill registers."""
+    config = how.config(kernel if R <= launch.HIGH_RANK else f"{kernel}_high_rank")
+    if isinstance(weight, torch.Tensor):
+        return config
+    share = 1
+    if weight.format != "row8" and weight.shape[1] % 2:
+        share = 4  # each code of 4 bits has an address of its own: 1256 bytes a thread on sm_120 otherwise
+    elif weight.format in ("codebook4", "nf4_torchao") and how.operand.itemsize == 4:
+        share = 2  # 400 bytes a thread on sm_120 otherwise
+    return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
 
 
 def arguments(weight: Weight, BLOCK_K: int) -> tuple[tuple, tuple, dict[str, object]]:

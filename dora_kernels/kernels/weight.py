@@ -10,9 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels import launch
 from dora_kernels.kernels.common import Launch, block_offsets, low_rank_tile
-from dora_kernels.kernels.quant import arguments, weight_tile
+from dora_kernels.kernels.quant import arguments, weight_config, weight_tile
 from dora_kernels.quant import Weight
 
 
@@ -195,7 +194,7 @@ def norm(
     N, K = weight.shape
     R = lora_A.shape[0]
     how = Launch.of(weight, lora_A.dtype)
-    config = how.config("norm" if R <= launch.HIGH_RANK else "norm_high_rank")
+    config = weight_config(how, "norm", weight, R)
     tiles = config.tiles(R)
     rows = triton.cdiv(N, config.BLOCK_N)
     columns_per_split, splits = how.split(rows, K, config.BLOCK_K, config)
@@ -324,7 +323,7 @@ def merge(
     N, K = weight.shape
     R = 0 if lora_A is None else lora_A.shape[0]
     how = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
-    config = how.config("merge" if R <= launch.HIGH_RANK else "merge_high_rank")
+    config = weight_config(how, "merge", weight, R)
     tiles = config.tiles(R)
     weight_ptrs, numbers, constexprs = arguments(weight, config.BLOCK_K)
     merged = weight.new_empty((N, K), dtype=out_dtype or weight.dtype)
