@@ -8,7 +8,6 @@ Letters: N out features, K in features; e = n * K + k is the index of an element
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -379,10 +378,15 @@ def is_decoded_wrongly(weight: QuantizedWeight) -> bool:
     """
     if weight.format != "codebook4" or weight.device.type != "cpu":
         return False
-    return not _bitsandbytes_decodes(weight.shape[1], weight.numbers[0])
+    K, blocksize = weight.shape[1], weight.numbers[0]
+    if (K, blocksize) not in _decodes:  # a dict and not functools.cache, which torch.compile would trace through
+        _decodes[K, blocksize] = _bitsandbytes_decodes(K, blocksize)
+    return not _decodes[K, blocksize]
 
 
-@functools.cache
+_decodes: dict[tuple[int, int], bool] = {}
+
+
 def _bitsandbytes_decodes(K: int, blocksize: int) -> bool:
     from bitsandbytes import functional
 

@@ -216,6 +216,13 @@ def test_compiles_without_a_graph_break(format):
     torch.testing.assert_close(tensors(model, x, dy, call=compiled), tensors(model, x, dy))
 
 
+def test_compiles_with_adapters_off():
+    model = enabled(build("nf4", sizes=ALIGNED))
+    x, _ = inputs(model)
+    with model.disable_adapter():
+        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), model(x))
+
+
 # What bitsandbytes does on a CPU is not passed on.
 
 
