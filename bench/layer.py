@@ -187,7 +187,7 @@ def _measure(
         row, call = rows[name], calls[name]
         try:
             row.peak_bytes = peak_bytes(call, device)
-            row.saved_bytes = saved_bytes(call, *problem.held(), *layers[name].trained.values())
+            row.saved_bytes = saved_bytes(call, problem.x, problem.weight, *layers[name].held())
             row.host_us = host_microseconds(call, device)
             row.launches = launches(call, device)
         except torch.OutOfMemoryError as error:

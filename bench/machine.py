@@ -32,7 +32,7 @@ def device_folder(device: torch.device) -> str:
 
 def meta(device: torch.device, commit: str | None = None) -> dict[str, object]:
     """Where, when and with what. `commit` names the checkout where it is a copy without its .git folder."""
-    names = ("torch", "triton", "peft", "transformers")
+    names = ("torch", "triton", "peft", "transformers", "bitsandbytes")
     head = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--", ".", ":!bench/results")
     return {

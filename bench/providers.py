@@ -72,10 +72,6 @@ class Problem:
             base,
         )
 
-    def held(self) -> list[Tensor]:
-        """What is there before a step, whoever takes it: x and the weight."""
-        return [self.x, self.weight] if self.base is None else [self.x, *quant.read(self.base).tensors]
-
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context of a forward pass."""
         device_type = self.x.device.type
@@ -101,6 +97,13 @@ class Layer:
     computes: str
     ours: bool = False
     module: nn.Module | None = None
+
+    def held(self) -> list[Tensor]:
+        """What the layer trains, and the storage of its weight where it is quantised: there before a step and after."""
+        root = self.forward if self.module is None else self.module
+        modules = root.modules() if isinstance(root, nn.Module) else ()
+        packed = [tensor for module in modules if quant.is_quantized(module) for tensor in quant.read(module).tensors]
+        return [*self.trained.values(), *packed]
 
     def set_mode(self, step: str) -> None:
         """train() before a training pass, eval() before inference: once, and not in what is timed."""

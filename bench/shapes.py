@@ -169,7 +169,8 @@ def cpu_grid(device: str = "cpu") -> list[Case]:
 def qdora_grid(device: str = "cuda") -> list[Case]:
     """A 4-bit base: on a GPU the layer that the target is for, as two trainers run it, and shapes of Llama-3.1-8B."""
     if device == "cpu":
-        return [Case(M, 1024, 1024, 16, precision, device) for precision in ("nf4-fp32", "nf4-bf16") for M in (64, 512)]
+        points = ((64, 1024, 1024, 16), (512, 1024, 1024, 16), (512, 4096, 4096, 64))
+        return [Case(*point, precision, device) for point in points for precision in QUANTIZED]
     points = ((8192, 4096, 4096, 64), (8192, 14336, 4096, 64), (8192, 4096, 14336, 64), (512, 4096, 4096, 64))
     return [Case(*point, precision, device) for point in points for precision in ("nf4-bf16", "nf4-autocast")]
 

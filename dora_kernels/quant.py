@@ -8,7 +8,6 @@ Letters: N out features, K in features; e = n * K + k is the index of an element
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -255,7 +254,8 @@ def _torchao_int8(weight: Any) -> QuantizedWeight:
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
         raise ValueError("read: the torchao weight has its layer quantise or scale x too; expected weight-only")
     zero_point = weight.zero_point
-    if zero_point is not None and _once(zero_point, lambda: bool(zero_point.any())):
+    compiling = torch.compiler.is_compiling()  # a graph cannot ask what a number is; whoever compiles has read before
+    if zero_point is not None and not compiling and _once(zero_point, lambda: bool(zero_point.any())):
         raise ValueError("read: the torchao weight has zero points; expected symmetric quantisation")
     return _torchao_rows(weight)
 
@@ -350,7 +350,9 @@ def _once(tensor: Tensor, compute: Callable[[], Any]) -> Any:
 
 def _differentiable(tensor: Tensor) -> Tensor:
     """A copy of what was computed in inference mode, as HQQ quantises: autograd refuses to save that."""
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _plain(tensor: Tensor) -> Tensor:
@@ -376,10 +378,15 @@ def is_decoded_wrongly(weight: QuantizedWeight) -> bool:
     """
     if weight.format != "codebook4" or weight.device.type != "cpu":
         return False
-    return not _bitsandbytes_decodes(weight.shape[1], weight.numbers[0])
+    K, blocksize = weight.shape[1], weight.numbers[0]
+    if (K, blocksize) not in _decodes:  # a dict and not functools.cache, which torch.compile would trace through
+        _decodes[K, blocksize] = _bitsandbytes_decodes(K, blocksize)
+    return not _decodes[K, blocksize]
 
 
-@functools.cache
+_decodes: dict[tuple[int, int], bool] = {}
+
+
 def _bitsandbytes_decodes(K: int, blocksize: int) -> bool:
     from bitsandbytes import functional
 
