@@ -1,6 +1,6 @@
 """The public functions: validation, shape folding, dtypes under autocast, and autograd."""
 
-import math
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,8 @@ from dora_kernels import launch, ops, plan
 from dora_kernels.ops import is_autocast
 from dora_kernels.reference import accumulate_dtype, gain_ref
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = sys.float_info.max
 
 
 def dora_linear(
@@ -70,6 +71,8 @@ def dora_linear_core(
     """
     scaling = _check_adapter(function, weight, lora_A, lora_B, scaling)
     _check_call(function, x, weight, magnitude, bias, x_dropped, norm)
+    if not isinstance(norm_grad, bool):
+        raise ValueError(f"{function}: norm_grad is {norm_grad!r}; expected True or False")
     if norm is not None and norm_grad:
         raise ValueError(
             f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
@@ -290,7 +293,8 @@ def _check_adapter(function: str, weight: Tensor, lora_A: Tensor, lora_B: Tensor
     if lora_A.dtype != lora_B.dtype:
         raise ValueError(f"{function}: lora_A is {lora_A.dtype} but lora_B is {lora_B.dtype}; expected one dtype")
     # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
+    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+    if not number or not -_LARGEST <= scaling <= _LARGEST:
         raise ValueError(f"{function}: scaling is {scaling!r}; expected a finite Python number")
     return float(scaling)
 
@@ -336,10 +340,13 @@ def _check_row(function: str, name: str, tensor: Tensor, weight: Tensor) -> None
 
 
 def _check_tensor(function: str, name: str, tensor: Tensor, weight: Tensor) -> None:
-    """Raise ValueError unless `tensor` is a floating-point tensor on weight's device."""
+    """Raise ValueError unless `tensor` is a dense floating-point tensor on weight's device."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{function}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
-    if tensor.dtype not in _FLOATING:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{function}: {name} is {layout}; expected a dense tensor (torch.strided)")
+    if tensor.dtype not in FLOATING:
         raise ValueError(f"{function}: {name} is {tensor.dtype}; expected one of float64, float32, bfloat16, float16")
     if isinstance(weight, Tensor) and tensor.device != weight.device:
         raise ValueError(
