@@ -96,7 +96,9 @@ def dora_linear_core(
         must_split, wide = exact or x_dropped is not None, dtype != base_dtype
         keep = plan.kept_tensor(base_dtype, options.way, must_split=must_split, wide=wide)
     keep_low = needs_B or keep == "base"
-    norm = None if norm is None else norm.detach().to(accumulate_dtype(base_dtype))
+    # the kernels read both without a stride
+    norm = None if norm is None else norm.detach().to(accumulate_dtype(base_dtype)).contiguous()
+    gain = None if gain is None else gain.contiguous()
     dropped = x_dropped is not None
     settings = _Settings(
         scaling, base_dtype, dtype, options.way, keep, keep_low, exact, norm_grad, dropped, options.backend

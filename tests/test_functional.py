@@ -204,6 +204,18 @@ def test_strided_inputs(way, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_strided_norm_and_gain(way, backend):
+    problem = Problem.random(18, 40, 36, 6)
+    norm = torch.linalg.vector_norm(problem.weight, dim=1)
+    given = {"norm": norm, "gain": problem.magnitude / norm}
+    strided = {name: torch.stack((value, 0 * value), 1)[:, 0] for name, value in given.items()}
+    expected, actual = (problem.ours(backend, way, **arguments) for arguments in (given, strided))
+    for name in actual:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_expanded_gradient(backend):
     """y.sum() sends a gradient of stride 0 down."""
     problem = Problem.random(18, 40, 36, 6)
