@@ -114,11 +114,14 @@ sizes = st.sampled_from((1, 2, 3, 7, 13, 31, 33, 37, 64))
 def cases(draw) -> Case:
     M = draw(st.sampled_from((0, 1, 2, 5, 17, 31, 37, 64)))
     R = draw(st.sampled_from((1, 2, 5, 16, 17, 41)))
-    edge = draw(st.sampled_from(EDGES))
+    edge, dtypes = draw(st.sampled_from(EDGES)), draw(st.sampled_from(ALL_DTYPES))
     scalings = (0.75, -1.5) if edge == "cancellation" else (0.75, 0.0, -1.5, 1e-6, 1e-25, 1e4, -1e10)
+    if dtypes[1] == torch.float16:
+        # the gain of a norm of 1e10 is 1e-10, and dy @ (gain * B) is below float16 before scaling brings it back
+        scalings = tuple(scaling for scaling in scalings if abs(scaling) <= 1e4)
     return Case(
         (M, draw(sizes), draw(sizes), R),
-        draw(st.sampled_from(ALL_DTYPES)),
+        dtypes,
         draw(st.sampled_from(scalings)),
         draw(st.booleans()),
         edge,
