@@ -40,6 +40,13 @@ def dora_linear(
     norm_grad: False holds the norm constant in the backward pass (section 4.3 of the paper, and what PEFT does);
     True is the exact gradient.
 
+    Bits: the same call gives the same ones, in y and in every gradient. norm, gain and the merged weight do not see x,
+    and the kernels make a row of y from that row of base and low alone, at every M; but base and low come from GEMMs,
+    where the library or the split of a sum may round a row otherwise at another M. So y of one token in another batch
+    is not promised to the bit. The numbers of the other tokens do not reach it, nor does a NaN or inf among them.
+
+    NaN and inf come out where the formula says in IEEE arithmetic: a gain or scaling of 0 does not hide an inf (NaN).
+
     Raises ValueError, naming the argument, where shapes, dtypes, devices or scaling do not fit, and where weight
     requires a gradient. A second derivative, forward-mode AD and torch.func transforms raise torch's own errors.
     """
