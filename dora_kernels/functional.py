@@ -1,6 +1,6 @@
 """The public functions: validation, shape folding, dtypes under autocast, and autograd."""
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from dora_kernels.ops import is_autocast
 from dora_kernels.quant import DENSE, QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = sys.float_info.max
 
 
 def dora_linear(
@@ -41,6 +42,13 @@ def dora_linear(
 
     norm_grad: False holds the norm constant in the backward pass (section 4.3 of the paper, and what PEFT does);
     True is the exact gradient.
+
+    Bits: the same call gives the same ones, in y and in every gradient. norm, gain and the merged weight do not see x,
+    and the kernels make a row of y from that row of base and low alone, at every M; but base and low come from GEMMs,
+    where the library or the split of a sum may round a row otherwise at another M. So y of one token in another batch
+    is not promised to the bit. The numbers of the other tokens do not reach it, nor does a NaN or inf among them.
+
+    NaN and inf come out where the formula says in IEEE arithmetic: a gain or scaling of 0 does not hide an inf (NaN).
 
     Raises ValueError, naming the argument, where shapes, dtypes, devices or scaling do not fit, and where weight
     requires a gradient. A second derivative, forward-mode AD and torch.func transforms raise torch's own errors.
@@ -73,6 +81,8 @@ def dora_linear_core(
     """
     scaling = _check_adapter(function, weight, lora_A, lora_B, scaling)
     _check_call(function, x, weight, magnitude, bias, x_dropped, norm)
+    if not isinstance(norm_grad, bool):
+        raise ValueError(f"{function}: norm_grad is {norm_grad!r}; expected True or False")
     if norm is not None and norm_grad:
         raise ValueError(
             f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
@@ -98,7 +108,9 @@ def dora_linear_core(
         must_split, wide = exact or x_dropped is not None, dtype != base_dtype
         keep = plan.kept_tensor(base_dtype, options.way, must_split=must_split, wide=wide)
     keep_low = needs_B or keep == "base"
-    norm = None if norm is None else norm.detach().to(accumulate_dtype(base_dtype))
+    # the kernels read both without a stride
+    norm = None if norm is None else norm.detach().to(accumulate_dtype(base_dtype)).contiguous()
+    gain = None if gain is None else gain.contiguous()
     dropped = x_dropped is not None
     tensors, *storage = parts(weight)
     settings = _Settings(
@@ -308,7 +320,8 @@ def _check_adapter(function: str, weight: Weight, lora_A: Tensor, lora_B: Tensor
     if lora_A.dtype != lora_B.dtype:
         raise ValueError(f"{function}: lora_A is {lora_A.dtype} but lora_B is {lora_B.dtype}; expected one dtype")
     # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not -math.inf < scaling < math.inf:
+    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+    if not number or not -_LARGEST <= scaling <= _LARGEST:
         raise ValueError(f"{function}: scaling is {scaling!r}; expected a finite Python number")
     return float(scaling)
 
@@ -354,10 +367,13 @@ def _check_row(function: str, name: str, tensor: Tensor, weight: Weight) -> None
 
 
 def _check_tensor(function: str, name: str, tensor: Tensor, weight: Weight) -> None:
-    """Raise ValueError unless `tensor` is a floating-point tensor on weight's device."""
+    """Raise ValueError unless `tensor` is a dense floating-point tensor on weight's device."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{function}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
-    if tensor.dtype not in _FLOATING:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{function}: {name} is {layout}; expected a dense tensor (torch.strided)")
+    if tensor.dtype not in FLOATING:
         raise ValueError(f"{function}: {name} is {tensor.dtype}; expected one of float64, float32, bfloat16, float16")
     if isinstance(weight, (Tensor, QuantizedWeight)) and tensor.device != weight.device:
         raise ValueError(

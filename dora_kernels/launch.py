@@ -37,7 +37,7 @@ class Options:
     def __post_init__(self) -> None:
         for name, allowed in (("backend", BACKENDS), ("way", WAYS), ("precision", PRECISIONS)):
             value = getattr(self, name)
-            if value not in allowed:
+            if not isinstance(value, str) or value not in allowed:
                 raise ValueError(f"options: {name} is {value!r}; expected one of {', '.join(allowed)}")
 
 

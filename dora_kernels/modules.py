@@ -1,6 +1,6 @@
 """DoraLinear: the DoRA layer as a module, with PEFT's parameter names."""
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.functional import merge_weight_and_norm, weight_norm
+from dora_kernels.functional import FLOATING, merge_weight_and_norm, weight_norm
 from dora_kernels.quant import Weight, is_quantized, read
+
+_DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 
 
 class DoraLinear(nn.Module):
@@ -39,14 +41,12 @@ class DoraLinear(nn.Module):
     ) -> None:
         """adapter_dtype is that of lora_A, lora_B and the magnitude; None: float32 over a half-precision weight.
 
-        Raises ValueError unless rank is positive, alpha finite and dropout in [0, 1).
+        Raises ValueError unless the sizes are ints and rank is positive, alpha finite and dropout in [0, 1), bias a
+        bool, device one of torch's and the dtypes floating-point.
         """
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"DoraLinear: rank is {rank!r}; expected a positive int")
-        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ValueError(f"DoraLinear: alpha is {alpha!r}; expected a finite number")
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ValueError(f"DoraLinear: dropout is {dropout!r}; expected a probability in [0, 1)")
+        _check_sizes(in_features, out_features, rank)
+        _check_numbers(alpha, dropout)
+        _check_placement(bias, device, dtype, adapter_dtype)
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         if adapter_dtype is None:
@@ -79,6 +79,8 @@ class DoraLinear(nn.Module):
                 f"DoraLinear.from_linear: linear is {type(linear).__name__}; "
                 "expected torch.nn.Linear, or a layer quantised by bitsandbytes, torchao or HQQ"
             )
+        if not quantized and linear.weight.dtype not in FLOATING:
+            raise ValueError(f"DoraLinear.from_linear: weight is {linear.weight.dtype}; expected one of {_DTYPES}")
         weight, bias = read(linear) if quantized else linear.weight, linear.bias
         N, K = weight.shape
         # on meta, so that no second weight is made
@@ -209,3 +211,37 @@ class DoraLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"alpha={self.alpha}, bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
         )
+
+
+def _check_sizes(in_features: int, out_features: int, rank: int) -> None:
+    """Raise ValueError unless in_features and out_features are ints from 0 on, rank from 1 on."""
+    for name, value, least in (("in_features", in_features, 0), ("out_features", out_features, 0), ("rank", rank, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            expected = "a positive int" if least else "an int of at least 0"
+            raise ValueError(f"DoraLinear: {name} is {value!r}; expected {expected}")
+
+
+def _check_numbers(alpha: float, dropout: float) -> None:
+    """Raise ValueError unless alpha is a finite number and dropout a probability below 1."""
+
+    def is_number(value: object) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    if not is_number(alpha) or not abs(alpha) <= sys.float_info.max:
+        raise ValueError(f"DoraLinear: alpha is {alpha!r}; expected a finite number")
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(f"DoraLinear: dropout is {dropout!r}; expected a probability in [0, 1)")
+
+
+def _check_placement(bias: bool, device: object, dtype: object, adapter_dtype: object) -> None:
+    """Raise ValueError unless bias is a bool, device one of torch's or None, and the dtypes floating-point or None."""
+    if not isinstance(bias, bool):
+        raise ValueError(f"DoraLinear: bias is {bias!r}; expected True or False")
+    for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
+        if value is not None and (not isinstance(value, torch.dtype) or value not in FLOATING):
+            raise ValueError(f"DoraLinear: {name} is {value!r}; expected one of {_DTYPES}")
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"DoraLinear: device is {device!r}; expected a device of torch") from error

@@ -5,7 +5,7 @@ import torch
 
 from dora_kernels import ops
 from dora_kernels.quant import parts
-from tests.problem import BACKENDS, Problem
+from tests.problem import BACKENDS, EXACT_DTYPE, Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
 # opcheck calls the bare operators, whose autograd lives in functional.py
@@ -57,6 +57,49 @@ def test_forward_and_backward(dtype, requires_grad, keep, dropped, exact, backen
             torch.float32, dtype, backend,
         ),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtypes", "layout"),
+    (
+        ((torch.float16, torch.float16), "transposed"),
+        ((torch.bfloat16, torch.float32), "expanded"),
+        ((EXACT_DTYPE, EXACT_DTYPE), "every other"),
+    ),
+    ids=str,
+)
+def test_dtypes_and_layouts(dtypes, layout, backend):
+    """Outputs keep the shapes, dtypes and strides that the fake says whatever the strides of the inputs are."""
+    problem = Problem.random(5, 12, 10, 3, *dtypes)
+
+    def laid_out(tensor: torch.Tensor) -> torch.Tensor:
+        if layout == "expanded":
+            return tensor[:1].expand(tensor.shape)
+        if layout == "transposed":
+            return tensor.T.contiguous().T if tensor.dim() == 2 else tensor
+        return tensor.new_empty((*tensor.shape, 2))[..., 0].copy_(tensor)
+
+    for name in ("x", "weight", "lora_A", "lora_B", "magnitude", "bias", "dy"):
+        setattr(problem, name, laid_out(getattr(problem, name)).requires_grad_(name not in ("weight", "dy")))
+    dtype = torch.promote_types(*dtypes)
+    adapter = (problem.weight, problem.lora_A, problem.lora_B)
+    torch.library.opcheck(ops.norm, (*adapter, 0.75, dtype, backend))
+    gain = laid_out(torch.ones(12, dtype=torch.promote_types(dtypes[0], torch.float32), device=problem.x.device))
+    torch.library.opcheck(ops.merge, (*adapter, gain, 0.75, dtype, backend))
+    for keep, way in (("base", "split"), ("z", "merged")):
+        arguments = forward_arguments(problem, backend, keep, dropped=False)
+        arguments = (*arguments[:10], dtype, way, *arguments[12:])
+        torch.library.opcheck(ops.forward, arguments)
+        with torch.no_grad():
+            _, norm, gain, low, kept = ops.forward(*arguments)
+        torch.library.opcheck(
+            ops.backward,
+            (
+                problem.dy, problem.x, *adapter, norm, gain, low, kept, 0.75, dtype, way, keep, False, way == "split",
+                [True, False, True, True, True, True], problem.magnitude.dtype, problem.bias.dtype, backend,
+            ),
+        )  # fmt: skip
 
 
 def test_a_given_norm_is_not_aliased():

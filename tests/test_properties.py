@@ -70,8 +70,8 @@ class Case:
         """Its tensors."""
         M, N, K, R = self.shape
         problem = Problem.random(M, N, K, R, *self.dtypes, bias=self.bias, seed=self.seed, scaling=self.scaling)
-        problem.magnitude = problem.magnitude.nan_to_num()  # the norm may be too large for float16
         getattr(self, "_" + self.edge)(problem)
+        problem.magnitude = problem.magnitude.nan_to_num()  # the norm may be too large for float16
         for name, layout in zip(TENSORS, self.layouts, strict=True):
             if getattr(problem, name) is not None:
                 setattr(problem, name, laid_out(getattr(problem, name), layout))
@@ -99,6 +99,8 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(adapter.shape, dtype=torch.float64, generator=generator).to(DEVICE)
         problem.weight = (-adapter * (1 + 1e-3 * noise)).to(problem.weight.dtype)
+        norm = torch.linalg.vector_norm(problem.weight.double() + adapter, dim=1)
+        problem.magnitude = (1.25 * norm).to(problem.magnitude.dtype)
 
     def _large(self, problem: Problem) -> None:
         """Close to the largest float16, above it here and there."""
@@ -114,11 +116,14 @@ sizes = st.sampled_from((1, 2, 3, 7, 13, 31, 33, 37, 64))
 def cases(draw) -> Case:
     M = draw(st.sampled_from((0, 1, 2, 5, 17, 31, 37, 64)))
     R = draw(st.sampled_from((1, 2, 5, 16, 17, 41)))
-    edge = draw(st.sampled_from(EDGES))
+    edge, dtypes = draw(st.sampled_from(EDGES)), draw(st.sampled_from(ALL_DTYPES))
     scalings = (0.75, -1.5) if edge == "cancellation" else (0.75, 0.0, -1.5, 1e-6, 1e-25, 1e4, -1e10)
+    if dtypes[1] == torch.float16:
+        # the gain of a norm of 1e10 is 1e-10, and dy @ (gain * B) is below float16 before scaling brings it back
+        scalings = tuple(scaling for scaling in scalings if abs(scaling) <= 1e4)
     return Case(
         (M, draw(sizes), draw(sizes), R),
-        draw(st.sampled_from(ALL_DTYPES)),
+        dtypes,
         draw(st.sampled_from(scalings)),
         draw(st.booleans()),
         edge,
@@ -130,13 +135,19 @@ def cases(draw) -> Case:
 
 
 def size_of_terms(problem: Problem) -> Results:
-    """y and every gradient with each sum taken over the absolute values of its terms, in float64."""
+    """y and every gradient with each sum taken over the absolute values of its terms, in float64.
+
+    The gain is as much larger as the terms of the norm are than the norm: so many ulp it loses.
+    """
     double = problem.to(torch.float64)
-    direction = double.weight + double.scaling * double.lora_B @ double.lora_A
-    norm = torch.linalg.vector_norm(direction, dim=1)
     tensors = {name: value.abs() for name, value in vars(double).items() if isinstance(value, Tensor)}
     positive = Problem(**(vars(double) | tensors | {"scaling": abs(double.scaling)}))
-    return positive.run(dora_linear_ref, norm=norm)
+    norm = torch.linalg.vector_norm(double.weight + double.scaling * double.lora_B @ double.lora_A, dim=1)
+    terms = torch.linalg.vector_norm(positive.weight + positive.scaling * positive.lora_B @ positive.lora_A, dim=1)
+    loss = torch.where(norm == 0, 1, terms / torch.where(norm == 0, 1, norm))
+    positive.magnitude = positive.magnitude * loss
+    results = positive.run(dora_linear_ref, norm=norm)
+    return results | {"magnitude": loss * results["magnitude"]}
 
 
 def rms(tensor: Tensor) -> float:
@@ -154,11 +165,12 @@ def assert_as_exact(problem: Problem, actual: Results, case: Case) -> None:
         info = max((torch.finfo(t) for t in (value.dtype, problem.weight.dtype)[: 1 + coarse]), key=lambda i: i.eps)
         value, other = value.double(), yardstick[name].double()
         least = 2 * info.smallest_normal * info.eps  # a subnormal's last place
-        fine = other.isfinite()
+        fine = other.isfinite() & (exact[name].abs() < info.max)
         assert value[fine].isfinite().all(), (name, "not finite where PyTorch's is")
-        limit = WORST_RATIO * rms((other - exact[name])[fine]) + 2 * info.eps * rms(terms[name][fine]) + least
+        ulps = 2 if info.bits < 64 else 8  # exact has the rounding errors of float64, and is the yardstick there
+        limit = WORST_RATIO * rms((other - exact[name])[fine]) + ulps * info.eps * rms(terms[name][fine]) + least
         assert rms((value - exact[name])[fine]) <= limit, (name, rms((value - exact[name])[fine]), limit)
-        alone = value.isfinite() & ~fine
+        alone = value.isfinite() & ~other.isfinite()
         limit = 8 * info.eps * rms(terms[name][alone]) + least
         assert rms((value - exact[name])[alone]) <= limit, (name, "where PyTorch overflows", limit)
 
