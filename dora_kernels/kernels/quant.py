@@ -66,8 +66,8 @@ def _float8(bits):
 def _nibbles(packed_ptr, row_bytes, offs_n, mask_n, k, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
     """The 4-bit codes of weight[offs_n, k : k + BLOCK_K], the high nibble first, 0 outside."""
     if GROUP % 2 == 0:
-        # K is even, so that the codes of a byte are neighbours in a row, and each byte is loaded once: 2 instructions of
-        # 16 bytes for the 64 codes that a thread has of a tile of 64 x 128. A byte for each code would take 64
+        # K is even, so that the codes of a byte are neighbours in a row, and each byte is loaded once: 2 instructions
+        # of 16 bytes for the 64 codes that a thread has of a tile of 64 x 128. A byte for each code would take 64
         offs_byte = tl.multiple_of(k // 2, BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2).to(tl.int64)
         packed = load_tile(packed_ptr, offs_n, offs_byte, mask_n, offs_byte < row_bytes, row_bytes, 1)
         codes = tl.interleave(packed >> 4, packed & 15)
