@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dora_kernels import launch, plan
 from dora_kernels.quant import Weight
-from dora_kernels.reference import REFERENCE, Needs, Steps, base_product, gain_ref, product_onto_low_rank
+from dora_kernels.reference import REFERENCE, Needs, Steps, add_product, base_product, gain_ref, product_onto_low_rank
 
 
 def _device_model(tensor: Tensor) -> plan.Device:
@@ -153,7 +153,8 @@ def backward(
         dmagnitude = dmagnitude.to(magnitude_dtype) if needs.magnitude else None
 
     if dx_way == "dz":
-        dx = (dz @ steps.dense(weight, dz.dtype)).addmm_(projected.to(dz.dtype), lora_A.to(dz.dtype), alpha=scaling)
+        dx = dz @ steps.dense(weight, dz.dtype)
+        add_product(dx, projected.to(dz.dtype), lora_A.to(dz.dtype), scaling)
     elif dx_way == "merged":
         dx = dy @ steps.merge(weight, lora_A, lora_B, gain, scaling, out_dtype=dy.dtype)
     elif needs.x:

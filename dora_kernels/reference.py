@@ -94,7 +94,7 @@ def _accumulate_blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[sli
         yield rows, buffer[: rows.stop - rows.start].copy_(matrix[rows])
 
 
-def _add_product(block: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
+def add_product(block: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
     """block += scaling * left @ right, in place."""
     if scaling == 0:  # a GEMM would skip the product, and 0 * inf is NaN
         return block.addmm_(scaling * left, right)
@@ -106,7 +106,7 @@ def _direction_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
     accumulate = accumulate_dtype(weight.dtype)
     lora_A, lora_B = lora_A.to(accumulate), lora_B.to(accumulate)
     for rows, block in _accumulate_blocks(weight, accumulate):
-        yield rows, _add_product(block, lora_B[rows], lora_A, scaling)
+        yield rows, add_product(block, lora_B[rows], lora_A, scaling)
 
 
 def gain_ref(magnitude: Tensor, norm: Tensor) -> Tensor:
@@ -180,6 +180,8 @@ def product_onto_low_rank(x: Tensor, weight: Tensor, low: Tensor, lora_B: Tensor
 
     z is rounded once, as base is; the second term, too, on its way, which is of no account where it is the smaller.
     """
+    if scaling == 0:  # as in `add_product`
+        low, scaling = scaling * low, 1.0
     z = torch.addmm(x.new_zeros(1), low, lora_B.T, beta=0, alpha=scaling)
     return z.addmm_(x, weight.T)
 
@@ -212,7 +214,7 @@ def epilogue_ref(
         low, factor = low.to(gain.dtype), lora_B.to(gain.dtype).T
     for rows, block in _accumulate_blocks(base, gain.dtype):
         if low is not None:
-            _add_product(block, low[rows], factor, scaling)
+            add_product(block, low[rows], factor, scaling)
         block.mul_(gain)
         if bias is not None:
             block.add_(bias)
@@ -303,7 +305,8 @@ def token_sums_ref(
 
 def outer_product_ref(left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype) -> Tensor:
     """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype: dA. In left's dtype."""
-    if left.dtype == out_dtype != torch.float16:  # the GEMM scales what it has summed, and then rounds
+    # the GEMM scales what it has summed, and then rounds; a scaling of 0 as in `add_product`
+    if left.dtype == out_dtype != torch.float16 and scaling != 0:
         return torch.addmm(left.new_zeros(1), left.T, right.to(left.dtype), beta=0, alpha=scaling)
     product = _matmul(left.T, right.to(left.dtype), accumulate_dtype(left.dtype))
     return product.mul_(scaling).to(out_dtype)

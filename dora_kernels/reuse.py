@@ -136,7 +136,7 @@ def _has_identity(tensor: Tensor) -> bool:
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
         return False
-    return tensor.device.type != "cpu" or not tensor.is_shared()
+    return tensor.device.type != "cpu" or not tensor.untyped_storage().is_shared()
 
 
 def _is_capturing(x: Tensor) -> bool:

@@ -48,18 +48,6 @@ def test_nothing_is_written_outside(arguments, shape, way, guards):
     assert all(tensor.isfinite().all() for tensor in results.values())
 
 
-FAR = 2**30  # three rows of this stride: in int32 the offset of the third wraps, while the stride itself is an int32
-
-
-def far(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """The same numbers, FAR apart along `dim`; only the pages that are written are ever committed."""
-    other = tensor.shape[1 - dim] if tensor.dim() == 2 else 1
-    strides = [1] * tensor.dim()
-    strides[dim] = FAR
-    memory = torch.empty(FAR * (tensor.shape[dim] - 1) + other, dtype=tensor.dtype)
-    return memory.as_strided(tensor.shape, strides).copy_(tensor)
-
-
 def call(launcher: str, t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     """What the launcher makes of the tensors."""
     from dora_kernels import kernels
@@ -94,21 +82,6 @@ OPERANDS = {
     "epilogue": ("base", "low", "lora_B", "residual", "bias"),
     "token_sums": ("dy", "low", "base", "lora_B", "outer"),
 }
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="reads uncommitted pages, which only host memory has")
-@pytest.mark.parametrize("dim", (0, 1))
-@pytest.mark.parametrize(
-    ("launcher", "operand"), [(launcher, operand) for launcher, names in OPERANDS.items() for operand in names]
-)
-def test_offsets_do_not_wrap_at_2_to_the_31(launcher, operand, dim, monkeypatch):
-    monkeypatch.setattr("dora_kernels.plan.project_by_kernel", lambda *arguments, **keywords: True)
-    tensors = tensors_of(Problem.random(3, 3, 3, 3, torch.float16))
-    if dim >= tensors[operand].dim():
-        pytest.skip("has one dimension")
-    expected = [tensor.clone() for tensor in call(launcher, tensors)]
-    actual = call(launcher, tensors | {operand: far(tensors[operand], dim)})
-    assert all(map(torch.equal, actual, expected))
 
 
 def hemmed(tensor: torch.Tensor) -> torch.Tensor:

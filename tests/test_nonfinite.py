@@ -94,12 +94,16 @@ class TestOneElement:
                     check(problem, name, value, position, **VARIANTS[variant])
 
     @pytest.mark.parametrize("name", ("x", "lora_A", "lora_B"))
-    @pytest.mark.parametrize("scaling", (0.0, -1e30))
-    def test_scaling_does_not_hide_it(self, scaling, name):
+    @pytest.mark.parametrize(("scaling", "dtypes"), [(0.0, dtypes) for dtypes in DTYPES] + [(-1e30, FLOATS)], ids=str)
+    def test_scaling_does_not_hide_it(self, scaling, dtypes, name):
         """0 * inf is NaN: a scaling of 0 keeps an inf of the adapter visible."""
-        problem = problem_for(SHAPES[0], FLOATS, "plain", False)
+        problem = problem_for(SHAPES[0], dtypes, "plain", False)
         problem.scaling = scaling
         check(problem, name, math.inf, (1, 2))
+        # where the norm is given it does not go through the gain
+        check(problem, name, math.inf, (1, 2), norm=torch.ones_like(problem.magnitude, dtype=torch.float32))
+        if scaling == 0:
+            check(problem, name, math.inf, (1, 2), norm_grad=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -178,3 +178,19 @@ def test_the_product_onto_the_low_rank_term_is_rounded_as_base_is(rank):
     exact = base + 0.25 * low.double() @ lora_B.double().T
     error, base_error = ((z - exact).norm() / exact.norm()), ((x @ weight.T - base).norm() / base.norm())
     assert error <= 1.1 * base_error
+
+
+def test_an_outer_product_without_a_gain():
+    """What dA is made of: the sum over the tokens, scaled."""
+    problem = Problem.random(9, 40, 36, 6)
+    low, outer = problem.x @ problem.lora_A.T, torch.empty_like(problem.lora_B)
+    reference.token_sums_ref(problem.dy, low, 0.75, outer=outer)
+    close(outer, 0.75 * problem.dy.T @ low)
+    close(reference.outer_product_ref(low, problem.dy, 0.75, EXACT_DTYPE), outer.T)
+
+
+@pytest.mark.parametrize("bias", (False, True))
+def test_the_definition_has_the_dtype_of_x(bias):
+    """Also beside float32 adapters: it is what the error of ours is measured by."""
+    problem = Problem.random(9, 40, 36, 6, torch.bfloat16, torch.float32, bias=bias)
+    assert problem.yardstick()["y"].dtype == torch.bfloat16
