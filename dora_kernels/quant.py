@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# A block of rows is decoded at once: on a CPU while it is in the cache, on a GPU while its launches are worth it. What
-# it needs beside its result is some five times as large.
+# A block of rows is decoded at once: on a CPU one that stays in the cache, on a GPU one that is worth its launches. The
+# temporaries of a block are some four times as large as its result in bfloat16.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 24}
 
 
