@@ -41,15 +41,17 @@ _KERNELS = (
     "tests/test_bounds.py",
     "tests/test_accumulation.py",
     "tests/test_passes.py",
+    "tests/test_addresses.py",
     "tests/test_compile_kernels.py::test_every_kernel_compiles",
     "tests/test_compile_kernels.py::test_norm_and_gain_are_rounded_to_nearest",
+    "tests/test_nonfinite.py",
     "tests/test_functional.py",
 )
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/backward.py": _KERNELS,
     "dora_kernels/kernels/common.py": _KERNELS,
     "dora_kernels/kernels/forward.py": _KERNELS,
-    "dora_kernels/kernels/norm.py": _KERNELS,
+    "dora_kernels/kernels/weight.py": _KERNELS,
     "dora_kernels/functional.py": (
         "tests/test_passes.py",
         "tests/test_functional.py",
@@ -63,10 +65,12 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/test_functional.py",
         "tests/test_ops.py",
         "tests/test_reuse.py",
+        "tests/test_nonfinite.py",
     ),
     "dora_kernels/reference.py": (
         "tests/test_reference.py",
         "tests/test_passes.py",
+        "tests/test_nonfinite.py",
         "tests/test_functional.py",
         "tests/test_kernels.py",
     ),
@@ -76,7 +80,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
 @dataclass(frozen=True)
 class Excluded:
     """Mutants that no test can or should kill: in a function of a file ("" is the top level), on a line that holds
-    `source`, whose change is one of `changes`, or whose original begins with one.
+    `source`, whose change is one of `changes`, or whose original or (with an arrow) change begins with one.
     """
 
     path: str
@@ -91,70 +95,82 @@ class Excluded:
         return same and (mutant.change in self.changes or mutant.original.startswith(self.changes))
 
 
-_BACKWARD, _FORWARD, _NORM = (f"dora_kernels/kernels/{name}.py" for name in ("backward", "forward", "norm"))
+_BACKWARD, _FORWARD, _WEIGHT = (f"dora_kernels/kernels/{name}.py" for name in ("backward", "forward", "weight"))
 _FUNCTIONAL, _REFERENCE = "dora_kernels/functional.py", "dora_kernels/reference.py"
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
-_NO_TENSOR = "strides, or a rank, of a tensor that is not there"
+_NO_TENSOR = "strides, a rank or a scaling of a tensor that is not there"
 _INT64 = "the other operand is int64 already; each of the two alone is enough"
-_SPLITS = "into how many parts a sum is split: speed, and the order of the sum"
 _CAST = "Triton promotes, and casts to what it stores to, by itself"
 _AUTOGRAD = "autograd casts a gradient to the dtype of what it is the gradient of, by itself"
-_TABLE = "which of two tables of tiles, or a loop of one step: speed"
-_BLOCKS = "how large a block of rows is: speed"
+_TILES = "which of two tables of tiles, or a loop of one step: speed"
+_SPLITS = "into how many parts a sum is split: speed, and the order of the sum"
+_SPEED = "which of two ways to the same numbers: speed"
+_NO_STATISTICS = "a batch norm that takes no statistics leaves them and their momentum alone"
+_BETA = "beta times zeros"
 EXCLUDED = (
     Excluded(_BACKWARD, "_token_sums_kernel", "tl.load(gain_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_BACKWARD, "_finish_sums_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_project_kernel", "tl.load(scale_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_finish_project_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
-    Excluded(_NORM, "_finish_norm_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
-    Excluded(_NORM, "_merge_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_WEIGHT, "_finish_norm_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_WEIGHT, "_merge_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
-    Excluded(_NORM, "_finish_norm_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
+    Excluded(_WEIGHT, "_finish_norm_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_REFERENCE, "gain_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
     Excluded(_REFERENCE, "token_sums_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
     Excluded(_BACKWARD, "token_sums", "is None else", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
     Excluded(_FORWARD, "epilogue", "(0, 0) if", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
     Excluded(_FORWARD, "epilogue", "0 if bias is None else", ("0 -> 1",), _NO_TENSOR),
-    Excluded(_NORM, "norm", "0 if magnitude is None else", ("0 -> 1",), _NO_TENSOR),
-    Excluded(
-        _BACKWARD, "_token_sums_kernel", "split = tl.program_id(1).to(tl.int64)", ("tl.program_id(1).to",), _INT64
-    ),
+    Excluded(_WEIGHT, "norm", "0 if magnitude is None else", ("0 -> 1",), _NO_TENSOR),
+    Excluded(_WEIGHT, "merge", "(0, 0) if", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
+    Excluded(_WEIGHT, "merge", "R = 0 if lora_A is None else", ("0 -> 1",), _NO_TENSOR),
+    Excluded(_WEIGHT, "dense", "None, None, None, 0.0", ("0.0",), _NO_TENSOR),
+    Excluded(_BACKWARD, "_token_sums_kernel", "split = tl.", ("tl.program_id(2).to",), _INT64),
     Excluded(_BACKWARD, "_token_sums_kernel", "offs_m = m +", ("tl.arange(0, BLOCK_M).to",), _INT64),
-    Excluded(_FORWARD, "_project_kernel", "split = tl.program_id(2).to(tl.int64)", ("tl.program_id(2).to",), _INT64),
+    Excluded(_FORWARD, "_project_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
     Excluded(_FORWARD, "_project_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
-    Excluded(_NORM, "_norm_kernel", "split = tl.program_id(1).to(tl.int64)", ("tl.program_id(1).to",), _INT64),
-    Excluded(_NORM, "_norm_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_WEIGHT, "_norm_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
+    Excluded(_WEIGHT, "direction_tile", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_WEIGHT, "_merge_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_WEIGHT, "_merge_kernel", "k = tl.", ("tl.program_id(1).to(tl.int64) -> tl.program_id(1)",), _INT64),
     Excluded(_BACKWARD, "_token_sums_kernel", "dot +=", ("columns.to(ACC_DTYPE) -> columns",), _CAST),
     Excluded(_BACKWARD, "_token_sums_kernel", "dot +=", ("kept.to(ACC_DTYPE) -> kept",), _CAST),
     Excluded(_BACKWARD, "_token_sums_kernel", "scaled = gain", ("columns.to(ACC_DTYPE) -> columns",), _CAST),
-    Excluded(_BACKWARD, "_token_sums_kernel", "tl.store(", ("scaled.to(scaled_ptr",), _CAST),
+    Excluded(_BACKWARD, "_token_sums_kernel", "tl.store(", ("scaled.to(",), _CAST),
     Excluded(_BACKWARD, "_finish_sums_kernel", "low_rank_dot +=", ("lora_B.to(ACC_DTYPE) -> lora_B",), _CAST),
-    Excluded(
-        _BACKWARD, "_finish_sums_kernel", "tl.store(", ("(scaling * outer).to(", "dmagnitude.to", "total.to"), _CAST
-    ),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "tl.store(", ("(scaling * outer).to(",), _CAST),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "tl.store(", ("dmagnitude.to(", "total.to("), _CAST),
     Excluded(_FORWARD, "_project_kernel", "factor = scale", ("factor.to(ACC_DTYPE) -> factor",), _CAST),
     Excluded(_FORWARD, "_project_kernel", "tl.store(", ("acc.to(",), _CAST),
     Excluded(_FORWARD, "_finish_project_kernel", "tl.store(", ("acc.to(",), _CAST),
     Excluded(_FORWARD, "_epilogue_kernel", "y += tl.load(bias_ptr", ("tl.load(",), _CAST),
     Excluded(_FORWARD, "_epilogue_kernel", "y += residual", ("residual.to(ACC_DTYPE) -> residual",), _CAST),
     Excluded(_FORWARD, "_epilogue_kernel", "tl.store(", ("y.to(",), _CAST),
-    Excluded(_NORM, "_norm_kernel", "v = w", ("w.to(ACC_DTYPE) -> w",), _CAST),
-    Excluded(_NORM, "_merge_kernel", "tl.store(", ("merged.to(",), _CAST),
-    Excluded(_BACKWARD, "token_sums", "wanted = launch.splits(blocks", ("blocks", "0", "1"), _SPLITS),
-    Excluded(_FORWARD, "project", "wanted = launch.splits(blocks", ("blocks", "0", "1"), _SPLITS),
-    Excluded(_FORWARD, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
-    Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TABLE),
-    Excluded(_NORM, "norm", "ONE_CHUNK=", ("R <=",), _TABLE),
-    Excluded(_NORM, "merge", "ONE_CHUNK=", ("R <=",), _TABLE),
-    Excluded(_NORM, "norm", "launch.HIGH_RANK", ("R <=",), _TABLE),
-    Excluded(_NORM, "merge", "launch.HIGH_RANK", ("R <=",), _TABLE),
-    Excluded(_REFERENCE, "", "_BLOCK_BYTES = ", ("1", "20"), _BLOCKS),
-    Excluded(_REFERENCE, "_row_blocks", "step = ", ("256", "_BLOCK_BYTES", "4"), _BLOCKS),
-    Excluded(_FUNCTIONAL, "_DoraLinear.backward", "* 11", ("11 -> 12",), "autograd ignores more None"),
+    Excluded(_WEIGHT, "direction_tile", "w = weight_tile(", ("weight_tile(",), _CAST),
+    Excluded(_WEIGHT, "_merge_kernel", "tl.store(", ("merged.to(",), _CAST),
     Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.x_dtype)", ("dx.view(",), _AUTOGRAD),
     Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.view(",), _AUTOGRAD),
+    Excluded(_FORWARD, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
+    Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_WEIGHT, "norm", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_WEIGHT, "merge", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_BACKWARD, "token_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),
+    Excluded(_REFERENCE, "", "_BLOCK_BYTES_ELSEWHERE =", ("256",), "how large a block of rows is: memory"),
+    Excluded(
+        _REFERENCE,
+        "_scale_columns",
+        "if matrix.device.type",
+        ("matrix.device.type == \"cpu\" -> (matrix.device.type != 'cpu')",),
+        _SPEED,
+    ),
+    Excluded(_REFERENCE, "_column_sums", "if half and", ('columns.device.type == "cpu"',), _SPEED),
+    Excluded(_REFERENCE, "_column_sums", "wanted = [False", ("False",), "makes a gradient that is not used: speed"),
+    Excluded(_REFERENCE, "_scale_columns", "statistics =", ("0 -> 1", "0 -> 1 (2)"), _NO_STATISTICS),
+    Excluded(_REFERENCE, "_scale_columns", "torch.native_batch_norm(", ("0.0 -> 1.0",), _NO_STATISTICS),
+    Excluded(_REFERENCE, "product_onto_low_rank", "beta=0", ("0 -> 1",), _BETA),
+    Excluded(_REFERENCE, "outer_product_ref", "beta=0", ("0 -> 1",), _BETA),
 )
 
 
