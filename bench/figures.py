@@ -1,4 +1,4 @@
-"""The figures of README.md and docs/performance.md, between their markers, and what is in docs/figures/.
+"""The figures of README.md, docs/performance.md and docs/correctness.md, between their markers, and docs/figures/.
 
     python -m bench.figures            # regenerate
     python -m bench.figures --check    # exit status 1 where the text is not what the results say
@@ -240,6 +240,30 @@ def draw(results: Path, folder: Path) -> list[Path]:
     return written
 
 
+def error_tables(results: Path) -> str:
+    """The errors of ours, PyTorch and PEFT, a line for each dtype and tensor (tools/measure_errors.py)."""
+    tables = []
+    for device, data in load(results, "errors").items():
+        how = "in Triton's interpreter" if device == "cpu" else "compiled"
+        lines = [
+            f"{heading(device, data)}, {data['meta']['configurations']} random layers, seed {data['meta']['seed']}: "
+            f"geometric means of the error; in brackets the largest ratio of one layer. The kernels ran {how}.",
+            "",
+            "| weight-adapter | tensor | PyTorch | PEFT | ours, reference | ours, kernels | reference over PEFT | "
+            "kernels over PEFT |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in data["rows"]:
+            numbers = [f"{row[who]:.2e}" for who in ("pytorch", "peft", "reference", "kernels")]
+            ratios = [
+                f"{row[f'{who}_over_peft']:.2f} ({row[f'{who}_over_peft_worst']:.2f})"
+                for who in ("reference", "kernels")
+            ]
+            lines.append(f"| {' | '.join((row['dtype'], row['tensor'], *numbers, *ratios))} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) or NOTHING
+
+
 def replaced(text: str, markdown: str) -> str:
     """`text` with `markdown` between the markers; ValueError where they are not there once each, in order."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -255,7 +279,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     results = ROOT / "bench" / "results"
     folder = ROOT / "docs" / "figures"
-    contents = {ROOT / "README.md": figures(results), ROOT / "docs" / "performance.md": predictions()}
+    contents = {
+        ROOT / "README.md": figures(results),
+        ROOT / "docs" / "performance.md": predictions(),
+        ROOT / "docs" / "correctness.md": error_tables(results),
+    }
     texts = {path: replaced(path.read_text(), markdown) for path, markdown in contents.items()}
     texts[folder / "layer.md"] = layer_page(results)
     if arguments.check:

@@ -83,13 +83,13 @@ def test_dtypes_and_layouts(dtypes, layout, backend):
     for name in ("x", "weight", "lora_A", "lora_B", "magnitude", "bias", "dy"):
         setattr(problem, name, laid_out(getattr(problem, name)).requires_grad_(name not in ("weight", "dy")))
     dtype = torch.promote_types(*dtypes)
-    adapter = (problem.weight, problem.lora_A, problem.lora_B)
+    adapter = (*parts(problem.weight), problem.lora_A, problem.lora_B)
     torch.library.opcheck(ops.norm, (*adapter, 0.75, dtype, backend))
     gain = laid_out(torch.ones(12, dtype=torch.promote_types(dtypes[0], torch.float32), device=problem.x.device))
     torch.library.opcheck(ops.merge, (*adapter, gain, 0.75, dtype, backend))
     for keep, way in (("base", "split"), ("z", "merged")):
         arguments = forward_arguments(problem, backend, keep, dropped=False)
-        arguments = (*arguments[:10], dtype, way, *arguments[12:])
+        arguments = (*arguments[:13], dtype, way, *arguments[15:])
         torch.library.opcheck(ops.forward, arguments)
         with torch.no_grad():
             _, norm, gain, low, kept = ops.forward(*arguments)
