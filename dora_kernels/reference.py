@@ -6,7 +6,7 @@ composes either into the forward and the backward pass.
 
 The low-rank operands of a step have one dtype, that of lora_A and lora_B: passes.py has settled it.
 
-A weight may be quantised (quant.py): it is read through weight[rows], a block of its rows in weight.dtype.
+A weight may be quantised (quant/): it is read through weight[rows], a block of its rows in weight.dtype.
 
 Letters: M tokens, N out features, K in features, R rank. norm and gain are float32 (float64 for float64 inputs).
 """

@@ -240,7 +240,7 @@ def test_blocks(bnb, monkeypatch):
     """A weight of several blocks of rows, the last one shorter, and the rows that do not start at a block."""
     weight = quant.read(params4bit(bnb, random_weight(70, 40)))
     expected = weight.dequantize()
-    monkeypatch.setattr(quant, "_BLOCK_ELEMENTS", {"cpu": 16 * 40, "gpu": 16 * 40})
+    monkeypatch.setattr(quant.formats, "_BLOCK_ELEMENTS", {"cpu": 16 * 40, "gpu": 16 * 40})
     assert_decodes_to(weight, expected)
 
 

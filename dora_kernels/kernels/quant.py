@@ -1,4 +1,4 @@
-"""How the kernels read a weight: one decode function per storage format; dora_kernels/quant.py says what is stored.
+"""How the kernels read a weight: one decode function per storage format (see dora_kernels/quant/formats.py).
 
 A weight reaches a kernel as a tuple of pointers, a tuple of run-time numbers and a few constexprs (`arguments`). It is
 decoded in registers to what its library decodes it to, rounding included.

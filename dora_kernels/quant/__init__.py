@@ -1,0 +1,19 @@
+"""Quantised weights: what each library stores, as one container, and how it is read and decoded."""
+
+from dora_kernels.quant.bitsandbytes_cpu import is_decoded_wrongly, is_packed_for_cpu, unpack_for_cpu
+from dora_kernels.quant.formats import DENSE, FORMATS, QuantizedWeight, Weight, parts, whole
+from dora_kernels.quant.readers import is_quantized, read
+
+__all__ = [
+    "DENSE",
+    "FORMATS",
+    "QuantizedWeight",
+    "Weight",
+    "is_decoded_wrongly",
+    "is_packed_for_cpu",
+    "is_quantized",
+    "parts",
+    "read",
+    "unpack_for_cpu",
+    "whole",
+]

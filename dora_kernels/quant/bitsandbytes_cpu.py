@@ -1,0 +1,80 @@
+"""What bitsandbytes does to a 4-bit weight on a CPU, and the way back. Each trap was seen in 0.50.2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_kernels.quant.formats import QuantizedWeight
+
+
+def is_decoded_wrongly(weight: QuantizedWeight) -> bool:
+    """Whether bitsandbytes' dequantize_4bit, and with it its GEMM, is wrong for this weight on this machine.
+
+    With AVX512 it takes each row to start a block: wrong where K is a multiple of 16 and not of the blocksize. Found
+    out by decoding a weight of that width, once for each.
+    """
+    if weight.format != "codebook4" or weight.device.type != "cpu":
+        return False
+    K, blocksize = weight.shape[1], weight.numbers[0]
+    if (K, blocksize) not in _decodes:  # a dict and not functools.cache, which torch.compile would trace through
+        _decodes[K, blocksize] = _bitsandbytes_decodes(K, blocksize)
+    return not _decodes[K, blocksize]
+
+
+_decodes: dict[tuple[int, int], bool] = {}
+
+
+def _bitsandbytes_decodes(K: int, blocksize: int) -> bool:
+    from bitsandbytes import functional
+
+    N = 2 * -(-blocksize // K) + 2
+    codes = torch.arange(N * K) * 7 % 16
+    packed = (codes[::2] << 4).to(torch.uint8)
+    packed[: N * K // 2] |= codes[1::2].to(torch.uint8)
+    absmax = torch.arange(1.0, 1 - (-N * K // blocksize))
+    state = functional.QuantState(absmax, (N, K), None, blocksize, "nf4", torch.float32)
+    with torch.compiler.set_stance("force_eager"):  # some shapes go through torch.compile, seconds for one call
+        theirs = functional.dequantize_4bit(packed[:, None], state)
+    code = functional.get_4bit_type("nf4", "cpu")
+    ours = QuantizedWeight("codebook4", (N, K), torch.float32, (packed, absmax, code), (blocksize, 0)).dequantize()
+    return torch.equal(ours, theirs)
+
+
+def is_packed_for_cpu(weight: Any) -> bool:
+    """Whether Linear4bit has repacked its weight in place, as it does in eval mode on CPUs with AVX512_BF16.
+
+    Its scales are rounded to bfloat16 from then on, dequantize_4bit returns scrambled values, and no gradient of x can
+    be computed. `read` takes the weight as it is.
+    """
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def unpack_for_cpu(weight: Any) -> None:
+    """Put a weight that was repacked back into the layout that bitsandbytes trains and merges, in place.
+
+    The scales stay as they were rounded. (Its own state_dict() quantises nested ones again, or leaves plain ones
+    transposed.)
+    """
+    state = weight.quant_state
+    packed, absmax = unpacked(weight.data, *state.shape), flat_scales(state)
+    weight.data = packed.view(getattr(state, "original_storage_type", torch.uint8)).view(-1, 1)
+    state.absmax, state.dtype, state.packing_format_for_cpu = absmax, state.original_dtype, False
+
+
+def flat_scales(state: Any) -> Tensor:
+    """absmax (blocks,); that of a weight which is or was repacked is (K / blocksize, N) in bfloat16."""
+    return state.absmax.T.flatten().float() if state.absmax.dim() == 2 else state.absmax
+
+
+def unpacked(packed: Tensor, N: int, K: int) -> Tensor:
+    """The bytes of a weight that was repacked, in the layout of codebook4.
+
+    32 rows are interleaved: byte b of (32 rows, 2 columns) has row b // 2 in its low nibble, row 16 + b // 2 in its
+    high one, and column b % 2.
+    """
+    tiles = packed.view(N // 32, K // 2, 16, 2)
+    nibbles = torch.cat((tiles & 15, tiles >> 4), 2).transpose(1, 2)  # (N / 32, 32, K / 2, 2)
+    return (nibbles[..., 0] << 4 | nibbles[..., 1]).flatten()
