@@ -104,7 +104,7 @@ if is_bnb_4bit_available():
     class DoraKernelsLinear4bit(TakenOverQuantized, Linear4bit):
         """Over PEFT's Linear4bit, which computes in the compute_dtype of its base layer.
 
-        On a CPU bitsandbytes decodes some widths wrongly, and repacks a weight in eval mode (quant/bitsandbytes_cpu.py).
+        On a CPU bitsandbytes decodes some widths wrongly, and repacks a weight in eval mode (bitsandbytes_cpu.py).
         What PEFT and bitsandbytes compute of such a weight is refused, or the weight is unpacked first.
         """
 
