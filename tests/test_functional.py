@@ -96,6 +96,16 @@ def test_exact_precision_rounds_the_output_once(dropout, backend):
     assert rms_error(problem.ours(backend)["y"], exact) > 1.1 * once
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=ids)
+def test_inference(dtypes, way, backend):
+    """With no gradient wanted a merged weight carries the gain, and is rounded with it."""
+    problem = Problem.random(33, 70, 90, 20, *dtypes)
+    comparisons = problem.comparisons(problem.ours(backend, way, needs=()), needs=())
+    assert [comparison.name for comparison in comparisons] == ["y"] and comparisons[0].ok, comparisons
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("given_norm", (False, True), ids=("through_the_norm", "given_norm"))
 @pytest.mark.parametrize("shape", ((6, 35, 34, 17), (3, 4, 40, 1)), ids=ids)

@@ -119,18 +119,19 @@ def test_the_norm_is_a_constant_unless_it_is_asked_for():
 
 
 @pytest.mark.parametrize("norm_grad", (False, True))
-def test_the_operators_results_have_the_dtypes_of_what_they_are_gradients_of(norm_grad):
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_the_operators_results_have_the_dtypes_of_what_they_are_gradients_of(dtype, norm_grad):
     """Autograd would convert them in silence."""
-    problem = Problem.random(5, 12, 10, 3, torch.bfloat16)
+    problem = Problem.random(5, 12, 10, 3, dtype)
     norm = torch.ones(12, device=DEVICE)
     low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
     results = ops.backward(
         problem.dy, problem.x, *parts(problem.weight), problem.lora_A, problem.lora_B, norm, norm, low, base, 0.75,
-        torch.bfloat16, "auto", "base", False, norm_grad, [True, False, True, True, True, True],
-        torch.bfloat16, torch.float16, "reference",
+        dtype, "auto", "base", False, norm_grad, [True, False, True, True, True, True],
+        dtype, torch.float32, "reference",
     )  # fmt: skip
     dx, _, dA, dB, dmagnitude, dbias = (result.dtype for result in results)
-    assert (dx, dA, dB, dmagnitude, dbias) == (torch.bfloat16,) * 4 + (torch.float16,)
+    assert (dx, dA, dB, dmagnitude, dbias) == (dtype,) * 4 + (torch.float32,)
 
 
 @pytest.mark.parametrize("way", ("split", "merged"))
