@@ -1,6 +1,5 @@
 """The public functions: validation, shape folding, dtypes under autocast, and autograd."""
 
-import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +10,7 @@ from dora_kernels import launch, ops, plan
 from dora_kernels.ops import is_autocast
 from dora_kernels.quant import DENSE, QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_LARGEST = sys.float_info.max
+from dora_kernels.validate import check_adapter, check_call, check_row
 
 
 def dora_linear(
@@ -79,8 +76,8 @@ def dora_linear_core(
     gain (N,): magnitude / norm, given with norm or not at all.
     function: the name that error messages give.
     """
-    scaling = _check_adapter(function, weight, lora_A, lora_B, scaling)
-    _check_call(function, x, weight, magnitude, bias, x_dropped, norm)
+    scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
+    check_call(function, x, weight, magnitude, bias, x_dropped, norm)
     if not isinstance(norm_grad, bool):
         raise ValueError(f"{function}: norm_grad is {norm_grad!r}; expected True or False")
     if norm is not None and norm_grad:
@@ -133,17 +130,53 @@ def operand_dtypes(x: Tensor, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]
     return x.dtype, torch.promote_types(x.dtype, lora_A.dtype)
 
 
-def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, norm_grad: bool = False) -> Tensor:
     """norm (N,) of dora_linear: the row norms of weight (N, K) + scaling * lora_B (N, R) @ lora_A (R, K).
 
-    float32 (float64 for float64 weights), a constant for autograd. The adapters are taken in the dtype in which
-    dora_linear would multiply them by an x of weight's dtype. Raises ValueError as dora_linear.
+    float32 (float64 for float64 weights). norm_grad: False makes it a constant for autograd, True gives lora_A and
+    lora_B its gradient (0 where the norm is 0). The adapters are taken in the dtype in which dora_linear would multiply
+    them by an x of weight's dtype. Raises ValueError as dora_linear.
     """
-    scaling = _check_adapter("weight_norm", weight, lora_A, lora_B, scaling)
+    scaling = check_adapter("weight_norm", weight, lora_A, lora_B, scaling)
+    if not isinstance(norm_grad, bool):
+        raise ValueError(f"weight_norm: norm_grad is {norm_grad!r}; expected True or False")
     backend = launch.current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
+    if norm_grad:
+        tensors, *storage = parts(weight)
+        return _WeightNorm.apply(lora_A, lora_B, scaling, dtype, backend, storage, *tensors)
     with torch.no_grad():
         return ops.norm(*parts(weight), lora_A, lora_B, scaling, dtype, backend)
+
+
+class _WeightNorm(torch.autograd.Function):
+    """norm, with the gradient of lora_A and lora_B through it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+        backend: str,
+        storage: list[Any],
+        *tensors: Tensor,
+    ) -> Tensor:
+        norm = ops.norm(list(tensors), *storage, lora_A, lora_B, scaling, dtype, backend)
+        ctx.save_for_backward(lora_A, lora_B, norm, *tensors)
+        ctx.settings = (scaling, dtype, backend, storage)
+        return norm
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dnorm: Tensor) -> tuple[Tensor | None, ...]:
+        lora_A, lora_B, norm, *tensors = ctx.saved_tensors
+        scaling, dtype, backend, storage = ctx.settings
+        needs_A, needs_B, *constants = ctx.needs_input_grad
+        arguments = (lora_A, lora_B, norm, scaling, dtype, [needs_A, needs_B], backend)
+        dA, dB = ops.norm_backward(dnorm, tensors, *storage, *arguments)
+        return dA if needs_A else None, dB if needs_B else None, *(None for _ in constants)
 
 
 def merge_weight(weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
@@ -158,8 +191,8 @@ def merge_weight_and_norm(
     weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`merge_weight`, with the norm (N,) and the gain (N,) that went into it."""
-    scaling = _check_adapter("merge_weight", weight, lora_A, lora_B, scaling)
-    _check_row("merge_weight", "magnitude", magnitude, weight)
+    scaling = check_adapter("merge_weight", weight, lora_A, lora_B, scaling)
+    check_row("merge_weight", "magnitude", magnitude, weight)
     backend = launch.current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
     with torch.no_grad():
@@ -291,91 +324,3 @@ class _DoraLinear(torch.autograd.Function):
         if dx_dropped is not None:
             dx_dropped = dx_dropped.view(ctx.x_shape).to(ctx.dropped_dtype)
         return dx, dx_dropped, dA, dB, dmagnitude, dbias, *(None for _ in constants)
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _check_adapter(function: str, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
-    """Raise ValueError unless weight, lora_A, lora_B and scaling fit each other; scaling as a float."""
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(tensor, QuantizedWeight):
-            _check_tensor(function, name, tensor, weight)
-        if tensor.dim() != 2:
-            raise ValueError(f"{function}: {name} has shape {_shape(tensor)}; expected 2 dimensions")
-    if weight.requires_grad:
-        raise ValueError(f"{function}: weight.requires_grad is True; expected False: DoRA freezes the weight")
-    (N, K), (R, _) = weight.shape, lora_A.shape
-    if lora_A.shape[1] != K:
-        raise ValueError(
-            f"{function}: lora_A has shape {_shape(lora_A)} but weight has shape {_shape(weight)}; "
-            f"expected lora_A (R, K) with K = {K}"
-        )
-    if lora_B.shape[0] != N or lora_B.shape[1] != R:
-        raise ValueError(
-            f"{function}: lora_B has shape {_shape(lora_B)} but weight has shape {_shape(weight)} and lora_A "
-            f"{_shape(lora_A)}; expected lora_B (N, R) with N = {N}, R = {R}"
-        )
-    if lora_A.dtype != lora_B.dtype:
-        raise ValueError(f"{function}: lora_A is {lora_A.dtype} but lora_B is {lora_B.dtype}; expected one dtype")
-    # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes
-    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-    if not number or not -_LARGEST <= scaling <= _LARGEST:
-        raise ValueError(f"{function}: scaling is {scaling!r}; expected a finite Python number")
-    return float(scaling)
-
-
-def _check_call(
-    function: str,
-    x: Tensor,
-    weight: Weight,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    x_dropped: Tensor | None,
-    norm: Tensor | None,
-) -> None:
-    """Raise ValueError unless what surrounds the adapter fits weight (N, K)."""
-    K = weight.shape[1]
-    _check_tensor(function, "x", x, weight)
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(
-            f"{function}: x has shape {_shape(x)} but weight has shape {_shape(weight)}; "
-            f"expected x (..., K) with K = {K}"
-        )
-    if x_dropped is not None:
-        _check_tensor(function, "x_dropped", x_dropped, weight)
-        if x_dropped.shape != x.shape:
-            raise ValueError(
-                f"{function}: x_dropped has shape {_shape(x_dropped)} but x has shape {_shape(x)}; expected one shape"
-            )
-    _check_row(function, "magnitude", magnitude, weight)
-    if bias is not None:
-        _check_row(function, "bias", bias, weight)
-    if norm is not None:
-        _check_row(function, "norm", norm, weight)
-
-
-def _check_row(function: str, name: str, tensor: Tensor, weight: Weight) -> None:
-    """Raise ValueError unless `tensor` has one number per output row of weight."""
-    _check_tensor(function, name, tensor, weight)
-    if tensor.dim() != 1 or tensor.shape[0] != weight.shape[0]:
-        raise ValueError(
-            f"{function}: {name} has shape {_shape(tensor)} but weight has shape {_shape(weight)}; "
-            f"expected {name} (N,) with N = {weight.shape[0]}"
-        )
-
-
-def _check_tensor(function: str, name: str, tensor: Tensor, weight: Weight) -> None:
-    """Raise ValueError unless `tensor` is a dense floating-point tensor on weight's device."""
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{function}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
-    if tensor.layout is not torch.strided or tensor.is_nested:
-        layout = "nested" if tensor.is_nested else tensor.layout
-        raise ValueError(f"{function}: {name} is {layout}; expected a dense tensor (torch.strided)")
-    if tensor.dtype not in FLOATING:
-        raise ValueError(f"{function}: {name} is {tensor.dtype}; expected one of float64, float32, bfloat16, float16")
-    if isinstance(weight, (Tensor, QuantizedWeight)) and tensor.device != weight.device:
-        raise ValueError(
-            f"{function}: {name} is on {tensor.device} but weight is on {weight.device}; expected one device"
-        )

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.functional import FLOATING, merge_weight_and_norm, weight_norm
+from dora_kernels.functional import merge_weight_and_norm, weight_norm
 from dora_kernels.quant import Weight, is_quantized, read
+from dora_kernels.validate import FLOATING
 
 _DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 

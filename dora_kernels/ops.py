@@ -225,8 +225,101 @@ def _backward_fake(dy, x, weight, weight_format, weight_numbers, weight_dtype, l
     )
 
 
+_library.define(
+    "norm_backward(Tensor dnorm, Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, "
+    "Tensor lora_A, Tensor lora_B, Tensor norm, float scaling, ScalarType dtype, bool[] needs, str backend)"
+    " -> (Tensor dA, Tensor dB)"
+)
+
+
+@torch.library.impl(_library, "norm_backward", "CompositeExplicitAutograd")
+def _norm_backward(
+    dnorm: Tensor,
+    tensors: list[Tensor],
+    weight_format: str,
+    weight_numbers: list[int],
+    weight_dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    """passes.norm_backward; the schema above names the arguments."""
+    *arguments, backend = arguments
+    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    steps = _steps("norm_backward", backend, weight, lora_A, lora_B)
+    with _settled(weight):
+        return _or_empty(dnorm, *passes.norm_backward(steps, dnorm, weight, lora_A, lora_B, *arguments))
+
+
+@torch.library.register_fake("dora_kernels::norm_backward", lib=_library)
+def _norm_backward_fake(dnorm, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, *arguments):
+    *_, needs, _backend = arguments
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else dnorm.new_empty(0)
+        for tensor, needed in zip((lora_A, lora_B), needs, strict=True)
+    )
+
+
+_library.define(
+    "rescale(Tensor base, Tensor low, Tensor lora_B, Tensor gain, Tensor? bias, float scaling, str backend) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "rescale", "CompositeExplicitAutograd")
+def _rescale(
+    base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor, bias: Tensor | None, scaling: float, backend: str
+) -> Tensor:
+    steps = _steps("rescale", backend, base, low, lora_B)
+    with _settled(base):
+        return steps.epilogue(base, low, lora_B.to(low.dtype), gain, bias, scaling, base.dtype)
+
+
+@torch.library.register_fake("dora_kernels::rescale", lib=_library)
+def _rescale_fake(base, low, lora_B, gain, bias, scaling, backend):
+    return base.new_empty(base.shape)
+
+
+_library.define(
+    "rescale_backward(Tensor dy, Tensor? base, Tensor low, Tensor lora_B, Tensor gain, float scaling, bool[] needs, "
+    "ScalarType bias_dtype, str backend) -> (Tensor dbase, Tensor dlow, Tensor dB, Tensor dgain, Tensor dbias)"
+)
+
+
+@torch.library.impl(_library, "rescale_backward", "CompositeExplicitAutograd")
+def _rescale_backward(
+    dy: Tensor,
+    base: Tensor | None,
+    low: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    scaling: float,
+    needs: list[bool],
+    bias_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """passes.rescale_backward."""
+    steps = _steps("rescale_backward", backend, dy, low, lora_B)
+    B = lora_B.to(low.dtype)
+    with _settled(dy):
+        gradients = passes.rescale_backward(steps, dy, base, low, B, gain, scaling, needs, lora_B.dtype, bias_dtype)
+        return _or_empty(dy, *gradients)
+
+
+@torch.library.register_fake("dora_kernels::rescale_backward", lib=_library)
+def _rescale_backward_fake(dy, base, low, lora_B, gain, scaling, needs, bias_dtype, backend):
+    shapes = (dy.shape, low.shape, lora_B.shape, gain.shape, gain.shape)
+    dtypes = (dy.dtype, low.dtype, lora_B.dtype, gain.dtype, bias_dtype)
+    return tuple(
+        dy.new_empty(shape, dtype=dtype) if needed else dy.new_empty(0)
+        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
 # what functional.py calls: the one overload of each operator, looked up once
 norm = torch.ops.dora_kernels.norm.default
 merge = torch.ops.dora_kernels.merge.default
 forward = torch.ops.dora_kernels.forward.default
 backward = torch.ops.dora_kernels.backward.default
+norm_backward = torch.ops.dora_kernels.norm_backward.default
+rescale = torch.ops.dora_kernels.rescale.default
+rescale_backward = torch.ops.dora_kernels.rescale_backward.default

@@ -191,3 +191,69 @@ def _add_norm_gradient(
         dA = dA + steps.outer_product(weighted_B.to(lora_A.dtype), weight, scaling, c.dtype)
         dA = torch.addmm(dA, weighted_B.T @ B, A, alpha=scaling * scaling)
     return dA, dB
+
+
+def rescale_backward(
+    steps: Steps,
+    dy: Tensor,
+    base: Tensor | None,
+    low: Tensor | None,
+    lora_B: Tensor,
+    gain: Tensor,
+    scaling: float,
+    needs: Sequence[bool],
+    B_dtype: torch.dtype,
+    bias_dtype: torch.dtype,
+) -> tuple[Tensor | None, ...]:
+    """dbase (M, N), dlow (M, R), dB (N, R), dgain (N,), dbias (N,) of the epilogue; None where not needed.
+
+    y = gain * (base + scaling * low @ lora_B^T) + bias, where base and low are whatever they are:
+        dbase = gain * dy        dlow = scaling * dy @ (gain * lora_B)        dB = scaling * gain * dy^T low
+        dgain = sum_m dy * (base + scaling * low @ lora_B^T)                  dbias = sum_m dy
+    """
+    needs_base, needs_low, needs_B, needs_gain, needs_bias = needs
+    dbase = dlow = dB = dgain = dbias = None
+    if needs_base:
+        dbase = gain.new_empty(dy.shape, dtype=dy.dtype)
+    if needs_B:
+        dB = gain.new_empty(lora_B.shape, dtype=B_dtype)
+    if needs_gain:
+        dgain = torch.empty_like(gain)
+    if needs_bias:
+        dbias = gain.new_empty(gain.shape, dtype=bias_dtype)
+    if any((needs_base, needs_B, needs_gain, needs_bias)):
+        steps.token_sums(
+            dy,
+            low if needs_B or needs_gain else None,
+            scaling,
+            outer=dB,
+            gain=gain,
+            kept=base if needs_gain else None,
+            norm=torch.ones_like(gain) if needs_gain else None,
+            lora_B=lora_B if needs_gain else None,
+            dmagnitude=dgain,
+            dbias=dbias,
+            scaled=dbase,
+        )
+    if needs_low:
+        dlow = steps.project(dy, lora_B.T, scale=gain).mul_(scaling)
+    return dbase, dlow, dB, dgain, dbias
+
+
+def norm_backward(
+    steps: Steps,
+    dnorm: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    norm: Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA (R, K) and dB (N, R) of the row norms of weight + scaling * lora_B @ lora_A; 0 where norm is 0."""
+    c = torch.where(norm == 0, 0, dnorm / torch.where(norm == 0, 1, norm))
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    dA, dB = (norm.new_zeros(tensor.shape) if needed else None for tensor, needed in zip((A, B), needs, strict=True))
+    dA, dB = _add_norm_gradient(steps, dA, dB, c, weight, A, B, scaling)
+    return None if dA is None else dA.to(lora_A.dtype), None if dB is None else dB.to(lora_B.dtype)

@@ -1,0 +1,62 @@
+"""The second half of a DoRA layer alone, for a base and a low that are no plain products with x.
+
+A convolution, an embedding, an adapter with a dropout of its own, and VeRA's scaled projection make base and low in
+their own ways; what follows is the same for all of them, and one pass.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_kernels import launch, ops
+from dora_kernels.reference import accumulate_dtype
+from dora_kernels.validate import check_rescale
+
+
+def rescale(
+    base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor, scaling: float, bias: Tensor | None = None
+) -> Tensor:
+    """gain * (base + scaling * low lora_B^T) + bias, differentiable once in every tensor, the gain too.
+
+    Shapes: base (..., N), low (..., R), lora_B (N, R), gain (N,), bias (N,) -> (..., N) in base.dtype, rounded once.
+    The product is taken in low's dtype, everything else in float32 (float64 for float64). Raises ValueError, naming the
+    argument, where shapes, dtypes or devices do not fit.
+    """
+    scaling = check_rescale("rescale", base, low, lora_B, gain, scaling, bias)
+    N, R = lora_B.shape
+    rows = base.shape[:-1].numel()
+    gain = gain.to(accumulate_dtype(base.dtype)).contiguous()
+    backend = launch.current_options().backend
+    y = _Rescale.apply(base.reshape(rows, N), low.reshape(rows, R), lora_B, gain, bias, scaling, backend)
+    return y.view(base.shape)
+
+
+class _Rescale(torch.autograd.Function):
+    """The operators of ops.py over base (M, N) and low (M, R)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        low: Tensor,
+        lora_B: Tensor,
+        gain: Tensor,
+        bias: Tensor | None,
+        scaling: float,
+        backend: str,
+    ) -> Tensor:
+        y = ops.rescale(base, low, lora_B, gain, bias, scaling, backend)
+        needs_gain = ctx.needs_input_grad[3]
+        ctx.save_for_backward(base if needs_gain else None, low, lora_B, gain)
+        ctx.settings = scaling, None if bias is None else bias.dtype, backend
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        base, low, lora_B, gain = ctx.saved_tensors
+        scaling, bias_dtype, backend = ctx.settings
+        needs = list(ctx.needs_input_grad[:5])
+        gradients = ops.rescale_backward(dy, base, low, lora_B, gain, scaling, needs, bias_dtype or gain.dtype, backend)
+        return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None, None

@@ -1,0 +1,130 @@
+"""What every public function asks of its arguments: ValueError where shapes, dtypes, devices or scaling do not fit."""
+
+import sys
+
+import torch
+from torch import Tensor
+
+from dora_kernels.quant import QuantizedWeight, Weight
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_LARGEST = sys.float_info.max
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def check_adapter(function: str, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
+    """Raise ValueError unless weight, lora_A, lora_B and scaling fit each other; scaling as a float."""
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        if not isinstance(tensor, QuantizedWeight):
+            check_tensor(function, name, tensor, weight)
+        if tensor.dim() != 2:
+            raise ValueError(f"{function}: {name} has shape {_shape(tensor)}; expected 2 dimensions")
+    if weight.requires_grad:
+        raise ValueError(f"{function}: weight.requires_grad is True; expected False: DoRA freezes the weight")
+    (N, K), (R, _) = weight.shape, lora_A.shape
+    if lora_A.shape[1] != K:
+        raise ValueError(
+            f"{function}: lora_A has shape {_shape(lora_A)} but weight has shape {_shape(weight)}; "
+            f"expected lora_A (R, K) with K = {K}"
+        )
+    if lora_B.shape[0] != N or lora_B.shape[1] != R:
+        raise ValueError(
+            f"{function}: lora_B has shape {_shape(lora_B)} but weight has shape {_shape(weight)} and lora_A "
+            f"{_shape(lora_A)}; expected lora_B (N, R) with N = {N}, R = {R}"
+        )
+    if lora_A.dtype != lora_B.dtype:
+        raise ValueError(f"{function}: lora_A is {lora_A.dtype} but lora_B is {lora_B.dtype}; expected one dtype")
+    return check_scaling(function, scaling)
+
+
+def check_scaling(function: str, scaling: float) -> float:
+    """scaling as a float. Raise ValueError unless it is a finite number."""
+    # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes
+    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+    if not number or not -_LARGEST <= scaling <= _LARGEST:
+        raise ValueError(f"{function}: scaling is {scaling!r}; expected a finite Python number")
+    return float(scaling)
+
+
+def check_call(
+    function: str,
+    x: Tensor,
+    weight: Weight,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    x_dropped: Tensor | None,
+    norm: Tensor | None,
+) -> None:
+    """Raise ValueError unless what surrounds the adapter fits weight (N, K)."""
+    K = weight.shape[1]
+    check_tensor(function, "x", x, weight)
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"{function}: x has shape {_shape(x)} but weight has shape {_shape(weight)}; "
+            f"expected x (..., K) with K = {K}"
+        )
+    if x_dropped is not None:
+        check_tensor(function, "x_dropped", x_dropped, weight)
+        if x_dropped.shape != x.shape:
+            raise ValueError(
+                f"{function}: x_dropped has shape {_shape(x_dropped)} but x has shape {_shape(x)}; expected one shape"
+            )
+    check_row(function, "magnitude", magnitude, weight)
+    if bias is not None:
+        check_row(function, "bias", bias, weight)
+    if norm is not None:
+        check_row(function, "norm", norm, weight)
+
+
+def check_row(function: str, name: str, tensor: Tensor, weight: Weight, called: str = "weight") -> None:
+    """Raise ValueError unless `tensor` has one number per output row of weight, which messages call `called`."""
+    check_tensor(function, name, tensor, weight, called)
+    if tensor.dim() != 1 or tensor.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"{function}: {name} has shape {_shape(tensor)} but {called} has shape {_shape(weight)}; "
+            f"expected {name} (N,) with N = {weight.shape[0]}"
+        )
+
+
+def check_tensor(function: str, name: str, tensor: Tensor, weight: Weight | None, called: str = "weight") -> None:
+    """Raise ValueError unless `tensor` is a dense floating-point tensor on the device of weight, if there is one."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{function}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else tensor.layout
+        raise ValueError(f"{function}: {name} is {layout}; expected a dense tensor (torch.strided)")
+    if tensor.dtype not in FLOATING:
+        raise ValueError(f"{function}: {name} is {tensor.dtype}; expected one of float64, float32, bfloat16, float16")
+    if isinstance(weight, (Tensor, QuantizedWeight)) and tensor.device != weight.device:
+        raise ValueError(
+            f"{function}: {name} is on {tensor.device} but {called} is on {weight.device}; expected one device"
+        )
+
+
+def check_rescale(
+    function: str, base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor, scaling: float, bias: Tensor | None
+) -> float:
+    """Raise ValueError unless base, low, lora_B, gain, bias and scaling fit each other; scaling as a float."""
+    check_tensor(function, "lora_B", lora_B, None)
+    if lora_B.dim() != 2:
+        raise ValueError(f"{function}: lora_B has shape {_shape(lora_B)}; expected 2 dimensions")
+    N, R = lora_B.shape
+    for name, tensor, columns in (("base", base, N), ("low", low, R)):
+        check_tensor(function, name, tensor, lora_B, "lora_B")
+        if tensor.dim() == 0 or tensor.shape[-1] != columns:
+            raise ValueError(
+                f"{function}: {name} has shape {_shape(tensor)} but lora_B has shape {_shape(lora_B)}; "
+                f"expected {name} (..., {columns})"
+            )
+    if base.shape[:-1] != low.shape[:-1]:
+        raise ValueError(
+            f"{function}: low has shape {_shape(low)} but base has shape {_shape(base)}; "
+            "expected the same dimensions but for the last"
+        )
+    for name, tensor in (("gain", gain), ("bias", bias)):
+        if tensor is not None:
+            check_row(function, name, tensor, lora_B, "lora_B")
+    return check_scaling(function, scaling)

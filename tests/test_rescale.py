@@ -1,0 +1,152 @@
+"""rescale and the differentiable norm, against the layer that they make together, and alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dora_kernels import launch, ops, weight_norm
+from dora_kernels.quant import parts
+from dora_kernels.reference import dora_linear_ref
+from dora_kernels.rescale import rescale
+from tests.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem
+
+SHAPES = ((17, 40, 36, 6), (33, 70, 50, 20), (1, 12, 10, 1), (7, 9, 4, 13))
+
+
+def layer(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dropped=None, norm_grad=False):
+    """The DoRA layer, in two pieces."""
+    gain = magnitude / weight_norm(weight, lora_A, lora_B, scaling, norm_grad=norm_grad)
+    low = F.linear((x if x_dropped is None else x_dropped).to(lora_A.dtype), lora_A)
+    return rescale(F.linear(x, weight), low, lora_B, gain, scaling, bias)
+
+
+def definition(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dropped):
+    """With the dropout on the low-rank branch alone."""
+    y = dora_linear_ref(torch.zeros_like(x), weight, lora_A, lora_B, magnitude, scaling, bias)
+    gain = magnitude / torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1).detach()
+    low = F.linear(x_dropped.to(lora_A.dtype), lora_A)
+    return (y + gain * (F.linear(x, weight) + scaling * F.linear(low, lora_B))).to(x.dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm_grad", (False, True))
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_norm_and_rescale_are_the_layer(dtypes, norm_grad, backend):
+    for shape in SHAPES:
+        problem = Problem.random(*shape, *dtypes)
+        with launch.options(backend=backend):
+            actual = problem.run(layer, norm_grad=norm_grad)
+        for comparison in problem.comparisons(actual, norm_grad=norm_grad):
+            assert comparison.ok, (shape, comparison)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_of_the_low_rank_branch_alone(backend):
+    problem = Problem.random(17, 40, 36, 6, dropout=0.5)
+    expected = problem.run(definition)
+    with launch.options(backend=backend):
+        actual = problem.run(layer)
+    for name, value in actual.items():
+        torch.testing.assert_close(value, expected[name], **TOLERANCE)
+    assert not torch.allclose(actual["y"], problem.yardstick()["y"], rtol=0.1)  # PEFT's dropout is another function
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", [(name,) for name in GRADIENTS] + [("lora_A", "magnitude"), ()], ids=str)
+def test_any_subset_of_gradients(needs, backend):
+    problem = Problem.random(17, 40, 36, 6)
+    with launch.options(backend=backend):
+        actual = problem.run(layer, needs)
+    exact = problem.exact(needs=needs)
+    assert actual.keys() == {"y", *needs}
+    for name, value in actual.items():
+        torch.testing.assert_close(value, exact[name], **TOLERANCE)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="float64 kernels run in the interpreter only")
+def test_gradcheck_on_the_kernel_code():
+    problem = Problem.random(6, 35, 34, 17)
+    inputs = [getattr(problem, name).requires_grad_() for name in GRADIENTS]
+
+    def function(x, lora_A, lora_B, magnitude, bias):
+        with launch.options(backend="triton"):
+            return layer(x, problem.weight, lora_A, lora_B, magnitude, 0.75, bias, norm_grad=True)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert ops.calls["rescale_backward", "triton"] and ops.calls["norm_backward", "triton"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_of_a_convolution(backend):
+    """(B, N, H, W) seen as (B, H, W, N), in both memory formats."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(2, 8, 5, 3, generator=generator).to(DEVICE, EXACT_DTYPE)
+    low = torch.randn(2, 4, 5, 3, generator=generator).to(DEVICE, EXACT_DTYPE)
+    lora_B = torch.randn(8, 4, generator=generator).to(DEVICE, EXACT_DTYPE)
+    gain = torch.rand(8, generator=generator).to(DEVICE, EXACT_DTYPE)
+    expected = gain[:, None, None] * (base + 0.5 * torch.einsum("brhw,nr->bnhw", low, lora_B))
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        images = [tensor.contiguous(memory_format=memory_format) for tensor in (base, low)]
+        with launch.options(backend=backend):
+            y = rescale(*(image.movedim(1, -1) for image in images), lora_B, gain, 0.5).movedim(-1, 1)
+        torch.testing.assert_close(y, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_zero_row_has_no_gradient_through_the_norm(backend):
+    problem = Problem.random(5, 12, 10, 3)
+    problem.weight[4], problem.lora_B[4] = 0, 0
+    lora_A, lora_B = problem.lora_A.requires_grad_(), problem.lora_B.requires_grad_()
+    with launch.options(backend=backend):
+        norm = weight_norm(problem.weight, lora_A, lora_B, 0.75, norm_grad=True)
+    dA, dB = torch.autograd.grad(norm.square().sum() / 2, (lora_A, lora_B))
+    direction = problem.weight + 0.75 * lora_B @ lora_A
+    expected = torch.autograd.grad(direction.square().sum() / 2, (lora_A, lora_B))
+    torch.testing.assert_close((dA, dB), expected, **TOLERANCE)
+    assert norm[4] == 0 and not dB[4].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens(backend):
+    problem = Problem.random(0, 12, 10, 3)
+    with launch.options(backend=backend):
+        actual = problem.run(layer)
+    assert actual["y"].shape == (0, 12) and not any(actual[name].any() for name in GRADIENTS)
+
+
+# opcheck calls the bare operators, whose autograd lives in functional.py
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtypes", ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)), ids=str)
+def test_opcheck(dtypes, backend):
+    problem = Problem.random(5, 12, 10, 3, *dtypes)
+    base, low = problem.dy + 1, F.linear(problem.x.to(dtypes[1]), problem.lora_A)
+    gain = torch.rand(12, device=DEVICE)
+    torch.library.opcheck(ops.rescale, (base, low, problem.lora_B, gain, problem.bias, 0.75, backend))
+    for needs in ([True] * 5, [False, True, False, False, True], [False, False, False, True, False]):
+        arguments = (problem.dy, base, low, problem.lora_B, gain, 0.75, needs, torch.float32, backend)
+        torch.library.opcheck(ops.rescale_backward, arguments)
+    adapter = (*parts(problem.weight), problem.lora_A, problem.lora_B)
+    torch.library.opcheck(ops.norm_backward, (gain, *adapter, gain + 1, 0.75, dtypes[1], [True, False], backend))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        ({"base": torch.zeros(3, 5)}, r"rescale: base has shape \(3, 5\) but lora_B has shape \(4, 2\); expected base"),
+        ({"low": torch.zeros(3, 5)}, r"rescale: low has shape \(3, 5\) but lora_B has shape \(4, 2\); expected low"),
+        ({"low": torch.zeros(2, 2)}, r"rescale: low has shape \(2, 2\) but base has shape \(3, 4\); expected the same"),
+        ({"gain": torch.ones(3)}, r"rescale: gain has shape \(3,\) but lora_B .* expected gain \(N,\) with N = 4"),
+        ({"bias": torch.ones(4, 1)}, r"rescale: bias has shape \(4, 1\)"),
+        ({"lora_B": torch.zeros(4)}, r"rescale: lora_B has shape \(4,\); expected 2 dimensions"),
+        ({"scaling": float("nan")}, "rescale: scaling is nan"),
+        ({"base": torch.zeros(3, 4).int()}, "rescale: base is torch.int32"),
+        ({"low": torch.zeros(3, 2, device="meta")}, "rescale: low is on meta but lora_B is on cpu"),
+    ),
+    ids=str,
+)
+def test_bad_input(change, message):
+    good = {"base": torch.zeros(3, 4), "low": torch.zeros(3, 2), "lora_B": torch.zeros(4, 2), "gain": torch.ones(4)}
+    rescale(**good, scaling=1.0)
+    with pytest.raises(ValueError, match=message):
+        rescale(**(good | {"scaling": 1.0} | change))
