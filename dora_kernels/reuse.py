@@ -13,6 +13,7 @@ cannot be seen; after one, call `invalidate(model)`.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,10 +36,12 @@ class _Kept(NamedTuple):
     storages: tuple[StorageWeakRef, ...]
     fingerprint: tuple[object, ...]
     norm: Tensor
-    gain: Tensor
+    gain: Tensor | None
 
     @classmethod
-    def of(cls, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...], norm: Tensor, gain: Tensor) -> "_Kept":
+    def of(
+        cls, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...], norm: Tensor, gain: Tensor | None
+    ) -> "_Kept":
         owners = tuple(weakref.ref(_owner(tensor)) for tensor in tensors)
         storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
         return cls(owners, storages, fingerprint, norm, gain)
@@ -82,21 +85,54 @@ def dora_linear_reusing(
     arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
     stored, *storage = parts(weight)
     tensors = (*stored, lora_A, lora_B, magnitude)
-    if torch.compiler.is_compiling() or not all(map(_has_identity, tensors)) or _is_capturing(x):
+    if not _can_keep(tensors, x.device):
         return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)[0]
 
-    _count_optimizer_steps()
     drops = _drops
-    fingerprint = _fingerprint(x, lora_A, tensors, scaling, storage)
-    kept = _kept.get(layer)
-    in_backward = torch._C._current_graph_task_id() != -1
-    if kept is not None and (in_backward or not layer.training) and kept.is_of(tensors, fingerprint):
+    fingerprint = _fingerprint(tensors, (scaling, storage, operand_dtypes(x, lora_A)), x.device)
+    kept = _find(layer, tensors, fingerprint)
+    if kept is not None:
         given = {"norm": kept.norm, "gain": kept.gain}
         return dora_linear_core(*arguments, x_dropped=x_dropped, **given, function=function)[0]
     y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
     if drops == _drops:
         _kept[layer] = _Kept.of(tensors, fingerprint, norm, gain)
     return y
+
+
+def norm_reusing(
+    layer: nn.Module, tensors: tuple[Tensor, ...], settings: tuple[object, ...], compute: Callable[[], Tensor]
+) -> Tensor:
+    """compute(), the norm of `layer`, or what its last call gave where that is safe.
+
+    tensors, settings: all that the norm is computed from. It must be a constant for autograd.
+    """
+    device = tensors[0].device
+    if not _can_keep(tensors, device):
+        return compute()
+    drops = _drops
+    fingerprint = _fingerprint(tensors, settings, device)
+    kept = _find(layer, tensors, fingerprint)
+    if kept is not None:
+        return kept.norm
+    norm = compute()
+    if drops == _drops:
+        _kept[layer] = _Kept.of(tensors, fingerprint, norm, None)
+    return norm
+
+
+def _can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return not torch.compiler.is_compiling() and all(map(_has_identity, tensors)) and not capturing
+
+
+def _find(layer: nn.Module, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> _Kept | None:
+    """What is kept for `layer`, if this call may use it."""
+    kept = _kept.get(layer)
+    in_backward = torch._C._current_graph_task_id() != -1
+    if kept is not None and (in_backward or not layer.training) and kept.is_of(tensors, fingerprint):
+        return kept
+    return None
 
 
 def forget(layer: nn.Module) -> None:
@@ -112,14 +148,13 @@ def invalidate(model: nn.Module) -> None:
         forget(module)
 
 
-def _fingerprint(
-    x: Tensor, lora_A: Tensor, tensors: tuple[Tensor, ...], scaling: float, storage: list[object]
-) -> tuple[object, ...]:
+def _fingerprint(tensors: tuple[Tensor, ...], settings: tuple[object, ...], device: torch.device) -> tuple[object, ...]:
+    _count_optimizer_steps()
     identity = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
-    stream = torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     # what inference mode computes cannot be saved for a backward pass
     inference = torch.is_inference_mode_enabled()
-    return identity, storage, scaling, operand_dtypes(x, lora_A), stream, _optimizer_steps, inference
+    return identity, settings, stream, _optimizer_steps, inference
 
 
 def _owner(tensor: Tensor) -> Tensor:
@@ -137,10 +172,6 @@ def _has_identity(tensor: Tensor) -> bool:
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
         return False
     return tensor.device.type != "cpu" or not tensor.untyped_storage().is_shared()
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _count_optimizer_steps() -> None:

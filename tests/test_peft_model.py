@@ -23,7 +23,8 @@ from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
 
 import dora_kernels  # noqa: E402
 from dora_kernels import launch, ops  # noqa: E402
-from dora_kernels.adapters import peft as adapter  # noqa: E402
+from dora_kernels.adapters.peft import adapter  # noqa: E402
+from dora_kernels.adapters.peft.linear import DoraKernelsLinear  # noqa: E402
 from dora_kernels.testing import rms_error  # noqa: E402
 from tests.peft_problem import Net, build, calls, enabled, layers, randomise  # noqa: E402
 from tests.problem import DEVICE  # noqa: E402
@@ -221,7 +222,7 @@ def test_state_dict_and_round_trip():
 def test_copies_are_ours_and_independent(copied):
     model = enabled(build())
     twin = copied(model)
-    assert {type(layer) for layer in layers(twin)} == {adapter.DoraKernelsLinear}
+    assert {type(layer) for layer in layers(twin)} == {DoraKernelsLinear}
     x = torch.randn(5, 24, device=DEVICE)
     expected = model(x)
     assert torch.equal(twin(x), expected)
@@ -249,7 +250,7 @@ def test_enable_is_idempotent_and_disable_undoes_it():
     assert len(report) == 2 and report.left_alone == []
     assert [layer.name for layer in report.taken_over] == ["base_model.model.up", "base_model.model.down"]
     assert str(report) == "taken over 2 of 2 DoRA layers"
-    assert {type(layer) for layer in layers(model)} == {adapter.DoraKernelsLinear}
+    assert {type(layer) for layer in layers(model)} == {DoraKernelsLinear}
     undone = dora_kernels.disable(model)
     assert undone == dora_kernels.disable(model) and len(undone.left_alone) == len(undone) == 2
     assert {type(layer) for layer in layers(model)} == {LoraLinear}

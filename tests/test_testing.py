@@ -246,7 +246,7 @@ class TestLayer:
         check_layer(model.base_model.model[0]).raise_if_failed()
 
     def test_a_wrong_layer_fails(self, model, monkeypatch):
-        from dora_kernels.adapters.peft import DoraKernelsLinear
+        from dora_kernels.adapters.peft.linear import DoraKernelsLinear
 
         forward = DoraKernelsLinear.forward
         monkeypatch.setattr(DoraKernelsLinear, "forward", lambda self, x: forward(self, x) * 1.01)

@@ -1,12 +1,13 @@
-"""enable(model) and disable(model): put dora_linear under the DoRA layers another library has built.
+"""enable(model) and disable(model): put our kernels under the DoRA layers that another library has built.
 
-One file per library, imported only when the model holds a module of that library: `import dora_kernels`
-imports none of them. Each file offers the same two functions, and leaves other libraries' layers alone:
+One file (or folder) per library. `import dora_kernels` imports none of them: a library's file is imported when a model
+holds a module of that library. Each offers two functions:
 
-    enable(model) -> list[LayerReport]     take over what can be taken over, and report every DoRA layer
-    disable(model) -> list[LayerReport]    give every layer back
+    layers(model)    (name, layer) of every DoRA layer of the library's in a model
+    judge(layer)     the class that takes the layer over (a TakenOver: taking.py), or None; and a reason or a remark
 
-A further library is one more file, and one more name in LIBRARIES.
+Libraries whose layers live in their users' code are known by structure, and their files import nothing of them.
+A further library is one more file, and one more name in PACKAGES or STRUCTURES.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ from types import ModuleType
 
 from torch import nn
 
-LIBRARIES = ("peft",)
+from dora_kernels.adapters.taking import give_back, take_over
+
+PACKAGES = ("peft",)
 """Top-level packages whose DoRA layers we know; package p is handled by dora_kernels.adapters.p."""
+
+STRUCTURES: tuple[str, ...] = ()
+"""Libraries whose DoRA layers we know by their attributes, whatever module defines them."""
 
 NAMES_SHOWN = 3
 """How many layer names a line of str(Report) shows before it abbreviates."""
@@ -80,22 +86,41 @@ def enable(model: nn.Module) -> Report:
 
     Raises ImportError if the model's layers come from a library too old to be known (PEFT before 0.19).
     """
-    return _report(adapter.enable(model) for adapter in _adapters(model))
+    reports = []
+    for name, layer, library, adapter in _dora_layers(model):
+        cls, reason = adapter.judge(layer)
+        if cls is None:
+            give_back(layer)  # taken over before, perhaps, and changed since
+        else:
+            take_over(layer, cls)
+        reports.append(LayerReport(name, library, cls is not None, reason))
+    return Report(tuple(reports))
 
 
 def disable(model: nn.Module) -> Report:
     """Undo enable(model): every layer is computed by its own library again, and the report says so."""
-    return _report(adapter.disable(model) for adapter in _adapters(model))
+    for layer in model.modules():
+        give_back(layer)
+    reports = []
+    for name, layer, library, adapter in _dora_layers(model):
+        cls, reason = adapter.judge(layer)
+        reports.append(LayerReport(name, library, False, reason if cls is None else "disable(model) was called"))
+    return Report(tuple(reports))
 
 
-def _report(found: Iterator[list[LayerReport]]) -> Report:
-    return Report(tuple(layer for layers in found for layer in layers))
+def _dora_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, ModuleType]]:
+    """(name, layer, library, its adapter) of every DoRA layer, each found by one library, in the order of the model."""
+    found: dict[nn.Module, tuple[str, nn.Module, str, ModuleType]] = {}
+    for library, adapter in _adapters(model):
+        for name, layer in adapter.layers(model):
+            found.setdefault(layer, (name, layer, library, adapter))
+    return [found[module] for module in model.modules() if module in found]
 
 
-def _adapters(model: nn.Module) -> Iterator[ModuleType]:
-    """The adapter of each known library that defined the class, or a base class, of a module in `model`."""
+def _adapters(model: nn.Module) -> Iterator[tuple[str, ModuleType]]:
+    """The adapter of each package that defined the class, or a base class, of a module in `model`, and of each
+    structure."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     packages = {cls.__module__.partition(".")[0] for cls in classes}
-    for library in LIBRARIES:
-        if library in packages:
-            yield importlib.import_module(f"{__name__}.{library}")
+    for library in (*(package for package in PACKAGES if package in packages), *STRUCTURES):
+        yield library, importlib.import_module(f"{__name__}.{library}")

@@ -20,22 +20,23 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from dora_kernels import launch, quant
-from dora_kernels.adapters.peft import AUTOCAST_DTYPES, TakenOver, bypass_reason
+from dora_kernels.adapters.peft.linear import AUTOCAST_DTYPES, TakenOverLinear
+from dora_kernels.adapters.taking import bypass_reason, class_name
 from dora_kernels.quant import QuantizedWeight
 
 
-class TakenOverQuantized(TakenOver):
-    """TakenOver, with a base layer that `quant.read` knows."""
+class TakenOverQuantized(TakenOverLinear):
+    """TakenOverLinear, with a base layer that `quant.read` knows."""
 
     base_classes: tuple[type[nn.Module], ...] = ()
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
-        """As TakenOver.read_base."""
+        """As TakenOverLinear.read_base."""
         base = layer.base_layer
         if type(base) not in cls.base_classes:
             names = " or ".join(base_class.__name__ for base_class in cls.base_classes)
-            return None, f"the base layer is a {type(base).__module__}.{type(base).__qualname__}; expected {names}"
+            return None, f"the base layer is a {class_name(base)}; expected {names}"
         try:
             weight = quant.read(base)
         except ValueError as error:
@@ -43,7 +44,7 @@ class TakenOverQuantized(TakenOver):
         return weight, bypass_reason("base_layer", base)
 
     def base_product(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
-        """As TakenOver.base_product."""
+        """As TakenOverLinear.base_product."""
         return _Product.apply(x.to(weight.dtype), weight)
 
 
@@ -67,7 +68,7 @@ class DoraKernelsTorchaoLinear(TakenOverQuantized, TorchaoLoraLinear):
     base_classes = (nn.Linear,)
 
 
-CLASSES: dict[type[LoraLayer], type[TakenOver]] = {TorchaoLoraLinear: DoraKernelsTorchaoLinear}
+CLASSES: dict[type[LoraLayer], type[TakenOverLinear]] = {TorchaoLoraLinear: DoraKernelsTorchaoLinear}
 """The class that takes over each of PEFT's."""
 
 if is_hqq_available():
@@ -93,7 +94,7 @@ if is_bnb_available():
         draws_in_adapter_dtype = False
 
         def base_operands(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, QuantizedWeight, str | None]:
-            """As TakenOver.base_operands."""
+            """As TakenOverLinear.base_operands."""
             return _operands(x, weight, x.dtype)
 
     CLASSES[Linear8bitLt] = DoraKernelsLinear8bitLt
@@ -113,20 +114,20 @@ if is_bnb_4bit_available():
 
         @classmethod
         def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
-            """As TakenOver.read_base; what was repacked is unpacked, once."""
+            """As TakenOverLinear.read_base; what was repacked is unpacked, once."""
             _unpack(layer)
             return super().read_base(layer)
 
         @classmethod
         def remarks(cls, layer: LoraLayer) -> list[str]:
-            """As TakenOver.remarks: a fresh magnitude is the norm of the weight that PEFT has decoded."""
+            """As TakenOverLinear.remarks: a fresh magnitude is the norm of the weight that PEFT has decoded."""
             weight, _ = cls.read_base(layer)
             if not quant.is_decoded_wrongly(weight):
                 return []
             return [f"{_wrong_decoding(weight)}, and PEFT takes a fresh magnitude from that"]
 
         def base_operands(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, QuantizedWeight, str | None]:
-            """As TakenOver.base_operands."""
+            """As TakenOverLinear.base_operands."""
             base = self.base_layer
             compute_dtype = base.compute_dtype or x.dtype
             if not base.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
@@ -134,7 +135,7 @@ if is_bnb_4bit_available():
             return _operands(x, weight, compute_dtype)
 
         def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """As TakenOver.peft_forward. Raises ValueError where bitsandbytes' product is wrong on this machine."""
+            """As TakenOverLinear's. Raises ValueError where bitsandbytes' product is wrong on this machine."""
             self._refuse_wrong_decoding("forward")
             return super().peft_forward(x, *args, **kwargs)
 
@@ -156,11 +157,6 @@ if is_bnb_4bit_available():
                 raise ValueError(f"{function}: {_wrong_decoding(weight)}; expected a GPU, or another blocksize")
 
     CLASSES[Linear4bit] = DoraKernelsLinear4bit
-
-
-def class_over(cls: type[LoraLayer]) -> type[TakenOver] | None:
-    """The class that takes over layers of PEFT's `cls`; None where there is none."""
-    return CLASSES.get(cls)
 
 
 def _operands(

@@ -1,0 +1,104 @@
+"""One DoRA adapter of a PEFT layer: its parts, and whether they mean what we compute."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+
+import peft
+import torch
+from torch import Tensor, nn
+
+MINIMUM_VERSION = (0, 19)
+"""The first release whose DoraLinearLayer.forward has the arguments below; older ones lack adapter_name."""
+
+_version = tuple(int(part) for part in peft.__version__.split(".")[:2])
+if _version < MINIMUM_VERSION:
+    raise ImportError(f"enable: PEFT {peft.__version__} is installed; expected 0.19 or newer")
+
+from peft.tuners.lora import dora  # noqa: E402
+from peft.tuners.lora.layer import LoraLayer  # noqa: E402
+from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
+
+from dora_kernels.adapters.taking import bypass_reason, class_name  # noqa: E402
+
+DROPOUTS = (nn.Identity, nn.Dropout)
+
+
+class Family(NamedTuple):
+    """What an adapter of a kind of layer is made of: these classes and no subclass."""
+
+    variant: type
+    factors: tuple[type[nn.Module], ...]
+    magnitude: type[nn.Module]
+    arguments: tuple[str, ...]
+    """Of the magnitude's forward. Where they differ its meaning may too, and PEFT keeps the layer."""
+
+
+LINEAR = Family(
+    DoraLinearVariant,
+    (nn.Linear,),
+    dora.DoraLinearLayer,
+    ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name"),
+)
+
+
+class Adapter(NamedTuple):
+    """One adapter of a layer. Read at each call: set_scale, add_adapter and loading change it between calls."""
+
+    variant: Any
+    lora_A: nn.Module
+    lora_B: nn.Module
+    dropout: nn.Module
+    magnitude: nn.Module | None
+    scaling: float
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling."""
+        return self.lora_A.weight, self.lora_B.weight, self.magnitude.weight, self.scaling
+
+
+def read_adapter(layer: LoraLayer, name: str) -> Adapter:
+    magnitudes = layer.lora_magnitude_vector
+    return Adapter(
+        layer.lora_variant.get(name),
+        layer.lora_A[name],
+        layer.lora_B[name],
+        layer.lora_dropout[name],
+        magnitudes[name] if name in magnitudes else None,
+        layer.scaling[name],
+    )
+
+
+def family_reason(family: Family) -> str | None:
+    """Why the installed PEFT's layers of this family are not known."""
+    if tuple(inspect.signature(family.magnitude.forward).parameters) != family.arguments:
+        return f"the {family.magnitude.__name__}.forward of PEFT {peft.__version__} has unknown arguments"
+    return None
+
+
+def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None = None) -> str | None:
+    """Why PEFT has to compute `adapter`; with a device, why it has to for an x there."""
+    if adapter.variant is None:
+        return "the adapter is plain LoRA"
+    if type(adapter.variant) is not family.variant:
+        return f"the adapter is a {class_name(adapter.variant)}"
+    if not isinstance(adapter.scaling, (int, float)):
+        return "scaling is a tensor"  # by prepare_model_for_compiled_hotswap; its value is on the device
+    factors = family.factors
+    known_parts = {"lora_A": factors, "lora_B": factors, "dropout": DROPOUTS, "magnitude": (family.magnitude,)}
+    for part, known in known_parts.items():
+        module = getattr(adapter, part)
+        if type(module) not in known:  # e.g. wrapped by FSDP1: no storage outside its own forward
+            return f"{part} is a {class_name(module)}"
+        reason = bypass_reason(part, module)
+        if reason is not None:
+            return reason
+    if adapter.lora_A.bias is not None or adapter.lora_B.bias is not None:
+        return "lora_A or lora_B has a bias"
+    for tensor in adapter.tensors()[:3]:
+        if type(tensor) not in (nn.Parameter, Tensor):
+            return f"a weight of the adapter is a {class_name(tensor)}, not a plain tensor"
+        if device is not None and tensor.device != device:
+            return f"x is on {device} and a weight of the adapter is on {tensor.device}"
+    return None
