@@ -262,6 +262,7 @@ _HALF = {
     "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=4),
     # 128 x 128 spills 120 bytes a thread on sm_90; 64 x 128 takes 128 registers
     "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
     "finish_norm": Config(BLOCK_N=128, num_warps=4, num_stages=1),
     "finish_sums": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
@@ -275,6 +276,7 @@ _FLOAT = _HALF | {
     "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2),
     "project": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
     "epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+    "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
     "token_sums": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=64, num_warps=8, num_stages=2),
 }
 # Half of sm_90's shared memory: the tiles of 128 x 128 spill.
@@ -298,6 +300,7 @@ _INTERPRETER = {
     "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=16),
     "project": Config(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16, waves=4),
     "epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
+    "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
     "token_sums": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16, waves=4),
     "finish_norm": Config(BLOCK_N=32),
     "finish_sums": Config(BLOCK_N=16, BLOCK_R=16),

@@ -315,7 +315,29 @@ def _rescale_backward_fake(dy, base, low, lora_B, gain, scaling, needs, bias_dty
     )
 
 
-# what functional.py calls: the one overload of each operator, looked up once
+_library.define(
+    "bank_epilogue(Tensor base, Tensor low, Tensor lora_B, Tensor gain, Tensor scaling, Tensor? bias, Tensor index, "
+    "str backend) -> Tensor"
+)
+
+
+@torch.library.impl(_library, "bank_epilogue", "CompositeExplicitAutograd")
+def _bank_epilogue(base: Tensor, low: Tensor, lora_B: Tensor, *arguments: Any) -> Tensor:
+    """Steps.bank_epilogue; the schema above names the arguments."""
+    *arguments, backend = arguments
+    steps = _steps("bank_epilogue", backend, base, low, lora_B)
+    with _settled(base):
+        return steps.bank_epilogue(base, low, lora_B, *arguments)
+
+
+@torch.library.register_fake("dora_kernels::bank_epilogue", lib=_library)
+def _bank_epilogue_fake(base, low, lora_B, gain, scaling, bias, index, backend):
+    return base.new_empty(base.shape)
+
+
+OPERATORS = ("norm", "norm_backward", "merge", "forward", "backward", "rescale", "rescale_backward", "bank_epilogue")
+
+# what is called: the one overload of each operator, looked up once
 norm = torch.ops.dora_kernels.norm.default
 merge = torch.ops.dora_kernels.merge.default
 forward = torch.ops.dora_kernels.forward.default
@@ -323,3 +345,4 @@ backward = torch.ops.dora_kernels.backward.default
 norm_backward = torch.ops.dora_kernels.norm_backward.default
 rescale = torch.ops.dora_kernels.rescale.default
 rescale_backward = torch.ops.dora_kernels.rescale_backward.default
+bank_epilogue = torch.ops.dora_kernels.bank_epilogue.default

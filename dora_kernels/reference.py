@@ -224,6 +224,28 @@ def epilogue_ref(
     return y
 
 
+def bank_epilogue_ref(
+    base: Tensor,
+    low: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    scaling: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+) -> Tensor:
+    """The epilogue with an adapter for each row, (M, N) in base's dtype, rounded once; base + bias where index is -1.
+
+    y_m = gain_e * (base_m + scaling_e * low_m,e @ lora_B_e^T) + bias, e = index_m
+    low (M, E * R) has the low-rank products with every adapter; lora_B (E, N, R), gain (E, N), scaling (E,).
+    """
+    y = base.to(gain.dtype)
+    R = lora_B.shape[2]
+    for e in range(lora_B.shape[0]):
+        product = low[:, e * R : (e + 1) * R].to(gain.dtype) @ lora_B[e].to(gain.dtype).T
+        y = torch.where((index == e)[:, None], gain[e] * (y + scaling[e] * product), y)
+    return (y if bias is None else y + bias).to(base.dtype)
+
+
 def _scale_columns(matrix: Tensor, gain: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """gain * matrix (M, N) + bias into out, in gain's dtype, rounded once.
 
@@ -358,6 +380,7 @@ class Steps(NamedTuple):
     merged_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor | None]]
     token_sums: Callable[..., None]
     outer_product: Callable[..., Tensor]
+    bank_epilogue: Callable[..., Tensor]
 
 
 REFERENCE = Steps(
@@ -369,4 +392,5 @@ REFERENCE = Steps(
     merged_forward=merged_forward_ref,
     token_sums=token_sums_ref,
     outer_product=outer_product_ref,
+    bank_epilogue=bank_epilogue_ref,
 )

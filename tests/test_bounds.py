@@ -61,6 +61,10 @@ def call(launcher: str, t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     if launcher == "epilogue":
         more = (t["gain"], t["bias"], 0.75, t["x"].dtype, t["residual"])
         return [kernels.epilogue(t["base"], t["low"], t["lora_B"], *more)]
+    if launcher == "bank_epilogue":
+        lora_B, gain, scaling = t["lora_B"].unsqueeze(0), t["gain"].unsqueeze(0), t["gain"].new_full((1,), 0.75)
+        index = torch.arange(len(t["base"]), device=gain.device) % 3 - 1  # the frozen layer, the adapter, none of them
+        return [kernels.bank_epilogue(t["base"], t["low"], lora_B, gain, scaling, t["bias"], index)]
     sums = {"outer": t["outer"], "dmagnitude": torch.empty_like(t["gain"])}
     keywords = {"gain": t["gain"], "kept": t["base"], "norm": t["gain"], "lora_B": t["lora_B"]}
     kernels.token_sums(t["dy"], t["low"], 0.75, **keywords, **sums)
@@ -80,6 +84,7 @@ OPERANDS = {
     "merge": ("weight", "lora_A", "lora_B"),
     "project": ("x", "lora_A"),
     "epilogue": ("base", "low", "lora_B", "residual", "bias"),
+    "bank_epilogue": ("base", "low", "bias"),
     "token_sums": ("dy", "low", "base", "lora_B", "outer"),
 }
 

@@ -331,7 +331,7 @@ SUMMARY = {
     "initcheck": r"ERROR SUMMARY: (\d+) error",
 }
 # What torch's own kernels do is not ours to judge, and checking them takes most of the time
-ONLY_OURS = ("--kernel-regex", "kns=_(norm|merge|project|epilogue|token_sums|finish_[a-z]+)_kernel")
+ONLY_OURS = ("--kernel-regex", "kns=_(norm|merge|project|epilogue|bank_epilogue|token_sums|finish_[a-z]+)_kernel")
 # The smallest program that uses the GPU. A tool that cannot run it is refused by this machine's runtime (some
 # containers do not let a tool attach to the driver), and that says nothing about the package.
 PROBE = (sys.executable, "-c", "import torch; print(torch.ones(8, device='cuda').sum().item())")

@@ -19,6 +19,8 @@ from triton.runtime.jit import JITFunction
 import dora_kernels
 from dora_kernels import functional, launch, ops
 from dora_kernels.quant import QuantizedWeight, Weight
+from dora_kernels.rescale import rescale
+from dora_kernels.serving import AdapterBank, bank_linear
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,22 @@ def _inference(inputs: Inputs) -> None:
         dora_kernels.merge_weight(inputs.weight, *inputs.adapter(), 0.5)
 
 
+def _rescale(inputs: Inputs) -> None:
+    """A layer in two pieces, with the gradient through the norm."""
+    norm = dora_kernels.weight_norm(inputs.weight, inputs.lora_A, inputs.lora_B, 0.5, norm_grad=True)
+    base, low = (torch.nn.functional.linear(inputs.x, weight) for weight in (inputs.weight, inputs.lora_A))
+    y = rescale(base, low, inputs.lora_B, inputs.magnitude / norm, 0.5, inputs.bias)
+    y.backward(torch.empty_like(y))
+
+
+def _bank(inputs: Inputs) -> None:
+    """Two adapters in one batch."""
+    with torch.no_grad():
+        bank = AdapterBank.of(inputs.weight, 2 * [(*inputs.adapter(), 0.5)])
+        index = torch.empty(len(inputs.x), dtype=torch.int64, device="meta")
+        bank_linear(inputs.x, inputs.weight, bank, index, inputs.bias)
+
+
 def _stored(kind: str, N: int, K: int, dtype: torch.dtype) -> QuantizedWeight:
     """A weight (N, K) on meta, with the block sizes that the libraries take by default."""
 
@@ -202,9 +220,11 @@ CALLS: dict[str, Callable[[Inputs], None]] = {
     "frozen magnitude": lambda inputs: step(_frozen(inputs)),
     "transposed weight": lambda inputs: step(_transposed(inputs)),
     "inference": _inference,
+    "rescale": _rescale,
+    "bank": _bank,
 } | {kind: _quantized(kind) for kind in QUANTIZED_KINDS}
 # what the variants other than bf16 are compiled for: flags and dtypes hardly meet
-CORE_CALLS = ("train", "few tokens", "split", "dropout", "norm_grad", "codebook4 nested", "nf4_torchao")
+CORE_CALLS = ("train", "few tokens", "split", "dropout", "norm_grad", "bank", "codebook4 nested", "nf4_torchao")
 
 
 @dataclass(frozen=True)
@@ -275,7 +295,7 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
             (launch, "device_facts", lambda device: facts),
             (launch, "config_for", config_with_overrides),
             # meta tensors would take the fake implementations, and autocast does not know the meta device
-            *((ops, name, getattr(ops, f"_{name}")) for name in ("norm", "merge", "forward", "backward")),
+            *((ops, name, getattr(ops, f"_{name}")) for name in ops.OPERATORS),
             (torch, "autocast", lambda *device_type, **options: contextlib.nullcontext()),
             (torch, "is_autocast_enabled", lambda *device_type: variant.autocast is not None),
             (torch, "get_autocast_dtype", lambda device_type: variant.autocast),

@@ -5,6 +5,7 @@ from dora_kernels import interpreter
 interpreter.repair()  # before the first kernel runs; does nothing outside TRITON_INTERPRET=1
 
 from dora_kernels.kernels.backward import outer_product, token_sums  # noqa: E402
+from dora_kernels.kernels.bank import bank_epilogue  # noqa: E402
 from dora_kernels.kernels.forward import epilogue, merged_forward, project  # noqa: E402
 from dora_kernels.kernels.weight import dense, merge, norm  # noqa: E402
 from dora_kernels.reference import Steps  # noqa: E402
@@ -18,4 +19,5 @@ KERNELS = Steps(
     merged_forward=merged_forward,
     token_sums=token_sums,
     outer_product=outer_product,
+    bank_epilogue=bank_epilogue,
 )

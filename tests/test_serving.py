@@ -1,0 +1,154 @@
+"""Several adapters in one batch against a loop over them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dora_kernels import dora_linear, launch, ops
+from dora_kernels.serving import AdapterBank, bank_linear
+from dora_kernels.testing import compare
+from tests.problem import BACKENDS, DEVICE, DTYPES, Problem
+
+RANKS = (6, 20, 1)
+
+
+def bank_of(M, N, K, dtype=torch.float32, adapter_dtype=None):
+    """A problem, and three adapters of its weight: two of DoRA and, last, one of LoRA."""
+    problems = [Problem.random(M, N, K, R, dtype, adapter_dtype, seed=seed) for seed, R in enumerate(RANKS)]
+    adapters = [[p.lora_A, p.lora_B, p.magnitude, 0.5 + seed] for seed, p in enumerate(problems)]
+    adapters[-1][2] = None
+    return problems[0], adapters
+
+
+def loop(x, weight, adapters, index, bias):
+    """Row by row, with dora_linear."""
+    rows = []
+    for row, e in zip(x, index.tolist(), strict=True):
+        if e == -1:
+            rows.append(F.linear(row, weight, bias))
+            continue
+        lora_A, lora_B, magnitude, scaling = adapters[e]
+        if magnitude is None:
+            magnitude = torch.linalg.vector_norm(weight.double() + scaling * (lora_B.double() @ lora_A.double()), dim=1)
+        rows.append(dora_linear(row, weight, lora_A, lora_B, magnitude, scaling, bias))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_against_a_loop(dtypes, bias, backend):
+    problem, adapters = bank_of(70, 40, 36, *dtypes)
+    bias = problem.bias if bias else None
+    index = torch.randint(-1, 3, (70,), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    assert set(index.tolist()) == {-1, 0, 1, 2}
+    with launch.options(backend=backend):
+        bank = AdapterBank.of(problem.weight, adapters)
+        before = ops.calls["bank_epilogue", backend]
+        actual = bank_linear(problem.x, problem.weight, bank, index, bias)
+        assert ops.calls["bank_epilogue", backend] == before + 1
+    wide = [[t.double() if isinstance(t, torch.Tensor) else t for t in adapter] for adapter in adapters]
+    exact = loop(problem.x.double(), problem.weight.double(), wide, index, None if bias is None else bias.double())
+    with launch.options(backend="reference"):
+        yardstick = loop(problem.x, problem.weight, adapters, index, bias)
+    assert actual.dtype == problem.x.dtype
+    comparison = compare("y", actual, yardstick, exact)
+    assert comparison.ok, comparison
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_one_adapter_a_sequence(dtype, backend):
+    problem, adapters = bank_of(60, 40, 36)
+    x, index = problem.x.view(4, 15, 36), torch.tensor([2, -1, 0, 2], dtype=dtype, device=DEVICE)
+    with launch.options(backend=backend):
+        bank = AdapterBank.of(problem.weight, adapters)
+        sequences = bank_linear(x, problem.weight, bank, index)
+        tokens = bank_linear(x, problem.weight, bank, index[:, None].expand(4, 15))
+    assert sequences.shape == (4, 15, 40) and torch.equal(sequences, tokens)
+    assert len({tuple(sequence[0].tolist()) for sequence in sequences}) == 4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_do_not_reach_each_other(backend):
+    """An adapter of inf and NaN beside the others, in the same tile; and an index outside the bank."""
+    problem, adapters = bank_of(8, 40, 36)
+    index = torch.tensor([0, 1, 2, -1, 0, 1, 5, -7], device=DEVICE)
+    with launch.options(backend=backend):
+        healthy = bank_linear(problem.x, problem.weight, AdapterBank.of(problem.weight, adapters), index)
+        broken = AdapterBank.of(
+            problem.weight, [adapters[0], (*(t * torch.inf for t in adapters[1][:3]), 1.0), adapters[2]]
+        )
+        actual = bank_linear(problem.x, problem.weight, broken, index)
+    mine = index != 1
+    assert torch.equal(actual[mine], healthy[mine]) and not actual[~mine].isfinite().any()
+    outside = F.linear(problem.x, problem.weight)[index.abs() > 2]
+    torch.testing.assert_close(healthy[index.abs() > 2], outside)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows(backend):
+    problem, adapters = bank_of(3, 40, 36)
+    with launch.options(backend=backend):
+        bank = AdapterBank.of(problem.weight, adapters)
+        y = bank_linear(problem.x[:0], problem.weight, bank, torch.zeros(0, dtype=torch.int64, device=DEVICE))
+    assert y.shape == (0, 40)
+
+
+def test_the_norm_is_computed_once():
+    problem, adapters = bank_of(8, 40, 36)
+    bank = AdapterBank.of(problem.weight, adapters)
+    before = sum(count for (name, _), count in ops.calls.items() if name == "norm")
+    bank_linear(problem.x, problem.weight, bank, torch.zeros(8, dtype=torch.int64, device=DEVICE))
+    assert sum(count for (name, _), count in ops.calls.items() if name == "norm") == before
+    assert len(bank) == 3 and bank.lora_A.shape == (60, 36) and bank.lora_B.shape == (3, 40, 20)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtypes", ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)), ids=str)
+def test_opcheck(dtypes, backend):
+    problem, adapters = bank_of(8, 40, 36, *dtypes)
+    bank = AdapterBank.of(problem.weight, adapters)
+    low = F.linear(problem.x.to(dtypes[1]), bank.lora_A)
+    index = torch.tensor([0, 1, 2, -1, 0, 1, 2, 2], device=DEVICE)
+    arguments = (problem.dy, low, bank.lora_B, bank.gain, bank.scaling, problem.bias, index, backend)
+    torch.library.opcheck(ops.bank_epilogue, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    (
+        (
+            {"index": torch.zeros(7, dtype=torch.int64)},
+            r"index is torch.int64 of shape \(7,\) but x has shape \(8, 36\)",
+        ),
+        ({"index": torch.zeros(8)}, "index is torch.float32"),
+        ({"x": torch.zeros(8, 35)}, r"x has shape \(8, 35\) but weight has shape \(40, 36\)"),
+        ({"x": torch.zeros(8, 36).double()}, "x is torch.float64 but weight is torch.float32"),
+        ({"x": torch.zeros(8, 36, requires_grad=True)}, "a gradient is wanted"),
+        ({"weight": torch.zeros(41, 36)}, r"lora_B has shape \(40, 20\) but weight has shape \(41, 36\)"),
+        ({"bias": torch.zeros(39)}, r"bias has shape \(39,\)"),
+        ({"bank": None}, "bank is NoneType; expected an AdapterBank"),
+    ),
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+@pytest.mark.skipif(DEVICE == "cuda", reason="the tensors are made on the CPU")
+def test_bad_input(change, message):
+    problem, adapters = bank_of(8, 40, 36)
+    good = {"x": problem.x, "weight": problem.weight, "bank": AdapterBank.of(problem.weight, adapters)}
+    good["index"] = torch.zeros(8, dtype=torch.int64)
+    bank_linear(**good)
+    with pytest.raises(ValueError, match=f"bank_linear: {message}"):
+        bank_linear(**(good | change))
+
+
+def test_adapters_that_do_not_fit():
+    problem, adapters = bank_of(8, 40, 36)
+    for wrong, message in (
+        ([], "adapters is empty"),
+        ([adapters[0], (adapters[0][0].double(), adapters[0][1].double(), None, 1.0)], "adapter 1 is torch.float64"),
+        ([(adapters[0][0], adapters[1][1], None, 1.0)], r"adapter 0: lora_B has shape \(40, 20\)"),
+        ([(*adapters[0][:2], adapters[0][2][1:], 1.0)], r"adapter 0: magnitude has shape \(39,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"AdapterBank.of: {message}"):
+            AdapterBank.of(problem.weight, wrong)
