@@ -261,6 +261,34 @@ def _norm_backward_fake(dnorm, weight, weight_format, weight_numbers, weight_dty
 
 
 _library.define(
+    "grouped_norm(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] magnitudes, float[] scalings, "
+    "ScalarType dtype, str backend) -> (Tensor norm, Tensor gain)"
+)
+
+
+@torch.library.impl(_library, "grouped_norm", "CompositeExplicitAutograd")
+def _grouped_norm(
+    weights: list[Tensor],
+    lora_As: list[Tensor],
+    lora_Bs: list[Tensor],
+    magnitudes: list[Tensor],
+    scalings: list[float],
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    steps = _steps("grouped_norm", backend, weights[0], lora_As[0], magnitudes[0])
+    with _settled(weights[0]):
+        lora_As, lora_Bs = ([tensor.to(dtype) for tensor in tensors] for tensors in (lora_As, lora_Bs))
+        return steps.grouped_norm(weights, lora_As, lora_Bs, magnitudes, scalings)
+
+
+@torch.library.register_fake("dora_kernels::grouped_norm", lib=_library)
+def _grouped_norm_fake(weights, lora_As, lora_Bs, magnitudes, scalings, dtype, backend):
+    total, accumulate = sum(weight.shape[0] for weight in weights), accumulate_dtype(weights[0].dtype)
+    return tuple(weights[0].new_empty(total, dtype=accumulate) for _ in range(2))
+
+
+_library.define(
     "rescale(Tensor base, Tensor low, Tensor lora_B, Tensor gain, Tensor? bias, float scaling, str backend) -> Tensor"
 )
 
@@ -335,7 +363,17 @@ def _bank_epilogue_fake(base, low, lora_B, gain, scaling, bias, index, backend):
     return base.new_empty(base.shape)
 
 
-OPERATORS = ("norm", "norm_backward", "merge", "forward", "backward", "rescale", "rescale_backward", "bank_epilogue")
+OPERATORS = (
+    "norm",
+    "grouped_norm",
+    "norm_backward",
+    "merge",
+    "forward",
+    "backward",
+    "rescale",
+    "rescale_backward",
+    "bank_epilogue",
+)
 
 # what is called: the one overload of each operator, looked up once
 norm = torch.ops.dora_kernels.norm.default
@@ -346,3 +384,4 @@ norm_backward = torch.ops.dora_kernels.norm_backward.default
 rescale = torch.ops.dora_kernels.rescale.default
 rescale_backward = torch.ops.dora_kernels.rescale_backward.default
 bank_epilogue = torch.ops.dora_kernels.bank_epilogue.default
+grouped_norm = torch.ops.dora_kernels.grouped_norm.default

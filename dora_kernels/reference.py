@@ -11,7 +11,7 @@ A weight may be quantised (quant/): it is read through weight[rows], a block of 
 Letters: M tokens, N out features, K in features, R rank. norm and gain are float32 (float64 for float64 inputs).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -131,6 +131,19 @@ def norm_ref(
     for rows, direction in _direction_blocks(weight, lora_A, lora_B, scaling):
         norm[rows] = torch.linalg.vector_norm(direction, dim=1)
     return norm, None if magnitude is None else gain_ref(magnitude, norm)
+
+
+def grouped_norm_ref(
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    magnitudes: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """norm and gain of many layers, (sum of N,), one after the other."""
+    layers = zip(weights, lora_As, lora_Bs, scalings, magnitudes, strict=True)
+    norms, gains = zip(*(norm_ref(*layer) for layer in layers), strict=True)
+    return torch.cat(norms), torch.cat(gains)
 
 
 def merge_ref(
@@ -374,6 +387,7 @@ class Steps(NamedTuple):
 
     dense: Callable[..., Tensor]
     norm: Callable[..., tuple[Tensor, Tensor | None]]
+    grouped_norm: Callable[..., tuple[Tensor, Tensor]]
     merge: Callable[..., Tensor]
     project: Callable[..., Tensor]
     epilogue: Callable[..., Tensor]
@@ -386,6 +400,7 @@ class Steps(NamedTuple):
 REFERENCE = Steps(
     dense=dense_ref,
     norm=norm_ref,
+    grouped_norm=grouped_norm_ref,
     merge=merge_ref,
     project=project_ref,
     epilogue=epilogue_ref,

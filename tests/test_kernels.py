@@ -32,6 +32,20 @@ def test_norm(problem):
     assert kernels.norm(*arguments[:-1])[1] is None
 
 
+@pytest.mark.parametrize("shapes", (SHAPES, ((1, 64, 32, 16), (1, 48, 64, 32)), ((1, 70, 32, 3),)), ids=str)
+def test_grouped_norm(shapes):
+    problems = [Problem.random(*shape, DTYPE, seed=seed) for seed, shape in enumerate(shapes)]
+    names = ("weight", "lora_A", "lora_B", "magnitude")
+    tensors = [[getattr(problem, name) for problem in problems] for name in names]
+    tensors[0][0][3] = tensors[2][0][3] = 0  # a zero row
+    scalings = [0.5 + seed for seed in range(len(problems))]
+    for actual, expected in zip(
+        kernels.grouped_norm(*tensors, scalings), reference.grouped_norm_ref(*tensors, scalings), strict=True
+    ):
+        close(actual, expected)
+        assert actual[3] == 0 and actual.shape == (sum(problem.weight.shape[0] for problem in problems),)
+
+
 @pytest.mark.parametrize("subtract_weight", (False, True))
 @pytest.mark.parametrize("with_gain", (False, True))
 def test_merge(problem, with_gain, subtract_weight):

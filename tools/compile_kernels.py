@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     start = time.perf_counter()
     if options.fast:
-        jobs = jobs_for(["sm_90"], ["bf16"], (64,), ("train", "few tokens", "bank"), overrides)
+        jobs = jobs_for(["sm_90"], ["bf16"], (64,), ("train", "few tokens", "bank", "grouped"), overrides)
         jobs = list({job.specialization.name: job for job in jobs}.values())
         # what PEFT calls with, in one chunk of R and in several, where shared memory is scarcest
         small = jobs_for(["sm_120", "gfx942"], ["bf16 autocast, fp32 adapters"], (64, 384), ("train",), overrides)

@@ -162,6 +162,13 @@ def _bank(inputs: Inputs) -> None:
         bank_linear(inputs.x, inputs.weight, bank, index, inputs.bias)
 
 
+def _grouped(inputs: Inputs) -> None:
+    """The norms of two layers."""
+    tensors = ([tensor, tensor] for tensor in (inputs.weight, *inputs.adapter()))
+    _, dtype = functional.operand_dtypes(inputs.weight, inputs.lora_A)
+    ops.grouped_norm(*tensors, [0.5, 0.5], dtype, "auto")
+
+
 def _stored(kind: str, N: int, K: int, dtype: torch.dtype) -> QuantizedWeight:
     """A weight (N, K) on meta, with the block sizes that the libraries take by default."""
 
@@ -222,9 +229,20 @@ CALLS: dict[str, Callable[[Inputs], None]] = {
     "inference": _inference,
     "rescale": _rescale,
     "bank": _bank,
+    "grouped": _grouped,
 } | {kind: _quantized(kind) for kind in QUANTIZED_KINDS}
 # what the variants other than bf16 are compiled for: flags and dtypes hardly meet
-CORE_CALLS = ("train", "few tokens", "split", "dropout", "norm_grad", "bank", "codebook4 nested", "nf4_torchao")
+CORE_CALLS = (
+    "train",
+    "few tokens",
+    "split",
+    "dropout",
+    "norm_grad",
+    "bank",
+    "grouped",
+    "codebook4 nested",
+    "nf4_torchao",
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""norm and gain of many layers in one launch: a model's worth takes as many launches as one layer."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets
+from dora_kernels.kernels.quant import weight_config
+from dora_kernels.kernels.weight import direction_tile
+
+
+@triton.jit
+def _grouped_norm_kernel(
+    layers_ptr,  # (layers, 8) int64: addresses of weight, lora_A, lora_B and magnitude, N, K, R, offset in norm
+    scaling_ptr,  # (layers,) in ACC_DTYPE
+    tiles_ptr,  # (tiles, 2) int64: layer, block of its rows
+    norm_ptr,  # (sum of N,) in ACC_DTYPE
+    gain_ptr,  # (sum of N,)
+    WEIGHT_DTYPE: tl.constexpr,
+    ADAPTER_DTYPE: tl.constexpr,
+    MAGNITUDE_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ALIGNED_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    OPERAND_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """norm = row norms of weight + scaling * lora_B @ lora_A, gain = magnitude / norm, of every layer.
+
+    One program owns BLOCK_N rows of one layer. The tensors are contiguous, at addresses read from the table.
+    """
+    tile = tl.program_id(0).to(tl.int64)
+    layer = tl.load(tiles_ptr + 2 * tile)
+    row = layers_ptr + 8 * layer
+    weight_ptr = tl.load(row).to(tl.pointer_type(WEIGHT_DTYPE))
+    lora_A_ptr = tl.load(row + 1).to(tl.pointer_type(ADAPTER_DTYPE))
+    lora_B_ptr = tl.load(row + 2).to(tl.pointer_type(ADAPTER_DTYPE))
+    magnitude_ptr = tl.load(row + 3).to(tl.pointer_type(MAGNITUDE_DTYPE))
+    N = tl.load(row + 4)
+    K = tl.load(row + 5)
+    R = tl.load(row + 6)
+    if ALIGNED:  # what the JIT finds out of arguments; without it loads are of one element each
+        weight_ptr, lora_A_ptr = tl.multiple_of(weight_ptr, 16), tl.multiple_of(lora_A_ptr, 16)
+        lora_B_ptr = tl.multiple_of(lora_B_ptr, 16)
+        K = tl.multiple_of(K, 16)
+    if ALIGNED_R:
+        R = tl.multiple_of(R, 16)
+    offs_n = block_offsets(tl.load(tiles_ptr + 2 * tile + 1), BLOCK_N)
+    mask_n = offs_n < N
+    scaling = tl.load(scaling_ptr + layer)
+    squares = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
+    for k in range(0, K, BLOCK_K):
+        _, direction = direction_tile(
+            (weight_ptr,),
+            (K, 1),
+            lora_A_ptr,
+            lora_B_ptr,
+            offs_n,
+            mask_n,
+            k,
+            K,
+            R,
+            K,
+            1,
+            R,
+            1,
+            scaling,
+            "dense",
+            (),
+            1,
+            WEIGHT_DTYPE,
+            True,
+            BLOCK_N,
+            BLOCK_K,
+            BLOCK_R,
+            ONE_CHUNK,
+            OPERAND_DTYPE,
+            ACC_DTYPE,
+            DOT_PRECISION,
+        )
+        # columns past K are zero in weight and lora_A, but not in the product where lora_B is inf or NaN
+        mask_k = k + tl.arange(0, BLOCK_K) < K
+        squares += tl.sum(tl.where(mask_k[None, :], direction * direction, 0.0), axis=1)
+    magnitude = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(ACC_DTYPE)
+    # tl.sqrt and "/" are approximate in float32; their exact forms exist for float32 only
+    if ACC_DTYPE == tl.float32:
+        norm = tl.sqrt_rn(squares)
+        gain = tl.div_rn(magnitude, tl.where(norm == 0, 1.0, norm))
+    else:
+        norm = tl.sqrt(squares)
+        gain = magnitude / tl.where(norm == 0, 1.0, norm)
+    out = tl.load(row + 7) + offs_n
+    tl.store(norm_ptr + out, norm, mask=mask_n)
+    tl.store(gain_ptr + out, tl.where(norm == 0, 0.0, gain), mask=mask_n)
+
+
+def grouped_norm(
+    weights: Sequence[torch.Tensor],
+    lora_As: Sequence[torch.Tensor],
+    lora_Bs: Sequence[torch.Tensor],
+    magnitudes: Sequence[torch.Tensor],
+    scalings: Sequence[float],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm and gain of the layers, one after the other; as `reference.grouped_norm_ref`."""
+    how = Launch.of(weights[0], lora_As[0].dtype)
+    most_R = max(lora_A.shape[0] for lora_A in lora_As)
+    config = weight_config(how, "norm", weights[0], most_R)
+    tiles = config.tiles(most_R)
+    layers, blocks, total = [], [], 0
+    for layer, (weight, *adapter) in enumerate(zip(weights, lora_As, lora_Bs, magnitudes, strict=True)):
+        N, K = weight.shape
+        addresses = [tensor.data_ptr() for tensor in (weight, *adapter)]
+        layers.append([*addresses, N, K, adapter[0].shape[0], total])
+        blocks += [(layer, block) for block in range(triton.cdiv(N, config.BLOCK_N))]
+        total += N
+    norm = weights[0].new_empty(total, dtype=how.accumulate)
+    gain = torch.empty_like(norm)
+    if not blocks:
+        return norm, gain
+    _grouped_norm_kernel[len(blocks),](
+        _to_device(layers, torch.int64, norm.device),
+        _to_device(list(scalings), how.accumulate, norm.device),
+        _to_device(blocks, torch.int64, norm.device),
+        norm,
+        gain,
+        WEIGHT_DTYPE=TL_DTYPE[weights[0].dtype],
+        ADAPTER_DTYPE=TL_DTYPE[lora_As[0].dtype],
+        MAGNITUDE_DTYPE=TL_DTYPE[magnitudes[0].dtype],
+        ALIGNED=all(number % 16 == 0 for row in layers for number in (*row[:3], row[5])),
+        ALIGNED_R=all(row[6] % 16 == 0 for row in layers),
+        ONE_CHUNK=most_R <= tiles["BLOCK_R"],
+        **how.dtypes(),
+        **tiles,
+    )
+    return norm, gain
+
+
+def _to_device(numbers: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`numbers` on the device, without waiting for it: from pinned memory, which the allocator keeps until then."""
+    tensor = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
