@@ -8,8 +8,18 @@ from dora_kernels.adapters import disable, enable
 from dora_kernels.functional import dora_linear, merge_weight, weight_norm
 from dora_kernels.launch import options
 from dora_kernels.modules import DoraLinear
-from dora_kernels.reuse import invalidate
+from dora_kernels.reuse import frozen_adapters, invalidate
 
 __version__ = "0.1.0"
 
-__all__ = ["DoraLinear", "disable", "dora_linear", "enable", "invalidate", "merge_weight", "options", "weight_norm"]
+__all__ = [
+    "DoraLinear",
+    "disable",
+    "dora_linear",
+    "enable",
+    "frozen_adapters",
+    "invalidate",
+    "merge_weight",
+    "options",
+    "weight_norm",
+]

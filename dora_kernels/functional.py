@@ -65,6 +65,7 @@ def dora_linear_core(
     x_dropped: Tensor | None = None,
     norm: Tensor | None = None,
     gain: Tensor | None = None,
+    merged: Tensor | None = None,
     norm_grad: bool = False,
     function: str = "dora_linear",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,6 +75,7 @@ def dora_linear_core(
         y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * (x_dropped lora_A^T) lora_B^T + bias
     norm (N,): used in place of the row norms; a constant, so norm_grad cannot be asked for with it.
     gain (N,): magnitude / norm, given with norm or not at all.
+    merged (N, K): merge_weight's, in x's dtype; the backward pass takes it where otherwise it would make it.
     function: the name that error messages give.
     """
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
@@ -113,7 +115,7 @@ def dora_linear_core(
     settings = _Settings(
         scaling, base_dtype, dtype, options.way, keep, keep_low, exact, norm_grad, dropped, options.backend, *storage
     )
-    arguments = (x, x_dropped, lora_A, lora_B, magnitude, bias, norm, gain, settings, *tensors)
+    arguments = (x, x_dropped, lora_A, lora_B, magnitude, bias, norm, gain, merged, settings, *tensors)
     y, norm, gain = _DoraLinear.apply(*arguments) if grad else _DoraLinear.forward(None, *arguments)
     # outside the Function: autograd refuses to modify in place a view that a Function has returned
     return y.view(*x.shape[:-1], weight.shape[0]), norm, gain
@@ -240,6 +242,7 @@ class _DoraLinear(torch.autograd.Function):
         bias: Tensor | None,
         norm: Tensor | None,
         gain: Tensor | None,
+        merged: Tensor | None,
         settings: _Settings,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,6 +281,7 @@ class _DoraLinear(torch.autograd.Function):
                 gain,
                 low if settings.keep_low else None,
                 kept if settings.keep else None,
+                merged if x.requires_grad else None,
                 *tensors,
             )
             ctx.mark_non_differentiable(norm, gain)
@@ -291,7 +295,7 @@ class _DoraLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, lora_A, lora_B, norm, gain, low, kept, *tensors = ctx.saved_tensors
+        x, lora_A, lora_B, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
         settings = ctx.settings
         needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, *constants = ctx.needs_input_grad
         needs = [needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias]
@@ -305,6 +309,7 @@ class _DoraLinear(torch.autograd.Function):
             gain,
             low,
             kept,
+            merged,
             settings.scaling,
             settings.dtype,
             settings.way,

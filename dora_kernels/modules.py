@@ -141,9 +141,14 @@ class DoraLinear(nn.Module):
             function="DoraLinear",
         )
 
+    def adapter_operands(self) -> reuse.Operands | None:
+        """What the norm is computed from; None while merged."""
+        adapter = (self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector)
+        return None if self.merged else reuse.Operands(self._base()[0], *adapter, self.scaling)
+
     def train(self, mode: bool = True) -> "DoraLinear":
         """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
-        reuse.forget(self)
+        reuse.mode_set(self, mode)
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> "DoraLinear":

@@ -186,7 +186,7 @@ def _forward_fake(
 _library.define(
     "backward(Tensor dy, Tensor? x, Tensor[] weight, str weight_format, int[] weight_numbers, "
     "ScalarType weight_dtype, Tensor lora_A, Tensor lora_B, Tensor norm, Tensor gain, Tensor? low, Tensor? kept, "
-    "float scaling, ScalarType dtype, str way, str keep, bool dropped, bool norm_grad, bool[] needs, "
+    "Tensor? merged, float scaling, ScalarType dtype, str way, str keep, bool dropped, bool norm_grad, bool[] needs, "
     "ScalarType magnitude_dtype, ScalarType bias_dtype, str backend)"
     " -> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias)"
 )

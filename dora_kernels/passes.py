@@ -87,6 +87,7 @@ def backward(
     gain: Tensor,
     low: Tensor | None,
     kept: Tensor | None,
+    merged: Tensor | None,
     scaling: float,
     dtype: torch.dtype,
     way: str,
@@ -99,7 +100,8 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """dx, dx_dropped (M, K), dA (R, K), dB (N, R), dmagnitude (N,), dbias (N,); None where not needed.
 
-    x is what the adapter saw (x_dropped under dropout); low and kept are what `forward` kept.
+    x is what the adapter saw (x_dropped under dropout); low and kept are what `forward` kept; merged is the merged
+    weight (N, K) in dy's dtype, if there is one already.
         dB = scaling * gain * dy^T low        dA = scaling * P^T x,  P = dy @ (gain * lora_B)
         dmagnitude = sum_m dy * (base + scaling * low @ lora_B^T) / norm        dbias = sum_m dy
         dx = dy @ (gain * (weight + scaling * lora_B @ lora_A)), through that matrix or through dz = gain * dy
@@ -156,7 +158,9 @@ def backward(
         dx = dz @ steps.dense(weight, dz.dtype)
         add_product(dx, projected.to(dz.dtype), lora_A.to(dz.dtype), scaling)
     elif dx_way == "merged":
-        dx = dy @ steps.merge(weight, lora_A, lora_B, gain, scaling, out_dtype=dy.dtype)
+        if merged is None:
+            merged = steps.merge(weight, lora_A, lora_B, gain, scaling, out_dtype=dy.dtype)
+        dx = dy @ merged
     elif needs.x:
         dx = dy @ steps.dense(weight, dy.dtype)
     if needs.x_dropped:

@@ -1,8 +1,9 @@
 """norm and gain of a layer, kept while nothing that they depend on can have changed, and used again.
 
-Two calls reuse what an earlier call of the same layer computed:
+Three calls reuse what an earlier call of the same layer computed:
     a call in eval mode, until train(), an optimizer step, a load of the state dict, a move or `invalidate`;
-    a call inside a backward pass, which is activation checkpointing running the forward pass once more.
+    a call inside a backward pass, which is activation checkpointing running the forward pass once more;
+    a call inside `frozen_adapters`, where the caller says that no adapter changes: between two optimizer steps.
 
 What is kept is good only while its fingerprint is: which tensors there are, with address, version, dtype and layout,
 scaling, operand dtypes, the CUDA stream that computed it (another would have to wait for it, and for its memory), and
@@ -12,8 +13,9 @@ replaced leaves its address to the next one. Writes through .data outside an opt
 cannot be seen; after one, call `invalidate(model)`.
 """
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -21,12 +23,14 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dora_kernels import launch, ops
 from dora_kernels.functional import dora_linear_core, operand_dtypes
 from dora_kernels.quant import Weight, parts
 
 
 class _Kept(NamedTuple):
-    """A layer's norm (N,) and gain (N,), and what they were computed from: tensors, their storages, a fingerprint.
+    """A layer's norm (N,), gain (N,) and perhaps merged weight (N, K), with what they were computed from: tensors,
+    their storages, a fingerprint.
 
     Both references are weak, and both are needed: a new parameter may take over the storage of the one that it
     replaces, and a parameter may get a new storage, at the old one's address, through .data.
@@ -37,6 +41,7 @@ class _Kept(NamedTuple):
     fingerprint: tuple[object, ...]
     norm: Tensor
     gain: Tensor | None
+    merged: Tensor | None = None
 
     @classmethod
     def of(
@@ -91,8 +96,13 @@ def dora_linear_reusing(
     drops = _drops
     fingerprint = _fingerprint(tensors, (scaling, storage, operand_dtypes(x, lora_A)), x.device)
     kept = _find(layer, tensors, fingerprint)
+    scope = _scopes.get(layer)
+    if kept is None and scope is not None and scope.fill(x):
+        kept = _find(layer, tensors, fingerprint)
     if kept is not None:
-        given = {"norm": kept.norm, "gain": kept.gain}
+        if scope is not None and scope.keep_merged and kept.merged is None:
+            kept = _merge(layer, kept, x, weight, lora_A, lora_B, scaling)
+        given = {"norm": kept.norm, "gain": kept.gain, "merged": kept.merged}
         return dora_linear_core(*arguments, x_dropped=x_dropped, **given, function=function)[0]
     y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
     if drops == _drops:
@@ -130,13 +140,132 @@ def _find(layer: nn.Module, tensors: tuple[Tensor, ...], fingerprint: tuple[obje
     """What is kept for `layer`, if this call may use it."""
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
-    if kept is not None and (in_backward or not layer.training) and kept.is_of(tensors, fingerprint):
+    reusing = in_backward or not layer.training or layer in _scopes
+    if kept is not None and reusing and kept.is_of(tensors, fingerprint):
         return kept
     return None
 
 
+class Operands(NamedTuple):
+    """What the norm of a layer is computed from. A layer that `frozen_adapters` knows has `adapter_operands()`."""
+
+    weight: Weight
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    scaling: float
+
+
+class _Scope:
+    """An open `frozen_adapters`: its layers, and for which operand dtypes their norms have been made together."""
+
+    def __init__(self, layers: list[nn.Module], keep_merged: bool) -> None:
+        self.layers = layers
+        self.keep_merged = keep_merged
+        self.filled: set[tuple[object, ...]] = set()
+
+    @torch.no_grad()
+    def fill(self, x: Tensor) -> bool:
+        """Make and keep the norms and gains of all layers for calls with an x like this one; False if that was done.
+
+        Not when the scope opens: only a call knows its autocast. Layers of one device and the same dtypes share a
+        launch; one that cannot share it (quantised, not contiguous, cast by autocast) is left to its own call.
+        """
+        key = (x.device, operand_dtypes(x, x), torch.is_inference_mode_enabled(), _optimizer_steps)
+        if key in self.filled:
+            return False
+        self.filled.add(key)
+        groups: dict[tuple[object, ...], list[tuple[nn.Module, Operands, tuple[object, ...]]]] = {}
+        for layer in self.layers:
+            operands = layer.adapter_operands()
+            if operands is None or not isinstance(operands.weight, Tensor) or operands.weight.device != x.device:
+                continue
+            tensors, (base_dtype, dtype) = operands[:4], operand_dtypes(x, operands.lora_A)
+            shareable = all(tensor.is_contiguous() for tensor in tensors) and operands.weight.dtype == base_dtype
+            if not shareable or not _can_keep(tensors, x.device):
+                continue
+            _, *storage = parts(operands.weight)
+            fingerprint = _fingerprint(tensors, (operands.scaling, storage, (base_dtype, dtype)), x.device)
+            if _find(layer, tensors, fingerprint) is None:
+                dtypes = (operands.weight.dtype, operands.lora_A.dtype, operands.magnitude.dtype, dtype)
+                groups.setdefault(dtypes, []).append((layer, operands, fingerprint))
+        for (*_, dtype), members in groups.items():
+            weights, lora_As, lora_Bs, magnitudes, scalings = zip(
+                *(operands for _, operands, _ in members), strict=True
+            )
+            tensors = map(list, (weights, lora_As, lora_Bs, magnitudes, scalings))
+            norms, gains = ops.grouped_norm(*tensors, dtype, launch.current_options().backend)
+            sizes = [weight.shape[0] for weight in weights]
+            for member, norm, gain in zip(members, norms.split(sizes), gains.split(sizes), strict=True):
+                layer, operands, fingerprint = member
+                _kept[layer] = _Kept.of(operands[:4], fingerprint, norm, gain)
+        return True
+
+
+_scopes: weakref.WeakKeyDictionary[nn.Module, _Scope] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def frozen_adapters(model: nn.Module, *, keep_merged: bool = False) -> Iterator[None]:
+    """Inside, no adapter of `model` changes, says the caller: norm and gain of each layer are computed once.
+
+    Around the micro-batches of one optimizer step, in train mode as in eval mode:
+
+        with dora_kernels.frozen_adapters(model):
+            for batch in micro_batches:
+                model(batch).loss.backward()
+        optimizer.step()
+
+    The first call of a layer makes the norms of all layers in one launch. An optimizer step inside the scope, fused and
+    8-bit ones too, ends the reuse of what was made before it; a write through .data does not: the promise is broken.
+
+    keep_merged: keep the merged weight, too, from which the backward pass makes dx where the planner has it do so; that
+    is one more weight in memory for each layer.
+
+    Raises ValueError where the model has no layer to reuse anything for, and where one of them is in such a scope.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "adapter_operands")]
+    if not layers:
+        raise ValueError(
+            "frozen_adapters: model has no DoRA layer of ours; expected enable(model) first, or DoraLinear"
+        )
+    inside = [layer for layer in layers if layer in _scopes]
+    if inside:
+        raise ValueError(f"frozen_adapters: {len(inside)} of {len(layers)} layers are in another scope; expected none")
+    scope = _Scope(layers, keep_merged)
+    for layer in layers:
+        forget(layer)
+        _scopes[layer] = scope
+    try:
+        yield
+    finally:
+        for layer in layers:
+            _scopes.pop(layer, None)
+            forget(layer)
+
+
+@torch.no_grad()
+def _merge(
+    layer: nn.Module, kept: _Kept, x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> _Kept:
+    """`kept` with the merged weight, if it has the dtype of the base product."""
+    base_dtype, dtype = operand_dtypes(x, lora_A)
+    if weight.dtype != base_dtype or not x.requires_grad:
+        return kept
+    backend = launch.current_options().backend
+    merged = ops.merge(*parts(weight), lora_A, lora_B, kept.gain, scaling, dtype, backend)
+    _kept[layer] = kept._replace(merged=merged)
+    return _kept[layer]
+
+
+def mode_set(layer: nn.Module, mode: bool) -> None:
+    """To be called by a layer's train(mode). Trainers call it before every micro-batch: that is no change."""
+    if layer not in _scopes or mode != layer.training:
+        forget(layer)
+
+
 def forget(layer: nn.Module) -> None:
-    """Drop what is kept for one layer: its train() calls this, and enable() and disable() do."""
+    """Drop what is kept for one layer: enable() and disable() call this, and moves do."""
     global _drops
     _drops += 1
     _kept.pop(layer, None)

@@ -26,6 +26,7 @@ ROOMS = {
     "adapters": 6,
     "serving": 6,
     "testing": 7,
+    "trainer": 7,
     "demo": 8,
     "cli": 9,
     "__init__": 10,

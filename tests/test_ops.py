@@ -53,7 +53,7 @@ def test_forward_and_backward(dtype, requires_grad, keep, dropped, exact, backen
         ops.backward,
         (
             problem.dy, problem.x.detach(), *parts(problem.weight), problem.lora_A, problem.lora_B, norm, gain,
-            low if keep else None, kept if keep else None, 0.75, dtype, "auto", keep, dropped, False, needs,
+            low if keep else None, kept if keep else None, None, 0.75, dtype, "auto", keep, dropped, False, needs,
             torch.float32, dtype, backend,
         ),
     )  # fmt: skip
@@ -96,8 +96,9 @@ def test_dtypes_and_layouts(dtypes, layout, backend):
         torch.library.opcheck(
             ops.backward,
             (
-                problem.dy, problem.x, *adapter, norm, gain, low, kept, 0.75, dtype, way, keep, False, way == "split",
-                [True, False, True, True, True, True], problem.magnitude.dtype, problem.bias.dtype, backend,
+                problem.dy, problem.x, *adapter, norm, gain, low, kept, None, 0.75, dtype, way, keep, False,
+                way == "split", [True, False, True, True, True, True], problem.magnitude.dtype, problem.bias.dtype,
+                backend,
             ),
         )  # fmt: skip
 

@@ -126,8 +126,8 @@ def test_the_operators_results_have_the_dtypes_of_what_they_are_gradients_of(dty
     norm = torch.ones(12, device=DEVICE)
     low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
     results = ops.backward(
-        problem.dy, problem.x, *parts(problem.weight), problem.lora_A, problem.lora_B, norm, norm, low, base, 0.75,
-        dtype, "auto", "base", False, norm_grad, [True, False, True, True, True, True],
+        problem.dy, problem.x, *parts(problem.weight), problem.lora_A, problem.lora_B, norm, norm, low, base, None,
+        0.75, dtype, "auto", "base", False, norm_grad, [True, False, True, True, True, True],
         dtype, torch.float32, "reference",
     )  # fmt: skip
     dx, _, dA, dB, dmagnitude, dbias = (result.dtype for result in results)

@@ -35,7 +35,7 @@ class TakenOver:
 
     def train(self, mode: bool = True) -> TakenOver:
         """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
-        reuse.forget(self)
+        reuse.mode_set(self, mode)
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> TakenOver:

@@ -58,6 +58,15 @@ class TakenOverLinear(TakenOver):
         """What PEFT computes for this layer."""
         return super().forward(x, *args, **kwargs)
 
+    def adapter_operands(self) -> reuse.Operands | None:
+        """What the norm of the first active adapter is computed from; None where PEFT computes the layer."""
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        weight, reason = self.read_base(self)
+        if self.disable_adapters or self.merged or not names or reason is not None:
+            return None
+        adapter = read_adapter(self, names[0])
+        return None if adapter_reason(adapter, LINEAR) else reuse.Operands(weight, *adapter.tensors())
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: (..., K) -> (..., N), of the dtype that nn.Linear would return.
 
