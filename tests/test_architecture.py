@@ -22,6 +22,7 @@ ROOMS = {
     "reuse": 4,
     "modules": 5,
     "adapters": 6,
+    "analysis": 7,
     "testing": 7,
     "demo": 8,
     "cli": 9,
