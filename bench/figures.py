@@ -168,7 +168,7 @@ def analysis_summary(device: str, data: dict[str, Any]) -> str:
     checkpoints = len({point.checkpoint for point in result.points}) // len(last)
     return (
         f"{heading(device, data)}: what tuning does to the {layers} linear layers of the demo's small Llama, "
-        f"{checkpoints} checkpoints a method. The line of the change of magnitude (delta M) over the change of direction "
+        f"{checkpoints} checkpoints a method. The line of the change of magnitude (delta M) over that of direction "
         f"(delta D) slopes {', '.join(found)}. In the paper, on large models, it slopes up for LoRA and down for full "
         f"fine-tuning and DoRA; the sign here is the paper's for: {', '.join(agrees) or 'none of them'}.\n\n"
         f"![{device}: change of magnitude against change of direction](docs/figures/{device}-analysis.png)"
