@@ -93,9 +93,21 @@ def test_a_change_along_the_row_turns_nothing():
     change = weight_change(weight, 1.5 * weight)
     assert change.delta_direction < 1e-12
     assert change.delta_magnitude == pytest.approx(0.5 * weight.double().norm(dim=1).mean().item(), rel=1e-6)
-    along = adapter_change(random(1, K), random(1, K), torch.ones(1, 1), 1e-3)
-    assert along.delta_direction < 1e-15
-    assert along.delta_magnitude == pytest.approx(1e-3 * random(1, K).double().norm().item(), rel=1e-9)
+    for seed in range(50):  # rounding has either sign
+        row = random(1, K, seed=seed)
+        along = adapter_change(row, row, torch.ones(1, 1), 1e-3)
+        assert 0 <= along.delta_direction < 1e-15
+        assert along.delta_magnitude == pytest.approx(1e-3 * row.double().norm().item(), rel=1e-9)
+        round_and_along = adapter_change(row, row, torch.ones(1, 1), -3.0 - seed)
+        assert 2 - 1e-12 < round_and_along.delta_direction <= 2
+
+
+def test_a_change_in_the_last_bits_of_float64():
+    weight = random(N, K, dtype=torch.float64)
+    tuned = torch.where(random(N, K, seed=1) > 0, weight * (1 + 2**-51), weight)
+    change = weight_change(weight, tuned)
+    assert 0 < change.delta_magnitude < 1e-14 and 0 < change.delta_direction < 1e-30
+    assert (change.delta_magnitude, change.delta_direction) == dense(weight, tuned)
 
 
 def test_no_update_is_exactly_nothing():
