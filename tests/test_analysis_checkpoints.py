@@ -257,6 +257,10 @@ def test_live_layers_that_cannot_be_read_are_named():
     model.base_model.set_adapter(["default", "other"])
     result = analysis.analyze_model(model)
     assert {entry.name for entry in result.left_out} == {"layers.0.q_proj", "layers.1.q_proj"}
+    moved = adapted()
+    moved.peft_config["default"].init_lora_weights = "olora"  # which PEFT refuses to do in float64
+    with pytest.raises(ValueError, match="^analyze_model: .*init_lora_weights is 'olora'"):
+        analysis.analyze_model(moved)
     with pytest.raises(ValueError, match="^analyze_model: .*expected PEFT LoRA layers"):
         analysis.analyze_model(net())
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_kernels import quant
+from dora_kernels.analysis.checkpoints import BASE_KEPT
 from dora_kernels.analysis.layers import Analysis, Layer, LeftOut, Track, measure
 from dora_kernels.analysis.measure import adapter_change, weight_change
 
@@ -64,7 +65,7 @@ def _adapters(model: nn.Module, checkpoint: str) -> tuple[list[Layer], list[Left
         if not isinstance(layer, LoraLayer):
             continue
         name = name.removeprefix("base_model.model.")
-        reason = _why_not(layer)
+        reason = _why_not(layer, getattr(model, "peft_config", {}))
         if reason is not None:
             left_out.append(LeftOut(name, checkpoint, reason))
             continue
@@ -81,7 +82,7 @@ def _adapters(model: nn.Module, checkpoint: str) -> tuple[list[Layer], list[Left
     return layers, left_out
 
 
-def _why_not(layer: Any) -> str | None:
+def _why_not(layer: Any, configs: dict[str, Any]) -> str | None:
     """Why a LoRA layer of PEFT's is not W + scaling * B A over a base weight W that can be read."""
     from peft.tuners.lora.variants import DoraLinearVariant
 
@@ -90,6 +91,9 @@ def _why_not(layer: Any) -> str | None:
         return "merged: the base weight is the tuned one; expected unmerge_adapter() first"
     if len(adapters) != 1:
         return f"{len(adapters)} active adapters of a linear layer; expected one"
+    initial = getattr(configs.get(adapters[0]), "init_lora_weights", True)
+    if initial not in BASE_KEPT:
+        return f"init_lora_weights is {initial!r}: the base weight is not the pretrained one"
     variant = layer.lora_variant.get(adapters[0])
     if variant is not None and variant is not DoraLinearVariant and type(variant) is not DoraLinearVariant:
         return f"its variant is {getattr(variant, '__name__', type(variant).__name__)}; expected plain LoRA or DoRA"
