@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.machine import ROOT
-from dora_kernels import plan
+from dora_kernels import analysis, plan
 from dora_kernels.testing import geometric_mean
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -37,6 +37,9 @@ PREDICTED_SHAPES = (
     (65536, 4096, 4096, 64),
     (512, 4096, 4096, 64),
 )
+
+# the sign of the slope of delta M over delta D in figure 2 of the DoRA paper
+SIGNS_IN_THE_PAPER = {"full": -1, "LoRA": 1, "DoRA": -1}
 
 Rows = list[dict[str, Any]]
 
@@ -140,6 +143,38 @@ def model_table(device: str, data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def points(data: dict[str, Any]) -> analysis.Analysis:
+    """The analysis whose points the rows are."""
+    return analysis.Analysis([analysis.Point(**row) for row in data["rows"]])
+
+
+def analysis_summary(device: str, data: dict[str, Any]) -> str:
+    """What the magnitude and direction analysis found, in a sentence, and its plot."""
+    result = points(data)
+    last = {point.method: point.checkpoint for point in result.points}
+    at_the_end = analysis.Analysis(
+        [point for point in result.points if point.checkpoint == last[point.method]]
+    ).trends()
+    found, agrees = [], []
+    for method, line in result.trends().items():
+        slope, correlation, end = line.slope or 0.0, line.correlation or 0.0, at_the_end[method].correlation or 0.0
+        name = "full fine-tuning" if method == "full" else method
+        found.append(
+            f"{'up' if slope > 0 else 'down' if slope < 0 else 'level'} for {name} (correlation {correlation:.2f}; "
+            f"{end:.2f} within the last checkpoint)"
+        )
+        agrees += [name] if slope * SIGNS_IN_THE_PAPER[method] > 0 else []
+    layers = len({point.layer for point in result.points})
+    checkpoints = len({point.checkpoint for point in result.points}) // len(last)
+    return (
+        f"{heading(device, data)}: what tuning does to the {layers} linear layers of the demo's small Llama, "
+        f"{checkpoints} checkpoints a method. The line of the change of magnitude (delta M) over that of direction "
+        f"(delta D) slopes {', '.join(found)}. In the paper, on large models, it slopes up for LoRA and down for full "
+        f"fine-tuning and DoRA; the sign here is the paper's for: {', '.join(agrees) or 'none of them'}.\n\n"
+        f"![{device}: change of magnitude against change of direction](docs/figures/{device}-analysis.png)"
+    )
+
+
 def figures(results: Path) -> str:
     """The Markdown between the markers."""
     layers, models = load(results, "layer"), load(results, "model")
@@ -147,6 +182,7 @@ def figures(results: Path) -> str:
     parts += [model_table(device, data) for device, data in models.items()]
     if layers:
         parts += [f"![{title}](docs/figures/{name}.png)" for name, title in plot_names(results).items()]
+    parts += [analysis_summary(device, data) for device, data in load(results, "analysis").items()]
     if all(device == "cpu" for device in layers):
         parts.insert(0, NO_GPU)
     return "\n\n".join(parts) if parts else NOTHING
@@ -172,7 +208,7 @@ def predictions() -> str:
 
 
 def plot_names(results: Path) -> dict[str, str]:
-    """file name -> title of every plot that there is data for."""
+    """file name -> title of every plot of speed that there is data for."""
     names = {}
     for device in load(results, "layer"):
         names[f"{device}-speed"] = f"{device}: speed over PEFT DoRA"
@@ -237,6 +273,10 @@ def draw(results: Path, folder: Path) -> list[Path]:
         axes.invert_yaxis()
         axes.set(xlabel="percent of the measured roof", title=data["meta"]["device"])
         save(figure, f"{device}-roofline")
+
+    for device, data in load(results, "analysis").items():
+        written.append(folder / f"{device}-analysis.png")
+        analysis.draw(points(data), written[-1], f"{data['meta']['preset']} Llama, rank {data['meta']['rank']}")
     return written
 
 

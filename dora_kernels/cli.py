@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
+import pathlib
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -139,4 +141,57 @@ def _check(arguments: argparse.Namespace) -> int:
         return 2
 
 
-COMMANDS = (_add_info, _add_demo, _add_check)
+def _add_analyze(commands: Any) -> None:
+    parser = commands.add_parser(
+        "analyze", help="how far fine-tuning moved each layer in magnitude and in direction: the DoRA paper's figure 2"
+    )
+    add = parser.add_argument
+    add("base", metavar="BASE", help="the pretrained model: a safetensors file, or a folder of a model's checkpoint")
+    add("tuned", metavar="TUNED", nargs="+", help="PEFT adapter folders (LoRA, DoRA), or dense checkpoints")
+    add("--out", default="analysis.png", help="where the scatter goes (default: %(default)s)")
+    add("--json", help="where every point, the lines and what was left out go")
+    add("--targets", metavar="REGEX", help="only layers in whose name this is found (default: all)")
+    add("--fan-in-fan-out", action="store_true", help="dense weights are (in, out), as GPT-2's")
+    parser.set_defaults(run=_analyze)
+
+
+def _analyze(arguments: argparse.Namespace) -> int:
+    try:
+        import matplotlib  # noqa: F401  (before the work, not after it)
+        import safetensors  # noqa: F401
+
+        from dora_kernels import analysis
+    except ModuleNotFoundError as error:
+        print(f"analyze: {error}; expected the demo extra: pip install 'dora-kernels[demo]'", file=sys.stderr)
+        return 2
+    try:
+        for name, path in (("out", arguments.out), ("json", arguments.json)):
+            if path is not None and not pathlib.Path(path).absolute().parent.is_dir():
+                raise ValueError(f"analyze: {name} is {path!r}; expected a file in a folder that exists")
+        if pathlib.Path(arguments.out).suffix != ".png":
+            raise ValueError(f"analyze: out is {arguments.out!r}; expected a name that ends in .png")
+        options = {"targets": arguments.targets, "fan_in_fan_out": arguments.fan_in_fan_out}
+        result = analysis.analyze(arguments.base, arguments.tuned, **options, track=_progress)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(result)
+    if arguments.json is not None:
+        content = {"base": arguments.base} | result.to_json()
+        pathlib.Path(arguments.json).write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    analysis.draw(result, arguments.out, f"against {arguments.base}")
+    print(f"Chart: {arguments.out}")
+    return 0
+
+
+def _progress(layers: Sequence[Any]) -> Iterable[Any]:
+    """The layers one by one, with a bar on stderr where rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ModuleNotFoundError:
+        return layers
+    return track(layers, "measuring layers", console=Console(stderr=True), transient=True)
+
+
+COMMANDS = (_add_info, _add_demo, _add_check, _add_analyze)

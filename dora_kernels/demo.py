@@ -97,6 +97,15 @@ PRESETS = {
 }
 
 
+COLUMNS = (
+    TextColumn("{task.description:<24}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeRemainingColumn(),
+    TextColumn("{task.fields[status]}"),
+)
+"""Of a progress bar: every task has a status."""
+
 BASES = ("dense", "nf4")
 """What the frozen weights are: as they were trained, or bitsandbytes' NF4, nested."""
 
@@ -250,8 +259,7 @@ def run(settings: Settings) -> int:
         f"{str(dtype).removeprefix('torch.')} on {launch.device_facts(device).name}"
         + (", over a base in NF4" if settings.base == "nf4" else "")
     )
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress:
+    with Progress(*COLUMNS, console=console) as progress:
         model = trained_base(preset, device, dtype, settings.seed, progress)
         if settings.base == "nf4":
             pack(model)

@@ -75,6 +75,29 @@ def test_the_plots_are_reproducible(results, tmp_path):
     assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in again]
 
 
+def test_the_analysis_says_what_was_found(tmp_path):
+    def points(method, pairs):
+        return [
+            {"layer": "q_proj" if at % 2 else "k_proj", "checkpoint": f"{method}-{at // 2}", "method": method,
+             "delta_direction": x, "delta_magnitude": y}
+            for at, (x, y) in enumerate(pairs)
+        ]  # fmt: skip
+
+    rows = points("full", [(1, 4), (2, 3), (3, 1), (4, 2)]) + points("LoRA", [(1, 1), (2, 2), (3, 3), (4, 4)])
+    rows += points("DoRA", [(1, 1), (2, 3), (3, 2), (4, 4)])
+    (tmp_path / "card").mkdir()
+    meta = META | {"preset": "tiny", "rank": 4}
+    (tmp_path / "card" / "analysis.json").write_text(json.dumps({"meta": meta, "rows": rows}))
+    text = figures.figures(tmp_path)
+    assert "2 linear layers" in text and "2 checkpoints a method" in text
+    assert "down for full fine-tuning (correlation -0.80; 1.00 within the last checkpoint)" in text
+    assert "up for LoRA (correlation 1.00; 1.00 within" in text and "up for DoRA (correlation 0.80; 1.00 w" in text
+    assert "the paper's for: full fine-tuning, LoRA." in text and "docs/figures/card-analysis.png" in text
+    (plot,) = figures.draw(tmp_path, tmp_path / "one")
+    (again,) = figures.draw(tmp_path, tmp_path / "two")
+    assert plot.name == "card-analysis.png" and plot.read_bytes() == again.read_bytes()
+
+
 def test_the_markers_have_to_be_there():
     assert figures.replaced(f"a {figures.BEGIN} old {figures.END} b", "new") == (
         f"a {figures.BEGIN}\nnew\n{figures.END} b"
