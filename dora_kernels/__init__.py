@@ -5,6 +5,7 @@ that a model already has. README.md has the map of the rooms.
 """
 
 from dora_kernels.adapters import disable, enable
+from dora_kernels.dvora import DvoraLinear, VeraProjection, dvora_linear
 from dora_kernels.functional import dora_linear, merge_weight, weight_norm
 from dora_kernels.launch import options
 from dora_kernels.modules import DoraLinear
@@ -12,4 +13,16 @@ from dora_kernels.reuse import invalidate
 
 __version__ = "0.1.0"
 
-__all__ = ["DoraLinear", "disable", "dora_linear", "enable", "invalidate", "merge_weight", "options", "weight_norm"]
+__all__ = [
+    "DoraLinear",
+    "DvoraLinear",
+    "VeraProjection",
+    "disable",
+    "dora_linear",
+    "dvora_linear",
+    "enable",
+    "invalidate",
+    "merge_weight",
+    "options",
+    "weight_norm",
+]
