@@ -4,7 +4,7 @@
 that a model already has. README.md has the map of the rooms.
 """
 
-from dora_kernels.adapters import disable, enable
+from dora_kernels.adapters import disable, enable, to_dvora
 from dora_kernels.dvora import DvoraLinear, VeraProjection, dvora_linear
 from dora_kernels.functional import dora_linear, merge_weight, weight_norm
 from dora_kernels.launch import options
@@ -24,5 +24,6 @@ __all__ = [
     "invalidate",
     "merge_weight",
     "options",
+    "to_dvora",
     "weight_norm",
 ]
