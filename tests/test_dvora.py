@@ -339,8 +339,35 @@ def test_terms_made_in_inference_mode_serve_training(layer):
     x = torch.randn(5, 48, device=DEVICE)
     with torch.inference_mode():
         layer(x), layer(x)
+    _, terms = reuse._constants[layer]
+    assert not terms.weight.is_inference() and not terms.vera_A.is_inference()
     layer(x).sum().backward()
     assert layer.vera_lambda_d.grad is not None
+
+
+def gradients(layer, function, x):
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = function(x)
+    names = ("vera_lambda_d", "vera_lambda_b", "vera_magnitude_vector")
+    leaves = [getattr(layer, name) for name in names]
+    made = torch.autograd.grad(y.double().square().sum(), leaves)
+    return {"y": y.detach()} | dict(zip(names, made, strict=True))
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_autocast_and_compile(layer, compiled):
+    x = torch.randn(64, 48, device=DEVICE)
+    function = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+    if not compiled:
+        layer(x)  # the terms are made in the second call
+    actual = gradients(layer, function, x)
+    yardstick = gradients(layer, lambda x: definition(layer, x).to(torch.bfloat16), x)
+    exact = copy.deepcopy(layer).double()
+    exact = gradients(exact, lambda x: definition(exact, x), x.double())
+    assert actual["y"].dtype == torch.bfloat16
+    for name, value in actual.items():
+        comparison = compare(name, value, yardstick[name], exact[name], torch.bfloat16)
+        assert comparison.ok and comparison.limit < 0.1, comparison
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
