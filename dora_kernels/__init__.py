@@ -4,7 +4,8 @@
 that a model already has. README.md has the map of the rooms.
 """
 
-from dora_kernels.adapters import disable, enable
+from dora_kernels.adapters import disable, enable, to_dvora
+from dora_kernels.dvora import DvoraLinear, VeraProjection, dvora_linear
 from dora_kernels.functional import dora_linear, merge_weight, weight_norm
 from dora_kernels.launch import options
 from dora_kernels.modules import DoraLinear
@@ -14,12 +15,16 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DoraLinear",
+    "DvoraLinear",
+    "VeraProjection",
     "disable",
     "dora_linear",
+    "dvora_linear",
     "enable",
     "frozen_adapters",
     "invalidate",
     "merge_weight",
     "options",
+    "to_dvora",
     "weight_norm",
 ]

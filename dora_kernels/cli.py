@@ -73,6 +73,7 @@ def _add_demo(commands: Any) -> None:
         "demo", help="fine-tune a small Llama with PEFT DoRA twice, stock and enabled, and compare the runs"
     )
     parser.add_argument("--preset", default="tiny", help="model size: tiny, llama-1b (default: %(default)s)")
+    parser.add_argument("--method", default="dora", help="dora, dvora (DoRA on VeRA) (default: %(default)s)")
     parser.add_argument("--base", default="dense", help="frozen weights: dense, nf4 (QDoRA) (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
     parser.add_argument("--backend", default="auto", choices=launch.BACKENDS, help="default: %(default)s")
@@ -84,7 +85,7 @@ def _add_demo(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     try:
-        from dora_kernels import demo
+        from dora_kernels import demo, demo_dvora
     except ModuleNotFoundError as error:
         print(f"demo: {error}; expected the demo extra: pip install 'dora-kernels[demo]'", file=sys.stderr)
         return 2
@@ -94,7 +95,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    return demo.run(settings)
+    return demo_dvora.run(settings) if settings.method == "dvora" else demo.run(settings)
 
 
 def _add_check(commands: Any) -> None:

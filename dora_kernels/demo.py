@@ -16,6 +16,7 @@ import sysconfig
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -106,6 +107,13 @@ COLUMNS = (
 )
 """Of a progress bar: every task has a status."""
 
+METHODS = {"dora": "DoRA", "dvora": "DVoRA"}
+"""What is fine-tuned: PEFT's DoRA, or DVoRA, which PEFT does not have (demo_dvora.py)."""
+
+VERA_RANK = 3
+"""DVoRA's rank over the preset's: it costs R numbers a layer, not R (N + K). 48 over K = 256 keeps the norm's terms."""
+
+
 BASES = ("dense", "nf4")
 """What the frozen weights are: as they were trained, or bitsandbytes' NF4, nested."""
 
@@ -115,6 +123,7 @@ class Settings:
     """The options of the command line. ValueError where this machine cannot run them."""
 
     preset: str = "tiny"
+    method: str = "dora"
     base: str = "dense"
     device: str = "auto"
     backend: str = "auto"
@@ -125,6 +134,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"demo: preset is {self.preset!r}; expected one of {', '.join(PRESETS)}")
+        if self.method not in METHODS:
+            raise ValueError(f"demo: method is {self.method!r}; expected one of {', '.join(METHODS)}")
         if self.base not in BASES:
             raise ValueError(f"demo: base is {self.base!r}; expected one of {', '.join(BASES)}")
         if self.base == "nf4" and importlib.util.find_spec("bitsandbytes") is None:
@@ -147,6 +158,10 @@ class Settings:
         return torch.device(available if self.device == "auto" else self.device)
 
     @property
+    def rank(self) -> int:
+        return PRESETS[self.preset].rank * (VERA_RANK if self.method == "dvora" else 1)
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.torch_device.type == "cpu" else PRESETS[self.preset].dtype
 
@@ -154,11 +169,15 @@ class Settings:
 class Run:
     """One fine-tuning: a model, its optimizer, and what was measured at each step."""
 
-    def __init__(self, name: str, model: PeftModel, rate: float, dtype: torch.dtype, epoch: int) -> None:
+    zero_at_start = "lora_B"
+    """What a fresh adapter has zero, and its parameters' names have in them."""
+
+    def __init__(self, name: str, model: PeftModel, rate: float, settings: Settings) -> None:
         self.name = name
         self.model = model
-        self.dtype = dtype
-        self.epoch = epoch  # in steps
+        self.dtype = settings.dtype
+        steps = settings.steps or PRESETS[settings.preset].steps
+        self.epoch = max(1, steps // EPOCHS)  # in steps
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=rate)
         self.losses: list[float] = []
@@ -198,14 +217,17 @@ class Run:
         """Mean over the last epoch."""
         return _mean(self.losses[-self.epoch :])
 
-    def lora_B_norms(self) -> list[float]:
+    def adapter_norms(self) -> list[float]:
         """|B| (Frobenius) of every layer; a fresh adapter has 0."""
-        return [p.norm().item() for name, p in self.model.named_parameters() if "lora_B" in name]
+        return [p.norm().item() for name, p in self.model.named_parameters() if self.zero_at_start in name]
 
 
 @dataclass(frozen=True)
 class Result:
     """Both runs, the DoRA layers of the model, and what dora_kernels says it did."""
+
+    method = "DoRA"
+    operators = ("forward", "backward")
 
     stock: Run
     ours: Run
@@ -218,7 +240,7 @@ class Result:
 
     @property
     def expected_calls(self) -> int:
-        """Of the forward op and of the backward op: one per layer and step."""
+        """Of each operator: one per layer and step."""
         return self.layers * len(self.ours.losses)
 
     def calls_of(self, op: str) -> int:
@@ -235,26 +257,27 @@ class Result:
         failed = []
         if not len(self.report.taken_over) == len(self.report) == self.layers > 0:
             failed.append(f"expected {self.layers} DoRA layers to be taken over; {self.report}")
-        for op in ("forward", "backward"):
+        for op in self.operators:
             if self.calls_of(op) != self.expected_calls:
                 failed.append(f"the {op} op ran {self.calls_of(op)} times; expected {self.expected_calls}")
         for run in (self.stock, self.ours):
             if not run.last_loss < run.first_loss:
                 failed.append(f"{run.name}: the loss went from {run.first_loss:.4f} to {run.last_loss:.4f}")
-            if not min(run.lora_B_norms(), default=0.0) > 0:
-                failed.append(f"{run.name}: lora_B of some layer is still zero")
+            if not min(run.adapter_norms(), default=0.0) > 0:
+                failed.append(f"{run.name}: {run.zero_at_start} of some layer is still zero")
         if not self.largest_difference <= TOLERANCE:
             failed.append(f"the losses differ by {self.largest_difference:.1e}; expected at most {TOLERANCE:.0e}")
         return failed
 
 
-def run(settings: Settings) -> int:
-    """Run the demo. Returns 0, or 1 where it did not show what it promises."""
+def run(settings: Settings, tune: Callable[..., Result] | None = None) -> int:
+    """Run the demo. Returns 0, or 1 where it did not show what it promises. tune: another method's fine_tune."""
     console = Console()
     preset = PRESETS[settings.preset]
     device, dtype = settings.torch_device, settings.dtype
     console.print(
-        f"Llama with {preset.layers} blocks of width {preset.hidden}, DoRA rank {preset.rank}, "
+        f"Llama with {preset.layers} blocks of width {preset.hidden}, "
+        f"{METHODS[settings.method]} rank {settings.rank}, "
         f"{preset.batch} x {preset.sequence} bytes per step,\n"
         f"{str(dtype).removeprefix('torch.')} on {launch.device_facts(device).name}"
         + (", over a base in NF4" if settings.base == "nf4" else "")
@@ -263,7 +286,7 @@ def run(settings: Settings) -> int:
         model = trained_base(preset, device, dtype, settings.seed, progress)
         if settings.base == "nf4":
             pack(model)
-        result = fine_tune(model, settings, progress)
+        result = (tune or fine_tune)(model, settings, progress)
     console.print(result_table(result))
     draw(result, settings.out)
     console.print(f"Chart: {settings.out}", soft_wrap=True)
@@ -271,7 +294,8 @@ def run(settings: Settings) -> int:
     for failure in failures:
         console.print(f"[bold red]FAILED[/] {failure}", soft_wrap=True)
     if not failures:
-        console.print("[bold green]passed[/] every layer was taken over, and the losses are those of stock PEFT")
+        passed = f"every layer was taken over, and the losses are those of {result.stock.name}"
+        console.print(f"[bold green]passed[/] {passed}", soft_wrap=True)
     return 1 if failures else 0
 
 
@@ -328,8 +352,8 @@ def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -
     config = LoraConfig(
         use_dora=True,
         target_modules="all-linear",
-        r=preset.rank,
-        lora_alpha=2 * preset.rank,
+        r=settings.rank,
+        lora_alpha=2 * settings.rank,
         lora_dropout=0.0,  # with dropout the two runs would draw different masks
     )
     torch.manual_seed(settings.seed)
@@ -337,14 +361,27 @@ def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -
         # PEFT 0.21 reads a model attribute that transformers 5 has renamed
         warnings.simplefilter("ignore", FutureWarning)
         stock_model = get_peft_model(model, config)
-    frozen = {id(p): p for p in stock_model.parameters() if not p.requires_grad}
-    our_model = copy.deepcopy(stock_model, memo=frozen)  # a memo entry is shared and not copied
+    our_model = copy_over(stock_model)
     report = adapters.enable(our_model)
+    runs = (
+        Run("stock PEFT", stock_model, preset.rate, settings),
+        Run("dora_kernels", our_model, preset.rate, settings),
+    )
+    return compare(Result, *runs, report, settings, progress)
 
+
+def copy_over(model: PeftModel) -> PeftModel:
+    """A copy with adapters of its own over the same frozen weights."""
+    frozen = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return copy.deepcopy(model, memo=frozen)  # a memo entry is shared and not copied
+
+
+def compare(
+    cls: type[Result], stock: Run, ours: Run, report: adapters.Report, settings: Settings, progress: Progress
+) -> Result:
+    """Take the steps of both runs in turns, on the same batches."""
+    preset, epoch = PRESETS[settings.preset], ours.epoch
     steps = settings.steps or preset.steps
-    epoch = max(1, steps // EPOCHS)
-    stock = Run("stock PEFT", stock_model, preset.rate, settings.dtype, epoch)
-    ours = Run("dora_kernels", our_model, preset.rate, settings.dtype, epoch)
     batches = sample(standard_library(TUNING_TEXT), preset, epoch, settings.seed + 1)
     bars = {run: progress.add_task(run.name, total=steps, status="") for run in (stock, ours)}
     before = Counter(ops.calls)
@@ -355,9 +392,9 @@ def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -
             for run in (stock, ours) if step % 2 == 0 else (ours, stock):
                 loss = run.step(ids)
                 progress.update(bars[run], advance=1, status=f"loss {loss:.4f}")
-    names = stock_model.targeted_module_names
-    bases = [stock_model.base_model.model.get_submodule(name).base_layer for name in names]
-    return Result(
+    names = stock.model.targeted_module_names
+    bases = [stock.model.base_model.model.get_submodule(name).base_layer for name in names]
+    return cls(
         stock,
         ours,
         len(names),
@@ -387,20 +424,21 @@ def sample(text: Tensor, preset: Preset, count: int, seed: int) -> list[Tensor]:
 def result_table(result: Result) -> Table:
     """The numbers of both runs side by side."""
     stock, ours = result.stock, result.ours
-    table = Table(title=f"DoRA fine-tuning, {len(ours.losses)} steps")
+    table = Table(title=f"{result.method} fine-tuning, {len(ours.losses)} steps")
     table.add_column("")
     table.add_column(stock.name, justify="right")
     table.add_column(ours.name, justify="right")
     table.add_row("layers taken over", "", f"{len(result.report.taken_over)} of {result.layers}")
-    for op in ("forward", "backward"):
+    for op in result.operators:
         table.add_row(f"{op} op calls", "", f"{result.calls_of(op)} of {result.expected_calls}")
     table.add_row("backend", "", ", ".join(sorted({backend for _, backend in result.calls})))
     table.add_row("loss, first epoch", f"{stock.first_loss:.5f}", f"{ours.first_loss:.5f}")
     table.add_row("loss, last epoch", f"{stock.last_loss:.5f}", f"{ours.last_loss:.5f}")
     table.add_row("largest |loss difference|", "", f"{result.largest_difference:.1e}")
-    table.add_row("mean |B| at end (0 at start)", *(f"{_mean(r.lora_B_norms()):.4f}" for r in (stock, ours)))
+    norms = (f"{_mean(run.adapter_norms()):.4f}" for run in (stock, ours))
+    table.add_row(f"mean |{ours.zero_at_start}| at end (0 at start)", *norms)
     table.add_row("time per step (median)", *(f"{run.step_seconds * 1e3:.1f} ms" for run in (stock, ours)))
-    table.add_row("  stock PEFT / dora_kernels", "", f"{stock.step_seconds / ours.step_seconds:.2f} x")
+    table.add_row(f"  {stock.name} / dora_kernels", "", f"{stock.step_seconds / ours.step_seconds:.2f} x")
     bits = 8 * result.weight_bytes / result.weight_elements
     table.add_row("frozen linear weights, shared", "", f"{result.weight_bytes / 2**20:.2f} MiB, {bits:.2f} bits each")
     if ours.peak_bytes:

@@ -8,14 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.functional import merge_weight_and_norm, weight_norm
-from dora_kernels.quant import Weight, is_quantized, read
+from dora_kernels.functional import weight_norm
+from dora_kernels.mergeable import DTYPE_NAMES, MergeableLinear, read_linear
 from dora_kernels.validate import FLOATING
 
-_DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 
-
-class DoraLinear(nn.Module):
+class DoraLinear(MergeableLinear):
     """y = gain * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias (see `dora_linear`), weight and bias frozen.
 
     scaling = alpha / rank. With dropout p > 0, in training the adapter sees dropout(x) and the base layer x, as in
@@ -48,22 +46,17 @@ class DoraLinear(nn.Module):
         _check_sizes(in_features, out_features, rank)
         _check_numbers(alpha, dropout)
         _check_placement(bias, device, dtype, adapter_dtype)
-        super().__init__()
         dtype = dtype or torch.get_default_dtype()
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        base = nn.Linear(in_features, out_features, bias, device, dtype)
+        super().__init__(base.weight, base.bias)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
         self.dropout = dropout
-        base = nn.Linear(in_features, out_features, bias, device, dtype)
-        self.weight = base.weight.requires_grad_(False)
-        self.bias = base.bias.requires_grad_(False) if bias else None
-        self.base_layer: nn.Module | None = None
         self.lora_A = nn.Linear(in_features, rank, False, device, adapter_dtype)
         self.lora_B = nn.Linear(rank, out_features, False, device, adapter_dtype)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(out_features, device=device, dtype=adapter_dtype))
-        # norm and gain with which the weight was merged; None while it is not
-        self._merged_with: tuple[Tensor, Tensor] | None = None
         self.reset_adapter()
 
     @classmethod
@@ -74,20 +67,12 @@ class DoraLinear(nn.Module):
         bitsandbytes, torchao or HQQ has quantised: it is kept as base_layer, merge() makes a dense weight beside it,
         and unmerge() drops that again.
         """
-        quantized = is_quantized(linear)
-        if type(linear) is not nn.Linear and not quantized:
-            raise ValueError(
-                f"DoraLinear.from_linear: linear is {type(linear).__name__}; "
-                "expected torch.nn.Linear, or a layer quantised by bitsandbytes, torchao or HQQ"
-            )
-        if not quantized and linear.weight.dtype not in FLOATING:
-            raise ValueError(f"DoraLinear.from_linear: weight is {linear.weight.dtype}; expected one of {_DTYPES}")
-        weight, bias = read(linear) if quantized else linear.weight, linear.bias
+        weight, bias, base_layer = read_linear("DoraLinear.from_linear", linear)
         N, K = weight.shape
         # on meta, so that no second weight is made
         layer = cls(K, N, rank, alpha, False, dropout, "meta", weight.dtype)
-        if quantized:
-            layer.weight, layer.base_layer = None, linear.requires_grad_(False)
+        if base_layer is not None:
+            layer.weight, layer.base_layer = None, base_layer.requires_grad_(False)
         else:
             layer.weight = weight.requires_grad_(False)
             layer.bias = None if bias is None else bias.requires_grad_(False)
@@ -104,27 +89,20 @@ class DoraLinear(nn.Module):
         self._refuse_while_merged("reset_adapter")
         self.lora_A.reset_parameters()
         self.lora_B.weight.zero_()
-        weight, _ = self._base()
+        weight, _ = self.base()
         if weight.device.type != "meta":
             norm = weight_norm(weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
             self.lora_magnitude_vector.copy_(norm)
 
-    def _base(self) -> tuple[Weight, Tensor | None]:
-        """The weight and the bias beneath the adapter; a quantised one is read anew: its library may have moved it."""
-        if self.base_layer is None:
-            return self.weight, self.bias
-        return read(self.base_layer), self.base_layer.bias
-
-    @property
-    def merged(self) -> bool:
-        """True between merge() and unmerge()."""
-        return self._merged_with is not None
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """As MergeableLinear.factors."""
+        return self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.scaling
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
         if self.merged and self.base_layer is None:
             return F.linear(x, self.weight, self.bias)
-        weight, bias = self._base()
+        weight, bias = self.base()
         if self.merged:
             return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
@@ -155,62 +133,6 @@ class DoraLinear(nn.Module):
         """What moves and casts go through."""
         reuse.forget(self)
         return super()._apply(*arguments, **keywords)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Put the adapter into weight, in place: the layer then costs what nn.Linear costs. Does nothing if merged.
-
-        Over a quantised layer, which has no place for it, the weight is a new dense one.
-
-        Until unmerge() the adapter gets no gradient, and the state dict can be neither saved nor loaded.
-        """
-        if self.merged:
-            return
-        adapter = (self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector)
-        merged, norm, gain = merge_weight_and_norm(self._base()[0], *adapter, self.scaling)
-        if self.base_layer is None:
-            self.weight.copy_(merged)
-        else:
-            self.weight = nn.Parameter(merged, requires_grad=False)
-        self._merged_with = norm, gain
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Take the adapter out of weight again, to within one rounding of its dtype. Does nothing if not merged.
-
-        Raises ValueError where a row's magnitude is 0 and its norm is not, because its weights are gone. The adapter
-        must not have changed in between.
-        """
-        if not self.merged:
-            return
-        if self.base_layer is not None:
-            self.weight = self._merged_with = None
-            return
-        norm, gain = (row.to(self.weight.device) for row in self._merged_with)
-        lost = int(((gain == 0) & (norm != 0)).sum())
-        if lost:
-            raise ValueError(
-                f"DoraLinear.unmerge: {lost} of {self.out_features} rows were merged with gain 0; expected none: "
-                "their weights cannot be recovered"
-            )
-        # where the norm is 0 the merged row is 0 and the weight was -scaling * B A
-        weight = self.weight.to(gain.dtype) / torch.where(gain == 0, 1, gain)[:, None]
-        adapter = (self.lora_A.weight.to(weight.dtype), self.lora_B.weight.to(weight.dtype))
-        self.weight.copy_(torch.addmm(weight, adapter[1], adapter[0], alpha=-self.scaling))
-        self._merged_with = None
-
-    def _save_to_state_dict(self, *arguments: Any) -> None:
-        self._refuse_while_merged("state_dict")
-        super()._save_to_state_dict(*arguments)
-
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        self._refuse_while_merged("load_state_dict")
-        super()._load_from_state_dict(*arguments)
-
-    def _refuse_while_merged(self, function: str) -> None:
-        """A merged weight beside its adapter would be merged a second time by whoever loads it."""
-        if self.merged:
-            raise ValueError(f"DoraLinear.{function}: the layer is merged; expected unmerge() first")
 
     def extra_repr(self) -> str:
         return (
@@ -245,7 +167,7 @@ def _check_placement(bias: bool, device: object, dtype: object, adapter_dtype: o
         raise ValueError(f"DoraLinear: bias is {bias!r}; expected True or False")
     for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
         if value is not None and (not isinstance(value, torch.dtype) or value not in FLOATING):
-            raise ValueError(f"DoraLinear: {name} is {value!r}; expected one of {_DTYPES}")
+            raise ValueError(f"DoraLinear: {name} is {value!r}; expected one of {DTYPE_NAMES}")
     if device is not None:
         try:
             torch.device(device)

@@ -11,12 +11,14 @@ the number of optimizer steps taken in this process. The version alone would not
 optimizers, 8-bit optimizers and writes through .data leave it alone. Nor would the address: a parameter that is
 replaced leaves its address to the next one. Writes through .data outside an optimizer step (PEFT's hot swap is one)
 cannot be seen; after one, call `invalidate(model)`.
+
+What is computed of frozen tensors alone is kept by `constant_reusing`, through training and its optimizer steps.
 """
 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from dora_kernels import launch, ops
 from dora_kernels.functional import dora_linear_core, operand_dtypes
 from dora_kernels.quant import Weight, parts
+
+Value = TypeVar("Value")
 
 
 class _Kept(NamedTuple):
@@ -39,13 +43,17 @@ class _Kept(NamedTuple):
     owners: tuple[weakref.ref[Tensor], ...]
     storages: tuple[StorageWeakRef, ...]
     fingerprint: tuple[object, ...]
-    norm: Tensor
+    norm: Tensor | None
     gain: Tensor | None
     merged: Tensor | None = None
 
     @classmethod
     def of(
-        cls, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...], norm: Tensor, gain: Tensor | None
+        cls,
+        tensors: tuple[Tensor, ...],
+        fingerprint: tuple[object, ...],
+        norm: Tensor | None = None,
+        gain: Tensor | None = None,
     ) -> "_Kept":
         owners = tuple(weakref.ref(_owner(tensor)) for tensor in tensors)
         storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
@@ -63,6 +71,8 @@ class _Kept(NamedTuple):
 
 # beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
 _kept: weakref.WeakKeyDictionary[nn.Module, _Kept] = weakref.WeakKeyDictionary()
+# what constant_reusing made, None before its second call, and what it was made of
+_constants: weakref.WeakKeyDictionary[nn.Module, tuple[_Kept, object]] = weakref.WeakKeyDictionary()
 _optimizer_steps = 0
 _counting = False
 # how often something was dropped: what another thread drops must not come back from a call that had begun before
@@ -129,6 +139,29 @@ def norm_reusing(
     if drops == _drops:
         _kept[layer] = _Kept.of(tensors, fingerprint, norm, None)
     return norm
+
+
+def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[[], Value]) -> Value | None:
+    """compute(), of frozen tensors alone, from the second call on that sees the same ones unchanged; None before.
+
+    So a weight that moves at every call (offloaded, gathered) never pays for what would be used once. None, too, where
+    nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses.
+    """
+    device = tensors[0].device
+    if not _can_keep(tensors, device):
+        return None
+    drops = _drops
+    fingerprint = _identity(tensors, device)
+    kept, value = _constants.get(layer, (None, None))
+    if kept is None or not kept.is_of(tensors, fingerprint):
+        kept, value = _Kept.of(tensors, fingerprint), None
+    elif value is None:
+        # what inference mode computes cannot be saved for a backward pass
+        with torch.inference_mode(False), torch.no_grad():
+            value = compute()
+    if drops == _drops:
+        _constants[layer] = kept, value
+    return value
 
 
 def _can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
@@ -272,18 +305,23 @@ def forget(layer: nn.Module) -> None:
 
 
 def invalidate(model: nn.Module) -> None:
-    """Drop the norms and gains kept for the layers of `model`: needed after writes through .data, and only then."""
+    """Drop all that is kept for the layers of `model`: needed after writes through .data, and only then."""
     for module in model.modules():
         forget(module)
+        _constants.pop(module, None)
 
 
 def _fingerprint(tensors: tuple[Tensor, ...], settings: tuple[object, ...], device: torch.device) -> tuple[object, ...]:
     _count_optimizer_steps()
-    identity = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     # what inference mode computes cannot be saved for a backward pass
     inference = torch.is_inference_mode_enabled()
-    return identity, settings, stream, _optimizer_steps, inference
+    return _identity(tensors, device), settings, _optimizer_steps, inference
+
+
+def _identity(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[object, ...]:
+    """Of which tensors, and computed on which stream."""
+    identity = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
+    return identity, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _owner(tensor: Tensor) -> Tensor:

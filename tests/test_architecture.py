@@ -21,7 +21,9 @@ ROOMS = {
     "validate": 2,
     "functional": 3,
     "rescale": 3,
+    "mergeable": 4,
     "reuse": 4,
+    "dvora": 5,
     "modules": 5,
     "adapters": 6,
     "serving": 6,
@@ -29,9 +31,10 @@ ROOMS = {
     "testing": 7,
     "trainer": 7,
     "demo": 8,
-    "cli": 9,
-    "__init__": 10,
-    "__main__": 10,
+    "demo_dvora": 9,
+    "cli": 10,
+    "__init__": 11,
+    "__main__": 11,
 }
 # ops.py hands the kernels to passes.py, which must not know them
 FORBIDDEN_PAIRS = {("passes", "kernels"), ("kernels", "passes")}

@@ -108,6 +108,13 @@ def disable(model: nn.Module) -> Report:
     return Report(tuple(reports))
 
 
+def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
+    """Make the VeRA adapter `adapter` of a PEFT model a DVoRA adapter, in place: adapters/peft/vera.py has the rest."""
+    from dora_kernels.adapters.peft import vera  # needs PEFT
+
+    return vera.to_dvora(model, adapter)
+
+
 def _dora_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, ModuleType]]:
     """(name, layer, library, its adapter) of every DoRA layer, each found by one library, in the order of the model."""
     found: dict[nn.Module, tuple[str, nn.Module, str, ModuleType]] = {}

@@ -22,6 +22,9 @@ class TakenOver:
     Beside it `train` and `_apply` differ from the library's, by what they forget.
     """
 
+    reversible = True
+    """Whether the library's class computes the same function, so that the layer can be given back."""
+
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
         """norm and gain (N,) of the layer's adapter, constants. Raises ValueError where the layer has not just one."""
         raise NotImplementedError
@@ -74,8 +77,8 @@ def take_over(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def give_back(layer: nn.Module) -> None:
-    """Make `layer` its library's again; nothing happens to one that is."""
-    if isinstance(layer, TakenOver):
+    """Make `layer` its library's again; nothing happens to one that is, or that its library could not compute."""
+    if isinstance(layer, TakenOver) and layer.reversible:
         _set_class(layer, library_class(layer))
 
 

@@ -13,7 +13,6 @@ import dataclasses
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available, is_hqq_available
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
@@ -45,21 +44,7 @@ class TakenOverQuantized(TakenOverLinear):
 
     def base_product(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
         """As TakenOverLinear.base_product."""
-        return _Product.apply(x.to(weight.dtype), weight)
-
-
-class _Product(torch.autograd.Function):
-    """x @ weight.T, the weight decoded for the forward and again for the backward product."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
-        ctx.weight = weight
-        return F.linear(x, weight.dequantize())
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        return dy @ ctx.weight.dequantize(dtype=dy.dtype), None
+        return quant.base_product(x.to(weight.dtype), weight)
 
 
 class DoraKernelsTorchaoLinear(TakenOverQuantized, TorchaoLoraLinear):

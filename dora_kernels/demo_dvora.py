@@ -1,0 +1,74 @@
+"""The demo of DVoRA: the same model and text, fine-tuned twice from a PEFT VeRA model that `to_dvora` converted.
+
+No library has DVoRA to compare with, so the other run is its definition: each layer by `dvora_linear_ref`, in plain
+PyTorch and by autograd, with the dense weight + update written out for its norm.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft import VeraConfig, get_peft_model
+from rich.progress import Progress
+from torch import Tensor
+from transformers import LlamaForCausalLM
+
+from dora_kernels import adapters, demo, quant
+from dora_kernels.adapters.peft.vera import DvoraVeraLinear, to_dvora
+from dora_kernels.adapters.taking import take_over
+from dora_kernels.dvora import dvora_linear_ref
+
+RATE_FACTOR = 10
+"""VeRA's rate over the preset's, as in its paper: vectors that start at 0 and 0.1 have further to go."""
+
+
+class DefinitionLinear(DvoraVeraLinear):
+    """A DVoRA layer computed by its definition."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., K) -> (..., N)."""
+        name, base = self.active_adapters[0], self.base_layer
+        weight = quant.read(base).dequantize(dtype=x.dtype) if quant.is_quantized(base) else base.weight
+        vera_A, vera_B = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
+        vectors = (self.vera_lambda_d[name], self.vera_lambda_b[name], self.vera_magnitude_vector[name])
+        return dvora_linear_ref(x, weight, vera_A, vera_B, *vectors, base.bias)
+
+
+class Run(demo.Run):
+    """As the demo's."""
+
+    zero_at_start = "lambda_b"
+
+
+class Result(demo.Result):
+    """As the demo's."""
+
+    method = "DVoRA"
+    operators = ("rescale", "rescale_backward")
+
+
+def run(settings: demo.Settings) -> int:
+    """Run the demo with DVoRA. Returns 0, or 1 where it did not show what it promises."""
+    return demo.run(settings, fine_tune)
+
+
+def fine_tune(model: LlamaForCausalLM, settings: demo.Settings, progress: Progress) -> Result:
+    """Fine-tune `model` with DVoRA on every linear layer, by the definition and by dora_kernels, in turns."""
+    preset = demo.PRESETS[settings.preset]
+    torch.manual_seed(settings.seed)
+    config = VeraConfig(target_modules="all-linear", r=settings.rank)
+    with warnings.catch_warnings():
+        # as in demo.fine_tune
+        warnings.simplefilter("ignore", FutureWarning)
+        our_model = to_dvora(get_peft_model(model, config))
+    plain_model = demo.copy_over(our_model)
+    for layer in plain_model.modules():
+        if isinstance(layer, DvoraVeraLinear):
+            take_over(layer, DefinitionLinear)
+    layers = [name for name, layer in our_model.named_modules() if type(layer) is DvoraVeraLinear]
+    report = adapters.Report(tuple(adapters.LayerReport(name, "peft", True) for name in layers))
+    rate = RATE_FACTOR * preset.rate
+    runs = (Run("the definition", plain_model, rate, settings), Run("dora_kernels", our_model, rate, settings))
+    return demo.compare(Result, *runs, report, settings, progress)

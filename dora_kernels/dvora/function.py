@@ -1,0 +1,260 @@
+"""The DVoRA layer as a function.
+
+Letters: N out features, K in features, R rank, P = min(R, K).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_kernels import reuse
+from dora_kernels.functional import operand_dtypes, weight_norm
+from dora_kernels.ops import is_autocast
+from dora_kernels.quant import QuantizedWeight, Weight, base_product, parts
+from dora_kernels.reference import accumulate_dtype, gain_ref
+from dora_kernels.rescale import rescale
+from dora_kernels.validate import check_call, check_tensor
+
+TERMS_SHARE = 0.25
+"""The largest part of the weight's bytes that the terms of its norm may take to be kept: memory is why one adapts."""
+
+_BLOCK_ROWS = 1024
+"""Of a weight that is decoded and widened to float64 at once."""
+
+
+class NormTerms(NamedTuple):
+    """weight (N, K) and vera_A (R, K) as the norm sees them: (N, P + 1) and (R, P + 1). See `norm_terms`."""
+
+    weight: Tensor
+    vera_A: Tensor
+
+
+def dvora_linear(
+    x: Tensor,
+    weight: Weight,
+    vera_A: Tensor,
+    vera_B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    terms: NormTerms | None = None,
+    norm_grad: bool = False,
+    x_dropped: Tensor | None = None,
+    norm: Tensor | None = None,
+    function: str = "dvora_linear",
+) -> Tensor:
+    """The DVoRA linear layer, differentiable once in x, lambda_d, lambda_b, magnitude and bias.
+
+        y = gain * (x weight^T + lambda_b * (lambda_d * (x vera_A^T)) vera_B^T) + bias
+        gain = magnitude / norm,  norm_n = ||weight_n + lambda_b_n * (vera_B_n * lambda_d) vera_A||_2
+
+    Shapes: x (..., K), weight (N, K) or a QuantizedWeight, vera_A (R, K), vera_B (N, R), all three frozen, lambda_d
+    (R,), lambda_b, magnitude, bias (N,) -> y (..., N). Dtypes, and rows whose norm is 0, as dora_linear. The low-rank
+    product is taken in the dtype in which x would meet vera_A there.
+
+    terms: norm_terms(weight, vera_A), with which the norm reads neither; the same to rounding. They are the caller's
+    to keep in step with both. norm_grad: as in dora_linear; the gradient of lambda_d and lambda_b.
+    x_dropped: dropout(x). The adapter then sees x_dropped and the base layer x, as in PEFT's DoRA:
+        y = x weight^T + (gain - 1) * x_dropped weight^T + gain * lambda_b * (lambda_d * (x_dropped vera_A^T)) vera_B^T
+    norm (N,): used in place of the row norms, a constant.
+    function: the name that error messages give.
+
+    Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit, or what is frozen requires a
+    gradient.
+    """
+    _check(function, x, weight, vera_A, vera_B, lambda_d, lambda_b, magnitude, bias, x_dropped, norm, norm_grad)
+    base_dtype, dtype = operand_dtypes(x, vera_A)
+    if norm is None:
+        norm = dvora_norm(weight, vera_A, vera_B, lambda_d, lambda_b, terms=terms, norm_grad=norm_grad)
+    gain = gain_ref(magnitude, norm.to(accumulate_dtype(base_dtype)))
+
+    x_adapter = x if x_dropped is None else x_dropped
+    low = F.linear(x_adapter.to(dtype), vera_A.to(dtype))
+    low = (low * lambda_d).to(dtype)
+    base = base_product(x_adapter.to(base_dtype), weight)
+    y = rescale(base, low, lambda_b[:, None] * vera_B, gain, 1.0, bias)
+    return y if x_dropped is None else y + (base_product(x.to(base_dtype), weight) - base)
+
+
+def dvora_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    vera_A: Tensor,
+    vera_B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x_dropped: Tensor | None = None,
+    norm_grad: bool = False,
+) -> Tensor:
+    """The definition of dvora_linear in plain PyTorch, dense, by autograd, in any dtype up to float64."""
+    norm = torch.linalg.vector_norm(weight + (lambda_b[:, None] * vera_B) @ (lambda_d[:, None] * vera_A), dim=1)
+    norm = norm if norm_grad else norm.detach()
+    gain = torch.where(norm == 0, 0, magnitude / torch.where(norm == 0, 1, norm))
+    x_adapter = x if x_dropped is None else x_dropped
+    base = F.linear(x_adapter, weight)
+    low = lambda_d * F.linear(x_adapter.to(vera_A.dtype), vera_A)
+    y = gain * (base + lambda_b * F.linear(low.to(vera_B.dtype), vera_B))
+    if x_dropped is not None:
+        y = y + F.linear(x, weight) - base
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def dvora_update(
+    vera_A: Tensor, vera_B: Tensor, lambda_d: Tensor, lambda_b: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """lora_A (R, K) = vera_A and lora_B (N, R) = lambda_b * vera_B * lambda_d: the adapter as DoRA's functions take it.
+
+    Both of one dtype, in which lora_B is made: the widest among the four, and dtype.
+    """
+    for tensor in (vera_A, vera_B, lambda_d, lambda_b):
+        dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    return vera_A.to(dtype), lambda_b.to(dtype)[:, None] * vera_B.to(dtype) * lambda_d.to(dtype)
+
+
+def dvora_norm(
+    weight: Weight,
+    vera_A: Tensor,
+    vera_B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    *,
+    terms: NormTerms | None = None,
+    norm_grad: bool = False,
+) -> Tensor:
+    """norm (N,) of dvora_linear, float32 (float64 for float64 weights); a constant unless norm_grad.
+
+    With terms it costs N R P instead of N R K, and reads (N, P + 1) instead of weight.
+    """
+    with torch.set_grad_enabled(norm_grad and torch.is_grad_enabled()):
+        if terms is None:
+            lora_A, lora_B = dvora_update(vera_A, vera_B, lambda_d, lambda_b)
+            return weight_norm(weight, lora_A, lora_B, 1.0, norm_grad=norm_grad)
+        lora_A, lora_B = dvora_update(terms.vera_A, vera_B, lambda_d, lambda_b, terms.vera_A.dtype)
+        device = terms.weight.device.type
+        if not is_autocast(device):
+            return weight_norm(terms.weight, lora_A, lora_B, 1.0, norm_grad=norm_grad)
+        # the terms are no weights of a GEMM: they stay float32
+        with torch.autocast(device, enabled=False):
+            return weight_norm(terms.weight, lora_A, lora_B, 1.0, norm_grad=norm_grad)
+
+
+@torch.no_grad()
+def norm_terms(weight: Weight, vera_A: Tensor) -> NormTerms:
+    """What the norms of weight (N, K) + any (N, R) @ vera_A (R, K) depend on: (N, P + 1) and (R, P + 1), float32.
+
+    With the rows of Q (P, K) an orthonormal basis that vera_A = L Q lies in, weight = C Q + rest, rest Q^T = 0, and
+        ||weight_n + b vera_A||^2 = ||C_n + b L||^2 + ||rest_n||^2 = ||(C_n, |rest_n|) + b (L, 0)||^2
+    for every b (R,): the norm of a narrower weight and a narrower vera_A. A sum of squares, where the expanded
+    ||W_n||^2 + 2 b U_n + b G b^T would cancel for an update as large as the weight. Made once, so in float64.
+    """
+    dtype = accumulate_dtype(weight.dtype)
+    basis, factor = torch.linalg.qr(vera_A.double().T)  # (K, P) and (P, R)
+    N, P = weight.shape[0], basis.shape[1]
+    narrow = vera_A.new_zeros((N, P + 1), dtype=dtype)
+    for start in range(0, N, _BLOCK_ROWS):
+        rows = slice(start, min(start + _BLOCK_ROWS, N))
+        block = weight[rows].double()
+        coordinates = block @ basis
+        narrow[rows, :P] = coordinates
+        if P < weight.shape[1]:  # else basis is all of the space, and the rest is rounding
+            narrow[rows, P] = torch.linalg.vector_norm(block.addmm(coordinates, basis.T, alpha=-1), dim=1)
+    return NormTerms(narrow, F.pad(factor.T, (0, 1)).to(dtype).contiguous())
+
+
+def terms_are_small(weight: Weight, vera_A: Tensor) -> bool:
+    """Whether the terms of the norm take at most TERMS_SHARE of the weight's bytes.
+
+    R = 256 over K = 4096: an eighth in bfloat16 and so kept, a half in 4 bits and so not.
+    """
+    N = weight.shape[0]
+    narrow = N * (min(vera_A.shape) + 1) * accumulate_dtype(weight.dtype).itemsize
+    return narrow <= TERMS_SHARE * weight.nbytes
+
+
+def dvora_linear_reusing(
+    layer: nn.Module,
+    x: Tensor,
+    weight: Weight,
+    vera_A: Tensor,
+    vera_B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x_dropped: Tensor | None = None,
+    function: str = "dvora_linear",
+) -> Tensor:
+    """dvora_linear for `layer`, with the terms of its norm kept while weight and vera_A stay as they are, if small.
+
+    They are made in the second call that sees the same two, so that a weight that moves at every call never pays for
+    them, and not under torch.compile. In eval mode, and where checkpointing runs the forward pass again, the norm is
+    kept too (see reuse.py).
+    """
+    stored, *storage = parts(weight)
+    factors = (vera_A, vera_B, lambda_d, lambda_b)
+    arguments = (x, weight, *factors, magnitude, bias)
+    _check(function, *arguments, x_dropped, None, False)
+
+    def compute() -> Tensor:
+        terms = None
+        if terms_are_small(weight, vera_A):
+            frozen = (*stored, vera_A)
+            terms = reuse.constant_reusing(layer, frozen, lambda: norm_terms(weight, vera_A))
+        return dvora_norm(weight, *factors, terms=terms)
+
+    norm = reuse.norm_reusing(layer, (*stored, *factors), (storage, operand_dtypes(x, vera_A)), compute)
+    return dvora_linear(*arguments, x_dropped=x_dropped, norm=norm, function=function)
+
+
+def _check(
+    function: str,
+    x: Tensor,
+    weight: Weight,
+    vera_A: Tensor,
+    vera_B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    x_dropped: Tensor | None,
+    norm: Tensor | None,
+    norm_grad: bool,
+) -> None:
+    """Raise ValueError unless the arguments of dvora_linear fit each other."""
+    frozen = {"weight": weight, "vera_A": vera_A, "vera_B": vera_B}
+    for name, tensor in frozen.items():
+        if not isinstance(tensor, QuantizedWeight):
+            check_tensor(function, name, tensor, weight)
+        if tensor.dim() != 2:
+            raise ValueError(f"{function}: {name} has shape {tuple(tensor.shape)}; expected 2 dimensions")
+        if tensor.requires_grad:
+            raise ValueError(f"{function}: {name}.requires_grad is True; expected False: DVoRA freezes it")
+    (N, K), R = weight.shape, vera_A.shape[0]
+    shapes = {"vera_A": (R, K), "vera_B": (N, R), "lambda_d": (R,), "lambda_b": (N,)}
+    for name, tensor in {**frozen, "lambda_d": lambda_d, "lambda_b": lambda_b}.items():
+        if name not in shapes:
+            continue
+        check_tensor(function, name, tensor, weight)
+        if tuple(tensor.shape) != shapes[name]:
+            raise ValueError(
+                f"{function}: {name} has shape {tuple(tensor.shape)} but weight has shape {tuple(weight.shape)} and "
+                f"vera_A {tuple(vera_A.shape)}; expected {name} {shapes[name]}"
+            )
+    check_call(function, x, weight, magnitude, bias, x_dropped, norm)
+    if not isinstance(norm_grad, bool):
+        raise ValueError(f"{function}: norm_grad is {norm_grad!r}; expected True or False")
+    if norm is not None and norm_grad:
+        raise ValueError(
+            f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
+        )
+    autocast = is_autocast(x.device.type) or isinstance(weight, QuantizedWeight)
+    if x.dtype != weight.dtype and (not autocast or torch.float64 in (x.dtype, weight.dtype)):
+        raise ValueError(f"{function}: x is {x.dtype} but weight is {weight.dtype}; expected one dtype")

@@ -1,0 +1,122 @@
+"""A frozen linear layer whose adapter can be put into its weight and taken out again: what DoraLinear and DvoraLinear
+share."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels.functional import merge_weight_and_norm
+from dora_kernels.quant import Weight, is_quantized, read
+from dora_kernels.validate import FLOATING
+
+DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+
+
+class MergeableLinear(nn.Module):
+    """weight (N, K) and bias (N,), frozen, or base_layer in their place; subclasses have the adapter over them."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, base_layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.weight = None if weight is None else weight.requires_grad_(False)
+        self.bias = None if bias is None else bias.requires_grad_(False)
+        self.base_layer = None if base_layer is None else base_layer.requires_grad_(False)
+        # norm and gain with which the weight was merged; None while it is not
+        self._merged_with: tuple[Tensor, Tensor] | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling of the adapter."""
+        raise NotImplementedError
+
+    def base(self) -> tuple[Weight, Tensor | None]:
+        """The weight and the bias beneath the adapter; a quantised one is read anew: its library may have moved it."""
+        if self.base_layer is None:
+            return self.weight, self.bias
+        return read(self.base_layer), self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """True between merge() and unmerge()."""
+        return self._merged_with is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put the adapter into weight, in place: the layer then costs what nn.Linear costs. Does nothing if merged.
+
+        Over a quantised layer, which has no place for it, the weight is a new dense one.
+
+        Until unmerge() the adapter gets no gradient, and the state dict can be neither saved nor loaded.
+        """
+        if self.merged:
+            return
+        merged, norm, gain = merge_weight_and_norm(self.base()[0], *self.factors())
+        if self.base_layer is None:
+            self.weight.copy_(merged)
+        else:
+            self.weight = nn.Parameter(merged, requires_grad=False)
+        self._merged_with = norm, gain
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the adapter out of weight again, to within one rounding of its dtype. Does nothing if not merged.
+
+        Raises ValueError where a row's magnitude is 0 and its norm is not, because its weights are gone. The adapter
+        must not have changed in between.
+        """
+        if not self.merged:
+            return
+        if self.base_layer is not None:
+            self.weight = self._merged_with = None
+            return
+        norm, gain = (row.to(self.weight.device) for row in self._merged_with)
+        lora_A, lora_B, _, scaling = self.factors()
+        function = f"{type(self).__name__}.unmerge"
+        self.weight.copy_(unmerge_weight(self.weight, norm, gain, lora_A, lora_B, scaling, function))
+        self._merged_with = None
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._refuse_while_merged("state_dict")
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._refuse_while_merged("load_state_dict")
+        super()._load_from_state_dict(*arguments)
+
+    def _refuse_while_merged(self, function: str) -> None:
+        """A merged weight beside its adapter would be merged a second time by whoever loads it."""
+        if self.merged:
+            raise ValueError(f"{type(self).__name__}.{function}: the layer is merged; expected unmerge() first")
+
+
+def unmerge_weight(
+    merged: Tensor, norm: Tensor, gain: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, function: str
+) -> Tensor:
+    """The weight (N, K) of which merge_weight made `merged` with this norm and gain (N,), in gain's dtype.
+
+    Raises ValueError, in the name of `function`, where a row's gain is 0 and its norm is not: its weights are gone.
+    """
+    lost = int(((gain == 0) & (norm != 0)).sum())
+    if lost:
+        raise ValueError(
+            f"{function}: {lost} of {gain.numel()} rows were merged with gain 0; expected none: "
+            "their weights cannot be recovered"
+        )
+    # where the norm is 0 the merged row is 0 and the weight was -scaling * B A
+    weight = merged.to(gain.dtype) / torch.where(gain == 0, 1, gain)[:, None]
+    return torch.addmm(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=-scaling)
+
+
+def read_linear(function: str, linear: nn.Module) -> tuple[Weight, Tensor | None, nn.Module | None]:
+    """weight, bias and, where it is quantised, `linear` itself: what a layer over `linear` is made of.
+
+    Raises ValueError, in the name of `function`, where it is neither nn.Linear nor quantised by a library we read.
+    """
+    quantized = is_quantized(linear)
+    if type(linear) is not nn.Linear and not quantized:
+        raise ValueError(
+            f"{function}: linear is {type(linear).__name__}; "
+            "expected torch.nn.Linear, or a layer quantised by bitsandbytes, torchao or HQQ"
+        )
+    if not quantized and linear.weight.dtype not in FLOATING:
+        raise ValueError(f"{function}: weight is {linear.weight.dtype}; expected one of {DTYPE_NAMES}")
+    return (read(linear), linear.bias, linear) if quantized else (linear.weight, linear.bias, None)

@@ -1,0 +1,32 @@
+"""The frozen layer's own product, for what is composed of a base and a low-rank part."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dora_kernels.quant.formats import Weight
+
+
+def base_product(x: Tensor, weight: Weight) -> Tensor:
+    """x (..., K) @ weight (N, K)^T -> (..., N), differentiable in x.
+
+    A quantised weight is decoded to x's dtype, for the forward product and again for the backward one: it stands dense
+    for no longer than a product takes.
+    """
+    return F.linear(x, weight) if isinstance(weight, Tensor) else _Product.apply(x, weight)
+
+
+class _Product(torch.autograd.Function):
+    """base_product over a quantised weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight.dequantize(dtype=x.dtype))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy @ ctx.weight.dequantize(dtype=dy.dtype), None
