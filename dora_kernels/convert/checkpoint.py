@@ -79,8 +79,8 @@ def table(adapters: Sequence[DoraAdapter]) -> str:
             "x".join(map(str, adapter.lora_A.shape[1:])),
             str(adapter.R),
             f"{adapter.scaling:.6g}",
-            _dtype(adapter.lora_A),
-            _dtype(adapter.magnitude),
+            _dtypes(adapter.lora_A, adapter.lora_B),
+            _dtypes(adapter.magnitude),
         )
         for adapter in adapters
     )
@@ -90,8 +90,8 @@ def table(adapters: Sequence[DoraAdapter]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _dtypes(*tensors: Tensor) -> str:
+    return ", ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
 
 
 def _format(name: str) -> Format:

@@ -98,7 +98,7 @@ class InHeader:
     uniform: bool = False
 
     def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
-        alphas = json.loads(header.get(_HEADER, "{}"))
+        alphas = _loads(header.get(_HEADER, "{}"))
         unknown = sorted(set(alphas) - set(ranks))
         if unknown:
             raise ValueError(f"convert: the header has an alpha for {unknown}, which have no adapter in the file")
@@ -124,7 +124,7 @@ class InConfig:
 
     def write(self, adapters: Sequence[DoraAdapter]) -> Written:
         rank, alpha = _uniform(adapters)
-        config = {"peft_type": self.peft_type, "r": rank, "lora_alpha": alpha, "bias": "none"}
+        config = {"peft_type": self.peft_type, "use_dora": True, "r": rank, "lora_alpha": alpha, "bias": "none"}
         return {}, config | {"target_modules": [adapter.module for adapter in adapters]}, {}
 
 
@@ -181,6 +181,16 @@ class InPeftConfig:
         return {}, config, {}
 
 
+def _loads(text: str) -> dict[str, Any]:
+    try:
+        alphas = json.loads(text)
+    except ValueError:
+        alphas = None
+    if not isinstance(alphas, dict):
+        raise ValueError(f"convert: {_HEADER} is {text!r} in the header; expected JSON, {{module: alpha}}")
+    return alphas
+
+
 def _stated(stated: float | None, given: float | None, name: str) -> float:
     """The alpha that the file states or the caller gives; ValueError where neither does, or they differ."""
     if stated is None and given is None:
@@ -230,7 +240,10 @@ def _check_ranks(ranks: Mapping[str, int], stated: Mapping[str, int | None]) -> 
 def _pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
     """The value of the first pattern that PEFT would match to the end of the module's name."""
     patterns = config.get(field) or {}
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    try:
+        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    except (re.error, AttributeError) as error:
+        raise ValueError(f"convert: {field} is {patterns!r}: {error}; expected {{pattern: number}}") from error
 
 
 def _whole(module: str) -> str:
