@@ -151,7 +151,7 @@ def _add_convert(commands: Any) -> None:
     add("--to", dest="target_format", required=True, metavar="FORMAT", help="the same")
     add("--alpha", type=float, help="where the source does not say it; scaling is alpha / R")
     add("--base", help="the model's safetensors, a file or a folder: looked through for biases")
-    add("--no-bias", action="store_true", help="no adapted layer has a bias (some formats' gain multiplies it)")
+    add("--no-bias", action="store_true", help="no adapted layer has a bias, which some libraries' gain multiplies")
     add("--fold", action="store_true", help="round scaling * lora_B where the target cannot hold scaling exactly")
     add("--rename", nargs=2, action="append", default=[], metavar=("PATTERN", "WITH"), help="re.sub on module names")
     add("--heads", nargs=2, type=int, metavar=("Q", "KV"), help="torchtune: reorder the rows of q_proj and k_proj")

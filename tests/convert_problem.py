@@ -8,7 +8,8 @@ from dora_kernels.convert.files import load, save
 N, K, R = 6, 10, 4
 WEIGHTS = "adapter_model.safetensors"
 PAIRS = [(source, target) for source in FORMATS for target in FORMATS]
-BIAS_SCALED = {"torchtune", "fsdp_qlora"}
+# formats that do not leave a layer's bias as it is
+BIAS = {"torchtune": "scaled", "fsdp_qlora": "scaled", "megatron-bridge": "either"}
 MIXED = ("peft", "lycoris", "dora_kernels")  # formats in which layers may differ in rank and alpha
 
 

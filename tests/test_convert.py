@@ -39,7 +39,7 @@ def test_every_pair_there_and_back(tmp_path, source, target):
 @pytest.mark.parametrize("target", MIXED)
 @pytest.mark.parametrize("source", MIXED)
 def test_ranks_and_alphas_by_layer(tmp_path, source, target):
-    originals = [adapter("a", 2.0), adapter("b.a", 0.5, seed=1), adapter("c", 16 / 12, seed=2, rank=12)]
+    originals = [adapter("a", 16 / 12, rank=12), adapter("b.a", 2.0, seed=1), adapter("c", 0.5, seed=2)]
     convert_checkpoint(written(tmp_path, source, originals), tmp_path / "there", source, target)
     assert_same(reread(tmp_path / "there", target), originals)
 

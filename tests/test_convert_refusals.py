@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from dora_kernels.cli import main
 from dora_kernels.convert import FORMATS, convert_checkpoint, encode
 from dora_kernels.convert.files import save
-from tests.convert_problem import BIAS_SCALED, PAIRS, K, N, R, adapter, assert_same, reread, written
+from tests.convert_problem import BIAS, PAIRS, K, N, R, adapter, assert_same, reread, written
 
 
 def refuses(tmp_path, capsys, expected, path, source, target, *options):
@@ -36,7 +36,7 @@ def test_refuses_a_norm_over_columns_elsewhere(tmp_path, capsys, target):
     refuses(tmp_path, capsys, ("fc", "wd_on_out"), path, "lycoris", target, "--no-bias")
 
 
-@pytest.mark.parametrize("source, target", [(a, b) for a, b in PAIRS if (a in BIAS_SCALED) != (b in BIAS_SCALED)])
+@pytest.mark.parametrize("source, target", [(a, b) for a, b in PAIRS if BIAS.get(a) != BIAS.get(b)])
 def test_refuses_a_bias_it_cannot_know(tmp_path, capsys, source, target):
     path = written(tmp_path, source, [adapter("fc", 1.0)])
     refuses(tmp_path, capsys, ("bias", "--no-bias", "--base"), path, source, target)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dora_kernels.convert import files
 from dora_kernels.convert.adapter import DoraAdapter, Unrepresentable
-from dora_kernels.convert.formats import FORMATS, Format, decode, encode
+from dora_kernels.convert.formats import BIAS, FORMATS, Format, decode, encode
 from dora_kernels.convert.scaling import One
 
 # the layers whose rows torchtune keeps in another order than Hugging Face's models do
@@ -42,11 +42,11 @@ def convert_checkpoint(
     is written. So it is for a layer, a setting or a key that the target has no counterpart of.
 
     alpha: for a source that does not state it. base: the model beneath (safetensors), or no_bias: the caller's word
-    that no adapted layer has a bias; one of them is needed between a format whose gain multiplies the bias and one
-    whose gain does not. fold: where the target cannot hold scaling exactly, round scaling * lora_B to lora_B's dtype.
-    rename: (pattern, replacement) pairs for re.sub, applied to each module's name in turn. heads (query, key and
-    value): between torchtune and the others, reorder the rows of q_proj and k_proj as torchtune does for Llama's
-    rotary embedding; same_rows: the caller's word that this model's rows need none. adapter_name: written by llava.
+    that no adapted layer has a bias; one of them is needed between formats that treat a bias differently. fold: where
+    the target cannot hold scaling exactly, round scaling * lora_B to lora_B's dtype. rename: (pattern, replacement)
+    pairs for re.sub, applied to each module's name in turn. heads (query, key and value): between torchtune and the
+    others, reorder the rows of q_proj and k_proj as torchtune does for Llama's rotary embedding; same_rows: the
+    caller's word that this model's rows need none. adapter_name: written by llava.
     """
     source, out = Path(source), Path(out)
     reader, writer = _format(source_format), _format(target_format)
@@ -57,8 +57,9 @@ def convert_checkpoint(
     files.check_out(out)
     before = decode(reader, files.load(reader, source), alpha)
     adapters = _renamed(before, rename)
-    if reader.bias_scaled != writer.bias_scaled and not no_bias:
-        _check_bias(reader, writer, before, adapters, base)
+    if reader.bias != writer.bias and not no_bias:
+        differ = f"{reader.name} {BIAS[reader.bias]} and {writer.name} {BIAS[writer.bias]}"
+        _check_bias(differ, before, adapters, base)
     if (reader.name == "torchtune") != (writer.name == "torchtune"):
         adapters = _reordered(adapters, to_torchtune=writer.name == "torchtune", heads=heads, same_rows=same_rows)
     adapters = _fitted(writer, adapters, fold)
@@ -122,15 +123,9 @@ def _renamed(adapters: Sequence[DoraAdapter], rename: Sequence[tuple[str, str]])
 
 
 def _check_bias(
-    reader: Format,
-    writer: Format,
-    before: Sequence[DoraAdapter],
-    after: Sequence[DoraAdapter],
-    base: str | PathLike[str] | None,
+    differ: str, before: Sequence[DoraAdapter], after: Sequence[DoraAdapter], base: str | PathLike[str] | None
 ) -> None:
     """Raise ValueError unless the model beneath, by either's names, has no bias in any adapted layer."""
-    scales, leaves = (reader, writer) if reader.bias_scaled else (writer, reader)
-    differ = f"{scales.name} multiplies a layer's bias by the gain and {leaves.name} does not"
     if base is None:
         raise ValueError(
             f"convert: {differ}, and adapters do not tell whether there is one; "

@@ -23,7 +23,12 @@ from dora_kernels.convert.scaling import InConfig, InHeader, InPeftConfig, InTen
 
 Scaling = InConfig | InHeader | InPeftConfig | InTensor | One
 PREFIX = "base_model.model."
-_TUCKER = "Tucker's lora_mid has no counterpart in DoRA elsewhere, nor in PEFT"
+# what becomes of the bias beneath an adapter
+BIAS = {
+    "unscaled": "leaves a layer's bias as it is",
+    "scaled": "multiplies a layer's bias by the gain",
+    "either": "multiplies a layer's bias by the gain or not, layer by layer",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Format:
     lora_A, lora_B, magnitude: what follows `<module>.` in a key; {adapter} stands for an adapter's name.
     prefix: what is written before every module, and read where every key has it.
     folder: written as a folder of adapter_model.safetensors and adapter_config.json, else as one file.
-    bias_scaled: the gain multiplies the layer's bias too. refused: patterns of keys, and why they are refused.
+    bias: one of BIAS. refused: patterns of keys, and why they are refused.
     """
 
     name: str
@@ -77,7 +82,7 @@ class Format:
     files: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin")
     shapes: Shapes = _flat
     conv: bool = False
-    bias_scaled: bool = False
+    bias: str = "unscaled"
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self) -> dict[str, str]:
@@ -112,7 +117,7 @@ _ROWS = (
         folder=True,
         # adapter_model.safetensors beside the .pt holds PEFT's names
         files=("adapter_model.pt", "adapter_model.safetensors"),
-        bias_scaled=True,
+        bias="scaled",
     ),
     # its own loader takes adapter_model.bin, which torch.save makes of the same tensors
     Format(
@@ -142,7 +147,7 @@ _ROWS = (
         "dora_layer.lora_B.weight",
         "magnitude_layer.magnitude",
         One(),
-        bias_scaled=True,
+        bias="scaled",
     ),
     Format(
         "lycoris",
@@ -153,14 +158,16 @@ _ROWS = (
         alpha="alpha",
         shapes=_lycoris,
         conv=True,
-        refused={r"lora_mid\.weight": _TUCKER},
+        refused={r"lora_mid\.weight": "a Tucker decomposition has no counterpart elsewhere"},
     ),
+    # a linear layer of Megatron's returns its bias beside its output or within it, and the gain multiplies the output
     Format(
         "megatron-bridge",
         "adapter.linear_in.weight",
         "adapter.linear_out.weight",
         "adapter.weight_magnitude",
         InHeader(uniform=True),
+        bias="either",
     ),
     # the names of its modules, which it writes over a quantised base; over a dense one it writes peft
     Format("automodel", "lora_A.weight", "lora_B.weight", "lora_magnitude", InConfig(), folder=True),
