@@ -3,8 +3,11 @@
 import importlib.util
 import json
 import math
+import re
+import shlex
 import sys
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -249,6 +252,19 @@ def test_torchtune_orders_rows_as_we_do(tmp_path, torchtunes):
         assert not torch.equal(theirs, weight)
         convert_checkpoint(there, back, "torchtune", "peft", no_bias=True, heads=(2, 1))
         assert_same(reread(back, "peft"), [ours])
+
+
+def test_the_documented_names_are_torchtunes(torchtunes):
+    names = torchtunes("torchtune.models.convert_weights")._FROM_HF
+    page = (Path(__file__).parent.parent / "docs" / "convert.md").read_text()
+    words = shlex.split(re.search(r"python -m dora_kernels convert saved/.*?\n\n", page, re.DOTALL)[0])
+    rename = [(words[i + 1], words[i + 2]) for i, word in enumerate(words) if word == "--rename"]
+    linear = {k: v for k, v in names.items() if re.search(r"(_proj|lm_head)\.weight$", k)}
+    assert len(linear) == 8
+    for theirs, tuned in linear.items():
+        for pattern, replacement in rename:
+            theirs = re.sub(pattern, replacement, theirs)
+        assert theirs == tuned
 
 
 @pytest.mark.parametrize("wd_on_out", [True, False])
