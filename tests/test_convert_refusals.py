@@ -72,6 +72,13 @@ def test_refuses_a_scaling_that_has_no_alpha(tmp_path, capsys):
     refuses(tmp_path, capsys, ("a: scaling 1.5", "--fold"), path, "torchtune", "fsdp_qlora")
 
 
+def test_refuses_a_fold_whose_rounding_a_division_hides(tmp_path, capsys):
+    lora_B = torch.full((N, R), 1 + 2**-7).bfloat16()
+    assert torch.equal((lora_B * 1.5) / 1.5, lora_B) and not torch.equal((lora_B * 1.5).double(), lora_B.double() * 1.5)
+    path = written(tmp_path, "torchtune", [replace(adapter("a", 1.5, torch.bfloat16), lora_B=lora_B)])
+    refuses(tmp_path, capsys, "a: scaling 1.5", path, "torchtune", "fsdp_qlora")
+
+
 def test_refuses_a_fold_that_leaves_the_range(tmp_path, capsys):
     tiny = replace(adapter("a", 2.0**-10, torch.float16), lora_B=torch.full((N, R), 2.0**-15 * 1.5).half())
     path = written(tmp_path, "torchtune", [tiny, adapter("b", 2.0**-10, torch.float16)])

@@ -121,10 +121,8 @@ def alpha_of(scaling: float, divisor: float) -> int | float | None:
     guess = scaling * divisor
     if not math.isfinite(guess):
         return None
-    # an alpha with that quotient is at most two roundings away from the guess
-    near = [guess, math.nextafter(guess, math.inf), math.nextafter(guess, -math.inf)]
-    near += [math.nextafter(near[1], math.inf), math.nextafter(near[2], -math.inf)]
-    for alpha in [float(round(guess)), *near]:
+    # the guess is the float nearest to the exact product, so no other alpha's quotient is nearer to scaling
+    for alpha in (float(round(guess)), guess):
         if alpha / divisor == scaling:
             return int(alpha) if alpha.is_integer() else alpha
     return None
