@@ -32,7 +32,8 @@ def adapter(module="layers.0.mlp.w1", scaling=2.0, dtype=torch.float32, seed=0, 
 
 
 def several(dtype=torch.float32, scaling=2.0):
-    names = ("layers.0.mlp.w1", "layers.0.mlp", "layers.10.mlp.w1", "layers.2.mlp.w1")
+    # a module within another, whose keys sort before the other's
+    names = ("layers.0.mlp.a", "layers.0.mlp", "layers.10.mlp.w1", "layers.2.mlp.w1")
     return [adapter(name, scaling, dtype, seed) for seed, name in enumerate(sorted(names))]
 
 

@@ -226,3 +226,11 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(files, "save_file", full)
     refuses(tmp_path, capsys, "no space left", path, "lycoris", "peft")
+
+
+def test_a_file_that_came_meanwhile_is_left_alone(tmp_path):
+    checkpoint = encode(FORMATS["lycoris"], [adapter("a")])
+    (tmp_path / "out").write_text("theirs")
+    with pytest.raises(ValueError, match="out exists"):
+        save(FORMATS["lycoris"], checkpoint, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out").read_text() == "theirs"

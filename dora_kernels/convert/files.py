@@ -48,7 +48,6 @@ def save(row: Format, checkpoint: Checkpoint, out: Path) -> None:
 
     Raises ValueError where `out` exists already or the folder that it should be in does not.
     """
-    check_out(out)
     # beside `out`, so that the last step is a rename
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
