@@ -192,6 +192,14 @@ def test_torch_files_are_read(tmp_path):
         assert_same(reread(folder / file, name), originals)
 
 
+def test_tensors_may_share_memory_or_be_views(tmp_path):
+    a = adapter("a")
+    originals = [replace(a, lora_B=a.lora_B.T.contiguous().T), replace(a, module="b")]
+    torch.save(dict(encode(FORMATS["torchtune"], originals).tensors), tmp_path / "tied.pt")
+    convert_checkpoint(tmp_path / "tied.pt", tmp_path / "out", "torchtune", "automodel", alpha=8, no_bias=True)
+    assert_same(reread(tmp_path / "out", "automodel"), originals)
+
+
 def test_alpha_is_taken_where_the_source_has_none(tmp_path):
     a = adapter()
     for name in ("torchtune", "automodel", "megatron-bridge", "dora_kernels", "lycoris"):

@@ -39,7 +39,7 @@ def load(row: Format, source: Path) -> Checkpoint:
         raise ValueError(f"convert: {source} does not exist; expected a {row.name} file or folder")
     tensors, header = _tensors(path)
     config_path = path.parent / _CONFIG
-    has_config = row.folder and path.name in row.files and config_path.is_file()
+    has_config = path.name in row.files and config_path.is_file()
     return Checkpoint(tensors, _config(config_path) if has_config else {}, header)
 
 
