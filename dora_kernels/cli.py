@@ -195,4 +195,42 @@ def _progress(layers: Sequence[Any]) -> Iterable[Any]:
     return track(layers, "measuring layers", console=Console(stderr=True), transient=True)
 
 
-COMMANDS = (_add_info, _add_demo, _add_check, _add_analyze)
+def _add_convert(commands: Any) -> None:
+    parser = commands.add_parser(
+        "convert", help="write a DoRA checkpoint in another library's format, to the last bit or not at all"
+    )
+    names = "peft, torchtune, nvlabs, llava, fsdp_qlora, lycoris, megatron-bridge, automodel, dora_kernels"
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="a .safetensors, .bin or .pt file, or a folder with adapter_config.json")
+    add("out", metavar="OUT", help="what is written: safetensors, in a folder where the format has adapter_config.json")
+    add("--from", dest="source_format", required=True, metavar="FORMAT", help=names)
+    add("--to", dest="target_format", required=True, metavar="FORMAT", help="the same")
+    add("--alpha", type=float, help="where the source does not say it; scaling is alpha / R")
+    add("--base", help="the model's safetensors, a file or a folder: looked through for biases")
+    add("--no-bias", action="store_true", help="no adapted layer has a bias, which some libraries' gain multiplies")
+    add("--fold", action="store_true", help="round scaling * lora_B where the target cannot hold scaling exactly")
+    add("--rename", nargs=2, action="append", default=[], metavar=("PATTERN", "WITH"), help="re.sub on module names")
+    add("--heads", nargs=2, type=int, metavar=("Q", "KV"), help="torchtune: reorder the rows of q_proj and k_proj")
+    add("--same-rows", action="store_true", help="torchtune: this model's q_proj and k_proj need no reordering")
+    add("--adapter-name", default="default", help="written by llava (default: %(default)s)")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    try:
+        from dora_kernels.convert import convert_checkpoint, table
+    except ModuleNotFoundError as error:
+        print(f"convert: {error}; expected the convert extra: pip install 'dora-kernels[convert]'", file=sys.stderr)
+        return 2
+    options = {key: value for key, value in vars(arguments).items() if key != "run"}
+    try:
+        adapters = convert_checkpoint(**options)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(table(adapters))
+    print(f"{arguments.source_format} to {arguments.target_format}: {len(adapters)} layers in {arguments.out}")
+    return 0
+
+
+COMMANDS = (_add_info, _add_demo, _add_check, _add_analyze, _add_convert)
