@@ -9,8 +9,8 @@ op is the layer's own product or convolution. rank_dropout masks rows of B A, mo
 dropout nothing, as LyCORIS has it; the same random numbers are drawn. Merging stays LyCORIS' code.
 
 A LoConModule is no layer of the model: it stands beside one, whose `forward` it replaces. So `enable` is called on the
-network that holds the modules (`create_lycoris` returns it), before or after its apply_to(). Each call decides anew
-whether it is ours; what is not known to mean exactly this goes to LyCORIS' forward.
+network that holds the modules (`create_lycoris` returns it), after the apply_to() that makes them its own. Each call
+decides anew whether it is ours; what is not known to mean exactly this goes to LyCORIS' forward.
 
 On a GPU LyCORIS may use kernels of its own for the second half; where W is half precision and dora_scale float32, their
 eps is that of half precision. Ours is the one above everywhere.
@@ -19,7 +19,6 @@ eps is that of half precision. Ours is the one above everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -189,7 +188,8 @@ def _layer_reason(layer: LoConModule) -> str | None:
         return "the module has a Tucker core (lora_mid)"
     if type(wrapped) not in WRAPPED:
         return f"the wrapped layer is a {class_name(wrapped)}; expected nn.Linear or nn.Conv1d, 2d, 3d"
-    if layer.org_forward != MethodType(type(wrapped).forward, wrapped):
+    forward = layer.org_forward
+    if getattr(forward, "__self__", None) is not wrapped or forward.__func__ is not type(wrapped).forward:
         return "there is another wrapper or hook under this one"
     if layer.isconv and (wrapped.groups != 1 or wrapped.padding_mode != "zeros"):
         return f"the convolution has groups={wrapped.groups} and padding_mode={wrapped.padding_mode!r}"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters import disable, enable
+from dora_kernels.quant import is_quantized
 from dora_kernels.testing.gradients import check_gradients
 from dora_kernels.testing.measure import compare
 from dora_kernels.testing.report import Report, Row
@@ -64,7 +65,7 @@ def _randomise(layer: nn.Module, seed: int) -> None:
     """Adapter tensors that are zero become random, and those named magnitude are spread over 0.75 to 1.25."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in layer.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or is_quantized(parameter):  # a base that nobody has frozen yet
             continue
         noise = torch.rand(parameter.shape, generator=generator).to(parameter)
         if "magnitude" in name or name.endswith("dora_scale"):
