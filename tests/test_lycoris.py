@@ -13,6 +13,7 @@ pytest.importorskip("lycoris")
 from lycoris import create_lycoris  # noqa: E402
 from lycoris.modules.locon import LoConModule  # noqa: E402
 from lycoris.modules.loha import LohaModule  # noqa: E402
+from lycoris.modules.norms import NormModule  # noqa: E402
 
 import dora_kernels  # noqa: E402
 from dora_kernels import ops  # noqa: E402
@@ -123,7 +124,16 @@ def test_a_change_after_enable_goes_to_lycoris():
 
 
 def test_plain_lora_is_no_dora_layer():
-    assert str(dora_kernels.enable(linear(weight_decompose=False))) == "no DoRA layer found"
+    for model in (linear(weight_decompose=False), Wrapped(nn.LayerNorm(12), algorithm=NormModule)):
+        assert str(dora_kernels.enable(model)) == "no DoRA layer found"
+
+
+def test_an_argument_beyond_x_is_lycoris_affair():
+    """Which passes it on to the wrapped layer."""
+    for call in (lambda model: model.layer(tokens(), 1), lambda model: model.layer(tokens(), scale=1)):
+        for model in (linear(), enabled(linear())):
+            with pytest.raises(TypeError, match="forward"):
+                call(model)
 
 
 class Net(nn.Module):
@@ -224,8 +234,21 @@ def test_merging_agrees(build, arguments):
     assert rms_error(weight, model.layer.weight.double()) > 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_merged_weight_is_rounded_once(dtype):
+    model = linear(dtype=dtype)
+    weight, _ = enabled(model).adapter.merged_weight_and_bias()
+    twin = enabled(model.in_float64()).adapter
+    exact, _ = twin.merged_weight_and_bias()
+    assert weight.dtype == dtype and exact.dtype == torch.float64
+    eps = torch.finfo(dtype).eps
+    norm, _ = twin.norm_and_gain()
+    exact = exact * (norm / (norm + eps))[:, None]  # dora_scale's eps, which float64 has not
+    assert rms_error(weight, exact) < 0.3 * eps
+
+
 def test_norm_and_gain():
-    model = linear(multiplier=0.7)
+    model = linear(multiplier=0.7, rank_dropout=0.5)  # in train mode, and no row is dropped
     norm, gain = enabled(model).adapter.norm_and_gain()
     adapter = model.adapter
     direction = model.layer.weight + adapter.scale * adapter.lora_up.weight @ adapter.lora_down.weight
@@ -277,6 +300,21 @@ def test_autocast(build, base, wd_on_out):
     actual = gradients(ours, x_for(model), torch.bfloat16)
     assert ops.calls
     assert_as_good(actual, stock, gradients(model.in_float64(), x_for(model).double()))
+
+
+@pytest.mark.parametrize("build", [linear, conv])
+def test_float32_factors_over_half_precision(build):
+    """Without autocast LyCORIS rounds their product to the base's dtype; here it stays in float32."""
+    model = build(dtype=torch.bfloat16)
+    for factor in (model.adapter.lora_down, model.adapter.lora_up):
+        factor.float()
+    x = x_for(model).bfloat16()
+    ours = enabled(model)
+    stock = gradients(model, x)
+    ops.calls.clear()
+    actual = gradients(ours, x)
+    assert ops.calls
+    assert_as_good(actual, stock, gradients(model.in_float64(), x.double()))
 
 
 def test_a_zero_row_is_finite():

@@ -191,12 +191,40 @@ def test_merged_weight_and_bias(use_bias, quantize_base):
     assert rms_error(norm, direction.norm(dim=1)) < 1e-6
 
 
-def test_a_disabled_layer_has_no_norm():
+def test_the_merged_bias_has_its_dtype():
+    weight, bias = enabled(build(use_bias=True, dtype=torch.bfloat16)).merged_weight_and_bias()
+    assert weight.dtype == bias.dtype == torch.bfloat16
+
+
+def disable(layer):
+    layer.disabled = True
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (disable, "the adapter is disabled"),
+        (with_hook, "lora_a has hooks"),
+        (with_trained_base, "the base weight"),
+    ],
+)
+def test_a_layer_that_torchtune_computes_has_no_norm(change, reason):
     ours = enabled(build())
-    ours.disabled = True
+    change(ours)
     for function in (ours.norm_and_gain, ours.merged_weight_and_bias):
-        with pytest.raises(ValueError, match=f"{function.__name__}: the adapter is disabled; expected"):
+        with pytest.raises(ValueError, match=f"{function.__name__}: {reason}.*; expected a layer that enable"):
             function()
+
+
+def test_dropout_that_does_not_drop():
+    """One fused operator, and no random number drawn."""
+    layer = build(dropout=0.5)
+    layer.dropout.p = 0.0
+    ours, state = enabled(layer), torch.get_rng_state()
+    x = torch.ones(3, 12, device=DEVICE)
+    ops.calls.clear()
+    torch.testing.assert_close(ours(x), layer(x))
+    assert {operator for operator, _ in ops.calls} == {"forward"} and torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_zero_row_is_finite():
