@@ -336,6 +336,22 @@ def test_compiles_without_a_graph_break(build, wd_on_out):
     torch.testing.assert_close(compiled(x_for(ours)), ours(x_for(ours)))
 
 
+def test_the_norm_has_its_gradient_in_eval_mode_too():
+    """Where it is not kept: the graph of the first call is gone in the second."""
+    model = linear().eval()
+    ours = enabled(model)
+    first, second, stock = gradients(ours, tokens()), gradients(ours, tokens()), gradients(model, tokens())
+    for name, value in stock.items():
+        close(first[name], value)
+        close(second[name], value)
+
+
+def test_on_the_meta_device():
+    ours = enabled(linear()).to("meta")
+    ops.calls.clear()
+    assert ours(tokens().to("meta")).shape == (2, 5, 20) and not ops.calls
+
+
 def test_pickle():
     ours = enabled(linear())
     twin = pickle.loads(pickle.dumps(ours))

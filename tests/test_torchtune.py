@@ -150,6 +150,13 @@ def test_calls_that_stay_torchtune_s():
     assert_torchtune_computes(layer, tokens(), under_autocast)
 
 
+def test_on_the_meta_device():
+    """Where torchtune builds its models."""
+    ours = enabled(build()).to("meta")
+    ops.calls.clear()
+    assert ours(tokens().to("meta")).shape == (2, 5, 20) and not ops.calls
+
+
 def test_disabled_is_the_base_layer():
     layer = build(use_bias=True)
     layer.disabled = True

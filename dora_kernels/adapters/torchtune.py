@@ -148,8 +148,6 @@ def _layer_reason(layer: DoRALinear) -> str | None:
 
 
 def _call_reason(layer: DoRALinear, x: Tensor, weight: Weight) -> str | None:
-    if torch.is_autocast_enabled(x.device.type):
-        return "autocast is on"  # torchtune's output is then wider than that of nn.Linear
     if x.dim() < 2:
         return "x has fewer than two dimensions"  # torchtune gives (1, N) for a vector
     for name, tensor in (("the base weight", weight), *_tensors(layer).items()):
@@ -157,6 +155,8 @@ def _call_reason(layer: DoRALinear, x: Tensor, weight: Weight) -> str | None:
             return f"x is on {x.device} and {name} is on {tensor.device}"
         if tensor.dtype != x.dtype:
             return f"x is {x.dtype} and {name} is {tensor.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"  # torchtune's output is then wider than that of nn.Linear
     return None
 
 
