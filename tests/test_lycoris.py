@@ -128,6 +128,26 @@ def test_plain_lora_is_no_dora_layer():
         assert str(dora_kernels.enable(model)) == "no DoRA layer found"
 
 
+@pytest.mark.parametrize("build", [linear, conv])
+def test_an_x_without_a_batch_goes_to_lycoris(build):
+    model = build()
+    x = x_for(model)[0, 0] if build is linear else x_for(model)[0]
+    ours = enabled(model)
+    ops.calls.clear()
+    assert torch.equal(ours(x), model(x)) and not ops.calls
+
+
+@pytest.mark.parametrize("part, dtype, autocast", [("x", torch.float64, True), ("dora_scale", torch.float32, False)])
+def test_dtypes_that_do_not_meet_are_lycoris_error(part, dtype, autocast):
+    model, x = linear(dtype=torch.float32 if autocast else torch.bfloat16), tokens()
+    x = x.to(dtype) if part == "x" else x.bfloat16()
+    if part == "dora_scale":
+        model.adapter.dora_scale = nn.Parameter(model.adapter.dora_scale.to(dtype))
+    for each in (model, enabled(model)):
+        with pytest.raises(RuntimeError, match="dtype"), torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            each(x)
+
+
 def test_an_argument_beyond_x_is_lycoris_affair():
     """Which passes it on to the wrapped layer."""
     for call in (lambda model: model.layer(tokens(), 1), lambda model: model.layer(tokens(), scale=1)):
