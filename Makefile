@@ -36,9 +36,11 @@ nightly: $(VENV)/installed $(VENV_OLDEST)/installed
 	$(VENV)/bin/python tools/mutate.py --sample 250 --seed $(MUTANTS_SEED) --seconds 5400
 
 # $(call install,folder,constraints): setuptools comes first, so that the build backend is the pinned one too.
+# Of torchtune the tests import one file (tests/libraries.py says how): none of what its data sets require is installed.
 define install
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) setuptools
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) --no-build-isolation -e '.[dev]'
+$(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) --no-deps torchtune
 endef
 
 $(VENV)/installed: pyproject.toml constraints.txt

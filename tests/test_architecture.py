@@ -81,7 +81,9 @@ def test_the_order_has_no_empty_rooms():
     assert {room_of(path) for path in MODULES} == set(ROOMS)
 
 
-@pytest.mark.parametrize("library", ("peft", "transformers", "matplotlib", "rich", "safetensors"))
+@pytest.mark.parametrize(
+    "library", ("peft", "torchtune", "lycoris", "transformers", "matplotlib", "rich", "safetensors")
+)
 def test_importing_the_package_does_not_import(library):
     code = f"import sys, dora_kernels; print({library!r} in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -21,7 +21,7 @@ from torch import nn
 
 from dora_kernels.adapters.taking import give_back, take_over
 
-PACKAGES = ("peft",)
+PACKAGES = ("peft", "torchtune", "lycoris")
 """Top-level packages whose DoRA layers we know; package p is handled by dora_kernels.adapters.p."""
 
 STRUCTURES: tuple[str, ...] = ()

@@ -8,6 +8,7 @@ and giving a layer back is changing its class back.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
@@ -24,6 +25,15 @@ class TakenOver:
 
     reversible = True
     """Whether the library's class computes the same function, so that the layer can be given back."""
+
+    @staticmethod
+    def holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """(module, attribute) wherever the bound forward of `layer` may be kept on an instance.
+
+        accelerate's hooks keep it on the layer itself; a library that wraps other layers keeps it on those.
+        """
+        for name in ("forward", "_old_forward"):
+            yield layer, name
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
         """norm and gain (N,) of the layer's adapter, constants. Raises ValueError where the layer has not just one."""
@@ -83,12 +93,14 @@ def give_back(layer: nn.Module) -> None:
 
 
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Change a layer's class, and with it the bound forward that accelerate's hooks keep on the instance."""
-    bound = [name for name in ("forward", "_old_forward") if _is_bound_forward(layer, layer.__dict__.get(name))]
+    """Change a layer's class, and with it the bound forward that is kept on an instance."""
+    taken_over = cls if issubclass(cls, TakenOver) else type(layer)
+    holders = taken_over.holders(layer)
+    bound = [place for place in holders if _is_bound_forward(layer, place[0].__dict__.get(place[1]))]
     layer.__class__ = cls
     reuse.forget(layer)
-    for name in bound:
-        setattr(layer, name, MethodType(cls.forward, layer))
+    for holder, name in bound:
+        setattr(holder, name, MethodType(cls.forward, layer))
 
 
 def bypass_reason(part: str, module: nn.Module) -> str | None:

@@ -129,7 +129,11 @@ def _call(function: Callable[..., Tensor] | nn.Module) -> Call:
 def _in_float64(value: Any) -> Any:
     """A module, or inputs by name, in float64; anything else as it is."""
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value).double()
+        double = copy.deepcopy(value).double()
+        for module in double.modules():
+            for wrapped in getattr(module, "org_module", ()):  # by LyCORIS, beside what .double() reaches
+                wrapped.double()
+        return double
     if isinstance(value, dict):
         return {name: _in_float64(entry) for name, entry in value.items()}
     if isinstance(value, Tensor) and value.is_floating_point():

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.adapters import disable, enable
+from dora_kernels.quant import is_quantized
 from dora_kernels.testing.gradients import check_gradients
 from dora_kernels.testing.measure import compare
 from dora_kernels.testing.report import Report, Row
 
 TOKENS = 12
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SIDE = 4
+"""By how much the random x of a convolution is longer than its kernel."""
 
 
 def dora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -24,7 +28,7 @@ def check_layer(layer: nn.Module, x: Tensor | None = None, *, randomise: bool = 
     """Compare a DoRA layer as its own library computes it with the same layer after enable(); a Report.
 
     layer: any layer that enable() takes over, already enabled or not. It is copied and stays as it is.
-    x (..., K): by default random, 12 tokens, in the dtype of the layer's weight.
+    x (..., K): by default random, 12 tokens, in the dtype of the layer's weight; of a convolution a batch of 2.
     randomise: give the copies a lora_B that is not zero and gains away from 1, as a fresh adapter tests nothing.
 
     The library's layer in float64 is the exact result, and in its own dtypes the measure. Compared, as check_gradients
@@ -61,7 +65,7 @@ def _randomise(layer: nn.Module, seed: int) -> None:
     """Adapter tensors that are zero become random, and those named magnitude are spread over 0.75 to 1.25."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in layer.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or is_quantized(parameter):  # a base that nobody has frozen yet
             continue
         noise = torch.rand(parameter.shape, generator=generator).to(parameter)
         if "magnitude" in name or name.endswith("dora_scale"):
@@ -71,9 +75,14 @@ def _randomise(layer: nn.Module, seed: int) -> None:
 
 
 def _random_x(layer: nn.Module, seed: int) -> Tensor:
-    weight = getattr(layer, "base_layer", layer).weight
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(TOKENS, layer.in_features, generator=generator)
+    # PEFT's layer has a base_layer, LyCORIS' a list of the one that it wraps, torchtune's is its own
+    (base,) = getattr(layer, "org_module", [getattr(layer, "base_layer", layer)])
+    weight, generator = base.weight, torch.Generator().manual_seed(seed)
+    if isinstance(base, CONVOLUTIONS):
+        shape = (2, base.in_channels, *(size + SIDE for size in base.kernel_size))
+    else:
+        shape = (TOKENS, layer.in_features if hasattr(layer, "in_features") else weight.shape[1])
+    x = torch.randn(shape, generator=generator)
     return x.to(weight.device, weight.dtype if weight.is_floating_point() else None).requires_grad_()
 
 

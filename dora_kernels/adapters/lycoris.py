@@ -1,0 +1,239 @@
+"""LyCORIS: our kernels under `LoConModule` with weight decomposition, over linear layers and convolutions.
+
+With V = W + scaling * B A, the norm over all of V but one axis, and gradient through it:
+
+    gain = multiplier * (dora_scale / (norm + eps) - 1) + 1        eps = finfo(dora_scale.dtype).eps
+    y = op(x, gain * V) + bias                                     gain (N,), or (K,) with wd_on_out=False
+
+op is the layer's own product or convolution. rank_dropout masks rows of B A, module_dropout the whole adapter, and
+dropout nothing, as LyCORIS has it; the same random numbers are drawn. Merging stays LyCORIS' code.
+
+A LoConModule is no layer of the model: it stands beside one, whose `forward` it replaces. So `enable` is called on the
+network that holds the modules (`create_lycoris` returns it), after the apply_to() that makes them its own. Each call
+decides anew whether it is ours; what is not known to mean exactly this goes to LyCORIS' forward.
+
+On a GPU LyCORIS may use kernels of its own for the second half; where W is half precision and dora_scale float32, their
+eps is that of half precision. Ours is the one above everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from lycoris.modules.base import LycorisBaseModule
+from lycoris.modules.locon import LoConModule
+from torch import Tensor, nn
+
+from dora_kernels import launch, reuse
+from dora_kernels.adapters.taking import TakenOver, class_name, forward_is_the_class_s, library_class
+from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
+from dora_kernels.reference import accumulate_dtype
+from dora_kernels.rescale import rescale
+
+WRAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every module of LyCORIS' in `model` that decomposes its weight."""
+    for name, module in model.named_modules():
+        if isinstance(module, LycorisBaseModule) and getattr(module, "wd", False):
+            yield name, module
+
+
+def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
+    """The class that takes `layer` over, or None; and why."""
+    if library_class(layer) is not LoConModule:
+        return None, f"the module is a {class_name(layer)}, not LyCORIS' LoConModule"
+    if not forward_is_the_class_s(layer):  # parametrize() does that
+        return None, "the module's forward was replaced on the instance"
+    reason = _layer_reason(layer)
+    return (DoraKernelsLoConModule, "") if reason is None else (None, reason)
+
+
+class _Adapter(NamedTuple):
+    """One call's adapter, its kernel's dimensions flattened: V = weight + scaling * lora_B @ lora_A, (N, K)."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+class DoraKernelsLoConModule(TakenOver, LoConModule):
+    """LyCORIS' LoConModule, its forward computed by dora_linear or rescale."""
+
+    @staticmethod
+    def holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """As TakenOver.holders: on the wrapped layer, and on a wrapper that was put over this one."""
+        yield from TakenOver.holders(layer)
+        (wrapped,) = layer.org_module
+        yield from TakenOver.holders(wrapped)
+        for wrapper in wrapped.__dict__.get("_lycoris_wrappers", ()):
+            yield wrapper, "org_forward"
+
+    def norm_and_gain(self) -> tuple[Tensor, Tensor]:
+        """As TakenOver.norm_and_gain; raises ValueError too where they are (K,), with wd_on_out=False."""
+        self._refuse_unknown("norm_and_gain")
+        if not self.wd_on_out:
+            raise ValueError("norm_and_gain: wd_on_out is False; expected one norm for each output")
+        with torch.no_grad():
+            norm = _norm(self, _adapter(self, dropping=False))
+            return norm, _gain(self, norm)
+
+    @torch.no_grad()
+    def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """As TakenOver.merged_weight_and_bias, with the multiplier as it is now."""
+        self._refuse_unknown("merged_weight_and_bias")
+        (wrapped,) = self.org_module
+        weight, bias = wrapped.weight, wrapped.bias
+        adapter = _adapter(self, dropping=False)
+        wide = accumulate_dtype(weight.dtype)
+        direction = adapter.weight.to(wide) + adapter.scaling * adapter.lora_B.to(wide) @ adapter.lora_A.to(wide)
+        gain = _gain(self, _norm(self, adapter)).view(self.dora_scale.shape)
+        merged = gain * direction.view(weight.shape)
+        return merged.to(weight.dtype), None if bias is None else bias.detach().clone()
+
+    def _refuse_unknown(self, function: str) -> None:
+        reason = _layer_reason(self)
+        if reason is not None:
+            raise ValueError(f"{function}: {reason}; expected a module that enable() takes over")
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (..., K) -> (..., N), or (batch, channels, ...) as the convolution takes it."""
+        reason = "the call has arguments beyond x" if args or kwargs else _layer_reason(self) or _call_reason(self, x)
+        if reason is not None:
+            launch.log_once(f"dora_kernels: a call went to LyCORIS: {reason}")
+            return super().forward(x, *args, **kwargs)
+        if self.module_dropout and self.training and torch.rand(1) < self.module_dropout:
+            return self.org_forward(x)
+
+        adapter = _adapter(self, dropping=self.training and self.rank_dropout)
+        gain = _gain(self, _reused_norm(self, adapter))
+        if not self.wd_on_out:
+            # gain * V, the gain along the inputs, is V of the x that the gain has multiplied
+            x = (x * gain.view(self.dora_scale.shape)).to(x.dtype)
+            gain = gain.new_ones(adapter.weight.shape[0])
+        return self._convolve(x, adapter, gain) if self.isconv else self._multiply(x, adapter, gain)
+
+    def _multiply(self, x: Tensor, adapter: _Adapter, gain: Tensor) -> Tensor:
+        """gain * x V^T + bias. gain (N,) goes in as the magnitude over a norm of 1."""
+        weight, lora_A, lora_B, scaling = adapter
+        given = {"norm": torch.ones_like(gain), "gain": gain.detach()}
+        return dora_linear_core(x, weight, lora_A, lora_B, gain, scaling, self.org_module[0].bias, **given)[0]
+
+    def _convolve(self, x: Tensor, adapter: _Adapter, gain: Tensor) -> Tensor:
+        """gain * conv(x, V) + bias, by a convolution with W, one with A, and rescale over their channels."""
+        (wrapped,) = self.org_module
+        lora_A = self.lora_down.weight
+        _, dtype = operand_dtypes(x, lora_A)
+        base = self.op(x, wrapped.weight, None, **self.kw_dict)
+        low = self.op(x.to(dtype), lora_A.to(dtype), None, **self.kw_dict)
+        y = rescale(base.movedim(1, -1), low.movedim(1, -1), adapter.lora_B, gain, adapter.scaling, wrapped.bias)
+        return y.movedim(-1, 1)
+
+
+def _adapter(layer: LoConModule, dropping: bool) -> _Adapter:
+    """Read at each call. scalar and the mask of rank_dropout multiply rows of B A, so those of B."""
+    weight, lora_A, lora_B = (
+        module.weight.flatten(1) for module in (layer.org_module[0], layer.lora_down, layer.lora_up)
+    )
+    if dropping:
+        keep = (torch.rand(lora_B.shape[0], device=lora_B.device) > layer.rank_dropout).to(lora_B.dtype)
+        if layer.rank_dropout_scale:
+            keep /= keep.mean()
+        lora_B = lora_B * keep[:, None]
+    return _Adapter(weight, lora_A, lora_B * layer.scalar, layer.scale)
+
+
+def _norm(layer: LoConModule, adapter: _Adapter) -> Tensor:
+    """The norm (N,) of V's rows; with wd_on_out=False that of its input features or channels, (K,).
+
+    An input channel of a convolution is a group of columns of the flat V: one of each position in the kernel.
+    """
+    weight, lora_A, lora_B, scaling = adapter
+    if layer.wd_on_out:
+        return weight_norm(weight, lora_A, lora_B, scaling, norm_grad=True)
+    norm = weight_norm(weight.T, lora_B.T, lora_A.T, scaling, norm_grad=True)
+    return torch.linalg.vector_norm(norm.view(layer.dora_scale.numel(), -1), dim=1) if layer.isconv else norm
+
+
+def _reused_norm(layer: LoConModule, adapter: _Adapter) -> Tensor:
+    """`_norm`, kept from call to call in eval mode; never where it has a gradient."""
+    if torch.is_grad_enabled() or layer.training:
+        return _norm(layer, adapter)
+    parts = (layer.org_module[0].weight, layer.lora_down.weight, layer.lora_up.weight, layer.scalar)
+    autocast = torch.is_autocast_enabled(adapter.weight.device.type)
+    settings = (adapter.scaling, layer.wd_on_out, autocast and torch.get_autocast_dtype(adapter.weight.device.type))
+    return reuse.norm_reusing(layer, parts, settings, lambda: _norm(layer, adapter))
+
+
+def _gain(layer: LoConModule, norm: Tensor) -> Tensor:
+    """As the head of this file says, in norm's dtype."""
+    gain = layer.dora_scale.flatten().to(norm.dtype) / (norm + torch.finfo(layer.dora_scale.dtype).eps)
+    return gain if layer.multiplier == 1 else layer.multiplier * (gain - 1) + 1
+
+
+def _layer_reason(layer: LoConModule) -> str | None:
+    """Why LyCORIS has to compute the module."""
+    (wrapped,) = layer.org_module
+    if not layer.wd:
+        return "the module is plain LoRA"
+    if layer.bypass_mode:
+        return "bypass_mode is on, which leaves the decomposition out"
+    if layer.tucker:
+        return "the module has a Tucker core (lora_mid)"
+    if type(wrapped) not in WRAPPED:
+        return f"the wrapped layer is a {class_name(wrapped)}; expected nn.Linear or nn.Conv1d, 2d, 3d"
+    forward = layer.org_forward
+    if getattr(forward, "__self__", None) is not wrapped or forward.__func__ is not type(wrapped).forward:
+        return "there is another wrapper or hook under this one"
+    if layer.isconv and (wrapped.groups != 1 or wrapped.padding_mode != "zeros"):
+        return f"the convolution has groups={wrapped.groups} and padding_mode={wrapped.padding_mode!r}"
+    if wrapped.weight.requires_grad:
+        return "the base weight requires a gradient"
+    if not isinstance(layer.multiplier, (int, float)) or not isinstance(layer.scale, (int, float)):
+        return "multiplier or scale is a tensor"
+    factors = type(wrapped)
+    for part in ("lora_up", "lora_down"):
+        module = getattr(layer, part)
+        if type(module) is not factors:
+            return f"{part} is a {class_name(module)}"
+    for name, tensor in _tensors(layer).items():
+        if type(tensor) not in (nn.Parameter, Tensor):
+            return f"{name} is a {class_name(tensor)}, not a plain tensor"
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}"
+    return None
+
+
+def _call_reason(layer: LoConModule, x: Tensor) -> str | None:
+    for name, tensor in _tensors(layer).items():
+        if tensor.device.type == "meta" or tensor.device != x.device:
+            return f"x is on {x.device} and {name} is on {tensor.device}"
+    weight, dora_scale = layer.org_module[0].weight, layer.dora_scale
+    if x.dim() < 2 or (layer.isconv and x.dim() != weight.dim()):
+        return f"x has {x.dim()} dimensions"
+    if torch.is_autocast_enabled(x.device.type):
+        if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
+            return f"x is {x.dtype} and the base weight is {weight.dtype}, which autocast leaves alone"
+        return None
+    if x.dtype != weight.dtype or torch.promote_types(dora_scale.dtype, x.dtype) != x.dtype:
+        return f"x is {x.dtype}, the base weight {weight.dtype} and dora_scale {dora_scale.dtype}, without autocast"
+    return None
+
+
+def _tensors(layer: LoConModule) -> dict[str, Tensor]:
+    """What is read of the module and of the layer that it wraps."""
+    (wrapped,) = layer.org_module
+    tensors = {
+        "the base weight": wrapped.weight,
+        "lora_down.weight": layer.lora_down.weight,
+        "lora_up.weight": layer.lora_up.weight,
+        "dora_scale": layer.dora_scale,
+        "scalar": layer.scalar,
+    }
+    return tensors if wrapped.bias is None else tensors | {"the bias": wrapped.bias}

@@ -1,0 +1,166 @@
+"""torchtune: our kernels under the `DoRALinear` layers of a model.
+
+    y = gain * (x W^T + scaling * dropout(x) A^T B^T + bias)        over a dense weight or a torchao NF4Tensor
+
+The bias is multiplied by the gain, and dropout is before the adapter alone. The norm is a constant for autograd. Each
+call decides anew whether it is ours; what is not known to mean exactly this goes to torchtune's forward. Where a row's
+norm is 0 torchtune divides by it; ours has gain 0 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.modules.peft.dora import DoRALinear, linear_nf4
+
+from dora_kernels import launch, quant, reuse
+from dora_kernels.adapters.taking import TakenOver, bypass_reason, class_name, forward_is_the_class_s, library_class
+from dora_kernels.functional import dora_linear_core, merge_weight_and_norm, weight_norm
+from dora_kernels.quant import Weight
+from dora_kernels.reference import gain_ref
+from dora_kernels.rescale import rescale
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DROPOUTS = (nn.Identity, nn.Dropout)
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every DoRA layer of torchtune's in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, DoRALinear):
+            yield name, module
+
+
+def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
+    """The class that takes `layer` over, or None; and why."""
+    if library_class(layer) is not DoRALinear:
+        return None, f"the layer is a {class_name(layer)}, not torchtune's DoRALinear"
+    if not forward_is_the_class_s(layer):
+        return None, "the layer's forward was replaced on the instance"
+    reason = _layer_reason(layer) or _read_weight(layer)[1]
+    return (DoraKernelsDoRALinear, "") if reason is None else (None, reason)
+
+
+class DoraKernelsDoRALinear(TakenOver, DoRALinear):
+    """torchtune's DoRALinear, its forward computed by dora_linear."""
+
+    def norm_and_gain(self) -> tuple[Tensor, Tensor]:
+        """As TakenOver.norm_and_gain."""
+        _, norm, gain = merge_weight_and_norm(*_adapter(self, self._known_weight("norm_and_gain")))
+        return norm, gain
+
+    def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """As TakenOver.merged_weight_and_bias; the bias is the library's times the gain."""
+        weight, _, gain = merge_weight_and_norm(*_adapter(self, self._known_weight("merged_weight_and_bias")))
+        bias = self.bias
+        return weight, None if bias is None else (gain * bias.detach()).to(bias.dtype)
+
+    def _known_weight(self, function: str) -> Weight:
+        weight, reason = _read_weight(self)
+        reason = _layer_reason(self) or reason
+        if self.disabled:
+            reason = "the adapter is disabled"
+        if reason is not None:
+            raise ValueError(f"{function}: {reason}; expected a layer that enable() takes over")
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., K) -> (..., N)."""
+        if self.disabled:
+            return super().forward(x)
+        weight, reason = _read_weight(self)
+        reason = reason or _layer_reason(self) or _call_reason(self, x, weight)
+        if reason is not None:
+            launch.log_once(f"dora_kernels: a call went to torchtune: {reason}")
+            return super().forward(x)
+
+        arguments, bias, dropout = _adapter(self, weight), self.bias, self.dropout
+        drops = dropout.training and not isinstance(dropout, nn.Identity) and dropout.p > 0
+        if bias is None and not drops:
+            return reuse.dora_linear_reusing(self, x, *arguments, None)
+        _, lora_A, lora_B, magnitude, scaling = arguments
+        norm = _norm(self, weight, lora_A, lora_B, scaling, x)
+        gain = gain_ref(magnitude, norm)
+        bias = None if bias is None else gain * bias
+        if not drops:
+            return dora_linear_core(x, *arguments, bias, norm=norm)[0]
+        base = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, weight)
+        return rescale(base, F.linear(dropout(x), lora_A), lora_B, gain, scaling, bias)
+
+
+def _adapter(layer: DoRALinear, weight: Weight) -> tuple[Weight, Tensor, Tensor, Tensor, float]:
+    """weight (N, K), lora_A (R, K), lora_B (N, R), magnitude (N,), scaling: read at each call."""
+    return weight, layer.lora_a.weight, layer.lora_b.weight, layer.magnitude, layer.scaling
+
+
+def _norm(layer: DoRALinear, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, x: Tensor) -> Tensor:
+    stored, *storage = quant.parts(weight)
+    tensors = (*stored, lora_A, lora_B)
+    return reuse.norm_reusing(
+        layer, tensors, (scaling, storage, x.dtype), lambda: weight_norm(weight, lora_A, lora_B, scaling)
+    )
+
+
+def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
+    """The frozen weight (N, K), and why it is not ours to compute with."""
+    weight = layer.weight
+    if weight.requires_grad:
+        return None, "the base weight requires a gradient"
+    if weight.dtype not in DTYPES:
+        return None, f"the base weight is {weight.dtype}"
+    if not layer._quantize_base:
+        if type(weight) not in (nn.Parameter, Tensor):
+            return None, f"the base weight is a {class_name(weight)}, not a plain tensor"
+        return weight, None
+    if not quant.is_quantized(weight):
+        return None, f"the base weight is a {class_name(weight)}; expected an NF4Tensor with quantize_base"
+    try:
+        return quant.read(weight), None
+    except ValueError as error:
+        return None, str(error).removeprefix("read: ")
+
+
+def _layer_reason(layer: DoRALinear) -> str | None:
+    """Why torchtune has to compute a layer whose weight is known."""
+    known_parts = {"lora_a": (nn.Linear,), "lora_b": (nn.Linear,), "dropout": DROPOUTS}
+    for part, known in known_parts.items():
+        module = getattr(layer, part)
+        if type(module) not in known:
+            return f"{part} is a {class_name(module)}"
+        reason = bypass_reason(part, module)
+        if reason is not None:
+            return reason
+    if layer.lora_a.bias is not None or layer.lora_b.bias is not None:
+        return "lora_a or lora_b has a bias"
+    if layer.use_bias is not (layer.bias is not None):
+        return f"use_bias is {layer.use_bias}, which the bias does not agree with"
+    if not isinstance(layer.scaling, (int, float)):
+        return "scaling is a tensor"
+    if isinstance(layer.dropout, nn.Dropout) and layer.dropout.inplace:
+        return "the dropout works in place"
+    for name, tensor in _tensors(layer).items():
+        if type(tensor) not in (nn.Parameter, Tensor):
+            return f"{name} is a {class_name(tensor)}, not a plain tensor"
+    return None
+
+
+def _call_reason(layer: DoRALinear, x: Tensor, weight: Weight) -> str | None:
+    if x.dim() < 2:
+        return "x has fewer than two dimensions"  # torchtune gives (1, N) for a vector
+    for name, tensor in (("the base weight", weight), *_tensors(layer).items()):
+        if tensor.device.type == "meta" or tensor.device != x.device:
+            return f"x is on {x.device} and {name} is on {tensor.device}"
+        if tensor.dtype != x.dtype:
+            return f"x is {x.dtype} and {name} is {tensor.dtype}"
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"  # torchtune's output is then wider than that of nn.Linear
+    return None
+
+
+def _tensors(layer: DoRALinear) -> dict[str, Tensor]:
+    """What is read of the layer beside its weight."""
+    tensors = {"lora_a.weight": layer.lora_a.weight, "lora_b.weight": layer.lora_b.weight, "magnitude": layer.magnitude}
+    return tensors if layer.bias is None else tensors | {"bias": layer.bias}
