@@ -118,9 +118,8 @@ class DoraKernelsDoRALinear(Structure):
 def _parallel_reason(adapter: nn.Module) -> str | None:
     """Why more than the four tensors of `adapter` is at work."""
     config = getattr(adapter, "config", None)
-    sizes = [getattr(config, "tensor_model_parallel_size", 1), getattr(config, "expert_tensor_parallel_size", 1)]
     size = getattr(getattr(adapter, "tp_group", None), "size", None)
-    sizes.append(size() if callable(size) else size)
+    sizes = getattr(config, "tensor_model_parallel_size", 1), size() if callable(size) else size
     if any(size not in (1, None) for size in sizes):
         return "the layer is tensor-parallel"
     if getattr(config, "sequence_parallel", False) or not getattr(adapter, "disable_sequence_parallel_comm", True):

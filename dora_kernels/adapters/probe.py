@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,24 @@ def reason(layer: nn.Module, adapter: Adapter, computed_by: type[Structure]) -> 
 
 
 def _run(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_by: type[Structure]) -> str | None:
+    try:
+        twins = _twins(layer, small, known, computed_by)
+        for training in (False, True):
+            for module in (module for twin in twins for module in twin.modules()):
+                module.training = training  # not by train(), which merges in some libraries
+            theirs, ours = map(_outcome, twins)
+            names = [name for name in theirs if _differs(ours[name], theirs[name])]
+            if names:
+                mode = "train" if training else "eval"
+                return f"it computes something else than {computed_by.formula} in {mode} mode, see {', '.join(names)}"
+    except Exception as error:  # whatever somebody's code may raise
+        message = str(error).partition("\n")[0]
+        return f"its forward could not be checked: {type(error).__name__}: {message}"
+    return None
+
+
+def _twins(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_by: type[Structure]) -> list[nn.Module]:
+    """Two small layers of the same numbers: one of the class of `layer`, and one that is taken over."""
     cls = library_class(layer)
     twins = []
     for twin_class in (cls, class_over(cls, computed_by)):
@@ -65,22 +84,10 @@ def _run(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_by
         computed_by.stand_ins(twin, small)
         twin.__class__ = twin_class
         twins.append(twin)
-    for training in (False, True):
-        for module in (module for twin in twins for module in twin.modules()):
-            module.training = training  # not by train(), which merges in some libraries
-        try:
-            theirs, ours = (_outcome(twin, known) for twin in twins)
-        except Exception as error:  # whatever somebody's forward may raise
-            message = str(error).partition("\n")[0]
-            return f"its forward could not be checked: {type(error).__name__}: {message}"
-        names = [name for name in theirs if _differs(ours[name], theirs[name])]
-        if names:
-            mode = "train" if training else "eval"
-            return f"it computes something else than {computed_by.formula} in {mode} mode, see {', '.join(names)}"
-    return None
+    return twins
 
 
-def _outcome(twin: nn.Module, known: dict[int, Tensor]) -> dict[str, Tensor | None]:
+def _outcome(twin: nn.Module) -> dict[str, Tensor | None]:
     """What a twin returns, and the gradients of x and of every parameter that has one, by name."""
     generator = torch.Generator("cpu").manual_seed(SEED)
     x, dy = (torch.randn(2, 4, n, dtype=torch.float64, device="cpu", generator=generator) for n in (K, N))
@@ -95,7 +102,7 @@ def _outcome(twin: nn.Module, known: dict[int, Tensor]) -> dict[str, Tensor | No
             torch.autocast("cpu", enabled=False),
             launch.options(backend="reference"),
         ):
-            returned = computed(twin, x) if isinstance(twin, TakenOver) else twin(x)
+            returned = _computed(twin, x) if isinstance(twin, TakenOver) else twin(x)
             y, *more = returned if isinstance(returned, tuple) else (returned,)
             gradients = torch.autograd.grad(y, list(inputs.values()), dy, allow_unused=True)
     finally:
@@ -104,7 +111,7 @@ def _outcome(twin: nn.Module, known: dict[int, Tensor]) -> dict[str, Tensor | No
     return outcome | {f"d{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
 
 
-def computed(twin: Structure, x: Tensor) -> Any:
+def _computed(twin: Structure, x: Tensor) -> Any:
     """What ours computes, and never the library's forward, which would agree with itself."""
     adapter, against = twin.read(twin)
     if against is not None:
@@ -152,7 +159,7 @@ def _by_identity(
             continue
         new = sources.get(id(tensor))
         if new is None:
-            return {}, name
+            return {}, f"{name} (made in inference mode)" if tensor.is_inference() else name
         shape = (N, 1) if new.dim() == 1 and tensor.dim() == 2 else new.shape
         known[id(tensor)] = nn.Parameter(new.detach().view(shape), requires_grad=new.requires_grad)
     return known, None
@@ -190,7 +197,8 @@ def _code(layer: nn.Module) -> Hashable:
 def _functions(cls: type) -> Hashable:
     if cls.__module__.partition(".")[0] in ("torch", "builtins"):
         return cls
-    return tuple(value for value in vars(cls).values() if callable(value) or isinstance(value, property))
+    kinds = (FunctionType, staticmethod, classmethod, property)
+    return tuple(value for value in vars(cls).values() if isinstance(value, kinds))
 
 
 def _settings(layer: nn.Module, opaque: tuple[str, ...]) -> Hashable:
