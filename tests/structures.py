@@ -319,3 +319,10 @@ class LinearLoRA(nn.Linear):
         norm = norms(self.weight + self.scale * (self.lora_B.weight @ self.lora_A.weight)).detach()
         gain = self.lora_magnitude.to(x.dtype) / norm.to(x.dtype)
         return y + (gain - 1) * F.linear(dropped, self.weight) + gain * low_rank * self.scale
+
+
+class LinearLoRAWithDroppedOutput(LinearLoRA):
+    """Edited: dropout of all of y."""
+
+    def forward(self, x):
+        return F.dropout(super().forward(x), self.dropout_p, self.training)

@@ -132,6 +132,12 @@ def test_an_edited_copy_is_found_out_however_fresh_its_adapter(cls):
     assert not only(cls(nn.Linear(12, 9), dropout=0.5)).taken_over
 
 
+def test_an_edited_dropout_is_found_out_before_it_drops():
+    layer = randomise(LinearLoRA.patch(nn.Linear(12, 9), dropout=0.0))
+    layer.__class__ = type("PatchedLinearLoRA", (structures.LinearLoRAWithDroppedOutput, nn.Linear), {})
+    assert "in train mode" in only(layer).reason
+
+
 def test_a_class_that_changes_nothing_is_taken_over():
     class Mine(Llm.Linear):
         """A subclass of a user's."""
@@ -375,7 +381,13 @@ def test_save_and_load_the_module(name):
 
 
 @pytest.mark.parametrize(
-    "name, dtype", [("llm, dropout", torch.float32), ("llava", torch.bfloat16), ("automodel, post", torch.float32)]
+    "name, dtype",
+    [
+        ("llm, dropout", torch.float32),
+        ("llava", torch.float32),
+        ("llava", torch.bfloat16),
+        ("automodel, post", torch.float32),
+    ],
 )
 def test_autocast(name, dtype):
     """Half-precision products, and an output of the dtype that the library's has."""
@@ -399,6 +411,12 @@ def test_a_call_that_the_library_would_refuse_goes_there():
     assert only(ours).taken_over
     with pytest.raises(RuntimeError, match="dtype"):
         ours(x.bfloat16())
+    for ours, x in (make("automodel"), make("vl-t5")):
+        for parameter in (parameter for parameter in ours.parameters() if not parameter.requires_grad):
+            parameter.data = parameter.data.bfloat16()  # under adapters in float32
+        assert only(ours).taken_over
+        with pytest.raises(RuntimeError, match="dtype"):
+            ours(x.bfloat16())
     two_dimensional, x = make("fsdp_qlora")
     assert only(two_dimensional).taken_over
     assert two_dimensional(x[0]).shape == (1, *two_dimensional(x)[0].shape)

@@ -54,8 +54,6 @@ class DoraKernelsLinear(Structure):
         ]
         if type(dropout) not in (nn.Dropout, nn.Identity):
             reasons.append(f"lora_dropout is a {type(dropout).__name__}")
-        if len(layer.weight_m_wdecomp) > 1:
-            reasons.append("it has several adapters, and the library's own code makes one")
         reason = first_reason(reasons)
         if reason is not None:
             return None, reason
