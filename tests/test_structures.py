@@ -226,6 +226,12 @@ LEFT_ALONE = {
     "the active adapter 'second' has no lora_A": lambda: _with(make("llava")[0], active_adapter="second"),
     "Wdecompose is set": lambda: _with(make("llava")[0], Wdecompose=True),
     "dropout_position is 'both'": lambda: _with(make("automodel")[0], dropout_position="both"),
+    "it is not built as the library builds it": lambda: broken(lambda layer: delattr(layer, "dora_simple")),
+    "adapter has hooks": lambda: _megatron(lambda adapter: adapter.register_forward_hook(lambda *_: None)),
+    "linear_out has hooks": lambda: _megatron(
+        lambda adapter: adapter.linear_out.register_forward_hook(lambda *_: None)
+    ),
+    "magnitude_layer is wrapped": lambda: _with(make("fsdp_qlora")[0], magnitude_layer=Wrapped()),
     "super_fwd is set": lambda: _with(make("automodel")[0], super_fwd=torch.tanh),
     "the layer is tensor-parallel": lambda: _megatron(
         lambda adapter: setattr(adapter.config, "tensor_model_parallel_size", 2)
@@ -240,6 +246,15 @@ LEFT_ALONE = {
         make("fsdp_qlora")[0], base_layer=nn.Bilinear(9, 9, 9)
     ),
 }
+
+
+class Wrapped(nn.Module):
+    """As FSDP wraps a magnitude_layer: its parameters are found, and may have no storage."""
+
+    def __init__(self):
+        super().__init__()
+        self._fsdp_wrapped_module = nn.Identity()
+        self.magnitude = nn.Parameter(torch.ones(21))
 
 
 def _with(layer, **attributes):
@@ -417,9 +432,23 @@ def test_a_call_that_the_library_would_refuse_goes_there():
         assert only(ours).taken_over
         with pytest.raises(RuntimeError, match="dtype"):
             ours(x.bfloat16())
-    two_dimensional, x = make("fsdp_qlora")
-    assert only(two_dimensional).taken_over
-    assert two_dimensional(x[0]).shape == (1, *two_dimensional(x)[0].shape)
+    for name in ("fsdp_qlora", "megatron"):
+        ours, x = make(name)
+        assert only(ours).taken_over
+        y, of_two_dimensions = ours.eval()(x), ours(x[0])
+        y, of_two_dimensions = (y, of_two_dimensions) if name == "fsdp_qlora" else (y[0], of_two_dimensions[0])
+        assert of_two_dimensions.shape == (1, *y[0].shape)
+
+
+@pytest.mark.parametrize("how", ["autocast", "float32 magnitude"])
+def test_fsdp_qlora_returns_what_the_library_returns_where_dtypes_differ(how):
+    stock, x = CASES["fsdp_qlora"].make(0, torch.float32 if how == "autocast" else torch.bfloat16)
+    if how != "autocast":
+        stock[0].magnitude_layer.float()
+    ours = copy.deepcopy(stock)
+    assert only(ours[0]).taken_over
+    with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=how == "autocast"):
+        assert ours(x).dtype == stock(x).dtype and torch.equal(ours(x), stock(x))
 
 
 @pytest.mark.parametrize("name", ["llm, dropout", "llm, magnitude alone", "vl-t5", "llava", "automodel, pre"])

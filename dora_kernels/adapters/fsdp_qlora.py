@@ -55,6 +55,10 @@ class DoraKernelsDORA(Structure):
         reasons = [part_reason(part, getattr(dora, part)) for part in ("lora_A", "lora_B")]
         modules = {"base_layer": base, "dora_layer": dora, "magnitude_layer": layer.magnitude_layer}
         reasons += [bypass_reason(part, module) for part, module in modules.items()]
+        # by FSDP, for which the library makes them modules: outside its own forward such a module has no storage
+        reasons += [
+            f"{part} is wrapped" for part, module in modules.items() if "_fsdp_wrapped_module" in module._modules
+        ]
         weight = getattr(base, "weight", None)
         if quant.is_quantized(base):
             try:

@@ -133,7 +133,10 @@ class Structure(TakenOver):
 
 def judge(layer: nn.Module, computed_by: type[Structure]) -> tuple[type[nn.Module] | None, str]:
     """As adapters/__init__.py says of each library's."""
-    adapter, reason = computed_by.read(layer)
+    try:
+        adapter, reason = computed_by.read(layer)
+    except (AttributeError, KeyError, TypeError) as error:  # somebody's code may lack anything
+        return None, f"it is not built as the library builds it: {error}"
     if reason is None and not forward_is_the_class_s(layer):
         reason = "the layer's forward was replaced on the instance"
     if reason is None:
