@@ -69,6 +69,8 @@ class DoraKernelsDoRALinear(Structure):
         if reason is not None:
             return None, reason
         scaling = adapter.alpha / adapter.dim
+        if getattr(layer, "scaling", scaling) != scaling:
+            return None, f"the norm has scaling {layer.scaling} and the adapter {scaling}"
         return checked(Adapter(*weights.values(), adapter.weight_magnitude, scaling, None))
 
     @classmethod

@@ -140,8 +140,18 @@ def judge(layer: nn.Module, computed_by: type[Structure]) -> tuple[type[nn.Modul
     if reason is None and not forward_is_the_class_s(layer):
         reason = "the layer's forward was replaced on the instance"
     if reason is None:
+        reason = _name_reason(layer, computed_by)
+    if reason is None:
         reason = probe.reason(layer, adapter, computed_by)
     return (class_over(library_class(layer), computed_by), "") if reason is None else (None, reason)
+
+
+def _name_reason(layer: nn.Module, computed_by: type[Structure]) -> str | None:
+    """Why the class that takes `layer` over would hide a part of it from the library's own code."""
+    ours = {name for cls in computed_by.__mro__ if issubclass(cls, TakenOver) for name in vars(cls)}
+    theirs = {*dir(library_class(layer)), *vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
+    hidden = sorted(name for name in ours & theirs - set(dir(nn.Module)) if not name.startswith("__"))
+    return f"it has an attribute that would be hidden: {', '.join(hidden)}" if hidden else None
 
 
 def class_names(layer: nn.Module) -> set[str]:
