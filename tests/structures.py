@@ -99,6 +99,13 @@ class LlmWithOneDropout(Llm.Linear):
         return gain * (F.linear(x, self.weight) + self.scaling * self.lora_B(self.lora_A(dropped))) + self.bias
 
 
+class LlmWithEvalGain(Llm.Linear):
+    """Edited: half the gain in eval mode."""
+
+    def gain(self):
+        return super().gain() * (1.0 if self.training else 0.5)
+
+
 class LlmWithFlowingNorm(Llm.Linear):
     """Edited: the norm has its gradient though dora_simple is set. The output is the same."""
 

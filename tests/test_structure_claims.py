@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import dora_kernels
-from dora_kernels import launch
+from dora_kernels import launch, ops
 from dora_kernels.adapters import STRUCTURES, probe
 from tests import structures
 from tests.conformance import randomise
@@ -18,6 +18,7 @@ EDITED = {
     structures.LlmWithEps: "something else than x W^T",
     structures.LlmWithScaledBias: "something else than x W^T",
     structures.LlmWithOneDropout: "in train mode",
+    structures.LlmWithEvalGain: "in eval mode",
     structures.LlmWithFlowingNorm: "see dx?lora_A",
     structures.LlmWithGate: "a tensor that is no part of a DoRA layer: gate",
     structures.LlmThatRaises: "could not be checked: RuntimeError: a mask is needed",
@@ -39,6 +40,9 @@ def test_an_edited_copy_is_found_out_however_fresh_its_adapter(cls):
 
 
 def test_an_edited_dropout_is_found_out_before_it_drops():
+    layer = structures.LlmWithOneDropout(nn.Linear(12, 9), dropout=0.5)
+    layer.lora_dropout.p = 0.0
+    assert "in train mode" in only(layer).reason
     layer = randomise(LinearLoRA.patch(nn.Linear(12, 9), dropout=0.0))
     layer.__class__ = type("PatchedLinearLoRA", (structures.LinearLoRAWithDroppedOutput, nn.Linear), {})
     assert "in train mode" in only(layer).reason
@@ -100,6 +104,14 @@ def test_enable_leaves_no_trace_of_its_run(name, monkeypatch):
     assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
 
 
+def test_its_run_is_plain_pytorch_whatever_the_options(monkeypatch):
+    monkeypatch.setattr(probe, "_results", {})
+    ops.calls.clear()
+    with launch.options(backend="triton"):
+        assert only(make("llm")[0]).taken_over
+    assert {used for _, used in ops.calls} == {"reference"}
+
+
 def test_enable_in_inference_mode_and_on_the_meta_device(monkeypatch):
     monkeypatch.setattr(probe, "_results", {})
     layer, _ = make("llava")
@@ -123,6 +135,7 @@ LEFT_ALONE = {
         lambda layer: setattr(layer, "weight_m_wdecomp", nn.Linear(9, 1, bias=False))
     ),
     "lora_B has shape (9, 3)": lambda: broken(lambda layer: setattr(layer, "lora_B", nn.Linear(3, 9, bias=False))),
+    "lora_A is torch.bfloat16 and lora_B is torch.float32": lambda: broken(lambda layer: layer.lora_A.bfloat16()),
     "lora_A has a bias": lambda: broken(lambda layer: setattr(layer, "lora_A", nn.Linear(12, 4))),
     "lora_A has hooks": lambda: broken(lambda layer: layer.lora_A.register_forward_hook(lambda *_: None)),
     "the base weight requires a gradient": lambda: broken(lambda layer: layer.weight.requires_grad_()),

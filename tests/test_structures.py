@@ -200,10 +200,13 @@ def test_autocast(name, dtype):
 
 
 def test_a_call_that_the_library_would_refuse_goes_there():
-    ours, x = make("automodel")
-    assert only(ours).taken_over
-    with pytest.raises(RuntimeError, match="dtype"):
-        ours(x.bfloat16())
+    for name in ("llm", "automodel"):
+        ours, x = make(name)
+        assert only(ours).taken_over
+        with pytest.raises(RuntimeError, match="dtype"):
+            ours(x.bfloat16())
+        with pytest.raises(TypeError, match="positional argument"):
+            ours(x, 1)
     for ours, x in (make("automodel"), make("vl-t5")):
         for parameter in (parameter for parameter in ours.parameters() if not parameter.requires_grad):
             parameter.data = parameter.data.bfloat16()  # under adapters in float32
