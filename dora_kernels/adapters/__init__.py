@@ -24,7 +24,7 @@ from dora_kernels.adapters.taking import give_back, take_over
 PACKAGES = ("peft", "torchtune", "lycoris")
 """Top-level packages whose DoRA layers we know; package p is handled by dora_kernels.adapters.p."""
 
-STRUCTURES: tuple[str, ...] = ()
+STRUCTURES: tuple[str, ...] = ("nvlabs", "llava", "fsdp_qlora", "megatron_bridge", "automodel")
 """Libraries whose DoRA layers we know by their attributes, whatever module defines them."""
 
 NAMES_SHOWN = 3
