@@ -1,19 +1,86 @@
-"""Inference with adapters that no longer change: several of them in one batch, over one frozen weight."""
+"""Inference with adapters that no longer change: whole models merged, or several adapters in one batch.
+
+`norms_and_gains` and `merge_model` go through a model's DoRA layers, those of other libraries after enable(model);
+`bank_linear` applies another adapter to each row of x, over one frozen weight.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dora_kernels import launch, ops
-from dora_kernels.functional import operand_dtypes, weight_norm
+from dora_kernels.adapters.taking import TakenOver, frozen_like
+from dora_kernels.functional import merge_weight, operand_dtypes, weight_norm
+from dora_kernels.mergeable import MergeableLinear
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.validate import check_adapter, check_call, check_row
+
+
+def norms_and_gains(model: nn.Module, *, progress: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
+    """norm (N,) and gain (N,) of every DoRA layer of `model`, by its name; constants.
+
+    progress: show a bar (needs rich). Raises ValueError where a layer has not just one adapter, or the model none.
+    """
+    return {name: _norm_and_gain(layer) for name, layer in _tracked("norms_and_gains", model, progress)}
+
+
+def merge_model(model: nn.Module, *, progress: bool = False) -> dict[str, str]:
+    """Replace every DoRA layer of `model` by the frozen layer with its merged weight, in place; nothing can be undone.
+
+    Each layer is merged and let go before the next, so that one weight more than the model is in memory. Returns what
+    was left as it is: the name of a layer, and why no frozen layer can stand in its place.
+
+    progress: show a bar (needs rich). Raises ValueError where the model has no layer to merge, or is one itself.
+    """
+    if isinstance(model, (TakenOver, MergeableLinear)):
+        raise ValueError(f"merge_model: model is a {type(model).__name__} itself; expected the model that holds it")
+    left: dict[str, str] = {}
+    for name, layer in _tracked("merge_model", model, progress):
+        try:
+            frozen = _frozen(layer)
+        except ValueError as error:
+            left[name] = str(error)
+            continue
+        model.set_submodule(name, frozen.train(layer.training))
+    return left
+
+
+def _tracked(function: str, model: nn.Module, progress: bool) -> Iterable[tuple[str, nn.Module]]:
+    """(name, layer) of the DoRA layers that we compute, with a bar or without."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (TakenOver, MergeableLinear))]
+    if not layers:
+        raise ValueError(f"{function}: model has no DoRA layer of ours; expected enable(model), or a DoraLinear")
+    if not progress:
+        return layers
+    try:
+        from rich.progress import track
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{function}: progress is True but {error}; expected rich to be installed") from error
+    return track(layers, function.replace("_", " "))
+
+
+@torch.no_grad()
+def _norm_and_gain(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    if isinstance(layer, TakenOver):
+        return layer.norm_and_gain()
+    lora_A, lora_B, magnitude, scaling = layer.factors()
+    norm = weight_norm(layer.base()[0], lora_A, lora_B, scaling)
+    return norm, gain_ref(magnitude, norm)
+
+
+@torch.no_grad()
+def _frozen(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, TakenOver):
+        return layer.frozen_layer()
+    bias = layer.base()[1]
+    weight = layer.weight if layer.merged else merge_weight(layer.base()[0], *layer.factors())
+    return frozen_like(layer.base_layer, weight.detach(), None if bias is None else bias.detach())
 
 
 class Adapter(NamedTuple):

@@ -97,6 +97,13 @@ class Structure(TakenOver):
             return dora_linear_core(x, *operands, bias, x_dropped=x_dropped, norm_grad=True)[0]
         return reuse.dora_linear_reusing(self, x, *operands, bias, x_dropped=x_dropped)
 
+    def adapter_operands(self) -> reuse.Operands | None:
+        """As TakenOver.adapter_operands."""
+        adapter, reason = self.read(self)
+        if reason is not None or self.state_reason() is not None or adapter.norm_grad:
+            return None
+        return reuse.Operands(*adapter[:5])
+
     def norm(self, adapter: Adapter) -> Tensor:
         """norm (N,), a constant; in eval mode that of the last call."""
         weight, lora_A, lora_B, _, scaling, *_ = adapter

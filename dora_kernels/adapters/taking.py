@@ -35,6 +35,10 @@ class TakenOver:
         for name in ("forward", "_old_forward"):
             yield layer, name
 
+    def adapter_operands(self) -> reuse.Operands | None:
+        """What dora_linear_reusing is called with now, for `frozen_adapters`; None where something else is."""
+        return None
+
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
         """norm and gain (N,) of the layer's adapter, constants. Raises ValueError where the layer has not just one."""
         raise NotImplementedError
@@ -46,6 +50,14 @@ class TakenOver:
         """
         raise NotImplementedError
 
+    def frozen_layer(self) -> nn.Module:
+        """A layer without an adapter that computes what this one does in eval mode, to stand in its place.
+
+        Its weight is new. Raises ValueError as merged_weight_and_bias, or where no such layer can stand there.
+        """
+        weight, bias = self.merged_weight_and_bias()
+        return frozen_like(getattr(self, "base_layer", None), weight, bias)
+
     def train(self, mode: bool = True) -> TakenOver:
         """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
         reuse.mode_set(self, mode)
@@ -55,6 +67,20 @@ class TakenOver:
         """What moves and casts go through."""
         reuse.forget(self)
         return super()._apply(*arguments, **keywords)
+
+
+def frozen_like(base: nn.Module | None, weight: Tensor, bias: Tensor | None) -> nn.Module:
+    """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantised."""
+    stored = getattr(base, "weight", None)
+    if isinstance(stored, nn.Parameter) and stored.shape == weight.shape and stored.is_floating_point():
+        frozen = type(base).__new__(type(base))
+        frozen.__dict__ = vars(base) | {"_parameters": dict(base._parameters)}
+    else:
+        frozen = nn.Linear(weight.shape[1], weight.shape[0], False, "meta")
+    frozen.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        frozen.bias = nn.Parameter(bias, requires_grad=False)
+    return frozen
 
 
 def library_class(layer: nn.Module) -> type[nn.Module]:

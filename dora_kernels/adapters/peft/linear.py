@@ -59,7 +59,7 @@ class TakenOverLinear(TakenOver):
         return super().forward(x, *args, **kwargs)
 
     def adapter_operands(self) -> reuse.Operands | None:
-        """What the norm of the first active adapter is computed from; None where PEFT computes the layer."""
+        """As TakenOver.adapter_operands, of the first active adapter."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         weight, reason = self.read_base(self)
         if self.disable_adapters or self.merged or not names or reason is not None:
