@@ -323,12 +323,13 @@ def test_autocast(build, base, wd_on_out):
 
 
 @pytest.mark.parametrize("build", [linear, conv])
-def test_float32_factors_over_half_precision(build):
-    """Without autocast LyCORIS rounds their product to the base's dtype; here it stays in float32."""
-    model = build(dtype=torch.bfloat16)
+@pytest.mark.parametrize("base, factors", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_factors_of_another_dtype(base, factors, build):
+    """Without autocast. LyCORIS rounds the product of float32 factors to the base's dtype; here it stays float32."""
+    model = build(dtype=base)
     for factor in (model.adapter.lora_down, model.adapter.lora_up):
-        factor.float()
-    x = x_for(model).bfloat16()
+        factor.to(factors)
+    x = x_for(model).to(base)
     ours = enabled(model)
     stock = gradients(model, x)
     ops.calls.clear()
