@@ -1,11 +1,13 @@
-"""Several adapters in one batch against a loop over them."""
+"""Several adapters in one batch against a loop over them, and whole models merged against themselves unmerged."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from dora_kernels import dora_linear, launch, ops
-from dora_kernels.serving import AdapterBank, bank_linear
+import dora_kernels
+from dora_kernels import DoraLinear, dora_linear, launch, ops
+from dora_kernels.serving import AdapterBank, bank_linear, merge_model, norms_and_gains
 from dora_kernels.testing import compare
 from tests.problem import BACKENDS, DEVICE, DTYPES, Problem
 
@@ -152,3 +154,100 @@ def test_adapters_that_do_not_fit():
     ):
         with pytest.raises(ValueError, match=f"AdapterBank.of: {message}"):
             AdapterBank.of(problem.weight, wrong)
+
+
+def outputs(model, x):
+    with torch.no_grad():
+        return model.eval()(x)
+
+
+def two_layers(adapter_seed=0):
+    """DoraLinear layers: one with a bias and one without, adapters away from their start."""
+    torch.manual_seed(adapter_seed)
+    layers = nn.Sequential(
+        DoraLinear(24, 40, 5, 7.0, device=DEVICE), nn.Tanh(), DoraLinear(40, 20, 3, 2.0, bias=False, device=DEVICE)
+    )
+    return randomised(nn.Sequential(layers))
+
+
+def randomised(model):
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(0.5 + torch.rand_like(parameter))
+            elif "lora_B" in name or "bias" in name:
+                parameter.copy_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def peft_models():
+    """name -> (stock PEFT model, x): linear layers, GPT-2's, convolutions, embeddings."""
+    peft = pytest.importorskip("peft")
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    modules = {
+        "linear": (nn.Linear(24, 40), torch.randn(7, 24)),
+        "conv1d of GPT-2": (Conv1D(40, 24), torch.randn(7, 24)),
+        "convolution": (nn.Conv2d(6, 8, 3, stride=2, padding=1), torch.randn(2, 6, 9, 7)),
+        "embedding": (nn.Embedding(50, 24, padding_idx=3), torch.randint(50, (2, 9))),
+    }
+    config = peft.LoraConfig(r=4, use_dora=True, target_modules=["0"])
+    for name, (module, x) in modules.items():
+        yield name, randomised(peft.get_peft_model(nn.Sequential(module), config)).to(DEVICE), x.to(DEVICE)
+
+
+def test_a_model_of_ours_merged():
+    model, x = two_layers(), torch.randn(7, 24, device=DEVICE)
+    expected, norms = outputs(model, x), norms_and_gains(model)
+    assert list(norms) == ["0.0", "0.2"]
+    layer = model[0][0]
+    norm = torch.linalg.vector_norm(layer.weight + layer.scaling * layer.lora_B.weight @ layer.lora_A.weight, dim=1)
+    torch.testing.assert_close(norms["0.0"], (norm, layer.lora_magnitude_vector / norm))
+    before = layer.weight.clone()
+    assert merge_model(model) == {}
+    assert [type(module) for module in model[0]] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(outputs(model, x), expected)
+    assert torch.equal(layer.weight, before)  # the new weight is another one
+
+
+def test_a_layer_that_is_merged_already():
+    model, x = two_layers(), torch.randn(7, 24, device=DEVICE)
+    expected = outputs(model, x)
+    model[0][0].merge()
+    assert merge_model(model, progress=True) == {}
+    torch.testing.assert_close(outputs(model, x), expected)
+
+
+@pytest.mark.parametrize("name", ("linear", "conv1d of GPT-2", "convolution", "embedding"))
+def test_a_peft_model_merged(name):
+    model, x = next((model, x) for found, model, x in peft_models() if found == name)
+    expected, base = outputs(model, x), type(model.base_model.model[0].base_layer)
+    report = dora_kernels.enable(model)
+    assert len(report.taken_over) == 1, report
+    (pair,) = norms_and_gains(model).values()
+    assert pair[0].shape == pair[1].shape and (pair[1] - 1).abs().max() > 0.1
+    old = model.base_model.model[0].base_layer.weight.clone()
+    layer = model.base_model.model[0]
+    assert merge_model(model) == {}
+    assert type(model.base_model.model[0]) is base
+    torch.testing.assert_close(outputs(model, x), expected)
+    assert torch.equal(layer.base_layer.weight, old)
+
+
+def test_what_cannot_be_replaced_is_named():
+    """Two active adapters: no one norm."""
+    from tests import peft_problem
+
+    model = peft_problem.enabled(peft_problem.build(adapters=2))
+    with pytest.raises(ValueError, match="norm_and_gain: .*2 active adapters"):
+        norms_and_gains(model)
+
+
+def test_nothing_to_merge():
+    for function in (merge_model, norms_and_gains):
+        with pytest.raises(ValueError, match=f"{function.__name__}: model has no DoRA layer of ours"):
+            function(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="merge_model: model is a DoraLinear itself"):
+        merge_model(two_layers()[0][0])

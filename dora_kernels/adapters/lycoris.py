@@ -97,6 +97,10 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         merged = gain * direction.view(weight.shape)
         return merged.to(weight.dtype), None if bias is None else bias.detach().clone()
 
+    def frozen_layer(self) -> nn.Module:
+        """ValueError: the module stands beside the layer that it wraps. LyCORIS' merge_to puts it into that."""
+        raise ValueError("frozen_layer: the module stands beside the layer it wraps; expected LyCORIS' own merge_to")
+
     def _refuse_unknown(self, function: str) -> None:
         reason = _layer_reason(self)
         if reason is not None:

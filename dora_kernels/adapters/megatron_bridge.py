@@ -116,6 +116,10 @@ class DoraKernelsDoRALinear(Structure):
             return weight, bias.detach().clone()
         return weight, (self.norm_and_gain()[1] * bias).to(bias.dtype)
 
+    def frozen_layer(self) -> nn.Module:
+        """ValueError: what calls the layer expects output and bias apart, which no frozen layer of torch's returns."""
+        raise ValueError("frozen_layer: the layer returns its bias apart; expected Megatron-Bridge's own merge")
+
 
 def _parallel_reason(adapter: nn.Module) -> str | None:
     """Why more than the four tensors of `adapter` is at work."""
