@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.functional import merge_weight_and_norm, weight_norm
+from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import Weight, is_quantized, read
 from dora_kernels.validate import FLOATING
+
+DROPOUTS = ("adapter", "lora")
+"""What dropout may fall on."""
 
 _DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 
@@ -18,8 +21,11 @@ _DTYPES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 class DoraLinear(nn.Module):
     """y = gain * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias (see `dora_linear`), weight and bias frozen.
 
-    scaling = alpha / rank. With dropout p > 0, in training the adapter sees dropout(x) and the base layer x, as in
-    PEFT.
+    scaling = alpha / rank. What dropout p > 0 means in training, with d = dropout(x), dropout_on says:
+        "adapter"   x W^T + (gain - 1) * d W^T + gain * scaling * (d A^T) B^T + bias: all that the adapter adds sees d
+                    and the base layer x, as in PEFT. Two products with the base weight
+        "lora"      gain * (x W^T + scaling * (d A^T) B^T) + bias: the low-rank product alone sees d. One product
+    Over the masks both have the output without dropout as their mean; the first varies more, by (gain - 1) * d W^T.
 
     State dict: weight, bias (as nn.Linear) and lora_A.weight (R, K), lora_B.weight (N, R), lora_magnitude_vector (N,),
     the names under which PEFT saves an adapter, so that weights move both ways. Over a quantised layer (`from_linear`)
@@ -39,14 +45,17 @@ class DoraLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        dropout_on: str = "adapter",
     ) -> None:
         """adapter_dtype is that of lora_A, lora_B and the magnitude; None: float32 over a half-precision weight.
 
-        Raises ValueError unless the sizes are ints and rank is positive, alpha finite and dropout in [0, 1), bias a
-        bool, device one of torch's and the dtypes floating-point.
+        Raises ValueError unless the sizes are ints and rank is positive, alpha finite, dropout in [0, 1) and dropout_on
+        one of the above, bias a bool, device one of torch's and the dtypes floating-point.
         """
         _check_sizes(in_features, out_features, rank)
         _check_numbers(alpha, dropout)
+        if dropout_on not in DROPOUTS:
+            raise ValueError(f"DoraLinear: dropout_on is {dropout_on!r}; expected one of {', '.join(DROPOUTS)}")
         _check_placement(bias, device, dtype, adapter_dtype)
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
@@ -54,7 +63,7 @@ class DoraLinear(nn.Module):
             adapter_dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
-        self.dropout = dropout
+        self.dropout, self.dropout_on = dropout, dropout_on
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         self.weight = base.weight.requires_grad_(False)
         self.bias = base.bias.requires_grad_(False) if bias else None
@@ -67,7 +76,9 @@ class DoraLinear(nn.Module):
         self.reset_adapter()
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> "DoraLinear":
+    def from_linear(
+        cls, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0, dropout_on: str = "adapter"
+    ) -> "DoraLinear":
         """A layer that computes what `linear` does and shares its weight and bias, which it freezes.
 
         Shared means that merge() changes `linear` too, and whatever is tied to its weight. Not so for a layer that
@@ -85,7 +96,7 @@ class DoraLinear(nn.Module):
         weight, bias = read(linear) if quantized else linear.weight, linear.bias
         N, K = weight.shape
         # on meta, so that no second weight is made
-        layer = cls(K, N, rank, alpha, False, dropout, "meta", weight.dtype)
+        layer = cls(K, N, rank, alpha, False, dropout, "meta", weight.dtype, dropout_on=dropout_on)
         if quantized:
             layer.weight, layer.base_layer = None, linear.requires_grad_(False)
         else:
@@ -138,6 +149,7 @@ class DoraLinear(nn.Module):
             self.scaling,
             bias,
             x_dropped=x_dropped,
+            lora_dropout=self.dropout_on == "lora",
             function="DoraLinear",
         )
 
@@ -152,17 +164,27 @@ class DoraLinear(nn.Module):
         return super()._apply(*arguments, **keywords)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, safe_merge: bool = False) -> None:
         """Put the adapter into weight, in place: the layer then costs what nn.Linear costs. Does nothing if merged.
 
         Over a quantised layer, which has no place for it, the weight is a new dense one.
 
         Until unmerge() the adapter gets no gradient, and the state dict can be neither saved nor loaded.
+
+        safe_merge: raise ValueError, and merge nothing, where the merged weight is not finite.
         """
+        if not isinstance(safe_merge, bool):
+            raise ValueError(f"DoraLinear.merge: safe_merge is {safe_merge!r}; expected True or False")
         if self.merged:
             return
         adapter = (self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector)
         merged, norm, gain = merge_weight_and_norm(self._base()[0], *adapter, self.scaling)
+        if safe_merge and not merged.isfinite().all():
+            rows = int((~merged.isfinite()).any(dim=1).sum())
+            raise ValueError(
+                f"DoraLinear.merge: {rows} of {self.out_features} rows of the merged weight are not finite; "
+                "expected none with safe_merge"
+            )
         if self.base_layer is None:
             self.weight.copy_(merged)
         else:
@@ -182,16 +204,8 @@ class DoraLinear(nn.Module):
             self.weight = self._merged_with = None
             return
         norm, gain = (row.to(self.weight.device) for row in self._merged_with)
-        lost = int(((gain == 0) & (norm != 0)).sum())
-        if lost:
-            raise ValueError(
-                f"DoraLinear.unmerge: {lost} of {self.out_features} rows were merged with gain 0; expected none: "
-                "their weights cannot be recovered"
-            )
-        # where the norm is 0 the merged row is 0 and the weight was -scaling * B A
-        weight = self.weight.to(gain.dtype) / torch.where(gain == 0, 1, gain)[:, None]
-        adapter = (self.lora_A.weight.to(weight.dtype), self.lora_B.weight.to(weight.dtype))
-        self.weight.copy_(torch.addmm(weight, adapter[1], adapter[0], alpha=-self.scaling))
+        adapter = (self.lora_A.weight, self.lora_B.weight, norm, gain, self.scaling)
+        self.weight.copy_(unmerge_weight("DoraLinear.unmerge", self.weight, *adapter))
         self._merged_with = None
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
@@ -211,6 +225,7 @@ class DoraLinear(nn.Module):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"alpha={self.alpha}, bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
+            + (f", dropout_on={self.dropout_on!r}" if self.dropout_on != "adapter" else "")
         )
 
 

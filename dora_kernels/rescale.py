@@ -77,9 +77,9 @@ class _Rescale(torch.autograd.Function):
 
 
 def frozen_product(x: Tensor, weight: Weight) -> Tensor:
-    """base (..., N) = x (..., K) weight^T, differentiable in x alone; x is of weight's dtype, or autocast casts both.
+    """base (..., N) = x (..., K) weight^T, differentiable in x alone; a dense weight has x's dtype, but for autocast.
 
-    A quantised weight is decoded for the forward and again for the backward product, and never kept.
+    A quantised weight is decoded to x's dtype for the forward and again for the backward product, and never kept.
     """
     return _QuantizedProduct.apply(x, weight) if isinstance(weight, QuantizedWeight) else F.linear(x, weight)
 
@@ -90,7 +90,7 @@ class _QuantizedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.dequantize())
+        return F.linear(x, weight.dequantize(dtype=x.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
