@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 import dora_kernels  # noqa: E402
 from dora_kernels import DoraLinear, launch, ops  # noqa: E402
 from dora_kernels.testing import compare, rms_error  # noqa: E402
+from tests import quantized_problem  # noqa: E402
 from tests.peft_problem import adapt, build, calls, layers  # noqa: E402
 from tests.problem import BACKENDS, DEVICE  # noqa: E402
 
@@ -286,6 +287,25 @@ def test_merged_weight_and_bias(kind, adapters):
     layer.merge()
     again, _ = layer.merged_weight_and_bias()
     assert torch.equal(again, weight) and again.data_ptr() != layer.base_layer.weight.data_ptr()
+
+
+def test_over_a_quantised_weight():
+    """The dense layer that stands for it; merging into the quantised weight itself stays PEFT's."""
+    model = quantized_problem.build("nf4", adapters=2).eval()
+    dora_kernels.enable(model)
+    x = torch.randn(3, 24, device=DEVICE)
+    expected = model.up(x)
+    weight, bias = model.up.merged_weight_and_bias()
+    assert weight.shape == (40, 24) and rms_error(F.linear(x, weight, bias), expected) < 1e-5
+    model.set_adapter("default")
+    norm, gain = model.up.norm_and_gain()
+    merged = F.linear(x, model.up.merged_weight_and_bias()[0], bias)
+    assert norm.shape == gain.shape == (40,) and rms_error(merged, model.up(x)) < 1e-5
+    ops.calls.clear()
+    model.merge_adapter()
+    assert not ops.calls and model.up.merged
+    with pytest.raises(ValueError, match="merged_weight_and_bias: the layer is merged"):
+        model.up.merged_weight_and_bias()
 
 
 @pytest.mark.parametrize("kind", LAYERS)

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 import dora_kernels  # noqa: E402
 from dora_kernels import launch, ops  # noqa: E402
 from dora_kernels.adapters.peft.conv import DoraKernelsConv2d  # noqa: E402
-from dora_kernels.testing import check_layer, rms_error  # noqa: E402
+from dora_kernels.testing import check_layer, geometric_mean, rms_error  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
 from tests.peft_problem import (  # noqa: E402
     adapt,
@@ -174,6 +174,45 @@ def test_any_convolution(case):
     for name, value in ours.items():
         # sums of few terms may cancel
         torch.testing.assert_close(value, stock[name], rtol=1e-3, atol=2e-4 * max(1, stock[name].abs().max().item()))
+
+
+@pytest.mark.parametrize("mode", ["dropout.eval", "p = 0"])
+@pytest.mark.parametrize("adapters", [1, 3])
+def test_dropout_that_does_not_drop(adapters, mode):
+    """PEFT then puts an adapter on a base of its own all the same, which it pads with zeros."""
+    model, x = build(lora_dropout=0.5, adapters=adapters, config={"padding": 1, "padding_mode": "circular"})
+    for layer in layers(model):
+        for dropout in layer.lora_dropout.values():
+            dropout.train(mode != "dropout.eval")
+            dropout.p = 0.0 if mode == "p = 0" else 0.5
+    dy = torch.randn_like(model(x))
+    ours, stock = tensors(enabled(model), x, dy), tensors(model, x, dy)
+    for name in stock:
+        assert rms_error(ours[name], stock[name]) < 1e-5, name
+
+
+def test_a_pointwise_conv1d_of_transposed_tokens():
+    """(B, L, C) seen as (B, C, L): a linear layer, whose output is laid out as the vendor's."""
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(nn.Conv1d(6, 10, 1)).to(DEVICE), target_modules=["0"])
+    x = torch.randn(2, 5, 6, device=DEVICE).transpose(1, 2)
+    expected, ours = model(x), enabled(model)
+    ops.calls.clear()
+    y = ours(x)
+    assert calls("forward") == 1 and y.stride() == expected.stride() and rms_error(y, expected) < 1e-5
+
+
+def test_several_adapters_are_not_rounded_in_between():
+    ratios = []
+    for seed in range(4):
+        model, x = build(dtype=torch.bfloat16, adapters=3)
+        randomise(model, seed)
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name or "lora_B" in name:  # or the rounding of the base is all that counts
+                parameter.data.mul_(0.3)
+        exact = copy.deepcopy(model).double().up(x.double())
+        ratios.append(rms_error(enabled(model).up(x), exact) / rms_error(model.up(x), exact))
+    assert geometric_mean(ratios) < 1.1, ratios
 
 
 def test_half_precision_base_under_dropout_where_peft_fails():

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 import dora_kernels  # noqa: E402
 from dora_kernels import launch, ops  # noqa: E402
 from dora_kernels.adapters.peft.embedding import DoraKernelsEmbedding  # noqa: E402
-from dora_kernels.testing import check_layer, compare, rms_error  # noqa: E402
+from dora_kernels.testing import check_layer, compare, geometric_mean, rms_error  # noqa: E402
 from tests.peft_problem import adapt, calls, enabled, layers, randomise  # noqa: E402
 from tests.problem import BACKENDS, DEVICE  # noqa: E402
 
@@ -122,6 +122,16 @@ def test_check_layer(monkeypatch):
     monkeypatch.setattr(DoraKernelsEmbedding, "norm", lambda *arguments: norm(*arguments) * 1.05)
     with pytest.raises(AssertionError, match="rms error above"):
         check_layer(layer).raise_if_failed()
+
+
+def test_several_adapters_are_not_rounded_in_between():
+    ratios, ids = [], torch.arange(TOKENS, device=DEVICE)
+    for seed in range(4):
+        model = build(dtype=torch.bfloat16, adapters=3)
+        randomise(model, seed)
+        exact = copy.deepcopy(model).double()(ids)
+        ratios.append(rms_error(enabled(model)(ids), exact) / rms_error(model(ids), exact))
+    assert geometric_mean(ratios) < 1.1, ratios
 
 
 def test_zero_column_is_finite():

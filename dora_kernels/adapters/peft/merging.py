@@ -11,7 +11,6 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import Adapter, adapter_reason, read_adapter
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
@@ -53,7 +52,6 @@ class Merging(TakenOver):
                 magnitude = self.lora_magnitude_vector[name].weight
                 self._cache_store(_norm_key(name), norm.view(magnitude.shape))
                 self.merged_adapters.append(name)
-            reuse.forget(self)
 
     def unmerge(self) -> None:
         """As PEFT's: take every merged adapter out of the base weight, to within one rounding of its dtype for each.
@@ -70,7 +68,6 @@ class Merging(TakenOver):
         for name in names:
             self._cache_pop(_norm_key(name))
         self.merged_adapters.clear()
-        reuse.forget(self)
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
         """As TakenOver.norm_and_gain."""
