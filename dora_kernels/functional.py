@@ -12,6 +12,9 @@ from dora_kernels.quant import DENSE, QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.validate import check_adapter, check_call, check_row
 
+ROWS_SHOWN = 8
+"""How many rows an error names."""
+
 
 def dora_linear(
     x: Tensor,
@@ -190,18 +193,46 @@ def merge_weight(weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tens
 
 
 def merge_weight_and_norm(
-    weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    norm: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`merge_weight`, with the norm (N,) and the gain (N,) that went into it."""
+    """`merge_weight`, with the norm (N,), given or not, and the gain (N,) that went into it."""
     scaling = check_adapter("merge_weight", weight, lora_A, lora_B, scaling)
     check_row("merge_weight", "magnitude", magnitude, weight)
     backend = launch.current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
     with torch.no_grad():
         stored = parts(weight)
-        norm = ops.norm(*stored, lora_A, lora_B, scaling, dtype, backend)
+        norm = ops.norm(*stored, lora_A, lora_B, scaling, dtype, backend) if norm is None else norm
         gain = gain_ref(magnitude, norm)
         return ops.merge(*stored, lora_A, lora_B, gain, scaling, dtype, backend), norm, gain
+
+
+def unmerge_weight(
+    function: str, merged: Tensor, lora_A: Tensor, lora_B: Tensor, norm: Tensor, gain: Tensor, scaling: float
+) -> Tensor:
+    """merged / gain - scaling * lora_B @ lora_A, (N, K) in merged.dtype: what merge_weight_and_norm merged.
+
+    To within one rounding of the dtype. Where norm and gain are 0 the merged row is, and the row was
+    -scaling * lora_B @ lora_A. Raises ValueError, in the name of `function`, where gain is 0 and norm is not: the
+    weights of that row are gone.
+    """
+    lost = ((gain == 0) & (norm != 0)).nonzero().flatten().tolist()
+    if lost:
+        shown = ", ".join(map(str, lost[:ROWS_SHOWN])) + (", ..." if len(lost) > ROWS_SHOWN else "")
+        raise ValueError(
+            f"{function}: {len(lost)} of {len(gain)} rows were merged with gain 0 (row {shown}); expected none: "
+            "their weights cannot be recovered"
+        )
+    scaling = check_adapter(function, merged, lora_A, lora_B, scaling)
+    with torch.no_grad():
+        weight = merged.to(gain.dtype) / torch.where(gain == 0, 1, gain)[:, None]
+        # in place: autocast leaves that alone
+        return weight.addmm_(lora_B.to(gain.dtype), lora_A.to(gain.dtype), alpha=-scaling).to(merged.dtype)
 
 
 class _Settings(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.functional import merge_weight_and_norm
+from dora_kernels.functional import merge_weight_and_norm, unmerge_weight
 from dora_kernels.quant import Weight, is_quantized, read
 from dora_kernels.validate import FLOATING
 
@@ -40,16 +40,27 @@ class MergeableLinear(nn.Module):
         return self._merged_with is not None
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self, safe_merge: bool = False) -> None:
         """Put the adapter into weight, in place: the layer then costs what nn.Linear costs. Does nothing if merged.
 
         Over a quantised layer, which has no place for it, the weight is a new dense one.
 
         Until unmerge() the adapter gets no gradient, and the state dict can be neither saved nor loaded.
+
+        safe_merge: raise ValueError, and merge nothing, where the merged weight is not finite.
         """
+        function = f"{type(self).__name__}.merge"
+        if not isinstance(safe_merge, bool):
+            raise ValueError(f"{function}: safe_merge is {safe_merge!r}; expected True or False")
         if self.merged:
             return
         merged, norm, gain = merge_weight_and_norm(self.base()[0], *self.factors())
+        if safe_merge and not merged.isfinite().all():
+            rows = int((~merged.isfinite()).any(dim=1).sum())
+            raise ValueError(
+                f"{function}: {rows} of {len(merged)} rows of the merged weight are not finite; "
+                "expected none with safe_merge"
+            )
         if self.base_layer is None:
             self.weight.copy_(merged)
         else:
@@ -71,7 +82,7 @@ class MergeableLinear(nn.Module):
         norm, gain = (row.to(self.weight.device) for row in self._merged_with)
         lora_A, lora_B, _, scaling = self.factors()
         function = f"{type(self).__name__}.unmerge"
-        self.weight.copy_(unmerge_weight(self.weight, norm, gain, lora_A, lora_B, scaling, function))
+        self.weight.copy_(unmerge_weight(function, self.weight, lora_A, lora_B, norm, gain, scaling))
         self._merged_with = None
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
@@ -86,24 +97,6 @@ class MergeableLinear(nn.Module):
         """A merged weight beside its adapter would be merged a second time by whoever loads it."""
         if self.merged:
             raise ValueError(f"{type(self).__name__}.{function}: the layer is merged; expected unmerge() first")
-
-
-def unmerge_weight(
-    merged: Tensor, norm: Tensor, gain: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, function: str
-) -> Tensor:
-    """The weight (N, K) of which merge_weight made `merged` with this norm and gain (N,), in gain's dtype.
-
-    Raises ValueError, in the name of `function`, where a row's gain is 0 and its norm is not: its weights are gone.
-    """
-    lost = int(((gain == 0) & (norm != 0)).sum())
-    if lost:
-        raise ValueError(
-            f"{function}: {lost} of {gain.numel()} rows were merged with gain 0; expected none: "
-            "their weights cannot be recovered"
-        )
-    # where the norm is 0 the merged row is 0 and the weight was -scaling * B A
-    weight = merged.to(gain.dtype) / torch.where(gain == 0, 1, gain)[:, None]
-    return torch.addmm(weight, lora_B.to(weight.dtype), lora_A.to(weight.dtype), alpha=-scaling)
 
 
 def read_linear(function: str, linear: nn.Module) -> tuple[Weight, Tensor | None, nn.Module | None]:

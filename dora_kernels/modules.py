@@ -12,12 +12,18 @@ from dora_kernels.functional import weight_norm
 from dora_kernels.mergeable import DTYPE_NAMES, MergeableLinear, read_linear
 from dora_kernels.validate import FLOATING
 
+DROPOUTS = ("adapter", "lora")
+"""What dropout may fall on."""
+
 
 class DoraLinear(MergeableLinear):
     """y = gain * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias (see `dora_linear`), weight and bias frozen.
 
-    scaling = alpha / rank. With dropout p > 0, in training the adapter sees dropout(x) and the base layer x, as in
-    PEFT.
+    scaling = alpha / rank. What dropout p > 0 means in training, with d = dropout(x), dropout_on says:
+        "adapter"   x W^T + (gain - 1) * d W^T + gain * scaling * (d A^T) B^T + bias: all that the adapter adds sees d
+                    and the base layer x, as in PEFT. Two products with the base weight
+        "lora"      gain * (x W^T + scaling * (d A^T) B^T) + bias: the low-rank product alone sees d. One product
+    Over the masks both have the output without dropout as their mean; the first varies more, by (gain - 1) * d W^T.
 
     State dict: weight, bias (as nn.Linear) and lora_A.weight (R, K), lora_B.weight (N, R), lora_magnitude_vector (N,),
     the names under which PEFT saves an adapter, so that weights move both ways. Over a quantised layer (`from_linear`)
@@ -37,14 +43,17 @@ class DoraLinear(MergeableLinear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype | None = None,
+        dropout_on: str = "adapter",
     ) -> None:
         """adapter_dtype is that of lora_A, lora_B and the magnitude; None: float32 over a half-precision weight.
 
-        Raises ValueError unless the sizes are ints and rank is positive, alpha finite and dropout in [0, 1), bias a
-        bool, device one of torch's and the dtypes floating-point.
+        Raises ValueError unless the sizes are ints and rank is positive, alpha finite, dropout in [0, 1) and dropout_on
+        one of the above, bias a bool, device one of torch's and the dtypes floating-point.
         """
         _check_sizes(in_features, out_features, rank)
         _check_numbers(alpha, dropout)
+        if dropout_on not in DROPOUTS:
+            raise ValueError(f"DoraLinear: dropout_on is {dropout_on!r}; expected one of {', '.join(DROPOUTS)}")
         _check_placement(bias, device, dtype, adapter_dtype)
         dtype = dtype or torch.get_default_dtype()
         if adapter_dtype is None:
@@ -53,14 +62,16 @@ class DoraLinear(MergeableLinear):
         super().__init__(base.weight, base.bias)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
-        self.dropout = dropout
+        self.dropout, self.dropout_on = dropout, dropout_on
         self.lora_A = nn.Linear(in_features, rank, False, device, adapter_dtype)
         self.lora_B = nn.Linear(rank, out_features, False, device, adapter_dtype)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(out_features, device=device, dtype=adapter_dtype))
         self.reset_adapter()
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0) -> "DoraLinear":
+    def from_linear(
+        cls, linear: nn.Module, rank: int, alpha: float, dropout: float = 0.0, dropout_on: str = "adapter"
+    ) -> "DoraLinear":
         """A layer that computes what `linear` does and shares its weight and bias, which it freezes.
 
         Shared means that merge() changes `linear` too, and whatever is tied to its weight. Not so for a layer that
@@ -70,7 +81,7 @@ class DoraLinear(MergeableLinear):
         weight, bias, base_layer = read_linear("DoraLinear.from_linear", linear)
         N, K = weight.shape
         # on meta, so that no second weight is made
-        layer = cls(K, N, rank, alpha, False, dropout, "meta", weight.dtype)
+        layer = cls(K, N, rank, alpha, False, dropout, "meta", weight.dtype, dropout_on=dropout_on)
         if base_layer is not None:
             layer.weight, layer.base_layer = None, base_layer.requires_grad_(False)
         else:
@@ -116,13 +127,14 @@ class DoraLinear(MergeableLinear):
             self.scaling,
             bias,
             x_dropped=x_dropped,
+            lora_dropout=self.dropout_on == "lora",
             function="DoraLinear",
         )
 
     def adapter_operands(self) -> reuse.Operands | None:
         """What the norm is computed from; None while merged."""
         adapter = (self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector)
-        return None if self.merged else reuse.Operands(self._base()[0], *adapter, self.scaling)
+        return None if self.merged else reuse.Operands(self.base()[0], *adapter, self.scaling)
 
     def train(self, mode: bool = True) -> "DoraLinear":
         """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
@@ -138,6 +150,7 @@ class DoraLinear(MergeableLinear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"alpha={self.alpha}, bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
+            + (f", dropout_on={self.dropout_on!r}" if self.dropout_on != "adapter" else "")
         )
 
 

@@ -289,27 +289,36 @@ def _grouped_norm_fake(weights, lora_As, lora_Bs, magnitudes, scalings, dtype, b
 
 
 _library.define(
-    "rescale(Tensor base, Tensor low, Tensor lora_B, Tensor gain, Tensor? bias, float scaling, str backend) -> Tensor"
+    "rescale(Tensor base, Tensor low, Tensor lora_B, Tensor gain, Tensor? bias, Tensor? residual, float scaling, "
+    "str backend) -> Tensor"
 )
 
 
 @torch.library.impl(_library, "rescale", "CompositeExplicitAutograd")
 def _rescale(
-    base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor, bias: Tensor | None, scaling: float, backend: str
+    base: Tensor,
+    low: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scaling: float,
+    backend: str,
 ) -> Tensor:
     steps = _steps("rescale", backend, base, low, lora_B)
     with _settled(base):
-        return steps.epilogue(base, low, lora_B.to(low.dtype), gain, bias, scaling, base.dtype)
+        return steps.epilogue(base, low, lora_B.to(low.dtype), gain, bias, scaling, base.dtype, residual)
 
 
 @torch.library.register_fake("dora_kernels::rescale", lib=_library)
-def _rescale_fake(base, low, lora_B, gain, bias, scaling, backend):
+def _rescale_fake(base, low, lora_B, gain, bias, residual, scaling, backend):
     return base.new_empty(base.shape)
 
 
 _library.define(
-    "rescale_backward(Tensor dy, Tensor? base, Tensor low, Tensor lora_B, Tensor gain, float scaling, bool[] needs, "
-    "ScalarType bias_dtype, str backend) -> (Tensor dbase, Tensor dlow, Tensor dB, Tensor dgain, Tensor dbias)"
+    "rescale_backward(Tensor dy, Tensor? base, Tensor low, Tensor lora_B, Tensor gain, float scaling, "
+    "bool residual, bool[] needs, ScalarType bias_dtype, str backend) "
+    "-> (Tensor dbase, Tensor dlow, Tensor dB, Tensor dgain, Tensor dbias)"
 )
 
 
@@ -321,6 +330,7 @@ def _rescale_backward(
     lora_B: Tensor,
     gain: Tensor,
     scaling: float,
+    residual: bool,
     needs: list[bool],
     bias_dtype: torch.dtype,
     backend: str,
@@ -329,12 +339,13 @@ def _rescale_backward(
     steps = _steps("rescale_backward", backend, dy, low, lora_B)
     B = lora_B.to(low.dtype)
     with _settled(dy):
-        gradients = passes.rescale_backward(steps, dy, base, low, B, gain, scaling, needs, lora_B.dtype, bias_dtype)
+        arguments = (dy, base, low, B, gain, scaling, residual, needs, lora_B.dtype, bias_dtype)
+        gradients = passes.rescale_backward(steps, *arguments)
         return _or_empty(dy, *gradients)
 
 
 @torch.library.register_fake("dora_kernels::rescale_backward", lib=_library)
-def _rescale_backward_fake(dy, base, low, lora_B, gain, scaling, needs, bias_dtype, backend):
+def _rescale_backward_fake(dy, base, low, lora_B, gain, scaling, residual, needs, bias_dtype, backend):
     shapes = (dy.shape, low.shape, lora_B.shape, gain.shape, gain.shape)
     dtypes = (dy.dtype, low.dtype, lora_B.dtype, gain.dtype, bias_dtype)
     return tuple(

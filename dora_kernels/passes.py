@@ -205,14 +205,15 @@ def rescale_backward(
     lora_B: Tensor,
     gain: Tensor,
     scaling: float,
+    residual: bool,
     needs: Sequence[bool],
     B_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
     """dbase (M, N), dlow (M, R), dB (N, R), dgain (N,), dbias (N,) of the epilogue; None where not needed.
 
-    y = gain * (base + scaling * low @ lora_B^T) + bias, where base and low are whatever they are:
-        dbase = gain * dy        dlow = scaling * dy @ (gain * lora_B)        dB = scaling * gain * dy^T low
+    y = gain * (base + scaling * low @ lora_B^T) + bias [+ residual - base], where base and low are whatever they are:
+        dbase = gain * dy [- dy]        dlow = scaling * dy @ (gain * lora_B)        dB = scaling * gain * dy^T low
         dgain = sum_m dy * (base + scaling * low @ lora_B^T)                  dbias = sum_m dy
     """
     needs_base, needs_low, needs_B, needs_gain, needs_bias = needs
@@ -237,8 +238,10 @@ def rescale_backward(
             lora_B=lora_B if needs_gain else None,
             dmagnitude=dgain,
             dbias=dbias,
-            scaled=dbase,
+            scaled=None if residual else dbase,
         )
+    if needs_base and residual:
+        torch.mul(dy, gain - 1, out=dbase)  # not rounded before dy is taken off
     if needs_low:
         dlow = steps.project(dy, lora_B.T, scale=gain).mul_(scaling)
     return dbase, dlow, dB, dgain, dbias

@@ -15,20 +15,29 @@ from dora_kernels.validate import check_rescale
 
 
 def rescale(
-    base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor, scaling: float, bias: Tensor | None = None
+    base: Tensor,
+    low: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """gain * (base + scaling * low lora_B^T) + bias, differentiable once in every tensor, the gain too.
+    """gain * (base + scaling * low lora_B^T) + bias [+ residual - base], differentiable once in every tensor.
 
-    Shapes: base (..., N), low (..., R), lora_B (N, R), gain (N,), bias (N,) -> (..., N) in base.dtype, rounded once.
-    The product is taken in low's dtype, everything else in float32 (float64 for float64). Raises ValueError, naming the
-    argument, where shapes, dtypes or devices do not fit.
+    Shapes: base (..., N), low (..., R), lora_B (N, R), gain (N,), bias (N,), residual as base -> (..., N) in
+    base.dtype, rounded once. The product is taken in low's dtype, everything else in float32 (float64 for float64).
+    residual is the base of x itself where base and low are those of dropout(x) (PEFT's meaning of dropout).
+    Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit.
     """
-    scaling = check_rescale("rescale", base, low, lora_B, gain, scaling, bias)
+    scaling = check_rescale("rescale", base, low, lora_B, gain, scaling, bias, residual)
     N, R = lora_B.shape
     rows = base.shape[:-1].numel()
     gain = gain.to(accumulate_dtype(base.dtype)).contiguous()
     backend = launch.current_options().backend
-    y = _Rescale.apply(base.reshape(rows, N), low.reshape(rows, R), lora_B, gain, bias, scaling, backend)
+    residual = None if residual is None else residual.reshape(rows, N)
+    y = _Rescale.apply(base.reshape(rows, N), low.reshape(rows, R), lora_B, gain, bias, residual, scaling, backend)
     return y.view(base.shape)
 
 
@@ -43,20 +52,23 @@ class _Rescale(torch.autograd.Function):
         lora_B: Tensor,
         gain: Tensor,
         bias: Tensor | None,
+        residual: Tensor | None,
         scaling: float,
         backend: str,
     ) -> Tensor:
-        y = ops.rescale(base, low, lora_B, gain, bias, scaling, backend)
+        y = ops.rescale(base, low, lora_B, gain, bias, residual, scaling, backend)
         needs_gain = ctx.needs_input_grad[3]
         ctx.save_for_backward(base if needs_gain else None, low, lora_B, gain)
-        ctx.settings = scaling, None if bias is None else bias.dtype, backend
+        ctx.settings = scaling, None if bias is None else bias.dtype, residual is not None, backend
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         base, low, lora_B, gain = ctx.saved_tensors
-        scaling, bias_dtype, backend = ctx.settings
+        scaling, bias_dtype, residual, backend = ctx.settings
         needs = list(ctx.needs_input_grad[:5])
-        gradients = ops.rescale_backward(dy, base, low, lora_B, gain, scaling, needs, bias_dtype or gain.dtype, backend)
-        return *(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None, None
+        arguments = (scaling, residual, needs, bias_dtype or gain.dtype, backend)
+        gradients = ops.rescale_backward(dy, base, low, lora_B, gain, *arguments)
+        gradients = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+        return *gradients, dy if ctx.needs_input_grad[5] else None, None, None

@@ -21,13 +21,17 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_kernels import launch, ops
-from dora_kernels.functional import dora_linear_core, operand_dtypes
-from dora_kernels.quant import Weight, parts
+from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
+from dora_kernels.quant import Weight, frozen_product, parts
+from dora_kernels.reference import gain_ref
+from dora_kernels.rescale import rescale
+from dora_kernels.validate import check_adapter, check_call
 
 Value = TypeVar("Value")
 
@@ -90,14 +94,19 @@ def dora_linear_reusing(
     bias: Tensor | None,
     *,
     x_dropped: Tensor | None = None,
+    lora_dropout: bool = False,
     function: str = "dora_linear",
 ) -> Tensor:
     """y of `dora_linear_core` for `layer`, reusing the norm and gain of its last call where that is safe.
 
-    Arguments and errors as dora_linear_core. Nothing is kept under torch.compile, whose graph cannot see what changed,
-    nor in a CUDA graph, which computes something else at every replay.
+    lora_dropout: x_dropped goes through the low-rank product alone, and the base layer is multiplied with x only:
+        y = gain * (x weight^T + scaling * (x_dropped lora_A^T) lora_B^T) + bias
+    Other arguments and errors as dora_linear_core. Nothing is kept under torch.compile, whose graph cannot see what
+    changed, nor in a CUDA graph, which computes something else at every replay.
     """
     arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
+    if lora_dropout and x_dropped is not None:
+        return _with_lora_dropout(layer, *arguments, x_dropped, function)
     stored, *storage = parts(weight)
     tensors = (*stored, lora_A, lora_B, magnitude)
     if not _can_keep(tensors, x.device):
@@ -118,6 +127,35 @@ def dora_linear_reusing(
     if drops == _drops:
         _kept[layer] = _Kept.of(tensors, fingerprint, norm, gain)
     return y
+
+
+def _with_lora_dropout(
+    layer: nn.Module,
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    x_dropped: Tensor,
+    function: str,
+) -> Tensor:
+    """One product with the base weight where dora_linear_core under dropout needs two."""
+    scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
+    check_call(function, x, weight, magnitude, bias, x_dropped, None)
+    base_dtype, dtype = operand_dtypes(x, lora_A)
+    weight = weight.to(base_dtype) if isinstance(weight, Tensor) else weight
+    stored, *storage = parts(weight)
+    norm = norm_reusing(
+        layer,
+        (*stored, lora_A, lora_B),
+        (scaling, storage, dtype),
+        lambda: weight_norm(weight, lora_A, lora_B, scaling),
+    )
+    base = frozen_product(x.to(base_dtype), weight)
+    low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
+    return rescale(base, low, lora_B, gain_ref(magnitude, norm), scaling, bias)
 
 
 def norm_reusing(

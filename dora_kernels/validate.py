@@ -105,9 +105,16 @@ def check_tensor(function: str, name: str, tensor: Tensor, weight: Weight | None
 
 
 def check_rescale(
-    function: str, base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor, scaling: float, bias: Tensor | None
+    function: str,
+    base: Tensor,
+    low: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    residual: Tensor | None,
 ) -> float:
-    """Raise ValueError unless base, low, lora_B, gain, bias and scaling fit each other; scaling as a float."""
+    """Raise ValueError unless the arguments of rescale fit each other; scaling as a float."""
     check_tensor(function, "lora_B", lora_B, None)
     if lora_B.dim() != 2:
         raise ValueError(f"{function}: lora_B has shape {_shape(lora_B)}; expected 2 dimensions")
@@ -124,6 +131,13 @@ def check_rescale(
             f"{function}: low has shape {_shape(low)} but base has shape {_shape(base)}; "
             "expected the same dimensions but for the last"
         )
+    if residual is not None:
+        check_tensor(function, "residual", residual, lora_B, "lora_B")
+        if residual.shape != base.shape or residual.dtype != base.dtype:
+            raise ValueError(
+                f"{function}: residual is {residual.dtype} of shape {_shape(residual)} but base is {base.dtype} of "
+                f"shape {_shape(base)}; expected the same"
+            )
     for name, tensor in (("gain", gain), ("bias", bias)):
         if tensor is not None:
             check_row(function, name, tensor, lora_B, "lora_B")

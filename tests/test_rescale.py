@@ -20,6 +20,12 @@ def layer(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dropped
     return rescale(F.linear(x, weight), low, lora_B, gain, scaling, bias)
 
 
+def layer_with_peft_dropout(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dropped):
+    gain = magnitude / weight_norm(weight, lora_A, lora_B, scaling)
+    base, low = F.linear(x_dropped, weight), F.linear(x_dropped.to(lora_A.dtype), lora_A)
+    return rescale(base, low, lora_B, gain, scaling, bias, residual=F.linear(x, weight))
+
+
 def definition(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dropped):
     """With the dropout on the low-rank branch alone."""
     y = dora_linear_ref(torch.zeros_like(x), weight, lora_A, lora_B, magnitude, scaling, bias)
@@ -49,6 +55,17 @@ def test_dropout_of_the_low_rank_branch_alone(backend):
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], **TOLERANCE)
     assert not torch.allclose(actual["y"], problem.yardstick()["y"], rtol=0.1)  # PEFT's dropout is another function
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_with_a_residual_it_is_the_layer_under_peft_s_dropout(dtypes, backend):
+    for shape in SHAPES:
+        problem = Problem.random(*shape, *dtypes, dropout=0.5)
+        with launch.options(backend=backend):
+            actual = problem.run(layer_with_peft_dropout)
+        for comparison in problem.comparisons(actual):
+            assert comparison.ok, (shape, comparison)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,9 +139,11 @@ def test_opcheck(dtypes, backend):
     problem = Problem.random(5, 12, 10, 3, *dtypes)
     base, low = problem.dy + 1, F.linear(problem.x.to(dtypes[1]), problem.lora_A)
     gain = torch.rand(12, device=DEVICE)
-    torch.library.opcheck(ops.rescale, (base, low, problem.lora_B, gain, problem.bias, 0.75, backend))
-    for needs in ([True] * 5, [False, True, False, False, True], [False, False, False, True, False]):
-        arguments = (problem.dy, base, low, problem.lora_B, gain, 0.75, needs, torch.float32, backend)
+    torch.library.opcheck(ops.rescale, (base, low, problem.lora_B, gain, problem.bias, None, 0.75, backend))
+    torch.library.opcheck(ops.rescale, (base, low, problem.lora_B, gain, None, base + 1, 0.75, backend))
+    subsets = [True] * 5, [False, True, False, False, True], [False, False, False, True, False]
+    for needs, residual in zip((*subsets, [True] * 5), (False, False, False, True), strict=True):
+        arguments = (problem.dy, base, low, problem.lora_B, gain, 0.75, residual, needs, torch.float32, backend)
         torch.library.opcheck(ops.rescale_backward, arguments)
     adapter = (*parts(problem.weight), problem.lora_A, problem.lora_B)
     torch.library.opcheck(ops.norm_backward, (gain, *adapter, gain + 1, 0.75, dtypes[1], [True, False], backend))
@@ -138,6 +157,8 @@ def test_opcheck(dtypes, backend):
         ({"low": torch.zeros(2, 2)}, r"rescale: low has shape \(2, 2\) but base has shape \(3, 4\); expected the same"),
         ({"gain": torch.ones(3)}, r"rescale: gain has shape \(3,\) but lora_B .* expected gain \(N,\) with N = 4"),
         ({"bias": torch.ones(4, 1)}, r"rescale: bias has shape \(4, 1\)"),
+        ({"residual": torch.zeros(1, 4)}, r"rescale: residual is torch.float32 of shape \(1, 4\) but base is"),
+        ({"residual": torch.zeros(3, 4).double()}, "rescale: residual is torch.float64"),
         ({"lora_B": torch.zeros(4)}, r"rescale: lora_B has shape \(4,\); expected 2 dimensions"),
         ({"scaling": float("nan")}, "rescale: scaling is nan"),
         ({"base": torch.zeros(3, 4).int()}, "rescale: base is torch.int32"),

@@ -27,6 +27,9 @@ PACKAGES = ("peft", "torchtune", "lycoris")
 STRUCTURES: tuple[str, ...] = ("nvlabs", "llava", "fsdp_qlora", "megatron_bridge", "automodel")
 """Libraries whose DoRA layers we know by their attributes, whatever module defines them."""
 
+DROPOUTS = ("exact", "lora")
+"""What `enable` can make of dropout."""
+
 NAMES_SHOWN = 3
 """How many layer names a line of str(Report) shows before it abbreviates."""
 
@@ -77,22 +80,33 @@ class Report:
         return "\n".join(lines)
 
 
-def enable(model: nn.Module) -> Report:
+def enable(model: nn.Module, *, dropout: str = "exact") -> Report:
     """Compute the DoRA layers of `model` with dora_kernels, in place, and report every DoRA layer found.
+
+    dropout: what it means in training, with d = dropout(x):
+        "exact"   what the layer's library means. For PEFT, whose dropout falls on all that the adapter adds:
+                  x W^T + (gain - 1) * d W^T + gain * scaling * (d A^T) B^T + bias, two products with the base weight
+        "lora"    dropout falls on the low-rank product alone, and there is one product with the base weight:
+                  gain * (x W^T + scaling * (d A^T) B^T) + bias
+    Over the masks both have the output of eval mode as their mean; the first varies more, by (gain - 1) * d W^T.
+    A library that means something else (no dropout, say, or already the second) keeps its own meaning.
 
     Parameters, buffers and the state dict stay as they are; no class of the other library is patched. A layer
     that cannot be taken over is left alone and named in the report with the reason. Calling it again is
     harmless, and needed after add_adapter: a layer that becomes a DoRA layer later is not known now.
 
-    Raises ImportError if the model's layers come from a library too old to be known (PEFT before 0.19).
+    Raises ValueError unless dropout is one of these, ImportError if the model's layers come from a library too old to
+    be known (PEFT before 0.19).
     """
+    if dropout not in DROPOUTS:
+        raise ValueError(f"enable: dropout is {dropout!r}; expected one of {', '.join(DROPOUTS)}")
     reports = []
     for name, layer, library, adapter in _dora_layers(model):
         cls, reason = adapter.judge(layer)
         if cls is None:
             give_back(layer)  # taken over before, perhaps, and changed since
         else:
-            take_over(layer, cls)
+            take_over(layer, cls, dropout)
         reports.append(LayerReport(name, library, cls is not None, reason))
     return Report(tuple(reports))
 

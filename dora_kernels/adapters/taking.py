@@ -23,6 +23,9 @@ class TakenOver:
     Beside it `train` and `_apply` differ from the library's, by what they forget.
     """
 
+    dora_dropout = "exact"
+    """What dropout means: the library's meaning, or "lora" (see adapters.enable). Set on the layer by take_over."""
+
     reversible = True
     """Whether the library's class computes the same function, so that the layer can be given back."""
 
@@ -106,16 +109,18 @@ def _rebuild(cls: type[nn.Module], computed_by: type[TakenOver]) -> nn.Module:
     return made.__new__(made)
 
 
-def take_over(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Make `layer` a `cls`, a subclass of its library's class."""
+def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str = "exact") -> None:
+    """Make `layer` a `cls`, a subclass of its library's class, with this meaning of dropout."""
     if type(layer) is not cls:
         _set_class(layer, cls)
+    layer.dora_dropout = dropout
 
 
 def give_back(layer: nn.Module) -> None:
     """Make `layer` its library's again; nothing happens to one that is, or that its library could not compute."""
     if isinstance(layer, TakenOver) and layer.reversible:
         _set_class(layer, library_class(layer))
+        layer.__dict__.pop("dora_dropout", None)
 
 
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.functional import operand_dtypes, weight_norm
 from dora_kernels.ops import is_autocast
-from dora_kernels.quant import QuantizedWeight, Weight, base_product, parts
+from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.rescale import rescale
 from dora_kernels.validate import check_call, check_tensor
@@ -75,9 +75,9 @@ def dvora_linear(
     x_adapter = x if x_dropped is None else x_dropped
     low = F.linear(x_adapter.to(dtype), vera_A.to(dtype))
     low = (low * lambda_d).to(dtype)
-    base = base_product(x_adapter.to(base_dtype), weight)
+    base = frozen_product(x_adapter.to(base_dtype), weight)
     y = rescale(base, low, lambda_b[:, None] * vera_B, gain, 1.0, bias)
-    return y if x_dropped is None else y + (base_product(x.to(base_dtype), weight) - base)
+    return y if x_dropped is None else y + (frozen_product(x.to(base_dtype), weight) - base)
 
 
 def dvora_linear_ref(

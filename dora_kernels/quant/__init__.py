@@ -2,7 +2,7 @@
 
 from dora_kernels.quant.bitsandbytes_cpu import is_decoded_wrongly, is_packed_for_cpu, unpack_for_cpu
 from dora_kernels.quant.formats import DENSE, FORMATS, QuantizedWeight, Weight, parts, whole
-from dora_kernels.quant.product import base_product
+from dora_kernels.quant.product import frozen_product
 from dora_kernels.quant.readers import is_quantized, read
 
 __all__ = [
@@ -10,7 +10,7 @@ __all__ = [
     "FORMATS",
     "QuantizedWeight",
     "Weight",
-    "base_product",
+    "frozen_product",
     "is_decoded_wrongly",
     "is_packed_for_cpu",
     "is_quantized",

@@ -9,8 +9,8 @@ from torch import Tensor
 from dora_kernels.quant.formats import Weight
 
 
-def base_product(x: Tensor, weight: Weight) -> Tensor:
-    """x (..., K) @ weight (N, K)^T -> (..., N), differentiable in x.
+def frozen_product(x: Tensor, weight: Weight) -> Tensor:
+    """base: x (..., K) @ weight (N, K)^T -> (..., N), differentiable in x.
 
     A quantised weight is decoded to x's dtype, for the forward product and again for the backward one: it stands dense
     for no longer than a product takes.
@@ -19,7 +19,7 @@ def base_product(x: Tensor, weight: Weight) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """base_product over a quantised weight."""
+    """frozen_product over a quantised weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:

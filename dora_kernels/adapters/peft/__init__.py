@@ -1,13 +1,17 @@
 """PEFT: our kernels under the DoRA layers of a model, one layer at a time.
 
     adapter.py     what one adapter of a layer is made of
+    layer.py       what the layers below have in common: whose a call is
+    merging.py     merging and unmerging
     linear.py      `lora.Linear`, over nn.Linear and GPT-2's Conv1D
+    conv.py        `lora.Conv1d`, `lora.Conv2d`, `lora.Conv3d`
+    embedding.py   `lora.Embedding`
     quantized.py   PEFT's layers over quantised weights; imported only for a model that has such layers
 
-Merging and adapter management stay PEFT's code. Each call decides anew whether it is ours: a merged or disabled layer,
-a plain LoRA adapter, hooks on a submodule that we would bypass, and everything else that is not known to mean exactly
-what we compute goes to PEFT's forward. The decision reads attributes only: it never waits for the device, and
-torch.compile traces it.
+Adapter management stays PEFT's code, and so does merging into a quantised weight. Each call decides anew whether it is
+ours: a merged or disabled layer, a plain LoRA adapter, hooks on a submodule that we would bypass, and everything else
+that is not known to mean exactly what we compute goes to PEFT's forward. The decision reads attributes only: it never
+waits for the device, and torch.compile traces it.
 """
 
 from __future__ import annotations
@@ -17,9 +21,16 @@ from collections.abc import Iterator
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from dora_kernels.adapters.peft.adapter import LINEAR, adapter_reason, family_reason, read_adapter
-from dora_kernels.adapters.peft.linear import DoraKernelsLinear, LoraLinear, TakenOverLinear
+from dora_kernels.adapters.peft.adapter import adapter_reason, family_reason, read_adapter
+from dora_kernels.adapters.peft.conv import DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d
+from dora_kernels.adapters.peft.embedding import DoraKernelsEmbedding
+from dora_kernels.adapters.peft.layer import TakenOverLayer
+from dora_kernels.adapters.peft.linear import DoraKernelsLinear
 from dora_kernels.adapters.taking import TakenOver, class_name, forward_is_the_class_s, library_class
+
+_DENSE = (DoraKernelsLinear, DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d, DoraKernelsEmbedding)
+CLASSES: dict[type[nn.Module], type[TakenOverLayer]] = {cls.__bases__[-1]: cls for cls in _DENSE}
+"""The class that takes over each of PEFT's over a dense weight."""
 
 QUANTIZED_LAYERS = ("peft.tuners.lora.bnb", "peft.tuners.lora.hqq", "peft.tuners.lora.torchao")
 """Where PEFT's layers over quantised weights are defined; some import their library."""
@@ -36,25 +47,24 @@ def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     """The class that takes `layer` over, and which of its adapters PEFT goes on computing; or None, and why."""
     cls = _class_over(library_class(layer))
     if cls is None:
-        return None, f"the layer is a {class_name(layer)}, not one of PEFT's linear layers"
-    reason = family_reason(LINEAR)
+        return None, f"the layer is a {class_name(layer)}, not one of PEFT's that we know"
+    reason = family_reason(cls.family)
     if reason is None and not forward_is_the_class_s(layer):
         reason = "the layer's forward was replaced on the instance"
     if reason is None:
         _, reason = cls.read_base(layer)
     if reason is not None:
         return None, reason
-    reasons = {name: adapter_reason(read_adapter(layer, name), LINEAR) for name in layer.lora_magnitude_vector}
+    adapters = {name: read_adapter(layer, name, cls.family) for name in layer.lora_magnitude_vector}
+    reasons = {name: adapter_reason(adapter, cls.family) for name, adapter in adapters.items()}
     against = [f"adapter {name!r}: {reason}" for name, reason in reasons.items() if reason is not None]
     return None if len(against) == len(reasons) else cls, "; ".join(against or cls.remarks(layer))
 
 
-def _class_over(cls: type[nn.Module]) -> type[TakenOverLinear] | None:
+def _class_over(cls: type[nn.Module]) -> type[TakenOverLayer] | None:
     """The class that takes over layers of PEFT's `cls`; None where there is none."""
-    if cls is LoraLinear:
-        return DoraKernelsLinear
     if cls.__module__ in QUANTIZED_LAYERS:
         from dora_kernels.adapters.peft import quantized
 
         return quantized.CLASSES.get(cls)
-    return None
+    return CLASSES.get(cls)

@@ -16,30 +16,37 @@ _version = tuple(int(part) for part in peft.__version__.split(".")[:2])
 if _version < MINIMUM_VERSION:
     raise ImportError(f"enable: PEFT {peft.__version__} is installed; expected 0.19 or newer")
 
-from peft.tuners.lora import dora  # noqa: E402
+from peft.tuners.lora import dora, variants  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
-from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
 
 from dora_kernels.adapters.taking import bypass_reason, class_name  # noqa: E402
 
 DROPOUTS = (nn.Identity, nn.Dropout)
+_ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")
 
 
 class Family(NamedTuple):
     """What an adapter of a kind of layer is made of: these classes and no subclass."""
 
     variant: type
-    factors: tuple[type[nn.Module], ...]
+    factors: tuple[type, ...]
     magnitude: type[nn.Module]
-    arguments: tuple[str, ...]
+    arguments: tuple[str, ...] = _ARGUMENTS
     """Of the magnitude's forward. Where they differ its meaning may too, and PEFT keeps the layer."""
+    holders: tuple[str, str] = ("lora_A", "lora_B")
+    """The attributes of a layer that hold lora_A and lora_B by adapter name."""
 
 
-LINEAR = Family(
-    DoraLinearVariant,
-    (nn.Linear,),
-    dora.DoraLinearLayer,
-    ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name"),
+LINEAR = Family(variants.DoraLinearVariant, (nn.Linear,), dora.DoraLinearLayer)
+CONV1D = Family(variants.DoraConv1dVariant, (nn.Conv1d,), dora.DoraConv1dLayer)
+CONV2D = Family(variants.DoraConv2dVariant, (nn.Conv2d,), dora.DoraConv2dLayer)
+CONV3D = Family(variants.DoraConv3dVariant, (nn.Conv3d,), dora.DoraConv3dLayer)
+EMBEDDING = Family(
+    variants.DoraEmbeddingVariant,
+    (nn.Parameter,),
+    dora.DoraEmbeddingLayer,
+    tuple("embed_fn" if name == "base_result" else name for name in _ARGUMENTS),
+    ("lora_embedding_A", "lora_embedding_B"),
 )
 
 
@@ -47,23 +54,28 @@ class Adapter(NamedTuple):
     """One adapter of a layer. Read at each call: set_scale, add_adapter and loading change it between calls."""
 
     variant: Any
-    lora_A: nn.Module
-    lora_B: nn.Module
+    lora_A: nn.Module | nn.Parameter
+    lora_B: nn.Module | nn.Parameter
     dropout: nn.Module
     magnitude: nn.Module | None
     scaling: float
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling."""
-        return self.lora_A.weight, self.lora_B.weight, self.magnitude.weight, self.scaling
+        """lora_A, lora_B and magnitude in PEFT's shapes (of a linear layer (R, K), (N, R) and (N,)), and scaling."""
+        return _tensor(self.lora_A), _tensor(self.lora_B), self.magnitude.weight, self.scaling
 
 
-def read_adapter(layer: LoraLayer, name: str) -> Adapter:
+def _tensor(factor: nn.Module | nn.Parameter) -> Tensor:
+    return factor.weight if isinstance(factor, nn.Module) else factor
+
+
+def read_adapter(layer: LoraLayer, name: str, family: Family) -> Adapter:
     magnitudes = layer.lora_magnitude_vector
+    lora_A, lora_B = (getattr(layer, holder)[name] for holder in family.holders)
     return Adapter(
         layer.lora_variant.get(name),
-        layer.lora_A[name],
-        layer.lora_B[name],
+        lora_A,
+        lora_B,
         layer.lora_dropout[name],
         magnitudes[name] if name in magnitudes else None,
         layer.scaling[name],
@@ -91,10 +103,10 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
         module = getattr(adapter, part)
         if type(module) not in known:  # e.g. wrapped by FSDP1: no storage outside its own forward
             return f"{part} is a {class_name(module)}"
-        reason = bypass_reason(part, module)
+        reason = bypass_reason(part, module) if isinstance(module, nn.Module) else None
         if reason is not None:
             return reason
-    if adapter.lora_A.bias is not None or adapter.lora_B.bias is not None:
+    if any(getattr(factor, "bias", None) is not None for factor in (adapter.lora_A, adapter.lora_B)):
         return "lora_A or lora_B has a bias"
     for tensor in adapter.tensors()[:3]:
         if type(tensor) not in (nn.Parameter, Tensor):

@@ -19,7 +19,8 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from dora_kernels import launch, quant
-from dora_kernels.adapters.peft.linear import AUTOCAST_DTYPES, TakenOverLinear
+from dora_kernels.adapters.peft.layer import AUTOCAST_DTYPES
+from dora_kernels.adapters.peft.linear import TakenOverLinear
 from dora_kernels.adapters.taking import bypass_reason, class_name
 from dora_kernels.quant import QuantizedWeight
 
@@ -31,7 +32,7 @@ class TakenOverQuantized(TakenOverLinear):
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
-        """As TakenOverLinear.read_base."""
+        """As TakenOverLayer.read_base."""
         base = layer.base_layer
         if type(base) not in cls.base_classes:
             names = " or ".join(base_class.__name__ for base_class in cls.base_classes)
@@ -41,10 +42,6 @@ class TakenOverQuantized(TakenOverLinear):
         except ValueError as error:
             return None, str(error).removeprefix("read: ")
         return weight, bypass_reason("base_layer", base)
-
-    def base_product(self, x: Tensor, weight: QuantizedWeight) -> Tensor:
-        """As TakenOverLinear.base_product."""
-        return quant.base_product(x.to(weight.dtype), weight)
 
 
 class DoraKernelsTorchaoLinear(TakenOverQuantized, TorchaoLoraLinear):
@@ -99,13 +96,13 @@ if is_bnb_4bit_available():
 
         @classmethod
         def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
-            """As TakenOverLinear.read_base; what was repacked is unpacked, once."""
+            """As TakenOverLayer.read_base; what was repacked is unpacked, once."""
             _unpack(layer)
             return super().read_base(layer)
 
         @classmethod
         def remarks(cls, layer: LoraLayer) -> list[str]:
-            """As TakenOverLinear.remarks: a fresh magnitude is the norm of the weight that PEFT has decoded."""
+            """As TakenOverLayer.remarks: a fresh magnitude is the norm of the weight that PEFT has decoded."""
             weight, _ = cls.read_base(layer)
             if not quant.is_decoded_wrongly(weight):
                 return []
@@ -120,7 +117,7 @@ if is_bnb_4bit_available():
             return _operands(x, weight, compute_dtype)
 
         def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """As TakenOverLinear's. Raises ValueError where bitsandbytes' product is wrong on this machine."""
+            """As TakenOverLayer's. Raises ValueError where bitsandbytes' product is wrong on this machine."""
             self._refuse_wrong_decoding("forward")
             return super().peft_forward(x, *args, **kwargs)
 

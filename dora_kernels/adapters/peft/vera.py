@@ -22,8 +22,7 @@ from dora_kernels import quant, reuse
 from dora_kernels.adapters.peft.adapter import DROPOUTS
 from dora_kernels.adapters.taking import TakenOver, bypass_reason, class_name, forward_is_the_class_s, take_over
 from dora_kernels.dvora import dvora_linear_reusing, dvora_norm, dvora_update
-from dora_kernels.functional import merge_weight_and_norm, weight_norm
-from dora_kernels.mergeable import unmerge_weight
+from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_ref
 
@@ -129,8 +128,8 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
             base = self.get_base_weight()
             merged = base.T if self.fan_in_fan_out else base
             norm, gain = (row.to(base.device) for row in self._dvora_merged)
-            weight = unmerge_weight(merged, norm, gain, *dvora_update(*_vera(self, name)), 1.0, "unmerge")
-            self.set_base_weight((weight.T if self.fan_in_fan_out else weight).to(base.dtype))
+            weight = unmerge_weight("unmerge", merged, *dvora_update(*_vera(self, name)), norm, gain, 1.0)
+            self.set_base_weight(weight.T if self.fan_in_fan_out else weight)
             self._dvora_merged = None
             self.merged_adapters.clear()
         reuse.invalidate(self)

@@ -1,0 +1,162 @@
+"""PEFT's `lora.Conv1d`, `Conv2d` and `Conv3d`: the vendor's convolutions, and the rescale in one pass.
+
+base (B, N, ...) is the base layer's convolution of x, low (B, R, ...) that of lora_A, which PEFT builds without groups;
+lora_B is a 1x1 convolution, so a product over the channels. Seen with the channels last, the rest is a linear layer's.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, LoraLayer
+from torch import Tensor, nn
+
+from dora_kernels import reuse
+from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, Adapter
+from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, dtype_reason, nests_apart, weight_reason
+from dora_kernels.adapters.taking import bypass_reason, class_name
+from dora_kernels.reference import accumulate_dtype, gain_ref
+from dora_kernels.rescale import rescale
+
+
+class TakenOverConv(TakenOverLayer):
+    """A convolution of PEFT's. Its norm runs over all but the first dimension of the weight."""
+
+    base_class: type[nn.Module]
+
+    @classmethod
+    def read_base(cls, layer: LoraLayer) -> tuple[Tensor | None, str | None]:
+        """As TakenOverLayer.read_base; the weight is (N, C / groups, ...)."""
+        base = layer.base_layer
+        if type(base) is not cls.base_class:
+            return None, f"the base layer is a {class_name(base)}; expected nn.{cls.base_class.__name__}"
+        reason = weight_reason(base.weight)
+        if reason is None and base.padding != "same" and any(step != 1 for step in base.dilation):
+            reason = "the base layer is dilated, and PEFT's lora_A is not: their outputs differ in size"
+        if reason is not None:
+            return None, reason
+        return base.weight, bypass_reason("base_layer", base)
+
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, str | None]:
+        """As TakenOverLayer.operands."""
+        if x.dim() != weight.dim():
+            return x, weight, f"x has {x.dim()} dimensions and the base weight {weight.dim()}"  # no batch, or an error
+        return x, weight, dtype_reason(x, weight)
+
+    def dora_forward(self, x: Tensor, operand: Tensor, weight: Tensor, adapters: list[Adapter]) -> Tensor:
+        """x: (B, C, ...) -> (B, N, ...), of the dtype and in the memory format of the base layer's output.
+
+        Adapters nest, and dropout is, as in TakenOverLinear.dora_forward, with convolutions for the products with W
+        and A. One adapter over a 1x1 convolution of a channels-last x is a linear layer over its pixels.
+        """
+        if len(adapters) == 1 and x.movedim(1, -1).is_contiguous() and self._is_linear():
+            return self._as_linear(x, weight, adapters[0])
+        bias = self.base_layer.bias
+        base = self.base_layer._conv_forward(x, weight, None)
+        is_contiguous, dtype = base.is_contiguous(), base.dtype
+        result = base.movedim(1, -1)
+        if len(adapters) > 1:  # not rounded in between, as PEFT's is not
+            result = result.to(torch.promote_types(dtype, adapters[0].magnitude.weight.dtype))
+        norms = self.norms(weight, adapters)
+        last = len(adapters) - 1
+        for i, adapter in enumerate(adapters):
+            lora_A, lora_B, magnitude, scaling = adapter.tensors()
+            lora_x, residual = x.to(lora_A.dtype), None
+            if drops(self, adapter):
+                lora_x = adapter.dropout(lora_x)
+            if self._has_a_base_of_its_own(adapter, first=i == 0):
+                # padded with zeros, as PEFT has it, whatever the layer's padding_mode is
+                layer = self.base_layer
+                settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+                product = self.conv_fn(lora_x.to(weight.dtype), weight, None, *settings)
+                result, residual = product.movedim(1, -1).to(result.dtype), result
+            low = adapter.lora_A(lora_x).movedim(1, -1)
+            gain = gain_ref(magnitude.flatten(), norms[i])
+            arguments = (low, self._channel_product(lora_B), gain, scaling, bias if i == last else None)
+            result = rescale(result, *arguments, residual=residual)
+        result = result.to(dtype).movedim(-1, 1)
+        # rescale reads and writes pixel by pixel: between NCHW images it costs a copy of base, of low and of y
+        return result.contiguous() if is_contiguous else result
+
+    def _has_a_base_of_its_own(self, adapter: Adapter, first: bool) -> bool:
+        """Whether the adapter's base is not the output without it, as under a dropout that drops."""
+        if self.dora_dropout == "lora" or not nests_apart(self, adapter):
+            return False
+        return drops(self, adapter) or not first or self.base_layer.padding_mode != "zeros"
+
+    def _is_linear(self) -> bool:
+        """Whether every pixel of the output is made of that pixel of x alone."""
+        base = self.base_layer
+        padding = base.padding if isinstance(base.padding, str) else "" if any(base.padding) else "valid"
+        return base.groups == 1 and bool(padding) and all(size == 1 for size in (*base.kernel_size, *base.stride))
+
+    def _as_linear(self, x: Tensor, weight: Tensor, adapter: Adapter) -> Tensor:
+        """dora_forward through dora_linear: x (B, C, ...) is seen as (B, ..., C), which is how it lies in memory."""
+        lora_A, lora_B, magnitude, scaling = adapter.tensors()
+        y = reuse.dora_linear_reusing(
+            self,
+            x.movedim(1, -1),
+            weight.flatten(1),
+            lora_A.flatten(1),
+            lora_B.flatten(1),
+            magnitude.flatten(),
+            scaling,
+            self.base_layer.bias,
+            x_dropped=adapter.dropout(x.to(lora_A.dtype)).movedim(1, -1) if drops(self, adapter) else None,
+            lora_dropout=self.dora_dropout == "lora",
+        ).movedim(-1, 1)
+        # the vendor's Conv1d knows no channels-last format
+        return y.contiguous() if x.is_contiguous() or x.dim() == 3 else y
+
+    def _channel_product(self, lora_B: Tensor) -> Tensor:
+        """lora_B (N, R / groups, 1, ...) as (N, R), with zeros between the groups."""
+        lora_B, groups = lora_B.flatten(1), self.base_layer.groups
+        return lora_B if groups == 1 else torch.block_diag(*lora_B.unflatten(0, (groups, -1)))
+
+    def norm(self, weight: Tensor, adapter: Adapter) -> Tensor:
+        """As Merging.norm, in groups too, where PEFT defines it by the product of matrices that B and A lie in."""
+        if self.base_layer.groups == 1:
+            return super().norm(weight, adapter)
+        lora_A, lora_B, _, scaling = adapter.tensors()
+        dtype, R = accumulate_dtype(weight.dtype), lora_A.shape[0]
+        # a weight in groups is small, and so is this
+        with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+            left, right = lora_B.reshape(-1, R).to(dtype), lora_A.reshape(R, -1).to(dtype)
+            direction = torch.addmm(weight.reshape(len(left), -1).to(dtype), left, right, alpha=scaling)
+            return torch.linalg.vector_norm(direction.view(len(weight), -1), dim=1)
+
+    def matrices(self, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+        """As Merging.matrices; K runs over the weight as it lies in memory."""
+        lora_A, lora_B, _, _ = adapter.tensors()
+        if not weight.is_contiguous():  # channels-last
+            weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
+        return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """As Merging.shaped."""
+        weight = self.base_layer.weight
+        if weight.is_contiguous():
+            return rows.view(weight.shape)
+        return rows.view(weight.movedim(1, -1).shape).movedim(-1, 1)
+
+    def _reason_against_merging(self, name: str, quantized: bool = False) -> str | None:
+        if self.base_layer.groups > 1:
+            return "PEFT does not merge a convolution in groups"
+        return super()._reason_against_merging(name, quantized)
+
+
+class DoraKernelsConv1d(TakenOverConv, Conv1d):
+    """Over `lora.Conv1d`."""
+
+    family, base_class = CONV1D, nn.Conv1d
+
+
+class DoraKernelsConv2d(TakenOverConv, Conv2d):
+    """Over `lora.Conv2d`."""
+
+    family, base_class = CONV2D, nn.Conv2d
+
+
+class DoraKernelsConv3d(TakenOverConv, Conv3d):
+    """Over `lora.Conv3d`."""
+
+    family, base_class = CONV3D, nn.Conv3d

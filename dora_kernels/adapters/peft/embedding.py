@@ -1,0 +1,69 @@
+"""PEFT's `lora.Embedding`: a row of the weight per token, scaled column by column, so the norm is over the vocabulary.
+
+The base layer is called as it is. low is the lookup in lora_A^T; the rescale follows, in one pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora.layer import Embedding, LoraLayer
+from torch import Tensor, nn
+
+from dora_kernels.adapters.peft.adapter import EMBEDDING, Adapter
+from dora_kernels.adapters.peft.layer import TakenOverLayer, weight_reason
+from dora_kernels.adapters.taking import class_name
+from dora_kernels.reference import gain_ref
+from dora_kernels.rescale import rescale
+
+
+class DoraKernelsEmbedding(TakenOverLayer, Embedding):
+    """Over `lora.Embedding`: N is the width of the embedding, K the size of the vocabulary."""
+
+    family = EMBEDDING
+
+    @classmethod
+    def read_base(cls, layer: LoraLayer) -> tuple[Tensor | None, str | None]:
+        """As TakenOverLayer.read_base; the weight is (K, N)."""
+        base = layer.base_layer
+        if not isinstance(base, nn.Embedding):
+            return None, f"the base layer is a {class_name(base)}; expected nn.Embedding"
+        reason = weight_reason(base.weight)
+        if reason is None and base.max_norm is not None:
+            reason = "the base layer has a max_norm, which is applied to lora_A in place too"
+        if reason is None and base.sparse:
+            reason = "the base layer has sparse gradients"
+        if reason is None and getattr(layer, "tp_layer", None) is not None:
+            reason = "the layer is tensor parallel"
+        return base.weight, reason
+
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, str | None]:
+        """As TakenOverLayer.operands."""
+        return x, weight, None
+
+    def dora_forward(self, x: Tensor, operand: Tensor, weight: Tensor, adapters: list[Adapter]) -> Tensor:
+        """x: (...) tokens -> (..., N), of the dtype of the base layer's output.
+
+        Adapters nest: y = g2 * (g1 * (base + d1) + d2), d = embed_scale * scaling * A^T[x] B^T. PEFT has no
+        dropout here.
+        """
+        base = self.base_layer(x)
+        result = base
+        if len(adapters) > 1:  # not rounded in between, as PEFT's is not
+            result = base.to(torch.promote_types(base.dtype, adapters[0].magnitude.weight.dtype))
+        embed_scale = self._get_embed_scale()  # the base layer's own, which its output has already
+        norms = self.norms(weight, adapters)
+        for i, adapter in enumerate(adapters):
+            lora_A, lora_B, magnitude, scaling = adapter.tensors()
+            low = self._embed(x, lora_A.T)
+            if embed_scale is not None:
+                low = low * embed_scale.to(low.dtype)
+            result = rescale(result, low, lora_B, gain_ref(magnitude, norms[i]), scaling)
+        return result.to(base.dtype)
+
+    def matrices(self, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+        """As Merging.matrices."""
+        return weight.T, *adapter.tensors()[:2]
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """As Merging.shaped."""
+        return rows.T.contiguous()

@@ -1,0 +1,137 @@
+"""What PEFT's layers of every family have in common when they are taken over: whose a call is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import dora
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from dora_kernels import launch, reuse
+from dora_kernels.adapters.peft.adapter import Adapter, Family, adapter_reason, read_adapter
+from dora_kernels.adapters.peft.merging import Merging
+from dora_kernels.adapters.taking import class_name
+from dora_kernels.functional import operand_dtypes
+from dora_kernels.quant import Weight
+
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (*AUTOCAST_DTYPES, torch.float64)
+
+
+class TakenOverLayer(Merging):
+    """A layer of PEFT's, its DoRA forward computed by us. Subclasses say what it computes, and over which base."""
+
+    family: Family
+
+    @classmethod
+    def read_base(cls, layer: LoraLayer) -> tuple[Weight | None, str | None]:
+        """The base layer's weight, (N, K) of a linear layer, and why the base layer is not ours to compute."""
+        raise NotImplementedError
+
+    @classmethod
+    def remarks(cls, layer: LoraLayer) -> list[str]:
+        """What the report says of a layer that is taken over."""
+        return []
+
+    def operands(self, x: Tensor, weight: Weight) -> tuple[Tensor, Weight, str | None]:
+        """x and weight as they meet each other, and why their dtypes or shapes are PEFT's affair."""
+        raise NotImplementedError
+
+    def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[Adapter]) -> Tensor:
+        """The output with at least one adapter, all of them ours; operand and weight are as `operands` gave them."""
+        raise NotImplementedError
+
+    def norms(self, weight: Tensor, adapters: list[Adapter]) -> Tensor:
+        """norm (adapters, N), kept in eval mode. weight is of the base layer's own shape."""
+        factors = [factor for adapter in adapters for factor in adapter.tensors()[:2]]
+        settings = ([adapter.scaling for adapter in adapters], operand_dtypes(weight, factors[0]))
+        return reuse.norm_reusing(
+            self,
+            (weight, *factors),
+            settings,
+            lambda: torch.stack([self.norm(weight, adapter) for adapter in adapters]),
+        )
+
+    def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """What PEFT computes for this layer."""
+        return super().forward(x, *args, **kwargs)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`dora_forward` or, where anything is not known to mean what we compute, PEFT's forward."""
+        if self.disable_adapters or self.merged:
+            return self.peft_forward(x, *args, **kwargs)
+        known = getattr(self, self.family.holders[0])
+        adapters = [read_adapter(self, name, self.family) for name in self.active_adapters if name in known]
+        if not adapters:
+            return self.peft_forward(x, *args, **kwargs)
+        weight, reason = self.read_base(self)
+        reason = reason or _call_reason(self, x, weight, adapters, bool(args or kwargs))
+        if reason is None:
+            operand, weight, reason = self.operands(x, weight)
+        if reason is not None:
+            launch.log_once(f"dora_kernels: a call went to PEFT: {reason}")
+            return self.peft_forward(x, *args, **kwargs)
+
+        for adapter in adapters:
+            if adapter.magnitude._dora_cache:
+                adapter.magnitude._cache_clear()  # as each uncached forward of PEFT does: it may be stale by now
+        return self.dora_forward(x, operand, weight, adapters)
+
+
+def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter], has_more: bool) -> str | None:
+    if has_more:
+        return "the call has arguments beyond x"
+    if dora.ENABLE_DORA_CACHING and not layer.training:
+        return "PEFT's DoraCaching is on"
+    device = x.device
+    if weight.device.type == "meta" or weight.device != device:
+        return f"x is on {device} and the base weight is on {weight.device}"
+    if not layer.cast_input_dtype_enabled:
+        return "casting of the input is disabled"
+    for adapter in adapters:
+        reason = adapter_reason(adapter, layer.family, device)
+        if reason is not None:
+            return reason
+        lora_A, lora_B, _, _ = adapter.tensors()
+        if lora_A.dtype != lora_B.dtype:
+            return "lora_A and lora_B differ in dtype"
+    return None
+
+
+def dtype_reason(x: Tensor, weight: Weight) -> str | None:
+    """Why the dtypes of x and weight are PEFT's affair: one dtype, or autocast makes them one."""
+    if x.dtype == weight.dtype:
+        return None
+    dtypes = f"x is {x.dtype} and the base weight is {weight.dtype}"
+    if not torch.is_autocast_enabled(x.device.type):
+        return f"{dtypes}, without autocast"
+    if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
+        return f"{dtypes}, which autocast leaves alone"
+    return None
+
+
+def weight_reason(weight: Tensor) -> str | None:
+    """Why a dense base weight is not ours to read."""
+    if type(weight) not in (nn.Parameter, Tensor):
+        return f"the base weight is a {class_name(weight)}, not a plain tensor"
+    if weight.dtype not in DTYPES:
+        return f"the base weight is {weight.dtype}"
+    if weight.requires_grad:
+        return "the base weight requires a gradient"
+    return None
+
+
+def drops(layer: LoraLayer, adapter: Adapter) -> bool:
+    """Whether dropout(x) is not x."""
+    dropout = adapter.dropout
+    return layer.training and dropout.training and not isinstance(dropout, nn.Identity) and dropout.p > 0
+
+
+def nests_apart(layer: LoraLayer, adapter: Adapter) -> bool:
+    """Whether PEFT puts `adapter` on a base of its own and not on the output of the adapters before it.
+
+    An nn.Dropout that does not drop now is PEFT's dropout case all the same.
+    """
+    return layer.training and not isinstance(adapter.dropout, nn.Identity)

@@ -1,0 +1,162 @@
+"""Merging PEFT's layers and taking them apart again, in PEFT's calls and with its bookkeeping, through our kernels.
+
+Nothing of the size of B A is made. As in the forward pass, the norm is that of the unmerged weight, also for an adapter
+that is merged over others. What is not plainly ours (a quantised base, an adapter with a bias or of plain LoRA, a
+convolution in groups) PEFT merges; the norms are kept where PEFT keeps them, so that either undoes the other's merge.
+"""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+
+from dora_kernels.adapters.peft.adapter import Adapter, adapter_reason, read_adapter
+from dora_kernels.adapters.taking import TakenOver
+from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
+from dora_kernels.quant import QuantizedWeight, Weight
+from dora_kernels.reference import accumulate_dtype, gain_ref
+
+
+class Merging(TakenOver):
+    """merge, unmerge, and what whole-model merging asks of a layer. Subclasses say which matrices a layer holds."""
+
+    def matrices(self, weight: Weight, adapter: Adapter) -> tuple[Weight, Tensor, Tensor]:
+        """weight, of the base layer's shape, as (N, K), with lora_A (R, K) and lora_B (N, R) of the adapter."""
+        return weight, *adapter.tensors()[:2]
+
+    def shaped(self, rows: Tensor) -> Tensor:
+        """rows (N, K) in the shape and the strides of the base layer's weight: the first of `matrices`, undone."""
+        return rows
+
+    def norm(self, weight: Weight, adapter: Adapter) -> Tensor:
+        """norm (N,) of the adapter over weight, a constant."""
+        return weight_norm(*self.matrices(weight, adapter), adapter.scaling)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As PEFT's: put the named adapters, or else the active ones, into the base weight.
+
+        A row whose norm is 0 becomes 0, not NaN. Raises ValueError, and merges none of them, if safe_merge and a merged
+        weight is not finite, or if adapters are merged already from which `unmerge` cannot get the weight back.
+        """
+        names = adapter_names
+        if names is None:
+            names = self.active_adapters
+        if isinstance(names, str) or any(map(self._reason_against_merging, self._known(names))):
+            return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        names = self._known(check_adapters_to_merge(self, adapter_names))
+        if names:
+            weight, norms = self._merged(names, safe_merge)
+            self.base_layer.weight.data = weight
+            for name, norm in norms.items():
+                magnitude = self.lora_magnitude_vector[name].weight
+                self._cache_store(_norm_key(name), norm.view(magnitude.shape))
+                self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """As PEFT's: take every merged adapter out of the base weight, to within one rounding of its dtype for each.
+
+        Raises ValueError, and unmerges nothing, where a row was merged with gain 0 and norm not 0.
+        """
+        names = self._known(self.merged_adapters)
+        against = any(map(self._reason_against_merging, names)) or any(
+            _norm_key(name) not in self._caches for name in names
+        )
+        if against or not names:
+            return super().unmerge()
+        self.base_layer.weight.data = self._unmerged("unmerge")
+        for name in names:
+            self._cache_pop(_norm_key(name))
+        self.merged_adapters.clear()
+
+    def norm_and_gain(self) -> tuple[Tensor, Tensor]:
+        """As TakenOver.norm_and_gain."""
+        names = self._active("norm_and_gain")
+        if self.merged or len(names) != 1:
+            state = f"{self.merged_adapters} are merged" if self.merged else f"{len(names)} adapters are active"
+            raise ValueError(f"norm_and_gain: {state}; expected one active adapter, not merged")
+        adapter = read_adapter(self, names[0], self.family)
+        norm = self.norm(self._base_weight(), adapter)
+        return norm, gain_ref(adapter.magnitude.weight.detach().flatten(), norm)
+
+    def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """As TakenOver.merged_weight_and_bias; several active adapters nest, as in the forward pass.
+
+        Raises ValueError where adapters are disabled, none is active, or one is not ours to merge.
+        """
+        names = self._active("merged_weight_and_bias")
+        bias = getattr(self.base_layer, "bias", None)
+        bias = None if bias is None else bias.detach().clone()
+        if self.merged and not isinstance(self._base_weight(), QuantizedWeight):
+            return self._base_weight().clone(), bias
+        reasons = [self._reason_against_merging(name, quantized=True) for name in names]
+        if self.merged or not names or any(reasons):
+            reason = next(filter(None, reasons), "no adapter is active")
+            reason = "the layer is merged" if self.merged else reason
+            raise ValueError(f"merged_weight_and_bias: {reason}; expected active DoRA adapters that can be merged")
+        return self._merged(names)[0], bias
+
+    def _active(self, function: str) -> list[str]:
+        if self.disable_adapters:
+            raise ValueError(f"{function}: the adapters are disabled; expected one that is active")
+        return self._known(self.active_adapters)
+
+    def _known(self, names: list[str]) -> list[str]:
+        """Those of the adapters that this layer has."""
+        return [name for name in names if name in getattr(self, self.family.holders[0])]
+
+    def _base_weight(self) -> Weight:
+        """The base layer's weight in its own shape, as it is now, merged or not."""
+        weight, _ = self.read_base(self)
+        return weight if isinstance(weight, QuantizedWeight) else self.base_layer.weight.detach()
+
+    def _reason_against_merging(self, name: str, quantized: bool = False) -> str | None:
+        weight, reason = self.read_base(self)
+        if reason is None and isinstance(weight, QuantizedWeight) and not quantized:
+            reason = "the base weight is quantised"
+        if reason is not None:
+            return reason
+        adapter = read_adapter(self, name, self.family)
+        reason = "it is on meta" if weight.device.type == "meta" else None
+        reason = reason or adapter_reason(adapter, self.family, weight.device)
+        if reason is None and adapter.tensors()[0].dtype != adapter.tensors()[1].dtype:
+            reason = "lora_A and lora_B differ in dtype"
+        return None if reason is None else f"adapter {name!r}: {reason}"
+
+    def _merged(self, names: list[str], safe_merge: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weight with the adapters merged in this order over what is merged already, and the norm of each."""
+        weight, norms = self._base_weight(), {}
+        # PEFT leaves the unmerged weight here while it merges again what it had to take apart
+        base = self._caches.get("unmerged_base_weight")
+        base = self._unmerged("merge") if base is None else base
+        # the merged weight does not depend on what surrounds the call
+        with torch.autocast(weight.device.type, enabled=False):
+            for name in names:
+                adapter = read_adapter(self, name, self.family)
+                norm = self.norm(base, adapter)
+                rows, A, B = self.matrices(weight, adapter)
+                magnitude = adapter.magnitude.weight.flatten()
+                rows, norms[name], _ = merge_weight_and_norm(rows, A, B, magnitude, adapter.scaling, norm)
+                if safe_merge and not rows.isfinite().all():
+                    raise ValueError(
+                        f"merge: NaNs detected in the merged weights. The adapter {name} seems to be broken: "
+                        f"{int((~rows.isfinite()).any(dim=1).sum())} of {len(rows)} rows are not finite; expected none"
+                    )
+                weight = self.shaped(rows)
+        return weight, norms
+
+    def _unmerged(self, function: str) -> Weight:
+        """The base weight without the adapters merged into it; itself where there is none."""
+        weight = self._base_weight()
+        for name in reversed(self._known(self.merged_adapters)):
+            adapter = read_adapter(self, name, self.family)
+            rows, A, B = self.matrices(weight, adapter)
+            norm = self._caches[_norm_key(name)].to(weight.device, accumulate_dtype(weight.dtype)).flatten()
+            gain = gain_ref(adapter.magnitude.weight.detach().flatten(), norm)
+            weight = self.shaped(unmerge_weight(function, rows, A, B, norm, gain, adapter.scaling))
+        return weight
+
+
+def _norm_key(name: str) -> str:
+    """Where PEFT keeps the norm that an adapter was merged with."""
+    return f"{name}-weight_norm"
