@@ -1,5 +1,6 @@
 """The public functions: validation, shape folding, dtypes under autocast, and autograd."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -244,7 +245,8 @@ class _DoraLinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         base_dtype = settings.base_dtype
-        rows = (x.shape[:-1].numel(), lora_A.shape[1])
+        # math.prod and not Size.numel(), which makes a symbolic size a number: torch.export would fix M
+        rows = (math.prod(x.shape[:-1]), lora_A.shape[1])
         x_rows = x.reshape(rows).to(base_dtype)
         # not rounded to a narrower weight's dtype: the low-rank products see it as the adapter does
         dropped_rows = None if x_dropped is None else x_dropped.reshape(rows).to(settings.dtype)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import launch, reuse
 from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, read_adapter
-from dora_kernels.adapters.taking import TakenOver, bypass_reason, class_name
+from dora_kernels.adapters.taking import TakenOver, bypass_reason, class_name, is_plain
 from dora_kernels.functional import operand_dtypes, weight_norm
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_ref
@@ -113,7 +113,7 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
         if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
             return None, f"the base layer is a {class_name(base)}; expected nn.Linear, or Conv1D with fan_in_fan_out"
         weight = base.weight
-        if type(weight) not in (nn.Parameter, Tensor):
+        if not is_plain(weight):
             return None, f"the base weight is a {class_name(weight)}, not a plain tensor"
         if weight.dtype not in DTYPES:
             return None, f"the base weight is {weight.dtype}"
