@@ -109,7 +109,9 @@ def selective(saved):
     return functools.partial(checkpoint, use_reentrant=False, context_fn=contexts)
 
 
-@pytest.mark.parametrize("saved", ((), (FORWARD,), (NORM,), (FORWARD, NORM)), ids=str)
+@pytest.mark.parametrize(
+    "saved", ((), (FORWARD,), (NORM,), (FORWARD, NORM)), ids=("nothing", "forward", "norm", "forward and norm")
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_selective_checkpointing(name, saved):
     """It takes the n-th call of an operator for the n-th it saved: none may be left out of the recomputed pass."""
@@ -135,7 +137,7 @@ def test_selective_checkpointing_where_one_layer_keeps_its_norm_and_another_cann
     torch.testing.assert_close(tensors(model, x, dy, call=call), plain, **EXACT)
 
 
-@pytest.mark.parametrize("saved", (None, FORWARD))
+@pytest.mark.parametrize("saved", (None, FORWARD), ids=("nothing", "forward"))
 def test_compiled_checkpointing(saved):
     """One graph; the operator is recomputed in the backward graph unless its results are saved."""
     torch._dynamo.reset()
