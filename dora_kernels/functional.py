@@ -1,5 +1,6 @@
 """The public functions: validation, shape folding, dtypes under autocast, and autograd."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -119,9 +120,10 @@ def dora_linear_core(
         scaling, base_dtype, dtype, options.way, keep, keep_low, exact, norm_grad, dropped, options.backend, *storage
     )
     arguments = (x, x_dropped, lora_A, lora_B, magnitude, bias, norm, gain, merged, settings, *tensors)
-    y, norm, gain = _DoraLinear.apply(*arguments) if grad else _DoraLinear.forward(None, *arguments)
+    y, new_norm, new_gain = _DoraLinear.apply(*arguments) if grad else _DoraLinear.forward(None, *arguments)
     # outside the Function: autograd refuses to modify in place a view that a Function has returned
-    return y.view(*x.shape[:-1], weight.shape[0]), norm, gain
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y, new_norm if norm is None else norm, new_gain if gain is None else gain
 
 
 def operand_dtypes(x: Tensor, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]:
@@ -278,7 +280,8 @@ class _DoraLinear(torch.autograd.Function):
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         base_dtype = settings.base_dtype
-        rows = (x.shape[:-1].numel(), lora_A.shape[1])
+        # math.prod and not Size.numel(), which makes a symbolic size a number: torch.export would fix M
+        rows = (math.prod(x.shape[:-1]), lora_A.shape[1])
         x_rows = x.reshape(rows).to(base_dtype)
         # not rounded to a narrower weight's dtype: the low-rank products see it as the adapter does
         dropped_rows = None if x_dropped is None else x_dropped.reshape(rows).to(settings.dtype)
@@ -300,28 +303,28 @@ class _DoraLinear(torch.autograd.Function):
             settings.exact,
             settings.backend,
         )
-        norm = new_norm if norm is None else norm
-        gain = new_gain if gain is None else gain
         if ctx is not None:
             adapter_rows = x_rows if dropped_rows is None else dropped_rows
             ctx.save_for_backward(
                 adapter_rows if lora_A.requires_grad else None,
                 lora_A,
                 lora_B,
-                norm,
-                gain,
+                new_norm if norm is None else norm,
+                new_gain if gain is None else gain,
                 low if settings.keep_low else None,
                 kept if settings.keep else None,
                 merged if x.requires_grad else None,
                 *tensors,
             )
-            ctx.mark_non_differentiable(norm, gain)
+            ctx.mark_non_differentiable(new_norm, new_gain)
             ctx.settings = settings
             ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
             ctx.dropped_dtype = x.dtype if x_dropped is None else x_dropped.dtype
             ctx.magnitude_dtype = magnitude.dtype
             ctx.bias_dtype = magnitude.dtype if bias is None else bias.dtype
-        return y, norm, gain
+        # never norm and gain themselves: autograd would make a view of each, and selective checkpointing, which counts
+        # operators, must see the same ones when the recomputed pass is given what the first one made
+        return y, new_norm, new_gain
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -4,6 +4,7 @@ A convolution, an embedding, an adapter with a dropout of its own, and VeRA's sc
 their own ways; what follows is the same for all of them, and one pass.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ def rescale(
     """
     scaling = check_rescale("rescale", base, low, lora_B, gain, scaling, bias, residual)
     N, R = lora_B.shape
-    rows = base.shape[:-1].numel()
+    rows = math.prod(base.shape[:-1])  # Size.numel() would fix a symbolic size
     gain = gain.to(accumulate_dtype(base.dtype)).contiguous()
     backend = launch.current_options().backend
     residual = None if residual is None else residual.reshape(rows, N)

@@ -163,10 +163,11 @@ def norm_reusing(
 ) -> Tensor:
     """compute(), the norm of `layer`, or what its last call gave where that is safe.
 
-    tensors, settings: all that the norm is computed from. It must be a constant for autograd.
+    tensors, settings: all that the norm is computed from. It must be a constant for autograd. Nothing is reused under a
+    TorchDispatchMode: selective checkpointing is one, and takes the n-th call of an operator for the n-th it has saved.
     """
     device = tensors[0].device
-    if not _can_keep(tensors, device):
+    if not _can_keep(tensors, device) or torch._C._len_torch_dispatch_stack() > 0:
         return compute()
     drops = _drops
     fingerprint = _fingerprint(tensors, settings, device)

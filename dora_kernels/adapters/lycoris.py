@@ -27,7 +27,13 @@ from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 
 from dora_kernels import launch, reuse
-from dora_kernels.adapters.taking import TakenOver, class_name, forward_is_the_class_s, library_class
+from dora_kernels.adapters.taking import (
+    TakenOver,
+    class_name,
+    forward_is_the_class_s,
+    is_plain,
+    library_class,
+)
 from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
 from dora_kernels.reference import accumulate_dtype
 from dora_kernels.rescale import rescale
@@ -207,7 +213,7 @@ def _layer_reason(layer: LoConModule) -> str | None:
         if type(module) is not factors:
             return f"{part} is a {class_name(module)}"
     for name, tensor in _tensors(layer).items():
-        if type(tensor) not in (nn.Parameter, Tensor):
+        if not is_plain(tensor):
             return f"{name} is a {class_name(tensor)}, not a plain tensor"
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}"

@@ -22,6 +22,7 @@ from dora_kernels.adapters.taking import (
     class_name,
     class_over,
     forward_is_the_class_s,
+    is_plain,
     library_class,
 )
 from dora_kernels.functional import dora_linear_core, merge_weight, operand_dtypes, weight_norm
@@ -191,7 +192,7 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
     if bias is not None:
         named["bias"] = bias
     for name, tensor in named.items():
-        if type(tensor) not in (nn.Parameter, Tensor):
+        if not is_plain(tensor):
             return None, f"{name} is a {class_name(tensor)}, not a plain tensor"
         if tensor.dtype not in DTYPES:
             return None, f"{name} is {tensor.dtype}"

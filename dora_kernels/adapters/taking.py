@@ -13,6 +13,7 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from dora_kernels import reuse
 
@@ -159,6 +160,12 @@ def forward_is_the_class_s(module: nn.Module) -> bool:
         and not hook.offload
         and _is_bound_forward(module, module.__dict__.get("_old_forward"))
     )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is torch's own, or what torch.export puts in its place; any other subclass has a meaning of its
+    own."""
+    return type(tensor) in (nn.Parameter, Tensor, FakeTensor)
 
 
 def _is_bound_forward(module: nn.Module, method: Any) -> bool:

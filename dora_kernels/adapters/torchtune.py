@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from torchtune.modules.peft.dora import DoRALinear, linear_nf4
 
 from dora_kernels import launch, quant, reuse
-from dora_kernels.adapters.taking import TakenOver, bypass_reason, class_name, forward_is_the_class_s, library_class
+from dora_kernels.adapters.taking import (
+    TakenOver,
+    bypass_reason,
+    class_name,
+    forward_is_the_class_s,
+    is_plain,
+    library_class,
+)
 from dora_kernels.functional import dora_linear_core, merge_weight_and_norm, weight_norm
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_ref
@@ -112,7 +119,7 @@ def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
     if weight.dtype not in DTYPES:
         return None, f"the base weight is {weight.dtype}"
     if not layer._quantize_base:
-        if type(weight) not in (nn.Parameter, Tensor):
+        if not is_plain(weight):
             return None, f"the base weight is a {class_name(weight)}, not a plain tensor"
         return weight, None
     if not quant.is_quantized(weight):
@@ -142,7 +149,7 @@ def _layer_reason(layer: DoRALinear) -> str | None:
     if isinstance(layer.dropout, nn.Dropout) and layer.dropout.inplace:
         return "the dropout works in place"
     for name, tensor in _tensors(layer).items():
-        if type(tensor) not in (nn.Parameter, Tensor):
+        if not is_plain(tensor):
             return f"{name} is a {class_name(tensor)}, not a plain tensor"
     return None
 

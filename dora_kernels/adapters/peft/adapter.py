@@ -19,7 +19,7 @@ if _version < MINIMUM_VERSION:
 from peft.tuners.lora import dora, variants  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
-from dora_kernels.adapters.taking import bypass_reason, class_name  # noqa: E402
+from dora_kernels.adapters.taking import bypass_reason, class_name, is_plain  # noqa: E402
 
 DROPOUTS = (nn.Identity, nn.Dropout)
 _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")
@@ -109,7 +109,7 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
     if any(getattr(factor, "bias", None) is not None for factor in (adapter.lora_A, adapter.lora_B)):
         return "lora_A or lora_B has a bias"
     for tensor in adapter.tensors()[:3]:
-        if type(tensor) not in (nn.Parameter, Tensor):
+        if not is_plain(tensor):
             return f"a weight of the adapter is a {class_name(tensor)}, not a plain tensor"
         if device is not None and tensor.device != device:
             return f"x is on {device} and a weight of the adapter is on {tensor.device}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dora_kernels import launch, reuse
 from dora_kernels.adapters.peft.adapter import Adapter, Family, adapter_reason, read_adapter
 from dora_kernels.adapters.peft.merging import Merging
-from dora_kernels.adapters.taking import class_name
+from dora_kernels.adapters.taking import class_name, is_plain
 from dora_kernels.functional import operand_dtypes
 from dora_kernels.quant import Weight
 
@@ -114,7 +114,7 @@ def dtype_reason(x: Tensor, weight: Weight) -> str | None:
 
 def weight_reason(weight: Tensor) -> str | None:
     """Why a dense base weight is not ours to read."""
-    if type(weight) not in (nn.Parameter, Tensor):
+    if not is_plain(weight):
         return f"the base weight is a {class_name(weight)}, not a plain tensor"
     if weight.dtype not in DTYPES:
         return f"the base weight is {weight.dtype}"
