@@ -10,6 +10,11 @@ the number of optimizer steps taken in this process. The version alone would not
 optimizers, 8-bit optimizers and writes through .data leave it alone. Nor would the address: a parameter that is
 replaced leaves its address to the next one. Writes through .data outside an optimizer step (PEFT's hot swap is one)
 cannot be seen; after one, call `invalidate(model)`.
+
+FSDP gathers a weight into the same tensor, at what is often the same address, and leaves its version alone: a load of
+the shards in between would not be seen. So while a module of this process is sharded by fully_shard, nothing is kept
+from one call in eval mode to the next, and of FSDP1's weights nothing ever. (What a backward pass recomputes had the
+same weights in its forward pass: that is used again under fully_shard too.) ZeRO-3 gives a weight new storage.
 """
 
 import weakref
@@ -17,12 +22,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_kernels.functional import dora_linear_core, operand_dtypes
 from dora_kernels.quant import Weight, parts
+
+try:  # the modules that fully_shard manages: there is no public way to ask
+    from torch.distributed._composable_state import _module_state_mapping as _managed_modules
+except ImportError:
+    _managed_modules = None
 
 
 class _Kept(NamedTuple):
@@ -130,9 +140,17 @@ def _find(layer: nn.Module, tensors: tuple[Tensor, ...], fingerprint: tuple[obje
     """What is kept for `layer`, if this call may use it."""
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
-    if kept is not None and (in_backward or not layer.training) and kept.is_of(tensors, fingerprint):
+    in_eval = not layer.training and not _weights_come_and_go()
+    if kept is not None and (in_backward or in_eval) and kept.is_of(tensors, fingerprint):
         return kept
     return None
+
+
+def _weights_come_and_go() -> bool:
+    """Whether a weight may be gathered anew between two calls; where torch cannot be asked, it may in any group."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return _managed_modules is None or len(_managed_modules) > 0
 
 
 def forget(layer: nn.Module) -> None:
@@ -167,9 +185,11 @@ def _owner(tensor: Tensor) -> Tensor:
 
 def _has_identity(tensor: Tensor) -> bool:
     """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor,
-    nor in memory that other processes write to.
+    nor of a view into FSDP1's flat parameter, nor in memory that other processes write to.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return False
+    if getattr(_owner(tensor), "_is_flat_param", False):
         return False
     return tensor.device.type != "cpu" or not tensor.untyped_storage().is_shared()
 

@@ -24,6 +24,7 @@ ROOMS = {
     "reuse": 4,
     "modules": 5,
     "adapters": 6,
+    "parallel": 6,
     "testing": 7,
     "demo": 8,
     "cli": 9,
