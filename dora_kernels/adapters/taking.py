@@ -46,7 +46,10 @@ class TakenOver:
 
 def library_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the library gave `layer`."""
-    return type(layer).__bases__[-1] if isinstance(layer, TakenOver) else type(layer)
+    cls = type(layer)
+    while issubclass(cls, TakenOver):
+        cls = cls.__bases__[-1]
+    return cls
 
 
 @functools.cache
@@ -82,6 +85,11 @@ def give_back(layer: nn.Module) -> None:
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Change a layer's class, and with it the bound forward that accelerate's hooks keep on the instance."""
     bound = [name for name in ("forward", "_old_forward") if _is_bound_forward(layer, layer.__dict__.get(name))]
+    outer = type(layer)
+    if isinstance(layer, TakenOver) and issubclass(outer.__bases__[-1], TakenOver):
+        # fully_shard(layer) has made a class over ours: what it added stays
+        members = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(outer)(outer.__name__, (*outer.__bases__[:-1], cls), members)
     layer.__class__ = cls
     reuse.forget(layer)
     for name in bound:

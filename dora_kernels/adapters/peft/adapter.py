@@ -20,6 +20,7 @@ from peft.tuners.lora import dora  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 from peft.tuners.lora.variants import DoraLinearVariant  # noqa: E402
 
+from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, partition_reason  # noqa: E402
 from dora_kernels.adapters.taking import bypass_reason, class_name  # noqa: E402
 
 DROPOUTS = (nn.Identity, nn.Dropout)
@@ -57,6 +58,19 @@ class Adapter(NamedTuple):
         """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling."""
         return self.lora_A.weight, self.lora_B.weight, self.magnitude.weight, self.scaling
 
+    def gathered(self) -> Adapter:
+        """This adapter with the weights of FSDP1 units in place of the units."""
+        units = {
+            part: getattr(self, part) for part in ("lora_A", "lora_B", "magnitude") if is_unit(getattr(self, part))
+        }
+        return self._replace(**{part: Gathered(gathered_weight(unit)) for part, unit in units.items()})
+
+
+class Gathered(NamedTuple):
+    """Stands for a module whose weight an engine has gathered for this call."""
+
+    weight: Tensor
+
 
 def read_adapter(layer: LoraLayer, name: str) -> Adapter:
     magnitudes = layer.lora_magnitude_vector
@@ -88,17 +102,23 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
     factors = family.factors
     known_parts = {"lora_A": factors, "lora_B": factors, "dropout": DROPOUTS, "magnitude": (family.magnitude,)}
     for part, known in known_parts.items():
-        module = getattr(adapter, part)
-        if type(module) not in known:  # e.g. wrapped by FSDP1: no storage outside its own forward
+        module = inner(getattr(adapter, part))
+        if type(module) not in known:
             return f"{part} is a {class_name(module)}"
-        reason = bypass_reason(part, module)
+        reason = bypass_reason(part, getattr(adapter, part)) or bypass_reason(part, module)
         if reason is not None:
             return reason
-    if adapter.lora_A.bias is not None or adapter.lora_B.bias is not None:
+    if inner(adapter.lora_A).bias is not None or inner(adapter.lora_B).bias is not None:
         return "lora_A or lora_B has a bias"
-    for tensor in adapter.tensors()[:3]:
+    for module in (adapter.lora_A, adapter.lora_B, adapter.magnitude):
+        if is_unit(module):
+            continue  # has a weight, a plain tensor on the device of x, in its own call only
+        tensor = module.weight
         if type(tensor) not in (nn.Parameter, Tensor):
-            return f"a weight of the adapter is a {class_name(tensor)}, not a plain tensor"
+            return f"a weight of the adapter is a {class_name(tensor)}, not a plain tensor{enable_first(tensor)}"
+        reason = partition_reason(tensor)
+        if reason is not None:
+            return f"a weight of the adapter cannot be read: {reason}"
         if device is not None and tensor.device != device:
             return f"x is on {device} and a weight of the adapter is on {tensor.device}"
     return None

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import launch, reuse
 from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, read_adapter
+from dora_kernels.adapters.sharded import enable_first, partition_reason, requires_grad
 from dora_kernels.adapters.taking import TakenOver, bypass_reason, class_name
 from dora_kernels.functional import operand_dtypes, weight_norm
 from dora_kernels.quant import Weight
@@ -82,6 +83,7 @@ class TakenOverLinear(TakenOver):
             if adapter.magnitude._dora_cache:
                 adapter.magnitude._cache_clear()  # as each uncached forward of PEFT does: it may be stale by now
         bias = self.base_layer.bias
+        adapters = [adapter.gathered() for adapter in adapters]
         first, *others = adapters
         # y's, as nn.Linear's
         autocast = torch.is_autocast_enabled(x.device.type)
@@ -114,11 +116,16 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
             return None, f"the base layer is a {class_name(base)}; expected nn.Linear, or Conv1D with fan_in_fan_out"
         weight = base.weight
         if type(weight) not in (nn.Parameter, Tensor):
-            return None, f"the base weight is a {class_name(weight)}, not a plain tensor"
+            return None, f"the base weight is a {class_name(weight)}, not a plain tensor{enable_first(weight)}"
+        reason = partition_reason(weight)
+        if reason is not None:
+            return None, f"the base weight cannot be read: {reason}"
         if weight.dtype not in DTYPES:
             return None, f"the base weight is {weight.dtype}"
         if weight.requires_grad:
-            return None, "the base weight requires a gradient"
+            if requires_grad(base):
+                return None, "the base weight requires a gradient"
+            weight = weight.detach()
         return weight.T if layer.fan_in_fan_out else weight, bypass_reason("base_layer", base)
 
 
