@@ -3,7 +3,7 @@
     def check(rank, size): ...             # runs on every rank, in one process group (gloo)
     results = world(2).run(check)          # what it returned, by rank; the first rank's error is raised here
 
-A world lives for the test session. Its processes are forked from a server that has imported torch and PEFT, so that
+The worlds of `world` live for the test session. Its processes are forked from a server that has imported torch and PEFT, so that
 they start in less than a second. After an error or a timeout the world is killed, and the next call starts another.
 """
 
@@ -71,7 +71,8 @@ class World:
 
     def kill(self) -> None:
         """SIGKILL, to every rank."""
-        _worlds.pop(self.size, None)
+        if _worlds.get(self.size) is self:
+            del _worlds[self.size]
         for process in self.processes:
             process.kill()
             process.join()
@@ -85,11 +86,6 @@ def world(size: int) -> World:
     if size not in _worlds:
         _worlds[size] = World(size)
     return _worlds[size]
-
-
-def kill_worlds() -> None:
-    for living in list(_worlds.values()):
-        living.kill()
 
 
 @contextlib.contextmanager

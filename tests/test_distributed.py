@@ -23,6 +23,7 @@ pytest.importorskip("peft")
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
 from peft.utils.other import fsdp_auto_wrap_policy  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict  # noqa: E402
+from torch.distributed.fsdp import _flat_param  # noqa: E402
 from torch.distributed.fsdp._fully_shard import _fsdp_param  # noqa: E402
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy  # noqa: E402
 
@@ -182,8 +183,9 @@ def eval_outputs(rank, size, engine):
     model = build_net(torch.float64).eval()
     dora_kernels.enable(model)
     called = ENGINES[engine](model)
-    free, _fsdp_param.free_storage = _fsdp_param.free_storage, lambda tensor: None
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fsdp_param, "free_storage", lambda tensor: None)
+        patch.setattr(_flat_param, "_free_storage", lambda tensor: None)
         with torch.no_grad():
             inputs, _ = batch("net", torch.float64)
             outputs = [called(inputs), called(inputs)]
@@ -196,8 +198,6 @@ def eval_outputs(rank, size, engine):
                 state = {name: 2 * value if "lora_B" in name else value for name, value in state.items()}
                 set_model_state_dict(called, state)
             return *outputs, called(inputs)
-    finally:
-        _fsdp_param.free_storage = free
 
 
 @pytest.mark.parametrize("engine", ("ddp", "fsdp2", "fsdp2 kept gathered", "fsdp2 adapters", "fsdp1"))
