@@ -14,7 +14,7 @@ cannot be seen; after one, call `invalidate(model)`.
 FSDP gathers a weight into the same tensor, at what is often the same address, and leaves its version alone: a load of
 the shards in between would not be seen. So while a module of this process is sharded by fully_shard, nothing is kept
 from one call in eval mode to the next, and of FSDP1's weights nothing ever. (What a backward pass recomputes had the
-same weights in its forward pass: that is used again under fully_shard too.) ZeRO-3 gives a weight new storage.
+same weights in its forward pass: that is used again under fully_shard too.) Nor is anything of ZeRO-3's weights.
 """
 
 import weakref
@@ -185,11 +185,13 @@ def _owner(tensor: Tensor) -> Tensor:
 
 def _has_identity(tensor: Tensor) -> bool:
     """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor,
-    nor of a view into FSDP1's flat parameter, nor in memory that other processes write to.
+    nor of a view into FSDP1's flat parameter, nor of a weight that ZeRO-3 gathers, nor in memory that other processes
+    write to.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
         return False
-    if getattr(_owner(tensor), "_is_flat_param", False):
+    owner = _owner(tensor)
+    if getattr(owner, "_is_flat_param", False) or hasattr(owner, "ds_status"):
         return False
     return tensor.device.type != "cpu" or not tensor.untyped_storage().is_shared()
 

@@ -3,8 +3,9 @@
     def check(rank, size): ...             # runs on every rank, in one process group (gloo)
     results = world(2).run(check)          # what it returned, by rank; the first rank's error is raised here
 
-The worlds of `world` live for the test session. Its processes are forked from a server that has imported torch and PEFT, so that
-they start in less than a second. After an error or a timeout the world is killed, and the next call starts another.
+The worlds of `world` live for the test session. Processes are forked from a server that has imported torch and PEFT,
+so that they start in less than a second. After an error or a timeout a world is killed, and the next call starts
+another.
 """
 
 import contextlib

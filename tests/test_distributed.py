@@ -23,12 +23,11 @@ pytest.importorskip("peft")
 from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
 from peft.utils.other import fsdp_auto_wrap_policy  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict  # noqa: E402
-from torch.distributed.fsdp import _flat_param  # noqa: E402
 from torch.distributed.fsdp._fully_shard import _fsdp_param  # noqa: E402
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy  # noqa: E402
 
 import dora_kernels  # noqa: E402
-from dora_kernels import launch, ops  # noqa: E402
+from dora_kernels import launch, ops, reuse  # noqa: E402
 from dora_kernels.adapters.taking import TakenOver  # noqa: E402
 from tests.distributed import world  # noqa: E402
 from tests.distributed_problem import (  # noqa: E402
@@ -185,7 +184,6 @@ def eval_outputs(rank, size, engine):
     called = ENGINES[engine](model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_fsdp_param, "free_storage", lambda tensor: None)
-        patch.setattr(_flat_param, "_free_storage", lambda tensor: None)
         with torch.no_grad():
             inputs, _ = batch("net", torch.float64)
             outputs = [called(inputs), called(inputs)]
@@ -197,7 +195,8 @@ def eval_outputs(rank, size, engine):
                 state = get_model_state_dict(called)
                 state = {name: 2 * value if "lora_B" in name else value for name, value in state.items()}
                 set_model_state_dict(called, state)
-            return *outputs, called(inputs)
+            outputs.append(called(inputs))
+        return outputs, sum(layer in reuse._kept for layer in layers(model))
 
 
 @pytest.mark.parametrize("engine", ("ddp", "fsdp2", "fsdp2 kept gathered", "fsdp2 adapters", "fsdp1"))
@@ -210,8 +209,9 @@ def test_a_norm_of_other_weights_is_not_used_again(engine):
             parameter.mul_(2 if "lora_B" in name else 1)
         after = model(inputs)
     assert (after - before).abs().max() > 1e-2
-    for outputs in world(2).run(eval_outputs, engine):
-        torch.testing.assert_close(outputs, (before, before, after), rtol=1e-12, atol=1e-12)
+    for outputs, kept in world(2).run(eval_outputs, engine):
+        torch.testing.assert_close(outputs, [before, before, after], rtol=1e-12, atol=1e-12)
+        assert kept == 0 if engine == "fsdp1" else kept == 2
 
 
 def steps_aside(rank, size):

@@ -4,7 +4,8 @@ fully_shard (FSDP2)     inside the forward of its unit a weight is a plain param
 FSDP1                   use_orig_params=True: a view into the unit's flat parameter, which requires a gradient if any
                         parameter of the unit does. A unit of its own (PEFT's fsdp_auto_wrap_policy makes one of each
                         lora_A, lora_B and magnitude) has its weight only inside its own call
-DeepSpeed ZeRO-3        empty but for the forward of the very module that has it, where DeepSpeed's hooks gather it
+DeepSpeed ZeRO-3        empty outside a forward; inside one, reading the attribute gathers it, and has DeepSpeed gather
+                        it for the layer's backward pass too
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ def enable_first(weight: Any) -> str:
 
 
 def partition_reason(weight: Any) -> str | None:
-    """Why a weight cannot be read here: DeepSpeed has it in pieces, and must see the module called that has it."""
-    return "DeepSpeed ZeRO-3 partitions it" if hasattr(weight, "ds_status") else None
+    """Why a weight that was read in a forward is not there."""
+    empty = hasattr(weight, "ds_status") and weight.numel() == 0
+    return "DeepSpeed ZeRO-3 has not gathered a weight" if empty else None
 
 
 def requires_grad(module: nn.Module) -> bool:

@@ -116,9 +116,11 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
         tensor = module.weight
         if type(tensor) not in (nn.Parameter, Tensor):
             return f"a weight of the adapter is a {class_name(tensor)}, not a plain tensor{enable_first(tensor)}"
+        if device is None:
+            continue
         reason = partition_reason(tensor)
         if reason is not None:
-            return f"a weight of the adapter cannot be read: {reason}"
-        if device is not None and tensor.device != device:
+            return reason
+        if tensor.device != device:
             return f"x is on {device} and a weight of the adapter is on {tensor.device}"
     return None

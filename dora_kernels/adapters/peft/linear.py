@@ -117,9 +117,6 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
         weight = base.weight
         if type(weight) not in (nn.Parameter, Tensor):
             return None, f"the base weight is a {class_name(weight)}, not a plain tensor{enable_first(weight)}"
-        reason = partition_reason(weight)
-        if reason is not None:
-            return None, f"the base weight cannot be read: {reason}"
         if weight.dtype not in DTYPES:
             return None, f"the base weight is {weight.dtype}"
         if weight.requires_grad:
@@ -139,6 +136,9 @@ def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Ada
         return "x has fewer than two dimensions"  # PEFT gives (1, N) for a vector
     if weight.device.type == "meta" or weight.device != device:
         return f"x is on {device} and the base weight is on {weight.device}"
+    reason = partition_reason(weight)
+    if reason is not None:
+        return reason
     if not layer.cast_input_dtype_enabled:
         return "casting of the input is disabled"
     for adapter in adapters:
