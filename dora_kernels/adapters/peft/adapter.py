@@ -63,6 +63,8 @@ class Adapter(NamedTuple):
         units = {
             part: getattr(self, part) for part in ("lora_A", "lora_B", "magnitude") if is_unit(getattr(self, part))
         }
+        if not units:
+            return self
         return self._replace(**{part: Gathered(gathered_weight(unit)) for part, unit in units.items()})
 
 
