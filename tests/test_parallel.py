@@ -107,18 +107,20 @@ def rowwise_norm(rank, size, scale):
     return norm.detach(), shards[1].grad, lora_B.grad
 
 
-@pytest.mark.parametrize("scale", (1.0, 1e18))
-def test_rowwise_norm(scale):
-    """1e18: the squares of float32 overflow."""
+@pytest.mark.parametrize("large", (False, True))
+def test_rowwise_norm(large):
+    """large: the squares of each half fit into float32, and their sum does not."""
+    made, scale = problem(torch.float32, False), 1.0
+    weight, lora_A, lora_B = (t.detach().double() for t in (made.weight, made.lora_A, made.lora_B))
+    if large:
+        halves = (weight + made.scaling * lora_B @ lora_A).unflatten(1, (2, K // 2))
+        scale = (1.8e19 / halves.norm(dim=2).max()).item()
     results = world(2).run(rowwise_norm, scale)
-    made = problem(torch.float64, False)
-    lora_A, lora_B = (
-        (made.lora_A.float().double() * scale).requires_grad_(),
-        made.lora_B.float().double().detach().requires_grad_(),
-    )
-    norm = torch.linalg.vector_norm(made.weight.float().double() * scale + made.scaling * lora_B @ lora_A, dim=1)
+    lora_A, lora_B = (lora_A * scale).requires_grad_(), lora_B.requires_grad_()
+    norm = torch.linalg.vector_norm(weight * scale + made.scaling * lora_B @ lora_A, dim=1)
     rows = norm != 0
     norm[rows].sum().backward()
+    assert not large or norm.detach().max() > 2e19
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][2], results[1][2])
     torch.testing.assert_close(results[0][0].double(), norm.detach(), rtol=1e-6, atol=0)
     torch.testing.assert_close(torch.cat([r[1] for r in results], 1).double(), lora_A.grad, rtol=1e-4, atol=1e-5)
