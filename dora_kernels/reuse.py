@@ -13,6 +13,11 @@ replaced leaves its address to the next one. Writes through .data outside an opt
 cannot be seen; after one, call `invalidate(model)`.
 
 What is computed of frozen tensors alone is kept by `constant_reusing`, through training and its optimizer steps.
+
+FSDP gathers a weight into the same tensor, at what is often the same address, and leaves its version alone: a load of
+the shards in between would not be seen. So while a module of this process is sharded by fully_shard, nothing is kept
+from one call in eval mode to the next, and of FSDP1's weights nothing ever. (What a backward pass recomputes had the
+same weights in its forward pass: that is used again under fully_shard too.) Nor is anything of ZeRO-3's weights.
 """
 
 import contextlib
@@ -22,7 +27,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -34,6 +39,11 @@ from dora_kernels.rescale import rescale
 from dora_kernels.validate import check_adapter, check_call
 
 Value = TypeVar("Value")
+
+try:  # the modules that fully_shard manages: there is no public way to ask
+    from torch.distributed._composable_state import _module_state_mapping as _managed_modules
+except ImportError:
+    _managed_modules = None
 
 
 class _Kept(NamedTuple):
@@ -212,7 +222,8 @@ def _find(layer: nn.Module, tensors: tuple[Tensor, ...], fingerprint: tuple[obje
     """What is kept for `layer`, if this call may use it."""
     kept = _kept.get(layer)
     in_backward = torch._C._current_graph_task_id() != -1
-    reusing = in_backward or not layer.training or layer in _scopes
+    in_eval = not layer.training and not _weights_come_and_go()
+    reusing = in_backward or in_eval or layer in _scopes
     if kept is not None and reusing and kept.is_of(tensors, fingerprint):
         return kept
     return None
@@ -336,6 +347,13 @@ def mode_set(layer: nn.Module, mode: bool) -> None:
         forget(layer)
 
 
+def _weights_come_and_go() -> bool:
+    """Whether a weight may be gathered anew between two calls; where torch cannot be asked, it may in any group."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return False
+    return _managed_modules is None or len(_managed_modules) > 0
+
+
 def forget(layer: nn.Module) -> None:
     """Drop what is kept for one layer: enable() and disable() call this, and moves do."""
     global _drops
@@ -373,9 +391,13 @@ def _owner(tensor: Tensor) -> Tensor:
 
 def _has_identity(tensor: Tensor) -> bool:
     """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor,
-    nor in memory that other processes write to.
+    nor of a view into FSDP1's flat parameter, nor of a weight that ZeRO-3 gathers, nor in memory that other processes
+    write to.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+        return False
+    owner = _owner(tensor)
+    if getattr(owner, "_is_flat_param", False) or hasattr(owner, "ds_status"):
         return False
     return tensor.device.type != "cpu" or not tensor.untyped_storage().is_shared()
 

@@ -27,6 +27,7 @@ ROOMS = {
     "dvora": 5,
     "modules": 5,
     "adapters": 6,
+    "parallel": 6,
     "serving": 7,
     "analysis": 7,
     "testing": 7,

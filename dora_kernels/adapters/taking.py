@@ -89,7 +89,10 @@ def frozen_like(base: nn.Module | None, weight: Tensor, bias: Tensor | None) -> 
 
 def library_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the library gave `layer`."""
-    return type(layer).__bases__[-1] if isinstance(layer, TakenOver) else type(layer)
+    cls = type(layer)
+    while issubclass(cls, TakenOver):
+        cls = cls.__bases__[-1]
+    return cls
 
 
 @functools.cache
@@ -129,6 +132,11 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     taken_over = cls if issubclass(cls, TakenOver) else type(layer)
     holders = taken_over.holders(layer)
     bound = [place for place in holders if _is_bound_forward(layer, place[0].__dict__.get(place[1]))]
+    outer = type(layer)
+    if isinstance(layer, TakenOver) and issubclass(outer.__bases__[-1], TakenOver):
+        # fully_shard(layer) has made a class over ours: what it added stays
+        members = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
+        cls = type(outer)(outer.__name__, (*outer.__bases__[:-1], cls), members)
     layer.__class__ = cls
     reuse.forget(layer)
     for holder, name in bound:
@@ -138,10 +146,22 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 def bypass_reason(part: str, module: nn.Module) -> str | None:
     """Why `module` must really be called: reading its weight instead would skip somebody's code."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return f"{part} has hooks"
+        registered = (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        if not all(_only_gathers(hook) for hooks in registered for hook in hooks.values()):
+            return f"{part} has hooks"
     if not forward_is_the_class_s(module):
         return f"the forward of {part} was replaced on the instance"
     return None
+
+
+def _only_gathers(hook: Any) -> bool:
+    """Whether a hook is one of DeepSpeed ZeRO's: they gather a weight, and inside a forward reading it does so too."""
+    return getattr(hook, "__module__", "").startswith("deepspeed.runtime.zero.")
 
 
 def forward_is_the_class_s(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ if _version < MINIMUM_VERSION:
 from peft.tuners.lora import dora, variants  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
+from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, partition_reason  # noqa: E402
 from dora_kernels.adapters.taking import bypass_reason, class_name, is_plain  # noqa: E402
 
 DROPOUTS = (nn.Identity, nn.Dropout)
@@ -64,6 +65,21 @@ class Adapter(NamedTuple):
         """lora_A, lora_B and magnitude in PEFT's shapes (of a linear layer (R, K), (N, R) and (N,)), and scaling."""
         return _tensor(self.lora_A), _tensor(self.lora_B), self.magnitude.weight, self.scaling
 
+    def gathered(self) -> Adapter:
+        """This adapter with the weights of FSDP1 units in place of the units."""
+        units = {
+            part: getattr(self, part) for part in ("lora_A", "lora_B", "magnitude") if is_unit(getattr(self, part))
+        }
+        if not units:
+            return self
+        return self._replace(**{part: Gathered(gathered_weight(unit)) for part, unit in units.items()})
+
+
+class Gathered(NamedTuple):
+    """Stands for a module whose weight an engine has gathered for this call."""
+
+    weight: Tensor
+
 
 def _tensor(factor: nn.Module | nn.Parameter) -> Tensor:
     return factor.weight if isinstance(factor, nn.Module) else factor
@@ -100,17 +116,26 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
     factors = family.factors
     known_parts = {"lora_A": factors, "lora_B": factors, "dropout": DROPOUTS, "magnitude": (family.magnitude,)}
     for part, known in known_parts.items():
-        module = getattr(adapter, part)
-        if type(module) not in known:  # e.g. wrapped by FSDP1: no storage outside its own forward
+        module = inner(getattr(adapter, part))
+        if type(module) not in known:
             return f"{part} is a {class_name(module)}"
-        reason = bypass_reason(part, module) if isinstance(module, nn.Module) else None
+        if isinstance(module, nn.Module):
+            reason = bypass_reason(part, getattr(adapter, part)) or bypass_reason(part, module)
+            if reason is not None:
+                return reason
+    if any(getattr(inner(factor), "bias", None) is not None for factor in (adapter.lora_A, adapter.lora_B)):
+        return "lora_A or lora_B has a bias"
+    for factor in (adapter.lora_A, adapter.lora_B, adapter.magnitude):
+        if is_unit(factor):
+            continue  # has a weight, a plain tensor on the device of x, in its own call only
+        tensor = _tensor(factor)
+        if not is_plain(tensor):
+            return f"a weight of the adapter is a {class_name(tensor)}, not a plain tensor{enable_first(tensor)}"
+        if device is None:
+            continue
+        reason = partition_reason(tensor)
         if reason is not None:
             return reason
-    if any(getattr(factor, "bias", None) is not None for factor in (adapter.lora_A, adapter.lora_B)):
-        return "lora_A or lora_B has a bias"
-    for tensor in adapter.tensors()[:3]:
-        if not is_plain(tensor):
-            return f"a weight of the adapter is a {class_name(tensor)}, not a plain tensor"
-        if device is not None and tensor.device != device:
+        if tensor.device != device:
             return f"x is on {device} and a weight of the adapter is on {tensor.device}"
     return None

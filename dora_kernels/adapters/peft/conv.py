@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, Adapter
-from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, dtype_reason, nests_apart, weight_reason
+from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, dtype_reason, nests_apart, read_weight
 from dora_kernels.adapters.taking import bypass_reason, class_name
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.rescale import rescale
@@ -29,12 +29,12 @@ class TakenOverConv(TakenOverLayer):
         base = layer.base_layer
         if type(base) is not cls.base_class:
             return None, f"the base layer is a {class_name(base)}; expected nn.{cls.base_class.__name__}"
-        reason = weight_reason(base.weight)
+        weight, reason = read_weight(base)
         if reason is None and base.padding != "same" and any(step != 1 for step in base.dilation):
             reason = "the base layer is dilated, and PEFT's lora_A is not: their outputs differ in size"
         if reason is not None:
             return None, reason
-        return base.weight, bypass_reason("base_layer", base)
+        return weight, bypass_reason("base_layer", base)
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, str | None]:
         """As TakenOverLayer.operands."""

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Embedding, LoraLayer
 from torch import Tensor, nn
 
 from dora_kernels.adapters.peft.adapter import EMBEDDING, Adapter
-from dora_kernels.adapters.peft.layer import TakenOverLayer, weight_reason
+from dora_kernels.adapters.peft.layer import TakenOverLayer, read_weight
 from dora_kernels.adapters.taking import class_name
 from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import rescale
@@ -27,14 +27,14 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
         base = layer.base_layer
         if not isinstance(base, nn.Embedding):
             return None, f"the base layer is a {class_name(base)}; expected nn.Embedding"
-        reason = weight_reason(base.weight)
+        weight, reason = read_weight(base)
         if reason is None and base.max_norm is not None:
             reason = "the base layer has a max_norm, which is applied to lora_A in place too"
         if reason is None and base.sparse:
             reason = "the base layer has sparse gradients"
         if reason is None and getattr(layer, "tp_layer", None) is not None:
             reason = "the layer is tensor parallel"
-        return base.weight, reason
+        return weight, reason
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, str | None]:
         """As TakenOverLayer.operands."""

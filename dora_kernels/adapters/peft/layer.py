@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dora_kernels import launch, reuse
 from dora_kernels.adapters.peft.adapter import Adapter, Family, adapter_reason, read_adapter
 from dora_kernels.adapters.peft.merging import Merging
+from dora_kernels.adapters.sharded import enable_first, partition_reason, requires_grad
 from dora_kernels.adapters.taking import class_name, is_plain
 from dora_kernels.functional import operand_dtypes
 from dora_kernels.quant import Weight
@@ -77,7 +78,7 @@ class TakenOverLayer(Merging):
         for adapter in adapters:
             if adapter.magnitude._dora_cache:
                 adapter.magnitude._cache_clear()  # as each uncached forward of PEFT does: it may be stale by now
-        return self.dora_forward(x, operand, weight, adapters)
+        return self.dora_forward(x, operand, weight, [adapter.gathered() for adapter in adapters])
 
 
 def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter], has_more: bool) -> str | None:
@@ -88,6 +89,9 @@ def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Ada
     device = x.device
     if weight.device.type == "meta" or weight.device != device:
         return f"x is on {device} and the base weight is on {weight.device}"
+    reason = partition_reason(weight)
+    if reason is not None:
+        return reason
     if not layer.cast_input_dtype_enabled:
         return "casting of the input is disabled"
     for adapter in adapters:
@@ -112,15 +116,18 @@ def dtype_reason(x: Tensor, weight: Weight) -> str | None:
     return None
 
 
-def weight_reason(weight: Tensor) -> str | None:
-    """Why a dense base weight is not ours to read."""
+def read_weight(base: nn.Module) -> tuple[Tensor | None, str | None]:
+    """The weight of a dense base layer, and why it is not ours to read."""
+    weight = base.weight
     if not is_plain(weight):
-        return f"the base weight is a {class_name(weight)}, not a plain tensor"
+        return None, f"the base weight is a {class_name(weight)}, not a plain tensor{enable_first(weight)}"
     if weight.dtype not in DTYPES:
-        return f"the base weight is {weight.dtype}"
+        return None, f"the base weight is {weight.dtype}"
     if weight.requires_grad:
-        return "the base weight requires a gradient"
-    return None
+        if requires_grad(base):
+            return None, "the base weight requires a gradient"
+        weight = weight.detach()  # a view into FSDP1's flat parameter
+    return weight, None
 
 
 def drops(layer: LoraLayer, adapter: Adapter) -> bool:

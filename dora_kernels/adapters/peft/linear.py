@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, read_adapter
-from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, dtype_reason, nests_apart, weight_reason
+from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, dtype_reason, nests_apart, read_weight
 from dora_kernels.adapters.taking import bypass_reason, class_name
 from dora_kernels.functional import operand_dtypes, weight_norm
 from dora_kernels.quant import Weight, frozen_product
@@ -89,8 +89,7 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
         base = layer.base_layer
         if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
             return None, f"the base layer is a {class_name(base)}; expected nn.Linear, or Conv1D with fan_in_fan_out"
-        weight = base.weight
-        reason = weight_reason(weight)
+        weight, reason = read_weight(base)
         if reason is not None:
             return None, reason
         return weight.T if layer.fan_in_fan_out else weight, bypass_reason("base_layer", base)
