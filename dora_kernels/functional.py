@@ -94,15 +94,7 @@ def dora_linear_core(
     options = launch.current_options()
     exact = options.precision == "exact"
     base_dtype, dtype = operand_dtypes(x, lora_A)
-    autocast = is_autocast(x.device.type)
-    # a quantised weight is decoded to what is asked for, as its library's own layer does
-    converted = autocast or isinstance(weight, QuantizedWeight)
-    if x.dtype != weight.dtype and (not converted or torch.float64 in (x.dtype, weight.dtype)):
-        raise ValueError(
-            f"{function}: x is {x.dtype} but weight is {weight.dtype}; expected one dtype"
-            + (": autocast leaves float64 alone" if autocast else " outside autocast")
-        )
-
+    check_dtypes(function, x, weight)
     grad = torch.is_grad_enabled()
     needs_A, needs_B = grad and lora_A.requires_grad, grad and lora_B.requires_grad
     needs_dot = (grad and magnitude.requires_grad) or (norm_grad and (needs_A or needs_B))
@@ -124,6 +116,18 @@ def dora_linear_core(
     # outside the Function: autograd refuses to modify in place a view that a Function has returned
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y, new_norm if norm is None else norm, new_gain if gain is None else gain
+
+
+def check_dtypes(function: str, x: Tensor, weight: Weight) -> None:
+    """Raise ValueError unless x and weight share a dtype, or are brought to one."""
+    autocast = is_autocast(x.device.type)
+    # a quantised weight is decoded to what is asked for, as its library's own layer does
+    converted = autocast or isinstance(weight, QuantizedWeight)
+    if x.dtype != weight.dtype and (not converted or torch.float64 in (x.dtype, weight.dtype)):
+        raise ValueError(
+            f"{function}: x is {x.dtype} but weight is {weight.dtype}; expected one dtype"
+            + (": autocast leaves float64 alone" if autocast else " outside autocast")
+        )
 
 
 def operand_dtypes(x: Tensor, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]:

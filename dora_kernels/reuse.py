@@ -32,7 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_kernels import launch, ops
-from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
+from dora_kernels.functional import check_dtypes, dora_linear_core, operand_dtypes, weight_norm
 from dora_kernels.quant import Weight, frozen_product, parts
 from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import rescale
@@ -154,8 +154,8 @@ def _with_lora_dropout(
     """One product with the base weight where dora_linear_core under dropout needs two."""
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
     check_call(function, x, weight, magnitude, bias, x_dropped, None)
+    check_dtypes(function, x, weight)
     base_dtype, dtype = operand_dtypes(x, lora_A)
-    weight = weight.to(base_dtype) if isinstance(weight, Tensor) else weight
     stored, *storage = parts(weight)
     norm = norm_reusing(
         layer,

@@ -269,3 +269,5 @@ def test_bad_input():
     layer, x = dora_linear("lora"), torch.randn(2, 5, device=DEVICE)
     with pytest.raises(ValueError, match=r"DoraLinear: x has shape \(2, 5\)"):
         layer(x)
+    with pytest.raises(ValueError, match="DoraLinear: x is torch.bfloat16 but weight is torch.float32; expected one"):
+        layer(torch.randn(2, 24, device=DEVICE, dtype=torch.bfloat16))

@@ -73,7 +73,7 @@ def run_steps(steps, problem, way, exact, norm_grad):
     y, norm, gain, low, kept = forward
     passes.backward(
         steps, problem.dy, problem.x_dropped if dropped else problem.x, problem.weight, *adapter, norm, gain, low, kept,
-        problem.scaling, dtype, way, keep, dropped, norm_grad, [True, dropped, True, True, True, True],
+        None, problem.scaling, dtype, way, keep, dropped, norm_grad, [True, dropped, True, True, True, True],
         problem.magnitude.dtype, dtype,
     )  # fmt: skip
     B = problem.lora_B

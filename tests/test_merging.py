@@ -11,6 +11,7 @@ from torch import nn
 pytest.importorskip("peft")
 
 from peft import LoraConfig  # noqa: E402
+from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import dora_kernels  # noqa: E402
@@ -114,6 +115,8 @@ def test_several_adapters_nest_as_in_the_forward_pass(kind, backend):
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_either_undoes_the_merge_of_the_other(kind, ours_first):
+    if kind == "gpt2" and ours_first and not hasattr(LoraLayer, "_unmerged_base_weight"):
+        pytest.skip("this PEFT cannot unmerge a Conv1D")
     stock, ours, _ = models(kind)
     before = weight_of(stock).clone()
     model = ours if ours_first else stock
@@ -244,7 +247,7 @@ def test_a_convolution_in_groups_is_not_merged():
 def test_errors_and_warnings_are_peft_s():
     _, ours, _ = models("linear")
     layer = layers(ours)[0]
-    with pytest.raises(TypeError, match="adapter_names should be a list"):
+    with pytest.raises((TypeError, ValueError), match="adapter_names should be a list"):
         layer.merge(adapter_names="default")
     layer.merge(adapter_names=["absent"])
     assert not layer.merged

@@ -59,10 +59,7 @@ class Merging(TakenOver):
         Raises ValueError, and unmerges nothing, where a row was merged with gain 0 and norm not 0.
         """
         names = self._known(self.merged_adapters)
-        against = any(map(self._reason_against_merging, names)) or any(
-            _norm_key(name) not in self._caches for name in names
-        )
-        if against or not names:
+        if not names or any(map(self._reason_against_merging, names)):
             return super().unmerge()
         self.base_layer.weight.data = self._unmerged("unmerge")
         for name in names:
