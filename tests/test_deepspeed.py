@@ -88,7 +88,7 @@ def test_nothing_is_kept_of_partitioned_weights():
     dora_kernels.enable(model)
     with torch.no_grad():
         model(batch("net", torch.float64)[0])
-    assert not any(layer in reuse._kept for layer in layers(model))
+    assert not any(layer in reuse.store.by_layer for layer in layers(model))
 
 
 def test_somebody_else_s_hooks_go_to_peft():

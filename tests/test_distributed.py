@@ -196,7 +196,7 @@ def eval_outputs(rank, size, engine):
                 state = {name: 2 * value if "lora_B" in name else value for name, value in state.items()}
                 set_model_state_dict(called, state)
             outputs.append(called(inputs))
-        return outputs, sum(layer in reuse._kept for layer in layers(model))
+        return outputs, sum(layer in reuse.store.by_layer for layer in layers(model))
 
 
 @pytest.mark.parametrize("engine", ("ddp", "fsdp2", "fsdp2 kept gathered", "fsdp2 adapters", "fsdp1"))

@@ -339,7 +339,7 @@ def test_terms_made_in_inference_mode_serve_training(layer):
     x = torch.randn(5, 48, device=DEVICE)
     with torch.inference_mode():
         layer(x), layer(x)
-    _, terms = reuse._constants[layer]
+    _, terms = reuse.store.constants[layer]
     assert not terms.weight.is_inference() and not terms.vera_A.is_inference()
     layer(x).sum().backward()
     assert layer.vera_lambda_d.grad is not None
@@ -432,7 +432,7 @@ def test_the_norm_is_kept_in_eval_mode_and_by_checkpointing(layer, monkeypatch):
     assert len(made) == 3
     layer.eval()
     layer(x), layer(x)
-    assert len(made) == 4 and layer in reuse._kept
+    assert len(made) == 4 and layer in reuse.store.by_layer
 
 
 @pytest.mark.parametrize(

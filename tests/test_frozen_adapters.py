@@ -85,7 +85,7 @@ def test_the_merged_weight_is_taken_by_the_backward_pass():
     x = batches(1)[0].requires_grad_()
     with launch.options(way="merged"), frozen_adapters(layer, keep_merged=True):
         (right,) = torch.autograd.grad(layer(x).sum(), x)
-        dora_kernels.reuse._kept[layer].merged.mul_(2)
+        dora_kernels.reuse.store.by_layer[layer].merged.mul_(2)
         (doubled,) = torch.autograd.grad(layer(x).sum(), x)
     torch.testing.assert_close(doubled, 2 * right)
 
@@ -136,15 +136,15 @@ def test_an_optimizer_step_inside_ends_the_reuse(model, optimizer):
 
 def test_without_the_count_of_steps_a_stale_norm_would_be_used(model, monkeypatch):
     """What the test above would see: with the hook gone, a write that moves no version goes unnoticed."""
-    monkeypatch.setattr(dora_kernels.reuse, "_count_one_step", lambda *_: None)
-    monkeypatch.setattr(dora_kernels.reuse, "_counting", True)
+    monkeypatch.setattr(dora_kernels.reuse.store, "_count_one_step", lambda *_: None)
+    monkeypatch.setattr(dora_kernels.reuse.store, "_counting", True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     x = batches(1)[0]
     with frozen_adapters(model):
         model(x).square().mean().backward()
-        steps = dora_kernels.reuse._optimizer_steps
+        steps = dora_kernels.reuse.store._optimizer_steps
         WritesThroughData(parameters).step()
-        dora_kernels.reuse._optimizer_steps = steps
+        dora_kernels.reuse.store._optimizer_steps = steps
         inside = model(x)
     assert not torch.equal(inside, model(x))
 
@@ -182,7 +182,7 @@ def test_scopes_do_not_overlap(model):
 def test_an_error_inside_closes_the_scope(model):
     with pytest.raises(RuntimeError), frozen_adapters(model):
         raise RuntimeError
-    assert not len(dora_kernels.reuse._scopes)
+    assert not len(dora_kernels.reuse.store.scopes)
 
 
 def test_a_model_without_layers():
@@ -221,4 +221,4 @@ def test_the_trainer_callback(model, tmp_path):
     with made(grouped_norm=2):
         actual = train([FrozenAdaptersCallback()])
     assert len(expected) == 2 and actual == pytest.approx(expected, rel=1e-6)
-    assert not len(dora_kernels.reuse._scopes)
+    assert not len(dora_kernels.reuse.store.scopes)

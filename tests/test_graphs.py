@@ -222,6 +222,6 @@ def test_no_norm_is_kept_while_a_graph_is_captured(monkeypatch):
     from dora_kernels import reuse
 
     tensor = torch.ones(3, device=DEVICE)
-    assert reuse._can_keep((tensor,), tensor.device)
+    assert reuse.store.can_keep((tensor,), tensor.device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not reuse._can_keep((tensor,), torch.device("cuda"))
+    assert not reuse.store.can_keep((tensor,), torch.device("cuda"))

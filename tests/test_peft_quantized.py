@@ -109,9 +109,9 @@ def test_eval(format):
     before = [quant.read(layer.base_layer).tensors for layer in layers(ours)]
     with torch.no_grad():
         assert rms_error(ours(x), expected) < 2e-6
-    kept = [reuse._kept[layer].norm for layer in layers(ours)]
+    kept = [reuse.store.by_layer[layer].norm for layer in layers(ours)]
     assert rms_error(ours(x), expected) < 2e-6
-    assert all(reuse._kept[layer].norm is norm for layer, norm in zip(layers(ours), kept, strict=True))
+    assert all(reuse.store.by_layer[layer].norm is norm for layer, norm in zip(layers(ours), kept, strict=True))
     for layer, tensors_before in zip(layers(ours), before, strict=True):
         assert all(map(torch.equal, quant.read(layer.base_layer).tensors, tensors_before))
 

@@ -190,7 +190,7 @@ def test_the_copy_of_a_layer_keeps_nothing(layer, norms):
     x = torch.randn(5, 24, device=DEVICE)
     layer(x)
     other, third = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
-    assert layer in reuse._kept and other not in reuse._kept and third not in reuse._kept
+    assert layer in reuse.store.by_layer and other not in reuse.store.by_layer and third not in reuse.store.by_layer
     torch.testing.assert_close(other(x), layer(x))
 
 
@@ -210,7 +210,7 @@ def test_new_storage_through_data(layer):
     """Here at another address; the allocator may hand out the old one, which the storage's identity tells apart."""
     x = torch.randn(5, 24, device=DEVICE)
     first = layer(x)
-    kept = reuse._kept[layer]
+    kept = reuse.store.by_layer[layer]
     layer.lora_B.weight.data = layer.lora_B.weight.data * 2
     tensors = (layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector)
     assert not kept.is_of(tensors, kept.fingerprint)
@@ -220,19 +220,19 @@ def test_new_storage_through_data(layer):
 def test_moves_and_casts_forget(layer):
     layer(torch.randn(5, 24, device=DEVICE))
     layer.float()
-    assert layer not in reuse._kept
+    assert layer not in reuse.store.by_layer
 
 
 def test_what_is_kept_goes_with_the_layer(layer):
     layer(torch.randn(5, 24, device=DEVICE))
     copied = copy.deepcopy(layer)
     copied(torch.randn(5, 24, device=DEVICE))
-    assert copied in reuse._kept
+    assert copied in reuse.store.by_layer
     gone = weakref.ref(copied)
     del copied
     gc.collect()
     assert gone() is None
-    assert layer in reuse._kept
+    assert layer in reuse.store.by_layer
 
 
 def test_peft_layers_reuse_in_eval(norms):
@@ -258,4 +258,4 @@ def test_a_fake_layer_keeps_nothing():
     with FakeTensorMode():
         layer = DoraLinear(24, 20, rank=4, alpha=6.0).eval()
         assert layer(torch.empty(5, 24)).shape == (5, 20)
-    assert layer not in reuse._kept
+    assert layer not in reuse.store.by_layer

@@ -1,0 +1,19 @@
+"""norm and gain of a layer, kept while nothing that they depend on can have changed, and used again.
+
+store.py says when that is safe, layers.py is what layers call, scope.py is `frozen_adapters`.
+"""
+
+from dora_kernels.reuse.layers import constant_reusing, dora_linear_reusing, norm_reusing
+from dora_kernels.reuse.scope import Operands, frozen_adapters, mode_set
+from dora_kernels.reuse.store import forget, invalidate
+
+__all__ = [
+    "Operands",
+    "constant_reusing",
+    "dora_linear_reusing",
+    "forget",
+    "frozen_adapters",
+    "invalidate",
+    "mode_set",
+    "norm_reusing",
+]

@@ -1,0 +1,152 @@
+"""What a layer calls in place of the functions themselves: results of its last call are used where that is safe."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_kernels import launch, ops
+from dora_kernels.functional import check_dtypes, dora_linear_core, operand_dtypes, weight_norm
+from dora_kernels.quant import Weight, frozen_product, parts
+from dora_kernels.reference import gain_ref
+from dora_kernels.rescale import rescale
+from dora_kernels.reuse import store
+from dora_kernels.validate import check_adapter, check_call
+
+Value = TypeVar("Value")
+
+
+def dora_linear_reusing(
+    layer: nn.Module,
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    *,
+    x_dropped: Tensor | None = None,
+    lora_dropout: bool = False,
+    function: str = "dora_linear",
+) -> Tensor:
+    """y of `dora_linear_core` for `layer`, reusing the norm and gain of its last call where that is safe.
+
+    lora_dropout: x_dropped goes through the low-rank product alone, and the base layer is multiplied with x only:
+        y = gain * (x weight^T + scaling * (x_dropped lora_A^T) lora_B^T) + bias
+    Other arguments and errors as dora_linear_core. Nothing is kept under torch.compile, whose graph cannot see what
+    changed, nor in a CUDA graph, which computes something else at every replay.
+    """
+    arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
+    if lora_dropout and x_dropped is not None:
+        return _with_lora_dropout(layer, *arguments, x_dropped, function)
+    stored, *storage = parts(weight)
+    tensors = (*stored, lora_A, lora_B, magnitude)
+    if not store.can_keep(tensors, x.device):
+        return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)[0]
+
+    drops = store.drops()
+    fingerprint = store.fingerprint_of(tensors, (scaling, storage, operand_dtypes(x, lora_A)), x.device)
+    kept = store.find(layer, tensors, fingerprint)
+    scope = store.scopes.get(layer)
+    if kept is None and scope is not None and scope.fill(x):
+        kept = store.find(layer, tensors, fingerprint)
+    if kept is not None:
+        if scope is not None and scope.keep_merged and kept.merged is None:
+            kept = _merge(layer, kept, x, weight, lora_A, lora_B, scaling)
+        given = {"norm": kept.norm, "gain": kept.gain, "merged": kept.merged}
+        return dora_linear_core(*arguments, x_dropped=x_dropped, **given, function=function)[0]
+    y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
+    store.keep(layer, store.Kept.of(tensors, fingerprint, norm, gain), drops)
+    return y
+
+
+def _with_lora_dropout(
+    layer: nn.Module,
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    x_dropped: Tensor,
+    function: str,
+) -> Tensor:
+    """One product with the base weight where dora_linear_core under dropout needs two."""
+    scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
+    check_call(function, x, weight, magnitude, bias, x_dropped, None)
+    check_dtypes(function, x, weight)
+    base_dtype, dtype = operand_dtypes(x, lora_A)
+    stored, *storage = parts(weight)
+    norm = norm_reusing(
+        layer,
+        (*stored, lora_A, lora_B),
+        (scaling, storage, dtype),
+        lambda: weight_norm(weight, lora_A, lora_B, scaling),
+    )
+    base = frozen_product(x.to(base_dtype), weight)
+    low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
+    return rescale(base, low, lora_B, gain_ref(magnitude, norm), scaling, bias)
+
+
+@torch.no_grad()
+def _merge(
+    layer: nn.Module, kept: store.Kept, x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float
+) -> store.Kept:
+    """`kept` with the merged weight, if it has the dtype of the base product."""
+    drops = store.drops()
+    base_dtype, dtype = operand_dtypes(x, lora_A)
+    if weight.dtype != base_dtype or not x.requires_grad:
+        return kept
+    backend = launch.current_options().backend
+    merged = ops.merge(*parts(weight), lora_A, lora_B, kept.gain, scaling, dtype, backend)
+    kept = kept._replace(merged=merged)
+    store.keep(layer, kept, drops)
+    return kept
+
+
+def norm_reusing(
+    layer: nn.Module, tensors: tuple[Tensor, ...], settings: tuple[object, ...], compute: Callable[[], Tensor]
+) -> Tensor:
+    """compute(), the norm of `layer`, or what its last call gave where that is safe.
+
+    tensors, settings: all that the norm is computed from. It must be a constant for autograd. Nothing is reused under a
+    TorchDispatchMode: selective checkpointing is one, and takes the n-th call of an operator for the n-th it has saved.
+    """
+    device = tensors[0].device
+    if not store.can_keep(tensors, device) or torch._C._len_torch_dispatch_stack() > 0:
+        return compute()
+    drops = store.drops()
+    fingerprint = store.fingerprint_of(tensors, settings, device)
+    kept = store.find(layer, tensors, fingerprint)
+    if kept is not None:
+        return kept.norm
+    norm = compute()
+    store.keep(layer, store.Kept.of(tensors, fingerprint, norm), drops)
+    return norm
+
+
+def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[[], Value]) -> Value | None:
+    """compute(), of frozen tensors alone, from the second call on that sees the same ones unchanged; None before.
+
+    So a weight that moves at every call (offloaded, gathered) never pays for what would be used once. None, too, where
+    nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses.
+    """
+    device = tensors[0].device
+    if not store.can_keep(tensors, device):
+        return None
+    drops = store.drops()
+    fingerprint = store.identity_of(tensors, device)
+    kept, value = store.constants.get(layer, (None, None))
+    if kept is None or not kept.is_of(tensors, fingerprint):
+        kept, value = store.Kept.of(tensors, fingerprint), None
+    elif value is None:
+        # what inference mode computes cannot be saved for a backward pass
+        with torch.inference_mode(False), torch.no_grad():
+            value = compute()
+    if drops == store.drops():
+        store.constants[layer] = kept, value
+    return value
