@@ -6,6 +6,7 @@
 
 The text is the source of a package in the standard library; nothing is downloaded. What is saved, each checkpoint and
 at the end, is an ordinary PEFT adapter: PeftModel.from_pretrained(model, FOLDER) loads it with or without dora_kernels.
+Needs pip install '.[demo]', and trl for --trl.
 """
 
 import argparse
@@ -41,7 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def load(folder: str | None, dtype: torch.dtype):
+def load(
+    folder: str | None, dtype: torch.dtype
+) -> tuple[transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase]:
     """The base model and its tokenizer, from a folder or new."""
     if folder is not None:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -79,7 +82,7 @@ def add_adapters(model: torch.nn.Module, rank: int) -> PeftModel:
         return get_peft_model(model, config)
 
 
-def sequences(tokenizer, length: int) -> list[dict[str, list[int]]]:
+def sequences(tokenizer: transformers.PreTrainedTokenizerBase, length: int) -> list[dict[str, list[int]]]:
     """The text in pieces of `length` tokens."""
     ids = tokenizer(bytes(standard_library(TEXT)).decode(), add_special_tokens=False)["input_ids"]
     pieces = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
@@ -93,7 +96,7 @@ def main(arguments: list[str] | None = None) -> transformers.Trainer:
     callbacks = []
     if not options.stock:
         print(dora_kernels.enable(model))
-        # norms once an optimizer step, not once a micro-batch
+        # norms once an optimizer step, not once a micro-batch; under --compile no graph can keep them
         callbacks.append(FrozenAdaptersCallback())
     rows = sequences(tokenizer, options.sequence)
     settings = {

@@ -143,10 +143,11 @@ def test_a_killed_run_resumes_and_ends_as_the_whole_one(finetune, command_line, 
 
 @pytest.mark.parametrize("more", ((), ("--stock",)))
 def test_either_goes_on_from_the_others_checkpoint(finetune, whole, stock, tmp_path, more):
-    (begun, _, _), (_, expected, _) = (whole, stock) if more else (stock, whole)
+    (begun, first, _), (_, expected, _) = (whole, stock) if more else (stock, whole)
     shutil.copytree(begun / f"checkpoint-{SAVED}", tmp_path / f"checkpoint-{SAVED}")
     resumed, calls = finetune(tmp_path, "--resume", *more)
     assert calls["forward"] == (0 if more else LAYERS * ACCUMULATE * (STEPS - SAVED))
+    assert losses(resumed)[:SAVED] == losses(first)[:SAVED]  # to the bit: read, not computed again
     assert losses(resumed) == pytest.approx(losses(expected), rel=1e-5)
 
 
@@ -196,7 +197,8 @@ def test_trl(finetune, whole, tmp_path):
     assert calls["forward"] == 2 * LAYERS * ACCUMULATE * STEPS and calls["grouped_norm"] == STEPS
     assert losses(trainer) == pytest.approx(losses(whole[1]), rel=1e-5)
     shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
-    resumed, _ = finetune(tmp_path, "--trl", "--resume")
+    resumed, calls = finetune(tmp_path, "--trl", "--resume")
+    assert calls["forward"] == 2 * LAYERS * ACCUMULATE * (STEPS - SAVED)
     assert losses(resumed) == pytest.approx(losses(trainer), rel=1e-6)
 
 
