@@ -7,6 +7,7 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels import DoraLinear, dora_linear, launch, ops
+from dora_kernels.adapters.taking import frozen_like
 from dora_kernels.serving import AdapterBank, bank_linear, merge_model, norms_and_gains
 from dora_kernels.testing import compare
 from tests.problem import BACKENDS, DEVICE, DTYPES, Problem
@@ -234,6 +235,59 @@ def test_a_peft_model_merged(name):
     assert type(model.base_model.model[0]) is base
     torch.testing.assert_close(outputs(model, x), expected)
     assert torch.equal(layer.base_layer.weight, old)
+
+
+def hooked(how):
+    """A PEFT model whose base layer has accelerate's hook, put on it before or after enable(), or put on and off."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = next((model, x) for found, model, x in peft_models() if found == "linear")
+    expected, layer = outputs(model, x), model.base_model.model[0]
+    if how == "after":
+        dora_kernels.enable(model)
+    hooks.add_hook_to_module(layer.base_layer, hooks.AlignDevicesHook(DEVICE, io_same_device=True))
+    if how == "removed":
+        hooks.remove_hook_from_module(layer.base_layer)
+    dora_kernels.enable(model)
+    return model, layer.base_layer, x, expected
+
+
+@pytest.mark.parametrize("how", ("before", "after", "removed"))
+def test_hooks_of_accelerate_stay_and_call_the_new_layer(how):
+    model, base, x, expected = hooked(how)
+    assert (outputs(model.base_model.model[0].base_layer, x) - expected).abs().max() > 0.1
+    assert merge_model(model) == {}
+    frozen = model.base_model.model[0]
+    assert frozen is not base and hasattr(frozen, "_hf_hook") == (how != "removed")
+    torch.testing.assert_close(outputs(model, x), expected)
+    if how != "removed":
+        frozen._hf_hook.pre_forward = lambda module, x: ((2 * x,), {})  # it is called, and with the new layer
+        torch.testing.assert_close(outputs(model, x), F.linear(2 * x, frozen.weight, frozen.bias))
+
+
+@pytest.mark.parametrize("base", ("offloaded", "replaced"))
+def test_a_replaced_forward_is_not_carried_over(base):
+    """Offloaded weights are accelerate's to bring: it would bring those without the adapter."""
+    weight, linear = torch.randn(20, 24, device=DEVICE), nn.Linear(24, 20, device=DEVICE)
+    frozen_like(linear, weight, None)
+    if base == "offloaded":
+        hooks = pytest.importorskip("accelerate.hooks")
+        hooks.add_hook_to_module(linear, hooks.AlignDevicesHook(DEVICE, offload=True))
+    else:
+        linear.forward = lambda x: x
+    with pytest.raises(ValueError, match="frozen_layer: the forward of Linear was replaced on the instance"):
+        frozen_like(linear, weight, None)
+
+
+def test_what_hangs_on_the_new_layer_is_its_own():
+    base, calls = nn.Linear(24, 20, device=DEVICE), []
+    base.register_forward_hook(lambda *_: calls.append(1))
+    base.register_buffer("before", torch.zeros(1, device=DEVICE))
+    frozen = frozen_like(base, torch.randn(20, 24, device=DEVICE), None)
+    frozen(torch.zeros(1, 24, device=DEVICE))
+    assert len(calls) == 1 and "before" in frozen._buffers
+    frozen.register_forward_hook(lambda *_: calls.append(2))
+    frozen.register_buffer("after", torch.zeros(1))
+    assert len(base._forward_hooks) == 1 and "after" not in base._buffers
 
 
 def test_what_cannot_be_replaced_is_named():
