@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from dora_kernels import DoraLinear, ops, parallel
+from dora_kernels import DoraLinear, ops, parallel, serving
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import compare
 from tests.distributed import world
@@ -213,6 +213,8 @@ def refusals(rank, size):
         split.merge,
         split.unmerge,
         split.reset_adapter,
+        lambda: split.merge(safe_merge=True),
+        lambda: serving.norms_and_gains(nn.Sequential(split)),
         lambda: parallel.rowwise_dora_linear(*tensors),
         lambda: parallel.columnwise_dora_linear(*tensors),
         lambda: split(torch.ones(2, 24, dtype=torch.float64)),
@@ -220,6 +222,11 @@ def refusals(rank, size):
         with pytest.raises(ValueError) as error:
             call()
         messages.append(str(error.value))
+    whole_and_split = nn.Sequential(Mlp().up, split, Mlp().up)
+    left = serving.merge_model(whole_and_split)
+    assert [type(layer) for layer in whole_and_split] == [nn.Linear, parallel.ParallelDoraLinear, nn.Linear]
+    assert list(left) == ["1"]
+    messages.append(left["1"])
     assert type(layer) is DoraLinear and layer.weight is before
     return messages
 
@@ -235,9 +242,12 @@ def test_refusals():
         "merge: the layer is split row-wise",
         "unmerge: the layer is split row-wise",
         "reset_adapter: the layer is split row-wise",
+        "merge: the layer is split row-wise",
+        "norm_and_gain: the layer is split row-wise",
         "rowwise_dora_linear: lora_A has shape (5, 23)",
         "columnwise_dora_linear: lora_A has shape (5, 23)",
         "rowwise_dora_linear: x has shape (2, 24) but weight has shape (22, 12)",
+        "merged_weight_and_bias: the layer is split row-wise",
     )
     for messages in world(2).run(refusals):
         for message, part in zip(messages, expected, strict=True):
