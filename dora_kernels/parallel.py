@@ -234,7 +234,8 @@ def shard_dora_linear(layer: DoraLinear, mesh: DeviceMesh, split: str) -> DoraLi
     """Split `layer` over a mesh of one dimension, "column"-wise or "row"-wise, in place; returns it.
 
     The values are those of the mesh's first rank. Raises ValueError unless layer is a DoraLinear over a dense weight,
-    not merged, not split yet, and with at least a row or column for each rank; nothing is changed then.
+    with dropout_on="adapter", not merged, not split yet, and with at least a row or column for each rank; nothing is
+    changed then.
     """
     if type(layer) is not DoraLinear:
         raise ValueError(f"shard_dora_linear: layer is a {type(layer).__name__}; expected a DoraLinear")
@@ -247,6 +248,8 @@ def shard_dora_linear(layer: DoraLinear, mesh: DeviceMesh, split: str) -> DoraLi
     if layer.base_layer is not None or layer.merged:
         found = "is merged" if layer.merged else f"is over a {type(layer.base_layer).__name__}"
         raise ValueError(f"shard_dora_linear: layer {found}; expected a dense weight, not merged")
+    if layer.dropout_on != "adapter":
+        raise ValueError(f"shard_dora_linear: dropout_on is {layer.dropout_on!r}; expected 'adapter'")
     size = layer.out_features if split == "column" else layer.in_features
     if size < mesh.size():
         features = "out_features" if split == "column" else "in_features"
