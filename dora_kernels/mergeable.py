@@ -29,6 +29,10 @@ class MergeableLinear(nn.Module):
         """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling of the adapter."""
         raise NotImplementedError
 
+    def adapter_operands(self) -> tuple[Any, ...] | None:
+        """reuse.Operands for the one launch of `frozen_adapters`; None where the layer makes its own norm."""
+        return None
+
     def base(self) -> tuple[Weight, Tensor | None]:
         """The weight and the bias beneath the adapter; a quantised one is read anew: its library may have moved it."""
         if self.base_layer is None:
