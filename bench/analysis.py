@@ -49,7 +49,7 @@ def model_of(method: str, base: nn.Module, preset: demo.Preset, seed: int) -> nn
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # as in demo.fine_tune
+        warnings.simplefilter("ignore", FutureWarning)  # as in demo.runs.fine_tune
         model = peft.get_peft_model(model, config)
     if method == "DoRA":
         report = adapters.enable(model)

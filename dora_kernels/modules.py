@@ -137,7 +137,7 @@ class DoraLinear(MergeableLinear):
         return None if self.merged else reuse.Operands(self.base()[0], *adapter, self.scaling)
 
     def train(self, mode: bool = True) -> "DoraLinear":
-        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
+        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse/)."""
         reuse.mode_set(self, mode)
         return super().train(mode)
 

@@ -13,7 +13,7 @@ has whole come out whole, and the same on every rank.
 imported with the package: `from dora_kernels import parallel`.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from dora_kernels import reuse
 from dora_kernels.functional import dora_linear_core, weight_norm
 from dora_kernels.modules import DoraLinear
 from dora_kernels.quant import Weight
-from dora_kernels.validate import check_adapter, check_call
+from dora_kernels.validate import check_adapter, check_call, check_norm_grad
 
 
 def columnwise_dora_linear(
@@ -84,10 +84,7 @@ def rowwise_dora_linear(
     """
     function = "rowwise_dora_linear"
     _check(function, x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, norm)
-    if norm is not None and norm_grad:
-        raise ValueError(
-            f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
-        )
+    check_norm_grad(function, norm_grad, norm)
     lora_B = _sum_gradient(lora_B, group)
     if norm is None:
         norm = _sum_squares(weight_norm(weight, lora_A, lora_B, scaling, norm_grad=norm_grad), group)
@@ -183,7 +180,7 @@ class ParallelDoraLinear(DoraLinear):
     clip_grad_norm_ and optimizers see the whole. x and y are plain tensors: column-wise x (..., K) -> (..., n),
     row-wise x (..., k) -> (..., N). in_features and out_features are the whole layer's.
 
-    Every call computes the norm, in eval mode too: a write to a DTensor leaves no trace in its local part (reuse.py).
+    Every call computes the norm, in eval mode too: a write to a DTensor leaves no trace in its local part (reuse/).
 
     With dropout, a row-wise layer must draw another mask on every rank, a column-wise one the same: torch's generator
     has to be seeded so, as for ColwiseParallel and RowwiseParallel.
@@ -203,7 +200,7 @@ class ParallelDoraLinear(DoraLinear):
         """Raises ValueError: a split layer cannot."""
         self._refuse("reset_adapter")
 
-    def merge(self) -> None:
+    def merge(self, safe_merge: bool = False) -> None:
         """Raises ValueError: a split layer cannot."""
         self._refuse("merge")
 
@@ -211,7 +208,15 @@ class ParallelDoraLinear(DoraLinear):
         """Raises ValueError: a split layer cannot."""
         self._refuse("unmerge")
 
-    def _refuse(self, function: str) -> None:
+    def norm_and_gain(self) -> tuple[Tensor, Tensor]:
+        """Raises ValueError: a split layer cannot."""
+        self._refuse("norm_and_gain")
+
+    def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Raises ValueError: a split layer cannot."""
+        self._refuse("merged_weight_and_bias")
+
+    def _refuse(self, function: str) -> NoReturn:
         raise ValueError(f"DoraLinear.{function}: the layer is split {self._split}-wise; expected a whole one")
 
     def extra_repr(self) -> str:
@@ -229,7 +234,8 @@ def shard_dora_linear(layer: DoraLinear, mesh: DeviceMesh, split: str) -> DoraLi
     """Split `layer` over a mesh of one dimension, "column"-wise or "row"-wise, in place; returns it.
 
     The values are those of the mesh's first rank. Raises ValueError unless layer is a DoraLinear over a dense weight,
-    not merged, not split yet, and with at least a row or column for each rank; nothing is changed then.
+    with dropout_on="adapter", not merged, not split yet, and with at least a row or column for each rank; nothing is
+    changed then.
     """
     if type(layer) is not DoraLinear:
         raise ValueError(f"shard_dora_linear: layer is a {type(layer).__name__}; expected a DoraLinear")
@@ -242,6 +248,8 @@ def shard_dora_linear(layer: DoraLinear, mesh: DeviceMesh, split: str) -> DoraLi
     if layer.base_layer is not None or layer.merged:
         found = "is merged" if layer.merged else f"is over a {type(layer.base_layer).__name__}"
         raise ValueError(f"shard_dora_linear: layer {found}; expected a dense weight, not merged")
+    if layer.dropout_on != "adapter":
+        raise ValueError(f"shard_dora_linear: dropout_on is {layer.dropout_on!r}; expected 'adapter'")
     size = layer.out_features if split == "column" else layer.in_features
     if size < mesh.size():
         features = "out_features" if split == "column" else "in_features"

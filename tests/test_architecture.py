@@ -33,7 +33,6 @@ ROOMS = {
     "testing": 7,
     "trainer": 7,
     "demo": 8,
-    "demo_dvora": 9,
     "cli": 10,
     "__init__": 11,
     "__main__": 11,

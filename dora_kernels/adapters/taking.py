@@ -7,6 +7,7 @@ and giving a layer back is changing its class back.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from types import MethodType
@@ -66,7 +67,7 @@ class TakenOver:
         return frozen_like(getattr(self, "base_layer", None), weight, bias)
 
     def train(self, mode: bool = True) -> TakenOver:
-        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
+        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse/)."""
         reuse.mode_set(self, mode)
         return super().train(mode)
 
@@ -77,17 +78,38 @@ class TakenOver:
 
 
 def frozen_like(base: nn.Module | None, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantised."""
+    """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantised.
+
+    What hangs on `base` hangs on a dense one's successor too: hooks, buffers, submodules, each dict a copy. Raises
+    ValueError where its forward is neither its class's nor that between device moves of accelerate.
+    """
+    if base is not None and not forward_is_the_class_s(base):
+        raise ValueError(
+            f"frozen_layer: the forward of {type(base).__name__} was replaced on the instance, or offloads its weight; "
+            "expected the class's own"
+        )
     stored = getattr(base, "weight", None)
     if isinstance(stored, nn.Parameter) and stored.shape == weight.shape and stored.is_floating_point():
         frozen = type(base).__new__(type(base))
-        frozen.__dict__ = vars(base) | {"_parameters": dict(base._parameters)}
+        kept = {name: value for name, value in vars(base).items() if name not in ("forward", "_old_forward")}
+        frozen.__dict__ = {name: copy.copy(v) if isinstance(v, (dict, set)) else v for name, v in kept.items()}
     else:
         frozen = nn.Linear(weight.shape[1], weight.shape[0], False, "meta")
+    if "_hf_hook" in vars(base or frozen):
+        _move_as(base, frozen)
     frozen.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         frozen.bias = nn.Parameter(bias, requires_grad=False)
     return frozen
+
+
+def _move_as(base: nn.Module, frozen: nn.Module) -> None:
+    """Give `frozen` the hook of accelerate that `base` has, bound to it.
+
+    Not by add_hook_to_module, which may put a weight that it knows by its address in place of a new one there.
+    """
+    frozen._hf_hook, frozen._old_forward = base._hf_hook, MethodType(type(frozen).forward, frozen)
+    frozen.forward = functools.update_wrapper(functools.partial(base.forward.func, frozen), frozen._old_forward)
 
 
 def library_class(layer: nn.Module) -> type[nn.Module]:
