@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from dora_kernels import reuse
+from dora_kernels import reuse, sharing
 
 
 class TakenOver:
@@ -125,6 +125,7 @@ def give_back(layer: nn.Module) -> None:
     if isinstance(layer, TakenOver) and layer.reversible:
         _set_class(layer, library_class(layer))
         layer.__dict__.pop("dora_dropout", None)
+        sharing.leave(layer)
 
 
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
