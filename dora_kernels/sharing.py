@@ -109,13 +109,14 @@ def leave(layer: Any) -> None:
 def shared_low(layer: Sharer, x: Tensor, operand: Tensor, lora_A: Tensor) -> tuple[Tensor | None, Lows | None]:
     """low (M, R) of a call of `layer`, if it shares; and, where this call made it for others, what to `live_with`.
 
-    x (..., K): the tensor that the layer was called with; operand: x as it meets the weight.
+    x (..., K): the tensor that the layer was called with; operand: x as it meets the weight. lora_A is what the layer
+    computes this call with, alone and without dropout.
     """
     member = vars(layer).get(ATTRIBUTE)
     if member is None or torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
         return None, None
-    # (a replica of DataParallel has the membership of the layer that it was copied from)
-    if member.layer() is not layer or layer.lora_A_to_share(x.device) is not lora_A or operand.shape[-1] == 0:
+    # a replica of DataParallel has the membership of the layer that it was copied from
+    if member.layer() is not layer or not lora_A.requires_grad or operand.shape[-1] == 0:
         return None, None
     group, dtypes = member.group, operand_dtypes(operand, lora_A)
     key = _key(x, operand, dtypes)

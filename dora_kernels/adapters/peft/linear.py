@@ -76,7 +76,7 @@ class TakenOverLinear(TakenOverLayer):
         else:
             x_dropped = self._dropped(first, x) if drops(self, first) else None
             low = lows = None
-            if not others:
+            if not others and x_dropped is None and type(first.lora_A) is nn.Linear:  # as lora_A_to_share has it
                 low, lows = sharing.shared_low(self, x, operand, first.lora_A.weight)
             result = reuse.dora_linear_reusing(
                 self, operand, weight, *first.tensors(), bias, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
