@@ -72,7 +72,7 @@ def run(
     at = [steps * (number + 1) // checkpoints for number in range(checkpoints)]
     saved, losses = [], {}
     for method, rate in RATES.items():
-        tuning = demo.Run(method, model_of(method, base, preset, seed), rate, torch.float32, at[0])
+        tuning = demo.Run(method, model_of(method, base, preset, seed), rate, demo.Settings(device="cpu", steps=steps))
         bar = progress.add_task(method, total=steps, status="")
         for step, ids in enumerate(batches, 1):
             progress.update(bar, advance=1, status=f"loss {tuning.step(ids):.3f}")

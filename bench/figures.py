@@ -1,4 +1,4 @@
-"""The figures of README.md, docs/performance.md and docs/correctness.md, between their markers, and docs/figures/.
+"""The figures of README.md and docs/{performance,correctness,scaling}.md, between their markers, and docs/figures/.
 
     python -m bench.figures            # regenerate
     python -m bench.figures --check    # exit status 1 where the text is not what the results say
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import scaling
 from bench.machine import ROOT
 from dora_kernels import analysis, plan
 from dora_kernels.testing import geometric_mean
@@ -323,6 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ROOT / "README.md": figures(results),
         ROOT / "docs" / "performance.md": predictions(),
         ROOT / "docs" / "correctness.md": error_tables(results),
+        ROOT / "docs" / "scaling.md": scaling.section(),
     }
     texts = {path: replaced(path.read_text(), markdown) for path, markdown in contents.items()}
     texts[folder / "layer.md"] = layer_page(results)

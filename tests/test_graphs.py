@@ -78,7 +78,9 @@ def run_steps(steps, problem, way, exact, norm_grad):
     )  # fmt: skip
     B = problem.lora_B
     steps.epilogue(problem.dy, low, B, gain, problem.bias, problem.scaling, dtype)
-    passes.rescale_backward(steps, problem.dy, problem.dy, low, B, gain, problem.scaling, [True] * 5, B.dtype, B.dtype)
+    passes.rescale_backward(
+        steps, problem.dy, problem.dy, low, B, gain, problem.scaling, False, [True] * 5, B.dtype, B.dtype
+    )
     passes.norm_backward(steps, norm, problem.weight, *adapter, norm, problem.scaling, dtype, [True, True])
 
 

@@ -17,6 +17,9 @@ from torch._subclasses import FakeTensor
 
 from dora_kernels import reuse, sharing
 
+ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
+"""The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
+
 
 class TakenOver:
     """The mark of a layer that is taken over. Subclasses have the `forward`; they are never constructed.
@@ -162,7 +165,7 @@ def bypass_reason(part: str, module: nn.Module) -> str | None:
 
 def _only_gathers(hook: Any) -> bool:
     """Whether a hook is one of DeepSpeed ZeRO's: they gather a weight, and inside a forward reading it does so too."""
-    return getattr(hook, "__module__", "").startswith("deepspeed.runtime.zero.")
+    return getattr(hook, "__module__", "").startswith(ZERO_HOOKS)
 
 
 def forward_is_the_class_s(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ class Scope:
         self.layers = layers
         self.keep_merged = keep_merged
         self.filled: set[tuple[object, ...]] = set()
+        self.step = -1
 
     @torch.no_grad()
     def fill(self, x: Tensor) -> bool:
@@ -38,7 +39,10 @@ class Scope:
         Not when the scope opens: only a call knows its autocast. Layers of one device and the same dtypes share a
         launch; one that cannot share it (quantised, not contiguous, cast by autocast) is left to its own call.
         """
-        key = (x.device, operand_dtypes(x, x), torch.is_inference_mode_enabled(), store.optimizer_steps())
+        if self.step != store.optimizer_steps():
+            self.step = store.optimizer_steps()
+            self.filled.clear()
+        key = (x.device, operand_dtypes(x, x), torch.is_inference_mode_enabled())
         if key in self.filled:
             return False
         self.filled.add(key)

@@ -82,7 +82,7 @@ class Gathered(NamedTuple):
 
 
 def _tensor(factor: nn.Module | nn.Parameter) -> Tensor:
-    return factor.weight if isinstance(factor, nn.Module) else factor
+    return factor if isinstance(factor, Tensor) else factor.weight
 
 
 def read_adapter(layer: LoraLayer, name: str, family: Family) -> Adapter:
