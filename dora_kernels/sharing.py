@@ -113,7 +113,7 @@ def shared_low(layer: Sharer, x: Tensor, operand: Tensor, lora_A: Tensor) -> tup
     computes this call with, alone and without dropout.
     """
     member = vars(layer).get(ATTRIBUTE)
-    if member is None or torch.compiler.is_compiling() or not torch.is_grad_enabled() or x.is_inference():
+    if member is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None, None
     # a replica of DataParallel has the membership of the layer that it was copied from
     if member.layer() is not layer or not lora_A.requires_grad or operand.shape[-1] == 0:

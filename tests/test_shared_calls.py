@@ -140,6 +140,33 @@ class TestWhatMayNotBeShared:
         with products(0, 0):  # q alone
             torch.testing.assert_close(tensors(pair[1], x, dy), expected, rtol=0, atol=0)
 
+    def test_a_member_that_drops_alone(self, pair):  # noqa: F811
+        x, dy = batch()
+        for model in pair:
+            net_of(model).k_proj.lora_dropout["default"] = nn.Dropout(0.5)
+        expected = tensors(pair[0], x, dy)
+        with products(1, 1):
+            torch.testing.assert_close(tensors(pair[1], x, dy), expected, **CLOSE)
+
+    def test_a_member_that_is_merged_or_disabled(self, pair):  # noqa: F811
+        """Nothing is made for it."""
+        net = net_of(pair[1])
+        for end in (lambda: net.k_proj.merge(), lambda: setattr(net.v_proj, "_disable_adapters", True)):
+            end()
+            q = net.q_proj(batch()[0])
+            last = net.q_proj.dora_shared.group.thread
+            waiting = last.lows() if hasattr(last, "lows") else None
+            names = [] if waiting is None else [member.layer() for member in waiting.waiting]
+            assert names == ([] if net.v_proj.disable_adapters else [net.v_proj])
+            del q, waiting, names
+
+    def test_what_is_not_used_has_no_gradient(self, pair):  # noqa: F811
+        net = net_of(pair[1])
+        q = net.q_proj(batch()[0])
+        factors = [layer.lora_A["default"].weight for layer in (net.q_proj, net.k_proj)]
+        of_q, of_k = torch.autograd.grad(q.sum(), factors, allow_unused=True)
+        assert of_q is not None and of_k is None
+
 
 class TestCheckpointing:
     @pytest.mark.parametrize("use_reentrant", (False, True))
@@ -197,6 +224,17 @@ def test_threads(pair):  # noqa: F811
     for thread in threads:
         thread.join()
     torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+def test_another_thread_in_between(pair):  # noqa: F811
+    net, (x, _) = net_of(pair[1]), batch()
+    kept = []
+    with products(2, 0):
+        kept.append(net.q_proj(x))
+        thread = threading.Thread(target=lambda: kept.append(net.q_proj(batch(seed=1)[0])))
+        thread.start()
+        thread.join()
+        kept.append(net.k_proj(x))
 
 
 class TestNothingIsKept:
