@@ -46,6 +46,16 @@ PRECISIONS = {
 
 WAYS = {"apart": False, "shared": True}
 
+# M, K, the N of each sibling, R: q, k and v of Llama-3.1-8B at two lengths, without grouped queries, of Llama-3.1-70B;
+# gate and up of Llama-3.1-8B
+PREDICTED = (
+    (8192, 4096, (4096, 1024, 1024), 64),
+    (512, 4096, (4096, 1024, 1024), 64),
+    (8192, 4096, (4096, 4096, 4096), 64),
+    (8192, 8192, (8192, 1024, 1024), 64),
+    (8192, 4096, (14336, 14336), 64),
+)
+
 
 class Siblings(nn.Module):
     """Linear layers that are called with one x."""
@@ -163,6 +173,42 @@ def predicted(M: int, K: int, widths: Sequence[int], R: int, device: plan.Device
     return apart, apart - saved + sum(step.seconds(shapes[0], device) for step in shared)
 
 
+def measured_table(rows: list[dict[str, Any]]) -> str:
+    """A line per case: what sharing does to time and memory."""
+    lines = [
+        "| block | precision | M | R | apart | shared | over apart | held, apart and shared | peak, apart and shared |",
+        "| --- " * 9 + "|",
+    ]
+    cases: dict[Case, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(Case(row["block"], row["precision"], row["M"], row["R"]), {})[row["way"]] = row
+    for case, ways in cases.items():
+        times = [ways[way]["ms"]["median"] for way in WAYS]
+        memory = [
+            " and ".join(f"{ways[way][name] / 2**20:.1f}" for way in WAYS) + " MiB"
+            for name in ("saved_bytes", "peak_bytes")
+        ]
+        cells = (case.block, case.precision, case.M, case.R, *(f"{time:.3g} ms" for time in times))
+        lines.append(f"| {' | '.join(map(str, (*cells, f'{times[1] / times[0]:.2f}', *memory)))} |")
+    return "\n".join(lines)
+
+
+def predicted_table() -> str:
+    """What the cost model says of bf16 on an H200."""
+    lines = ["| M | N | K | R | apart | shared | shared over apart |", "| --- " * 7 + "|"]
+    for M, K, widths, R in PREDICTED:
+        apart, shared = predicted(M, K, widths, R, plan.DEVICES["sm_90"])
+        cells = (M, ", ".join(map(str, widths)), K, R, f"{1e3 * apart:.2f} ms", f"{1e3 * shared:.2f} ms")
+        lines.append(f"| {' | '.join(map(str, (*cells, f'{shared / apart:.3f}')))} |")
+    return "\n".join(lines)
+
+
+def section(measured: dict[str, list[dict[str, Any]]]) -> str:
+    """What stands between the markers of docs/performance.md; rows by where they were measured."""
+    parts = [f"{where}:\n\n{measured_table(rows)}" for where, rows in measured.items()]
+    return "\n\n".join([*parts, f"Predicted for an H200 in bf16, none of it measured:\n\n{predicted_table()}"])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.shared", description=__doc__.splitlines()[0])
@@ -180,10 +226,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         for M in arguments.tokens
         for R in arguments.rank
     ]
-    rows = []
+    where, rows = meta(device), []
     for case in track(cases, "bench.shared"):
         rows += measure(case, device, arguments.seconds)
-    write(out, meta(device), rows)
+    write(out, where, rows)
     return 0
 
 
