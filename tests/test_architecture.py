@@ -24,6 +24,7 @@ ROOMS = {
     "rescale": 3,
     "mergeable": 4,
     "reuse": 4,
+    "sharing": 4,
     "dvora": 5,
     "modules": 5,
     "adapters": 6,

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from dora_kernels import reuse
+from dora_kernels import reuse, sharing
 
 ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
@@ -150,6 +150,7 @@ def give_back(layer: nn.Module) -> None:
     if isinstance(layer, TakenOver) and layer.reversible:
         _set_class(layer, library_class(layer))
         layer.__dict__.pop("dora_dropout", None)
+        sharing.leave(layer)
 
 
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:

@@ -8,7 +8,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dora_kernels import reuse
+from dora_kernels import reuse, sharing
 from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, read_adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, dtype_reason, nests_apart, read_weight
 from dora_kernels.adapters.taking import bypass_reason, class_name
@@ -44,6 +44,17 @@ class TakenOverLinear(TakenOverLayer):
         adapter = read_adapter(self, names[0], self.family)
         return None if adapter_reason(adapter, self.family) else reuse.Operands(weight, *adapter.tensors())
 
+    def lora_A_to_share(self, device: torch.device) -> Tensor | None:
+        """As sharing.Sharer: of the one active adapter, where it is trained, drops nothing and is in a plain layer."""
+        if self.disable_adapters or self.merged:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        adapter = read_adapter(self, names[0], self.family) if len(names) == 1 else None
+        if adapter is None or type(adapter.lora_A) is not nn.Linear or drops(self, adapter):
+            return None
+        lora_A = adapter.lora_A.weight
+        return None if not lora_A.requires_grad or adapter_reason(adapter, self.family, device) else lora_A
+
     def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[Adapter]) -> Tensor:
         """x: (..., K) -> (..., N), of the dtype that nn.Linear would return.
 
@@ -64,9 +75,14 @@ class TakenOverLinear(TakenOverLayer):
             result = result if bias is None else result + bias
         else:
             x_dropped = self._dropped(first, x) if drops(self, first) else None
+            low = lows = None
+            if not others and x_dropped is None and type(first.lora_A) is nn.Linear:  # as lora_A_to_share has it
+                low, lows = sharing.shared_low(self, x, operand, first.lora_A.weight)
             result = reuse.dora_linear_reusing(
-                self, operand, weight, *first.tensors(), bias, x_dropped=x_dropped, lora_dropout=lora_dropout
+                self, operand, weight, *first.tensors(), bias, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
             )
+            if lows is not None:
+                lows.live_with(result)
         for adapter in others:
             apart = nests_apart(self, adapter) and not lora_dropout
             x_dropped = self._dropped(adapter, x) if apart or drops(self, adapter) else None
