@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import scaling, shared
+from bench import dropout, scaling, shared
 from bench.machine import ROOT
 from dora_kernels import analysis, plan
 from dora_kernels.testing import geometric_mean
@@ -331,6 +331,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     performance, measured = ROOT / "docs" / "performance.md", load(results, "shared")
     shared_inputs = shared.section({heading(device, data): data["rows"] for device, data in measured.items()})
     texts[performance] = replaced(texts[performance], shared_inputs, "shared inputs")
+    tables = load(results, "dropout").items()
+    tables = [f"{heading(device, data)}:\n\n{dropout.table(data['rows'])}" for device, data in tables]
+    texts[performance] = replaced(texts[performance], "\n\n".join(tables) or NOTHING, "dropout")
     texts[folder / "layer.md"] = layer_page(results)
     if arguments.check:
         return int(any(not path.exists() or text != path.read_text() for path, text in texts.items()))
