@@ -183,7 +183,7 @@ class ParallelDoraLinear(DoraLinear):
     clip_grad_norm_ and optimizers see the whole. x and y are plain tensors: column-wise x (..., K) -> (..., n),
     row-wise x (..., k) -> (..., N). in_features and out_features are the whole layer's.
 
-    Every call computes the norm, in eval mode too: a write to a DTensor leaves no trace in its local part (reuse.py).
+    Every call computes the norm, in eval mode too: a write to a DTensor leaves no trace in its local part (reuse).
 
     With dropout, a row-wise layer must draw another mask on every rank, a column-wise one the same: torch's generator
     has to be seeded so, as for ColwiseParallel and RowwiseParallel.

@@ -185,7 +185,7 @@ def test_one_mean_and_two_variances():
 def test_half_the_products_with_the_base_weight(kind):
     """One forward and one backward; for PEFT's dropout two and two, and no formula has fewer."""
     counts = {}
-    for dropout in ("exact", "lora"):
+    for dropout in ("adapter", "lora"):
         model, x = problem(kind, dropout=dropout)
         weight = layers(model)[0].base_layer.weight
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
@@ -194,7 +194,7 @@ def test_half_the_products_with_the_base_weight(kind):
         products = [event for event in profile.events() if event.name in PRODUCTS]
         operands = [event.input_shapes[PRODUCTS[event.name]] for event in products]
         counts[dropout] = sum(any(shape in shapes for shape in pair) for pair in operands)
-    assert counts == {"exact": 4, "lora": 2}
+    assert counts == {"adapter": 4, "lora": 2}
 
 
 # and where among the arguments the factors are
@@ -212,19 +212,22 @@ def test_the_meaning_is_the_layer_s_and_not_in_its_state_dict():
     state = list(model.state_dict())
     x = torch.randn(6, 24, device=DEVICE)
     results = {}
-    for dropout in ("exact", "lora"):
+    for dropout in ("adapter", "lora"):
         dora_kernels.enable(model, dropout=dropout)
         with shared_dropout(0):
             results[dropout] = model(x)
-    assert rms_error(results["lora"], results["exact"]) > 0.1
+    assert rms_error(results["lora"], results["adapter"]) > 0.1
     assert list(model.state_dict()) == state
     with shared_dropout(0):
         assert torch.equal(copy.deepcopy(model)(x), results["lora"])
+    dora_kernels.enable(model)  # as it was
+    with shared_dropout(0):
+        assert torch.equal(model(x), results["lora"])
     dora_kernels.disable(model)
     assert not any("dora_dropout" in vars(layer) for layer in layers(model))
     dora_kernels.enable(model)
     with shared_dropout(0):
-        assert torch.equal(model(x), results["exact"])
+        assert torch.equal(model(x), results["adapter"])
 
 
 @pytest.mark.parametrize("change", ["eval", "p = 0"])
@@ -235,7 +238,7 @@ def test_where_nothing_is_dropped_the_meanings_agree(change):
     for layer in layers(model):
         layer.lora_dropout["default"].p = 0.0 if change == "p = 0" else 0.5
     x, results = torch.randn(6, 24, device=DEVICE), []
-    for dropout in ("exact", "lora"):
+    for dropout in ("adapter", "lora"):
         dora_kernels.enable(model, dropout=dropout)
         results.append(model(x))
     assert torch.equal(*results)
@@ -261,7 +264,7 @@ def test_it_trains():
 
 def test_bad_input():
     model = build(lora_dropout=0.5)
-    with pytest.raises(ValueError, match="enable: dropout is 'peft'; expected one of exact, lora"):
+    with pytest.raises(ValueError, match="enable: dropout is 'peft'; expected None or one of adapter, lora"):
         dora_kernels.enable(model, dropout="peft")
     assert not any(isinstance(layer, dora_kernels.adapters.taking.TakenOver) for layer in layers(model))
     with pytest.raises(ValueError, match="DoraLinear: dropout_on is 'x'; expected one of adapter, lora"):

@@ -20,15 +20,13 @@ from types import ModuleType
 from torch import nn
 
 from dora_kernels.adapters.taking import give_back, take_over
+from dora_kernels.validate import DROPOUTS
 
 PACKAGES = ("peft", "torchtune", "lycoris")
 """Top-level packages whose DoRA layers we know; package p is handled by dora_kernels.adapters.p."""
 
 STRUCTURES: tuple[str, ...] = ("nvlabs", "llava", "fsdp_qlora", "megatron_bridge", "automodel")
 """Libraries whose DoRA layers we know by their attributes, whatever module defines them."""
-
-DROPOUTS = ("exact", "lora")
-"""What `enable` can make of dropout."""
 
 NAMES_SHOWN = 3
 """How many layer names a line of str(Report) shows before it abbreviates."""
@@ -80,14 +78,15 @@ class Report:
         return "\n".join(lines)
 
 
-def enable(model: nn.Module, *, dropout: str = "exact") -> Report:
+def enable(model: nn.Module, *, dropout: str | None = None) -> Report:
     """Compute the DoRA layers of `model` with dora_kernels, in place, and report every DoRA layer found.
 
-    dropout: what it means in training, with d = dropout(x):
-        "exact"   what the layer's library means. For PEFT, whose dropout falls on all that the adapter adds:
-                  x W^T + (gain - 1) * d W^T + gain * scaling * (d A^T) B^T + bias, two products with the base weight
-        "lora"    dropout falls on the low-rank product alone, and there is one product with the base weight:
-                  gain * (x W^T + scaling * (d A^T) B^T) + bias
+    dropout: what it falls on in training, with d = dropout(x), as DoraLinear's dropout_on:
+        "adapter"   what the layer's library means. For PEFT that is all that the adapter adds:
+                    x W^T + (gain - 1) * d W^T + gain * scaling * (d A^T) B^T + bias, two products with the base weight
+        "lora"      the low-rank product alone, and there is one product with the base weight:
+                    gain * (x W^T + scaling * (d A^T) B^T) + bias
+        None        what it fell on before in a layer that is enabled already, in any other as "adapter"
     Over the masks both have the output of eval mode as their mean; the first varies more, by (gain - 1) * d W^T.
     A library that means something else (no dropout, say, or already the second) keeps its own meaning.
 
@@ -98,8 +97,8 @@ def enable(model: nn.Module, *, dropout: str = "exact") -> Report:
     Raises ValueError unless dropout is one of these, ImportError if the model's layers come from a library too old to
     be known (PEFT before 0.19).
     """
-    if dropout not in DROPOUTS:
-        raise ValueError(f"enable: dropout is {dropout!r}; expected one of {', '.join(DROPOUTS)}")
+    if dropout is not None and dropout not in DROPOUTS:
+        raise ValueError(f"enable: dropout is {dropout!r}; expected None or one of {', '.join(DROPOUTS)}")
     reports = []
     for name, layer, library, adapter in _dora_layers(model):
         cls, reason = adapter.judge(layer)

@@ -17,18 +17,22 @@ from torch._subclasses import FakeTensor
 
 from dora_kernels import reuse
 
+DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
+"""The classes of dropout whose meaning we know."""
+
 ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
 
 
 class TakenOver:
-    """The mark of a layer that is taken over. Subclasses have the `forward`; they are never constructed.
+    """The mark of a layer that is taken over. Subclasses have the `forward`, and may have merge and unmerge; they are
+    never constructed.
 
-    Beside it `train` and `_apply` differ from the library's, by what they forget.
+    Beside these `train` and `_apply` differ from the library's, by what they forget.
     """
 
-    dora_dropout = "exact"
-    """What dropout means: the library's meaning, or "lora" (see adapters.enable). Set on the layer by take_over."""
+    dora_dropout = "adapter"
+    """What dropout falls on: what the library means, or "lora" (see adapters.enable). Set on the layer by take_over."""
 
     reversible = True
     """Whether the library's class computes the same function, so that the layer can be given back."""
@@ -66,7 +70,7 @@ class TakenOver:
         return frozen_like(getattr(self, "base_layer", None), weight, bias)
 
     def train(self, mode: bool = True) -> TakenOver:
-        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
+        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse)."""
         reuse.mode_set(self, mode)
         return super().train(mode)
 
@@ -116,11 +120,12 @@ def _rebuild(cls: type[nn.Module], computed_by: type[TakenOver]) -> nn.Module:
     return made.__new__(made)
 
 
-def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str = "exact") -> None:
-    """Make `layer` a `cls`, a subclass of its library's class, with this meaning of dropout."""
+def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str | None = None) -> None:
+    """Make `layer` a `cls`, a subclass of its library's class, with this meaning of dropout; None: as it was."""
     if type(layer) is not cls:
         _set_class(layer, cls)
-    layer.dora_dropout = dropout
+    if dropout is not None:
+        layer.dora_dropout = dropout
 
 
 def give_back(layer: nn.Module) -> None:

@@ -18,6 +18,7 @@ from torchtune.modules.peft.dora import DoRALinear, linear_nf4
 
 from dora_kernels import launch, quant, reuse
 from dora_kernels.adapters.taking import (
+    DROPOUT_LAYERS,
     TakenOver,
     bypass_reason,
     class_name,
@@ -31,7 +32,6 @@ from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import rescale
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-DROPOUTS = (nn.Identity, nn.Dropout)
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -132,7 +132,7 @@ def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
 
 def _layer_reason(layer: DoRALinear) -> str | None:
     """Why torchtune has to compute a layer whose weight is known."""
-    known_parts = {"lora_a": (nn.Linear,), "lora_b": (nn.Linear,), "dropout": DROPOUTS}
+    known_parts = {"lora_a": (nn.Linear,), "lora_b": (nn.Linear,), "dropout": DROPOUT_LAYERS}
     for part, known in known_parts.items():
         module = getattr(layer, part)
         if type(module) not in known:

@@ -196,7 +196,7 @@ def dvora_linear_reusing(
 
     They are made in the second call that sees the same two, so that a weight that moves at every call never pays for
     them, and not under torch.compile. In eval mode, and where checkpointing runs the forward pass again, the norm is
-    kept too (see reuse.py).
+    kept too (see reuse).
     """
     stored, *storage = parts(weight)
     factors = (vera_A, vera_B, lambda_d, lambda_b)
