@@ -34,6 +34,8 @@ TOLERANCE = 1e-5
 """Relative to the norm of each row: an intermediate in float32 is not another meaning."""
 DROPOUT = 0.5
 SEED = 0
+NOT_THEIRS = ("forward", "_old_forward", "_hf_hook", "dora_dropout")
+"""Attributes that the library's forward does not read: accelerate's, bound to the module, and what take_over sets."""
 
 _results: dict[Hashable, str | None] = {}
 
@@ -173,7 +175,7 @@ def _twin(module: nn.Module, known: dict[int, Tensor]) -> nn.Module:
     """`module` with the small tensors for its own, without its hooks; every other attribute is shared."""
     twin = module.__class__.__new__(module.__class__)
     for name, value in vars(module).items():
-        if name not in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, bound to the module
+        if name not in NOT_THEIRS:
             vars(twin)[name] = OrderedDict() if "hooks" in name else value
     vars(twin)["_parameters"] = {name: known.get(id(value), value) for name, value in module._parameters.items()}
     vars(twin)["_buffers"] = dict(module._buffers)
@@ -203,7 +205,7 @@ def _functions(cls: type) -> Hashable:
 
 def _settings(layer: nn.Module, opaque: tuple[str, ...]) -> Hashable:
     """The plain attributes of a layer and its submodules, but for those in which two layers of a kind differ."""
-    skipped = {"training", "in_features", "out_features"}
+    skipped = {"training", "in_features", "out_features", *NOT_THEIRS}
     plain = (bool, int, float, str, type(None))
     return tuple(
         (path, name, value)

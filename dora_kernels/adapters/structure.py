@@ -158,6 +158,8 @@ def _name_reason(layer: nn.Module, computed_by: type[Structure]) -> str | None:
     """Why the class that takes `layer` over would hide a part of it from the library's own code."""
     ours = {name for cls in computed_by.__mro__ if issubclass(cls, TakenOver) for name in vars(cls)}
     theirs = {*dir(library_class(layer)), *vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
+    if isinstance(layer, TakenOver):
+        theirs.discard("dora_dropout")  # set by take_over
     hidden = sorted(name for name in ours & theirs - set(dir(nn.Module)) if not name.startswith("__"))
     return f"it has an attribute that would be hidden: {', '.join(hidden)}" if hidden else None
 
