@@ -14,7 +14,7 @@ import dora_kernels  # noqa: E402
 from dora_kernels import DoraLinear, launch, ops  # noqa: E402
 from dora_kernels.testing import compare, rms_error  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
-from tests import quantized_problem  # noqa: E402
+from tests import conformance, quantized_problem  # noqa: E402
 from tests.peft_problem import adapt, build, calls, layers, tensors, training_step  # noqa: E402
 from tests.problem import BACKENDS, DEVICE  # noqa: E402
 
@@ -260,6 +260,69 @@ def test_it_trains():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     losses = [training_step(model, optimizer, x, target) for _ in range(20)]
     assert losses[-1] < 0.7 * losses[0]
+
+
+PROBABILITY = 0.5
+
+
+def structural(kind):
+    """A layer known by structure with PEFT's dropout, its parts (weight, lora_A, lora_B, magnitude, s, bias), and x."""
+    from tests import structures
+
+    torch.manual_seed(0)
+    linear, p = nn.Linear(24, 20).requires_grad_(False), PROBABILITY
+    layer = {
+        "llm": lambda: structures.Llm.Linear(linear, dropout=p),
+        "llm, norm_grad": lambda: structures.Llm.Linear(linear, dropout=p, dora_simple=False),
+        "llava": lambda: structures.Llava.Linear(linear, dropout=p),
+        "megatron": lambda: structures.DoRALinear(structures.Parallel(linear), dropout=p),
+        "automodel": lambda: structures.LinearLoRA.patch(linear, dropout=p, position="pre"),
+    }[kind]()
+    layer = conformance.randomise(layer).to(DEVICE, torch.float64)
+    by_name = {name: value for name, value in layer.named_parameters() if value.requires_grad}
+    find = lambda *words: next(  # noqa: E731
+        value for name, value in by_name.items() if any(word in name for word in words)
+    )
+    A, B, magnitude = find("lora_A", "linear_in"), find("lora_B", "linear_out"), find("magnitude", "weight_m")
+    weight, bias = (getattr(layer, "to_wrap", layer).get_parameter(name) for name in ("weight", "bias"))
+    return layer, (weight, A, B, magnitude.flatten(), 1.5, bias), torch.randn(2, 5, 24, device=DEVICE).double()
+
+
+@pytest.mark.parametrize("kind", ["llm", "llm, norm_grad", "llava", "megatron", "automodel"])
+def test_layers_known_by_structure(kind):
+    layer, (weight, A, B, magnitude, s, bias), x = structural(kind)
+    (report,) = dora_kernels.enable(nn.Sequential(layer), dropout="lora").layers
+    assert report.taken_over and report.reason == ""
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    torch.manual_seed(1)
+    y = layer(x)
+    y = y[0] + y[1] if isinstance(y, tuple) else y
+    torch.manual_seed(1)
+    dropped = F.dropout(x, PROBABILITY)
+    norm = torch.linalg.vector_norm(weight + s * B @ A, dim=1)
+    gain = magnitude / (norm if kind == "llm, norm_grad" else norm.detach())
+    expected = gain * (x @ weight.T + s * dropped @ A.T @ B.T) + bias
+    assert rms_error(y, expected) < 1e-12
+    dy = torch.randn_like(y)
+    gradients = (torch.autograd.grad(each, parameters, dy) for each in (y, expected))
+    for ours, exact in zip(*gradients, strict=True):
+        assert exact.any() and rms_error(ours, exact) < 1e-12
+
+
+def test_the_report_names_a_dropout_that_stays_the_library_s():
+    from tests import structures
+
+    linear = nn.Linear(8, 6).requires_grad_(False)
+    own = [
+        structures.LinearLoRA.patch(copy.deepcopy(linear), dropout=0.5),
+        structures.Llm.Linear(linear, dropout=0.5, Wdecompose=True),
+    ]
+    no_dropout = [structures.LinearLoRA.patch(copy.deepcopy(linear)), structures.DoraLinear(linear)]
+    model = nn.Sequential(*own, *no_dropout)
+    report = dora_kernels.enable(model, dropout="lora")
+    assert not report.left_alone
+    assert ["dropout" in layer.reason for layer in report.layers] == [True, True, False, False], str(report)
+    assert "2 taken over but for" not in str(dora_kernels.enable(model, dropout="adapter"))
 
 
 def test_bad_input():

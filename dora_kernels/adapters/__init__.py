@@ -88,7 +88,7 @@ def enable(model: nn.Module, *, dropout: str | None = None) -> Report:
                     gain * (x W^T + scaling * (d A^T) B^T) + bias
         None        what it fell on before in a layer that is enabled already, in any other as "adapter"
     Over the masks both have the output of eval mode as their mean; the first varies more, by (gain - 1) * d W^T.
-    A library that means something else (no dropout, say, or already the second) keeps its own meaning.
+    A library that means something else (dropout of rows of B A, say) keeps its own meaning, and the report says so.
 
     Parameters, buffers and the state dict stay as they are; no class of the other library is patched. A layer
     that cannot be taken over is left alone and named in the report with the reason. Calling it again is
@@ -106,6 +106,9 @@ def enable(model: nn.Module, *, dropout: str | None = None) -> Report:
             give_back(layer)  # taken over before, perhaps, and changed since
         else:
             take_over(layer, cls, dropout)
+            own = layer.own_dropout() if layer.dora_dropout == "lora" else None
+            if own is not None:
+                reason = "; ".join(filter(None, (reason, f"dropout stays the library's, of {own}")))
         reports.append(LayerReport(name, library, cls is not None, reason))
     return Report(tuple(reports))
 

@@ -81,6 +81,10 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         for wrapper in wrapped.__dict__.get("_lycoris_wrappers", ()):
             yield wrapper, "org_forward"
 
+    def own_dropout(self) -> str | None:
+        """As TakenOver.own_dropout."""
+        return "rows of B A, or the whole adapter" if self.rank_dropout or self.module_dropout else None
+
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
         """As TakenOver.norm_and_gain; raises ValueError too where they are (K,), with wd_on_out=False."""
         self._refuse_unknown("norm_and_gain")

@@ -98,7 +98,7 @@ class DoraKernelsDoRALinear(Structure):
         low, _ = self.adapter.linear_in(dropped.contiguous())
         gain = gain_ref(adapter.magnitude, self.norm(adapter))
         y = rescale(base, low, adapter.lora_B, gain, adapter.scaling)
-        if self.training and isinstance(dropout, nn.Dropout):
+        if self.training and isinstance(dropout, nn.Dropout) and self.dora_dropout != "lora":
             correction, *_ = self.base_linear_forward(dropout(xn) - xn)
             y = (y + (gain - 1) * correction).to(y.dtype)
         wide = torch.promote_types(adapter.weight.dtype, adapter.magnitude.dtype)

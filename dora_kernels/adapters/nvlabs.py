@@ -73,6 +73,11 @@ class DoraKernelsLinear(Structure):
             return None, reason
         return checked(Adapter(weight, lora_A, lora_B, magnitude.weight.squeeze(1), scaling, layer.bias, norm_grad))
 
+    def own_dropout(self) -> str | None:
+        """As TakenOver.own_dropout."""
+        can_drop = isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.p > 0
+        return "the x of (gain - 1) * x W^T, as there is no low-rank product" if self.Wdecompose and can_drop else None
+
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
         """As Structure.compute; of the weight's dtype under autocast too."""
         dropout = self.lora_dropout  # the library's stand-in for none is a function

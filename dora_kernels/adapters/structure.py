@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import launch, reuse
@@ -26,8 +27,9 @@ from dora_kernels.adapters.taking import (
     library_class,
 )
 from dora_kernels.functional import dora_linear_core, merge_weight, operand_dtypes, weight_norm
-from dora_kernels.quant import QuantizedWeight, Weight, parts
+from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts
 from dora_kernels.reference import gain_ref
+from dora_kernels.rescale import rescale
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (*AUTOCAST_DTYPES, torch.float64)
@@ -92,11 +94,17 @@ class Structure(TakenOver):
         return self.compute(x, adapter)
 
     def linear(self, x: Tensor, adapter: Adapter, x_dropped: Tensor | None = None) -> Tensor:
-        """dora_linear of x (..., K); in eval mode with the norm and gain of the last call."""
+        """dora_linear of x (..., K); in eval mode with the norm and gain of the last call.
+
+        x_dropped falls on all that the adapter adds or, enabled with dropout="lora", on the low-rank product alone.
+        """
         *operands, bias, norm_grad = adapter
+        lora_dropout = self.dora_dropout == "lora"
         if norm_grad and torch.is_grad_enabled() and (adapter.lora_A.requires_grad or adapter.lora_B.requires_grad):
+            if lora_dropout and x_dropped is not None:
+                return _with_lora_dropout(x, adapter, x_dropped)
             return dora_linear_core(x, *operands, bias, x_dropped=x_dropped, norm_grad=True)[0]
-        return reuse.dora_linear_reusing(self, x, *operands, bias, x_dropped=x_dropped)
+        return reuse.dora_linear_reusing(self, x, *operands, bias, x_dropped=x_dropped, lora_dropout=lora_dropout)
 
     def adapter_operands(self) -> reuse.Operands | None:
         """As TakenOver.adapter_operands."""
@@ -137,6 +145,16 @@ class Structure(TakenOver):
         if reason is not None:
             raise ValueError(f"{function}: the {library_class(self).__name__} has no adapter to read: {reason}")
         return adapter
+
+
+def _with_lora_dropout(x: Tensor, adapter: Adapter, x_dropped: Tensor) -> Tensor:
+    """gain * (x W^T + scaling * x_dropped A^T B^T) + bias, with the gradient through the norm."""
+    weight, lora_A, lora_B, magnitude, scaling, bias, _ = adapter
+    base_dtype, dtype = operand_dtypes(x, lora_A)
+    base = frozen_product(x.to(base_dtype), weight)
+    low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
+    gain = gain_ref(magnitude, weight_norm(weight, lora_A, lora_B, scaling, norm_grad=True))
+    return rescale(base, low, lora_B, gain, scaling, bias)
 
 
 def judge(layer: nn.Module, computed_by: type[Structure]) -> tuple[type[nn.Module] | None, str]:

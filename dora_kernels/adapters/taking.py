@@ -46,6 +46,10 @@ class TakenOver:
         for name in ("forward", "_old_forward"):
             yield layer, name
 
+    def own_dropout(self) -> str | None:
+        """What dropout falls on under dropout="lora" too, because the library means neither that nor what PEFT does."""
+        return None
+
     def adapter_operands(self) -> reuse.Operands | None:
         """What dora_linear_reusing is called with now, for `frozen_adapters`; None where something else is."""
         return None
