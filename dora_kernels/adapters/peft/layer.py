@@ -15,7 +15,7 @@ from dora_kernels.adapters.peft.merging import Merging
 from dora_kernels.adapters.sharded import enable_first, partition_reason, requires_grad
 from dora_kernels.adapters.taking import class_name, is_plain
 from dora_kernels.functional import operand_dtypes
-from dora_kernels.quant import Weight
+from dora_kernels.quant import Weight, parts
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DTYPES = (*AUTOCAST_DTYPES, torch.float64)
@@ -44,13 +44,14 @@ class TakenOverLayer(Merging):
         """The output with at least one adapter, all of them ours; operand and weight are as `operands` gave them."""
         raise NotImplementedError
 
-    def norms(self, weight: Tensor, adapters: list[Adapter]) -> Tensor:
+    def norms(self, weight: Weight, adapters: list[Adapter]) -> Tensor:
         """norm (adapters, N), kept in eval mode. weight is of the base layer's own shape."""
+        stored, *storage = parts(weight)
         factors = [factor for adapter in adapters for factor in adapter.tensors()[:2]]
-        settings = ([adapter.scaling for adapter in adapters], operand_dtypes(weight, factors[0]))
+        settings = ([adapter.scaling for adapter in adapters], storage, operand_dtypes(weight, factors[0]))
         return reuse.norm_reusing(
             self,
-            (weight, *factors),
+            (*stored, *factors),
             settings,
             lambda: torch.stack([self.norm(weight, adapter) for adapter in adapters]),
         )
