@@ -7,7 +7,7 @@ and giving a layer back is changing its class back.
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
@@ -106,11 +106,16 @@ def library_class(layer: nn.Module) -> type[nn.Module]:
     return cls
 
 
-@functools.cache
+_made: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueDictionary()
+
+
 def class_over(cls: type[nn.Module], computed_by: type[TakenOver]) -> type[nn.Module]:
     """`cls` computed by `computed_by`, for classes that are not known before a model has them."""
-    members = {"__reduce_ex__": _reduce, "__module__": computed_by.__module__, "__doc__": computed_by.__doc__}
-    return type(f"DoraKernels{cls.__name__}", (computed_by, cls), members)
+    made = _made.get((cls, computed_by))
+    if made is None:
+        members = {"__reduce_ex__": _reduce, "__module__": computed_by.__module__, "__doc__": computed_by.__doc__}
+        made = _made[cls, computed_by] = type(f"DoraKernels{cls.__name__}", (computed_by, cls), members)
+    return made
 
 
 def _reduce(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
