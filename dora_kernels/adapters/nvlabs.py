@@ -56,12 +56,13 @@ class DoraKernelsLinear(Structure):
         if getattr(layer, "fan_in_fan_out", False):
             return None, "fan_in_fan_out is set, with which the library adds B A to the transposed weight"
         magnitude, weight, dropout = layer.weight_m_wdecomp, layer.weight, layer.lora_dropout
-        N, K = weight.shape
+        N, _ = weight.shape
         reasons = [part_reason("weight_m_wdecomp", magnitude, (N, 1))]
         if type(dropout) not in (nn.Dropout, nn.Identity, FunctionType):
             reasons.append(f"lora_dropout is a {type(dropout).__name__}")
         if layer.Wdecompose:
-            lora_A, lora_B, scaling, norm_grad = weight.new_zeros(1, K), weight.new_zeros(N, 1), 1.0, False
+            zeros = reuse.constant_reusing(layer, (weight,), lambda: _zeros(weight)) or _zeros(weight)
+            (lora_A, lora_B), scaling, norm_grad = zeros, 1.0, False
         elif not all(isinstance(getattr(layer, part, None), nn.Linear) for part in ("lora_A", "lora_B")):
             return None, "it has no lora_A and lora_B"
         else:
@@ -72,6 +73,10 @@ class DoraKernelsLinear(Structure):
         if reason is not None:
             return None, reason
         return checked(Adapter(weight, lora_A, lora_B, magnitude.weight.squeeze(1), scaling, layer.bias, norm_grad))
+
+    def adapter_operands(self) -> reuse.Operands | None:
+        """As TakenOver.adapter_operands; None for the magnitude alone, whose norm never changes."""
+        return None if self.Wdecompose else super().adapter_operands()
 
     def own_dropout(self) -> str | None:
         """As TakenOver.own_dropout."""
@@ -90,6 +95,12 @@ class DoraKernelsLinear(Structure):
         else:
             y = self.linear(x, adapter, x_dropped)
         return y.to(self.weight.dtype)
+
+
+def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An A (1, K) and a B (N, 1) for a layer without."""
+    N, K = weight.shape
+    return weight.new_zeros(1, K), weight.new_zeros(N, 1)
 
 
 class DoraKernelsVisionLinear(Structure):
