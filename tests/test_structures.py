@@ -9,7 +9,7 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels import ops
-from dora_kernels.testing import rms_error
+from dora_kernels.testing import check_layer, rms_error
 from tests import structures
 from tests.conformance import CHECKS, DEVICE, Case, randomise
 from tests.structures import DORA, DoRALinear, LinearLoRA, Llava, Llm, Parallel
@@ -72,6 +72,37 @@ def test_conformance(name, check):
 @pytest.mark.parametrize("name", CASES)
 def test_conformance_with_the_kernels(name):
     CHECKS["parity"](CASES[name], "triton", seed=len(name))
+
+
+class LlavaThatMerges(Llava.Linear):
+    """Has the two methods, as the library's own does, and can undo nothing."""
+
+    def merge(self):
+        self.merged = True
+
+    def unmerge(self):
+        raise RuntimeError("no adapter to take out")
+
+
+@pytest.mark.parametrize("name", [*CASES, "llava that merges"])
+def test_check_layer(name):
+    """What users call to see for themselves."""
+    layer = LlavaThatMerges(nn.Linear(12, 9), dropout=0.5) if name == "llava that merges" else make(name)[0]
+    ops.calls.clear()
+    report = check_layer(layer).raise_if_failed()
+    assert {name for name, _ in ops.calls} & {"forward", "rescale"}
+    checks = {row.check: row for row in report.rows}
+    assert {"train, accuracy", "eval, accuracy"} <= checks.keys()
+    if name == "llava that merges":
+        assert (
+            "cannot: RuntimeError: no adapter" in checks["unmerge, accuracy"].reason
+            and checks["unmerge, accuracy"].ok is None
+        )
+
+
+def test_check_layer_sees_a_call_that_went_to_the_library():
+    report = check_layer(make("fsdp_qlora")[0], make("fsdp_qlora")[1][0])
+    assert [row.reason for row in report.failures] == ["every call went to the layer's own library"] * 2
 
 
 @pytest.mark.parametrize("kind", ["nf4", "hqq"])

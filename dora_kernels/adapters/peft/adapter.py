@@ -43,7 +43,7 @@ CONV2D = Family(variants.DoraConv2dVariant, (nn.Conv2d,), dora.DoraConv2dLayer)
 CONV3D = Family(variants.DoraConv3dVariant, (nn.Conv3d,), dora.DoraConv3dLayer)
 EMBEDDING = Family(
     variants.DoraEmbeddingVariant,
-    (nn.Parameter,),
+    (nn.Parameter, Tensor),  # the second from torch.func.functional_call
     dora.DoraEmbeddingLayer,
     tuple("embed_fn" if name == "base_result" else name for name in _ARGUMENTS),
     ("lora_embedding_A", "lora_embedding_B"),
