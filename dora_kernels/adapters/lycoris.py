@@ -30,6 +30,7 @@ from dora_kernels import launch, reuse
 from dora_kernels.adapters.taking import (
     TakenOver,
     class_name,
+    dtype_reason,
     forward_is_the_class_s,
     is_plain,
     library_class,
@@ -37,10 +38,9 @@ from dora_kernels.adapters.taking import (
 from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
 from dora_kernels.reference import accumulate_dtype
 from dora_kernels.rescale import rescale
+from dora_kernels.validate import FLOATING
 
 WRAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -219,7 +219,7 @@ def _layer_reason(layer: LoConModule) -> str | None:
     for name, tensor in _tensors(layer).items():
         if not is_plain(tensor):
             return f"{name} is a {class_name(tensor)}, not a plain tensor"
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOATING:
             return f"{name} is {tensor.dtype}"
     return None
 
@@ -232,9 +232,7 @@ def _call_reason(layer: LoConModule, x: Tensor) -> str | None:
     if x.dim() < 2 or (layer.isconv and x.dim() != weight.dim()):
         return f"x has {x.dim()} dimensions"
     if torch.is_autocast_enabled(x.device.type):
-        if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
-            return f"x is {x.dtype} and the base weight is {weight.dtype}, which autocast leaves alone"
-        return None
+        return dtype_reason(x, weight)
     if x.dtype != weight.dtype or torch.promote_types(dora_scale.dtype, x.dtype) != x.dtype:
         return f"x is {x.dtype}, the base weight {weight.dtype} and dora_scale {dora_scale.dtype}, without autocast"
     return None

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.adapters import structure
-from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, drops, first_reason
-from dora_kernels.adapters.taking import bypass_reason
+from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, first_reason
+from dora_kernels.adapters.taking import bypass_reason, drops
 from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import rescale
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters import structure
-from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, drops, first_reason, part_reason
+from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
+from dora_kernels.adapters.taking import drops
 from dora_kernels.functional import dora_linear_core, weight_norm
 
 

@@ -22,6 +22,7 @@ from dora_kernels.adapters.taking import (
     bypass_reason,
     class_name,
     class_over,
+    dtype_reason,
     forward_is_the_class_s,
     is_plain,
     library_class,
@@ -30,9 +31,7 @@ from dora_kernels.functional import dora_linear_core, merge_weight, operand_dtyp
 from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts
 from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import rescale
-
-AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DTYPES = (*AUTOCAST_DTYPES, torch.float64)
+from dora_kernels.validate import FLOATING
 
 
 class Adapter(NamedTuple):
@@ -214,7 +213,7 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
     for name, tensor in named.items():
         if not is_plain(tensor):
             return None, f"{name} is a {class_name(tensor)}, not a plain tensor"
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOATING:
             return None, f"{name} is {tensor.dtype}"
     if weight.dim() != 2 or lora_A.dim() != 2:
         return None, f"weight and lora_A have {weight.dim()} and {lora_A.dim()} dimensions; expected 2"
@@ -242,16 +241,4 @@ def _call_reason(x: object, adapter: Adapter, has_more: bool) -> str | None:
     for tensor in (weight, adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.bias):
         if tensor is not None and (tensor.device != device or device.type == "meta"):
             return f"x is on {device} and a weight of the layer is on {tensor.device}"
-    if isinstance(weight, QuantizedWeight) or x.dtype == weight.dtype:
-        return None
-    dtypes = f"x is {x.dtype} and the weight is {weight.dtype}"
-    if not torch.is_autocast_enabled(device.type):
-        return f"{dtypes}, without autocast"
-    if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
-        return f"{dtypes}, which autocast leaves alone"
-    return None
-
-
-def drops(dropout: object) -> bool:
-    """Whether `dropout` is an nn.Dropout that changes x now."""
-    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    return None if isinstance(weight, QuantizedWeight) else dtype_reason(x, weight)

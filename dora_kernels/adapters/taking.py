@@ -12,10 +12,14 @@ from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from dora_kernels import reuse
+
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What autocast casts; it leaves float64 alone."""
 
 DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
 """The classes of dropout whose meaning we know."""
@@ -197,6 +201,23 @@ def forward_is_the_class_s(module: nn.Module) -> bool:
         and not hook.offload
         and _is_bound_forward(module, module.__dict__.get("_old_forward"))
     )
+
+
+def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
+    """Why the dtypes of x and weight are the library's affair: one dtype, or autocast makes them one."""
+    if x.dtype == weight.dtype:
+        return None
+    dtypes = f"x is {x.dtype} and the base weight is {weight.dtype}"
+    if not torch.is_autocast_enabled(x.device.type):
+        return f"{dtypes}, without autocast"
+    if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
+        return f"{dtypes}, which autocast leaves alone"
+    return None
+
+
+def drops(dropout: object) -> bool:
+    """Whether `dropout` is an nn.Dropout that changes x now."""
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def is_plain(tensor: Tensor) -> bool:
