@@ -60,8 +60,8 @@ def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     return (DoraKernelsLoConModule, "") if reason is None else (None, reason)
 
 
-class _Adapter(NamedTuple):
-    """One call's adapter, its kernel's dimensions flattened: V = weight + scaling * lora_B @ lora_A, (N, K)."""
+class _Direction(NamedTuple):
+    """What is scaled in one call, its kernel's dimensions flattened: V = weight + scaling * lora_B @ lora_A, (N, K)."""
 
     weight: Tensor
     lora_A: Tensor
@@ -133,13 +133,13 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
             gain = gain.new_ones(adapter.weight.shape[0])
         return self._convolve(x, adapter, gain) if self.isconv else self._multiply(x, adapter, gain)
 
-    def _multiply(self, x: Tensor, adapter: _Adapter, gain: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, adapter: _Direction, gain: Tensor) -> Tensor:
         """gain * x V^T + bias. gain (N,) goes in as the magnitude over a norm of 1."""
         weight, lora_A, lora_B, scaling = adapter
         given = {"norm": torch.ones_like(gain), "gain": gain.detach()}
         return dora_linear_core(x, weight, lora_A, lora_B, gain, scaling, self.org_module[0].bias, **given)[0]
 
-    def _convolve(self, x: Tensor, adapter: _Adapter, gain: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, adapter: _Direction, gain: Tensor) -> Tensor:
         """gain * conv(x, V) + bias, by a convolution with W, one with A, and rescale over their channels."""
         (wrapped,) = self.org_module
         lora_A = self.lora_down.weight
@@ -150,7 +150,7 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         return y.movedim(-1, 1)
 
 
-def _adapter(layer: LoConModule, dropping: bool) -> _Adapter:
+def _adapter(layer: LoConModule, dropping: bool) -> _Direction:
     """Read at each call. scalar and the mask of rank_dropout multiply rows of B A, so those of B."""
     weight, lora_A, lora_B = (
         module.weight.flatten(1) for module in (layer.org_module[0], layer.lora_down, layer.lora_up)
@@ -160,10 +160,10 @@ def _adapter(layer: LoConModule, dropping: bool) -> _Adapter:
         if layer.rank_dropout_scale:
             keep /= keep.mean()
         lora_B = lora_B * keep[:, None]
-    return _Adapter(weight, lora_A, lora_B * layer.scalar, layer.scale)
+    return _Direction(weight, lora_A, lora_B * layer.scalar, layer.scale)
 
 
-def _norm(layer: LoConModule, adapter: _Adapter) -> Tensor:
+def _norm(layer: LoConModule, adapter: _Direction) -> Tensor:
     """The norm (N,) of V's rows; with wd_on_out=False that of its input features or channels, (K,).
 
     An input channel of a convolution is a group of columns of the flat V: one of each position in the kernel.
@@ -175,7 +175,7 @@ def _norm(layer: LoConModule, adapter: _Adapter) -> Tensor:
     return torch.linalg.vector_norm(norm.view(layer.dora_scale.numel(), -1), dim=1) if layer.isconv else norm
 
 
-def _reused_norm(layer: LoConModule, adapter: _Adapter) -> Tensor:
+def _reused_norm(layer: LoConModule, adapter: _Direction) -> Tensor:
     """`_norm`, kept from call to call in eval mode; never where it has a gradient."""
     if torch.is_grad_enabled() or layer.training:
         return _norm(layer, adapter)
