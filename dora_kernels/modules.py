@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.functional import weight_norm
 from dora_kernels.mergeable import DTYPE_NAMES, MergeableLinear, read_linear
-from dora_kernels.validate import FLOATING
-
-DROPOUTS = ("adapter", "lora")
-"""What dropout may fall on."""
+from dora_kernels.validate import DROPOUTS, FLOATING
 
 
 class DoraLinear(MergeableLinear):

@@ -25,15 +25,13 @@ from torch import nn
 
 from dora_kernels import sharing
 from dora_kernels.adapters.taking import give_back, take_over
+from dora_kernels.validate import DROPOUTS
 
 PACKAGES = ("peft", "torchtune", "lycoris")
 """Top-level packages whose DoRA layers we know; package p is handled by dora_kernels.adapters.p."""
 
 STRUCTURES: tuple[str, ...] = ("nvlabs", "llava", "fsdp_qlora", "megatron_bridge", "automodel")
 """Libraries whose DoRA layers we know by their attributes, whatever module defines them."""
-
-DROPOUTS = ("exact", "lora")
-"""What `enable` can make of dropout."""
 
 NAMES_SHOWN = 3
 """How many layer names a line of str(Report) shows before it abbreviates."""
@@ -91,16 +89,17 @@ class Report:
         return "\n".join(lines)
 
 
-def enable(model: nn.Module, *, dropout: str = "exact", fuse_shared_inputs: bool = False) -> Report:
+def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: bool = False) -> Report:
     """Compute the DoRA layers of `model` with dora_kernels, in place, and report every DoRA layer found.
 
-    dropout: what it means in training, with d = dropout(x):
-        "exact"   what the layer's library means. For PEFT, whose dropout falls on all that the adapter adds:
-                  x W^T + (gain - 1) * d W^T + gain * scaling * (d A^T) B^T + bias, two products with the base weight
-        "lora"    dropout falls on the low-rank product alone, and there is one product with the base weight:
-                  gain * (x W^T + scaling * (d A^T) B^T) + bias
+    dropout: what it falls on in training, with d = dropout(x), as DoraLinear's dropout_on:
+        "adapter"   what the layer's library means. For PEFT that is all that the adapter adds:
+                    x W^T + (gain - 1) * d W^T + gain * scaling * (d A^T) B^T + bias, two products with the base weight
+        "lora"      the low-rank product alone, and there is one product with the base weight:
+                    gain * (x W^T + scaling * (d A^T) B^T) + bias
+        None        what it fell on before in a layer that is enabled already, in any other as "adapter"
     Over the masks both have the output of eval mode as their mean; the first varies more, by (gain - 1) * d W^T.
-    A library that means something else (no dropout, say, or already the second) keeps its own meaning.
+    A library that means something else (dropout of rows of B A, say) keeps its own meaning, and the report says so.
 
     fuse_shared_inputs: in training, layers that are called with the same x (q, k and v of an attention, gate and up of
     an MLP; PEFT's alone, known by their names) make x lora_A^T and dlora_A together: sharing.py has the conditions.
@@ -113,8 +112,8 @@ def enable(model: nn.Module, *, dropout: str = "exact", fuse_shared_inputs: bool
     Raises ValueError unless dropout and fuse_shared_inputs are one of these, ImportError if the model's layers come
     from a library too old to be known (PEFT before 0.19).
     """
-    if dropout not in DROPOUTS:
-        raise ValueError(f"enable: dropout is {dropout!r}; expected one of {', '.join(DROPOUTS)}")
+    if dropout is not None and dropout not in DROPOUTS:
+        raise ValueError(f"enable: dropout is {dropout!r}; expected None or one of {', '.join(DROPOUTS)}")
     if not isinstance(fuse_shared_inputs, bool):
         raise ValueError(f"enable: fuse_shared_inputs is {fuse_shared_inputs!r}; expected True or False")
     reports = []
@@ -124,6 +123,9 @@ def enable(model: nn.Module, *, dropout: str = "exact", fuse_shared_inputs: bool
             give_back(layer)  # taken over before, perhaps, and changed since
         else:
             take_over(layer, cls, dropout)
+            own = layer.own_dropout() if layer.dora_dropout == "lora" else None
+            if own is not None:
+                reason = "; ".join(filter(None, (reason, f"dropout stays the library's, of {own}")))
         sharing.leave(layer)
         reports.append(LayerReport(name, library, cls is not None, reason))
     shares_with = _share(model) if fuse_shared_inputs else {}

@@ -9,27 +9,36 @@ from __future__ import annotations
 
 import copy
 import functools
+import weakref
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from dora_kernels import reuse, sharing
+
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What autocast casts; it leaves float64 alone."""
+
+DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
+"""The classes of dropout whose meaning we know."""
 
 ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
 
 
 class TakenOver:
-    """The mark of a layer that is taken over. Subclasses have the `forward`; they are never constructed.
+    """The mark of a layer that is taken over. Subclasses have the `forward`, and may have merge and unmerge; they are
+    never constructed.
 
-    Beside it `train` and `_apply` differ from the library's, by what they forget.
+    Beside these `train` and `_apply` differ from the library's, by what they forget.
     """
 
-    dora_dropout = "exact"
-    """What dropout means: the library's meaning, or "lora" (see adapters.enable). Set on the layer by take_over."""
+    dora_dropout = "adapter"
+    """What dropout falls on: what the library means, or "lora" (see adapters.enable). Set on the layer by take_over."""
 
     reversible = True
     """Whether the library's class computes the same function, so that the layer can be given back."""
@@ -42,6 +51,10 @@ class TakenOver:
         """
         for name in ("forward", "_old_forward"):
             yield layer, name
+
+    def own_dropout(self) -> str | None:
+        """What dropout falls on under dropout="lora" too, because the library means neither that nor what PEFT does."""
+        return None
 
     def adapter_operands(self) -> reuse.Operands | None:
         """What dora_linear_reusing is called with now, for `frozen_adapters`; None where something else is."""
@@ -120,11 +133,16 @@ def library_class(layer: nn.Module) -> type[nn.Module]:
     return cls
 
 
-@functools.cache
+_made: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueDictionary()
+
+
 def class_over(cls: type[nn.Module], computed_by: type[TakenOver]) -> type[nn.Module]:
     """`cls` computed by `computed_by`, for classes that are not known before a model has them."""
-    members = {"__reduce_ex__": _reduce, "__module__": computed_by.__module__, "__doc__": computed_by.__doc__}
-    return type(f"DoraKernels{cls.__name__}", (computed_by, cls), members)
+    made = _made.get((cls, computed_by))
+    if made is None:
+        members = {"__reduce_ex__": _reduce, "__module__": computed_by.__module__, "__doc__": computed_by.__doc__}
+        made = _made[cls, computed_by] = type(f"DoraKernels{cls.__name__}", (computed_by, cls), members)
+    return made
 
 
 def _reduce(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -138,11 +156,12 @@ def _rebuild(cls: type[nn.Module], computed_by: type[TakenOver]) -> nn.Module:
     return made.__new__(made)
 
 
-def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str = "exact") -> None:
-    """Make `layer` a `cls`, a subclass of its library's class, with this meaning of dropout."""
+def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str | None = None) -> None:
+    """Make `layer` a `cls`, a subclass of its library's class, with this meaning of dropout; None: as it was."""
     if type(layer) is not cls:
         _set_class(layer, cls)
-    layer.dora_dropout = dropout
+    if dropout is not None:
+        layer.dora_dropout = dropout
 
 
 def give_back(layer: nn.Module) -> None:
@@ -206,6 +225,23 @@ def forward_is_the_class_s(module: nn.Module) -> bool:
         and not hook.offload
         and _is_bound_forward(module, module.__dict__.get("_old_forward"))
     )
+
+
+def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
+    """Why the dtypes of x and weight are the library's affair: one dtype, or autocast makes them one."""
+    if x.dtype == weight.dtype:
+        return None
+    dtypes = f"x is {x.dtype} and the base weight is {weight.dtype}"
+    if not torch.is_autocast_enabled(x.device.type):
+        return f"{dtypes}, without autocast"
+    if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
+        return f"{dtypes}, which autocast leaves alone"
+    return None
+
+
+def drops(dropout: object) -> bool:
+    """Whether `dropout` is an nn.Dropout that changes x now."""
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -19,9 +19,8 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from dora_kernels import launch, quant
-from dora_kernels.adapters.peft.layer import AUTOCAST_DTYPES
 from dora_kernels.adapters.peft.linear import TakenOverLinear
-from dora_kernels.adapters.taking import bypass_reason, class_name
+from dora_kernels.adapters.taking import AUTOCAST_DTYPES, bypass_reason, class_name
 from dora_kernels.quant import QuantizedWeight
 
 
