@@ -329,7 +329,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     texts = {path: replaced(path.read_text(), markdown) for path, markdown in contents.items()}
     performance, measured = ROOT / "docs" / "performance.md", load(results, "shared")
-    shared_inputs = shared.section({heading(device, data): data["rows"] for device, data in measured.items()})
+    shared_inputs = shared.section(
+        {
+            f"{heading(device, data)}, threads: {data['meta']['threads']}": data["rows"]
+            for device, data in measured.items()
+        }
+    )
     texts[performance] = replaced(texts[performance], shared_inputs, "shared inputs")
     tables = load(results, "dropout").items()
     tables = [f"{heading(device, data)}:\n\n{dropout.table(data['rows'])}" for device, data in tables]

@@ -14,7 +14,8 @@ pytest.importorskip("peft")
 
 from tests.llama_problem import step, stock_llama  # noqa: E402
 from tests.peft_problem import assert_as_good, enabled, exact_tensors, layers, tensors  # noqa: E402
-from tests.shared_problem import CLOSE, Attention, attention, batch, net_of, pair, products, shared  # noqa: E402, F401
+from tests.quantized_problem import FORMATS  # noqa: E402
+from tests.shared_problem import CLOSE, WIDTHS, Attention, attention, batch, net_of, pair, products, shared  # noqa: E402, F401
 
 # weight and adapters, autocast, whether PEFT makes half-precision adapters float32
 PRECISIONS = {
@@ -58,6 +59,21 @@ class TestTheSameFunction:
             ours = tensors(model, x, dy, autocast=autocast)
         assert_as_good(ours, stock, exact)
         assert len(ours) == 2 + 9
+
+    @pytest.mark.parametrize("format", ("nf4", "int8", "hqq"))
+    def test_a_quantised_base(self, format):
+        def net():
+            net = Attention()
+            for name in WIDTHS:
+                setattr(net, name, FORMATS[format](getattr(net, name), torch.float32))
+            net.is_loaded_in_4bit, net.is_loaded_in_8bit = format == "nf4", format == "int8"
+            return net
+
+        model = enabled(attention(net=net))
+        x, dy = batch()
+        expected = tensors(model, x, dy)
+        with products(1, 1):
+            torch.testing.assert_close(tensors(shared(model), x, dy), expected, **CLOSE)
 
     @pytest.mark.parametrize("way", ("split", "merged"))
     def test_both_ways_and_exactly(self, way):
