@@ -133,10 +133,10 @@ def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Cal
     """compute(), of frozen tensors alone, from the second call on that sees the same ones unchanged; None before.
 
     So a weight that moves at every call (offloaded, gathered) never pays for what would be used once. None, too, where
-    nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses.
+    nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses, while fully_shard manages a module.
     """
     device = tensors[0].device
-    if not store.can_keep(tensors, device):
+    if not store.can_keep(tensors, device) or store.weights_come_and_go():
         return None
     drops = store.drops()
     fingerprint = store.identity_of(tensors, device)
