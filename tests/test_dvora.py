@@ -1,10 +1,12 @@
 """DVoRA as a function and as a module, against its dense definition in float64."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import dora_kernels
 from dora_kernels import DvoraLinear, VeraProjection, dvora, launch, ops, reuse
@@ -452,3 +454,43 @@ def test_the_norm_is_kept_in_eval_mode_and_by_checkpointing(layer, monkeypatch):
 def test_bad_construction(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def selective(function, x, saved=torch.ops.aten.mm.default):
+    """function(x), checkpointed: what matrix products return is saved, everything else computed again."""
+
+    def policy(context, operator, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if operator == saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, x, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.parametrize("calls_before", range(3))
+def test_selective_checkpointing(layer, made, calls_before):
+    """It takes the n-th product for the n-th it saved: no terms may be made in one pass and not in the other."""
+    x = torch.randn(5, 48, device=DEVICE, requires_grad=True)
+    leaves = (x, layer.vera_lambda_d, layer.vera_lambda_b, layer.vera_magnitude_vector)
+    expected = torch.autograd.grad(definition(layer, x).square().sum(), leaves)
+    for _ in range(calls_before):
+        layer(x)
+    before = len(made)
+    actual = torch.autograd.grad(selective(layer, x).square().sum(), leaves)
+    torch.testing.assert_close(actual, expected)
+    assert len(made) == before
+
+
+@pytest.mark.parametrize("use_reentrant", (False, True))
+@pytest.mark.parametrize("moved", (False, True))
+def test_a_backward_pass_makes_no_terms(layer, made, moved, use_reentrant):
+    x = torch.randn(5, 48, device=DEVICE, requires_grad=True)
+    for _ in range(3 * moved):
+        layer(x)
+    y = checkpoint(layer, x, use_reentrant=use_reentrant)
+    before = len(made)
+    with torch.no_grad():
+        layer.vera_lambda_b.add_(0)  # the norm that was kept is another version's
+        if moved:
+            layer.weight.data = layer.weight.data.clone()
+    y.sum().backward()
+    assert len(made) == before and layer.vera_magnitude_vector.grad is not None

@@ -117,7 +117,7 @@ def norm_reusing(
     TorchDispatchMode: selective checkpointing is one, and takes the n-th call of an operator for the n-th it has saved.
     """
     device = tensors[0].device
-    if not store.can_keep(tensors, device) or torch._C._len_torch_dispatch_stack() > 0:
+    if not store.can_keep(tensors, device) or store.in_dispatch_mode():
         return compute()
     drops = store.drops()
     fingerprint = store.fingerprint_of(tensors, settings, device)
@@ -133,17 +133,18 @@ def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Cal
     """compute(), of frozen tensors alone, from the second call on that sees the same ones unchanged; None before.
 
     So a weight that moves at every call (offloaded, gathered) never pays for what would be used once. None, too, where
-    nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses, while fully_shard manages a module.
+    nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses, while fully_shard manages a module;
+    and under a TorchDispatchMode, as for norm_reusing. A backward pass, which recomputes, uses what there is.
     """
     device = tensors[0].device
-    if not store.can_keep(tensors, device) or store.weights_come_and_go():
+    if not store.can_keep(tensors, device) or store.weights_come_and_go() or store.in_dispatch_mode():
         return None
     drops = store.drops()
     fingerprint = store.identity_of(tensors, device)
     kept, value = store.constants.get(layer, (None, None))
     if kept is None or not kept.is_of(tensors, fingerprint):
         kept, value = store.Kept.of(tensors, fingerprint), None
-    elif value is None:
+    elif value is None and not store.in_backward():
         # what inference mode computes cannot be saved for a backward pass
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
