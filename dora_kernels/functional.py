@@ -73,7 +73,7 @@ def dora_linear_core(
     norm_grad: bool = False,
     function: str = "dora_linear",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, norm (N,) and gain (N,): `dora_linear` with what other libraries' layers and reuse.py need beside it.
+    """y, norm (N,) and gain (N,): `dora_linear` with what other libraries' layers and reuse/ need beside it.
 
     x_dropped: dropout(x), of x's shape. The adapter then sees x_dropped, and the base layer x (PEFT's meaning):
         y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * (x_dropped lora_A^T) lora_B^T + bias

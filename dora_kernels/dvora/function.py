@@ -194,9 +194,9 @@ def dvora_linear_reusing(
 ) -> Tensor:
     """dvora_linear for `layer`, with the terms of its norm kept while weight and vera_A stay as they are, if small.
 
-    They are made in the second call that sees the same two, so that a weight that moves at every call never pays for
-    them, and not under torch.compile. In eval mode, and where checkpointing runs the forward pass again, the norm is
-    kept too (see reuse.py).
+    They are made in the first call, so that the same call gives the same bits; not under torch.compile, nor again for a
+    weight that moves (see constant_reusing). In eval mode they are neither made nor used, because there the norm itself
+    is kept, as it is where checkpointing runs the forward pass again (reuse/store.py).
     """
     stored, *storage = parts(weight)
     factors = (vera_A, vera_B, lambda_d, lambda_b)
@@ -205,7 +205,7 @@ def dvora_linear_reusing(
 
     def compute() -> Tensor:
         terms = None
-        if terms_are_small(weight, vera_A):
+        if layer.training and terms_are_small(weight, vera_A):
             frozen = (*stored, vera_A)
             terms = reuse.constant_reusing(layer, frozen, lambda: norm_terms(weight, vera_A))
         return dvora_norm(weight, *factors, terms=terms)

@@ -130,24 +130,29 @@ def norm_reusing(
 
 
 def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[[], Value]) -> Value | None:
-    """compute(), of frozen tensors alone, from the second call on that sees the same ones unchanged; None before.
+    """compute(), of frozen tensors alone, from the first call on and while they stay as they are.
 
-    So a weight that moves at every call (offloaded, gathered) never pays for what would be used once. None, too, where
-    nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses, while fully_shard manages a module;
-    and under a TorchDispatchMode, as for norm_reusing. A backward pass, which recomputes, uses what there is.
+    None where nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses, while fully_shard
+    manages a module; and under a TorchDispatchMode, as for norm_reusing. None, too, in a backward pass that finds other
+    tensors than its forward pass, and from then on where the second call does: such a weight (offloaded, gathered)
+    moves, and would pay at every call for what is used once. `invalidate` begins anew.
     """
     device = tensors[0].device
     if not store.can_keep(tensors, device) or store.weights_come_and_go() or store.in_dispatch_mode():
         return None
     drops = store.drops()
     fingerprint = store.identity_of(tensors, device)
-    kept, value = store.constants.get(layer, (None, None))
-    if kept is None or not kept.is_of(tensors, fingerprint):
-        kept, value = store.Kept.of(tensors, fingerprint), None
-    elif value is None and not store.in_backward():
+    constant = store.constants.get(layer)
+    if constant is not None and (constant.value is None or constant.kept.is_of(tensors, fingerprint)):
+        constant.served = True
+        return constant.value
+    if store.in_backward():
+        return None
+    value = None
+    if constant is None or constant.served:
         # what inference mode computes cannot be saved for a backward pass
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
     if drops == store.drops():
-        store.constants[layer] = kept, value
+        store.constants[layer] = store.Constant(store.Kept.of(tensors, fingerprint), value)
     return value

@@ -21,6 +21,7 @@ pass recomputes had the same weights in its forward pass: that is used again und
 ZeRO-3's weights.
 """
 
+import dataclasses
 import weakref
 from typing import Any, NamedTuple
 
@@ -72,10 +73,18 @@ class Kept(NamedTuple):
         )
 
 
+@dataclasses.dataclass
+class Constant:
+    """What `constant_reusing` made of which tensors, None if it has given up, and whether a second call has used it."""
+
+    kept: Kept
+    value: Any
+    served: bool = False
+
+
 # beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
 by_layer: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
-# what constant_reusing made, None before its second call, and what it was made of
-constants: weakref.WeakKeyDictionary[nn.Module, tuple[Kept, object]] = weakref.WeakKeyDictionary()
+constants: weakref.WeakKeyDictionary[nn.Module, Constant] = weakref.WeakKeyDictionary()
 # the layers inside `frozen_adapters`, each with its scope.Scope
 scopes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _optimizer_steps = 0
