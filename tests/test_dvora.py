@@ -145,6 +145,17 @@ def test_dropout_is_that_of_dora(backend):
     assert not torch.allclose(actual["y"].double(), plain["y"], rtol=0.1)
 
 
+def test_dropout_is_rounded_once():
+    """As the definition, which float32 adapters take to float32, rounds it: a base added to a rounded y would show."""
+    for shape in SHAPES:
+        problem = inputs(*shape, torch.bfloat16, torch.float32, zero_row=False)
+        dropped = nn.functional.dropout(problem["x"], 0.5)
+        yardstick = run(dvora_linear_ref, problem, x_dropped=dropped)["y"]
+        exact = run(dvora_linear_ref, double(problem), x_dropped=dropped.double())["y"]
+        comparison = compare("y", run(dvora_linear, problem, x_dropped=dropped)["y"], yardstick, exact)
+        assert comparison.error < 1.1 * comparison.yardstick < 0.01, (shape, comparison)
+
+
 def test_no_gradient_is_made_for_the_frozen_matrices():
     """Products there are for dx, dlow and dB alone, and none of vera_A's shape (R, K) or weight's (N, K)."""
     problem = inputs(17, 40, 36, 6)

@@ -76,8 +76,8 @@ def dvora_linear(
     low = F.linear(x_adapter.to(dtype), vera_A.to(dtype))
     low = (low * lambda_d).to(dtype)
     base = frozen_product(x_adapter.to(base_dtype), weight)
-    y = rescale(base, low, lambda_b[:, None] * vera_B, gain, 1.0, bias)
-    return y if x_dropped is None else y + (frozen_product(x.to(base_dtype), weight) - base)
+    residual = None if x_dropped is None else frozen_product(x.to(base_dtype), weight)
+    return rescale(base, low, lambda_b[:, None] * vera_B, gain, 1.0, bias, residual=residual)
 
 
 def dvora_linear_ref(
