@@ -11,7 +11,7 @@ from dora_kernels import launch, ops, plan
 from dora_kernels.ops import is_autocast
 from dora_kernels.quant import DENSE, QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
-from dora_kernels.validate import check_adapter, check_call, check_row
+from dora_kernels.validate import check_adapter, check_call, check_norm_grad, check_row
 
 ROWS_SHOWN = 8
 """How many rows an error names."""
@@ -84,12 +84,7 @@ def dora_linear_core(
     """
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
     check_call(function, x, weight, magnitude, bias, x_dropped, norm)
-    if not isinstance(norm_grad, bool):
-        raise ValueError(f"{function}: norm_grad is {norm_grad!r}; expected True or False")
-    if norm is not None and norm_grad:
-        raise ValueError(
-            f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
-        )
+    check_norm_grad(function, norm_grad, norm)
 
     options = launch.current_options()
     exact = options.precision == "exact"
@@ -149,8 +144,7 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, 
     them by an x of weight's dtype. Raises ValueError as dora_linear.
     """
     scaling = check_adapter("weight_norm", weight, lora_A, lora_B, scaling)
-    if not isinstance(norm_grad, bool):
-        raise ValueError(f"weight_norm: norm_grad is {norm_grad!r}; expected True or False")
+    check_norm_grad("weight_norm", norm_grad, None)
     backend = launch.current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
     if norm_grad:

@@ -27,7 +27,7 @@ from dora_kernels import reuse
 from dora_kernels.functional import dora_linear_core, weight_norm
 from dora_kernels.modules import DoraLinear
 from dora_kernels.quant import Weight
-from dora_kernels.validate import check_adapter, check_call
+from dora_kernels.validate import check_adapter, check_call, check_norm_grad
 
 
 def columnwise_dora_linear(
@@ -84,10 +84,7 @@ def rowwise_dora_linear(
     """
     function = "rowwise_dora_linear"
     _check(function, x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, norm)
-    if norm is not None and norm_grad:
-        raise ValueError(
-            f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
-        )
+    check_norm_grad(function, norm_grad, norm)
     lora_B = _sum_gradient(lora_B, group)
     if norm is None:
         norm = _sum_squares(weight_norm(weight, lora_A, lora_B, scaling, norm_grad=norm_grad), group)

@@ -79,6 +79,16 @@ def check_call(
         check_row(function, "norm", norm, weight)
 
 
+def check_norm_grad(function: str, norm_grad: bool, norm: Tensor | None) -> None:
+    """Raise ValueError unless norm_grad is a bool, and False where norm is given."""
+    if not isinstance(norm_grad, bool):
+        raise ValueError(f"{function}: norm_grad is {norm_grad!r}; expected True or False")
+    if norm is not None and norm_grad:
+        raise ValueError(
+            f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
+        )
+
+
 def check_row(function: str, name: str, tensor: Tensor, weight: Weight, called: str = "weight") -> None:
     """Raise ValueError unless `tensor` has one number per output row of weight, which messages call `called`."""
     check_tensor(function, name, tensor, weight, called)

@@ -243,3 +243,14 @@ def test_refusals():
         for message, part in zip(messages, expected, strict=True):
             assert part in message
     assert not distributed.is_initialized()  # in this process, which asks the ranks
+
+
+@pytest.mark.parametrize("function", (parallel.columnwise_dora_linear, parallel.rowwise_dora_linear))
+def test_norm_grad_is_checked_before_anything_is_sent(function):
+    """There is no process group here to send to."""
+    made = problem(torch.float64, False)
+    arguments = (made.x, made.weight, made.lora_A, made.lora_B, made.magnitude, made.scaling)
+    with pytest.raises(ValueError, match=f"^{function.__name__}: norm_grad is 1; expected True or False"):
+        function(*arguments, norm_grad=1)
+    with pytest.raises(ValueError, match="^rowwise_dora_linear: norm_grad is True and norm is given"):
+        parallel.rowwise_dora_linear(*arguments, norm=made.magnitude, norm_grad=True)
