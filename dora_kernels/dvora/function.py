@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.functional import operand_dtypes, weight_norm
+from dora_kernels.functional import check_dtypes, operand_dtypes, weight_norm
 from dora_kernels.ops import is_autocast
 from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.rescale import rescale
-from dora_kernels.validate import check_call, check_tensor
+from dora_kernels.validate import check_call, check_norm_grad, check_tensor
 
 TERMS_SHARE = 0.25
 """The largest part of the weight's bytes that the terms of its norm may take to be kept: memory is why one adapts."""
@@ -249,12 +249,5 @@ def _check(
                 f"vera_A {tuple(vera_A.shape)}; expected {name} {shapes[name]}"
             )
     check_call(function, x, weight, magnitude, bias, x_dropped, norm)
-    if not isinstance(norm_grad, bool):
-        raise ValueError(f"{function}: norm_grad is {norm_grad!r}; expected True or False")
-    if norm is not None and norm_grad:
-        raise ValueError(
-            f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
-        )
-    autocast = is_autocast(x.device.type) or isinstance(weight, QuantizedWeight)
-    if x.dtype != weight.dtype and (not autocast or torch.float64 in (x.dtype, weight.dtype)):
-        raise ValueError(f"{function}: x is {x.dtype} but weight is {weight.dtype}; expected one dtype")
+    check_norm_grad(function, norm_grad, norm)
+    check_dtypes(function, x, weight)

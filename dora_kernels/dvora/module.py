@@ -172,7 +172,7 @@ class DvoraLinear(MergeableLinear):
         )
 
     def train(self, mode: bool = True) -> "DvoraLinear":
-        """As nn.Module.train; in eval mode the norm is computed once and kept (see reuse/store.py)."""
+        """As nn.Module.train; in eval mode the norm is computed once and kept (see reuse/)."""
         reuse.forget(self)
         return super().train(mode)
 
