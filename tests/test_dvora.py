@@ -253,6 +253,27 @@ def definition(layer, x):
     return dvora_linear_ref(x, layer.weight, *layer._vera(), layer.vera_magnitude_vector, layer.bias)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    (
+        ({"d_initial": "a"}, "d_initial is 'a'; expected a finite Python number"),
+        ({"d_initial": float("inf")}, "d_initial is inf; expected a finite Python number"),
+        ({"d_initial": None}, "d_initial is None; expected a finite Python number"),
+        ({"dropout": "a"}, r"dropout is 'a'; expected a probability in \[0, 1\)"),
+        ({"dropout": 1}, r"dropout is 1; expected a probability in \[0, 1\)"),
+        ({"dropout": float("nan")}, r"dropout is nan; expected a probability in \[0, 1\)"),
+    ),
+    ids=str,
+)
+def test_bad_numbers(arguments, message):
+    linear, projection = nn.Linear(4, 4, device=DEVICE), VeraProjection(4, 4, 2, device=DEVICE)
+    with pytest.raises(ValueError, match=f"DvoraLinear: {message}"):
+        DvoraLinear(4, 4, projection, **arguments)
+    with pytest.raises(ValueError, match=f"DvoraLinear.from_linear: {message}"):
+        DvoraLinear.from_linear(linear, projection, **arguments)
+    assert linear.weight.requires_grad
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_a_fresh_layer_is_its_linear(dtype):
     linear = nn.Linear(24, 20, dtype=dtype, device=DEVICE)
