@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import quant, reuse
 from dora_kernels.adapters.peft.adapter import DROPOUTS
+from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack
 from dora_kernels.adapters.taking import TakenOver, bypass_reason, class_name, forward_is_the_class_s, take_over
 from dora_kernels.dvora import dvora_linear_reusing, dvora_norm, dvora_update
 from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
@@ -109,7 +110,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
             super().merge(safe_merge, adapter_names)
         else:
             weight, _ = _read_base(self)
-            _refuse_wrong_decoding("merge", weight)
+            refuse_wrong_decoding("merge", weight)
             merged, norm, gain = merge_weight_and_norm(weight, *self._factors("merge", names), 1.0)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merge: the merged weight of adapter {name!r} is not finite; expected no NaN or inf")
@@ -175,8 +176,7 @@ def _read_base(layer: VeraLinear) -> tuple[Weight, Tensor | None]:
     if reason is not None:
         raise ValueError(f"DvoraVeraLinear: {reason}; expected a base layer whose weight may be read")
     if quant.is_quantized(base):
-        if quant.is_packed_for_cpu(base.weight):
-            quant.unpack_for_cpu(base.weight)
+        unpack(base)
         return quant.read(base), base.bias
     return base.weight.T if layer.fan_in_fan_out else base.weight, base.bias
 
@@ -200,10 +200,3 @@ def _reason_against(layer: VeraLayer, adapter: str) -> str | None:
     if type(dropout) not in DROPOUTS:
         return f"dropout is a {class_name(dropout)}"
     return bypass_reason("base_layer", base)
-
-
-def _refuse_wrong_decoding(function: str, weight: Weight) -> None:
-    if isinstance(weight, quant.QuantizedWeight) and quant.is_decoded_wrongly(weight):
-        raise ValueError(
-            f"{function}: bitsandbytes decodes this weight wrongly on this CPU; expected another blocksize"
-        )
