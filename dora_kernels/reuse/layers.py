@@ -4,16 +4,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import launch, ops
-from dora_kernels.functional import check_dtypes, dora_linear_core, operand_dtypes, weight_norm
-from dora_kernels.quant import Weight, frozen_product, parts
-from dora_kernels.reference import gain_ref
-from dora_kernels.rescale import rescale
+from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
+from dora_kernels.quant import Weight, parts
+from dora_kernels.rescale import dora_linear_lora_dropout
 from dora_kernels.reuse import store
-from dora_kernels.validate import check_adapter, check_call
+from dora_kernels.validate import check_adapter
 
 Value = TypeVar("Value")
 
@@ -75,21 +73,17 @@ def _with_lora_dropout(
     x_dropped: Tensor,
     function: str,
 ) -> Tensor:
-    """One product with the base weight where dora_linear_core under dropout needs two."""
+    """`dora_linear_lora_dropout` with the norm of the layer's last call where that is safe."""
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
-    check_call(function, x, weight, magnitude, bias, x_dropped, None)
-    check_dtypes(function, x, weight)
-    base_dtype, dtype = operand_dtypes(x, lora_A)
     stored, *storage = parts(weight)
     norm = norm_reusing(
         layer,
         (*stored, lora_A, lora_B),
-        (scaling, storage, dtype),
+        (scaling, storage, operand_dtypes(x, lora_A)[1]),
         lambda: weight_norm(weight, lora_A, lora_B, scaling),
     )
-    base = frozen_product(x.to(base_dtype), weight)
-    low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
-    return rescale(base, low, lora_B, gain_ref(magnitude, norm), scaling, bias)
+    arguments = (x, x_dropped, weight, lora_A, lora_B, magnitude, scaling, bias)
+    return dora_linear_lora_dropout(*arguments, norm, function=function)
 
 
 @torch.no_grad()
