@@ -49,7 +49,7 @@ def model_of(method: str, base: nn.Module, preset: demo.Preset, seed: int) -> nn
     )
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # as in demo.fine_tune
+        warnings.simplefilter("ignore", FutureWarning)  # as in demo.runs.fine_tune
         model = peft.get_peft_model(model, config)
     if method == "DoRA":
         report = adapters.enable(model)
@@ -72,7 +72,7 @@ def run(
     at = [steps * (number + 1) // checkpoints for number in range(checkpoints)]
     saved, losses = [], {}
     for method, rate in RATES.items():
-        tuning = demo.Run(method, model_of(method, base, preset, seed), rate, torch.float32, at[0])
+        tuning = demo.Run(method, model_of(method, base, preset, seed), rate, demo.Settings(device="cpu", steps=steps))
         bar = progress.add_task(method, total=steps, status="")
         for step, ids in enumerate(batches, 1):
             progress.update(bar, advance=1, status=f"loss {tuning.step(ids):.3f}")

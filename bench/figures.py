@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import scaling
+from bench import dropout, scaling, shared
 from bench.machine import ROOT
 from dora_kernels import analysis, plan
 from dora_kernels.testing import geometric_mean
@@ -305,12 +305,13 @@ def error_tables(results: Path) -> str:
     return "\n\n".join(tables) or NOTHING
 
 
-def replaced(text: str, markdown: str) -> str:
-    """`text` with `markdown` between the markers; ValueError where they are not there once each, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"figures: the text has not one {BEGIN} before one {END}; expected both")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{markdown}\n{END}{rest.split(END)[1]}"
+def replaced(text: str, markdown: str, name: str = "figures") -> str:
+    """`text` with `markdown` between the markers `name`; ValueError where they are not there once each, in order."""
+    begin, end = BEGIN.replace("figures", name), END.replace("figures", name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"figures: the text has not one {begin} before one {end}; expected both")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{markdown}\n{end}{rest.split(end)[1]}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -327,6 +328,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ROOT / "docs" / "scaling.md": scaling.section(),
     }
     texts = {path: replaced(path.read_text(), markdown) for path, markdown in contents.items()}
+    performance, measured = ROOT / "docs" / "performance.md", load(results, "shared")
+    shared_inputs = shared.section({heading(device, data): data["rows"] for device, data in measured.items()})
+    texts[performance] = replaced(texts[performance], shared_inputs, "shared inputs")
+    tables = load(results, "dropout").items()
+    tables = [f"{heading(device, data)}:\n\n{dropout.table(data['rows'])}" for device, data in tables]
+    texts[performance] = replaced(texts[performance], "\n\n".join(tables) or NOTHING, "dropout")
     texts[folder / "layer.md"] = layer_page(results)
     if arguments.check:
         return int(any(not path.exists() or text != path.read_text() for path, text in texts.items()))

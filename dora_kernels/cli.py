@@ -85,7 +85,7 @@ def _add_demo(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     try:
-        from dora_kernels import demo, demo_dvora
+        from dora_kernels import demo
     except ModuleNotFoundError as error:
         print(f"demo: {error}; expected the demo extra: pip install 'dora-kernels[demo]'", file=sys.stderr)
         return 2
@@ -95,7 +95,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    return demo_dvora.run(settings) if settings.method == "dvora" else demo.run(settings)
+    return demo.run(settings)
 
 
 def _add_check(commands: Any) -> None:

@@ -70,6 +70,7 @@ def dora_linear_core(
     norm: Tensor | None = None,
     gain: Tensor | None = None,
     merged: Tensor | None = None,
+    low: Tensor | None = None,
     norm_grad: bool = False,
     function: str = "dora_linear",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,6 +81,8 @@ def dora_linear_core(
     norm (N,): used in place of the row norms; a constant, so norm_grad cannot be asked for with it.
     gain (N,): magnitude / norm, given with norm or not at all.
     merged (N, K): merge_weight's, in x's dtype; the backward pass takes it where otherwise it would make it.
+    low (M, R): x lora_A^T in the dtype of the low-rank product, made elsewhere (sharing.py): lora_A has its gradient
+    through low alone, x all of its own from this call. Not with x_dropped or norm_grad.
     function: the name that error messages give.
     """
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
@@ -90,8 +93,10 @@ def dora_linear_core(
     exact = options.precision == "exact"
     base_dtype, dtype = operand_dtypes(x, lora_A)
     check_dtypes(function, x, weight)
+    if low is not None:
+        _check_low(function, low, x, lora_A, dtype, alone=x_dropped is None and not norm_grad)
     grad = torch.is_grad_enabled()
-    needs_A, needs_B = grad and lora_A.requires_grad, grad and lora_B.requires_grad
+    needs_A, needs_B = grad and lora_A.requires_grad and low is None, grad and lora_B.requires_grad
     needs_dot = (grad and magnitude.requires_grad) or (norm_grad and (needs_A or needs_B))
     keep = ""
     if needs_dot:
@@ -106,11 +111,23 @@ def dora_linear_core(
     settings = _Settings(
         scaling, base_dtype, dtype, options.way, keep, keep_low, exact, norm_grad, dropped, options.backend, *storage
     )
-    arguments = (x, x_dropped, lora_A, lora_B, magnitude, bias, norm, gain, merged, settings, *tensors)
+    arguments = (x, x_dropped, lora_A, lora_B, magnitude, bias, norm, gain, merged, low, settings, *tensors)
     y, new_norm, new_gain = _DoraLinear.apply(*arguments) if grad else _DoraLinear.forward(None, *arguments)
     # outside the Function: autograd refuses to modify in place a view that a Function has returned
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y, new_norm if norm is None else norm, new_gain if gain is None else gain
+
+
+def _check_low(function: str, low: Tensor, x: Tensor, lora_A: Tensor, dtype: torch.dtype, alone: bool) -> None:
+    """Raise ValueError unless `low` can stand for x lora_A^T."""
+    expected = (math.prod(x.shape[:-1]), lora_A.shape[0])
+    if low.shape != expected or low.dtype != dtype or low.device != x.device:
+        raise ValueError(
+            f"{function}: low is {low.dtype} {tuple(low.shape)} on {low.device}; "
+            f"expected {dtype} {expected} on {x.device}"
+        )
+    if not alone:
+        raise ValueError(f"{function}: low is given with x_dropped or norm_grad; expected neither")
 
 
 def check_dtypes(function: str, x: Tensor, weight: Weight) -> None:
@@ -274,6 +291,7 @@ class _DoraLinear(torch.autograd.Function):
         norm: Tensor | None,
         gain: Tensor | None,
         merged: Tensor | None,
+        given_low: Tensor | None,
         settings: _Settings,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,22 +318,24 @@ class _DoraLinear(torch.autograd.Function):
             settings.keep_low,
             settings.exact,
             settings.backend,
+            **({} if given_low is None else {"given_low": given_low}),
         )
         if ctx is not None:
             adapter_rows = x_rows if dropped_rows is None else dropped_rows
             ctx.save_for_backward(
-                adapter_rows if lora_A.requires_grad else None,
+                adapter_rows if lora_A.requires_grad and given_low is None else None,
                 lora_A,
                 lora_B,
                 new_norm if norm is None else norm,
                 new_gain if gain is None else gain,
-                low if settings.keep_low else None,
+                (low if given_low is None else given_low) if settings.keep_low else None,
                 kept if settings.keep else None,
                 merged if x.requires_grad else None,
                 *tensors,
             )
             ctx.mark_non_differentiable(new_norm, new_gain)
             ctx.settings = settings
+            ctx.low_given = given_low is not None
             ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
             ctx.dropped_dtype = x.dtype if x_dropped is None else x_dropped.dtype
             ctx.magnitude_dtype = magnitude.dtype
@@ -329,8 +349,10 @@ class _DoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, lora_A, lora_B, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
         settings = ctx.settings
-        needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, *constants = ctx.needs_input_grad
-        needs = [needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias]
+        needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, *others = ctx.needs_input_grad
+        _norm, _gain, _merged, needs_low, *constants = others
+        needs_A = needs_A and not ctx.low_given
+        needs = [needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, needs_low]
         gradients = ops.backward(
             dy,
             x,
@@ -353,11 +375,11 @@ class _DoraLinear(torch.autograd.Function):
             ctx.bias_dtype,
             settings.backend,
         )
-        dx, dx_dropped, dA, dB, dmagnitude, dbias = (
+        dx, dx_dropped, dA, dB, dmagnitude, dbias, dlow = (
             gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
         )
         if dx is not None:
             dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
         if dx_dropped is not None:
             dx_dropped = dx_dropped.view(ctx.x_shape).to(ctx.dropped_dtype)
-        return dx, dx_dropped, dA, dB, dmagnitude, dbias, *(None for _ in constants)
+        return dx, dx_dropped, dA, dB, dmagnitude, dbias, None, None, None, dlow, *(None for _ in constants)

@@ -56,11 +56,27 @@ _current = _default
 # what each open `options` block asked for, in the order in which they were entered
 _asked: list[dict[str, str]] = []
 _asking = threading.Lock()
+_own = threading.local()
 
 
 def current_options() -> Options:
-    """The options in force."""
-    return _current
+    """The options in force: this thread's own, where it has any, else the process'."""
+    return _current if torch.compiler.is_compiling() else getattr(_own, "options", _current)
+
+
+@contextlib.contextmanager
+def own_options(**named: str) -> Iterator[None]:
+    """Inside a `with` block, options of this thread alone; torch.compile does not see them.
+
+    For what enable() computes while other threads may be in forward passes of their own.
+    """
+    before = vars(_own).copy()
+    _own.options = replace(current_options(), **named)
+    try:
+        yield
+    finally:
+        vars(_own).clear()
+        vars(_own).update(before)
 
 
 @contextlib.contextmanager

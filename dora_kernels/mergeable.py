@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels.functional import merge_weight_and_norm, unmerge_weight
+from dora_kernels.functional import merge_weight, merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import Weight, is_quantized, read
+from dora_kernels.reference import gain_ref
 from dora_kernels.validate import FLOATING
 
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
@@ -28,6 +29,10 @@ class MergeableLinear(nn.Module):
         """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling of the adapter."""
         raise NotImplementedError
 
+    def adapter_operands(self) -> tuple[Any, ...] | None:
+        """reuse.Operands for the one launch of `frozen_adapters`; None where the layer makes its own norm."""
+        return None
+
     def base(self) -> tuple[Weight, Tensor | None]:
         """The weight and the bias beneath the adapter; a quantised one is read anew: its library may have moved it."""
         if self.base_layer is None:
@@ -38,6 +43,23 @@ class MergeableLinear(nn.Module):
     def merged(self) -> bool:
         """True between merge() and unmerge()."""
         return self._merged_with is not None
+
+    @torch.no_grad()
+    def norm_and_gain(self) -> tuple[Tensor, Tensor]:
+        """norm and gain (N,) of the adapter, constants; while merged, those with which it was."""
+        if self.merged:
+            norm, gain = (row.to(self.weight.device) for row in self._merged_with)
+            return norm, gain
+        lora_A, lora_B, magnitude, scaling = self.factors()
+        norm = weight_norm(self.base()[0], lora_A, lora_B, scaling)
+        return norm, gain_ref(magnitude, norm)
+
+    @torch.no_grad()
+    def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias of the frozen layer that computes what this one does in eval mode."""
+        weight, bias = self.base()
+        merged = self.weight if self.merged else merge_weight(weight, *self.factors())
+        return merged.detach(), None if bias is None else bias.detach()
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False) -> None:

@@ -9,10 +9,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.functional import weight_norm
 from dora_kernels.mergeable import DTYPE_NAMES, MergeableLinear, read_linear
-from dora_kernels.validate import FLOATING, check_number, check_probability
-
-DROPOUTS = ("adapter", "lora")
-"""What dropout may fall on."""
+from dora_kernels.validate import DROPOUTS, FLOATING, check_number, check_probability
 
 
 class DoraLinear(MergeableLinear):
@@ -137,7 +134,7 @@ class DoraLinear(MergeableLinear):
         return None if self.merged else reuse.Operands(self.base()[0], *adapter, self.scaling)
 
     def train(self, mode: bool = True) -> "DoraLinear":
-        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
+        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse/)."""
         reuse.mode_set(self, mode)
         return super().train(mode)
 

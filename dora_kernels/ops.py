@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dora_kernels import launch, passes
 from dora_kernels.quant import QuantizedWeight, Weight, whole
-from dora_kernels.reference import REFERENCE, Steps, accumulate_dtype
+from dora_kernels.reference import REFERENCE, Needs, Steps, accumulate_dtype
 
 # (operator, backend) -> how often it ran in this process; tests and the demo read it to know what really ran
 calls: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -141,7 +141,8 @@ def _merge_fake(weight, weight_format, weight_numbers, weight_dtype, lora_A, lor
 _library.define(
     "forward(Tensor x, Tensor? x_dropped, Tensor[] weight, str weight_format, int[] weight_numbers, "
     "ScalarType weight_dtype, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor? norm, "
-    "Tensor? gain, float scaling, ScalarType dtype, str way, str keep, bool keep_low, bool exact, str backend)"
+    "Tensor? gain, float scaling, ScalarType dtype, str way, str keep, bool keep_low, bool exact, str backend, *, "
+    "Tensor? given_low=None)"
     " -> (Tensor y, Tensor norm, Tensor gain, Tensor low, Tensor kept)"
 )
 
@@ -157,11 +158,12 @@ def _forward(
     lora_A: Tensor,
     lora_B: Tensor,
     *arguments: Any,
+    given_low: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """passes.forward; the schema above names the arguments."""
     *arguments, backend = arguments
     weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    arguments = (x, x_dropped, weight, lora_A, lora_B, *arguments)
+    arguments = (x, x_dropped, weight, lora_A, lora_B, *arguments, given_low)
     steps = _steps("forward", backend, *arguments)
     with _settled(x):
         return _or_empty(x, *passes.forward(steps, *arguments))
@@ -169,7 +171,17 @@ def _forward(
 
 @torch.library.register_fake("dora_kernels::forward", lib=_library)
 def _forward_fake(
-    x, x_dropped, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, magnitude, *arguments
+    x,
+    x_dropped,
+    weight,
+    weight_format,
+    weight_numbers,
+    weight_dtype,
+    lora_A,
+    lora_B,
+    magnitude,
+    *arguments,
+    given_low=None,
 ):
     _bias, norm, gain, _scaling, dtype, _way, keep, keep_low, exact, _backend = arguments
     M, (N, R) = x.shape[0], lora_B.shape
@@ -177,7 +189,7 @@ def _forward_fake(
     accumulate = accumulate_dtype(x.dtype)
     new_norm = magnitude.new_empty((N,), dtype=accumulate) if norm is None else x.new_empty(0)
     new_gain = magnitude.new_empty((N,), dtype=accumulate) if gain is None else x.new_empty(0)
-    low = x.new_empty((M, R), dtype=dtype) if keep_low else x.new_empty(0)
+    low = x.new_empty((M, R), dtype=dtype) if keep_low and given_low is None else x.new_empty(0)
     kept_dtype = accumulate_dtype(x.dtype) if exact else x.dtype
     kept = x.new_empty((M, N), dtype=kept_dtype) if keep else x.new_empty(0)
     return y, new_norm, new_gain, low, kept
@@ -188,7 +200,7 @@ _library.define(
     "ScalarType weight_dtype, Tensor lora_A, Tensor lora_B, Tensor norm, Tensor gain, Tensor? low, Tensor? kept, "
     "Tensor? merged, float scaling, ScalarType dtype, str way, str keep, bool dropped, bool norm_grad, bool[] needs, "
     "ScalarType magnitude_dtype, ScalarType bias_dtype, str backend)"
-    " -> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias)"
+    " -> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias, Tensor dlow)"
 )
 
 
@@ -215,10 +227,11 @@ def _backward(
 
 @torch.library.register_fake("dora_kernels::backward", lib=_library)
 def _backward_fake(dy, x, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, *arguments):
-    *_, needs, magnitude_dtype, bias_dtype, _backend = arguments
+    *_, dtype, _way, _keep, _dropped, _norm_grad, needs, magnitude_dtype, bias_dtype, _backend = arguments
     M, N, (R, K) = dy.shape[0], lora_B.shape[0], lora_A.shape
-    shapes = ((M, K), (M, K), (R, K), (N, R), (N,), (N,))
-    dtypes = (dy.dtype, dy.dtype, lora_A.dtype, lora_B.dtype, magnitude_dtype, bias_dtype)
+    shapes = ((M, K), (M, K), (R, K), (N, R), (N,), (N,), (M, R))
+    dtypes = (dy.dtype, dy.dtype, lora_A.dtype, lora_B.dtype, magnitude_dtype, bias_dtype, dtype)
+    needs = Needs(*needs)
     return tuple(
         dy.new_empty(shape, dtype=dtype) if needed else dy.new_empty(0)
         for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
@@ -374,6 +387,38 @@ def _bank_epilogue_fake(base, low, lora_B, gain, scaling, bias, index, backend):
     return base.new_empty(base.shape)
 
 
+_library.define("shared_low(Tensor x, Tensor[] lora_As, ScalarType dtype, str backend) -> Tensor")
+
+
+@torch.library.impl(_library, "shared_low", "CompositeExplicitAutograd")
+def _shared_low(x: Tensor, lora_As: list[Tensor], dtype: torch.dtype, backend: str) -> Tensor:
+    """passes.shared_low."""
+    steps = _steps("shared_low", backend, x, *lora_As)
+    with _settled(x):
+        return passes.shared_low(steps, x, lora_As, dtype)
+
+
+@torch.library.register_fake("dora_kernels::shared_low", lib=_library)
+def _shared_low_fake(x, lora_As, dtype, backend):
+    return x.new_empty((x.shape[0], sum(lora_A.shape[0] for lora_A in lora_As)), dtype=dtype)
+
+
+_library.define("shared_low_backward(Tensor x, Tensor[] dlows, ScalarType dtype, str backend) -> Tensor[]")
+
+
+@torch.library.impl(_library, "shared_low_backward", "CompositeExplicitAutograd")
+def _shared_low_backward(x: Tensor, dlows: list[Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
+    """passes.shared_low_backward."""
+    steps = _steps("shared_low_backward", backend, x, *dlows)
+    with _settled(x):
+        return passes.shared_low_backward(steps, x, dlows, dtype)
+
+
+@torch.library.register_fake("dora_kernels::shared_low_backward", lib=_library)
+def _shared_low_backward_fake(x, dlows, dtype, backend):
+    return [x.new_empty((dlow.shape[1], x.shape[1]), dtype=dtype) for dlow in dlows]
+
+
 OPERATORS = (
     "norm",
     "grouped_norm",
@@ -384,6 +429,8 @@ OPERATORS = (
     "rescale",
     "rescale_backward",
     "bank_epilogue",
+    "shared_low",
+    "shared_low_backward",
 )
 
 # what is called: the one overload of each operator, looked up once
@@ -396,3 +443,5 @@ rescale = torch.ops.dora_kernels.rescale.default
 rescale_backward = torch.ops.dora_kernels.rescale_backward.default
 bank_epilogue = torch.ops.dora_kernels.bank_epilogue.default
 grouped_norm = torch.ops.dora_kernels.grouped_norm.default
+shared_low = torch.ops.dora_kernels.shared_low.default
+shared_low_backward = torch.ops.dora_kernels.shared_low_backward.default

@@ -13,7 +13,7 @@ has whole come out whole, and the same on every rank.
 imported with the package: `from dora_kernels import parallel`.
 """
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -180,7 +180,7 @@ class ParallelDoraLinear(DoraLinear):
     clip_grad_norm_ and optimizers see the whole. x and y are plain tensors: column-wise x (..., K) -> (..., n),
     row-wise x (..., k) -> (..., N). in_features and out_features are the whole layer's.
 
-    Every call computes the norm, in eval mode too: a write to a DTensor leaves no trace in its local part (reuse.py).
+    Every call computes the norm, in eval mode too: a write to a DTensor leaves no trace in its local part (reuse/).
 
     With dropout, a row-wise layer must draw another mask on every rank, a column-wise one the same: torch's generator
     has to be seeded so, as for ColwiseParallel and RowwiseParallel.
@@ -200,7 +200,7 @@ class ParallelDoraLinear(DoraLinear):
         """Raises ValueError: a split layer cannot."""
         self._refuse("reset_adapter")
 
-    def merge(self) -> None:
+    def merge(self, safe_merge: bool = False) -> None:
         """Raises ValueError: a split layer cannot."""
         self._refuse("merge")
 
@@ -208,7 +208,15 @@ class ParallelDoraLinear(DoraLinear):
         """Raises ValueError: a split layer cannot."""
         self._refuse("unmerge")
 
-    def _refuse(self, function: str) -> None:
+    def norm_and_gain(self) -> tuple[Tensor, Tensor]:
+        """Raises ValueError: a split layer cannot."""
+        self._refuse("norm_and_gain")
+
+    def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """Raises ValueError: a split layer cannot."""
+        self._refuse("merged_weight_and_bias")
+
+    def _refuse(self, function: str) -> NoReturn:
         raise ValueError(f"DoraLinear.{function}: the layer is split {self._split}-wise; expected a whole one")
 
     def extra_repr(self) -> str:
@@ -226,7 +234,8 @@ def shard_dora_linear(layer: DoraLinear, mesh: DeviceMesh, split: str) -> DoraLi
     """Split `layer` over a mesh of one dimension, "column"-wise or "row"-wise, in place; returns it.
 
     The values are those of the mesh's first rank. Raises ValueError unless layer is a DoraLinear over a dense weight,
-    not merged, not split yet, and with at least a row or column for each rank; nothing is changed then.
+    with dropout_on="adapter", not merged, not split yet, and with at least a row or column for each rank; nothing is
+    changed then.
     """
     if type(layer) is not DoraLinear:
         raise ValueError(f"shard_dora_linear: layer is a {type(layer).__name__}; expected a DoraLinear")
@@ -239,6 +248,8 @@ def shard_dora_linear(layer: DoraLinear, mesh: DeviceMesh, split: str) -> DoraLi
     if layer.base_layer is not None or layer.merged:
         found = "is merged" if layer.merged else f"is over a {type(layer.base_layer).__name__}"
         raise ValueError(f"shard_dora_linear: layer {found}; expected a dense weight, not merged")
+    if layer.dropout_on != "adapter":
+        raise ValueError(f"shard_dora_linear: dropout_on is {layer.dropout_on!r}; expected 'adapter'")
     size = layer.out_features if split == "column" else layer.in_features
     if size < mesh.size():
         features = "out_features" if split == "column" else "in_features"

@@ -39,8 +39,9 @@ def forward(
     keep: str,
     keep_low: bool,
     exact: bool,
+    given_low: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """y (M, N), norm (N,) and gain (N,) unless given, low (M, R) if keep_low, and what dmagnitude will need.
+    """y (M, N), norm (N,), gain (N,) and low (M, R) unless given, low if keep_low, and what dmagnitude will need.
 
     x (M, K) and a dense weight (N, K) in the dtype of the base GEMM, to which a quantised one is decoded; `dtype` is
     that of the low-rank operands and of x_dropped.
@@ -55,13 +56,16 @@ def forward(
     must_split, wide = exact or x_dropped is not None, dtype != x.dtype
     way = plan.forward_way(way, keep, norm_given, shape, _device_model(x), must_split=must_split, wide=wide)
     adapter_input = x if x_dropped is None else x_dropped
-    low = steps.project(adapter_input, lora_A) if way == "split" or keep_low else None
+    low = given_low
+    if low is None and (way == "split" or keep_low):
+        low = steps.project(adapter_input, lora_A)
+    new_low = low if keep_low and given_low is None else None
     norm = gain = None
     if norm_given:
         gain = gain_ref(magnitude, given_norm) if given_gain is None else given_gain
     if way == "merged":
         y, norm, gain, z = steps.merged_forward(x, weight, lora_A, lora_B, magnitude, bias, gain, scaling, keep == "z")
-        return y, norm, None if given_gain is not None else gain, low, z
+        return y, norm, None if given_gain is not None else gain, new_low, z
 
     if not norm_given:
         norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
@@ -73,7 +77,7 @@ def forward(
     residual = None if x_dropped is None else base_product(x, dense, exact)
     del dense
     y = steps.epilogue(base, low_term, lora_B, gain, bias, scaling, x.dtype, residual)
-    return y, norm, None if given_gain is not None else gain, low if keep_low else None, base if keep else None
+    return y, norm, None if given_gain is not None else gain, new_low, base if keep else None
 
 
 def backward(
@@ -98,13 +102,14 @@ def backward(
     magnitude_dtype: torch.dtype,
     bias_dtype: torch.dtype,
 ) -> tuple[Tensor | None, ...]:
-    """dx, dx_dropped (M, K), dA (R, K), dB (N, R), dmagnitude (N,), dbias (N,); None where not needed.
+    """dx, dx_dropped (M, K), dA (R, K), dB (N, R), dmagnitude (N,), dbias (N,), dlow (M, R); None where not needed.
 
     x is what the adapter saw (x_dropped under dropout); low and kept are what `forward` kept; merged is the merged
     weight (N, K) in dy's dtype, if there is one already.
         dB = scaling * gain * dy^T low        dA = scaling * P^T x,  P = dy @ (gain * lora_B)
         dmagnitude = sum_m dy * (base + scaling * low @ lora_B^T) / norm        dbias = sum_m dy
         dx = dy @ (gain * (weight + scaling * lora_B @ lora_A)), through that matrix or through dz = gain * dy
+        dlow = scaling * P
     """
     needs = Needs(*needs)
     accumulate = gain.dtype
@@ -117,7 +122,7 @@ def backward(
     def grad_dtype(dtype: torch.dtype) -> torch.dtype:
         return accumulate if through_norm else dtype
 
-    dx = dx_dropped = dA = dB = dmagnitude = dbias = dz = None
+    dx = dx_dropped = dA = dB = dmagnitude = dbias = dlow = dz = None
     if needs.lora_B:
         dB = gain.new_empty(lora_B.shape, dtype=grad_dtype(B_dtype))
     if needs.magnitude or through_norm:
@@ -143,7 +148,9 @@ def backward(
             dbias=dbias,
             scaled=dz,
         )
-    if needs.lora_A or dx_way == "dz":
+    if needs.low:
+        dlow = steps.project(dy, lora_B.T, scale=gain * scaling)
+    elif needs.lora_A or dx_way == "dz":
         projected = steps.project(dy, lora_B.T, scale=gain)
     if needs.lora_A:
         dA = steps.outer_product(projected, x, scaling, grad_dtype(A_dtype))
@@ -156,7 +163,8 @@ def backward(
 
     if dx_way == "dz":
         dx = dz @ steps.dense(weight, dz.dtype)
-        add_product(dx, projected.to(dz.dtype), lora_A.to(dz.dtype), scaling)
+        low_part, factor = (projected, scaling) if dlow is None else (dlow, 1.0)
+        add_product(dx, low_part.to(dz.dtype), lora_A.to(dz.dtype), factor)
     elif dx_way == "merged":
         if merged is None:
             merged = steps.merge(weight, lora_A, lora_B, gain, scaling, out_dtype=dy.dtype)
@@ -166,7 +174,19 @@ def backward(
     if needs.x_dropped:
         difference = steps.merge(weight, lora_A, lora_B, gain, scaling, subtract_weight=True, out_dtype=dy.dtype)
         dx_dropped = dy @ difference
-    return dx, dx_dropped, dA, dB, dmagnitude, dbias
+    return dx, dx_dropped, dA, dB, dmagnitude, dbias, dlow
+
+
+def shared_low(steps: Steps, x: Tensor, lora_As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """x (M, K) @ [lora_A; ...] (R + ..., K).T -> (M, R + ...) in dtype: low of several layers, side by side."""
+    return steps.project(x, torch.cat([lora_A.to(dtype) for lora_A in lora_As]))
+
+
+def shared_low_backward(steps: Steps, x: Tensor, dlows: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """dA (R, K) in dtype of each dlow (M, R): dlow^T x, one product for all."""
+    ranks = [dlow.shape[1] for dlow in dlows]
+    # gradients of different parameters: memory of their own
+    return [dA.clone() for dA in steps.outer_product(torch.cat(list(dlows), 1), x, 1.0, dtype).split(ranks)]
 
 
 def _add_norm_gradient(

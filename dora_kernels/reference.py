@@ -67,6 +67,8 @@ class Needs(NamedTuple):
     lora_B: bool
     magnitude: bool
     bias: bool
+    low: bool = False
+    """Where the forward pass was given low: dA falls out of dlow, elsewhere."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,71 +16,75 @@ from torch import Tensor, nn
 
 from dora_kernels import launch, ops
 from dora_kernels.adapters.taking import TakenOver, frozen_like
-from dora_kernels.functional import merge_weight, operand_dtypes, weight_norm
+from dora_kernels.functional import operand_dtypes, weight_norm
 from dora_kernels.mergeable import MergeableLinear
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.validate import check_adapter, check_call, check_row
 
 
+@torch.no_grad()
 def norms_and_gains(model: nn.Module, *, progress: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
     """norm (N,) and gain (N,) of every DoRA layer of `model`, by its name; constants.
 
-    progress: show a bar (needs rich). Raises ValueError where a layer has not just one adapter, or the model none.
+    progress: show a bar (needs rich). Raises ValueError where a layer has not just one adapter, is split over ranks, or
+    the model has none.
     """
-    return {name: _norm_and_gain(layer) for name, layer in _tracked("norms_and_gains", model, progress)}
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for names, layer in _tracked("norms_and_gains", model, progress):
+        found |= dict.fromkeys(names, layer.norm_and_gain())
+    return found
 
 
 def merge_model(model: nn.Module, *, progress: bool = False) -> dict[str, str]:
     """Replace every DoRA layer of `model` by the frozen layer with its merged weight, in place; nothing can be undone.
 
-    Each layer is merged and let go before the next, so that one weight more than the model is in memory. Returns what
-    was left as it is: the name of a layer, and why no frozen layer can stand in its place.
+    Each layer is merged and let go before the next, so that one weight more than the model is in memory. A layer under
+    several names stays one. Returns what was left as it is: the name of a layer, and why no frozen layer can stand in
+    its place.
 
     progress: show a bar (needs rich). Raises ValueError where the model has no layer to merge, or is one itself.
     """
     if isinstance(model, (TakenOver, MergeableLinear)):
         raise ValueError(f"merge_model: model is a {type(model).__name__} itself; expected the model that holds it")
     left: dict[str, str] = {}
-    for name, layer in _tracked("merge_model", model, progress):
+    for names, layer in _tracked("merge_model", model, progress):
         try:
             frozen = _frozen(layer)
         except ValueError as error:
-            left[name] = str(error)
+            left |= dict.fromkeys(names, str(error))
             continue
-        model.set_submodule(name, frozen.train(layer.training))
+        frozen.train(layer.training)
+        for name in names:
+            model.set_submodule(name, frozen)
     return left
 
 
-def _tracked(function: str, model: nn.Module, progress: bool) -> Iterable[tuple[str, nn.Module]]:
-    """(name, layer) of the DoRA layers that we compute, with a bar or without."""
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (TakenOver, MergeableLinear))]
-    if not layers:
+def _tracked(function: str, model: nn.Module, progress: bool) -> Iterable[tuple[list[str], nn.Module]]:
+    """(names, layer) of the DoRA layers that we compute, with a bar or without; none is held once the next is asked."""
+    found: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, (TakenOver, MergeableLinear)):
+            found.setdefault(module, []).append(name)
+    if not found:
         raise ValueError(f"{function}: model has no DoRA layer of ours; expected enable(model), or a DoraLinear")
+    layers = [(names, layer) for layer, names in reversed(found.items())]
+    handed_out = (layers.pop() for _ in range(len(layers)))
     if not progress:
-        return layers
+        return handed_out
     try:
         from rich.progress import track
     except ModuleNotFoundError as error:
         raise ValueError(f"{function}: progress is True but {error}; expected rich to be installed") from error
-    return track(layers, function.replace("_", " "))
+    return track(handed_out, function.replace("_", " "), total=len(layers))
 
 
-@torch.no_grad()
-def _norm_and_gain(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    if isinstance(layer, TakenOver):
-        return layer.norm_and_gain()
-    lora_A, lora_B, magnitude, scaling = layer.factors()
-    norm = weight_norm(layer.base()[0], lora_A, lora_B, scaling)
-    return norm, gain_ref(magnitude, norm)
-
-
+# parameters that outlive an inference mode around the call
+@torch.inference_mode(False)
 @torch.no_grad()
 def _frozen(layer: nn.Module) -> nn.Module:
     if isinstance(layer, TakenOver):
         return layer.frozen_layer()
-    bias = layer.base()[1]
-    weight = layer.weight if layer.merged else merge_weight(layer.base()[0], *layer.factors())
-    return frozen_like(layer.base_layer, weight.detach(), None if bias is None else bias.detach())
+    return frozen_like(layer.base_layer, *layer.merged_weight_and_bias())
 
 
 class Adapter(NamedTuple):
@@ -160,16 +164,19 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
     check_call("bank_linear", x, weight, bank.gain[0], bias, None, None)
     if x.dtype != weight.dtype and not ops.is_autocast(x.device.type):
         raise ValueError(f"bank_linear: x is {x.dtype} but weight is {weight.dtype}; expected one dtype")
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, lora_A, lora_B)):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, lora_A, lora_B, bias)
+    ):
         raise ValueError("bank_linear: a gradient is wanted; expected torch.no_grad(): it is forward only")
-    if index.dtype not in (torch.int32, torch.int64) or index.shape not in (x.shape[:-1], x.shape[:1]):
+    shapes = {x.shape[:-1]: None, x.shape[: min(1, x.dim() - 1)]: None}  # x (K,) is one row: an index ()
+    if index.dtype not in (torch.int32, torch.int64) or index.shape not in shapes:
         raise ValueError(
             f"bank_linear: index is {index.dtype} of shape {tuple(index.shape)} but x has shape {tuple(x.shape)}; "
-            f"expected integers of shape {tuple(x.shape[:-1])} or {tuple(x.shape[:1])}"
+            f"expected integers of shape {' or '.join(str(tuple(shape)) for shape in shapes)}"
         )
     if index.device != x.device:
         raise ValueError(f"bank_linear: index is on {index.device} but x is on {x.device}; expected one device")
-    index = index.reshape(*index.shape, *(1 for _ in range(x.dim() - 1 - index.dim()))).expand(x.shape[:-1])
+    index = index.reshape((*index.shape, *(1 for _ in range(x.dim() - 1 - index.dim())))).expand(x.shape[:-1])
     base_dtype, dtype = operand_dtypes(x, lora_A)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = ops.bank_epilogue(

@@ -8,6 +8,8 @@ from torch import Tensor
 from dora_kernels.quant import QuantizedWeight, Weight
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DROPOUTS = ("adapter", "lora")
+"""What dropout may fall on: all that an adapter adds, or its low-rank product alone."""
 _LARGEST = sys.float_info.max
 
 

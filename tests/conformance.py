@@ -187,6 +187,32 @@ def check_no_trace(case: Case, backend: str, seed: int) -> None:
     assert not ops.calls
 
 
+def check_enabled_again(case: Case, backend: str, seed: int) -> None:
+    """enable() of a model that it has enabled, or of a copy of one, changes nothing, the meaning of dropout neither."""
+    model, x = case.make(seed)
+    ours = copy.deepcopy(model)
+    dora_kernels.enable(ours, dropout="lora")
+    for each in (ours, copy.deepcopy(ours)):
+        classes = [type(module) for module in each.modules()]
+        before = _seeded(case, each, x, backend)
+        for again in (dora_kernels.enable(each), dora_kernels.enable(each)):
+            assert len(again) == len(again.taken_over) > 0, str(again)
+            assert [type(module) for module in each.modules()] == classes
+            assert torch.equal(_seeded(case, each, x, backend), before)
+        dora_kernels.enable(each, dropout="adapter")
+        assert torch.equal(_seeded(case, each, x, backend), _seeded(case, enabled(model), x, backend))
+
+
+def _seeded(case: Case, model: nn.Module, x: Tensor, backend: str) -> Tensor:
+    """y with the same dropout mask each time, by our kernels."""
+    torch.manual_seed(0)
+    ops.calls.clear()
+    with launch.options(backend=backend), torch.no_grad():
+        y = case.call(model, x)
+    assert ops.calls, "not computed by dora_kernels"
+    return y
+
+
 def _assert_same_state(ours: nn.Module, stock: nn.Module) -> None:
     state, expected = ours.state_dict(), stock.state_dict()
     assert list(state) == list(expected)
@@ -201,5 +227,6 @@ CHECKS = {
     "training": check_training,
     "inference": check_inference,
     "no trace": check_no_trace,
+    "enabled again": check_enabled_again,
 }
 __all__ = ["CHECKS", "DEVICE", "Case", "assert_as_good", "enabled", "randomise", "tensors"]

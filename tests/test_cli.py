@@ -1,5 +1,6 @@
 """The command line, and the demo at a size that takes a second: it passes, and it notices what it promises to."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -95,7 +96,7 @@ def test_demo_says_what_the_base_weighs(run_micro, base, bits):
 
 
 def test_demo_fails_when_no_layer_is_taken_over(run_micro, monkeypatch):
-    monkeypatch.setattr(demo.adapters, "enable", lambda model: adapters.Report())
+    monkeypatch.setattr(adapters, "enable", lambda model: adapters.Report())
     status, printed, _ = run_micro()
     assert status == 1
     assert "expected 7 DoRA layers to be taken over; no DoRA layer found" in printed
@@ -112,7 +113,7 @@ def test_demo_fails_when_a_layer_goes_back_to_peft(run_micro, monkeypatch):
         layer.register_forward_hook(lambda *_: None)  # must be called from now on, so PEFT computes the layer
         return report
 
-    monkeypatch.setattr(demo.adapters, "enable", enable_and_hook)
+    monkeypatch.setattr(adapters, "enable", enable_and_hook)
     status, printed, _ = run_micro()
     assert status == 1
     assert "the forward op ran 72 times; expected 84" in printed
@@ -130,7 +131,7 @@ def test_demo_fails_when_the_losses_differ(run_micro, monkeypatch):
                     parameter.mul_(1.01)
         return report
 
-    monkeypatch.setattr(demo.adapters, "enable", enable_and_scale)
+    monkeypatch.setattr(adapters, "enable", enable_and_scale)
     status, printed, _ = run_micro()
     assert status == 1
     assert "the losses differ by" in printed
@@ -167,7 +168,7 @@ def test_demo_refuses_settings(capsys, arguments, message):
 
 
 def test_demo_over_nf4_needs_bitsandbytes(monkeypatch, capsys):
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert main(["demo", "--base", "nf4"]) == 2
     assert "expected pip install bitsandbytes" in capsys.readouterr().err
 
@@ -176,7 +177,8 @@ def test_demo_names_the_extra_it_needs(monkeypatch, capsys):
     import dora_kernels
 
     monkeypatch.delattr(dora_kernels, "demo")
-    monkeypatch.delitem(sys.modules, "dora_kernels.demo")
+    for name in [name for name in sys.modules if name.startswith("dora_kernels.demo")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)
     assert main(["demo"]) == 2

@@ -147,7 +147,7 @@ def test_eval(name, mode):
 
 
 def test_a_training_run_compiles_once():
-    """Optimizer steps, which reuse.py counts, do not recompile; nor do going to eval and back, each compiled once."""
+    """Optimizer steps, which reuse/ counts, do not recompile; nor do going to eval and back, each compiled once."""
     start, runs, recorder = enabled(build(lora_dropout=0.1)), [], Recorder()
     x, target = torch.randn(8, 24, device=DEVICE), torch.randn(8, 20, device=DEVICE)
     for compiles in (False, True):

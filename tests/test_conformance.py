@@ -1,4 +1,4 @@
-"""The DoRA layers of the libraries on PyPI beside PEFT, each library's own class: see conformance.py."""
+"""The DoRA layers of the libraries on PyPI, each library's own class: see conformance.py."""
 
 import dataclasses
 
@@ -7,12 +7,28 @@ import torch
 from torch import nn
 
 from tests import conformance
-from tests.conformance import CHECKS, DEVICE, Case
+from tests.conformance import CHECKS, DEVICE, Case, randomise
 from tests.libraries import Wrapped, import_dora_linear, torchtune_in_float64, torchtune_layer
 from tests.problem import BACKENDS
 
 pytest.importorskip("lycoris")
+pytest.importorskip("peft")
 import_dora_linear()
+
+from tests import peft_problem  # noqa: E402
+
+
+def peft(adapters=1, conv1d=False, **config):
+    """Two layers, with so many active adapters; over GPT-2's Conv1D too."""
+
+    def build(shapes, dtype):
+        sizes = tuple(shapes.randint(9, 30) for _ in range(3))
+        model = peft_problem.adapt(
+            peft_problem.Net(conv1d, sizes).requires_grad_(False).to(DEVICE, dtype), adapters, r=4, **config
+        )
+        return randomise(model), torch.randn(2, shapes.randint(2, 9), sizes[0], device=DEVICE, dtype=dtype)
+
+    return Case(build)
 
 
 def torchtune(quantize_base=False, **arguments):
@@ -44,6 +60,10 @@ def lycoris(dimensions=0, **arguments):
 
 
 CASES = {
+    "peft": peft(),
+    "peft, Conv1D": peft(conv1d=True),
+    "peft, dropout": peft(lora_dropout=0.5),
+    "peft, two adapters": peft(2),
     "torchtune": torchtune(),
     "torchtune, bias": torchtune(use_bias=True),
     "torchtune, dropout": torchtune(dropout=0.5),

@@ -2,8 +2,9 @@
 
 import pytest
 
-from dora_kernels import demo, demo_dvora
+from dora_kernels import demo
 from dora_kernels.cli import main
+from dora_kernels.demo import dvora
 from tests.test_cli import MICRO
 
 
@@ -30,22 +31,22 @@ def test_demo_passes(run_micro, base):
 
 
 def test_demo_fails_when_the_losses_differ(run_micro, monkeypatch):
-    definition = demo_dvora.dvora_linear_ref
-    monkeypatch.setattr(demo_dvora, "dvora_linear_ref", lambda *a: 1.01 * definition(*a))
+    definition = dvora.dvora_linear_ref
+    monkeypatch.setattr(dvora, "dvora_linear_ref", lambda *a: 1.01 * definition(*a))
     status, printed = run_micro()
     assert status == 1
     assert "FAILED the losses differ" in printed
 
 
 def test_demo_fails_when_a_layer_is_not_ours(run_micro, monkeypatch):
-    convert = demo_dvora.to_dvora
+    convert = dvora.to_dvora
 
     def convert_and_leave_one(model):
-        layers = [layer for layer in convert(model).modules() if type(layer) is demo_dvora.DvoraVeraLinear]
-        layers[0].__class__ = demo_dvora.DefinitionLinear
+        layers = [layer for layer in convert(model).modules() if type(layer) is dvora.DvoraVeraLinear]
+        layers[0].__class__ = dvora.DefinitionLinear
         return model
 
-    monkeypatch.setattr(demo_dvora, "to_dvora", convert_and_leave_one)
+    monkeypatch.setattr(dvora, "to_dvora", convert_and_leave_one)
     status, printed = run_micro()
     assert status == 1
     assert "the rescale op ran 72 times; expected 84" in printed

@@ -14,7 +14,7 @@ import dora_kernels  # noqa: E402
 from dora_kernels import DoraLinear, launch, ops  # noqa: E402
 from dora_kernels.testing import compare, rms_error  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
-from tests import quantized_problem  # noqa: E402
+from tests import conformance, quantized_problem  # noqa: E402
 from tests.peft_problem import adapt, build, calls, layers, tensors, training_step  # noqa: E402
 from tests.problem import BACKENDS, DEVICE  # noqa: E402
 
@@ -185,7 +185,7 @@ def test_one_mean_and_two_variances():
 def test_half_the_products_with_the_base_weight(kind):
     """One forward and one backward; for PEFT's dropout two and two, and no formula has fewer."""
     counts = {}
-    for dropout in ("exact", "lora"):
+    for dropout in ("adapter", "lora"):
         model, x = problem(kind, dropout=dropout)
         weight = layers(model)[0].base_layer.weight
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
@@ -194,7 +194,7 @@ def test_half_the_products_with_the_base_weight(kind):
         products = [event for event in profile.events() if event.name in PRODUCTS]
         operands = [event.input_shapes[PRODUCTS[event.name]] for event in products]
         counts[dropout] = sum(any(shape in shapes for shape in pair) for pair in operands)
-    assert counts == {"exact": 4, "lora": 2}
+    assert counts == {"adapter": 4, "lora": 2}
 
 
 # and where among the arguments the factors are
@@ -212,19 +212,22 @@ def test_the_meaning_is_the_layer_s_and_not_in_its_state_dict():
     state = list(model.state_dict())
     x = torch.randn(6, 24, device=DEVICE)
     results = {}
-    for dropout in ("exact", "lora"):
+    for dropout in ("adapter", "lora"):
         dora_kernels.enable(model, dropout=dropout)
         with shared_dropout(0):
             results[dropout] = model(x)
-    assert rms_error(results["lora"], results["exact"]) > 0.1
+    assert rms_error(results["lora"], results["adapter"]) > 0.1
     assert list(model.state_dict()) == state
     with shared_dropout(0):
         assert torch.equal(copy.deepcopy(model)(x), results["lora"])
+    dora_kernels.enable(model)  # as it was
+    with shared_dropout(0):
+        assert torch.equal(model(x), results["lora"])
     dora_kernels.disable(model)
     assert not any("dora_dropout" in vars(layer) for layer in layers(model))
     dora_kernels.enable(model)
     with shared_dropout(0):
-        assert torch.equal(model(x), results["exact"])
+        assert torch.equal(model(x), results["adapter"])
 
 
 @pytest.mark.parametrize("change", ["eval", "p = 0"])
@@ -235,7 +238,7 @@ def test_where_nothing_is_dropped_the_meanings_agree(change):
     for layer in layers(model):
         layer.lora_dropout["default"].p = 0.0 if change == "p = 0" else 0.5
     x, results = torch.randn(6, 24, device=DEVICE), []
-    for dropout in ("exact", "lora"):
+    for dropout in ("adapter", "lora"):
         dora_kernels.enable(model, dropout=dropout)
         results.append(model(x))
     assert torch.equal(*results)
@@ -259,9 +262,72 @@ def test_it_trains():
     assert losses[-1] < 0.7 * losses[0]
 
 
+PROBABILITY = 0.5
+
+
+def structural(kind):
+    """A layer known by structure with PEFT's dropout, its parts (weight, lora_A, lora_B, magnitude, s, bias), and x."""
+    from tests import structures
+
+    torch.manual_seed(0)
+    linear, p = nn.Linear(24, 20).requires_grad_(False), PROBABILITY
+    layer = {
+        "llm": lambda: structures.Llm.Linear(linear, dropout=p),
+        "llm, norm_grad": lambda: structures.Llm.Linear(linear, dropout=p, dora_simple=False),
+        "llava": lambda: structures.Llava.Linear(linear, dropout=p),
+        "megatron": lambda: structures.DoRALinear(structures.Parallel(linear), dropout=p),
+        "automodel": lambda: structures.LinearLoRA.patch(linear, dropout=p, position="pre"),
+    }[kind]()
+    layer = conformance.randomise(layer).to(DEVICE, torch.float64)
+    by_name = {name: value for name, value in layer.named_parameters() if value.requires_grad}
+    find = lambda *words: next(  # noqa: E731
+        value for name, value in by_name.items() if any(word in name for word in words)
+    )
+    A, B, magnitude = find("lora_A", "linear_in"), find("lora_B", "linear_out"), find("magnitude", "weight_m")
+    weight, bias = (getattr(layer, "to_wrap", layer).get_parameter(name) for name in ("weight", "bias"))
+    return layer, (weight, A, B, magnitude.flatten(), 1.5, bias), torch.randn(2, 5, 24, device=DEVICE).double()
+
+
+@pytest.mark.parametrize("kind", ["llm", "llm, norm_grad", "llava", "megatron", "automodel"])
+def test_layers_known_by_structure(kind):
+    layer, (weight, A, B, magnitude, s, bias), x = structural(kind)
+    (report,) = dora_kernels.enable(nn.Sequential(layer), dropout="lora").layers
+    assert report.taken_over and report.reason == ""
+    parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    torch.manual_seed(1)
+    y = layer(x)
+    y = y[0] + y[1] if isinstance(y, tuple) else y
+    torch.manual_seed(1)
+    dropped = F.dropout(x, PROBABILITY)
+    norm = torch.linalg.vector_norm(weight + s * B @ A, dim=1)
+    gain = magnitude / (norm if kind == "llm, norm_grad" else norm.detach())
+    expected = gain * (x @ weight.T + s * dropped @ A.T @ B.T) + bias
+    assert rms_error(y, expected) < 1e-12
+    dy = torch.randn_like(y)
+    gradients = (torch.autograd.grad(each, parameters, dy) for each in (y, expected))
+    for ours, exact in zip(*gradients, strict=True):
+        assert exact.any() and rms_error(ours, exact) < 1e-12
+
+
+def test_the_report_names_a_dropout_that_stays_the_library_s():
+    from tests import structures
+
+    linear = nn.Linear(8, 6).requires_grad_(False)
+    own = [
+        structures.LinearLoRA.patch(copy.deepcopy(linear), dropout=0.5),
+        structures.Llm.Linear(linear, dropout=0.5, Wdecompose=True),
+    ]
+    no_dropout = [structures.LinearLoRA.patch(copy.deepcopy(linear)), structures.DoraLinear(linear)]
+    model = nn.Sequential(*own, *no_dropout)
+    report = dora_kernels.enable(model, dropout="lora")
+    assert not report.left_alone
+    assert ["dropout" in layer.reason for layer in report.layers] == [True, True, False, False], str(report)
+    assert "2 taken over but for" not in str(dora_kernels.enable(model, dropout="adapter"))
+
+
 def test_bad_input():
     model = build(lora_dropout=0.5)
-    with pytest.raises(ValueError, match="enable: dropout is 'peft'; expected one of exact, lora"):
+    with pytest.raises(ValueError, match="enable: dropout is 'peft'; expected None or one of adapter, lora"):
         dora_kernels.enable(model, dropout="peft")
     assert not any(isinstance(layer, dora_kernels.adapters.taking.TakenOver) for layer in layers(model))
     with pytest.raises(ValueError, match="DoraLinear: dropout_on is 'x'; expected one of adapter, lora"):

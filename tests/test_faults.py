@@ -326,7 +326,7 @@ def test_what_one_thread_drops_another_does_not_put_back(layer, monkeypatch):
 def test_a_fused_step_of_another_thread_during_the_first_call_is_seen(layer, monkeypatch):
     """Steps are counted from before the first norm is made."""
     x = torch.randn(5, 24, device=DEVICE)
-    monkeypatch.setattr(reuse, "_counting", False)
+    monkeypatch.setattr(reuse.store, "_counting", False)
     layer.lora_B.weight.grad = torch.ones_like(layer.lora_B.weight)
     optimizer = torch.optim.AdamW([layer.lora_B.weight], lr=0.1, fused=True)
 

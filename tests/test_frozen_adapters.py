@@ -1,6 +1,7 @@
 """frozen_adapters: what is reused between optimizer steps, and what ends it."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dora_kernels
-from dora_kernels import DoraLinear, frozen_adapters, launch, ops
+from dora_kernels import DoraLinear, DvoraLinear, VeraProjection, frozen_adapters, launch, ops, reuse
+from dora_kernels.dvora import dvora_norm
 from tests import peft_problem
 from tests.problem import BACKENDS, DEVICE
 
@@ -185,6 +187,58 @@ def test_an_error_inside_closes_the_scope(model):
     assert not len(dora_kernels.reuse.store.scopes)
 
 
+def test_dvora_layers_make_their_norm_once():
+    projection = VeraProjection(24, 20, rank=3, device=DEVICE)
+    layer = DvoraLinear(24, 20, projection, device=DEVICE)
+    nn.init.normal_(layer.vera_lambda_b)
+    model = nn.Sequential(layer)
+    expected = accumulate(model, contextlib.nullcontext())
+    with pytest.MonkeyPatch.context() as patch:
+        norms = []
+        patch.setattr(dora_kernels.dvora.function, "dvora_norm", lambda *a, **k: norms.append(1) or dvora_norm(*a, **k))
+        actual = accumulate(model, frozen_adapters(model))
+    torch.testing.assert_close(actual, expected)
+    assert len(norms) == 1
+
+
+def test_what_is_dropped_meanwhile_is_not_kept(model, monkeypatch):
+    """Another thread forgets a layer while the one launch runs: its adapter may have changed."""
+    grouped_norm = ops.grouped_norm
+
+    def dropping(*arguments):
+        dora_kernels.reuse.forget(model.base_model.model.up)
+        return grouped_norm(*arguments)
+
+    monkeypatch.setattr(ops, "grouped_norm", dropping)
+    with frozen_adapters(model):
+        model(batches(1)[0])
+        assert model.base_model.model.up not in dora_kernels.reuse.store.by_layer
+
+
+def test_a_held_scope_gives_way_to_the_next(model):
+    first = reuse.hold_adapters(model)
+    with pytest.raises(ValueError, match="2 of 2 layers are in another scope"):
+        with frozen_adapters(model):
+            pass
+    second = reuse.hold_adapters(model, keep_merged=True)
+    first.close()  # does nothing to the second
+    assert len(reuse.store.scopes) == 2 and set(reuse.store.scopes.values()) == {second}
+    second.close()
+    with frozen_adapters(model), pytest.raises(ValueError, match="2 of 2 layers are in another scope"):
+        reuse.hold_adapters(model)
+    assert not len(reuse.store.scopes)
+
+
+def test_a_held_scope_holds_no_model():
+    """It may be left open by a run that an exception has ended."""
+    layer = DoraLinear(24, 20, 4, 6.0, device=DEVICE)
+    reuse.hold_adapters(layer)
+    assert len(reuse.store.scopes) == 1
+    del layer
+    gc.collect()
+    assert not len(reuse.store.scopes)
+
+
 def test_a_model_without_layers():
     with pytest.raises(ValueError, match="frozen_adapters: model has no DoRA layer of ours; expected enable"):
         with frozen_adapters(nn.Linear(3, 3)):
@@ -206,8 +260,8 @@ def test_the_trainer_callback(model, tmp_path):
 
     rows = [{"x": torch.randn(24), "labels": torch.randn(20)} for _ in range(12)]
 
-    def train(callbacks):
-        twin = Regression(peft_problem.enabled(model))
+    def train(callbacks, enabled=None):
+        twin = Regression(enabled or peft_problem.enabled(model))
         arguments = transformers.TrainingArguments(
             tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3, num_train_epochs=1, report_to=[],
             learning_rate=0.1, logging_steps=1, save_strategy="no", use_cpu=DEVICE == "cpu", disable_tqdm=True,
@@ -221,4 +275,16 @@ def test_the_trainer_callback(model, tmp_path):
     with made(grouped_norm=2):
         actual = train([FrozenAdaptersCallback()])
     assert len(expected) == 2 and actual == pytest.approx(expected, rel=1e-6)
+    assert not len(dora_kernels.reuse.store.scopes)
+
+    class Broken(transformers.TrainerCallback):
+        def on_substep_end(self, *_, **__):
+            raise RuntimeError("broken")
+
+    cut_short = peft_problem.enabled(model)
+    with pytest.raises(RuntimeError, match="broken"):
+        train([FrozenAdaptersCallback(), Broken()], cut_short)
+    assert len(dora_kernels.reuse.store.scopes) == 2
+    with made(grouped_norm=2):
+        train([FrozenAdaptersCallback()], cut_short)
     assert not len(dora_kernels.reuse.store.scopes)

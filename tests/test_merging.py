@@ -157,6 +157,23 @@ def test_a_zero_row_stays_zero_and_comes_back(kind):
     assert rms_error(weight_of(ours), before) < 1e-5
 
 
+@pytest.mark.parametrize("order", [("plain", "default"), ("default", "plain")])
+def test_one_adapter_after_another_of_a_mixture_is_merged_by_peft(order):
+    stock, ours, _ = models("linear")
+    for model in (stock, ours):
+        with_plain_lora(model)
+    before = weight_of(ours).clone()
+    for model in (stock, ours):
+        for name in order:
+            layers(model)[0].merge(adapter_names=[name])
+        assert layers(model)[0].merged_adapters == list(order)
+    assert rms_error(weight_of(ours), weight_of(stock)) < 1e-5
+    ours.unmerge_adapter()
+    stock.unmerge_adapter()
+    assert rms_error(weight_of(ours), weight_of(stock)) < 1e-5
+    assert rms_error(weight_of(stock), before) < 1e-5
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_row_merged_with_gain_0_is_not_lost_silently(kind):
     _, ours, x = models(kind, adapters=2)

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
-from dora_kernels import DoraLinear, ops, parallel
+from dora_kernels import DoraLinear, ops, parallel, serving
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import compare
 from tests.distributed import world
@@ -208,11 +208,14 @@ def refusals(rank, size):
         lambda: parallel.shard_dora_linear(layer, mesh, "rows"),
         lambda: parallel.shard_dora_linear(merged, mesh, "row"),
         lambda: parallel.shard_dora_linear(split, mesh, "row"),
+        lambda: parallel.shard_dora_linear(DoraLinear(4, 4, 2, 2.0, dropout=0.5, dropout_on="lora"), mesh, "row"),
         lambda: parallel.shard_dora_linear(DoraLinear(1, 4, 2, 2.0), mesh, "row"),
         lambda: parallel.shard_dora_linear(DoraLinear(4, 1, 2, 2.0), mesh, "column"),
         split.merge,
         split.unmerge,
         split.reset_adapter,
+        lambda: split.merge(safe_merge=True),
+        lambda: serving.norms_and_gains(nn.Sequential(split)),
         lambda: parallel.rowwise_dora_linear(*tensors),
         lambda: parallel.columnwise_dora_linear(*tensors),
         lambda: split(torch.ones(2, 24, dtype=torch.float64)),
@@ -220,6 +223,11 @@ def refusals(rank, size):
         with pytest.raises(ValueError) as error:
             call()
         messages.append(str(error.value))
+    whole_and_split = nn.Sequential(Mlp().up, split, Mlp().up)
+    left = serving.merge_model(whole_and_split)
+    assert [type(layer) for layer in whole_and_split] == [nn.Linear, parallel.ParallelDoraLinear, nn.Linear]
+    assert list(left) == ["1"]
+    messages.append(left["1"])
     assert type(layer) is DoraLinear and layer.weight is before
     return messages
 
@@ -230,14 +238,18 @@ def test_refusals():
         "split is 'rows'; expected 'column' or 'row'",
         "layer is merged; expected a dense weight",
         "layer is a ParallelDoraLinear; expected a DoraLinear",
+        "dropout_on is 'lora'; expected 'adapter'",
         "in_features is 1; expected at least 2",
         "out_features is 1; expected at least 2",
         "merge: the layer is split row-wise",
         "unmerge: the layer is split row-wise",
         "reset_adapter: the layer is split row-wise",
+        "merge: the layer is split row-wise",
+        "norm_and_gain: the layer is split row-wise",
         "rowwise_dora_linear: lora_A has shape (5, 23)",
         "columnwise_dora_linear: lora_A has shape (5, 23)",
         "rowwise_dora_linear: x has shape (2, 24) but weight has shape (22, 12)",
+        "merged_weight_and_bias: the layer is split row-wise",
     )
     for messages in world(2).run(refusals):
         for message, part in zip(messages, expected, strict=True):

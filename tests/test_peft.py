@@ -15,8 +15,10 @@ pytest.importorskip("peft")
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+import dora_kernels  # noqa: E402
 from dora_kernels import launch, ops, passes  # noqa: E402
 from dora_kernels.testing import check_layer, geometric_mean, rms_error  # noqa: E402
+from dora_kernels.testing.run import shared_dropout  # noqa: E402
 from tests.peft_problem import (  # noqa: E402
     assert_as_good,
     build,
@@ -40,7 +42,7 @@ def assert_parity(model, x, *, autocast=None):
     # between several adapters half precision is not rounded: they are composed in PyTorch, over the norm's kernel
     wide = len(layers(model)[0].active_adapters) > 1 and (autocast or x.dtype) != torch.float32
     assert calls("forward") == calls("backward") == (0 if wide else len(layers(model)))
-    assert calls("norm") == len(layers(model)) * (len(layers(model)[0].active_adapters) - (not wide))
+    assert calls("norm") == sum(n for n in (len(layer.active_adapters) for layer in layers(model)) if n > 1)
     assert_as_good(ours, stock, exact_tensors(model, x, dy, autocast=autocast))
 
 
@@ -230,3 +232,35 @@ def test_compiles_without_a_graph_break():
     x, dy = torch.randn(5, 24, device=DEVICE), torch.randn(5, 20, device=DEVICE)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(tensors(model, x, dy, call=compiled), tensors(model, x, dy))
+
+
+@pytest.mark.parametrize("lora_dropout", [False, True], ids=["adapter", "lora"])
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_norms_of_several_adapters_are_kept(dtype, conv1d, lora_dropout):
+    """In eval mode until something changes; inside frozen_adapters in train mode too."""
+    model = build(dtype, conv1d, adapters=3, lora_dropout=0.5)
+    dora_kernels.enable(model, dropout="lora" if lora_dropout else None)
+    x = torch.randn(6, 24, device=DEVICE, dtype=dtype)
+
+    def made():
+        """How many norms a call makes; its output, with the same masks in train mode."""
+        forward, counted = ops.forward, []
+        before = calls("norm"), calls("grouped_norm")
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad(), shared_dropout(0):
+            patch.setattr(ops, "forward", lambda *a: (out := forward(*a), counted.append(out[1].numel() > 0))[0])
+            y = model(x)
+        return calls("norm") - before[0] + sum(counted) + calls("grouped_norm") - before[1], y
+
+    model.eval()
+    (first, y), (second, again) = made(), made()
+    assert first == 6 and second == 0 and torch.equal(y, again)
+    layers(model)[0].lora_B["second"].weight.data.mul_(2)
+    dora_kernels.invalidate(model)
+    count, changed = made()
+    assert count == 6 and not torch.equal(changed, y)
+    model.train()
+    assert made()[0] == 6 == made()[0]
+    with dora_kernels.frozen_adapters(model):
+        (first, y), (second, again) = made(), made()
+    assert first == 6 and second == 0 and torch.equal(y, again)

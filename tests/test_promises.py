@@ -46,8 +46,8 @@ def backward_call(problem: Problem, kind: str, backend: str, way: str, norm_grad
     arguments = forward_call(problem, kind, backend)
     _, norm, gain, low, kept = ops.forward(*arguments)
     return (
-        problem.dy, problem.x, *parts(problem.weight), problem.lora_A, problem.lora_B, norm, gain, low, kept, 0.75,
-        arguments[13], way, keep, dropped, norm_grad, [True, dropped, True, True, True, True],
+        problem.dy, problem.x, *parts(problem.weight), problem.lora_A, problem.lora_B, norm, gain, low, kept, None,
+        0.75, arguments[13], way, keep, dropped, norm_grad, [True, dropped, True, True, True, True],
         problem.magnitude.dtype, problem.x.dtype, backend,
     )  # fmt: skip
 

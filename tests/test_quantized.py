@@ -262,8 +262,8 @@ def test_one_dense_temporary_at_a_time(kind, dropped, way, steps, monkeypatch):
     assert counted.most == (0 if steps is reference.REFERENCE and keep == "z" else 1)
     with DenseTensors(N * K) as counted:
         passes.backward(
-            steps, problem.dy, problem.x, weight, *adapter, norm, gain, low, kept, 0.75, dtype, way, keep, dropped,
-            True, [True, dropped, True, True, True, True], dtype, dtype,
+            steps, problem.dy, problem.x, weight, *adapter, norm, gain, low, kept, None, 0.75, dtype, way, keep,
+            dropped, True, [True, dropped, True, True, True, True], dtype, dtype,
         )  # fmt: skip
     assert counted.most == 1
 
@@ -312,7 +312,7 @@ def test_operators(kind, backend):
     torch.library.opcheck(ops.forward, forward)
     _, norm, gain, low, kept = ops.forward(*forward)
     backward = (
-        problem.dy, problem.x, *weight, *adapter, norm, gain, low, kept, 0.75, dtype, "auto", "base", False, True,
+        problem.dy, problem.x, *weight, *adapter, norm, gain, low, kept, None, 0.75, dtype, "auto", "base", False, True,
         [True, False, True, True, True, True], dtype, dtype, backend,
     )  # fmt: skip
     torch.library.opcheck(ops.backward, backward)

@@ -1,12 +1,15 @@
 """Several adapters in one batch against a loop over them, and whole models merged against themselves unmerged."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import dora_kernels
-from dora_kernels import DoraLinear, dora_linear, launch, ops
+from dora_kernels import DoraLinear, dora_linear, launch, ops, serving
+from dora_kernels.adapters.taking import frozen_like
 from dora_kernels.serving import AdapterBank, bank_linear, merge_model, norms_and_gains
 from dora_kernels.testing import compare
 from tests.problem import BACKENDS, DEVICE, DTYPES, Problem
@@ -88,6 +91,17 @@ def test_rows_do_not_reach_each_other(backend):
     torch.testing.assert_close(healthy[index.abs() > 2], outside)
 
 
+def test_one_row_and_a_bias_that_requires_grad():
+    problem, adapters = bank_of(3, 40, 36)
+    bank, index = AdapterBank.of(problem.weight, adapters), torch.tensor([1, 1, 1], device=DEVICE)
+    bias = nn.Parameter(problem.bias.detach().clone())
+    with torch.no_grad():
+        rows = bank_linear(problem.x, problem.weight, bank, index, bias)
+        row = bank_linear(problem.x[0], problem.weight, bank, index[0], bias)
+    assert row.shape == (40,)
+    torch.testing.assert_close(row, rows[0])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend):
     problem, adapters = bank_of(3, 40, 36)
@@ -128,6 +142,8 @@ def test_opcheck(dtypes, backend):
         ({"x": torch.zeros(8, 35)}, r"x has shape \(8, 35\) but weight has shape \(40, 36\)"),
         ({"x": torch.zeros(8, 36).double()}, "x is torch.float64 but weight is torch.float32"),
         ({"x": torch.zeros(8, 36, requires_grad=True)}, "a gradient is wanted"),
+        ({"bias": torch.zeros(40, requires_grad=True)}, "a gradient is wanted"),
+        ({"x": torch.zeros(36), "index": torch.zeros(36, dtype=torch.int64)}, r".* expected integers of shape \(\)$"),
         ({"weight": torch.zeros(41, 36)}, r"lora_B has shape \(40, 20\) but weight has shape \(41, 36\)"),
         ({"bias": torch.zeros(39)}, r"bias has shape \(39,\)"),
         ({"bank": None}, "bank is NoneType; expected an AdapterBank"),
@@ -214,10 +230,40 @@ def test_a_model_of_ours_merged():
 
 def test_a_layer_that_is_merged_already():
     model, x = two_layers(), torch.randn(7, 24, device=DEVICE)
-    expected = outputs(model, x)
+    expected, norms = outputs(model, x), norms_and_gains(model)
     model[0][0].merge()
+    assert torch.equal(torch.stack(norms_and_gains(model)["0.0"]), torch.stack(norms["0.0"]))
     assert merge_model(model, progress=True) == {}
     torch.testing.assert_close(outputs(model, x), expected)
+
+
+def test_a_layer_under_two_names_stays_one():
+    model, x = two_layers(), torch.randn(7, 24, device=DEVICE)
+    model.again = nn.ModuleDict({"first": model[0][0]})
+    expected, norms = outputs(model[0], x), norms_and_gains(model)
+    assert list(norms) == ["0.0", "again.first", "0.2"] and norms["0.0"] is norms["again.first"]
+    assert merge_model(model) == {}
+    assert type(model[0][0]) is nn.Linear and model.again["first"] is model[0][0]
+    torch.testing.assert_close(outputs(model[0], x), expected)
+
+
+@pytest.mark.parametrize("progress", (False, True))
+def test_a_layer_is_let_go_before_the_next_is_merged(progress, monkeypatch):
+    model = two_layers()
+    first, alive = weakref.ref(model[0][0]), []
+    monkeypatch.setattr(serving, "frozen_like", lambda *a: alive.append(first() is not None) or frozen_like(*a))
+    assert merge_model(model, progress=progress) == {}
+    assert alive == [True, False]
+
+
+def test_merged_in_inference_mode():
+    model = two_layers()
+    with torch.inference_mode():
+        assert merge_model(model) == {}
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    x = torch.randn(7, 24, device=DEVICE, requires_grad=True)
+    model(x).sum().backward()
+    assert x.grad is not None
 
 
 @pytest.mark.parametrize("name", ("linear", "conv1d of GPT-2", "convolution", "embedding"))
@@ -234,6 +280,59 @@ def test_a_peft_model_merged(name):
     assert type(model.base_model.model[0]) is base
     torch.testing.assert_close(outputs(model, x), expected)
     assert torch.equal(layer.base_layer.weight, old)
+
+
+def hooked(how):
+    """A PEFT model whose base layer has accelerate's hook, put on it before or after enable(), or put on and off."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = next((model, x) for found, model, x in peft_models() if found == "linear")
+    expected, layer = outputs(model, x), model.base_model.model[0]
+    if how == "after":
+        dora_kernels.enable(model)
+    hooks.add_hook_to_module(layer.base_layer, hooks.AlignDevicesHook(DEVICE, io_same_device=True))
+    if how == "removed":
+        hooks.remove_hook_from_module(layer.base_layer)
+    dora_kernels.enable(model)
+    return model, layer.base_layer, x, expected
+
+
+@pytest.mark.parametrize("how", ("before", "after", "removed"))
+def test_hooks_of_accelerate_stay_and_call_the_new_layer(how):
+    model, base, x, expected = hooked(how)
+    assert (outputs(model.base_model.model[0].base_layer, x) - expected).abs().max() > 0.1
+    assert merge_model(model) == {}
+    frozen = model.base_model.model[0]
+    assert frozen is not base and hasattr(frozen, "_hf_hook") == (how != "removed")
+    torch.testing.assert_close(outputs(model, x), expected)
+    if how != "removed":
+        frozen._hf_hook.pre_forward = lambda module, x: ((2 * x,), {})  # it is called, and with the new layer
+        torch.testing.assert_close(outputs(model, x), F.linear(2 * x, frozen.weight, frozen.bias))
+
+
+@pytest.mark.parametrize("base", ("offloaded", "replaced"))
+def test_a_replaced_forward_is_not_carried_over(base):
+    """Offloaded weights are accelerate's to bring: it would bring those without the adapter."""
+    weight, linear = torch.randn(20, 24, device=DEVICE), nn.Linear(24, 20, device=DEVICE)
+    frozen_like(linear, weight, None)
+    if base == "offloaded":
+        hooks = pytest.importorskip("accelerate.hooks")
+        hooks.add_hook_to_module(linear, hooks.AlignDevicesHook(DEVICE, offload=True))
+    else:
+        linear.forward = lambda x: x
+    with pytest.raises(ValueError, match="frozen_layer: the forward of Linear was replaced on the instance"):
+        frozen_like(linear, weight, None)
+
+
+def test_what_hangs_on_the_new_layer_is_its_own():
+    base, calls = nn.Linear(24, 20, device=DEVICE), []
+    base.register_forward_hook(lambda *_: calls.append(1))
+    base.register_buffer("before", torch.zeros(1, device=DEVICE))
+    frozen = frozen_like(base, torch.randn(20, 24, device=DEVICE), None)
+    frozen(torch.zeros(1, 24, device=DEVICE))
+    assert len(calls) == 1 and "before" in frozen._buffers
+    frozen.register_forward_hook(lambda *_: calls.append(2))
+    frozen.register_buffer("after", torch.zeros(1))
+    assert len(base._forward_hooks) == 1 and "after" not in base._buffers
 
 
 def test_what_cannot_be_replaced_is_named():

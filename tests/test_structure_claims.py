@@ -1,6 +1,9 @@
 """Which layers are claimed by structure, which of them are taken over, and what enable() says of the others."""
 
+import gc
 import importlib
+import threading
+import weakref
 
 import pytest
 import torch
@@ -87,7 +90,7 @@ def test_another_setting_is_another_kind():
     assert [layer.taken_over for layer in report.layers] == [True, False]
 
 
-@pytest.mark.parametrize("name", ["llm, dropout", "automodel, post", "megatron"])
+@pytest.mark.parametrize("name", ["llm, dropout", "automodel, post", "megatron", "fsdp_qlora"])
 def test_enable_leaves_no_trace_of_its_run(name, monkeypatch):
     monkeypatch.setattr(probe, "_results", {})
     layer, _ = make(name)
@@ -110,6 +113,61 @@ def test_its_run_is_plain_pytorch_whatever_the_options(monkeypatch):
     with launch.options(backend="triton"):
         assert only(make("llm")[0]).taken_over
     assert {used for _, used in ops.calls} == {"reference"}
+
+
+def test_other_threads_keep_their_options_while_it_runs(monkeypatch):
+    monkeypatch.setattr(probe, "_results", {})
+    seen, computed = [], probe._computed
+
+    def watched(twin, x):
+        thread = threading.Thread(target=lambda: seen.append(launch.current_options()))
+        thread.start()
+        thread.join()
+        seen.append(launch.current_options())
+        return computed(twin, x)
+
+    monkeypatch.setattr(probe, "_computed", watched)
+    with launch.options(backend="triton"):
+        assert only(make("llm")[0]).taken_over
+        assert launch.current_options().backend == "triton"
+    assert [options.backend for options in seen] == ["triton", "reference"] * 2
+
+
+def test_what_it_remembers_keeps_no_class_alive_and_does_not_grow_for_ever(monkeypatch):
+    monkeypatch.setattr(probe, "_results", {})
+    monkeypatch.setattr(probe, "REMEMBERED", 3)
+
+    def take_over_one():
+        class Mine(Llm.Linear):
+            """As users write them, in a function."""
+
+            def forward(self, x):
+                return super().forward(x)
+
+        assert only(Mine(nn.Linear(12, 9))).taken_over
+        return weakref.ref(Mine)
+
+    mine = take_over_one()
+    gc.collect()
+    gc.collect()  # what only the class that was taken over kept
+    assert mine() is None
+    for index in range(5):
+        assert only(_with(Llm.Linear(nn.Linear(12, 9)), index=index)).taken_over
+    assert len(probe._results) == 3
+
+
+def test_a_setting_of_the_class_is_one_of_the_layer():
+    def eps(layer):
+        return layer.has_eps * 1e-8
+
+    class Optional(Llm.Linear):
+        """Has eps where a subclass says so."""
+
+        def gain(self):
+            return self.weight_m_wdecomp.weight[:, 0] / (structures.norms(self.direction()).detach() + eps(self))
+
+    classes = [type("Mine", (Optional,), {"has_eps": has_eps}) for has_eps in (False, True)]
+    assert [only(cls(nn.Linear(12, 9))).taken_over for cls in classes] == [True, False]
 
 
 def test_enable_in_inference_mode_and_on_the_meta_device(monkeypatch):

@@ -9,7 +9,7 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels import ops
-from dora_kernels.testing import rms_error
+from dora_kernels.testing import check_layer, rms_error
 from tests import structures
 from tests.conformance import CHECKS, DEVICE, Case, randomise
 from tests.structures import DORA, DoRALinear, LinearLoRA, Llava, Llm, Parallel
@@ -74,6 +74,37 @@ def test_conformance_with_the_kernels(name):
     CHECKS["parity"](CASES[name], "triton", seed=len(name))
 
 
+class LlavaThatMerges(Llava.Linear):
+    """Has the two methods, as the library's own does, and can undo nothing."""
+
+    def merge(self):
+        self.merged = True
+
+    def unmerge(self):
+        raise RuntimeError("no adapter to take out")
+
+
+@pytest.mark.parametrize("name", [*CASES, "llava that merges"])
+def test_check_layer(name):
+    """What users call to see for themselves."""
+    layer = LlavaThatMerges(nn.Linear(12, 9), dropout=0.5) if name == "llava that merges" else make(name)[0]
+    ops.calls.clear()
+    report = check_layer(layer).raise_if_failed()
+    assert {name for name, _ in ops.calls} & {"forward", "rescale"}
+    checks = {row.check: row for row in report.rows}
+    assert {"train, accuracy", "eval, accuracy"} <= checks.keys()
+    if name == "llava that merges":
+        assert (
+            "cannot: RuntimeError: no adapter" in checks["unmerge, accuracy"].reason
+            and checks["unmerge, accuracy"].ok is None
+        )
+
+
+def test_check_layer_sees_a_call_that_went_to_the_library():
+    report = check_layer(make("fsdp_qlora")[0], make("fsdp_qlora")[1][0])
+    assert [row.reason for row in report.failures] == ["every call went to the layer's own library"] * 2
+
+
 @pytest.mark.parametrize("kind", ["nf4", "hqq"])
 def test_fsdp_qlora_over_a_quantised_weight(kind):
     problem = pytest.importorskip("tests.quantized_problem")
@@ -104,6 +135,19 @@ def test_fsdp_qlora_over_a_quantised_weight(kind):
     y, (weight, bias) = model(x), model[0].merged_weight_and_bias()
     assert rms_error(nn.functional.linear(x, weight, bias), y.detach().double()) < 1e-5
     CHECKS["training"](quantised, "reference", 0)
+
+
+def test_a_layer_that_learns_the_magnitude_alone_makes_its_zeros_once():
+    layer, x = make("llm, magnitude alone")
+    assert only(layer).taken_over and layer.adapter_operands() is None
+    for _ in range(2):
+        layer(x)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x)
+    assert not [event for event in profile.events() if event.name == "aten::new_zeros"]
+    with dora_kernels.frozen_adapters(layer):  # has no norm of an A and a B to make
+        layer.eval()
+        assert torch.equal(layer(x), layer(x))
 
 
 def test_a_layer_that_merges_itself_in_eval_mode_still_does():

@@ -61,6 +61,10 @@ class DoraKernelsLinearLoRA(Structure):
         super().stand_ins(twin, small)
         twin.dropout_p = DROPOUT
 
+    def own_dropout(self) -> str | None:
+        """As TakenOver.own_dropout."""
+        return "x A^T B^T" if self.dropout_position == "post" and self.dropout_p > 0 else None
+
     def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
         """As Structure.x_reason."""
         if x.dtype != adapter.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):

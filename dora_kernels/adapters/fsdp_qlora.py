@@ -76,7 +76,7 @@ class DoraKernelsDORA(Structure):
     @classmethod
     def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
         """As Structure.stand_ins."""
-        twin.base_layer = nn.Linear(1, 1, bias=False)
+        twin.base_layer = nn.Linear(1, 1, bias=False, device="cpu")
         twin.base_layer.weight = small.weight
         twin.base_layer.bias = small.bias
 

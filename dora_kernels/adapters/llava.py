@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from dora_kernels.adapters import structure
-from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, drops, first_reason, part_reason
+from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
+from dora_kernels.adapters.taking import drops
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

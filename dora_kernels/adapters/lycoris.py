@@ -30,6 +30,7 @@ from dora_kernels import launch, reuse
 from dora_kernels.adapters.taking import (
     TakenOver,
     class_name,
+    dtype_reason,
     forward_is_the_class_s,
     is_plain,
     library_class,
@@ -37,10 +38,9 @@ from dora_kernels.adapters.taking import (
 from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
 from dora_kernels.reference import accumulate_dtype
 from dora_kernels.rescale import rescale
+from dora_kernels.validate import FLOATING
 
 WRAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -60,8 +60,8 @@ def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     return (DoraKernelsLoConModule, "") if reason is None else (None, reason)
 
 
-class _Adapter(NamedTuple):
-    """One call's adapter, its kernel's dimensions flattened: V = weight + scaling * lora_B @ lora_A, (N, K)."""
+class _Direction(NamedTuple):
+    """What is scaled in one call, its kernel's dimensions flattened: V = weight + scaling * lora_B @ lora_A, (N, K)."""
 
     weight: Tensor
     lora_A: Tensor
@@ -80,6 +80,10 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         yield from TakenOver.holders(wrapped)
         for wrapper in wrapped.__dict__.get("_lycoris_wrappers", ()):
             yield wrapper, "org_forward"
+
+    def own_dropout(self) -> str | None:
+        """As TakenOver.own_dropout."""
+        return "rows of B A, or the whole adapter" if self.rank_dropout or self.module_dropout else None
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
         """As TakenOver.norm_and_gain; raises ValueError too where they are (K,), with wd_on_out=False."""
@@ -129,13 +133,13 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
             gain = gain.new_ones(adapter.weight.shape[0])
         return self._convolve(x, adapter, gain) if self.isconv else self._multiply(x, adapter, gain)
 
-    def _multiply(self, x: Tensor, adapter: _Adapter, gain: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, adapter: _Direction, gain: Tensor) -> Tensor:
         """gain * x V^T + bias. gain (N,) goes in as the magnitude over a norm of 1."""
         weight, lora_A, lora_B, scaling = adapter
         given = {"norm": torch.ones_like(gain), "gain": gain.detach()}
         return dora_linear_core(x, weight, lora_A, lora_B, gain, scaling, self.org_module[0].bias, **given)[0]
 
-    def _convolve(self, x: Tensor, adapter: _Adapter, gain: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, adapter: _Direction, gain: Tensor) -> Tensor:
         """gain * conv(x, V) + bias, by a convolution with W, one with A, and rescale over their channels."""
         (wrapped,) = self.org_module
         lora_A = self.lora_down.weight
@@ -146,7 +150,7 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         return y.movedim(-1, 1)
 
 
-def _adapter(layer: LoConModule, dropping: bool) -> _Adapter:
+def _adapter(layer: LoConModule, dropping: bool) -> _Direction:
     """Read at each call. scalar and the mask of rank_dropout multiply rows of B A, so those of B."""
     weight, lora_A, lora_B = (
         module.weight.flatten(1) for module in (layer.org_module[0], layer.lora_down, layer.lora_up)
@@ -156,10 +160,10 @@ def _adapter(layer: LoConModule, dropping: bool) -> _Adapter:
         if layer.rank_dropout_scale:
             keep /= keep.mean()
         lora_B = lora_B * keep[:, None]
-    return _Adapter(weight, lora_A, lora_B * layer.scalar, layer.scale)
+    return _Direction(weight, lora_A, lora_B * layer.scalar, layer.scale)
 
 
-def _norm(layer: LoConModule, adapter: _Adapter) -> Tensor:
+def _norm(layer: LoConModule, adapter: _Direction) -> Tensor:
     """The norm (N,) of V's rows; with wd_on_out=False that of its input features or channels, (K,).
 
     An input channel of a convolution is a group of columns of the flat V: one of each position in the kernel.
@@ -171,7 +175,7 @@ def _norm(layer: LoConModule, adapter: _Adapter) -> Tensor:
     return torch.linalg.vector_norm(norm.view(layer.dora_scale.numel(), -1), dim=1) if layer.isconv else norm
 
 
-def _reused_norm(layer: LoConModule, adapter: _Adapter) -> Tensor:
+def _reused_norm(layer: LoConModule, adapter: _Direction) -> Tensor:
     """`_norm`, kept from call to call in eval mode; never where it has a gradient."""
     if torch.is_grad_enabled() or layer.training:
         return _norm(layer, adapter)
@@ -215,7 +219,7 @@ def _layer_reason(layer: LoConModule) -> str | None:
     for name, tensor in _tensors(layer).items():
         if not is_plain(tensor):
             return f"{name} is a {class_name(tensor)}, not a plain tensor"
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOATING:
             return f"{name} is {tensor.dtype}"
     return None
 
@@ -228,9 +232,7 @@ def _call_reason(layer: LoConModule, x: Tensor) -> str | None:
     if x.dim() < 2 or (layer.isconv and x.dim() != weight.dim()):
         return f"x has {x.dim()} dimensions"
     if torch.is_autocast_enabled(x.device.type):
-        if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
-            return f"x is {x.dtype} and the base weight is {weight.dtype}, which autocast leaves alone"
-        return None
+        return dtype_reason(x, weight)
     if x.dtype != weight.dtype or torch.promote_types(dora_scale.dtype, x.dtype) != x.dtype:
         return f"x is {x.dtype}, the base weight {weight.dtype} and dora_scale {dora_scale.dtype}, without autocast"
     return None

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.adapters import structure
-from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, drops, first_reason
-from dora_kernels.adapters.taking import bypass_reason
+from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, first_reason
+from dora_kernels.adapters.taking import bypass_reason, drops
 from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import rescale
 
@@ -98,7 +98,7 @@ class DoraKernelsDoRALinear(Structure):
         low, _ = self.adapter.linear_in(dropped.contiguous())
         gain = gain_ref(adapter.magnitude, self.norm(adapter))
         y = rescale(base, low, adapter.lora_B, gain, adapter.scaling)
-        if self.training and isinstance(dropout, nn.Dropout):
+        if self.training and isinstance(dropout, nn.Dropout) and self.dora_dropout != "lora":
             correction, *_ = self.base_linear_forward(dropout(xn) - xn)
             y = (y + (gain - 1) * correction).to(y.dtype)
         wide = torch.promote_types(adapter.weight.dtype, adapter.magnitude.dtype)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters import structure
-from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, drops, first_reason, part_reason
+from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
+from dora_kernels.adapters.taking import drops
 from dora_kernels.functional import dora_linear_core, weight_norm
 
 
@@ -56,12 +57,13 @@ class DoraKernelsLinear(Structure):
         if getattr(layer, "fan_in_fan_out", False):
             return None, "fan_in_fan_out is set, with which the library adds B A to the transposed weight"
         magnitude, weight, dropout = layer.weight_m_wdecomp, layer.weight, layer.lora_dropout
-        N, K = weight.shape
+        N, _ = weight.shape
         reasons = [part_reason("weight_m_wdecomp", magnitude, (N, 1))]
         if type(dropout) not in (nn.Dropout, nn.Identity, FunctionType):
             reasons.append(f"lora_dropout is a {type(dropout).__name__}")
         if layer.Wdecompose:
-            lora_A, lora_B, scaling, norm_grad = weight.new_zeros(1, K), weight.new_zeros(N, 1), 1.0, False
+            zeros = reuse.constant_reusing(layer, (weight,), lambda: _zeros(weight)) or _zeros(weight)
+            (lora_A, lora_B), scaling, norm_grad = zeros, 1.0, False
         elif not all(isinstance(getattr(layer, part, None), nn.Linear) for part in ("lora_A", "lora_B")):
             return None, "it has no lora_A and lora_B"
         else:
@@ -72,6 +74,15 @@ class DoraKernelsLinear(Structure):
         if reason is not None:
             return None, reason
         return checked(Adapter(weight, lora_A, lora_B, magnitude.weight.squeeze(1), scaling, layer.bias, norm_grad))
+
+    def adapter_operands(self) -> reuse.Operands | None:
+        """As TakenOver.adapter_operands; None for the magnitude alone, whose norm never changes."""
+        return None if self.Wdecompose else super().adapter_operands()
+
+    def own_dropout(self) -> str | None:
+        """As TakenOver.own_dropout."""
+        can_drop = isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.p > 0
+        return "the x of (gain - 1) * x W^T, as there is no low-rank product" if self.Wdecompose and can_drop else None
 
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
         """As Structure.compute; of the weight's dtype under autocast too."""
@@ -85,6 +96,12 @@ class DoraKernelsLinear(Structure):
         else:
             y = self.linear(x, adapter, x_dropped)
         return y.to(self.weight.dtype)
+
+
+def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An A (1, K) and a B (N, 1) for a layer without."""
+    N, K = weight.shape
+    return weight.new_zeros(1, K), weight.new_zeros(N, 1)
 
 
 class DoraKernelsVisionLinear(Structure):

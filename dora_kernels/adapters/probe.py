@@ -13,6 +13,7 @@ that change after enable().
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from types import FunctionType
@@ -34,6 +35,13 @@ TOLERANCE = 1e-5
 """Relative to the norm of each row: an intermediate in float32 is not another meaning."""
 DROPOUT = 0.5
 SEED = 0
+NOT_THEIRS = ("forward", "_old_forward", "_hf_hook", "dora_dropout")
+"""Attributes that the library's forward does not read: accelerate's, bound to the module, and what take_over sets."""
+
+PLAIN = (bool, int, float, str, type(None))
+"""The types of attributes that are settings."""
+REMEMBERED = 1024
+"""How many kinds of layers are remembered. A layer with a number of its own is a kind of its own, and takes a run."""
 
 _results: dict[Hashable, str | None] = {}
 
@@ -49,12 +57,18 @@ def reason(layer: nn.Module, adapter: Adapter, computed_by: type[Structure]) -> 
     if unknown is not None:
         return f"it has a tensor that is no part of a DoRA layer: {unknown}"
     key = computed_by, _code(layer), _settings(layer, computed_by.opaque), adapter.bias is None, adapter.norm_grad
-    if key not in _results:
-        _results[key] = _run(layer, small, known, computed_by)
-    return _results[key]
+    if key in _results:
+        return _results[key]
+    found = _run(layer, small, known, computed_by)
+    while len(_results) >= REMEMBERED:
+        _results.pop(next(iter(_results)), None)
+    _results[key] = found
+    return found
 
 
 def _run(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_by: type[Structure]) -> str | None:
+    # the generator of the CPU alone: manual_seed and fork_rng would touch the accelerator's too
+    state = torch.default_generator.get_state()
     try:
         twins = _twins(layer, small, known, computed_by)
         for training in (False, True):
@@ -68,6 +82,8 @@ def _run(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_by
     except Exception as error:  # whatever somebody's code may raise
         message = str(error).partition("\n")[0]
         return f"its forward could not be checked: {type(error).__name__}: {message}"
+    finally:
+        torch.default_generator.set_state(state)
     return None
 
 
@@ -93,20 +109,11 @@ def _outcome(twin: nn.Module) -> dict[str, Tensor | None]:
     x, dy = (torch.randn(2, 4, n, dtype=torch.float64, device="cpu", generator=generator) for n in (K, N))
     x.requires_grad_()
     inputs = {"x": x} | {name: tensor for name, tensor in twin.named_parameters() if tensor.requires_grad}
-    # the generator of the CPU alone: manual_seed and fork_rng would touch the accelerator's too
-    state = torch.default_generator.get_state()
-    try:
-        torch.default_generator.manual_seed(SEED)
-        with (
-            torch.enable_grad(),
-            torch.autocast("cpu", enabled=False),
-            launch.options(backend="reference"),
-        ):
-            returned = _computed(twin, x) if isinstance(twin, TakenOver) else twin(x)
-            y, *more = returned if isinstance(returned, tuple) else (returned,)
-            gradients = torch.autograd.grad(y, list(inputs.values()), dy, allow_unused=True)
-    finally:
-        torch.default_generator.set_state(state)
+    torch.default_generator.manual_seed(SEED)
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False), launch.own_options(backend="reference"):
+        returned = _computed(twin, x) if isinstance(twin, TakenOver) else twin(x)
+        y, *more = returned if isinstance(returned, tuple) else (returned,)
+        gradients = torch.autograd.grad(y, list(inputs.values()), dy, allow_unused=True)
     outcome = {"y": y.detach().reshape(-1, N).T} | {f"output {i + 1}": value for i, value in enumerate(more)}
     return outcome | {f"d{name}": gradient for name, gradient in zip(inputs, gradients, strict=True)}
 
@@ -173,7 +180,7 @@ def _twin(module: nn.Module, known: dict[int, Tensor]) -> nn.Module:
     """`module` with the small tensors for its own, without its hooks; every other attribute is shared."""
     twin = module.__class__.__new__(module.__class__)
     for name, value in vars(module).items():
-        if name not in ("forward", "_old_forward", "_hf_hook"):  # accelerate's, bound to the module
+        if name not in NOT_THEIRS:
             vars(twin)[name] = OrderedDict() if "hooks" in name else value
     vars(twin)["_parameters"] = {name: known.get(id(value), value) for name, value in module._parameters.items()}
     vars(twin)["_buffers"] = dict(module._buffers)
@@ -189,28 +196,32 @@ def _twin(module: nn.Module, known: dict[int, Tensor]) -> nn.Module:
 
 
 def _code(layer: nn.Module) -> Hashable:
-    """Every function of the classes of a layer and its submodules, of torch's the class: libraries patch classes and
-    make new ones, a class for each layer."""
+    """Every function and plain attribute of the classes of a layer and its submodules, of torch's the class: libraries
+    patch classes and make new ones, a class for each layer. Weakly: what is remembered keeps nobody's class alive."""
     return tuple(tuple(map(_functions, library_class(module).__mro__)) for module in layer.modules())
 
 
 def _functions(cls: type) -> Hashable:
     if cls.__module__.partition(".")[0] in ("torch", "builtins"):
         return cls
-    kinds = (FunctionType, staticmethod, classmethod, property)
-    return tuple(value for value in vars(cls).values() if isinstance(value, kinds))
+    made_of: list[Hashable] = []
+    for name, value in vars(cls).items():
+        if type(value) in PLAIN and not name.startswith("__"):
+            made_of.append((name, value))
+        parts = (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),)
+        made_of += [weakref.ref(part) for part in parts if isinstance(part, FunctionType)]
+    return tuple(made_of)
 
 
 def _settings(layer: nn.Module, opaque: tuple[str, ...]) -> Hashable:
     """The plain attributes of a layer and its submodules, but for those in which two layers of a kind differ."""
-    skipped = {"training", "in_features", "out_features"}
-    plain = (bool, int, float, str, type(None))
+    skipped = {"training", "in_features", "out_features", *NOT_THEIRS}
     return tuple(
         (path, name, value)
         for path, module in layer.named_modules()
         if not _is_within(path, opaque)
         for name, value in vars(module).items()
-        if type(value) in plain and name not in skipped
+        if type(value) in PLAIN and name not in skipped
     )
 
 

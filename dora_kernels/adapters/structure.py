@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import launch, reuse
@@ -21,16 +22,16 @@ from dora_kernels.adapters.taking import (
     bypass_reason,
     class_name,
     class_over,
+    dtype_reason,
     forward_is_the_class_s,
     is_plain,
     library_class,
 )
 from dora_kernels.functional import dora_linear_core, merge_weight, operand_dtypes, weight_norm
-from dora_kernels.quant import QuantizedWeight, Weight, parts
+from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts
 from dora_kernels.reference import gain_ref
-
-AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DTYPES = (*AUTOCAST_DTYPES, torch.float64)
+from dora_kernels.rescale import rescale
+from dora_kernels.validate import FLOATING
 
 
 class Adapter(NamedTuple):
@@ -92,11 +93,17 @@ class Structure(TakenOver):
         return self.compute(x, adapter)
 
     def linear(self, x: Tensor, adapter: Adapter, x_dropped: Tensor | None = None) -> Tensor:
-        """dora_linear of x (..., K); in eval mode with the norm and gain of the last call."""
+        """dora_linear of x (..., K); in eval mode with the norm and gain of the last call.
+
+        x_dropped falls on all that the adapter adds or, enabled with dropout="lora", on the low-rank product alone.
+        """
         *operands, bias, norm_grad = adapter
+        lora_dropout = self.dora_dropout == "lora"
         if norm_grad and torch.is_grad_enabled() and (adapter.lora_A.requires_grad or adapter.lora_B.requires_grad):
+            if lora_dropout and x_dropped is not None:
+                return _with_lora_dropout(x, adapter, x_dropped)
             return dora_linear_core(x, *operands, bias, x_dropped=x_dropped, norm_grad=True)[0]
-        return reuse.dora_linear_reusing(self, x, *operands, bias, x_dropped=x_dropped)
+        return reuse.dora_linear_reusing(self, x, *operands, bias, x_dropped=x_dropped, lora_dropout=lora_dropout)
 
     def adapter_operands(self) -> reuse.Operands | None:
         """As TakenOver.adapter_operands."""
@@ -139,6 +146,16 @@ class Structure(TakenOver):
         return adapter
 
 
+def _with_lora_dropout(x: Tensor, adapter: Adapter, x_dropped: Tensor) -> Tensor:
+    """gain * (x W^T + scaling * x_dropped A^T B^T) + bias, with the gradient through the norm."""
+    weight, lora_A, lora_B, magnitude, scaling, bias, _ = adapter
+    base_dtype, dtype = operand_dtypes(x, lora_A)
+    base = frozen_product(x.to(base_dtype), weight)
+    low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
+    gain = gain_ref(magnitude, weight_norm(weight, lora_A, lora_B, scaling, norm_grad=True))
+    return rescale(base, low, lora_B, gain, scaling, bias)
+
+
 def judge(layer: nn.Module, computed_by: type[Structure]) -> tuple[type[nn.Module] | None, str]:
     """As adapters/__init__.py says of each library's."""
     try:
@@ -158,6 +175,8 @@ def _name_reason(layer: nn.Module, computed_by: type[Structure]) -> str | None:
     """Why the class that takes `layer` over would hide a part of it from the library's own code."""
     ours = {name for cls in computed_by.__mro__ if issubclass(cls, TakenOver) for name in vars(cls)}
     theirs = {*dir(library_class(layer)), *vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
+    if isinstance(layer, TakenOver):
+        theirs.discard("dora_dropout")  # set by take_over
     hidden = sorted(name for name in ours & theirs - set(dir(nn.Module)) if not name.startswith("__"))
     return f"it has an attribute that would be hidden: {', '.join(hidden)}" if hidden else None
 
@@ -194,7 +213,7 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
     for name, tensor in named.items():
         if not is_plain(tensor):
             return None, f"{name} is a {class_name(tensor)}, not a plain tensor"
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in FLOATING:
             return None, f"{name} is {tensor.dtype}"
     if weight.dim() != 2 or lora_A.dim() != 2:
         return None, f"weight and lora_A have {weight.dim()} and {lora_A.dim()} dimensions; expected 2"
@@ -222,16 +241,4 @@ def _call_reason(x: object, adapter: Adapter, has_more: bool) -> str | None:
     for tensor in (weight, adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.bias):
         if tensor is not None and (tensor.device != device or device.type == "meta"):
             return f"x is on {device} and a weight of the layer is on {tensor.device}"
-    if isinstance(weight, QuantizedWeight) or x.dtype == weight.dtype:
-        return None
-    dtypes = f"x is {x.dtype} and the weight is {weight.dtype}"
-    if not torch.is_autocast_enabled(device.type):
-        return f"{dtypes}, without autocast"
-    if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
-        return f"{dtypes}, which autocast leaves alone"
-    return None
-
-
-def drops(dropout: object) -> bool:
-    """Whether `dropout` is an nn.Dropout that changes x now."""
-    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+    return None if isinstance(weight, QuantizedWeight) else dtype_reason(x, weight)

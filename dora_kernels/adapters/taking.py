@@ -7,28 +7,38 @@ and giving a layer back is changing its class back.
 
 from __future__ import annotations
 
+import copy
 import functools
+import weakref
 from collections.abc import Iterator
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from dora_kernels import reuse
+from dora_kernels import reuse, sharing
+
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What autocast casts; it leaves float64 alone."""
+
+DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
+"""The classes of dropout whose meaning we know."""
 
 ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
 
 
 class TakenOver:
-    """The mark of a layer that is taken over. Subclasses have the `forward`; they are never constructed.
+    """The mark of a layer that is taken over. Subclasses have the `forward`, and may have merge and unmerge; they are
+    never constructed.
 
-    Beside it `train` and `_apply` differ from the library's, by what they forget.
+    Beside these `train` and `_apply` differ from the library's, by what they forget.
     """
 
-    dora_dropout = "exact"
-    """What dropout means: the library's meaning, or "lora" (see adapters.enable). Set on the layer by take_over."""
+    dora_dropout = "adapter"
+    """What dropout falls on: what the library means, or "lora" (see adapters.enable). Set on the layer by take_over."""
 
     reversible = True
     """Whether the library's class computes the same function, so that the layer can be given back."""
@@ -41,6 +51,10 @@ class TakenOver:
         """
         for name in ("forward", "_old_forward"):
             yield layer, name
+
+    def own_dropout(self) -> str | None:
+        """What dropout falls on under dropout="lora" too, because the library means neither that nor what PEFT does."""
+        return None
 
     def adapter_operands(self) -> reuse.Operands | None:
         """What dora_linear_reusing is called with now, for `frozen_adapters`; None where something else is."""
@@ -66,7 +80,7 @@ class TakenOver:
         return frozen_like(getattr(self, "base_layer", None), weight, bias)
 
     def train(self, mode: bool = True) -> TakenOver:
-        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse.py)."""
+        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse/)."""
         reuse.mode_set(self, mode)
         return super().train(mode)
 
@@ -77,17 +91,38 @@ class TakenOver:
 
 
 def frozen_like(base: nn.Module | None, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantised."""
+    """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantised.
+
+    What hangs on `base` hangs on a dense one's successor too: hooks, buffers, submodules, each dict a copy. Raises
+    ValueError where its forward is neither its class's nor that between device moves of accelerate.
+    """
+    if base is not None and not forward_is_the_class_s(base):
+        raise ValueError(
+            f"frozen_layer: the forward of {type(base).__name__} was replaced on the instance, or offloads its weight; "
+            "expected the class's own"
+        )
     stored = getattr(base, "weight", None)
     if isinstance(stored, nn.Parameter) and stored.shape == weight.shape and stored.is_floating_point():
         frozen = type(base).__new__(type(base))
-        frozen.__dict__ = vars(base) | {"_parameters": dict(base._parameters)}
+        kept = {name: value for name, value in vars(base).items() if name not in ("forward", "_old_forward")}
+        frozen.__dict__ = {name: copy.copy(v) if isinstance(v, (dict, set)) else v for name, v in kept.items()}
     else:
         frozen = nn.Linear(weight.shape[1], weight.shape[0], False, "meta")
+    if "_hf_hook" in vars(base or frozen):
+        _move_as(base, frozen)
     frozen.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         frozen.bias = nn.Parameter(bias, requires_grad=False)
     return frozen
+
+
+def _move_as(base: nn.Module, frozen: nn.Module) -> None:
+    """Give `frozen` the hook of accelerate that `base` has, bound to it.
+
+    Not by add_hook_to_module, which may put a weight that it knows by its address in place of a new one there.
+    """
+    frozen._hf_hook, frozen._old_forward = base._hf_hook, MethodType(type(frozen).forward, frozen)
+    frozen.forward = functools.update_wrapper(functools.partial(base.forward.func, frozen), frozen._old_forward)
 
 
 def library_class(layer: nn.Module) -> type[nn.Module]:
@@ -98,11 +133,16 @@ def library_class(layer: nn.Module) -> type[nn.Module]:
     return cls
 
 
-@functools.cache
+_made: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueDictionary()
+
+
 def class_over(cls: type[nn.Module], computed_by: type[TakenOver]) -> type[nn.Module]:
     """`cls` computed by `computed_by`, for classes that are not known before a model has them."""
-    members = {"__reduce_ex__": _reduce, "__module__": computed_by.__module__, "__doc__": computed_by.__doc__}
-    return type(f"DoraKernels{cls.__name__}", (computed_by, cls), members)
+    made = _made.get((cls, computed_by))
+    if made is None:
+        members = {"__reduce_ex__": _reduce, "__module__": computed_by.__module__, "__doc__": computed_by.__doc__}
+        made = _made[cls, computed_by] = type(f"DoraKernels{cls.__name__}", (computed_by, cls), members)
+    return made
 
 
 def _reduce(layer: nn.Module, protocol: int) -> tuple[Any, ...]:
@@ -116,11 +156,12 @@ def _rebuild(cls: type[nn.Module], computed_by: type[TakenOver]) -> nn.Module:
     return made.__new__(made)
 
 
-def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str = "exact") -> None:
-    """Make `layer` a `cls`, a subclass of its library's class, with this meaning of dropout."""
+def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str | None = None) -> None:
+    """Make `layer` a `cls`, a subclass of its library's class, with this meaning of dropout; None: as it was."""
     if type(layer) is not cls:
         _set_class(layer, cls)
-    layer.dora_dropout = dropout
+    if dropout is not None:
+        layer.dora_dropout = dropout
 
 
 def give_back(layer: nn.Module) -> None:
@@ -128,6 +169,7 @@ def give_back(layer: nn.Module) -> None:
     if isinstance(layer, TakenOver) and layer.reversible:
         _set_class(layer, library_class(layer))
         layer.__dict__.pop("dora_dropout", None)
+        sharing.leave(layer)
 
 
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
@@ -183,6 +225,23 @@ def forward_is_the_class_s(module: nn.Module) -> bool:
         and not hook.offload
         and _is_bound_forward(module, module.__dict__.get("_old_forward"))
     )
+
+
+def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
+    """Why the dtypes of x and weight are the library's affair: one dtype, or autocast makes them one."""
+    if x.dtype == weight.dtype:
+        return None
+    dtypes = f"x is {x.dtype} and the base weight is {weight.dtype}"
+    if not torch.is_autocast_enabled(x.device.type):
+        return f"{dtypes}, without autocast"
+    if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
+        return f"{dtypes}, which autocast leaves alone"
+    return None
+
+
+def drops(dropout: object) -> bool:
+    """Whether `dropout` is an nn.Dropout that changes x now."""
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -18,9 +18,11 @@ from torchtune.modules.peft.dora import DoRALinear, linear_nf4
 
 from dora_kernels import launch, quant, reuse
 from dora_kernels.adapters.taking import (
+    DROPOUT_LAYERS,
     TakenOver,
     bypass_reason,
     class_name,
+    drops,
     forward_is_the_class_s,
     is_plain,
     library_class,
@@ -29,9 +31,7 @@ from dora_kernels.functional import dora_linear_core, merge_weight_and_norm, wei
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import rescale
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-DROPOUTS = (nn.Identity, nn.Dropout)
+from dora_kernels.validate import FLOATING
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -85,14 +85,13 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
             return super().forward(x)
 
         arguments, bias, dropout = _adapter(self, weight), self.bias, self.dropout
-        drops = dropout.training and not isinstance(dropout, nn.Identity) and dropout.p > 0
-        if bias is None and not drops:
+        if bias is None and not drops(dropout):
             return reuse.dora_linear_reusing(self, x, *arguments, None)
         _, lora_A, lora_B, magnitude, scaling = arguments
         norm = _norm(self, weight, lora_A, lora_B, scaling, x)
         gain = gain_ref(magnitude, norm)
         bias = None if bias is None else gain * bias
-        if not drops:
+        if not drops(dropout):
             return dora_linear_core(x, *arguments, bias, norm=norm)[0]
         base = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, weight)
         return rescale(base, F.linear(dropout(x), lora_A), lora_B, gain, scaling, bias)
@@ -116,7 +115,7 @@ def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
     weight = layer.weight
     if weight.requires_grad:
         return None, "the base weight requires a gradient"
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in FLOATING:
         return None, f"the base weight is {weight.dtype}"
     if not layer._quantize_base:
         if not is_plain(weight):
@@ -132,7 +131,7 @@ def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
 
 def _layer_reason(layer: DoRALinear) -> str | None:
     """Why torchtune has to compute a layer whose weight is known."""
-    known_parts = {"lora_a": (nn.Linear,), "lora_b": (nn.Linear,), "dropout": DROPOUTS}
+    known_parts = {"lora_a": (nn.Linear,), "lora_b": (nn.Linear,), "dropout": DROPOUT_LAYERS}
     for part, known in known_parts.items():
         module = getattr(layer, part)
         if type(module) not in known:

@@ -171,7 +171,7 @@ class DvoraLinear(MergeableLinear):
 
     def train(self, mode: bool = True) -> "DvoraLinear":
         """As nn.Module.train; in eval mode the norm is computed once and kept (see reuse/)."""
-        reuse.forget(self)
+        reuse.mode_set(self, mode)
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> "DvoraLinear":

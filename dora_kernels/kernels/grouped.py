@@ -1,4 +1,7 @@
-"""norm and gain of many layers in one launch: a model's worth takes as many launches as one layer."""
+"""norm and gain of many layers in one launch: a model's worth takes as many launches as one layer.
+
+The sum over K is not split, as that of `norm` may be: there are tiles enough, and the last bit may be another.
+"""
 
 from collections.abc import Sequence
 

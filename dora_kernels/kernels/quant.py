@@ -188,6 +188,10 @@ def weight_config(how: Launch, kernel: str, weight: Weight, R: int) -> launch.Co
         share = 4  # each code of 4 bits has an address of its own: 1256 bytes a thread on sm_120 otherwise
     elif weight.format in ("codebook4", "nf4_torchao") and how.operand.itemsize == 4:
         share = 2  # 400 bytes a thread on sm_120 otherwise
+    elif weight.format == "codebook4" and weight.shape[1] % 64:
+        share = 2  # a scale for every 16 codes and not for 64: 136 bytes a thread on sm_100 otherwise
+    elif weight.format == "codebook4" and R > launch.HIGH_RANK and how.facts.target == "sm_80":
+        share = 2  # 88 bytes a thread otherwise
     return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
 
 

@@ -4,15 +4,17 @@ store.py says when that is safe, layers.py is what layers call, scope.py is `fro
 """
 
 from dora_kernels.reuse.layers import constant_reusing, dora_linear_reusing, norm_reusing
-from dora_kernels.reuse.scope import Operands, frozen_adapters, mode_set
+from dora_kernels.reuse.scope import Operands, Scope, frozen_adapters, hold_adapters, mode_set
 from dora_kernels.reuse.store import forget, invalidate
 
 __all__ = [
     "Operands",
+    "Scope",
     "constant_reusing",
     "dora_linear_reusing",
     "forget",
     "frozen_adapters",
+    "hold_adapters",
     "invalidate",
     "mode_set",
     "norm_reusing",

@@ -28,14 +28,15 @@ def dora_linear_reusing(
     *,
     x_dropped: Tensor | None = None,
     lora_dropout: bool = False,
+    low: Tensor | None = None,
     function: str = "dora_linear",
 ) -> Tensor:
     """y of `dora_linear_core` for `layer`, reusing the norm and gain of its last call where that is safe.
 
     lora_dropout: x_dropped goes through the low-rank product alone, and the base layer is multiplied with x only:
         y = gain * (x weight^T + scaling * (x_dropped lora_A^T) lora_B^T) + bias
-    Other arguments and errors as dora_linear_core. Nothing is kept under torch.compile, whose graph cannot see what
-    changed, nor in a CUDA graph, which computes something else at every replay.
+    low: as dora_linear_core's. Other arguments and errors as dora_linear_core. Nothing is kept under torch.compile,
+    whose graph cannot see what changed, nor in a CUDA graph, which computes something else at every replay.
     """
     arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
     if lora_dropout and x_dropped is not None:
@@ -43,7 +44,7 @@ def dora_linear_reusing(
     stored, *storage = parts(weight)
     tensors = (*stored, lora_A, lora_B, magnitude)
     if not store.can_keep(tensors, x.device):
-        return dora_linear_core(*arguments, x_dropped=x_dropped, function=function)[0]
+        return dora_linear_core(*arguments, x_dropped=x_dropped, low=low, function=function)[0]
 
     drops = store.drops()
     fingerprint = store.fingerprint_of(tensors, (scaling, storage, operand_dtypes(x, lora_A)), x.device)
@@ -55,8 +56,8 @@ def dora_linear_reusing(
         if scope is not None and scope.keep_merged and kept.merged is None:
             kept = _merge(layer, kept, x, weight, lora_A, lora_B, scaling)
         given = {"norm": kept.norm, "gain": kept.gain, "merged": kept.merged}
-        return dora_linear_core(*arguments, x_dropped=x_dropped, **given, function=function)[0]
-    y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, function=function)
+        return dora_linear_core(*arguments, x_dropped=x_dropped, low=low, **given, function=function)[0]
+    y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, low=low, function=function)
     store.keep(layer, store.Kept.of(tensors, fingerprint, norm, gain), drops)
     return y
 

@@ -1,6 +1,7 @@
 """frozen_adapters: the norms of a model made in one launch, and used for every micro-batch of an optimizer step."""
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,17 +25,33 @@ class Operands(NamedTuple):
 
 
 class Scope:
-    """An open `frozen_adapters`: its layers, and for which operand dtypes their norms have been made together."""
+    """An open `frozen_adapters`: its layers, whether `hold_adapters` has opened it, and for which operand dtypes their
+    norms have been made together.
+    """
 
-    def __init__(self, layers: list[nn.Module], keep_merged: bool) -> None:
-        self.layers = layers
+    def __init__(self, layers: list[nn.Module], keep_merged: bool, held: bool) -> None:
+        # weak: the layers of a scope that nobody closes are not held by it
+        self._layers = [weakref.ref(layer) for layer in layers]
         self.keep_merged = keep_merged
+        self.held = held
         self.filled: set[tuple[object, ...]] = set()
         self.step = -1
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Those that are still there."""
+        return [layer for reference in self._layers if (layer := reference()) is not None]
+
+    def close(self) -> None:
+        """End the reuse. Does nothing to layers that are in another scope by now."""
+        for layer in self.layers:
+            if store.scopes.get(layer) is self:
+                del store.scopes[layer]
+                store.forget(layer)
+
     @torch.no_grad()
     def fill(self, x: Tensor) -> bool:
-        """Make and keep the norms and gains of all layers for calls with an x like this one; False if that was done.
+        """Make and keep the norms and gains of the layers for calls with an x like this one; False if that was done.
 
         Not when the scope opens: only a call knows its autocast. Layers of one device and the same dtypes share a
         launch; one that cannot share it (quantised, not contiguous, cast by autocast) is left to its own call.
@@ -46,6 +63,7 @@ class Scope:
         if key in self.filled:
             return False
         self.filled.add(key)
+        drops = store.drops()
         groups: dict[tuple[object, ...], list[tuple[nn.Module, Operands, tuple[object, ...]]]] = {}
         for layer in self.layers:
             operands = layer.adapter_operands()
@@ -69,7 +87,7 @@ class Scope:
             sizes = [weight.shape[0] for weight in weights]
             for member, norm, gain in zip(members, norms.split(sizes), gains.split(sizes), strict=True):
                 layer, operands, fingerprint = member
-                store.by_layer[layer] = store.Kept.of(operands[:4], fingerprint, norm, gain)
+                store.keep(layer, store.Kept.of(operands[:4], fingerprint, norm, gain), drops)
         return True
 
 
@@ -84,32 +102,51 @@ def frozen_adapters(model: nn.Module, *, keep_merged: bool = False) -> Iterator[
                 model(batch).loss.backward()
         optimizer.step()
 
-    The first call of a layer makes the norms of all layers in one launch. An optimizer step inside the scope, fused and
-    8-bit ones too, ends the reuse of what was made before it; a write through .data does not: the promise is broken.
+    The first call of a linear layer makes the norms of all of them in one launch for each device and dtypes: those over
+    dense, contiguous weights that autocast does not cast. The others (quantised ones, convolutions, embeddings) make
+    their own at their first call. On a GPU the last bit of a norm may be another than outside: the sums over K of the
+    one launch are not split, those of a layer's own may be.
+
+    An optimizer step inside the scope, fused and 8-bit ones too, ends the reuse of what was made before it; a write
+    through .data does not: the promise is broken.
 
     keep_merged: keep the merged weight, too, from which the backward pass makes dx where the planner has it do so; that
     is one more weight in memory for each layer.
 
     Raises ValueError where the model has no layer to reuse anything for, and where one of them is in such a scope.
     """
+    scope = _opened(model, keep_merged, held=False)
+    try:
+        yield
+    finally:
+        scope.close()
+
+
+def hold_adapters(model: nn.Module, *, keep_merged: bool = False) -> Scope:
+    """`frozen_adapters` from here to close() of what is returned, for callers that see beginning and end as events.
+
+    Such a scope may be left open by a caller that an exception has ended: the next one held closes it.
+    """
+    return _opened(model, keep_merged, held=True)
+
+
+def _opened(model: nn.Module, keep_merged: bool, held: bool) -> Scope:
     layers = [module for module in model.modules() if hasattr(module, "adapter_operands")]
     if not layers:
         raise ValueError(
             "frozen_adapters: model has no DoRA layer of ours; expected enable(model) first, or DoraLinear"
         )
-    inside = [layer for layer in layers if layer in store.scopes]
-    if inside:
-        raise ValueError(f"frozen_adapters: {len(inside)} of {len(layers)} layers are in another scope; expected none")
-    scope = Scope(layers, keep_merged)
+    others = {scope for layer in layers if (scope := store.scopes.get(layer)) is not None}
+    if not all(held and scope.held for scope in others):
+        inside = sum(layer in store.scopes for layer in layers)
+        raise ValueError(f"frozen_adapters: {inside} of {len(layers)} layers are in another scope; expected none")
+    for other in others:
+        other.close()
+    scope = Scope(layers, keep_merged, held)
     for layer in layers:
         store.forget(layer)
         store.scopes[layer] = scope
-    try:
-        yield
-    finally:
-        for layer in layers:
-            store.scopes.pop(layer, None)
-            store.forget(layer)
+    return scope
 
 
 def mode_set(layer: nn.Module, mode: bool) -> None:

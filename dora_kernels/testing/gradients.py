@@ -33,8 +33,8 @@ def check_gradients(
     """Check `function` and its backward pass against `reference`; a Report, whose raise_if_failed() is for test suites.
 
     function: called with `inputs` as keyword arguments, returns one tensor. An nn.Module is called with the one tensor
-        `inputs`; its parameters that require a gradient are differentiated too. It runs as it is: in train or eval
-        mode, on its device, under the options and the autocast around this call.
+        `inputs`, and may return a bias to be added beside it; its parameters that require a gradient are differentiated
+        too. It runs as it is: in train or eval mode, on its device, under the options and autocast around this call.
     inputs: those tensors are differentiated that require a gradient. They are passed as they are, strides included.
     reference: plain PyTorch that computes the same, of the same arguments. It runs in float64, which is the exact
         result, and in the inputs' own dtypes, which is the measure: an error of twice PyTorch's own, plus 2 ulp, is the
@@ -121,9 +121,17 @@ def _call(function: Callable[..., Tensor] | nn.Module) -> Call:
 
     def call(inputs: dict[str, Any]) -> Tensor:
         parameters = {name: value for name, value in inputs.items() if name != "x"}
-        return torch.func.functional_call(function, parameters, (inputs["x"],))
+        return with_bias(torch.func.functional_call(function, parameters, (inputs["x"],)))
 
     return call
+
+
+def with_bias(returned: Any) -> Any:
+    """The output of a module; with its bias where it returns that apart, as parallel layers do."""
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        return returned
+    y, bias = returned
+    return y if bias is None else y + bias
 
 
 def _in_float64(value: Any) -> Any:

@@ -6,9 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from dora_kernels import ops
 from dora_kernels.adapters import disable, enable
 from dora_kernels.quant import is_quantized
-from dora_kernels.testing.gradients import check_gradients
+from dora_kernels.testing.gradients import check_gradients, with_bias
 from dora_kernels.testing.measure import compare
 from dora_kernels.testing.report import Report, Row
 
@@ -27,14 +28,14 @@ def check_layer(layer: nn.Module, x: Tensor | None = None, *, randomise: bool = 
     """Compare a DoRA layer as its own library computes it with the same layer after enable(); a Report.
 
     layer: any layer that enable() takes over, already enabled or not. It is copied and stays as it is.
-    x: what the layer takes; by default random, in the dtype of the layer's weight: (12, K) for a linear layer, two
+    x: what the layer takes; by default random, in the dtype of the layer's weight: (2, 6, K) for a linear layer, two
         images for a convolution, 12 tokens for an embedding.
     randomise: give the copies a lora_B that is not zero and gains away from 1, as a fresh adapter tests nothing.
 
     The library's layer in float64 is the exact result, and in its own dtypes the measure. Compared, as check_gradients
     does, are output and gradients in train mode, with one dropout mask for all, and in eval mode; and, where the layer
     can merge, the output when merged and the weight after unmerge. Fails where enable() leaves the layer alone, and
-    says why.
+    says why, and where every call goes to the library all the same.
     """
     model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
     disable(model)
@@ -53,8 +54,11 @@ def check_layer(layer: nn.Module, x: Tensor | None = None, *, randomise: bool = 
     for mode in ("train", "eval"):
         stock.train(mode == "train")
         ours.train(mode == "train")
+        calls = ops.calls.total()
         report = check_gradients(ours, x, stock, finite_differences=False, seed=seed)
         rows += [replace(row, check=f"{mode}, {row.check}") for row in report.rows]
+        if ops.calls.total() == calls:
+            rows.append(Row(f"{mode}, by dora_kernels", "y", False, "every call went to the layer's own library"))
     if hasattr(ours, "merge") and hasattr(ours, "unmerge"):
         rows += _merge_round_trip(ours, stock, x)
     return Report(title, tuple(rows))
@@ -62,29 +66,30 @@ def check_layer(layer: nn.Module, x: Tensor | None = None, *, randomise: bool = 
 
 @torch.no_grad()
 def _randomise(layer: nn.Module, seed: int) -> None:
-    """Adapter tensors that are zero become random, and those named magnitude are spread over 0.75 to 1.25."""
+    """Adapter tensors that are zero become random, and magnitudes are spread over 0.75 to 1.25."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in layer.named_parameters():
         if not parameter.requires_grad or is_quantized(parameter):  # a base that nobody has frozen yet
             continue
         noise = torch.rand(parameter.shape, generator=generator).to(parameter)
-        if "magnitude" in name or name.endswith("dora_scale"):
+        if any(word in name for word in ("magnitude", "dora_scale", "weight_m")):
             parameter.mul_(0.75 + 0.5 * noise)
         elif not parameter.any():
             parameter.copy_((noise - 0.5) * parameter.shape[-1] ** -0.5)
 
 
 def _random_x(layer: nn.Module, seed: int) -> Tensor:
-    # PEFT's layer has a base_layer, LyCORIS' a list of the one that it wraps, torchtune's is its own
-    (base,) = getattr(layer, "org_module", [getattr(layer, "base_layer", layer)])
-    weight, generator = base.weight, torch.Generator().manual_seed(seed)
+    # PEFT's layer has a base_layer, LyCORIS' a list of the one that it wraps, Megatron-Bridge's one to_wrap
+    (base,) = getattr(layer, "org_module", [getattr(layer, "base_layer", getattr(layer, "to_wrap", layer))])
+    weight = base.weight if hasattr(base, "weight") else base.weight_v  # in NVlabs' VL-T5 tree
+    generator = torch.Generator().manual_seed(seed)
     if isinstance(base, nn.Embedding):
         return torch.randint(base.num_embeddings, (TOKENS,), generator=generator).to(weight.device)
     if isinstance(base, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         extents = (dilation * (size - 1) + 1 for size, dilation in zip(base.kernel_size, base.dilation, strict=True))
         shape = (2, base.in_channels, *(extent + MARGIN for extent in extents))
     else:
-        shape = (TOKENS, layer.in_features if hasattr(layer, "in_features") else weight.shape[1])
+        shape = (2, TOKENS // 2, layer.in_features if hasattr(layer, "in_features") else weight.shape[1])
     x = torch.randn(shape, generator=generator)
     return x.to(weight.device, weight.dtype if weight.is_floating_point() else None).requires_grad_()
 
@@ -92,18 +97,19 @@ def _random_x(layer: nn.Module, seed: int) -> Tensor:
 @torch.no_grad()
 def _merge_round_trip(ours: nn.Module, stock: nn.Module, x: Tensor) -> list[Row]:
     """Merged, ours gives what the library's layer gives merged; unmerged, the weight is back to within a rounding."""
-    ours, stock = copy.deepcopy(ours).eval(), copy.deepcopy(stock).eval()
+    ours, stock = copy.deepcopy(ours), copy.deepcopy(stock)
+    for module in (ours, stock):
+        module.train(False)  # eval() of some libraries returns None
     exact = copy.deepcopy(stock).double()
     before = [parameter.clone() for parameter in stock.parameters()]
-    exact_y = exact(x.double() if x.is_floating_point() else x)
-    for module in (ours, stock):
-        try:
-            module.merge()
-        except NotImplementedError as error:
-            return [Row("merge, accuracy", "y", None, str(error))]
-    rows = [_row("merge, accuracy", compare("y", ours(x), stock(x), exact_y))]
-    for module in (ours, stock):
-        module.unmerge()
+    exact_y = with_bias(exact(x.double() if x.is_floating_point() else x))
+    against = _row_against("merge", ours, stock)
+    if against is not None:
+        return [against]
+    rows = [_row("merge, accuracy", compare("y", *(with_bias(module(x)) for module in (ours, stock)), exact_y))]
+    against = _row_against("unmerge", ours, stock)
+    if against is not None:
+        return [*rows, against]
     changes = zip(before, ours.parameters(), stock.parameters(), strict=True)
     for (name, _), (old, new, yardstick) in zip(ours.named_parameters(), changes, strict=True):
         if not torch.equal(old, yardstick):
@@ -111,6 +117,21 @@ def _merge_round_trip(ours: nn.Module, stock: nn.Module, x: Tensor) -> list[Row]
         elif not torch.equal(old, new):
             rows.append(Row("unmerge, accuracy", name, False, "changed by merge and unmerge"))
     return rows
+
+
+def _row_against(method: str, ours: nn.Module, stock: nn.Module) -> Row | None:
+    """Call merge or unmerge of both; a row where that raises, which fails where the library's own layer does not."""
+    raised = []
+    for module in (stock, ours):
+        try:
+            getattr(module, method)()
+        except Exception as error:  # whatever somebody's code may raise
+            raised.append((module is stock, f"{type(error).__name__}: {error}"))
+    if not raised:
+        return None
+    (by_stock, message), *_ = raised
+    check = f"{method}, accuracy"
+    return Row(check, "y", None if by_stock else False, f"{'the library' if by_stock else 'ours'} cannot: {message}")
 
 
 def _row(check: str, comparison) -> Row:

@@ -6,6 +6,7 @@
     linear.py      `lora.Linear`, over nn.Linear and GPT-2's Conv1D
     conv.py        `lora.Conv1d`, `lora.Conv2d`, `lora.Conv3d`
     embedding.py   `lora.Embedding`
+    siblings.py    the linear layers that read the same x
     quantized.py   PEFT's layers over quantised weights; imported only for a model that has such layers
 
 Adapter management stays PEFT's code, and so does merging into a quantised weight. Each call decides anew whether it is
@@ -26,9 +27,12 @@ from dora_kernels.adapters.peft.conv import DoraKernelsConv1d, DoraKernelsConv2d
 from dora_kernels.adapters.peft.embedding import DoraKernelsEmbedding
 from dora_kernels.adapters.peft.layer import TakenOverLayer
 from dora_kernels.adapters.peft.linear import DoraKernelsLinear
+from dora_kernels.adapters.peft.siblings import groups
 from dora_kernels.adapters.taking import TakenOver, class_name, forward_is_the_class_s, library_class
 
 _DENSE = (DoraKernelsLinear, DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d, DoraKernelsEmbedding)
+__all__ = ["CLASSES", "QUANTIZED_LAYERS", "groups", "judge", "layers"]
+
 CLASSES: dict[type[nn.Module], type[TakenOverLayer]] = {cls.__bases__[-1]: cls for cls in _DENSE}
 """The class that takes over each of PEFT's over a dense weight."""
 

@@ -20,9 +20,8 @@ from peft.tuners.lora import dora, variants  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
 from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, partition_reason  # noqa: E402
-from dora_kernels.adapters.taking import bypass_reason, class_name, is_plain  # noqa: E402
+from dora_kernels.adapters.taking import DROPOUT_LAYERS, bypass_reason, class_name, is_plain  # noqa: E402
 
-DROPOUTS = (nn.Identity, nn.Dropout)
 _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")
 
 
@@ -44,7 +43,7 @@ CONV2D = Family(variants.DoraConv2dVariant, (nn.Conv2d,), dora.DoraConv2dLayer)
 CONV3D = Family(variants.DoraConv3dVariant, (nn.Conv3d,), dora.DoraConv3dLayer)
 EMBEDDING = Family(
     variants.DoraEmbeddingVariant,
-    (nn.Parameter,),
+    (nn.Parameter, Tensor),  # the second from torch.func.functional_call
     dora.DoraEmbeddingLayer,
     tuple("embed_fn" if name == "base_result" else name for name in _ARGUMENTS),
     ("lora_embedding_A", "lora_embedding_B"),
@@ -82,7 +81,7 @@ class Gathered(NamedTuple):
 
 
 def _tensor(factor: nn.Module | nn.Parameter) -> Tensor:
-    return factor.weight if isinstance(factor, nn.Module) else factor
+    return factor if isinstance(factor, Tensor) else factor.weight
 
 
 def read_adapter(layer: LoraLayer, name: str, family: Family) -> Adapter:
@@ -114,7 +113,7 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
     if not isinstance(adapter.scaling, (int, float)):
         return "scaling is a tensor"  # by prepare_model_for_compiled_hotswap; its value is on the device
     factors = family.factors
-    known_parts = {"lora_A": factors, "lora_B": factors, "dropout": DROPOUTS, "magnitude": (family.magnitude,)}
+    known_parts = {"lora_A": factors, "lora_B": factors, "dropout": DROPOUT_LAYERS, "magnitude": (family.magnitude,)}
     for part, known in known_parts.items():
         module = inner(getattr(adapter, part))
         if type(module) not in known:

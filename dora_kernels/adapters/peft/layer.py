@@ -10,15 +10,14 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from dora_kernels import launch, reuse
+from dora_kernels.adapters import taking
 from dora_kernels.adapters.peft.adapter import Adapter, Family, adapter_reason, read_adapter
 from dora_kernels.adapters.peft.merging import Merging
 from dora_kernels.adapters.sharded import enable_first, partition_reason, requires_grad
 from dora_kernels.adapters.taking import class_name, is_plain
 from dora_kernels.functional import operand_dtypes
-from dora_kernels.quant import Weight
-
-AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DTYPES = (*AUTOCAST_DTYPES, torch.float64)
+from dora_kernels.quant import Weight, parts
+from dora_kernels.validate import FLOATING
 
 
 class TakenOverLayer(Merging):
@@ -44,13 +43,14 @@ class TakenOverLayer(Merging):
         """The output with at least one adapter, all of them ours; operand and weight are as `operands` gave them."""
         raise NotImplementedError
 
-    def norms(self, weight: Tensor, adapters: list[Adapter]) -> Tensor:
+    def norms(self, weight: Weight, adapters: list[Adapter]) -> Tensor:
         """norm (adapters, N), kept in eval mode. weight is of the base layer's own shape."""
+        stored, *storage = parts(weight)
         factors = [factor for adapter in adapters for factor in adapter.tensors()[:2]]
-        settings = ([adapter.scaling for adapter in adapters], operand_dtypes(weight, factors[0]))
+        settings = ([adapter.scaling for adapter in adapters], storage, operand_dtypes(weight, factors[0]))
         return reuse.norm_reusing(
             self,
-            (weight, *factors),
+            (*stored, *factors),
             settings,
             lambda: torch.stack([self.norm(weight, adapter) for adapter in adapters]),
         )
@@ -104,24 +104,12 @@ def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Ada
     return None
 
 
-def dtype_reason(x: Tensor, weight: Weight) -> str | None:
-    """Why the dtypes of x and weight are PEFT's affair: one dtype, or autocast makes them one."""
-    if x.dtype == weight.dtype:
-        return None
-    dtypes = f"x is {x.dtype} and the base weight is {weight.dtype}"
-    if not torch.is_autocast_enabled(x.device.type):
-        return f"{dtypes}, without autocast"
-    if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
-        return f"{dtypes}, which autocast leaves alone"
-    return None
-
-
 def read_weight(base: nn.Module) -> tuple[Tensor | None, str | None]:
     """The weight of a dense base layer, and why it is not ours to read."""
     weight = base.weight
     if not is_plain(weight):
         return None, f"the base weight is a {class_name(weight)}, not a plain tensor{enable_first(weight)}"
-    if weight.dtype not in DTYPES:
+    if weight.dtype not in FLOATING:
         return None, f"the base weight is {weight.dtype}"
     if weight.requires_grad:
         if requires_grad(base):
@@ -132,8 +120,7 @@ def read_weight(base: nn.Module) -> tuple[Tensor | None, str | None]:
 
 def drops(layer: LoraLayer, adapter: Adapter) -> bool:
     """Whether dropout(x) is not x."""
-    dropout = adapter.dropout
-    return layer.training and dropout.training and not isinstance(dropout, nn.Identity) and dropout.p > 0
+    return layer.training and taking.drops(adapter.dropout)
 
 
 def nests_apart(layer: LoraLayer, adapter: Adapter) -> bool:

@@ -8,11 +8,11 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dora_kernels import reuse
+from dora_kernels import reuse, sharing
 from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, read_adapter
-from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, dtype_reason, nests_apart, read_weight
-from dora_kernels.adapters.taking import bypass_reason, class_name
-from dora_kernels.functional import operand_dtypes, weight_norm
+from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, nests_apart, read_weight
+from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
+from dora_kernels.functional import dora_linear_core, operand_dtypes
 from dora_kernels.quant import Weight, frozen_product
 from dora_kernels.reference import gain_ref
 
@@ -36,13 +36,24 @@ class TakenOverLinear(TakenOverLayer):
         return x, weight, dtype_reason(x, weight)
 
     def adapter_operands(self) -> reuse.Operands | None:
-        """As TakenOver.adapter_operands, of the first active adapter."""
+        """As TakenOver.adapter_operands; None where several adapters nest, whose norms `norms` keeps."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         weight, reason = self.read_base(self)
-        if self.disable_adapters or self.merged or not names or reason is not None:
+        if self.disable_adapters or self.merged or len(names) != 1 or reason is not None:
             return None
         adapter = read_adapter(self, names[0], self.family)
         return None if adapter_reason(adapter, self.family) else reuse.Operands(weight, *adapter.tensors())
+
+    def lora_A_to_share(self, device: torch.device) -> Tensor | None:
+        """As sharing.Sharer: of the one active adapter, where it is trained, drops nothing and is in a plain layer."""
+        if self.disable_adapters or self.merged:
+            return None
+        names = [name for name in self.active_adapters if name in self.lora_A]
+        adapter = read_adapter(self, names[0], self.family) if len(names) == 1 else None
+        if adapter is None or type(adapter.lora_A) is not nn.Linear or drops(self, adapter):
+            return None
+        lora_A = adapter.lora_A.weight
+        return None if not lora_A.requires_grad or adapter_reason(adapter, self.family, device) else lora_A
 
     def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[Adapter]) -> Tensor:
         """x: (..., K) -> (..., N), of the dtype that nn.Linear would return.
@@ -53,24 +64,34 @@ class TakenOverLinear(TakenOverLayer):
         """
         bias, lora_dropout = self.base_layer.bias, self.dora_dropout == "lora"
         first, *others = adapters
+        norms = self.norms(weight.T if self.fan_in_fan_out else weight, adapters) if others else None
         # y's, as nn.Linear's
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = operand_dtypes(operand, first.lora_A.weight)[0] if autocast else x.dtype
         wide = torch.promote_types(dtype, first.magnitude.weight.dtype)
-        if others and wide != dtype:
+        if others and (wide != dtype or (lora_dropout and drops(self, first))):
             # Between two adapters PEFT keeps the running result in their dtype. Rounded to half precision there, the
             # error with two adapters was 1.22 times PEFT's and with three 1.31 (geometric means over y and gradients).
-            result, others = frozen_product(operand.to(weight.dtype), weight).to(wide), adapters
+            result, nested = frozen_product(operand.to(weight.dtype), weight).to(wide), adapters
             result = result if bias is None else result + bias
         else:
-            x_dropped = self._dropped(first, x) if drops(self, first) else None
-            result = reuse.dora_linear_reusing(
-                self, operand, weight, *first.tensors(), bias, x_dropped=x_dropped, lora_dropout=lora_dropout
-            )
-        for adapter in others:
+            x_dropped, nested = self._dropped(first, x) if drops(self, first) else None, others
+            arguments = (operand, weight, *first.tensors(), bias)
+            if others:
+                result, *_ = dora_linear_core(*arguments, x_dropped=x_dropped, norm=norms[0])
+            else:
+                low = lows = None
+                if x_dropped is None and type(first.lora_A) is nn.Linear:  # as lora_A_to_share has it
+                    low, lows = sharing.shared_low(self, x, operand, first.lora_A.weight)
+                result = reuse.dora_linear_reusing(
+                    self, *arguments, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
+                )
+                if lows is not None:
+                    lows.live_with(result)
+        for i, adapter in enumerate(nested, start=len(adapters) - len(nested)):
             apart = nests_apart(self, adapter) and not lora_dropout
             x_dropped = self._dropped(adapter, x) if apart or drops(self, adapter) else None
-            result = _nest(result, operand, weight, *adapter.tensors(), bias, x_dropped, apart)
+            result = _nest(result, operand, weight, *adapter.tensors(), norms[i], bias, x_dropped, apart)
         return result.to(dtype)
 
     def _dropped(self, adapter: Adapter, x: Tensor) -> Tensor:
@@ -111,12 +132,13 @@ def _nest(
     lora_B: Tensor,
     magnitude: Tensor,
     scaling: float,
+    norm: Tensor,
     bias: Tensor | None,
     x_dropped: Tensor | None,
     apart: bool,
 ) -> Tensor:
     """One more adapter over `result` (..., N), the output with the adapters before it, as dora_forward says."""
-    gain = gain_ref(magnitude, weight_norm(weight, lora_A, lora_B, scaling))
+    gain = gain_ref(magnitude, norm)
     lora_x = x if x_dropped is None else x_dropped
     lora = F.linear(F.linear(lora_x.to(lora_A.dtype), lora_A), lora_B) * scaling
     if apart:

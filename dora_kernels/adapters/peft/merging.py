@@ -42,7 +42,9 @@ class Merging(TakenOver):
         names = adapter_names
         if names is None:
             names = self.active_adapters
-        if isinstance(names, str) or any(map(self._reason_against_merging, self._known(names))):
+        if isinstance(names, str) or any(
+            map(self._reason_against_merging, self._known([*self.merged_adapters, *names]))
+        ):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         names = self._known(check_adapters_to_merge(self, adapter_names))
         if names:

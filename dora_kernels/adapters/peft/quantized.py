@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from dora_kernels import quant
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack, wrong_decoding
-from dora_kernels.adapters.peft.layer import AUTOCAST_DTYPES
 from dora_kernels.adapters.peft.linear import TakenOverLinear
-from dora_kernels.adapters.taking import bypass_reason, class_name
+from dora_kernels.adapters.taking import AUTOCAST_DTYPES, bypass_reason, class_name
 from dora_kernels.quant import QuantizedWeight
 
 

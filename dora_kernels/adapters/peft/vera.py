@@ -19,9 +19,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import quant, reuse
-from dora_kernels.adapters.peft.adapter import DROPOUTS
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack
-from dora_kernels.adapters.taking import TakenOver, bypass_reason, class_name, forward_is_the_class_s, take_over
+from dora_kernels.adapters.taking import (
+    DROPOUT_LAYERS,
+    TakenOver,
+    bypass_reason,
+    class_name,
+    forward_is_the_class_s,
+    take_over,
+)
 from dora_kernels.dvora import dvora_linear_reusing, dvora_norm, dvora_update
 from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import Weight
@@ -197,6 +203,6 @@ def _reason_against(layer: VeraLayer, adapter: str) -> str | None:
             return f"the base layer is a {class_name(base)}; expected nn.Linear, or Conv1D with fan_in_fan_out"
         if base.weight.requires_grad:
             return "the base weight requires a gradient"
-    if type(dropout) not in DROPOUTS:
+    if type(dropout) not in DROPOUT_LAYERS:
         return f"dropout is a {class_name(dropout)}"
     return bypass_reason("base_layer", base)

@@ -15,9 +15,11 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from dora_kernels import adapters, demo, quant
+from dora_kernels import adapters, quant
 from dora_kernels.adapters.peft.vera import DvoraVeraLinear, to_dvora
 from dora_kernels.adapters.taking import take_over
+from dora_kernels.demo import runs
+from dora_kernels.demo.settings import PRESETS, Settings
 from dora_kernels.dvora import dvora_linear_ref
 
 RATE_FACTOR = 10
@@ -36,39 +38,34 @@ class DefinitionLinear(DvoraVeraLinear):
         return dvora_linear_ref(x, weight, vera_A, vera_B, *vectors, base.bias)
 
 
-class Run(demo.Run):
+class Run(runs.Run):
     """As the demo's."""
 
     zero_at_start = "lambda_b"
 
 
-class Result(demo.Result):
+class Result(runs.Result):
     """As the demo's."""
 
     method = "DVoRA"
     operators = ("rescale", "rescale_backward")
 
 
-def run(settings: demo.Settings) -> int:
-    """Run the demo with DVoRA. Returns 0, or 1 where it did not show what it promises."""
-    return demo.run(settings, fine_tune)
-
-
-def fine_tune(model: LlamaForCausalLM, settings: demo.Settings, progress: Progress) -> Result:
+def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> Result:
     """Fine-tune `model` with DVoRA on every linear layer, by the definition and by dora_kernels, in turns."""
-    preset = demo.PRESETS[settings.preset]
+    preset = PRESETS[settings.preset]
     torch.manual_seed(settings.seed)
     config = VeraConfig(target_modules="all-linear", r=settings.rank)
     with warnings.catch_warnings():
-        # as in demo.fine_tune
+        # as in runs.fine_tune
         warnings.simplefilter("ignore", FutureWarning)
         our_model = to_dvora(get_peft_model(model, config))
-    plain_model = demo.copy_over(our_model)
+    plain_model = runs.copy_over(our_model)
     for layer in plain_model.modules():
         if isinstance(layer, DvoraVeraLinear):
             take_over(layer, DefinitionLinear)
     layers = [name for name, layer in our_model.named_modules() if type(layer) is DvoraVeraLinear]
     report = adapters.Report(tuple(adapters.LayerReport(name, "peft", True) for name in layers))
     rate = RATE_FACTOR * preset.rate
-    runs = (Run("the definition", plain_model, rate, settings), Run("dora_kernels", our_model, rate, settings))
-    return demo.compare(Result, *runs, report, settings, progress)
+    both = (Run("the definition", plain_model, rate, settings), Run("dora_kernels", our_model, rate, settings))
+    return runs.compare(Result, *both, report, settings, progress)
