@@ -1,6 +1,5 @@
 """DoraLinear: the DoRA layer as a module, with PEFT's parameter names."""
 
-import sys
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.functional import weight_norm
 from dora_kernels.mergeable import DTYPE_NAMES, MergeableLinear, read_linear
-from dora_kernels.validate import DROPOUTS, FLOATING
+from dora_kernels.validate import DROPOUTS, FLOATING, check_number, check_probability
 
 
 class DoraLinear(MergeableLinear):
@@ -48,7 +47,8 @@ class DoraLinear(MergeableLinear):
         one of the above, bias a bool, device one of torch's and the dtypes floating-point.
         """
         _check_sizes(in_features, out_features, rank)
-        _check_numbers(alpha, dropout)
+        check_number("DoraLinear", "alpha", alpha)
+        check_probability("DoraLinear", "dropout", dropout)
         if dropout_on not in DROPOUTS:
             raise ValueError(f"DoraLinear: dropout_on is {dropout_on!r}; expected one of {', '.join(DROPOUTS)}")
         _check_placement(bias, device, dtype, adapter_dtype)
@@ -157,18 +157,6 @@ def _check_sizes(in_features: int, out_features: int, rank: int) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             expected = "a positive int" if least else "an int of at least 0"
             raise ValueError(f"DoraLinear: {name} is {value!r}; expected {expected}")
-
-
-def _check_numbers(alpha: float, dropout: float) -> None:
-    """Raise ValueError unless alpha is a finite number and dropout a probability below 1."""
-
-    def is_number(value: object) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    if not is_number(alpha) or not abs(alpha) <= sys.float_info.max:
-        raise ValueError(f"DoraLinear: alpha is {alpha!r}; expected a finite number")
-    if not is_number(dropout) or not 0 <= dropout < 1:
-        raise ValueError(f"DoraLinear: dropout is {dropout!r}; expected a probability in [0, 1)")
 
 
 def _check_placement(bias: bool, device: object, dtype: object, adapter_dtype: object) -> None:

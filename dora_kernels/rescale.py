@@ -8,11 +8,14 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels import launch, ops
-from dora_kernels.reference import accumulate_dtype
-from dora_kernels.validate import check_rescale
+from dora_kernels.functional import check_dtypes, operand_dtypes
+from dora_kernels.quant import Weight, frozen_product
+from dora_kernels.reference import accumulate_dtype, gain_ref
+from dora_kernels.validate import check_adapter, check_call, check_rescale
 
 
 def rescale(
@@ -40,6 +43,34 @@ def rescale(
     residual = None if residual is None else residual.reshape(rows, N)
     y = _Rescale.apply(base.reshape(rows, N), low.reshape(rows, R), lora_B, gain, bias, residual, scaling, backend)
     return y.view(base.shape)
+
+
+def dora_linear_lora_dropout(
+    x: Tensor,
+    x_dropped: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    norm: Tensor,
+    *,
+    function: str = "dora_linear",
+) -> Tensor:
+    """gain * (x weight^T + scaling * (x_dropped lora_A^T) lora_B^T) + bias, gain = magnitude / norm.
+
+    Dropout on the low-rank product alone: one product with the base weight, where dora_linear_core, whose dropout is
+    on all that the adapter adds, needs two. x_dropped is of x's shape, norm (N,) is used as it is; dtypes, other
+    arguments and errors as dora_linear_core.
+    """
+    scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
+    check_call(function, x, weight, magnitude, bias, x_dropped, norm)
+    check_dtypes(function, x, weight)
+    base_dtype, dtype = operand_dtypes(x, lora_A)
+    base = frozen_product(x.to(base_dtype), weight)
+    low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
+    return rescale(base, low, lora_B, gain_ref(magnitude, norm), scaling, bias)
 
 
 class _Rescale(torch.autograd.Function):

@@ -44,11 +44,26 @@ def check_adapter(function: str, weight: Weight, lora_A: Tensor, lora_B: Tensor,
 
 def check_scaling(function: str, scaling: float) -> float:
     """scaling as a float. Raise ValueError unless it is a finite number."""
+    return check_number(function, "scaling", scaling)
+
+
+def check_number(function: str, name: str, value: float) -> float:
+    """`value` as a float. Raise ValueError unless it is a finite number."""
     # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes
-    number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-    if not number or not -_LARGEST <= scaling <= _LARGEST:
-        raise ValueError(f"{function}: scaling is {scaling!r}; expected a finite Python number")
-    return float(scaling)
+    if not _is_number(value) or not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{function}: {name} is {value!r}; expected a finite Python number")
+    return float(value)
+
+
+def check_probability(function: str, name: str, value: float) -> float:
+    """`value` as a float. Raise ValueError unless it is a probability below 1, as dropout's is."""
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{function}: {name} is {value!r}; expected a probability in [0, 1)")
+    return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_call(

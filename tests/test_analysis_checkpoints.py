@@ -199,7 +199,7 @@ def test_refusals_come_before_any_work(base, tmp_path, monkeypatch):
     def never(*_):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(analysis.checkpoints.Checkpoint, "__getitem__", never)
+    monkeypatch.setattr(analysis.checkpoints.TensorFiles, "__getitem__", never)
     adapted(use_dora=True).save_pretrained(tmp_path / "adapter")
     good = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -213,6 +213,8 @@ def test_refusals_come_before_any_work(base, tmp_path, monkeypatch):
     first = "base_model.model.layers.0.q_proj"
     refused("peft_type 'IA3'; expected 'LORA'", {"peft_type": "IA3"})
     refused("init_lora_weights 'pissa'", {"init_lora_weights": "pissa"})
+    refused("rank_pattern is .* expected {pattern: number}", {"rank_pattern": {"(": 4}})
+    refused("alpha_pattern is .* expected {pattern: number}", {"alpha_pattern": [4]})
     refused("target_parameters", {"target_parameters": ["experts.gate_up_proj"]})
     refused("lora_A \\(3, 16\\) and .* for rank 4", {"r": 4})
     refused("has a magnitude; expected use_dora=False", {"use_dora": False})

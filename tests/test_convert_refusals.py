@@ -201,7 +201,7 @@ def test_refuses_paths_and_options_that_cannot_be(tmp_path, capsys):
     )
     folder = written(tmp_path, "peft", [adapter("a")])
     (folder / "adapter_config.json").write_text("[]")
-    refuse("expected an object", folder, "peft", "lycoris")
+    refuse("expected a JSON object", folder, "peft", "lycoris")
     (folder / "adapter_config.json").write_text("{")
     refuse("expected JSON", folder, "peft", "lycoris")
     (folder / "adapter_config.json").unlink()

@@ -4,6 +4,7 @@ Each check runs on every rank of a world of real processes (tests/distributed.py
 batch; the expected losses are stock PEFT's, in one process, on the whole batch.
 """
 
+import copy
 import functools
 
 import pytest
@@ -27,8 +28,9 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param  # noqa: E402
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy  # noqa: E402
 
 import dora_kernels  # noqa: E402
-from dora_kernels import launch, ops, reuse  # noqa: E402
+from dora_kernels import DvoraLinear, VeraProjection, launch, ops, reuse  # noqa: E402
 from dora_kernels.adapters.taking import TakenOver  # noqa: E402
+from dora_kernels.dvora import dvora_linear_ref  # noqa: E402
 from tests.distributed import world  # noqa: E402
 from tests.distributed_problem import (  # noqa: E402
     STEPS,
@@ -212,6 +214,32 @@ def test_a_norm_of_other_weights_is_not_used_again(engine):
     for outputs, kept in world(2).run(eval_outputs, engine):
         torch.testing.assert_close(outputs, [before, before, after], rtol=1e-12, atol=1e-12)
         assert kept == 0 if engine == "fsdp1" else kept == 2
+
+
+def dvora_outputs(rank, size):
+    """Outputs of a DVoRA layer in train mode, before and after its shards got other values at the same address."""
+    torch.manual_seed(0)
+    layer = DvoraLinear(48, 40, VeraProjection(48, 40, 6, dtype=torch.float64), dtype=torch.float64)
+    with torch.no_grad():
+        layer.vera_lambda_b.normal_()
+    x, outputs, moved = torch.randn(5, 48, dtype=torch.float64), [], copy.deepcopy(layer)
+    called = fully_shard(layer, reshard_after_forward=False)
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fsdp_param, "free_storage", lambda tensor: None)
+        for factor in (1, 3):
+            called.reshard()
+            called.weight.to_local().mul_(factor)  # as a load of a shard does
+            moved.weight.mul_(factor)
+            expected = dvora_linear_ref(x, moved.weight, *moved._vera(), moved.vera_magnitude_vector, moved.bias)
+            outputs += [(called(x), expected) for _ in range(3)]
+    return outputs
+
+
+def test_norm_terms_of_other_weights_are_not_used_again():
+    for outputs in world(2).run(dvora_outputs):
+        assert (outputs[0][0] - outputs[-1][0]).abs().max() > 1e-2
+        for y, expected in outputs:
+            torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
 
 
 def steps_aside(rank, size):

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import dora_kernels
-from dora_kernels import VeraProjection, ops, to_dvora
+from dora_kernels import VeraProjection, ops, quant, to_dvora
 from dora_kernels.adapters.peft.vera import DvoraVeraLinear, _vera
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.dvora import dvora_linear_ref
@@ -243,6 +243,21 @@ def test_over_nf4():
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     model(x).sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+def test_a_weight_that_bitsandbytes_decodes_wrongly_is_not_merged():
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    net = Net(sizes=(48, 96, 20))
+    net.up = bitsandbytes.nn.Linear4bit(48, 96, quant_type="nf4", compute_dtype=torch.float32)
+    model = to_dvora(get_peft_model(net.to(DEVICE), VeraConfig(target_modules=["up"], r=5)))
+    (layer,) = layers(model)
+    if not quant.is_decoded_wrongly(quant.read(layer.base_layer)):
+        pytest.skip("bitsandbytes decodes this width rightly here")
+    before = layer.base_layer.weight.clone()
+    message = "merge: bitsandbytes decodes K = 48 in blocks of 64 wrongly on this CPU; expected a GPU"
+    with pytest.raises(ValueError, match=message):
+        layer.merge()
+    assert torch.equal(layer.base_layer.weight, before) and not layer.merged
 
 
 def hook(model):

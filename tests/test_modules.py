@@ -151,8 +151,8 @@ def test_deepcopy_and_meta(layer):
     [
         ({"rank": 0}, "DoraLinear: rank is 0; expected a positive int"),
         ({"rank": 2.0}, "DoraLinear: rank is 2.0"),
-        ({"alpha": float("nan")}, "DoraLinear: alpha is nan; expected a finite number"),
-        ({"alpha": None}, "DoraLinear: alpha is None; expected a finite number"),
+        ({"alpha": float("nan")}, "DoraLinear: alpha is nan; expected a finite Python number"),
+        ({"alpha": None}, "DoraLinear: alpha is None; expected a finite Python number"),
         ({"dropout": 1.0}, "DoraLinear: dropout is 1.0; expected a probability"),
     ],
     ids=str,

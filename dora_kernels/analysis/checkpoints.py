@@ -1,4 +1,4 @@
-"""Checkpoints on disk: safetensors files, Hugging Face folders, and PEFT's adapter folders.
+"""Checkpoints on disk: what of a model changed, from dense ones and from PEFT's adapter folders.
 
 Headers are read first, so that what does not fit is refused before anything is computed; a layer's tensors are read
 when it is measured. What an adapter means is PEFT's: scaling = alpha / r, or alpha / sqrt(r) if rank-stabilised, with
@@ -7,25 +7,28 @@ the layer's own r and alpha where a pattern names it.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dora_kernels.analysis.layers import Analysis, Layer, LeftOut, Track, measure
 from dora_kernels.analysis.measure import adapter_change, weight_change
+from dora_kernels.checkpoints import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_KEPT,
+    PREFIX,
+    TensorFiles,
+    lora_scaling,
+    model_files,
+    pattern_value,
+    read_json,
+)
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MODEL_WEIGHTS, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOATS = ("F16", "BF16", "F32", "F64")
 """safetensors' names of the dtypes of a dense weight."""
-
-BASE_KEPT = (None, True, False, "gaussian", "eva", "orthogonal")
-"""PEFT's initialisations under which W stays what the base checkpoint holds; the others move a part of W to A and B."""
 
 UNKNOWN_MEANINGS = (
     "target_parameters",
@@ -39,35 +42,8 @@ UNKNOWN_MEANINGS = (
 )
 """Options of LoraConfig under which the tuned weight is not W + scaling * B A, or is not one."""
 
-PREFIX = "base_model.model."
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 """How a magnitude's key ends: as save_pretrained writes it, and as a state dict of one adapter has it."""
-
-
-class Checkpoint:
-    """The tensors of one or more safetensors files, by key; their data is read when it is asked for."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, str] = {}
-        self._files: dict[str, Path] = {}
-        for file in _files(self.path):
-            with _open(file) as tensors:
-                for key in tensors.keys():
-                    entry = tensors.get_slice(key)
-                    self._files[key], self.shapes[key] = file, tuple(entry.get_shape())
-                    self.dtypes[key] = entry.get_dtype()
-
-    def __getitem__(self, key: str) -> Tensor:
-        with _open(self._files[key]) as tensors:
-            return tensors.get_tensor(key)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.shapes
-
-    def __str__(self) -> str:
-        return str(self.path)
 
 
 def analyze(
@@ -93,14 +69,14 @@ def analyze(
         wanted = re.compile(targets or "")
     except re.error as error:
         raise ValueError(f"analyze: targets is {targets!r}: {error}; expected a regular expression") from error
-    pretrained = Checkpoint(base)
+    pretrained = _model(Path(base))
     layers: list[Layer] = []
     left_out: list[LeftOut] = []
     for path in map(Path, tuned):
         if (path / ADAPTER_CONFIG).exists():
             found, skipped = adapter_layers(pretrained, path)
         else:
-            found, skipped = dense_layers(pretrained, Checkpoint(path), fan_in_fan_out)
+            found, skipped = dense_layers(pretrained, _model(path), fan_in_fan_out)
         found, skipped = ([entry for entry in group if wanted.search(entry.name)] for group in (found, skipped))
         if not found:
             expected = "a layer" if targets is None else f"a layer in whose name {targets!r} is found"
@@ -111,7 +87,11 @@ def analyze(
     return measure(layers, left_out, track)
 
 
-def dense_layers(base: Checkpoint, tuned: Checkpoint, fan_in_fan_out: bool) -> tuple[list[Layer], list[LeftOut]]:
+def _model(path: Path) -> TensorFiles:
+    return TensorFiles("analyze", path, model_files("analyze", path))
+
+
+def dense_layers(base: TensorFiles, tuned: TensorFiles, fan_in_fan_out: bool) -> tuple[list[Layer], list[LeftOut]]:
     """Every 2-D weight that both have."""
     adapters = [key for key in tuned.shapes if ".lora_A." in key]
     if adapters:
@@ -146,12 +126,12 @@ def dense_layers(base: Checkpoint, tuned: Checkpoint, fan_in_fan_out: bool) -> t
     return layers, left_out
 
 
-def adapter_layers(base: Checkpoint, folder: Path) -> tuple[list[Layer], list[LeftOut]]:
+def adapter_layers(base: TensorFiles, folder: Path) -> tuple[list[Layer], list[LeftOut]]:
     """Every linear layer that the adapter in `folder` changes."""
     config = _adapter_config(folder)
     if not (folder / ADAPTER_WEIGHTS).exists():
         raise ValueError(f"analyze: {folder} has no {ADAPTER_WEIGHTS}; expected the adapter as safetensors")
-    adapter = Checkpoint(folder / ADAPTER_WEIGHTS)
+    adapter = TensorFiles("analyze", folder / ADAPTER_WEIGHTS, [folder / ADAPTER_WEIGHTS])
     known, layers, left_out = set(), [], []
     for key_A, shape_A in adapter.shapes.items():
         if not key_A.endswith(".lora_A.weight"):
@@ -203,7 +183,7 @@ def adapter_layers(base: Checkpoint, folder: Path) -> tuple[list[Layer], list[Le
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json with PEFT's defaults; ValueError where the adapter is not W + scaling * B A."""
-    read = _json(folder / ADAPTER_CONFIG)
+    read = read_json("analyze", folder / ADAPTER_CONFIG)
     if read.get("peft_type") != "LORA":
         raise ValueError(
             f"analyze: {folder} has peft_type {read.get('peft_type')!r}; expected 'LORA', with or without DoRA"
@@ -223,16 +203,13 @@ def _adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def _rank_and_scaling(config: dict[str, Any], name: str) -> tuple[int, float]:
-    """r and scaling of one layer: a pattern's key is a regular expression for the end of the name, the first counts."""
-
-    def pick(patterns: dict[str, Any], default: Any) -> Any:
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-    R, alpha = pick(config["rank_pattern"], config["r"]), pick(config["alpha_pattern"], config["lora_alpha"])
-    return R, alpha / (math.sqrt(R) if config["use_rslora"] else R)
+    """r and scaling of one layer."""
+    R = pattern_value("analyze", config, "rank_pattern", name, config["r"])
+    alpha = pattern_value("analyze", config, "alpha_pattern", name, config["lora_alpha"])
+    return R, lora_scaling(alpha, R, config["use_rslora"])
 
 
-def _base_key(base: Checkpoint, key: str) -> str | None:
+def _base_key(base: TensorFiles, key: str) -> str | None:
     """`key`, or the one key that is it but for a prefix: a model with a head has one that the bare model lacks."""
     if key in base:
         return key
@@ -240,44 +217,10 @@ def _base_key(base: Checkpoint, key: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def _why_not_dense(checkpoint: Checkpoint, key: str) -> str | None:
+def _why_not_dense(checkpoint: TensorFiles, key: str) -> str | None:
     """Why a tensor is not the weight itself."""
     if checkpoint.dtypes[key] not in FLOATS:
         return f"it is stored as {checkpoint.dtypes[key]}"
     if len(checkpoint.shapes[key]) != 2:
         return f"its shape is {checkpoint.shapes[key]}"
     return None
-
-
-def _files(path: Path) -> Iterable[Path]:
-    if path.is_file():
-        return [path]
-    if (path / ADAPTER_CONFIG).exists():
-        raise ValueError(f"analyze: {path} is an adapter; expected the checkpoint of a model")
-    if (path / MODEL_WEIGHTS).exists():  # before the index, as transformers looks for them
-        return [path / MODEL_WEIGHTS]
-    if (path / MODEL_INDEX).exists():
-        return [path / name for name in dict.fromkeys(_json(path / MODEL_INDEX).get("weight_map", {}).values())]
-    raise ValueError(
-        f"analyze: {path} is no checkpoint; expected a safetensors file, or a folder with {MODEL_WEIGHTS}, "
-        f"{MODEL_INDEX} or {ADAPTER_CONFIG}"
-    )
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"analyze: {file} cannot be read: {error}; expected JSON") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"analyze: {file} holds a {type(content).__name__}; expected a JSON object")
-    return content
-
-
-def _open(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"analyze: {file} cannot be read: {error}; expected a safetensors file") from error

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dora_kernels import quant
-from dora_kernels.analysis.checkpoints import BASE_KEPT
 from dora_kernels.analysis.layers import Analysis, Layer, LeftOut, Track, measure
 from dora_kernels.analysis.measure import adapter_change, weight_change
+from dora_kernels.checkpoints import BASE_KEPT
 
 CHECKPOINT = "model"
 """The checkpoint's name, where none is given."""

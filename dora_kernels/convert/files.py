@@ -8,17 +8,14 @@ import shutil
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dora_kernels.checkpoints import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TensorFiles, open_safetensors, read_json
 from dora_kernels.convert.formats import Checkpoint, Format
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
 # what torch.save made; everything else is taken for safetensors
 _PICKLES = (".bin", ".pt", ".pth")
 
@@ -38,9 +35,9 @@ def load(row: Format, source: Path) -> Checkpoint:
     else:
         raise ValueError(f"convert: {source} does not exist; expected a {row.name} file or folder")
     tensors, header = _tensors(path)
-    config_path = path.parent / _CONFIG
+    config_path = path.parent / ADAPTER_CONFIG
     has_config = path.name in row.files and config_path.is_file()
-    return Checkpoint(tensors, _config(config_path) if has_config else {}, header)
+    return Checkpoint(tensors, read_json("convert", config_path) if has_config else {}, header)
 
 
 def save(row: Format, checkpoint: Checkpoint, out: Path) -> None:
@@ -54,13 +51,13 @@ def save(row: Format, checkpoint: Checkpoint, out: Path) -> None:
         made = work / "made"
         if row.folder:
             made.mkdir()
-            (made / _CONFIG).write_text(json.dumps(checkpoint.config, indent=2) + "\n")
+            (made / ADAPTER_CONFIG).write_text(json.dumps(checkpoint.config, indent=2) + "\n")
         # safetensors takes neither views nor tensors that share memory
         tensors = {
             key: tensor.detach().clone(memory_format=torch.contiguous_format)
             for key, tensor in checkpoint.tensors.items()
         }
-        save_file(tensors, made / _WEIGHTS if row.folder else made, {"format": "pt", **checkpoint.header})
+        save_file(tensors, made / ADAPTER_WEIGHTS if row.folder else made, {"format": "pt", **checkpoint.header})
         check_out(out)
         made.rename(out)
     finally:
@@ -80,16 +77,12 @@ def keys_of(base: Path) -> Collection[str]:
     paths = sorted(base.glob("*.safetensors")) if base.is_dir() else [base]
     if not paths or not all(path.is_file() for path in paths):
         raise ValueError(f"convert: {base} holds no .safetensors; expected the model beneath the adapters")
-    keys = set()
-    for path in paths:
-        with _opened(path) as file:
-            keys |= set(file.keys())
-    return keys
+    return TensorFiles("convert", base, paths).shapes.keys()
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix not in _PICKLES:
-        with _opened(path) as file:
+        with open_safetensors("convert", path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
@@ -101,20 +94,3 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"convert: {path} does not hold tensors by name; expected a state dict")
     return tensors, {}
-
-
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except SafetensorError as error:
-        raise ValueError(f"convert: {path} cannot be read: {error}; expected a safetensors file") from error
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"convert: {path} cannot be read: {error}; expected JSON") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"convert: {path} holds a {type(config).__name__}; expected an object of fields")
-    return config

@@ -18,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
+from dora_kernels.checkpoints import PREFIX
 from dora_kernels.convert.adapter import DoraAdapter, check_shapes
 from dora_kernels.convert.scaling import InConfig, InHeader, InPeftConfig, InTensor, One
 
 Scaling = InConfig | InHeader | InPeftConfig | InTensor | One
-PREFIX = "base_model.model."
 # what becomes of the bias beneath an adapter
 BIAS = {
     "unscaled": "leaves a layer's bias as it is",

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dora_kernels.checkpoints import BASE_KEPT, lora_scaling, pattern_value
 from dora_kernels.convert.adapter import DoraAdapter, Unrepresentable, alpha_of
 
 Written = tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]
@@ -44,8 +45,6 @@ _SILENT = {
     "task_type",
 }
 _READ = {"peft_type", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
-# how lora_A and lora_B began; every other way changes the base weight too, and the adapter belongs to that
-_INITIAL = (True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -140,11 +139,10 @@ class InPeftConfig:
         _check_config(config, "LORA")
         # PEFT's own defaults
         r, lora_alpha = config.get("r", 8), _stated(config.get("lora_alpha", 8), alpha, "lora_alpha")
-        _check_ranks(ranks, {module: _pattern(config, "rank_pattern", module, r) for module in ranks})
-        root = math.sqrt if config.get("use_rslora") else int
-        return {
-            module: _pattern(config, "alpha_pattern", module, lora_alpha) / root(rank) for module, rank in ranks.items()
-        }
+        _check_ranks(ranks, {module: pattern_value("convert", config, "rank_pattern", module, r) for module in ranks})
+        alphas = {module: pattern_value("convert", config, "alpha_pattern", module, lora_alpha) for module in ranks}
+        use_rslora = bool(config.get("use_rslora"))
+        return {module: lora_scaling(alphas[module], rank, use_rslora) for module, rank in ranks.items()}
 
     def write(self, adapters: Sequence[DoraAdapter]) -> Written:
         use_rslora = False
@@ -215,7 +213,7 @@ def _check_config(config: Mapping[str, Any], peft_type: str, never: Sequence[str
     allowed = {
         "bias": ("none",),
         "fan_in_fan_out": (True, False),
-        "init_lora_weights": _INITIAL,
+        "init_lora_weights": BASE_KEPT,
     }
     for field, value in config.items():
         read = field in _SILENT or (field in _READ and field not in never)
@@ -235,15 +233,6 @@ def _check_ranks(ranks: Mapping[str, int], stated: Mapping[str, int | None]) -> 
                 f"convert: {module}: lora_A has rank {rank} but adapter_config.json says {stated[module]}; "
                 "expected the same"
             )
-
-
-def _pattern(config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
-    """The value of the first pattern that PEFT would match to the end of the module's name."""
-    patterns = config.get(field) or {}
-    try:
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-    except (re.error, AttributeError) as error:
-        raise ValueError(f"convert: {field} is {patterns!r}: {error}; expected {{pattern: number}}") from error
 
 
 def _whole(module: str) -> str:

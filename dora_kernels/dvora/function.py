@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.functional import operand_dtypes, weight_norm
+from dora_kernels.functional import check_dtypes, operand_dtypes, weight_norm
 from dora_kernels.ops import is_autocast
 from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.rescale import rescale
-from dora_kernels.validate import check_call, check_tensor
+from dora_kernels.validate import check_call, check_norm_grad, check_tensor
 
 TERMS_SHARE = 0.25
 """The largest part of the weight's bytes that the terms of its norm may take to be kept: memory is why one adapts."""
@@ -76,8 +76,8 @@ def dvora_linear(
     low = F.linear(x_adapter.to(dtype), vera_A.to(dtype))
     low = (low * lambda_d).to(dtype)
     base = frozen_product(x_adapter.to(base_dtype), weight)
-    y = rescale(base, low, lambda_b[:, None] * vera_B, gain, 1.0, bias)
-    return y if x_dropped is None else y + (frozen_product(x.to(base_dtype), weight) - base)
+    residual = None if x_dropped is None else frozen_product(x.to(base_dtype), weight)
+    return rescale(base, low, lambda_b[:, None] * vera_B, gain, 1.0, bias, residual=residual)
 
 
 def dvora_linear_ref(
@@ -194,9 +194,9 @@ def dvora_linear_reusing(
 ) -> Tensor:
     """dvora_linear for `layer`, with the terms of its norm kept while weight and vera_A stay as they are, if small.
 
-    They are made in the second call that sees the same two, so that a weight that moves at every call never pays for
-    them, and not under torch.compile. In eval mode, and where checkpointing runs the forward pass again, the norm is
-    kept too (see reuse/).
+    They are made in the first call, so that the same call gives the same bits; not under torch.compile, nor again for a
+    weight that moves (see constant_reusing). In eval mode they are neither made nor used, because there the norm itself
+    is kept, as it is where checkpointing runs the forward pass again (reuse/store.py).
     """
     stored, *storage = parts(weight)
     factors = (vera_A, vera_B, lambda_d, lambda_b)
@@ -205,7 +205,7 @@ def dvora_linear_reusing(
 
     def compute() -> Tensor:
         terms = None
-        if terms_are_small(weight, vera_A):
+        if layer.training and terms_are_small(weight, vera_A):
             frozen = (*stored, vera_A)
             terms = reuse.constant_reusing(layer, frozen, lambda: norm_terms(weight, vera_A))
         return dvora_norm(weight, *factors, terms=terms)
@@ -249,12 +249,5 @@ def _check(
                 f"vera_A {tuple(vera_A.shape)}; expected {name} {shapes[name]}"
             )
     check_call(function, x, weight, magnitude, bias, x_dropped, norm)
-    if not isinstance(norm_grad, bool):
-        raise ValueError(f"{function}: norm_grad is {norm_grad!r}; expected True or False")
-    if norm is not None and norm_grad:
-        raise ValueError(
-            f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
-        )
-    autocast = is_autocast(x.device.type) or isinstance(weight, QuantizedWeight)
-    if x.dtype != weight.dtype and (not autocast or torch.float64 in (x.dtype, weight.dtype)):
-        raise ValueError(f"{function}: x is {x.dtype} but weight is {weight.dtype}; expected one dtype")
+    check_norm_grad(function, norm_grad, norm)
+    check_dtypes(function, x, weight)

@@ -1,6 +1,5 @@
 """DvoraLinear: the DVoRA layer as a module, with PEFT VeRA's parameter names; and the matrices that layers share."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.dvora.function import dvora_linear_reusing, dvora_norm, dvora_update
 from dora_kernels.mergeable import MergeableLinear, read_linear
+from dora_kernels.validate import check_number, check_probability
 
 
 class VeraProjection(nn.Module):
@@ -111,10 +111,8 @@ class DvoraLinear(MergeableLinear):
     ) -> None:
         if not isinstance(projection, VeraProjection):
             raise ValueError(f"{function}: projection is {type(projection).__name__}; expected a VeraProjection")
-        if not math.isfinite(d_initial):
-            raise ValueError(f"{function}: d_initial is {d_initial}; expected a finite number")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"{function}: dropout is {dropout}; expected a probability in [0, 1)")
+        d_initial = check_number(function, "d_initial", d_initial)
+        dropout = check_probability(function, "dropout", dropout)
         weight, bias, base_layer = read_linear(function, linear)
         N, K = weight.shape
         projection.of(K, N)
@@ -127,7 +125,7 @@ class DvoraLinear(MergeableLinear):
             adapter_dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
         super().__init__(*((weight, bias) if base_layer is None else (None, None, base_layer)))
         self.in_features, self.out_features = K, N
-        self.d_initial, self.dropout = float(d_initial), float(dropout)
+        self.d_initial, self.dropout = d_initial, dropout
         self.projection = projection
         for name, size in (("vera_lambda_d", projection.rank), ("vera_lambda_b", N), ("vera_magnitude_vector", N)):
             empty = torch.empty(size, device=weight.device, dtype=adapter_dtype)

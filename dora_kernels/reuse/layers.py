@@ -4,16 +4,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import launch, ops
-from dora_kernels.functional import check_dtypes, dora_linear_core, operand_dtypes, weight_norm
-from dora_kernels.quant import Weight, frozen_product, parts
-from dora_kernels.reference import gain_ref
-from dora_kernels.rescale import rescale
+from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
+from dora_kernels.quant import Weight, parts
+from dora_kernels.rescale import dora_linear_lora_dropout
 from dora_kernels.reuse import store
-from dora_kernels.validate import check_adapter, check_call
+from dora_kernels.validate import check_adapter
 
 Value = TypeVar("Value")
 
@@ -76,21 +74,17 @@ def _with_lora_dropout(
     x_dropped: Tensor,
     function: str,
 ) -> Tensor:
-    """One product with the base weight where dora_linear_core under dropout needs two."""
+    """`dora_linear_lora_dropout` with the norm of the layer's last call where that is safe."""
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
-    check_call(function, x, weight, magnitude, bias, x_dropped, None)
-    check_dtypes(function, x, weight)
-    base_dtype, dtype = operand_dtypes(x, lora_A)
     stored, *storage = parts(weight)
     norm = norm_reusing(
         layer,
         (*stored, lora_A, lora_B),
-        (scaling, storage, dtype),
+        (scaling, storage, operand_dtypes(x, lora_A)[1]),
         lambda: weight_norm(weight, lora_A, lora_B, scaling),
     )
-    base = frozen_product(x.to(base_dtype), weight)
-    low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
-    return rescale(base, low, lora_B, gain_ref(magnitude, norm), scaling, bias)
+    arguments = (x, x_dropped, weight, lora_A, lora_B, magnitude, scaling, bias)
+    return dora_linear_lora_dropout(*arguments, norm, function=function)
 
 
 @torch.no_grad()
@@ -118,7 +112,7 @@ def norm_reusing(
     TorchDispatchMode: selective checkpointing is one, and takes the n-th call of an operator for the n-th it has saved.
     """
     device = tensors[0].device
-    if not store.can_keep(tensors, device) or torch._C._len_torch_dispatch_stack() > 0:
+    if not store.can_keep(tensors, device) or store.in_dispatch_mode():
         return compute()
     drops = store.drops()
     fingerprint = store.fingerprint_of(tensors, settings, device)
@@ -131,23 +125,29 @@ def norm_reusing(
 
 
 def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[[], Value]) -> Value | None:
-    """compute(), of frozen tensors alone, from the second call on that sees the same ones unchanged; None before.
+    """compute(), of frozen tensors alone, from the first call on and while they stay as they are.
 
-    So a weight that moves at every call (offloaded, gathered) never pays for what would be used once. None, too, where
-    nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses.
+    None where nothing can be kept: under torch.compile, in a CUDA graph, of tensor subclasses, while fully_shard
+    manages a module; and under a TorchDispatchMode, as for norm_reusing. None, too, in a backward pass that finds other
+    tensors than its forward pass, and from then on where the second call does: such a weight (offloaded, gathered)
+    moves, and would pay at every call for what is used once. `invalidate` begins anew.
     """
     device = tensors[0].device
-    if not store.can_keep(tensors, device):
+    if not store.can_keep(tensors, device) or store.weights_come_and_go() or store.in_dispatch_mode():
         return None
     drops = store.drops()
     fingerprint = store.identity_of(tensors, device)
-    kept, value = store.constants.get(layer, (None, None))
-    if kept is None or not kept.is_of(tensors, fingerprint):
-        kept, value = store.Kept.of(tensors, fingerprint), None
-    elif value is None:
+    constant = store.constants.get(layer)
+    if constant is not None and (constant.value is None or constant.kept.is_of(tensors, fingerprint)):
+        constant.served = True
+        return constant.value
+    if store.in_backward():
+        return None
+    value = None
+    if constant is None or constant.served:
         # what inference mode computes cannot be saved for a backward pass
         with torch.inference_mode(False), torch.no_grad():
             value = compute()
     if drops == store.drops():
-        store.constants[layer] = kept, value
+        store.constants[layer] = store.Constant(store.Kept.of(tensors, fingerprint), value)
     return value

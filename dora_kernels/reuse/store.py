@@ -16,10 +16,12 @@ What is computed of frozen tensors alone is kept by `constant_reusing`, through 
 
 FSDP gathers a weight into the same tensor, at what is often the same address, and leaves its version alone: a load of
 the shards in between would not be seen. So while a module of this process is sharded by fully_shard, nothing is kept
-from one call in eval mode to the next, and of FSDP1's weights nothing ever. (What a backward pass recomputes had the
-same weights in its forward pass: that is used again under fully_shard too.) Nor is anything of ZeRO-3's weights.
+from one call in eval mode to the next, nor by `constant_reusing`, and of FSDP1's weights nothing ever. (What a backward
+pass recomputes had the same weights in its forward pass: that is used again under fully_shard too.) Nor is anything of
+ZeRO-3's weights.
 """
 
+import dataclasses
 import weakref
 from typing import Any, NamedTuple
 
@@ -71,10 +73,18 @@ class Kept(NamedTuple):
         )
 
 
+@dataclasses.dataclass
+class Constant:
+    """What `constant_reusing` made of which tensors, None if it has given up, and whether a second call has used it."""
+
+    kept: Kept
+    value: Any
+    served: bool = False
+
+
 # beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
 by_layer: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
-# what constant_reusing made, None before its second call, and what it was made of
-constants: weakref.WeakKeyDictionary[nn.Module, tuple[Kept, object]] = weakref.WeakKeyDictionary()
+constants: weakref.WeakKeyDictionary[nn.Module, Constant] = weakref.WeakKeyDictionary()
 # the layers inside `frozen_adapters`, each with its scope.Scope
 scopes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 _optimizer_steps = 0
@@ -108,15 +118,24 @@ def can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
 def find(layer: nn.Module, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> Kept | None:
     """What is kept for `layer`, if this call may use it."""
     kept = by_layer.get(layer)
-    in_backward = torch._C._current_graph_task_id() != -1
-    in_eval = not layer.training and not _weights_come_and_go()
-    reusing = in_backward or in_eval or layer in scopes
+    in_eval = not layer.training and not weights_come_and_go()
+    reusing = in_backward() or in_eval or layer in scopes
     if kept is not None and reusing and kept.is_of(tensors, fingerprint):
         return kept
     return None
 
 
-def _weights_come_and_go() -> bool:
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass, in which checkpointing runs forward passes once more."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_dispatch_mode() -> bool:
+    """Whether a TorchDispatchMode counts operators: selective checkpointing's does."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def weights_come_and_go() -> bool:
     """Whether a weight may be gathered anew between two calls; where torch cannot be asked, it may in any group."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return False

@@ -18,7 +18,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
-from dora_kernels import launch, quant
+from dora_kernels import quant
+from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack, wrong_decoding
 from dora_kernels.adapters.peft.linear import TakenOverLinear
 from dora_kernels.adapters.taking import AUTOCAST_DTYPES, bypass_reason, class_name
 from dora_kernels.quant import QuantizedWeight
@@ -86,7 +87,7 @@ if is_bnb_4bit_available():
     class DoraKernelsLinear4bit(TakenOverQuantized, Linear4bit):
         """Over PEFT's Linear4bit, which computes in the compute_dtype of its base layer.
 
-        On a CPU bitsandbytes decodes some widths wrongly, and repacks a weight in eval mode (bitsandbytes_cpu.py).
+        On a CPU bitsandbytes decodes some widths wrongly, and repacks a weight in eval mode.
         What PEFT and bitsandbytes compute of such a weight is refused, or the weight is unpacked first.
         """
 
@@ -96,16 +97,15 @@ if is_bnb_4bit_available():
         @classmethod
         def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
             """As TakenOverLayer.read_base; what was repacked is unpacked, once."""
-            _unpack(layer)
+            unpack(layer.base_layer)
             return super().read_base(layer)
 
         @classmethod
         def remarks(cls, layer: LoraLayer) -> list[str]:
             """As TakenOverLayer.remarks: a fresh magnitude is the norm of the weight that PEFT has decoded."""
             weight, _ = cls.read_base(layer)
-            if not quant.is_decoded_wrongly(weight):
-                return []
-            return [f"{_wrong_decoding(weight)}, and PEFT takes a fresh magnitude from that"]
+            wrong = wrong_decoding(weight)
+            return [] if wrong is None else [f"{wrong}, and PEFT takes a fresh magnitude from that"]
 
         def base_operands(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, QuantizedWeight, str | None]:
             """As TakenOverLinear.base_operands."""
@@ -122,20 +122,18 @@ if is_bnb_4bit_available():
 
         def merge(self, *args: Any, **kwargs: Any) -> None:
             """PEFT's. Raises ValueError where bitsandbytes decodes this weight wrongly on this machine."""
-            _unpack(self)
+            unpack(self.base_layer)
             self._refuse_wrong_decoding("merge")
             super().merge(*args, **kwargs)
 
         def unmerge(self) -> None:
             """PEFT's. Raises ValueError as merge."""
-            _unpack(self)
+            unpack(self.base_layer)
             self._refuse_wrong_decoding("unmerge")
             super().unmerge()
 
         def _refuse_wrong_decoding(self, function: str) -> None:
-            weight, _ = self.read_base(self)
-            if weight is not None and quant.is_decoded_wrongly(weight):
-                raise ValueError(f"{function}: {_wrong_decoding(weight)}; expected a GPU, or another blocksize")
+            refuse_wrong_decoding(function, self.read_base(self)[0])
 
     CLASSES[Linear4bit] = DoraKernelsLinear4bit
 
@@ -149,18 +147,3 @@ def _operands(
     if torch.is_autocast_enabled(x.device.type):
         return x, dataclasses.replace(weight, dtype=torch.get_autocast_dtype(x.device.type)), None
     return x.to(compute_dtype), dataclasses.replace(weight, dtype=compute_dtype), None
-
-
-def _unpack(layer: LoraLayer) -> None:
-    """Undo what bitsandbytes did to the weight of `layer` in eval mode."""
-    weight = getattr(layer.base_layer, "weight", None)
-    if quant.is_packed_for_cpu(weight):
-        launch.log_once(
-            "dora_kernels: bitsandbytes had repacked a weight for inference on this CPU; it is unpacked, but its "
-            "scales stay rounded to bfloat16: load the model again for the exact ones"
-        )
-        quant.unpack_for_cpu(weight)
-
-
-def _wrong_decoding(weight: QuantizedWeight) -> str:
-    return f"bitsandbytes decodes K = {weight.shape[1]} in blocks of {weight.numbers[0]} wrongly on this CPU"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import quant, reuse
+from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack
 from dora_kernels.adapters.taking import (
     DROPOUT_LAYERS,
     TakenOver,
@@ -115,7 +116,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
             super().merge(safe_merge, adapter_names)
         else:
             weight, _ = _read_base(self)
-            _refuse_wrong_decoding("merge", weight)
+            refuse_wrong_decoding("merge", weight)
             merged, norm, gain = merge_weight_and_norm(weight, *self._factors("merge", names), 1.0)
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merge: the merged weight of adapter {name!r} is not finite; expected no NaN or inf")
@@ -181,8 +182,7 @@ def _read_base(layer: VeraLinear) -> tuple[Weight, Tensor | None]:
     if reason is not None:
         raise ValueError(f"DvoraVeraLinear: {reason}; expected a base layer whose weight may be read")
     if quant.is_quantized(base):
-        if quant.is_packed_for_cpu(base.weight):
-            quant.unpack_for_cpu(base.weight)
+        unpack(base)
         return quant.read(base), base.bias
     return base.weight.T if layer.fan_in_fan_out else base.weight, base.bias
 
@@ -206,10 +206,3 @@ def _reason_against(layer: VeraLayer, adapter: str) -> str | None:
     if type(dropout) not in DROPOUT_LAYERS:
         return f"dropout is a {class_name(dropout)}"
     return bypass_reason("base_layer", base)
-
-
-def _refuse_wrong_decoding(function: str, weight: Weight) -> None:
-    if isinstance(weight, quant.QuantizedWeight) and quant.is_decoded_wrongly(weight):
-        raise ValueError(
-            f"{function}: bitsandbytes decodes this weight wrongly on this CPU; expected another blocksize"
-        )
