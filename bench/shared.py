@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import peft
 import torch
 from rich.progress import track
 from torch import Tensor, nn
@@ -83,6 +82,8 @@ class Problem:
     """A case's tensors: the stock model, x, and a dy for each layer."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
+        import peft  # not for those who read the tables only
+
         torch.manual_seed(0)
         dtype, self.autocast = PRECISIONS[case.precision]
         features, widths = BLOCKS[case.block]
