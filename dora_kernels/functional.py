@@ -235,14 +235,18 @@ def unmerge_weight(
     """merged / gain - scaling * lora_B @ lora_A, (N, K) in merged.dtype: what merge_weight_and_norm merged.
 
     To within one rounding of the dtype. Where norm and gain are 0 the merged row is, and the row was
-    -scaling * lora_B @ lora_A. Raises ValueError, in the name of `function`, where gain is 0 and norm is not: the
-    weights of that row are gone.
+    -scaling * lora_B @ lora_A. Raises ValueError, in the name of `function`, where gain is 0 and norm is not, or so
+    small that the row lies below the dtype's normal numbers (6e-5 in float16) and has lost digits.
     """
-    lost = ((gain == 0) & (norm != 0)).nonzero().flatten().tolist()
+    shrunk = (
+        (merged.abs().amax(1) < torch.finfo(merged.dtype).tiny) & (gain.abs() < 0.5) if merged.numel() else gain == 0
+    )
+    lost = (((gain == 0) | shrunk) & (norm != 0)).nonzero().flatten().tolist()
     if lost:
         shown = ", ".join(map(str, lost[:ROWS_SHOWN])) + (", ..." if len(lost) > ROWS_SHOWN else "")
+        how = "gain 0" if not gain[lost].any() else f"a gain too small for {merged.dtype}"
         raise ValueError(
-            f"{function}: {len(lost)} of {len(gain)} rows were merged with gain 0 (row {shown}); expected none: "
+            f"{function}: {len(lost)} of {len(gain)} rows were merged with {how} (row {shown}); expected none: "
             "their weights cannot be recovered"
         )
     scaling = check_adapter(function, merged, lora_A, lora_B, scaling)

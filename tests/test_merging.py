@@ -10,12 +10,12 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-from peft import LoraConfig  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 import dora_kernels  # noqa: E402
-from dora_kernels import DoraLinear, launch, ops  # noqa: E402
+from dora_kernels import DoraLinear, launch, ops, serving  # noqa: E402
 from dora_kernels.testing import compare, rms_error  # noqa: E402
 from tests import quantized_problem  # noqa: E402
 from tests.peft_problem import adapt, build, calls, layers  # noqa: E402
@@ -259,6 +259,23 @@ def test_a_convolution_in_groups_is_not_merged():
         model.merge_adapter()
     with pytest.raises(ValueError, match="merged_weight_and_bias: PEFT does not merge a convolution in groups"):
         layers(model)[0].merged_weight_and_bias()
+
+
+@pytest.mark.parametrize(
+    "change", [{"padding": "same", "dilation": 2}, {"padding": 1, "padding_mode": "reflect"}], ids=str
+)
+def test_a_convolution_that_no_weight_can_stand_for_is_left(change):
+    """PEFT's lora_A is not dilated and pads with zeros: stock merge changes the output, merge_model not."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, use_dora=True, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Conv1d(7, 13, 3, **change)), config).to(DEVICE).eval()
+    nn.init.normal_(model.base_model.model[0].lora_B["default"].weight)
+    assert len(dora_kernels.enable(model).taken_over) == 1
+    x = torch.randn(2, 7, 11, device=DEVICE)
+    before = model(x)
+    (reason,) = serving.merge_model(model).values()
+    assert "no one weight computes both" in reason
+    assert torch.equal(model(x), before)
 
 
 def test_errors_and_warnings_are_peft_s():

@@ -112,6 +112,30 @@ def test_unmerge_refuses_what_is_lost(layer):
     assert layer.merged
 
 
+def test_unmerge_refuses_a_row_that_float16_has_lost():
+    """A gain of 2e-7 leaves zeros and subnormal numbers, from which the row came back wrong by its own size."""
+    torch.manual_seed(0)
+    layer = DoraLinear(35, 21, 3, 5.0, device=DEVICE, dtype=torch.float16)
+    with torch.no_grad():
+        layer.lora_B.weight.normal_(0, 0.2)
+        layer.lora_magnitude_vector[3] = 1e-7
+    layer.merge()
+    with pytest.raises(ValueError, match=r"1 of 21 rows were merged with a gain too small for torch.float16 \(row 3\)"):
+        layer.unmerge()
+    assert layer.merged
+
+
+def test_unmerge_takes_a_row_that_was_subnormal_before():
+    layer = DoraLinear(35, 21, 3, 5.0, device=DEVICE, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight[3] = 1e-5
+        layer.reset_adapter()
+    before = layer.weight.clone()
+    layer.merge()
+    layer.unmerge()
+    torch.testing.assert_close(layer.weight, before, rtol=0, atol=torch.finfo(torch.float16).eps)
+
+
 def test_state_dict_has_pefts_names(layer):
     names = {"weight", "bias", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"}
     assert set(layer.state_dict()) == names

@@ -141,6 +141,9 @@ class TakenOverConv(TakenOverLayer):
     def _reason_against_merging(self, name: str, quantized: bool = False) -> str | None:
         if self.base_layer.groups > 1:
             return "PEFT does not merge a convolution in groups"
+        base = self.base_layer
+        if base.padding_mode != "zeros" or any(step != 1 for step in base.dilation):
+            return "PEFT's lora_A pads with zeros and is not dilated, as the base layer is: no one weight computes both"
         return super()._reason_against_merging(name, quantized)
 
 
