@@ -11,7 +11,7 @@ import triton.language as tl
 
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets
 from dora_kernels.kernels.quant import weight_config
-from dora_kernels.kernels.weight import direction_tile
+from dora_kernels.kernels.weight import direction_tile, gain_of, root
 
 
 @triton.jit
@@ -91,16 +91,10 @@ def _grouped_norm_kernel(
         mask_k = k + tl.arange(0, BLOCK_K) < K
         squares += tl.sum(tl.where(mask_k[None, :], direction * direction, 0.0), axis=1)
     magnitude = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(ACC_DTYPE)
-    # tl.sqrt and "/" are approximate in float32; their exact forms exist for float32 only
-    if ACC_DTYPE == tl.float32:
-        norm = tl.sqrt_rn(squares)
-        gain = tl.div_rn(magnitude, tl.where(norm == 0, 1.0, norm))
-    else:
-        norm = tl.sqrt(squares)
-        gain = magnitude / tl.where(norm == 0, 1.0, norm)
+    norm = root(squares, ACC_DTYPE)
     out = tl.load(row + 7) + offs_n
     tl.store(norm_ptr + out, norm, mask=mask_n)
-    tl.store(gain_ptr + out, tl.where(norm == 0, 0.0, gain), mask=mask_n)
+    tl.store(gain_ptr + out, gain_of(magnitude, norm, ACC_DTYPE), mask=mask_n)
 
 
 def grouped_norm(

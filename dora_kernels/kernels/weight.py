@@ -148,6 +148,27 @@ def _norm_kernel(
 
 
 @triton.jit
+def root(squares, ACC_DTYPE: tl.constexpr):
+    """sqrt(squares), rounded to nearest: tl.sqrt is approximate in float32, and its exact form exists for that only."""
+    if ACC_DTYPE == tl.float32:
+        result = tl.sqrt_rn(squares)
+    else:
+        result = tl.sqrt(squares)
+    return result
+
+
+@triton.jit
+def gain_of(magnitude, norm, ACC_DTYPE: tl.constexpr):
+    """magnitude / norm, rounded to nearest as in `root`; 0 where norm is 0."""
+    divisor = tl.where(norm == 0, 1.0, norm)
+    if ACC_DTYPE == tl.float32:
+        gain = tl.div_rn(magnitude, divisor)
+    else:
+        gain = magnitude / divisor
+    return tl.where(norm == 0, 0.0, gain)
+
+
+@triton.jit
 def _finish_norm_kernel(
     partial_ptr,  # (splits, N)
     magnitude_ptr,  # (N,)
@@ -169,20 +190,11 @@ def _finish_norm_kernel(
     squares = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
     for split in range(0, splits):
         squares += tl.load(partial_ptr + split * N + offs_n, mask=mask_n, other=0.0)
-    # tl.sqrt and "/" are approximate in float32; their exact forms exist for float32 only
-    if ACC_DTYPE == tl.float32:
-        norm = tl.sqrt_rn(squares)
-    else:
-        norm = tl.sqrt(squares)
+    norm = root(squares, ACC_DTYPE)
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
     if HAS_MAGNITUDE:
         magnitude = tl.load(magnitude_ptr + offs_n * stride_magnitude, mask=mask_n, other=0.0).to(ACC_DTYPE)
-        divisor = tl.where(norm == 0, 1.0, norm)
-        if ACC_DTYPE == tl.float32:
-            gain = tl.div_rn(magnitude, divisor)
-        else:
-            gain = magnitude / divisor
-        tl.store(gain_ptr + offs_n, tl.where(norm == 0, 0.0, gain), mask=mask_n)
+        tl.store(gain_ptr + offs_n, gain_of(magnitude, norm, ACC_DTYPE), mask=mask_n)
 
 
 def norm(
