@@ -27,7 +27,7 @@ COMPARED = ("peft_lora", "peft_dora", "ours")
 NOTHING = "Nothing has been measured yet: `bench/results/` is empty."
 NO_GPU = (
     "No GPU has run this yet: there is no measured GPU figure, and the constants in `plan.py` and the tile sizes in\n"
-    "`launch.py` are predictions from bytes, FLOPs and ahead-of-time compilation."
+    "`configs.py` are predictions from bytes, FLOPs and ahead-of-time compilation."
 )
 
 # bf16 on an H200: M, N, K, R

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from dora_kernels import launch, reference
+from dora_kernels import configs, launch, reference
 from tests.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
@@ -231,16 +231,16 @@ def test_token_sums_writes_2_to_the_30_apart(output, memory):
 
 
 @pytest.mark.parametrize("kernel", ("norm", "norm_high_rank", "project", "token_sums"))
-@pytest.mark.parametrize("key", launch.CONFIGS, ids=str)
+@pytest.mark.parametrize("key", configs.CONFIGS, ids=str)
 def test_split_sums_stay_small(key, kernel):
     """The kernels that add partial sums up may compute `split * size` in 32 bits: only a small output is split.
 
-    `launch.splits` makes programs enough to fill the device and no more, here one of 1000 multiprocessors.
+    `configs.splits` makes programs enough to fill the device and no more, here one of 1000 multiprocessors.
     """
-    facts, config = launch.DeviceFacts("large", key[0], 1000), launch.CONFIGS[key][kernel]
+    facts, config = launch.DeviceFacts("large", key[0], 1000), configs.CONFIGS[key][kernel]
     tile = (config.BLOCK_M * config.BLOCK_R) if kernel == "project" else config.BLOCK_N
     for blocks in (1, 2, 3, 10, 100, 999, 1000, 1001, 2**20, 2**31):
-        splits = launch.splits(blocks, 2**31, facts, config)
+        splits = configs.splits(blocks, 2**31, facts, config)
         assert splits == 1 or splits * blocks * tile < 2**31, (blocks, splits)
 
 

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.checkpoint import checkpoint
 
 import dora_kernels
-from dora_kernels import DoraLinear, launch, ops, reuse
+from dora_kernels import DoraLinear, configs, launch, ops, reuse
 from dora_kernels.launch import Options
 from dora_kernels.reference import REFERENCE, dora_linear_ref
 from tests.problem import BACKENDS, DEVICE, GRADIENTS, Problem, core
@@ -498,9 +498,9 @@ def tune():
 @needs_fork
 @pytest.mark.parametrize("there_was_one", (False, True), ids=("no table before", "an old table"))
 def test_a_killed_write_leaves_the_old_table_or_none(there_was_one, tune, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(launch, "TUNED_FOLDER", tmp_path)
-    path = launch.tuned_path("NVIDIA H200")
-    default = launch.CONFIGS["sm_90", 2]["norm"]
+    monkeypatch.setattr(configs, "TUNED_FOLDER", tmp_path)
+    path = configs.tuned_path("NVIDIA H200")
+    default = configs.CONFIGS["sm_90", 2]["norm"]
     old = tune.fields_of(default) | {"num_stages": 4}
     if there_was_one:
         tune.write_table(path, {"meta": {}, "configs": {"2": {"norm": old}}, "measured": {}})
@@ -520,12 +520,12 @@ def test_a_killed_write_leaves_the_old_table_or_none(there_was_one, tune, tmp_pa
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     assert [file for file in tmp_path.iterdir() if file != path], "the write was not killed in the middle"
-    launch.tuned_configs.cache_clear()
+    configs.tuned_configs.cache_clear()
     try:
-        expected = {(2, "norm"): launch.Config(**old)} if there_was_one else {}
-        assert launch.tuned_configs("NVIDIA H200", "sm_90") == expected and not caplog.records
+        expected = {(2, "norm"): configs.Config(**old)} if there_was_one else {}
+        assert configs.tuned_configs("NVIDIA H200", "sm_90") == expected and not caplog.records
     finally:
-        launch.tuned_configs.cache_clear()
+        configs.tuned_configs.cache_clear()
     assert path.exists() == there_was_one
     tune.write_table(path, {"meta": {}, "configs": {}, "measured": {}})
     assert json.loads(path.read_text())["configs"] == {}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dora_kernels import launch, reference
-from dora_kernels.launch import Config
+from dora_kernels import configs, launch, reference
+from dora_kernels.configs import Config
 from tests.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
@@ -128,7 +128,7 @@ def test_tile_sizes_do_not_change_the_result(tiles, monkeypatch):
     arguments = (problem.weight, problem.lora_A, problem.lora_B, 0.75)
     expected = reference.norm_ref(*arguments)[0]
     facts = launch.device_facts(problem.x.device)
-    config = launch.config_for("norm", facts, DTYPE)
+    config = configs.config_for("norm", facts, DTYPE)
     changed = Config(**(vars(config) | tiles))
-    monkeypatch.setattr(launch, "config_for", lambda kernel, *_: changed if kernel == "norm" else config)
+    monkeypatch.setattr(configs, "config_for", lambda kernel, *_: changed if kernel == "norm" else config)
     close(kernels.norm(*arguments)[0], expected)

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from dora_kernels import launch
-from dora_kernels.launch import Config, DeviceFacts, Options, options
+from dora_kernels import configs, launch
+from dora_kernels.configs import Config
+from dora_kernels.launch import DeviceFacts, Options, options
 
 CPU = torch.device("cpu")
 H200 = DeviceFacts("NVIDIA H200", "sm_90", 132)
@@ -107,12 +108,12 @@ def test_without_triton_the_package_imports_and_computes():
 
 
 def test_every_target_has_every_kernel():
-    names = set(launch.CONFIGS["sm_90", 2])
-    for (target, itemsize), configs in launch.CONFIGS.items():
-        assert set(configs) == names, (target, itemsize)
+    names = set(configs.CONFIGS["sm_90", 2])
+    for (target, itemsize), table in configs.CONFIGS.items():
+        assert set(table) == names, (target, itemsize)
     families = set(launch._CUDA_FAMILIES.values()) | set(launch._HIP_FAMILIES.values())
     for target in families:
-        assert (target, 2) in launch.CONFIGS and (target, 4) in launch.CONFIGS
+        assert (target, 2) in configs.CONFIGS and (target, 4) in configs.CONFIGS
 
 
 def test_block_r_shrinks_to_a_small_rank():
@@ -123,11 +124,11 @@ def test_block_r_shrinks_to_a_small_rank():
 
 def test_splits_fill_the_device_and_no_more():
     config = Config(waves=1)
-    assert launch.splits(32, 100, H200, config) == 4  # 32 tiles on 132 multiprocessors
-    assert launch.splits(32, 3, H200, config) == 3  # no more parts than steps
-    assert launch.splits(500, 100, H200, config) == 1
-    assert launch.splits(0, 100, H200, config) == 100
-    assert launch.splits(32, 0, H200, config) == 1
+    assert configs.splits(32, 100, H200, config) == 4  # 32 tiles on 132 multiprocessors
+    assert configs.splits(32, 3, H200, config) == 3  # no more parts than steps
+    assert configs.splits(500, 100, H200, config) == 1
+    assert configs.splits(0, 100, H200, config) == 100
+    assert configs.splits(32, 0, H200, config) == 1
 
 
 @pytest.mark.parametrize(

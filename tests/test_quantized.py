@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dora_kernels
-from dora_kernels import DoraLinear, launch, ops, passes, plan, quant, reference
+from dora_kernels import DoraLinear, configs, launch, ops, passes, plan, quant, reference
 from dora_kernels.quant import QuantizedWeight, parts
 from tests.packed import HQQ_KINDS, KINDS, quantized
 from tests.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, core
@@ -105,8 +105,8 @@ def test_every_float8_decodes():
 @pytest.mark.parametrize("kind", ("codebook4 nested", "nf4_torchao", "hqq4 axis 1"))
 def test_tile_sizes_do_not_change_the_values(kind, tiles, monkeypatch):
     weight = quantized(kind, 40, 96)
-    config = launch.config_for("merge", launch.device_facts(weight.device), torch.float32)
-    monkeypatch.setattr(launch, "config_for", lambda *_: launch.Config(**(vars(config) | tiles)))
+    config = configs.config_for("merge", launch.device_facts(weight.device), torch.float32)
+    monkeypatch.setattr(configs, "config_for", lambda *_: configs.Config(**(vars(config) | tiles)))
     assert torch.equal(kernels.dense(weight, torch.float32), weight.dequantize())
 
 

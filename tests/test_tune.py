@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dora_kernels import launch
-from dora_kernels.launch import Config, DeviceFacts
+from dora_kernels import configs, launch
+from dora_kernels.configs import Config
+from dora_kernels.launch import DeviceFacts
 
 ROOT = Path(__file__).parent.parent
 H200 = DeviceFacts("NVIDIA H200", "sm_90", 132)
@@ -30,26 +31,26 @@ def load(name: str):
 
 
 tune, gpu_suite = load("tune"), load("gpu_suite")
-DEFAULTS = launch.CONFIGS["sm_90", 2]
+DEFAULTS = configs.CONFIGS["sm_90", 2]
 NORM = tune.fields_of(DEFAULTS["norm"])
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the package looks for tables."""
-    monkeypatch.setattr(launch, "TUNED_FOLDER", tmp_path)
-    launch.tuned_configs.cache_clear()
+    monkeypatch.setattr(configs, "TUNED_FOLDER", tmp_path)
+    configs.tuned_configs.cache_clear()
     yield tmp_path
-    launch.tuned_configs.cache_clear()
+    configs.tuned_configs.cache_clear()
 
 
-def write(folder: Path, configs: object) -> None:
-    (folder / "nvidia-h200.json").write_text(json.dumps({"meta": {}, "configs": configs}))
-    launch.tuned_configs.cache_clear()
+def write(folder: Path, table: object) -> None:
+    (folder / "nvidia-h200.json").write_text(json.dumps({"meta": {}, "configs": table}))
+    configs.tuned_configs.cache_clear()
 
 
 def norm_config(operand: torch.dtype = torch.bfloat16, facts: DeviceFacts = H200) -> Config:
-    return launch.config_for("norm", facts, operand)
+    return configs.config_for("norm", facts, operand)
 
 
 def test_a_tuned_configuration_is_used_on_its_gpu_for_its_operands(folder):
@@ -57,15 +58,15 @@ def test_a_tuned_configuration_is_used_on_its_gpu_for_its_operands(folder):
     write(folder, {"2": {"norm": NORM | {"BLOCK_N": 128, "num_stages": 4}}})
     assert norm_config() == replace(DEFAULTS["norm"], BLOCK_N=128, num_stages=4)
     assert norm_config(torch.float16) == norm_config()
-    assert norm_config(torch.float32) == launch.CONFIGS["sm_90", 4]["norm"]
-    assert launch.config_for("merge", H200, torch.bfloat16) == DEFAULTS["merge"]
+    assert norm_config(torch.float32) == configs.CONFIGS["sm_90", 4]["norm"]
+    assert configs.config_for("merge", H200, torch.bfloat16) == DEFAULTS["merge"]
     assert norm_config(facts=DeviceFacts("NVIDIA H100 80GB HBM3", "sm_90", 132)) == DEFAULTS["norm"]
 
 
 def test_the_file_of_a_gpu():
     names = {"NVIDIA H200": "nvidia-h200", "RTX 6000 / Ada (x)": "rtx-6000-ada-x", "../a": "a"}
-    assert {name: launch.tuned_path(name).stem for name in names} == names
-    assert launch.tuned_path("NVIDIA H200").parent == ROOT / "dora_kernels" / "tuned"
+    assert {name: configs.tuned_path(name).stem for name in names} == names
+    assert configs.tuned_path("NVIDIA H200").parent == ROOT / "dora_kernels" / "tuned"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_a_field_that_could_make_a_wrong_launch_means_defaults(change, folder, c
     write(folder, {"2": {"merge": tune.fields_of(DEFAULTS["merge"]) | {"num_stages": 3}, "norm": NORM | change}})
     with caplog.at_level(logging.WARNING, "dora_kernels"):
         assert norm_config() == DEFAULTS["norm"]
-        assert launch.config_for("merge", H200, torch.bfloat16) == DEFAULTS["merge"]
+        assert configs.config_for("merge", H200, torch.bfloat16) == DEFAULTS["merge"]
     assert len(caplog.records) == 1 and "nvidia-h200.json" in caplog.records[0].getMessage()
 
 
@@ -103,9 +104,9 @@ def test_a_field_that_could_make_a_wrong_launch_means_defaults(change, folder, c
 )
 def test_a_broken_table_means_defaults_and_is_logged_once(text, folder, caplog):
     (folder / "nvidia-h200.json").write_text(text)
-    launch.tuned_configs.cache_clear()
+    configs.tuned_configs.cache_clear()
     with caplog.at_level(logging.WARNING, "dora_kernels"):
-        assert norm_config() == DEFAULTS["norm"] and norm_config(torch.float32) == launch.CONFIGS["sm_90", 4]["norm"]
+        assert norm_config() == DEFAULTS["norm"] and norm_config(torch.float32) == configs.CONFIGS["sm_90", 4]["norm"]
     assert len(caplog.records) == 1
 
 
@@ -120,25 +121,25 @@ def test_a_missing_table_is_read_once_and_says_nothing(folder, caplog):
 @pytest.mark.parametrize("path", sorted((ROOT / "dora_kernels" / "tuned").glob("*.json")), ids=lambda path: path.stem)
 def test_every_table_of_the_package_is_whole(path, monkeypatch, caplog):
     table = json.loads(path.read_text())
-    launch.tuned_configs.cache_clear()
-    configs = launch.tuned_configs(table["meta"]["device"], "sm_90")
-    assert len(configs) == sum(len(kernels) for kernels in table["configs"].values()) and not caplog.records
+    configs.tuned_configs.cache_clear()
+    tuned = configs.tuned_configs(table["meta"]["device"], "sm_90")
+    assert len(tuned) == sum(len(kernels) for kernels in table["configs"].values()) and not caplog.records
 
 
 def test_candidates_are_configurations_that_can_run():
     for size in tune.PRECISIONS:
-        defaults = launch.CONFIGS["sm_90", size]
+        defaults = configs.CONFIGS["sm_90", size]
         for kernel, subject in tune.SUBJECTS.items():
             found = tune.candidates(kernel, defaults[kernel], size, 232448)
             assert found[0] == defaults[kernel] and len(set(found)) == len(found)
             assert 9 <= len(found) <= 16, (kernel, size)
             for config in found:
-                assert launch._checked(tune.fields_of(config), defaults[kernel]) == config
+                assert configs._checked(tune.fields_of(config), defaults[kernel]) == config
             ranks = [R for _, _, _, _, R in subject.jobs]
             if kernel in ("norm", "merge"):  # above HIGH_RANK the launchers take the other configuration
-                assert max(ranks) <= launch.HIGH_RANK
+                assert max(ranks) <= configs.HIGH_RANK
             if kernel.endswith("high_rank"):
-                assert min(ranks) > launch.HIGH_RANK
+                assert min(ranks) > configs.HIGH_RANK
 
 
 def test_what_cannot_fit_is_no_candidate():
@@ -191,7 +192,7 @@ def test_only_winners_are_written_and_the_package_reads_them(folder):
     table = json.loads(path.read_text())
     assert table["configs"] == {"2": {"norm": second("norm")}}
     assert table["measured"]["2"]["merge"]["over_default"] == 1.0
-    launch.tuned_configs.cache_clear()
+    configs.tuned_configs.cache_clear()
     assert norm_config() == Config(**second("norm")) != DEFAULTS["norm"]
 
 
@@ -227,20 +228,20 @@ def test_a_table_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_candidates_are_checked_on_the_real_kernels(monkeypatch):
     subject = replace(tune.SUBJECTS["merge"], jobs=(("merge", 16, 40, 24, 8),))
     monkeypatch.setitem(tune.SUBJECTS, "merge", subject)
-    default = launch.CONFIGS["interpreter", 2]["merge"]
+    default = configs.CONFIGS["interpreter", 2]["merge"]
     other, broken = replace(default, BLOCK_N=64), replace(default, BLOCK_N=48)
     used = []
-    config_for = launch.config_for
+    config_for = configs.config_for
     call = tune.kernels.CALLS["merge"]
 
     def spy(operands, steps):
-        used.append(launch.config_for("merge", launch.device_facts(torch.device("cpu")), torch.bfloat16))
+        used.append(configs.config_for("merge", launch.device_facts(torch.device("cpu")), torch.bfloat16))
         return call(operands, steps)
 
     monkeypatch.setitem(tune.kernels.CALLS, "merge", spy)
     times = tune.measure_on(torch.device("cpu"), 0, (1, 1))("merge", 2, [default, other, broken])
     assert times[broken] is None and len(times[default]) == len(times[other]) == 1
-    assert {default, other, broken} <= set(used) and launch.config_for is config_for
+    assert {default, other, broken} <= set(used) and configs.config_for is config_for
 
 
 def test_the_stages_fit_one_budget_in_order_of_worth():

@@ -41,7 +41,7 @@ import torch  # noqa: E402
 
 from bench import machine, report  # noqa: E402
 from bench.machine import ROOT  # noqa: E402
-from dora_kernels import launch  # noqa: E402
+from dora_kernels import configs, launch  # noqa: E402
 
 # what a command gets to end by itself, interrupted as by Ctrl-C: pytest then still writes its summary
 GRACE_SECONDS = 15.0
@@ -284,7 +284,7 @@ def layer(suite: Suite, seconds: float, name: str = "layer") -> dict[str, Any]:
 
 def tuned_table() -> Path:
     """The table of this GPU."""
-    return launch.tuned_path(launch.device_facts(torch.device("cuda", torch.cuda.current_device())).name)
+    return configs.tuned_path(launch.device_facts(torch.device("cuda", torch.cuda.current_device())).name)
 
 
 def tuning(suite: Suite, seconds: float) -> dict[str, Any]:

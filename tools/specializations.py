@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import dora_kernels
-from dora_kernels import functional, launch, ops
+from dora_kernels import configs, functional, launch, ops
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.rescale import rescale
 from dora_kernels.serving import AdapterBank, bank_linear
@@ -25,7 +25,7 @@ from dora_kernels.serving import AdapterBank, bank_linear
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU: whose configs it takes (launch.py), and its shared memory for one program in bytes."""
+    """A GPU: whose configs it takes (configs.py), and its shared memory for one program in bytes."""
 
     name: str
     family: str
@@ -289,12 +289,12 @@ class _Driver:
 def recording(target: Target, variant: Variant, overrides: dict[str, dict] | None = None) -> Iterator[list]:
     """Inside, launches on meta tensors as on `target` compile nothing; the list yielded gets a Specialization each.
 
-    overrides: kernel -> fields of launch.Config to replace.
+    overrides: kernel -> fields of configs.Config to replace.
     """
     if launch.interpreting():
         raise RuntimeError("recording: TRITON_INTERPRET is set, which leaves nothing to compile; expected it unset")
     recorded: list[Specialization] = []
-    run, config_for = JITFunction.run, launch.config_for
+    run, config_for = JITFunction.run, configs.config_for
 
     def run_warmup(self, *args, grid, warmup, **kwargs):
         return run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -311,7 +311,7 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
             (JITFunction, "run", run_warmup),
             (JITFunction, "_do_compile", record),
             (launch, "device_facts", lambda device: facts),
-            (launch, "config_for", config_with_overrides),
+            (configs, "config_for", config_with_overrides),
             # meta tensors would take the fake implementations, and autocast does not know the meta device
             *((ops, name, getattr(ops, f"_{name}")) for name in ops.OPERATORS),
             (torch, "autocast", lambda *device_type, **options: contextlib.nullcontext()),

@@ -4,7 +4,7 @@
     python tools/tune.py --kernel norm merge --operand-bytes 4      # float32 adapters over a bf16 weight
     python tools/tune.py --out /tmp/table.json --fresh
 
-Every candidate is held to the reference before it is timed, against the default of launch.py, at two or three shapes,
+Every candidate is held to the reference before it is timed, against the default of configs.py, at two or three shapes,
 interleaved, L2 flushed. A candidate wins where it takes less than 0.97 of the default's time (geometric mean over the
 shapes) and loses at none. The file is replaced after every kernel; a later run skips what this commit has finished.
 """
@@ -32,8 +32,8 @@ import torch  # noqa: E402
 from bench import kernels, machine  # noqa: E402
 from bench.measure import interleave  # noqa: E402
 from bench.shapes import Case  # noqa: E402
-from dora_kernels import launch  # noqa: E402
-from dora_kernels.launch import Config  # noqa: E402
+from dora_kernels import configs, launch  # noqa: E402
+from dora_kernels.configs import Config  # noqa: E402
 from dora_kernels.testing import geometric_mean  # noqa: E402
 
 WIN = 0.97
@@ -46,7 +46,7 @@ VARIANTS = {2: "bf16", 4: "bf16, fp32 adapters"}  # of tools/specializations.py
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tuned: `fields` of launch.Config with their `values`, judged by (call of bench.kernels, M, N, K, R)."""
+    """What is tuned: `fields` of configs.Config with their `values`, judged by (call of bench.kernels, M, N, K, R)."""
 
     fields: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]
@@ -265,13 +265,13 @@ def fields_of(config: Config) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _overriding() -> Iterator[dict[str, Config]]:
-    """Inside, config_for gives what is in the dict yielded, else launch.CONFIGS: never the table of an earlier run."""
+    """Inside, config_for gives what is in the dict yielded, else configs.CONFIGS: never the table of an earlier run."""
     overrides: dict[str, Config] = {}
 
     def config_for(kernel: str, facts: launch.DeviceFacts, operand: torch.dtype) -> Config:
-        return overrides.get(kernel) or launch.CONFIGS[facts.target, operand.itemsize][kernel]
+        return overrides.get(kernel) or configs.CONFIGS[facts.target, operand.itemsize][kernel]
 
-    with mock.patch.object(launch, "config_for", config_for):
+    with mock.patch.object(configs, "config_for", config_for):
         yield overrides
 
 
@@ -364,10 +364,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     start, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
     facts = launch.device_facts(device)
     if not facts.target:
-        print(f"tune: no kernel configuration is known for {facts.name}; expected one in launch.py", file=sys.stderr)
+        print(f"tune: no kernel configuration is known for {facts.name}; expected one in configs.py", file=sys.stderr)
         return 2
     operand_bytes, names = arguments.operand_bytes, [name for name in SUBJECTS if name in arguments.kernel]
-    defaults = launch.CONFIGS[facts.target, operand_bytes]
+    defaults = configs.CONFIGS[facts.target, operand_bytes]
     shared_limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 65536)
     try:
         compiled = precompile(names, operand_bytes, defaults, shared_limit)
@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # only the time of the first calls is lost
         print(f"compiling ahead failed: {type(error).__name__}: {error}"[:300], flush=True)
     information = machine.meta(device, arguments.commit)
-    path = arguments.out or launch.tuned_path(facts.name)
+    path = arguments.out or configs.tuned_path(facts.name)
     left = arguments.seconds - (time.monotonic() - start)
     measure = measure_on(torch.device(device.type))
     fresh = arguments.fresh

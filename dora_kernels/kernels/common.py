@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels import launch
+from dora_kernels import configs, launch
 from dora_kernels.quant import Weight
 from dora_kernels.reference import accumulate_dtype
 
@@ -127,17 +127,17 @@ class Launch:
             precision=launch.dot_precision(facts, operand, beside),
         )
 
-    def config(self, kernel: str) -> launch.Config:
+    def config(self, kernel: str) -> configs.Config:
         """The tile configuration of `kernel`."""
-        return launch.config_for(kernel, self.facts, self.operand)
+        return configs.config_for(kernel, self.facts, self.operand)
 
-    def split(self, blocks: int, size: int, block: int, config: launch.Config) -> tuple[int, int]:
+    def split(self, blocks: int, size: int, block: int, config: configs.Config) -> tuple[int, int]:
         """(elements of each part, parts) of a sum over `size` elements in steps of `block`, for `blocks` output tiles.
 
         At least one part, so that a sum over nothing is written as 0.
         """
         steps = triton.cdiv(size, block)
-        per_split = triton.cdiv(steps, launch.splits(blocks, steps, self.facts, config)) * block
+        per_split = triton.cdiv(steps, configs.splits(blocks, steps, self.facts, config)) * block
         return per_split, max(1, triton.cdiv(size, max(per_split, 1)))
 
     def dtypes(self) -> dict[str, object]:

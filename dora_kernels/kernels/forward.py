@@ -81,7 +81,7 @@ def _finish_project_kernel(
     mask = offsets < size
     acc = tl.zeros([BLOCK_M], dtype=ACC_DTYPE)
     for split in range(0, splits):
-        # no int64 needed: there are several splits only where the output is small (launch.splits)
+        # no int64 needed: there are several splits only where the output is small (configs.splits)
         acc += tl.load(partial_ptr + split * size + offsets, mask=mask, other=0.0)
     tl.store(result_ptr + offsets, acc.to(result_ptr.dtype.element_ty), mask=mask)
 

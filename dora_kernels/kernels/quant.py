@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels import launch
+from dora_kernels import configs
 from dora_kernels.kernels.common import TL_DTYPE, Launch, load_tile
 from dora_kernels.quant import DENSE, Weight, parts
 
@@ -178,9 +178,9 @@ def _hqq4(
     return tl.reshape(tile, [BLOCK_N, BLOCK_K])
 
 
-def weight_config(how: Launch, kernel: str, weight: Weight, R: int) -> launch.Config:
+def weight_config(how: Launch, kernel: str, weight: Weight, R: int) -> configs.Config:
     """The configuration of the norm or merge kernel: fewer rows where decoding would spill registers."""
-    config = how.config(kernel if R <= launch.HIGH_RANK else f"{kernel}_high_rank")
+    config = how.config(kernel if R <= configs.HIGH_RANK else f"{kernel}_high_rank")
     if isinstance(weight, torch.Tensor):
         return config
     share = 1
@@ -190,7 +190,7 @@ def weight_config(how: Launch, kernel: str, weight: Weight, R: int) -> launch.Co
         share = 2  # 400 bytes a thread on sm_120 otherwise
     elif weight.format == "codebook4" and weight.shape[1] % 64:
         share = 2  # a scale for every 16 codes and not for 64: 136 bytes a thread on sm_100 otherwise
-    elif weight.format == "codebook4" and R > launch.HIGH_RANK and how.facts.target == "sm_80":
+    elif weight.format == "codebook4" and R > configs.HIGH_RANK and how.facts.target == "sm_80":
         share = 2  # 88 bytes a thread otherwise
     return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
 
