@@ -4,8 +4,10 @@ share."""
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dora_kernels import reuse
 from dora_kernels.functional import merge_weight, merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import Weight, is_quantized, read
 from dora_kernels.reference import gain_ref
@@ -29,9 +31,19 @@ class MergeableLinear(nn.Module):
         """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling of the adapter."""
         raise NotImplementedError
 
-    def adapter_operands(self) -> tuple[Any, ...] | None:
-        """reuse.Operands for the one launch of `frozen_adapters`; None where the layer makes its own norm."""
+    def adapter_operands(self) -> reuse.Operands | None:
+        """For the one launch of `frozen_adapters`; None where the layer makes its own norm."""
         return None
+
+    def train(self, mode: bool = True) -> "MergeableLinear":
+        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse/)."""
+        reuse.mode_set(self, mode)
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> "MergeableLinear":
+        """What moves and casts go through."""
+        reuse.invalidate(self)
+        return super()._apply(*arguments, **keywords)
 
     def base(self) -> tuple[Weight, Tensor | None]:
         """The weight and the bias beneath the adapter; a quantised one is read anew: its library may have moved it."""
@@ -43,6 +55,13 @@ class MergeableLinear(nn.Module):
     def merged(self) -> bool:
         """True between merge() and unmerge()."""
         return self._merged_with is not None
+
+    def merged_product(self, x: Tensor) -> Tensor:
+        """x (..., K) through the merged weight -> (..., N)."""
+        if self.base_layer is None:
+            return F.linear(x, self.weight, self.bias)
+        bias = self.base_layer.bias
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @torch.no_grad()
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
@@ -93,8 +112,8 @@ class MergeableLinear(nn.Module):
     def unmerge(self) -> None:
         """Take the adapter out of weight again, to within one rounding of its dtype. Does nothing if not merged.
 
-        Raises ValueError where a row's magnitude is 0 and its norm is not, because its weights are gone. The adapter
-        must not have changed in between.
+        Raises ValueError where a gain of 0, or one too small for the dtype, has lost a row whose norm is not 0. The
+        adapter must not have changed in between.
         """
         if not self.merged:
             return

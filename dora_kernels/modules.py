@@ -1,7 +1,5 @@
 """DoraLinear: the DoRA layer as a module, with PEFT's parameter names."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -108,11 +106,9 @@ class DoraLinear(MergeableLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if self.merged and self.base_layer is None:
-            return F.linear(x, self.weight, self.bias)
-        weight, bias = self.base()
         if self.merged:
-            return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return self.merged_product(x)
+        weight, bias = self.base()
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         return reuse.dora_linear_reusing(
             self,
@@ -132,16 +128,6 @@ class DoraLinear(MergeableLinear):
         """What the norm is computed from; None while merged."""
         adapter = (self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector)
         return None if self.merged else reuse.Operands(self.base()[0], *adapter, self.scaling)
-
-    def train(self, mode: bool = True) -> "DoraLinear":
-        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse/)."""
-        reuse.mode_set(self, mode)
-        return super().train(mode)
-
-    def _apply(self, *arguments: Any, **keywords: Any) -> "DoraLinear":
-        """What moves and casts go through."""
-        reuse.forget(self)
-        return super()._apply(*arguments, **keywords)
 
     def extra_repr(self) -> str:
         return (

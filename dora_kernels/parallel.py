@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dora_kernels import reuse
-from dora_kernels.functional import dora_linear_core, weight_norm
+from dora_kernels.functional import check_dtypes, dora_linear_core, weight_norm
 from dora_kernels.modules import DoraLinear
 from dora_kernels.quant import Weight
 from dora_kernels.validate import check_adapter, check_call, check_norm_grad
@@ -116,13 +116,21 @@ def rowwise_norm(
 
 
 def _check(
-    function: str, x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, *more: Any
+    function: str,
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    x_dropped: Tensor | None,
+    norm: Tensor | None = None,
 ) -> None:
     """dora_linear's checks, before a rank waits for the others."""
-    scaling, bias, *others = more
-    x_dropped, norm = (*others, None)[:2]
     check_adapter(function, weight, lora_A, lora_B, scaling)
     check_call(function, x, weight, magnitude, bias, x_dropped, norm)
+    check_dtypes(function, x, weight)
 
 
 def _sum_squares(norm: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -190,8 +198,8 @@ class ParallelDoraLinear(DoraLinear):
         """As `columnwise_dora_linear` or `rowwise_dora_linear`."""
         group = self._mesh.get_group()
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
-        names = (self.weight, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.bias)
-        weight, lora_A, lora_B, magnitude, bias = (p.to_local() if isinstance(p, DTensor) else p for p in names)
+        whole = (self.weight, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.bias)
+        weight, lora_A, lora_B, magnitude, bias = (p.to_local() if isinstance(p, DTensor) else p for p in whole)
         arguments = (x, weight, lora_A, lora_B, magnitude, self.scaling, bias, group)
         linear = columnwise_dora_linear if self._split == "column" else rowwise_dora_linear
         return linear(*arguments, x_dropped=x_dropped)

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import dora_kernels
 from dora_kernels import VeraProjection, ops, quant, to_dvora
-from dora_kernels.adapters.peft.vera import DvoraVeraLinear, _vera
+from dora_kernels.adapters.peft.vera import DvoraVeraLinear, vera_factors
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.dvora import dvora_linear_ref
 from tests.peft_problem import Net
@@ -48,7 +48,7 @@ def dvora_model(**config):
 def dense(layer, x):
     """The definition of one layer of a model."""
     weight = layer.base_layer.weight.T if layer.fan_in_fan_out else layer.base_layer.weight
-    adapter = (*_vera(layer, "default"), layer.vera_magnitude_vector["default"])
+    adapter = (*vera_factors(layer, "default"), layer.vera_magnitude_vector["default"])
     return dvora_linear_ref(x, weight, *adapter, layer.base_layer.bias)
 
 
@@ -121,7 +121,7 @@ def test_dropout_is_that_of_dora():
     y = layer(x)
     torch.manual_seed(1)
     dropped = layer.vera_dropout["default"](x)
-    adapter = (*_vera(layer, "default"), layer.vera_magnitude_vector["default"])
+    adapter = (*vera_factors(layer, "default"), layer.vera_magnitude_vector["default"])
     expected = dvora_linear_ref(x, layer.base_layer.weight, *adapter, layer.base_layer.bias, x_dropped=dropped)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(layer.eval()(x), dense(layer, x))

@@ -61,10 +61,8 @@ class DoraKernelsDORA(Structure):
         ]
         weight = getattr(base, "weight", None)
         if quant.is_quantized(base):
-            try:
-                weight = quant.read(base)
-            except ValueError as error:
-                reasons.append(str(error).removeprefix("read: "))
+            weight, reason = quant.read_or_reason(base)
+            reasons.append(reason)
         elif type(base) is not nn.Linear:
             reasons.append(f"base_layer is a {class_name(base)}; expected nn.Linear or a quantised one")
         reason = first_reason(reasons)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dora_kernels.adapters import structure
 from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, first_reason
 from dora_kernels.adapters.taking import bypass_reason, drops
+from dora_kernels.functional import merge_weight_and_norm
 from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import rescale
 
@@ -107,14 +108,14 @@ class DoraKernelsDoRALinear(Structure):
     @torch.no_grad()
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver's, of to_wrap: its bias is scaled where to_wrap adds it, and not where it returns it."""
-        weight, _ = super().merged_weight_and_bias()
+        weight, _, gain = merge_weight_and_norm(*self._unmerged("merged_weight_and_bias")[:5])
         bias = getattr(self.to_wrap, "bias", None)
         if bias is None or not bias.numel():
             return weight, None
         _, returned, _ = self.base_linear_forward(self.to_wrap.weight.new_zeros(1, 1, weight.shape[1]))
         if returned is not None:
             return weight, bias.detach().clone()
-        return weight, (self.norm_and_gain()[1] * bias).to(bias.dtype)
+        return weight, (gain * bias).to(bias.dtype)
 
     def frozen_layer(self) -> nn.Module:
         """ValueError: what calls the layer expects output and bias apart, which no frozen layer of torch's returns."""

@@ -7,12 +7,10 @@ edited a copy, judge also runs a shrunk twin of each kind of layer against ours 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import launch, reuse
@@ -27,10 +25,10 @@ from dora_kernels.adapters.taking import (
     is_plain,
     library_class,
 )
-from dora_kernels.functional import dora_linear_core, merge_weight, operand_dtypes, weight_norm
-from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts
+from dora_kernels.functional import dora_linear_core, merge_weight_and_norm, weight_norm
+from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.reference import gain_ref
-from dora_kernels.rescale import rescale
+from dora_kernels.rescale import dora_linear_lora_dropout
 from dora_kernels.validate import FLOATING
 
 
@@ -101,7 +99,8 @@ class Structure(TakenOver):
         lora_dropout = self.dora_dropout == "lora"
         if norm_grad and torch.is_grad_enabled() and (adapter.lora_A.requires_grad or adapter.lora_B.requires_grad):
             if lora_dropout and x_dropped is not None:
-                return _with_lora_dropout(x, adapter, x_dropped)
+                norm = weight_norm(*operands[:3], adapter.scaling, norm_grad=True)
+                return dora_linear_lora_dropout(x, x_dropped, *operands, bias, norm)
             return dora_linear_core(x, *operands, bias, x_dropped=x_dropped, norm_grad=True)[0]
         return reuse.dora_linear_reusing(self, x, *operands, bias, x_dropped=x_dropped, lora_dropout=lora_dropout)
 
@@ -114,11 +113,7 @@ class Structure(TakenOver):
 
     def norm(self, adapter: Adapter) -> Tensor:
         """norm (N,), a constant; in eval mode that of the last call."""
-        weight, lora_A, lora_B, _, scaling, *_ = adapter
-        tensors, *storage = parts(weight)
-        settings = scaling, storage, operand_dtypes(weight, lora_A)
-        compute = functools.partial(weight_norm, weight, lora_A, lora_B, scaling)
-        return reuse.norm_reusing(self, (*tensors, lora_A, lora_B), settings, compute)
+        return reuse.weight_norm_reusing(self, *adapter[:3], adapter.scaling)
 
     @torch.no_grad()
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
@@ -131,11 +126,11 @@ class Structure(TakenOver):
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver.merged_weight_and_bias."""
         adapter = self._unmerged("merged_weight_and_bias")
-        weight, bias = merge_weight(*adapter[:5]), adapter.bias
+        (weight, _, gain), bias = merge_weight_and_norm(*adapter[:5]), adapter.bias
         if bias is None:
             return weight, None
         if self.bias_is_scaled:
-            return weight, (self.norm_and_gain()[1] * bias).to(bias.dtype)
+            return weight, (gain * bias).to(bias.dtype)
         return weight, bias.detach().clone()
 
     def _unmerged(self, function: str) -> Adapter:
@@ -144,16 +139,6 @@ class Structure(TakenOver):
         if reason is not None:
             raise ValueError(f"{function}: the {library_class(self).__name__} has no adapter to read: {reason}")
         return adapter
-
-
-def _with_lora_dropout(x: Tensor, adapter: Adapter, x_dropped: Tensor) -> Tensor:
-    """gain * (x W^T + scaling * x_dropped A^T B^T) + bias, with the gradient through the norm."""
-    weight, lora_A, lora_B, magnitude, scaling, bias, _ = adapter
-    base_dtype, dtype = operand_dtypes(x, lora_A)
-    base = frozen_product(x.to(base_dtype), weight)
-    low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
-    gain = gain_ref(magnitude, weight_norm(weight, lora_A, lora_B, scaling, norm_grad=True))
-    return rescale(base, low, lora_B, gain, scaling, bias)
 
 
 def judge(layer: nn.Module, computed_by: type[Structure]) -> tuple[type[nn.Module] | None, str]:

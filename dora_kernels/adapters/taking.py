@@ -190,15 +190,14 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 def bypass_reason(part: str, module: nn.Module) -> str | None:
     """Why `module` must really be called: reading its weight instead would skip somebody's code."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        registered = (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-        if not all(_only_gathers(hook) for hooks in registered for hook in hooks.values()):
-            return f"{part} has hooks"
+    registered = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(registered) and not all(_only_gathers(hook) for hooks in registered for hook in hooks.values()):
+        return f"{part} has hooks"
     if not forward_is_the_class_s(module):
         return f"the forward of {part} was replaced on the instance"
     return None

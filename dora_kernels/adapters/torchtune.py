@@ -56,8 +56,9 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
         """As TakenOver.norm_and_gain."""
-        _, norm, gain = merge_weight_and_norm(*_adapter(self, self._known_weight("norm_and_gain")))
-        return norm, gain
+        *operands, magnitude, scaling = _adapter(self, self._known_weight("norm_and_gain"))
+        norm = weight_norm(*operands, scaling)
+        return norm, gain_ref(magnitude.detach(), norm)
 
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver.merged_weight_and_bias; the bias is the library's times the gain."""
@@ -88,7 +89,7 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
         if bias is None and not drops(dropout):
             return reuse.dora_linear_reusing(self, x, *arguments, None)
         _, lora_A, lora_B, magnitude, scaling = arguments
-        norm = _norm(self, weight, lora_A, lora_B, scaling, x)
+        norm = reuse.weight_norm_reusing(self, weight, lora_A, lora_B, scaling)
         gain = gain_ref(magnitude, norm)
         bias = None if bias is None else gain * bias
         if not drops(dropout):
@@ -100,14 +101,6 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
 def _adapter(layer: DoRALinear, weight: Weight) -> tuple[Weight, Tensor, Tensor, Tensor, float]:
     """weight (N, K), lora_A (R, K), lora_B (N, R), magnitude (N,), scaling: read at each call."""
     return weight, layer.lora_a.weight, layer.lora_b.weight, layer.magnitude, layer.scaling
-
-
-def _norm(layer: DoRALinear, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, x: Tensor) -> Tensor:
-    stored, *storage = quant.parts(weight)
-    tensors = (*stored, lora_A, lora_B)
-    return reuse.norm_reusing(
-        layer, tensors, (scaling, storage, x.dtype), lambda: weight_norm(weight, lora_A, lora_B, scaling)
-    )
 
 
 def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
@@ -123,10 +116,7 @@ def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
         return weight, None
     if not quant.is_quantized(weight):
         return None, f"the base weight is a {class_name(weight)}; expected an NF4Tensor with quantize_base"
-    try:
-        return quant.read(weight), None
-    except ValueError as error:
-        return None, str(error).removeprefix("read: ")
+    return quant.read_or_reason(weight)
 
 
 def _layer_reason(layer: DoRALinear) -> str | None:

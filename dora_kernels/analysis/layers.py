@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ class Analysis:
         return "\n".join(text)
 
 
-Track = Callable[[Sequence[Layer]], "Sequence[Layer]"]
+Track = Callable[[Sequence[Layer]], Iterable[Layer]]
 """Hands the layers on one by one, and may show how far it is, as rich.progress.track."""
 
 

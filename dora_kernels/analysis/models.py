@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dora_kernels import quant
 from dora_kernels.analysis.layers import Analysis, Layer, LeftOut, Track, measure
 from dora_kernels.analysis.measure import adapter_change, weight_change
-from dora_kernels.checkpoints import BASE_KEPT
+from dora_kernels.checkpoints import BASE_KEPT, PREFIX
 
 CHECKPOINT = "model"
 """The checkpoint's name, where none is given."""
@@ -64,7 +64,7 @@ def _adapters(model: nn.Module, checkpoint: str) -> tuple[list[Layer], list[Left
     for name, layer in model.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        name = name.removeprefix("base_model.model.")
+        name = name.removeprefix(PREFIX)
         reason = _why_not(layer, getattr(model, "peft_config", {}))
         if reason is not None:
             left_out.append(LeftOut(name, checkpoint, reason))

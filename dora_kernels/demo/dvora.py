@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from dora_kernels import adapters, quant
-from dora_kernels.adapters.peft.vera import DvoraVeraLinear, to_dvora
+from dora_kernels.adapters.peft.vera import DvoraVeraLinear, to_dvora, vera_factors
 from dora_kernels.adapters.taking import take_over
 from dora_kernels.demo import runs
 from dora_kernels.demo.settings import PRESETS, Settings
@@ -33,9 +33,7 @@ class DefinitionLinear(DvoraVeraLinear):
         """x (..., K) -> (..., N)."""
         name, base = self.active_adapters[0], self.base_layer
         weight = quant.read(base).dequantize(dtype=x.dtype) if quant.is_quantized(base) else base.weight
-        vera_A, vera_B = self.vera_A[name][:, : self.in_features], self.vera_B[name][: self.out_features]
-        vectors = (self.vera_lambda_d[name], self.vera_lambda_b[name], self.vera_magnitude_vector[name])
-        return dvora_linear_ref(x, weight, vera_A, vera_B, *vectors, base.bias)
+        return dvora_linear_ref(x, weight, *vera_factors(self, name), self.vera_magnitude_vector[name], base.bias)
 
 
 class Run(runs.Run):

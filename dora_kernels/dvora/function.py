@@ -67,9 +67,25 @@ def dvora_linear(
     gradient.
     """
     _check(function, x, weight, vera_A, vera_B, lambda_d, lambda_b, magnitude, bias, x_dropped, norm, norm_grad)
-    base_dtype, dtype = operand_dtypes(x, vera_A)
     if norm is None:
         norm = dvora_norm(weight, vera_A, vera_B, lambda_d, lambda_b, terms=terms, norm_grad=norm_grad)
+    return _with_norm(x, weight, vera_A, vera_B, lambda_d, lambda_b, magnitude, bias, norm, x_dropped)
+
+
+def _with_norm(
+    x: Tensor,
+    weight: Weight,
+    vera_A: Tensor,
+    vera_B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    norm: Tensor,
+    x_dropped: Tensor | None,
+) -> Tensor:
+    """dvora_linear of arguments that `_check` has seen."""
+    base_dtype, dtype = operand_dtypes(x, vera_A)
     gain = gain_ref(magnitude, norm.to(accumulate_dtype(base_dtype)))
 
     x_adapter = x if x_dropped is None else x_dropped
@@ -211,7 +227,7 @@ def dvora_linear_reusing(
         return dvora_norm(weight, *factors, terms=terms)
 
     norm = reuse.norm_reusing(layer, (*stored, *factors), (storage, operand_dtypes(x, vera_A)), compute)
-    return dvora_linear(*arguments, x_dropped=x_dropped, norm=norm, function=function)
+    return _with_norm(*arguments, norm, x_dropped)
 
 
 def _check(
@@ -239,9 +255,7 @@ def _check(
             raise ValueError(f"{function}: {name}.requires_grad is True; expected False: DVoRA freezes it")
     (N, K), R = weight.shape, vera_A.shape[0]
     shapes = {"vera_A": (R, K), "vera_B": (N, R), "lambda_d": (R,), "lambda_b": (N,)}
-    for name, tensor in {**frozen, "lambda_d": lambda_d, "lambda_b": lambda_b}.items():
-        if name not in shapes:
-            continue
+    for name, tensor in (("vera_A", vera_A), ("vera_B", vera_B), ("lambda_d", lambda_d), ("lambda_b", lambda_b)):
         check_tensor(function, name, tensor, weight)
         if tuple(tensor.shape) != shapes[name]:
             raise ValueError(

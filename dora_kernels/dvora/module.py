@@ -1,12 +1,9 @@
 """DvoraLinear: the DVoRA layer as a module, with PEFT VeRA's parameter names; and the matrices that layers share."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_kernels import reuse
 from dora_kernels.dvora.function import dvora_linear_reusing, dvora_norm, dvora_update
 from dora_kernels.mergeable import MergeableLinear, read_linear
 from dora_kernels.validate import check_number, check_probability
@@ -152,11 +149,9 @@ class DvoraLinear(MergeableLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
-        if self.merged and self.base_layer is None:
-            return F.linear(x, self.weight, self.bias)
-        weight, bias = self.base()
         if self.merged:
-            return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+            return self.merged_product(x)
+        weight, bias = self.base()
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         return dvora_linear_reusing(
             self,
@@ -168,16 +163,6 @@ class DvoraLinear(MergeableLinear):
             x_dropped=x_dropped,
             function="DvoraLinear",
         )
-
-    def train(self, mode: bool = True) -> "DvoraLinear":
-        """As nn.Module.train; in eval mode the norm is computed once and kept (see reuse/)."""
-        reuse.mode_set(self, mode)
-        return super().train(mode)
-
-    def _apply(self, *arguments: Any, **keywords: Any) -> "DvoraLinear":
-        """What moves and casts go through."""
-        reuse.invalidate(self)
-        return super()._apply(*arguments, **keywords)
 
     def extra_repr(self) -> str:
         return (

@@ -3,7 +3,7 @@
 from dora_kernels.quant.bitsandbytes_cpu import is_decoded_wrongly, is_packed_for_cpu, unpack_for_cpu
 from dora_kernels.quant.formats import DENSE, FORMATS, QuantizedWeight, Weight, parts, whole
 from dora_kernels.quant.product import frozen_product
-from dora_kernels.quant.readers import is_quantized, read
+from dora_kernels.quant.readers import is_quantized, read, read_or_reason
 
 __all__ = [
     "DENSE",
@@ -16,6 +16,7 @@ __all__ = [
     "is_quantized",
     "parts",
     "read",
+    "read_or_reason",
     "unpack_for_cpu",
     "whole",
 ]

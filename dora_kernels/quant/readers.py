@@ -31,6 +31,14 @@ def read(source: nn.Module | Tensor) -> QuantizedWeight:
     return reader(source)
 
 
+def read_or_reason(source: nn.Module | Tensor) -> tuple[QuantizedWeight | None, str | None]:
+    """`read` of a weight, or why it cannot be read."""
+    try:
+        return read(source), None
+    except ValueError as error:
+        return None, str(error).removeprefix("read: ")
+
+
 def is_quantized(source: nn.Module | Tensor) -> bool:
     """Whether `source` is of a class that `read` knows, though it may still refuse it."""
     return _reader(source) is not None or _reader(getattr(source, "weight", None)) is not None

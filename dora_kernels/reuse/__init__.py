@@ -3,7 +3,7 @@
 store.py says when that is safe, layers.py is what layers call, scope.py is `frozen_adapters`.
 """
 
-from dora_kernels.reuse.layers import constant_reusing, dora_linear_reusing, norm_reusing
+from dora_kernels.reuse.layers import constant_reusing, dora_linear_reusing, norm_reusing, weight_norm_reusing
 from dora_kernels.reuse.scope import Operands, Scope, frozen_adapters, hold_adapters, mode_set
 from dora_kernels.reuse.store import forget, invalidate
 
@@ -18,4 +18,5 @@ __all__ = [
     "invalidate",
     "mode_set",
     "norm_reusing",
+    "weight_norm_reusing",
 ]

@@ -1,5 +1,6 @@
 """What a layer calls in place of the functions themselves: results of its last call are used where that is safe."""
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -76,13 +77,7 @@ def _with_lora_dropout(
 ) -> Tensor:
     """`dora_linear_lora_dropout` with the norm of the layer's last call where that is safe."""
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
-    stored, *storage = parts(weight)
-    norm = norm_reusing(
-        layer,
-        (*stored, lora_A, lora_B),
-        (scaling, storage, operand_dtypes(x, lora_A)[1]),
-        lambda: weight_norm(weight, lora_A, lora_B, scaling),
-    )
+    norm = weight_norm_reusing(layer, weight, lora_A, lora_B, scaling)
     arguments = (x, x_dropped, weight, lora_A, lora_B, magnitude, scaling, bias)
     return dora_linear_lora_dropout(*arguments, norm, function=function)
 
@@ -101,6 +96,14 @@ def _merge(
     kept = kept._replace(merged=merged)
     store.keep(layer, kept, drops)
     return kept
+
+
+def weight_norm_reusing(layer: nn.Module, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """`weight_norm` for `layer`, or what its last call gave where that is safe."""
+    stored, *storage = parts(weight)
+    settings = (scaling, storage, operand_dtypes(weight, lora_A))
+    compute = functools.partial(weight_norm, weight, lora_A, lora_B, scaling)
+    return norm_reusing(layer, (*stored, lora_A, lora_B), settings, compute)
 
 
 def norm_reusing(

@@ -8,9 +8,9 @@ Three calls reuse what an earlier call of the same layer computed:
 What is kept is good only while its fingerprint is: which tensors there are, with address, version, dtype and layout,
 scaling, operand dtypes, the CUDA stream that computed it (another would have to wait for it, and for its memory), and
 the number of optimizer steps taken in this process. The version alone would not do: fused optimizers, 8-bit optimizers
-and writes through .data leave it alone. Nor would the address: a parameter that is
-replaced leaves its address to the next one. Writes through .data outside an optimizer step (PEFT's hot swap is one)
-cannot be seen; after one, call `invalidate(model)`.
+and writes through .data leave it alone. Nor would the address: a parameter that is replaced leaves its address to the
+next one. Writes through .data outside an optimizer step (PEFT's hot swap is one) cannot be seen; after one, call
+`invalidate(model)`.
 
 What is computed of frozen tensors alone is kept by `constant_reusing`, through training and its optimizer steps.
 

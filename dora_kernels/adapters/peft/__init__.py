@@ -8,6 +8,8 @@
     embedding.py   `lora.Embedding`
     siblings.py    the linear layers that read the same x
     quantized.py   PEFT's layers over quantised weights; imported only for a model that has such layers
+    vera.py        `vera.Linear` made DVoRA; imported by to_dvora
+    bitsandbytes_cpu.py   what is refused, or undone first, of bitsandbytes on a CPU
 
 Adapter management stays PEFT's code, and so does merging into a quantised weight. Each call decides anew whether it is
 ours: a merged or disabled layer, a plain LoRA adapter, hooks on a submodule that we would bypass, and everything else
@@ -56,13 +58,13 @@ def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     if reason is None and not forward_is_the_class_s(layer):
         reason = "the layer's forward was replaced on the instance"
     if reason is None:
-        _, reason = cls.read_base(layer)
+        weight, reason = cls.read_base(layer)
     if reason is not None:
         return None, reason
     adapters = {name: read_adapter(layer, name, cls.family) for name in layer.lora_magnitude_vector}
     reasons = {name: adapter_reason(adapter, cls.family) for name, adapter in adapters.items()}
     against = [f"adapter {name!r}: {reason}" for name, reason in reasons.items() if reason is not None]
-    return None if len(against) == len(reasons) else cls, "; ".join(against or cls.remarks(layer))
+    return None if len(against) == len(reasons) else cls, "; ".join(against or cls.remarks(weight))
 
 
 def _class_over(cls: type[nn.Module]) -> type[TakenOverLayer] | None:

@@ -31,8 +31,8 @@ class TakenOverLayer(Merging):
         raise NotImplementedError
 
     @classmethod
-    def remarks(cls, layer: LoraLayer) -> list[str]:
-        """What the report says of a layer that is taken over."""
+    def remarks(cls, weight: Weight) -> list[str]:
+        """What the report says of a layer over `weight` that is taken over."""
         return []
 
     def operands(self, x: Tensor, weight: Weight) -> tuple[Tensor, Weight, str | None]:
@@ -63,8 +63,7 @@ class TakenOverLayer(Merging):
         """`dora_forward` or, where anything is not known to mean what we compute, PEFT's forward."""
         if self.disable_adapters or self.merged:
             return self.peft_forward(x, *args, **kwargs)
-        known = getattr(self, self.family.holders[0])
-        adapters = [read_adapter(self, name, self.family) for name in self.active_adapters if name in known]
+        adapters = [read_adapter(self, name, self.family) for name in self._known(self.active_adapters)]
         if not adapters:
             return self.peft_forward(x, *args, **kwargs)
         weight, reason = self.read_base(self)

@@ -37,7 +37,7 @@ class TakenOverLinear(TakenOverLayer):
 
     def adapter_operands(self) -> reuse.Operands | None:
         """As TakenOver.adapter_operands; None where several adapters nest, whose norms `norms` keeps."""
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        names = self._known(self.active_adapters)
         weight, reason = self.read_base(self)
         if self.disable_adapters or self.merged or len(names) != 1 or reason is not None:
             return None
@@ -48,7 +48,7 @@ class TakenOverLinear(TakenOverLayer):
         """As sharing.Sharer: of the one active adapter, where it is trained, drops nothing and is in a plain layer."""
         if self.disable_adapters or self.merged:
             return None
-        names = [name for name in self.active_adapters if name in self.lora_A]
+        names = self._known(self.active_adapters)
         adapter = read_adapter(self, names[0], self.family) if len(names) == 1 else None
         if adapter is None or type(adapter.lora_A) is not nn.Linear or drops(self, adapter):
             return None

@@ -58,7 +58,7 @@ class Merging(TakenOver):
     def unmerge(self) -> None:
         """As PEFT's: take every merged adapter out of the base weight, to within one rounding of its dtype for each.
 
-        Raises ValueError, and unmerges nothing, where a row was merged with gain 0 and norm not 0.
+        Raises ValueError, and unmerges nothing, where a gain of 0, or one too small for the dtype, has lost a row.
         """
         names = self._known(self.merged_adapters)
         if not names or any(map(self._reason_against_merging, names)):
@@ -86,8 +86,8 @@ class Merging(TakenOver):
         names = self._active("merged_weight_and_bias")
         bias = getattr(self.base_layer, "bias", None)
         bias = None if bias is None else bias.detach().clone()
-        if self.merged and not isinstance(self._base_weight(), QuantizedWeight):
-            return self._base_weight().clone(), bias
+        if self.merged and not isinstance(weight := self._base_weight(), QuantizedWeight):
+            return weight.clone(), bias
         reasons = [self._reason_against_merging(name, quantized=True) for name in names]
         if self.merged or not names or any(reasons):
             reason = next(filter(None, reasons), "no adapter is active")

@@ -37,11 +37,8 @@ class TakenOverQuantized(TakenOverLinear):
         if type(base) not in cls.base_classes:
             names = " or ".join(base_class.__name__ for base_class in cls.base_classes)
             return None, f"the base layer is a {class_name(base)}; expected {names}"
-        try:
-            weight = quant.read(base)
-        except ValueError as error:
-            return None, str(error).removeprefix("read: ")
-        return weight, bypass_reason("base_layer", base)
+        weight, reason = quant.read_or_reason(base)
+        return weight, reason or bypass_reason("base_layer", base)
 
 
 class DoraKernelsTorchaoLinear(TakenOverQuantized, TorchaoLoraLinear):
@@ -101,9 +98,8 @@ if is_bnb_4bit_available():
             return super().read_base(layer)
 
         @classmethod
-        def remarks(cls, layer: LoraLayer) -> list[str]:
+        def remarks(cls, weight: QuantizedWeight) -> list[str]:
             """As TakenOverLayer.remarks: a fresh magnitude is the norm of the weight that PEFT has decoded."""
-            weight, _ = cls.read_base(layer)
             wrong = wrong_decoding(weight)
             return [] if wrong is None else [f"{wrong}, and PEFT takes a fresh magnitude from that"]
 
@@ -122,13 +118,11 @@ if is_bnb_4bit_available():
 
         def merge(self, *args: Any, **kwargs: Any) -> None:
             """PEFT's. Raises ValueError where bitsandbytes decodes this weight wrongly on this machine."""
-            unpack(self.base_layer)
             self._refuse_wrong_decoding("merge")
             super().merge(*args, **kwargs)
 
         def unmerge(self) -> None:
             """PEFT's. Raises ValueError as merge."""
-            unpack(self.base_layer)
             self._refuse_wrong_decoding("unmerge")
             super().unmerge()
 

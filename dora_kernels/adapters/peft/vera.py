@@ -25,6 +25,7 @@ from dora_kernels.adapters.taking import (
     TakenOver,
     bypass_reason,
     class_name,
+    drops,
     forward_is_the_class_s,
     take_over,
 )
@@ -56,7 +57,7 @@ def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
             raise ValueError(f"to_dvora: {name}: {reason}")
         lambda_d = layer.vera_lambda_d[adapter]
         with torch.no_grad():
-            norm = dvora_norm(_read_base(layer)[0], *_vera(layer, adapter))
+            norm = dvora_norm(_read_base(layer)[0], *vera_factors(layer, adapter))
         magnitudes[layer] = nn.Parameter(norm.to(lambda_d.dtype), requires_grad=lambda_d.requires_grad)
     if not magnitudes:
         raise ValueError(f"to_dvora: no VeRA layer has an adapter {adapter!r}; expected one of get_peft_model's")
@@ -86,9 +87,8 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
             raise ValueError("forward: a DVoRA layer was called with more than x; expected x alone")
         weight, bias = _read_base(self)
         dropout = self.vera_dropout[name]
-        drops = self.training and dropout.training and not isinstance(dropout, nn.Identity) and dropout.p > 0
-        x_dropped = dropout(x) if drops else None
-        adapter = (*_vera(self, name), self.vera_magnitude_vector[name])
+        x_dropped = dropout(x) if self.training and drops(dropout) else None
+        adapter = (*vera_factors(self, name), self.vera_magnitude_vector[name])
         y = dvora_linear_reusing(self, x, weight, *adapter, bias, x_dropped=x_dropped, function="DvoraVeraLinear")
         return y.to(x.dtype)
 
@@ -127,7 +127,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """As PEFT's. Raises ValueError where a row was merged with gain 0, because its weights are gone."""
+        """As PEFT's. Raises ValueError where a gain has lost a row, as unmerge_weight says."""
         if self._dvora_merged is None:
             super().unmerge()
         else:
@@ -135,7 +135,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
             base = self.get_base_weight()
             merged = base.T if self.fan_in_fan_out else base
             norm, gain = (row.to(base.device) for row in self._dvora_merged)
-            weight = unmerge_weight("unmerge", merged, *dvora_update(*_vera(self, name)), norm, gain, 1.0)
+            weight = unmerge_weight("unmerge", merged, *dvora_update(*vera_factors(self, name)), norm, gain, 1.0)
             self.set_base_weight(weight.T if self.fan_in_fan_out else weight)
             self._dvora_merged = None
             self.merged_adapters.clear()
@@ -164,10 +164,10 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
         if name is None or self.merged:
             state = f"{self.merged_adapters} are merged" if self.merged else f"adapters {names}"
             raise ValueError(f"{function}: {state}; expected one unmerged DVoRA adapter")
-        return *dvora_update(*_vera(self, name)), self.vera_magnitude_vector[name]
+        return *dvora_update(*vera_factors(self, name)), self.vera_magnitude_vector[name]
 
 
-def _vera(layer: VeraLinear, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def vera_factors(layer: VeraLinear, adapter: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """vera_A (R, K), vera_B (N, R), lambda_d (R,), lambda_b (N,), on the device of the last two."""
     lambda_d, lambda_b = layer.vera_lambda_d[adapter], layer.vera_lambda_b[adapter]
     vera_A = layer.vera_A[adapter][:, : layer.in_features].to(lambda_d.device)
