@@ -337,7 +337,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     texts[performance] = replaced(texts[performance], shared_inputs, "shared inputs")
     tables = load(results, "dropout").items()
-    tables = [f"{heading(device, data)}:\n\n{dropout.table(data['rows'])}" for device, data in tables]
+    tables = [
+        f"{heading(device, data)}, threads: {data['meta']['threads']}:\n\n{dropout.table(data['rows'])}"
+        for device, data in tables
+    ]
     texts[performance] = replaced(texts[performance], "\n\n".join(tables) or NOTHING, "dropout")
     texts[folder / "layer.md"] = layer_page(results)
     if arguments.check:

@@ -1,4 +1,4 @@
-"""The arithmetic of a large model on several GPUs, from the cost model alone: bytes per rank, bytes sent, seconds.
+"""The arithmetic of a large model on several GPUs, from the cost model alone: what a rank holds, receives and computes.
 
 Predictions, for docs/scaling.md. One step of Llama-3.1-70B with DoRA on every linear layer, the base in bf16 or NF4
 and sharded by FSDP2 (or whole on each rank, in DDP), adapters in float32 with AdamW, each block checkpointed.
@@ -31,7 +31,7 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 @dataclass(frozen=True)
 class Step:
-    """What one rank of `ranks` holds, sends and computes in a step of one micro-batch. Bytes and seconds."""
+    """What one rank of `ranks` holds, receives and computes in a step of one micro-batch. Bytes and seconds."""
 
     ranks: int
     base: str
@@ -63,7 +63,7 @@ class Step:
         return inputs + at_work + distinct_x + gathered
 
     @property
-    def sent(self) -> float:
+    def received(self) -> float:
         """Bytes that a rank receives in a step.
 
         Sharded: the base for the forward pass and again for the backward pass (whose recomputation uses it too), the
@@ -75,9 +75,9 @@ class Step:
         return share * (2 * linear_weights() * self.itemsize + 3 * 4 * adapter_weights())
 
     @property
-    def seconds_sent(self) -> float:
+    def seconds_received(self) -> float:
         """At the speed of the slowest link that the step crosses."""
-        return self.sent / LINKS[self.ranks]
+        return self.received / LINKS[self.ranks]
 
     @property
     def seconds_computed(self) -> float:
@@ -120,15 +120,15 @@ def norm_seconds() -> float:
 def table() -> str:
     """The table of docs/scaling.md."""
     lines = [
-        "| GPUs | base | engine | frozen weights | adapters and optimizer | activations | received in a step | sending "
-        "takes | linear layers take |",
+        "| GPUs | base | engine | frozen weights | adapters and optimizer | activations | received in a step | "
+        "receiving takes | linear layers take |",
         "| --- " * 9 + "|",
     ]
     for step in STEPS:
         engine = "FSDP2" if step.sharded else "DDP"
-        sizes = (step.base_bytes, step.adapter_bytes, step.activation_bytes, step.sent)
+        sizes = (step.base_bytes, step.adapter_bytes, step.activation_bytes, step.received)
         columns = [f"{size / 2**30:.1f} GiB" for size in sizes]
-        times = (f"{seconds:.2f} s" for seconds in (step.seconds_sent, step.seconds_computed))
+        times = (f"{seconds:.2f} s" for seconds in (step.seconds_received, step.seconds_computed))
         lines.append(f"| {step.ranks} | {step.base} | {engine} | {' | '.join((*columns, *times))} |")
     return "\n".join(lines)
 

@@ -142,7 +142,8 @@ def test_grad_scaler():
         losses.append(loss.item())
         scales.append(scaler.get_scale())
         assert scaler.get_scale() < 2.0**24
-    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    # a model that does not train is 0.4% off or more; ours is 0.06%
+    assert losses[1] == pytest.approx(losses[0], rel=2e-3)
     assert scales[1] >= scales[0] / 2  # no earlier overflow than PEFT's
 
 

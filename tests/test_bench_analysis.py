@@ -1,5 +1,6 @@
 """The analysis benchmark at a size that takes a second."""
 
+import dataclasses
 import json
 import math
 
@@ -7,21 +8,9 @@ import pytest
 
 from bench import analysis
 from dora_kernels import demo
+from tests import test_cli
 
-MICRO = demo.Preset(
-    hidden=32,
-    layers=1,
-    intermediate=64,
-    heads=2,
-    kv_heads=1,
-    sequence=32,
-    batch=4,
-    base_steps=4,
-    steps=12,
-    base_rate=3e-3,
-    rate=1e-2,
-    rank=4,
-)
+MICRO = dataclasses.replace(test_cli.MICRO, rank=4)
 
 
 def test_three_runs_of_one_base(monkeypatch, tmp_path, capsys):

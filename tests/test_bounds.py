@@ -65,6 +65,8 @@ def call(launcher: str, t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         lora_B, gain, scaling = t["lora_B"].unsqueeze(0), t["gain"].unsqueeze(0), t["gain"].new_full((1,), 0.75)
         index = torch.arange(len(t["base"]), device=gain.device) % 3 - 1  # the frozen layer, the adapter, none of them
         return [kernels.bank_epilogue(t["base"], t["low"], lora_B, gain, scaling, t["bias"], index)]
+    if launcher == "grouped_norm":
+        return list(kernels.grouped_norm(*([t[name], t[name]] for name in GROUPED), [0.75, 0.5]))
     sums = {"outer": t["outer"], "dmagnitude": torch.empty_like(t["gain"])}
     keywords = {"gain": t["gain"], "kept": t["base"], "norm": t["gain"], "lora_B": t["lora_B"]}
     kernels.token_sums(t["dy"], t["low"], 0.75, **keywords, **sums)
@@ -79,19 +81,24 @@ def tensors_of(problem: Problem) -> dict[str, torch.Tensor]:
     return tensors | {"gain": gain, "scale": 1 + gain.new_ones(problem.x.shape[1]), "outer": 0 * problem.lora_B}
 
 
+GROUPED = ("weight", "lora_A", "lora_B", "magnitude")
 OPERANDS = {
     "norm": ("weight", "lora_A", "lora_B", "magnitude"),
     "merge": ("weight", "lora_A", "lora_B"),
     "project": ("x", "lora_A"),
     "epilogue": ("base", "low", "lora_B", "residual", "bias"),
     "bank_epilogue": ("base", "low", "bias"),
+    "grouped_norm": GROUPED,
     "token_sums": ("dy", "low", "base", "lora_B", "outer"),
 }
 
 
-def hemmed(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers with NaN all around them."""
+def hemmed(tensor: torch.Tensor, contiguous: bool) -> torch.Tensor:
+    """The same numbers with NaN all around them; with NaN before and behind them, where they must be contiguous."""
     hem = 64
+    if contiguous:
+        memory = torch.full((tensor.numel() + 2 * hem,), math.nan, dtype=tensor.dtype, device=tensor.device)
+        return memory[hem:-hem].view(tensor.shape).copy_(tensor)
     memory = torch.full([size + 2 * hem for size in tensor.shape], math.nan, dtype=tensor.dtype, device=tensor.device)
     inner = memory[tuple(slice(hem, hem + size) for size in tensor.shape)]
     return inner.copy_(tensor)
@@ -105,6 +112,6 @@ def test_nothing_is_read_outside(launcher, shape, monkeypatch):
     tensors = tensors_of(Problem.random(*shape, DTYPE))
     expected = [tensor.clone() for tensor in call(launcher, tensors)]
     for operand in OPERANDS[launcher]:
-        actual = call(launcher, tensors | {operand: hemmed(tensors[operand])})
+        actual = call(launcher, tensors | {operand: hemmed(tensors[operand], launcher == "grouped_norm")})
         for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other)

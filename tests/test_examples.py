@@ -228,3 +228,4 @@ def test_the_accelerate_loop(command_line, tmp_path, monkeypatch):
     assert ours == pytest.approx(expected, rel=1e-5)
     assert sum(ours[-ACCUMULATE:]) < sum(ours[:ACCUMULATE])
     assert adapter(tmp_path).keys() == theirs.keys()
+    torch.testing.assert_close(adapter(tmp_path), theirs, rtol=1e-4, atol=1e-6)

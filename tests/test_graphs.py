@@ -82,6 +82,10 @@ def run_steps(steps, problem, way, exact, norm_grad):
         steps, problem.dy, problem.dy, low, B, gain, problem.scaling, False, [True] * 5, B.dtype, B.dtype
     )
     passes.norm_backward(steps, norm, problem.weight, *adapter, norm, problem.scaling, dtype, [True, True])
+    layers = ([tensor, tensor] for tensor in (problem.weight, *adapter, problem.magnitude))
+    steps.grouped_norm(*layers, [problem.scaling, 0.5])
+    index, scaling = torch.zeros(len(problem.dy), dtype=torch.int64, device=B.device), gain.new_ones(1)
+    steps.bank_epilogue(problem.dy, low, B[None], gain[None], scaling, problem.bias, index)
 
 
 @pytest.mark.parametrize(("way", "precision", "dtype", "norm_grad", "dropout"), ARGUMENTS, ids=str)

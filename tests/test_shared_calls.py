@@ -18,7 +18,7 @@ from tests.problem import DEVICE
 
 pytest.importorskip("peft")
 
-from tests.peft_problem import enabled, layers, tensors  # noqa: E402
+from tests.peft_problem import calls, enabled, layers, tensors  # noqa: E402
 from tests.shared_problem import CLOSE, attention, batch, net_of, pair, products, shared  # noqa: E402, F401
 
 
@@ -99,10 +99,11 @@ class TestWhatMayNotBeShared:
             return x
 
         results = []
-        for model in pair:
+        for model, made in zip(pair, (0, 2), strict=True):
             net, x = net_of(model), batch()[0].requires_grad_()
-            y = net.k_proj(backward(net, x))
-            results.append((y, *torch.autograd.grad(y.sum(), (x, net.k_proj.lora_A["default"].weight))))
+            with products(made, made):
+                y = net.k_proj(backward(net, x))
+                results.append((y, *torch.autograd.grad(y.sum(), (x, net.k_proj.lora_A["default"].weight))))
         torch.testing.assert_close(*results, **CLOSE)
 
     @pytest.mark.parametrize("config", ({"lora_dropout": 0.5}, {"adapters": 2}), ids=("dropout", "two adapters"))
@@ -187,7 +188,9 @@ class TestCheckpointing:
             layer = getattr(net_of(pair[1]), name)
             forward = functools.partial(type(layer).forward, layer)
             setattr(net_of(pair[1]), name, Checkpointed(layer, forward, use_reentrant))
+        before = calls("shared_low")
         actual = tensors(pair[1], x, dy)
+        assert calls("shared_low") > before
         actual = {name.replace(".layer.", "."): value for name, value in actual.items()}
         torch.testing.assert_close(actual, expected, **CLOSE)
 
@@ -219,10 +222,11 @@ def test_threads(pair):  # noqa: F811
             actual[at] = gradients(pair[1], *problems[at])
 
     threads = [threading.Thread(target=run, args=(at,)) for at in range(len(problems))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with products(20, 20):
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     torch.testing.assert_close(actual, expected, **CLOSE)
 
 

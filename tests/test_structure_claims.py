@@ -181,7 +181,7 @@ def test_enable_in_inference_mode_and_on_the_meta_device(monkeypatch):
 
 
 def broken(change):
-    """A layer of each kind of break, by what is wrong with it."""
+    """An Llm.Linear with `change` made to it."""
     layer = Llm.Linear(nn.Linear(12, 9))
     change(layer)
     return layer

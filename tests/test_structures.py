@@ -1,4 +1,4 @@
-"""Layers known by structure: each restated layer (structures.py) is taken over, and what only looks like one is not."""
+"""Layers known by structure: each restated layer (structures.py) is taken over, and computes what it did."""
 
 import copy
 import io
