@@ -75,7 +75,8 @@ def test_what_must_not_appear(path):
     for node in ast.walk(ast.parse(path.read_text())):
         name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
         # autotune cannot run without a GPU and corrupts in-place kernels; make_block_ptr is gone from Triton's main
-        assert name not in ("triton.autotune", "tl.make_block_ptr"), f"{name} at line {node.lineno}"
+        # triton.cdiv takes 1.4 us on the host, where configs.ceil_div takes 0.02
+        assert name not in ("triton.autotune", "tl.make_block_ptr", "triton.cdiv"), f"{name} at line {node.lineno}"
         if name in ("os.environ", "os.getenv"):
             assert path.name == "launch.py", f"{name} at line {node.lineno}"
 

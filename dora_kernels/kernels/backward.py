@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels import plan
+from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_tile
 from dora_kernels.reference import outer_product_ref
 
@@ -181,7 +182,7 @@ def token_sums(
     tiles = config.tiles(R)
     if N == 0:
         return
-    blocks_r, blocks_n = max(1, triton.cdiv(R, tiles["BLOCK_R"])), triton.cdiv(N, config.BLOCK_N)
+    blocks_r, blocks_n = max(1, ceil_div(R, tiles["BLOCK_R"])), ceil_div(N, config.BLOCK_N)
     rows_per_split, splits = how.split(blocks_r * blocks_n, M, config.BLOCK_M, config)
 
     def partial(wanted: bool, *shape: int) -> torch.Tensor | None:
@@ -216,7 +217,7 @@ def token_sums(
     if outer is None and dmagnitude is None and dbias is None:
         return
     finish = how.config("finish_sums")
-    _finish_sums_kernel[triton.cdiv(N, finish.BLOCK_N),](
+    _finish_sums_kernel[ceil_div(N, finish.BLOCK_N),](
         outer_partial,
         dot_partial,
         total_partial,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import Launch, block_offsets, load_tile, low_rank_tile
 
 
@@ -99,7 +100,7 @@ def bank_epilogue(
     y = base.new_empty((M, N))
     if y.numel() == 0:
         return y
-    _bank_epilogue_kernel[triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)](
+    _bank_epilogue_kernel[ceil_div(M, config.BLOCK_M), ceil_div(N, config.BLOCK_N)](
         base,
         low,
         lora_B,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels import configs, launch
+from dora_kernels.configs import ceil_div
 from dora_kernels.quant import Weight
 from dora_kernels.reference import accumulate_dtype
 
@@ -136,9 +137,9 @@ class Launch:
 
         At least one part, so that a sum over nothing is written as 0.
         """
-        steps = triton.cdiv(size, block)
-        per_split = triton.cdiv(steps, configs.splits(blocks, steps, self.facts, config)) * block
-        return per_split, max(1, triton.cdiv(size, max(per_split, 1)))
+        steps = ceil_div(size, block)
+        per_split = ceil_div(steps, configs.splits(blocks, steps, self.facts, config)) * block
+        return per_split, max(1, ceil_div(size, max(per_split, 1)))
 
     def dtypes(self) -> dict[str, object]:
         """The constexpr arguments that say in which dtypes a kernel works."""

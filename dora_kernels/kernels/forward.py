@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels import plan
+from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_tile, low_rank_tile
 from dora_kernels.kernels.weight import merge, norm
 from dora_kernels.quant import Weight
@@ -102,7 +103,7 @@ def project(
     how = Launch.of(rows, dtype)
     config = how.config("project")
     tiles = config.tiles(R)
-    blocks = triton.cdiv(R, tiles["BLOCK_R"]) * triton.cdiv(M, config.BLOCK_M)
+    blocks = ceil_div(R, tiles["BLOCK_R"]) * ceil_div(M, config.BLOCK_M)
     columns_per_split, splits = how.split(blocks, K, config.BLOCK_K, config)
     result = rows.new_empty((M, R), dtype=out_dtype)
     if M == 0:
@@ -125,7 +126,7 @@ def project(
     )
     if splits > 1:
         finish = how.config("finish_project")
-        _finish_project_kernel[triton.cdiv(M * R, finish.BLOCK_M),](
+        _finish_project_kernel[ceil_div(M * R, finish.BLOCK_M),](
             partial, result, M * R, splits, ACC_DTYPE=TL_DTYPE[how.accumulate], **finish.tiles()
         )
     return result
@@ -225,7 +226,7 @@ def epilogue(
     y = base.new_empty((M, N), dtype=out_dtype)
     if y.numel() == 0:
         return y
-    _epilogue_kernel[triton.cdiv(M, config.BLOCK_M), triton.cdiv(N, config.BLOCK_N)](
+    _epilogue_kernel[ceil_div(M, config.BLOCK_M), ceil_div(N, config.BLOCK_N)](
         base,
         low,
         lora_B,

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets
 from dora_kernels.kernels.quant import weight_config
 from dora_kernels.kernels.weight import direction_tile, gain_of, root
@@ -114,7 +115,7 @@ def grouped_norm(
         N, K = weight.shape
         addresses = [tensor.data_ptr() for tensor in (weight, *adapter)]
         layers.append([*addresses, N, K, adapter[0].shape[0], total])
-        blocks += [(layer, block) for block in range(triton.cdiv(N, config.BLOCK_N))]
+        blocks += [(layer, block) for block in range(ceil_div(N, config.BLOCK_N))]
         total += N
     norm = weights[0].new_empty(total, dtype=how.accumulate)
     gain = torch.empty_like(norm)

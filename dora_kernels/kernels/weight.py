@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import Launch, block_offsets, low_rank_tile
 from dora_kernels.kernels.quant import arguments, weight_config, weight_tile
 from dora_kernels.quant import Weight
@@ -210,7 +211,7 @@ def norm(
     how = Launch.of(weight, lora_A.dtype)
     config = weight_config(how, "norm", weight, R)
     tiles = config.tiles(R)
-    rows = triton.cdiv(N, config.BLOCK_N)
+    rows = ceil_div(N, config.BLOCK_N)
     columns_per_split, splits = how.split(rows, K, config.BLOCK_K, config)
     weight_ptrs, numbers, constexprs = arguments(weight, config.BLOCK_K)
     partial = weight.new_empty((splits, N), dtype=how.accumulate)
@@ -237,7 +238,7 @@ def norm(
         **tiles,
     )
     finish = how.config("finish_norm")
-    _finish_norm_kernel[triton.cdiv(N, finish.BLOCK_N),](
+    _finish_norm_kernel[ceil_div(N, finish.BLOCK_N),](
         partial,
         magnitude,
         result,
@@ -343,7 +344,7 @@ def merge(
     merged = weight.new_empty((N, K), dtype=out_dtype or weight.dtype)
     if merged.numel() == 0:
         return merged
-    _merge_kernel[triton.cdiv(N, config.BLOCK_N), triton.cdiv(K, config.BLOCK_K)](
+    _merge_kernel[ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K)](
         weight_ptrs,
         numbers,
         lora_A,
