@@ -235,7 +235,7 @@ def test_token_sums_writes_2_to_the_30_apart(output, memory):
 def test_split_sums_stay_small(key, kernel):
     """The kernels that add partial sums up may compute `split * size` in 32 bits: only a small output is split.
 
-    `configs.splits` makes programs enough to fill the device and no more, here one of 1000 multiprocessors.
+    `configs.splits` makes programs enough to fill the device eight times and no more, here one of 1000 multiprocessors.
     """
     facts, config = launch.DeviceFacts("large", key[0], 1000), configs.CONFIGS[key][kernel]
     tile = (config.BLOCK_M * config.BLOCK_R) if kernel == "project" else config.BLOCK_N

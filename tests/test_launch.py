@@ -132,6 +132,46 @@ def test_splits_fill_the_device_and_no_more():
 
 
 @pytest.mark.parametrize(
+    ("N", "waves", "rows", "steps", "parts", "full"),
+    [
+        # what divides well is split once, as far as the device is filled
+        (1024, 1, 128, 128, 16, 0.97),
+        (4096, 1, 128, 128, 4, 0.97),
+        (8192, 1, 128, 128, 2, 0.97),
+        (4096, 2, 64, 32, 4, 0.97),
+        # one part of 112 tiles would leave 20 of 132 multiprocessors idle, of 86 tiles 46, of 148 tiles 116 in the end
+        (14336, 1, 128, 128, 7, 0.99),
+        (11008, 1, 128, 128, 3, 0.98),
+        (18944, 1, 128, 128, 5, 0.93),
+        (28672, 1, 128, 128, 4, 0.97),
+        # 32 steps in seven parts are 35, and each part costs some beside: better 85% full than that
+        (14336, 1, 128, 32, 1, 0.85),
+        (14336, 2, 64, 32, 1, 0.85),
+    ],
+)
+def test_a_sum_is_split_where_the_last_round_would_leave_multiprocessors_idle(N, waves, rows, steps, parts, full):
+    config, blocks = Config(waves=waves), configs.ceil_div(N, rows)
+    assert configs.splits(blocks, steps, H200, config) == parts
+    rounds = configs.ceil_div(blocks * parts, 132 * waves)
+    assert round(blocks * parts / (rounds * 132 * waves), 2) == full
+
+
+@pytest.mark.parametrize("steps", (1, 7, 32, 128, 2048))
+@pytest.mark.parametrize("waves", (1, 2))
+def test_no_number_of_parts_within_the_bound_would_take_less_time(steps, waves):
+    def time(blocks, parts):
+        per_part = -(-steps // parts) + configs.PART_STEPS
+        return -(-blocks * parts // at_once) * per_part
+
+    at_once = 132 * waves
+    for blocks in range(1, 1200):
+        parts = configs.splits(blocks, steps, H200, Config(waves=waves))
+        within = [n for n in range(1, steps + 1) if blocks * n <= configs.MOST_ROUNDS * at_once] or [1]
+        assert parts == 1 or parts in within
+        assert time(blocks, parts) == min(time(blocks, n) for n in (1, *within))
+
+
+@pytest.mark.parametrize(
     ("setting", "operand", "weight", "expected"),
     [
         ("highest", torch.float32, torch.float32, "ieee"),
