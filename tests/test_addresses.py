@@ -159,7 +159,7 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
     weight._norm_kernel[1, 3](
         pointers, numbers, problem.lora_A, problem.lora_B, memory[2**31 :], FAR, 96, 3,
         *problem.lora_A.stride(), *problem.lora_B.stride(), 32, 0.75, **constexprs,
-        ONE_CHUNK=True, **tiles("norm"),
+        ONE_CHUNK=True, STAGES=2, **tiles("norm"),
     )  # fmt: skip
     norm, _ = reference.norm_ref(problem.weight, problem.lora_A, problem.lora_B, 0.75)
     assert (partial > 0).all()
@@ -218,7 +218,7 @@ def test_token_sums_writes_2_to_the_30_apart(output, memory):
         problem.dy, low, kept, problem.magnitude, *out.values(), rows, FAR, 1,
         *problem.dy.stride(), *low.stride(), *kept.stride(), 32,
         HAS_LOW=output == "outer", HAS_KEPT=output == "dot", WANT_TOTAL=output == "total",
-        WANT_SCALED=output == "scaled", **tiles("token_sums"),
+        WANT_SCALED=output == "scaled", STAGES=2, **tiles("token_sums"),
     )  # fmt: skip
     expected = {
         "outer": lambda: (problem.dy.T @ low)[:, 0],

@@ -40,6 +40,7 @@ def _token_sums_kernel(
     OPERAND_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Over the split's rows m: outer[n, r] = sum columns[m, n] low[m, r]; dot[n] = sum columns * kept;
     total[n] = sum columns; and scaled = gain * columns.
@@ -58,7 +59,7 @@ def _token_sums_kernel(
     outer = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC_DTYPE)
     dot = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
     total = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
-    for m in range(start, end, BLOCK_M):
+    for m in tl.range(start, end, BLOCK_M, num_stages=STAGES):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < end
         columns = load_tile(columns_ptr, offs_m, offs_n, mask_m, mask_n, stride_cm, stride_cn)  # [BLOCK_M, BLOCK_N]
@@ -185,6 +186,9 @@ def token_sums(
     blocks_r, blocks_n = max(1, ceil_div(R, tiles["BLOCK_R"])), ceil_div(N, config.BLOCK_N)
     rows_per_split, splits = how.split(blocks_r * blocks_n, M, config.BLOCK_M, config)
 
+    # a base in float32 takes the room of two steps more: on sm_120 three would need 102 KB of 99
+    stages = min(config.num_stages, 2) if kept is not None and kept.itemsize > columns.itemsize else config.num_stages
+
     def partial(wanted: bool, *shape: int) -> torch.Tensor | None:
         return columns.new_empty((splits, *shape), dtype=how.accumulate) if wanted else None
 
@@ -211,6 +215,7 @@ def token_sums(
         HAS_KEPT=dmagnitude is not None,
         WANT_TOTAL=dbias is not None,
         WANT_SCALED=scaled is not None,
+        STAGES=stages,
         **how.dtypes(),
         **tiles,
     )

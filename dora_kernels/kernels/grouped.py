@@ -34,6 +34,7 @@ def _grouped_norm_kernel(
     OPERAND_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """norm = row norms of weight + scaling * lora_B @ lora_A, gain = magnitude / norm, of every layer.
 
@@ -59,7 +60,7 @@ def _grouped_norm_kernel(
     mask_n = offs_n < N
     scaling = tl.load(scaling_ptr + layer)
     squares = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
-    for k in range(0, K, BLOCK_K):
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         _, direction = direction_tile(
             (weight_ptr,),
             (K, 1),
@@ -132,6 +133,7 @@ def grouped_norm(
         MAGNITUDE_DTYPE=TL_DTYPE[magnitudes[0].dtype],
         ALIGNED=all(number % 16 == 0 for row in layers for number in (*row[:3], row[5])),
         ALIGNED_R=all(row[6] % 16 == 0 for row in layers),
+        STAGES=config.num_stages,
         ONE_CHUNK=most_R <= tiles["BLOCK_R"],
         **how.dtypes(),
         **tiles,

@@ -195,6 +195,22 @@ def weight_config(how: Launch, kernel: str, weight: Weight, R: int) -> configs.C
     return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
 
 
+def weight_stages(weight: Weight, config: configs.Config) -> int | None:
+    """For how many steps of a loop over K all its loads are on their way; None: those that feed no dot are waited for.
+
+    None where that would cost more than it hides: the 64 codes that a thread looks up in the codebook, or HQQ's scale
+    for every weight, would pass through shared memory too (135 KB, and one program a multiprocessor instead of two),
+    HQQ's scale for every group would spill (128 bytes a thread on sm_120), and what is not contiguous along K is loaded
+    as before, but copied once more.
+    """
+    rows, weight_format, _, _ = parts(weight)
+    if weight_format in ("codebook4", "hqq4"):
+        return None
+    if weight_format in (DENSE, "row8") and rows[0].stride(1) != 1:
+        return None
+    return config.num_stages
+
+
 def arguments(weight: Weight, BLOCK_K: int) -> tuple[tuple, tuple, dict[str, object]]:
     """(pointers, numbers, constexprs): a weight's arguments of a kernel whose tiles have BLOCK_K columns."""
     N, K = weight.shape

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import Launch, block_offsets, low_rank_tile
-from dora_kernels.kernels.quant import arguments, weight_config, weight_tile
+from dora_kernels.kernels.quant import arguments, weight_config, weight_stages, weight_tile
 from dora_kernels.quant import Weight
 
 
@@ -102,6 +102,7 @@ def _norm_kernel(
     OPERAND_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """partial[split, n] = sum over the split's k of (weight + scaling * lora_B @ lora_A)[n, k]^2.
 
@@ -113,7 +114,7 @@ def _norm_kernel(
     start = split * columns_per_split
     end = tl.minimum(start + columns_per_split, K)
     squares = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
-    for k in range(start, end, BLOCK_K):
+    for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
         _, direction = direction_tile(
             weight_ptrs,
             weight_numbers,
@@ -232,6 +233,7 @@ def norm(
         *lora_B.stride(),
         columns_per_split,
         scaling,
+        STAGES=weight_stages(weight, config),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
         **constexprs,
         **how.dtypes(),
