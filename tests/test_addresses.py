@@ -218,7 +218,7 @@ def test_token_sums_writes_2_to_the_30_apart(output, memory):
         problem.dy, low, kept, problem.magnitude, *out.values(), rows, FAR, 1,
         *problem.dy.stride(), *low.stride(), *kept.stride(), 32,
         HAS_LOW=output == "outer", HAS_KEPT=output == "dot", WANT_TOTAL=output == "total",
-        WANT_SCALED=output == "scaled", STAGES=2, **tiles("token_sums"),
+        WANT_SCALED=output == "scaled", SUM_ROWS=16, STAGES=2, **tiles("token_sums"),
     )  # fmt: skip
     expected = {
         "outer": lambda: (problem.dy.T @ low)[:, 0],

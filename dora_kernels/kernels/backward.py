@@ -10,6 +10,12 @@ from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_ti
 from dora_kernels.reference import outer_product_ref
 
 
+@triton.jit
+def _fold_rows(tile, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The sums [ROWS, BLOCK_N] of every ROWS-th row of tile [BLOCK_M, BLOCK_N]."""
+    return tl.sum(tl.reshape(tile, [BLOCK_M // ROWS, ROWS, BLOCK_N]), axis=0)
+
+
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
 def _token_sums_kernel(
     columns_ptr,  # (M, N)
@@ -40,6 +46,7 @@ def _token_sums_kernel(
     OPERAND_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    SUM_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Over the split's rows m: outer[n, r] = sum columns[m, n] low[m, r]; dot[n] = sum columns * kept;
@@ -47,18 +54,24 @@ def _token_sums_kernel(
 
     One program owns a [BLOCK_N, BLOCK_R] tile of one split; what has no r belongs to the first block of r. The blocks
     of r of one tile start one after the other: they read the same columns, from memory once and then from the L2 cache.
+    dot and total are SUM_ROWS sums each until the end: in the loop no thread waits for what another one has summed.
     """
     offs_r = block_offsets(tl.program_id(0), BLOCK_R)
-    first = tl.program_id(0) == 0
     offs_n = block_offsets(tl.program_id(1), BLOCK_N)
     split = tl.program_id(2).to(tl.int64)
     mask_n = offs_n < N
     mask_r = offs_r < R
     start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, M)
+    # bounds and not a mask: Triton 3.9.0's interpreter makes an integer of `mask & (program_id == 0)`
+    first = tl.program_id(0) == 0
+    end_if_first = tl.where(first, end, start)
+    mask_n_if_first = offs_n < tl.where(first, N, 0)
     outer = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC_DTYPE)
-    dot = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
-    total = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
+    dot = tl.zeros([SUM_ROWS, BLOCK_N], dtype=ACC_DTYPE)
+    total = tl.zeros([SUM_ROWS, BLOCK_N], dtype=ACC_DTYPE)
+    if WANT_SCALED:
+        gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
     for m in tl.range(start, end, BLOCK_M, num_stages=STAGES):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < end
@@ -73,23 +86,22 @@ def _token_sums_kernel(
                 out_dtype=ACC_DTYPE,
             )
         if HAS_KEPT:
-            kept = load_tile(kept_ptr, offs_m, offs_n, mask_m & first, mask_n, stride_km, stride_kn)
-            dot += tl.sum(columns.to(ACC_DTYPE) * kept.to(ACC_DTYPE), axis=0)
+            kept = load_tile(kept_ptr, offs_m, offs_n, offs_m < end_if_first, mask_n, stride_km, stride_kn)
+            dot += _fold_rows(columns.to(ACC_DTYPE) * kept.to(ACC_DTYPE), SUM_ROWS, BLOCK_M, BLOCK_N)
         if WANT_TOTAL:
-            total += tl.sum(columns.to(ACC_DTYPE), axis=0)
+            total += _fold_rows(columns.to(ACC_DTYPE), SUM_ROWS, BLOCK_M, BLOCK_N)
         if WANT_SCALED:
-            gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
             scaled = gain[None, :] * columns.to(ACC_DTYPE)
             pointers = scaled_ptr + offs_m[:, None] * N + offs_n[None, :]
-            mask = (mask_m & first)[:, None] & mask_n[None, :]
+            mask = (offs_m < end_if_first)[:, None] & mask_n[None, :]
             tl.store(pointers, scaled.to(scaled_ptr.dtype.element_ty), mask=mask)
     if HAS_LOW:
         pointers = outer_ptr + (split * N + offs_n)[:, None] * R + offs_r[None, :]
         tl.store(pointers, outer, mask=mask_n[:, None] & mask_r[None, :])
     if HAS_KEPT:
-        tl.store(dot_ptr + split * N + offs_n, dot, mask=mask_n & first)
+        tl.store(dot_ptr + split * N + offs_n, tl.sum(dot, axis=0), mask=mask_n_if_first)
     if WANT_TOTAL:
-        tl.store(total_ptr + split * N + offs_n, total, mask=mask_n & first)
+        tl.store(total_ptr + split * N + offs_n, tl.sum(total, axis=0), mask=mask_n_if_first)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -189,6 +201,9 @@ def token_sums(
     # a base in float32 takes the room of two steps more: on sm_120 three would need 102 KB of 99
     stages = min(config.num_stages, 2) if kept is not None and kept.itemsize > columns.itemsize else config.num_stages
 
+    # as many rows as the threads of a program load at once, 16 bytes each: those between are a thread's own to sum
+    rows_at_once = 16 * how.threads(config) // (columns.itemsize * config.BLOCK_N)
+
     def partial(wanted: bool, *shape: int) -> torch.Tensor | None:
         return columns.new_empty((splits, *shape), dtype=how.accumulate) if wanted else None
 
@@ -215,6 +230,7 @@ def token_sums(
         HAS_KEPT=dmagnitude is not None,
         WANT_TOTAL=dbias is not None,
         WANT_SCALED=scaled is not None,
+        SUM_ROWS=max(1, min(rows_at_once, config.BLOCK_M)),
         STAGES=stages,
         **how.dtypes(),
         **tiles,

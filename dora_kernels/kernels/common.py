@@ -132,6 +132,10 @@ class Launch:
         """The tile configuration of `kernel`."""
         return configs.config_for(kernel, self.facts, self.operand)
 
+    def threads(self, config: configs.Config) -> int:
+        """The threads of a program: AMD's warps have 64."""
+        return config.num_warps * (64 if self.facts.target.startswith("gfx") else 32)
+
     def split(self, blocks: int, size: int, block: int, config: configs.Config) -> tuple[int, int]:
         """(elements of each part, parts) of a sum over `size` elements in steps of `block`, for `blocks` output tiles.
 
