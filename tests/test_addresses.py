@@ -145,7 +145,7 @@ def test_merge_writes_rows_of_2_to_the_30(memory):
     weight._merge_kernel[1, 1](
         pointers, numbers, lora_A, problem.lora_B, problem.magnitude, huge, 3, FAR, 3,
         *lora_A.stride(), *problem.lora_B.stride(), 0.75, **constexprs,
-        HAS_ADAPTER=True, HAS_GAIN=True, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, **tiles("merge"),
+        HAS_ADAPTER=True, HAS_GAIN=True, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("merge"),
     )  # fmt: skip
     torch.testing.assert_close(merged, expected)
 
@@ -159,7 +159,7 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
     weight._norm_kernel[1, 3](
         pointers, numbers, problem.lora_A, problem.lora_B, memory[2**31 :], FAR, 96, 3,
         *problem.lora_A.stride(), *problem.lora_B.stride(), 32, 0.75, **constexprs,
-        ONE_CHUNK=True, STAGES=2, **tiles("norm"),
+        ONE_CHUNK=True, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
     )  # fmt: skip
     norm, _ = reference.norm_ref(problem.weight, problem.lora_A, problem.lora_B, 0.75)
     assert (partial > 0).all()
@@ -172,7 +172,7 @@ def test_project_writes_rows_of_2_to_the_30(memory):
     projected = corner(memory, columns=16)
     forward._project_kernel[1, 1](
         problem.x, problem.lora_A, None, memory[2**31 :], 3, 32, FAR,
-        *problem.x.stride(), *problem.lora_A.stride(), 32, HAS_SCALE=False, **tiles("project"),
+        *problem.x.stride(), *problem.lora_A.stride(), 32, HAS_SCALE=False, R_MULTIPLE=1, **tiles("project"),
     )  # fmt: skip
     torch.testing.assert_close(projected, problem.x @ problem.lora_A.T)
 
@@ -184,7 +184,7 @@ def test_project_writes_partial_sums_2_to_the_30_apart(memory):
     projected = corner(memory, columns=32)
     forward._project_kernel[1, 3](
         problem.x, problem.lora_A, None, memory[2**31 :], FAR, 96, 1,
-        *problem.x.stride(), *problem.lora_A.stride(), 32, HAS_SCALE=False, **tiles("project"),
+        *problem.x.stride(), *problem.lora_A.stride(), 32, HAS_SCALE=False, R_MULTIPLE=1, **tiles("project"),
     )  # fmt: skip
     assert (projected != 0).all()
     torch.testing.assert_close(projected.sum(0)[:, None], problem.x @ problem.lora_A.T)
@@ -198,7 +198,7 @@ def test_epilogue_writes_rows_of_2_to_the_30(memory):
     forward._epilogue_kernel[1, 1](
         base, low, problem.lora_B, problem.magnitude, problem.bias, None, memory[2**31 :], 3, FAR, 3,
         *base.stride(), *low.stride(), *problem.lora_B.stride(), 1, 0, 0, 0.75,
-        HAS_LOW=True, HAS_BIAS=True, HAS_RESIDUAL=False, ONE_CHUNK=True, **tiles("epilogue"),
+        HAS_LOW=True, HAS_BIAS=True, HAS_RESIDUAL=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("epilogue"),
     )  # fmt: skip
     arguments = (base, low, problem.lora_B, problem.magnitude, problem.bias, 0.75, torch.float32)
     torch.testing.assert_close(y, reference.epilogue_ref(*arguments))
@@ -218,7 +218,7 @@ def test_token_sums_writes_2_to_the_30_apart(output, memory):
         problem.dy, low, kept, problem.magnitude, *out.values(), rows, FAR, 1,
         *problem.dy.stride(), *low.stride(), *kept.stride(), 32,
         HAS_LOW=output == "outer", HAS_KEPT=output == "dot", WANT_TOTAL=output == "total",
-        WANT_SCALED=output == "scaled", SUM_ROWS=16, STAGES=2, **tiles("token_sums"),
+        WANT_SCALED=output == "scaled", R_MULTIPLE=1, SUM_ROWS=16, STAGES=2, **tiles("token_sums"),
     )  # fmt: skip
     expected = {
         "outer": lambda: (problem.dy.T @ low)[:, 0],

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from dora_kernels import plan
 from dora_kernels.configs import ceil_div
-from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_tile
+from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, known_multiple, load_tile, rank_multiple
 from dora_kernels.reference import outer_product_ref
 
 
@@ -46,6 +46,7 @@ def _token_sums_kernel(
     OPERAND_DTYPE: tl.constexpr,
     ACC_DTYPE: tl.constexpr,
     DOT_PRECISION: tl.constexpr,
+    R_MULTIPLE: tl.constexpr,
     SUM_ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -56,6 +57,7 @@ def _token_sums_kernel(
     of r of one tile start one after the other: they read the same columns, from memory once and then from the L2 cache.
     dot and total are SUM_ROWS sums each until the end: in the loop no thread waits for what another one has summed.
     """
+    R, stride_lm = known_multiple(R, R_MULTIPLE), known_multiple(stride_lm, R_MULTIPLE)
     offs_r = block_offsets(tl.program_id(0), BLOCK_R)
     offs_n = block_offsets(tl.program_id(1), BLOCK_N)
     split = tl.program_id(2).to(tl.int64)
@@ -230,6 +232,7 @@ def token_sums(
         HAS_KEPT=dmagnitude is not None,
         WANT_TOTAL=dbias is not None,
         WANT_SCALED=scaled is not None,
+        R_MULTIPLE=rank_multiple(R, low),
         SUM_ROWS=max(1, min(rows_at_once, config.BLOCK_M)),
         STAGES=stages,
         **how.dtypes(),

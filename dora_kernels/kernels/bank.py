@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels.configs import ceil_div
-from dora_kernels.kernels.common import Launch, block_offsets, load_tile, low_rank_tile
+from dora_kernels.kernels.common import Launch, block_offsets, known_multiple, load_tile, low_rank_tile, rank_multiple
 
 
 @triton.jit(do_not_specialize=["M", "E"])
@@ -28,6 +28,7 @@ def _bank_epilogue_kernel(
     stride_lr,
     stride_bias,
     HAS_BIAS: tl.constexpr,
+    R_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -40,6 +41,7 @@ def _bank_epilogue_kernel(
 
     One program owns a [BLOCK_M, BLOCK_N] tile, and walks the adapters between the least and the largest of its rows.
     """
+    R, stride_lm = known_multiple(R, R_MULTIPLE), known_multiple(stride_lm, R_MULTIPLE)
     offs_m = block_offsets(tl.program_id(0), BLOCK_M)
     offs_n = block_offsets(tl.program_id(1), BLOCK_N)
     mask_m = offs_m < M
@@ -117,6 +119,7 @@ def bank_epilogue(
         *low.stride(),
         0 if bias is None else bias.stride(0),
         HAS_BIAS=bias is not None,
+        R_MULTIPLE=rank_multiple(R, low),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
         **how.dtypes(),
         **tiles,

@@ -1,5 +1,6 @@
 """Pieces that several kernels share, on the device and on the host."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,14 @@ TL_DTYPE = {
 def block_offsets(pid, BLOCK: tl.constexpr):
     """The int64 offsets of block `pid`: they are multiplied by strides, and 2^31 elements is one large activation."""
     return pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def known_multiple(number, OF: tl.constexpr):
+    """number, of which the compiler then knows that it is a multiple of OF: tl.multiple_of on an argument is lost."""
+    if OF > 1:
+        number = number // OF * OF
+    return number
 
 
 @triton.jit
@@ -104,6 +113,18 @@ def low_rank_tile(
                 BLOCK_R, OPERAND_DTYPE, ACC_DTYPE, DOT_PRECISION,
             )  # fmt: skip
     return acc
+
+
+def rank_multiple(R: int, *factors: torch.Tensor | None) -> int:
+    """The power of two that R and the distances of the factors' (..., R) rows are multiples of; 1 for 16 and more.
+
+    The JIT sees multiples of 16 by itself, and of nothing less: at 8, PEFT's default, it loads R elements one by one.
+    """
+    strides = [factor.stride() for factor in factors if factor is not None]
+    if any(stride_r != 1 for _, stride_r in strides):
+        return 1
+    multiple = math.gcd(16, R, *(stride for stride, _ in strides))
+    return multiple if multiple < 16 else 1
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,15 @@ import triton.language as tl
 
 from dora_kernels import plan
 from dora_kernels.configs import ceil_div
-from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, load_tile, low_rank_tile
+from dora_kernels.kernels.common import (
+    TL_DTYPE,
+    Launch,
+    block_offsets,
+    known_multiple,
+    load_tile,
+    low_rank_tile,
+    rank_multiple,
+)
 from dora_kernels.kernels.weight import merge, norm
 from dora_kernels.quant import Weight
 from dora_kernels.reference import project_ref
@@ -28,6 +36,7 @@ def _project_kernel(
     stride_fk,
     columns_per_split,
     HAS_SCALE: tl.constexpr,
+    R_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -39,6 +48,7 @@ def _project_kernel(
 
     One program owns a [BLOCK_M, BLOCK_R] tile of one split; those that read the same rows start one after the other.
     """
+    R, stride_fk = known_multiple(R, R_MULTIPLE), known_multiple(stride_fk, R_MULTIPLE)
     blocks_r = tl.cdiv(R, BLOCK_R)
     offs_r = block_offsets(tl.program_id(0) % blocks_r, BLOCK_R)
     # not on an axis of its own: CUDA's second and third end at 65535 programs
@@ -121,6 +131,7 @@ def project(
         *factor.stride(),
         columns_per_split,
         HAS_SCALE=scale is not None,
+        R_MULTIPLE=rank_multiple(R, factor.T),
         **how.dtypes(),
         **tiles,
     )
@@ -157,6 +168,7 @@ def _epilogue_kernel(
     HAS_LOW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    R_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -169,6 +181,8 @@ def _epilogue_kernel(
 
     One program owns a [BLOCK_M, BLOCK_N] tile.
     """
+    R, stride_lm = known_multiple(R, R_MULTIPLE), known_multiple(stride_lm, R_MULTIPLE)
+    stride_bn = known_multiple(stride_bn, R_MULTIPLE)
     offs_m = block_offsets(tl.program_id(0), BLOCK_M)
     offs_n = block_offsets(tl.program_id(1), BLOCK_N)
     mask_m = offs_m < M
@@ -246,6 +260,7 @@ def epilogue(
         HAS_LOW=low is not None,
         HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None,
+        R_MULTIPLE=rank_multiple(R, low, lora_B),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
         **how.dtypes(),
         **tiles,

@@ -3,6 +3,7 @@
 The sum over K is not split, as that of `norm` may be: there are tiles enough, and the last bit may be another.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels.configs import ceil_div
-from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets
+from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, known_multiple
 from dora_kernels.kernels.quant import weight_config
 from dora_kernels.kernels.weight import direction_tile, gain_of, root
 
@@ -26,7 +27,7 @@ def _grouped_norm_kernel(
     ADAPTER_DTYPE: tl.constexpr,
     MAGNITUDE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
-    ALIGNED_R: tl.constexpr,
+    R_MULTIPLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -54,8 +55,7 @@ def _grouped_norm_kernel(
         weight_ptr, lora_A_ptr = tl.multiple_of(weight_ptr, 16), tl.multiple_of(lora_A_ptr, 16)
         lora_B_ptr = tl.multiple_of(lora_B_ptr, 16)
         K = tl.multiple_of(K, 16)
-    if ALIGNED_R:
-        R = tl.multiple_of(R, 16)
+    R = known_multiple(R, R_MULTIPLE)
     offs_n = block_offsets(tl.load(tiles_ptr + 2 * tile + 1), BLOCK_N)
     mask_n = offs_n < N
     scaling = tl.load(scaling_ptr + layer)
@@ -132,7 +132,7 @@ def grouped_norm(
         ADAPTER_DTYPE=TL_DTYPE[lora_As[0].dtype],
         MAGNITUDE_DTYPE=TL_DTYPE[magnitudes[0].dtype],
         ALIGNED=all(number % 16 == 0 for row in layers for number in (*row[:3], row[5])),
-        ALIGNED_R=all(row[6] % 16 == 0 for row in layers),
+        R_MULTIPLE=math.gcd(16, *(row[6] for row in layers)),
         STAGES=config.num_stages,
         ONE_CHUNK=most_R <= tiles["BLOCK_R"],
         **how.dtypes(),

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels.configs import ceil_div
-from dora_kernels.kernels.common import Launch, block_offsets, low_rank_tile
+from dora_kernels.kernels.common import Launch, block_offsets, known_multiple, low_rank_tile, rank_multiple
 from dora_kernels.kernels.quant import arguments, weight_config, weight_stages, weight_tile
 from dora_kernels.quant import Weight
 
@@ -95,6 +95,7 @@ def _norm_kernel(
     SIZES: tl.constexpr,
     GROUP: tl.constexpr,
     WEIGHT_DTYPE: tl.constexpr,
+    R_MULTIPLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -108,6 +109,7 @@ def _norm_kernel(
 
     One program owns BLOCK_N rows and the columns of one split.
     """
+    R, stride_bn = known_multiple(R, R_MULTIPLE), known_multiple(stride_bn, R_MULTIPLE)
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     split = tl.program_id(1).to(tl.int64)
     mask_n = offs_n < N
@@ -233,6 +235,7 @@ def norm(
         *lora_B.stride(),
         columns_per_split,
         scaling,
+        R_MULTIPLE=rank_multiple(R, lora_B),
         STAGES=weight_stages(weight, config),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
         **constexprs,
@@ -278,6 +281,7 @@ def _merge_kernel(
     HAS_ADAPTER: tl.constexpr,
     HAS_GAIN: tl.constexpr,
     SUBTRACT_WEIGHT: tl.constexpr,
+    R_MULTIPLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -287,6 +291,7 @@ def _merge_kernel(
     DOT_PRECISION: tl.constexpr,
 ):
     """merged = gain * (weight + scaling * lora_B @ lora_A) [- weight]. One program owns a [BLOCK_N, BLOCK_K] tile."""
+    R, stride_bn = known_multiple(R, R_MULTIPLE), known_multiple(stride_bn, R_MULTIPLE)
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     k = tl.program_id(1).to(tl.int64) * BLOCK_K
     mask_n = offs_n < N
@@ -362,6 +367,7 @@ def merge(
         HAS_ADAPTER=lora_A is not None,
         HAS_GAIN=gain is not None,
         SUBTRACT_WEIGHT=subtract_weight,
+        R_MULTIPLE=rank_multiple(R, lora_B),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
         **constexprs,
         **how.dtypes(),
