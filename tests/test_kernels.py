@@ -75,6 +75,27 @@ def test_epilogue(problem, with_low, with_bias, with_residual):
     close(kernels.epilogue(*arguments), reference.epilogue_ref(*arguments))
 
 
+@pytest.mark.parametrize(
+    ("N", "R", "others", "expected"),
+    [
+        (80, 72, "", "epilogue_high_rank"),
+        (80, 64, "", "epilogue"),
+        (80, 68, "", "epilogue"),  # loads of 8 bytes
+        (72, 72, "", "epilogue"),
+        (80, 72, "residual", "epilogue"),
+        (80, 72, "no low", "epilogue"),
+    ],
+)
+def test_the_large_tile_of_a_high_rank_is_for_what_fits_its_registers(N, R, others, expected, monkeypatch):
+    problem, config_for, used = Problem.random(33, N, 24, R, DTYPE), configs.config_for, []
+    monkeypatch.setattr(configs, "config_for", lambda kernel, *rest: used.append(kernel) or config_for(kernel, *rest))
+    low = None if others == "no low" else problem.x @ problem.lora_A.T
+    residual = problem.dy if others == "residual" else None
+    arguments = (problem.x @ problem.weight.T, low, problem.lora_B, problem.magnitude, problem.bias, 0.75, DTYPE)
+    close(kernels.epilogue(*arguments, residual), reference.epilogue_ref(*arguments, residual))
+    assert used == [expected]
+
+
 @pytest.mark.parametrize("keep", ("base", "z"))
 @pytest.mark.parametrize("wanted", ("outer", "dmagnitude", "dbias", "scaled", "all"))
 def test_token_sums(problem, wanted, keep):

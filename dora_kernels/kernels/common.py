@@ -149,9 +149,10 @@ class Launch:
             precision=launch.dot_precision(facts, operand, beside),
         )
 
-    def config(self, kernel: str) -> configs.Config:
-        """The tile configuration of `kernel`."""
-        return configs.config_for(kernel, self.facts, self.operand)
+    def config(self, kernel: str, R: int = 0) -> configs.Config:
+        """The tile configuration of `kernel`; given a high rank R, the one that it has for those."""
+        name = kernel if R <= configs.HIGH_RANK else f"{kernel}_high_rank"
+        return configs.config_for(name, self.facts, self.operand)
 
     def threads(self, config: configs.Config) -> int:
         """The threads of a program: AMD's warps have 64."""

@@ -180,7 +180,7 @@ def _hqq4(
 
 def weight_config(how: Launch, kernel: str, weight: Weight, R: int) -> configs.Config:
     """The configuration of the norm or merge kernel: fewer rows where decoding would spill registers."""
-    config = how.config(kernel if R <= configs.HIGH_RANK else f"{kernel}_high_rank")
+    config = how.config(kernel, R)
     if isinstance(weight, torch.Tensor):
         return config
     share = 1
