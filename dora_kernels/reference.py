@@ -178,7 +178,7 @@ def project_ref(
     dtype = factor.dtype
     if scale is not None:
         factor = (factor * scale).to(dtype)
-    return _matmul(rows.to(dtype), factor.T, out_dtype or dtype)
+    return matmul(rows.to(dtype), factor.T, out_dtype or dtype)
 
 
 def base_product(x: Tensor, weight: Tensor, exact: bool) -> Tensor:
@@ -187,7 +187,7 @@ def base_product(x: Tensor, weight: Tensor, exact: bool) -> Tensor:
         return F.linear(x, weight)
     if x.device.type == "cpu":
         return F.linear(x.float(), weight.float())
-    return _matmul(x, weight.T, torch.float32)
+    return matmul(x, weight.T, torch.float32)
 
 
 def product_onto_low_rank(x: Tensor, weight: Tensor, low: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -201,7 +201,7 @@ def product_onto_low_rank(x: Tensor, weight: Tensor, low: Tensor, lora_B: Tensor
     return z.addmm_(x, weight.T)
 
 
-def _matmul(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+def matmul(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
     """left @ right in out_dtype, without rounding to half precision on the way where the GEMM library can."""
     half = left.dtype in (torch.bfloat16, torch.float16)
     if left.device.type == "cuda" and half and out_dtype == torch.float32:
@@ -327,7 +327,7 @@ def token_sums_ref(
     if outer is not None and lora_B is None and scaled is not None and scaled.dtype == low.dtype:
         outer.copy_(outer_product_ref(scaled, low, scaling, outer.dtype))
     elif low is not None:
-        product = _matmul(columns.to(low.dtype).T, low, accumulate)
+        product = matmul(columns.to(low.dtype).T, low, accumulate)
         if outer is not None:
             outer.copy_(scaling * product if gain is None else (scaling * gain[:, None]) * product)
     if dmagnitude is not None or dbias is not None:
@@ -345,7 +345,7 @@ def outer_product_ref(left: Tensor, right: Tensor, scaling: float, out_dtype: to
     # the GEMM scales what it has summed, and then rounds; a scaling of 0 as in `add_product`
     if left.dtype == out_dtype != torch.float16 and scaling != 0:
         return torch.addmm(left.new_zeros(1), left.T, right.to(left.dtype), beta=0, alpha=scaling)
-    product = _matmul(left.T, right.to(left.dtype), accumulate_dtype(left.dtype))
+    product = matmul(left.T, right.to(left.dtype), accumulate_dtype(left.dtype))
     return product.mul_(scaling).to(out_dtype)
 
 

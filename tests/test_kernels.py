@@ -98,7 +98,9 @@ def test_the_large_tile_of_a_high_rank_is_for_what_fits_its_registers(N, R, othe
 
 @pytest.mark.parametrize("keep", ("base", "z"))
 @pytest.mark.parametrize("wanted", ("outer", "dmagnitude", "dbias", "scaled", "all"))
-def test_token_sums(problem, wanted, keep):
+@pytest.mark.parametrize("by_kernel", (False, True), ids=("library", "kernel"))
+def test_token_sums(problem, by_kernel, wanted, keep, monkeypatch):
+    monkeypatch.setattr("dora_kernels.plan.outer_by_kernel", lambda *arguments, **keywords: by_kernel)
     low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
     norm = problem.magnitude.clone()
     norm[0] = 0  # a zero row: dmagnitude is 0 there
@@ -124,6 +126,21 @@ def test_token_sums(problem, wanted, keep):
     assert actual
     for name in actual:
         close(actual[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("R", "adapter", "expected"),
+    [(64, torch.bfloat16, 0), (128, torch.bfloat16, 1), (128, torch.float32, 0)],
+)
+def test_a_high_rank_sums_its_product_in_the_gemm_library(R, adapter, expected, monkeypatch):
+    problem, used = Problem.random(33, 24, 10, R, torch.bfloat16, adapter), []
+    matmul, dB = kernels.backward.matmul, torch.empty_like(problem.lora_B)
+    monkeypatch.setattr(kernels.backward, "matmul", lambda *arguments: used.append(arguments) or matmul(*arguments))
+    low = problem.x.to(adapter) @ problem.lora_A.T
+    kernels.token_sums(problem.dy, low, 0.75, outer=dB)
+    assert len(used) == expected
+    exact = 0.75 * problem.dy.double().T @ low.double()
+    assert (dB - exact).norm() <= 4e-3 * exact.norm()
 
 
 def test_outer_product(problem):

@@ -156,7 +156,7 @@ EXCLUDED = (
     Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_WEIGHT, "norm", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_WEIGHT, "merge", "ONE_CHUNK=", ("R <=",), _TILES),
-    Excluded(_BACKWARD, "token_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),
+    Excluded(_BACKWARD, "_partial_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),
     Excluded(_REFERENCE, "", "_BLOCK_BYTES_ELSEWHERE =", ("256",), "how large a block of rows is: memory"),
     Excluded(
         _REFERENCE,

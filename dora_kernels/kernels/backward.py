@@ -7,7 +7,7 @@ import triton.language as tl
 from dora_kernels import plan
 from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, known_multiple, load_tile, rank_multiple
-from dora_kernels.reference import outer_product_ref
+from dora_kernels.reference import matmul, outer_product_ref
 
 
 @triton.jit
@@ -106,11 +106,11 @@ def _token_sums_kernel(
         tl.store(total_ptr + split * N + offs_n, tl.sum(total, axis=0), mask=mask_n_if_first)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["outer_splits", "dot_splits", "total_splits"])
 def _finish_sums_kernel(
-    outer_ptr,  # (splits, N, R)
-    dot_ptr,  # (splits, N)
-    total_ptr,  # (splits, N)
+    outer_ptr,  # (outer_splits, N, R)
+    dot_ptr,  # (dot_splits, N)
+    total_ptr,  # (total_splits, N)
     lora_B_ptr,  # (N, R)
     gain_ptr,  # (N,)
     norm_ptr,  # (N,)
@@ -119,7 +119,9 @@ def _finish_sums_kernel(
     dbias_ptr,  # (N,)
     N,
     R,
-    splits,
+    outer_splits,
+    dot_splits,
+    total_splits,
     stride_bn,
     stride_br,
     stride_on,
@@ -149,7 +151,7 @@ def _finish_sums_kernel(
             mask_r = offs_r < R
             mask = mask_n[:, None] & mask_r[None, :]
             outer = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC_DTYPE)
-            for split in range(0, splits):
+            for split in range(0, outer_splits):
                 rows = split * N + offs_n
                 outer += tl.load(outer_ptr + rows[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
             if DOT_LACKS_LOW_RANK:
@@ -162,7 +164,7 @@ def _finish_sums_kernel(
                 tl.store(pointers, (scaling * outer).to(scaled_outer_ptr.dtype.element_ty), mask=mask)
     if HAS_DOT:
         dot = scaling * low_rank_dot
-        for split in range(0, splits):
+        for split in range(0, dot_splits):
             dot += tl.load(dot_ptr + split * N + offs_n, mask=mask_n, other=0.0)
         norm = tl.load(norm_ptr + offs_n, mask=mask_n, other=0.0)
         divisor = tl.where(norm == 0, 1.0, norm)
@@ -170,9 +172,61 @@ def _finish_sums_kernel(
         tl.store(dmagnitude_ptr + offs_n, dmagnitude.to(dmagnitude_ptr.dtype.element_ty), mask=mask_n)
     if WANT_TOTAL:
         total = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
-        for split in range(0, splits):
+        for split in range(0, total_splits):
             total += tl.load(total_ptr + split * N + offs_n, mask=mask_n, other=0.0)
         tl.store(dbias_ptr + offs_n, total.to(dbias_ptr.dtype.element_ty), mask=mask_n)
+
+
+def _partial_sums(
+    how: Launch,
+    columns: torch.Tensor,
+    low: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    kept: torch.Tensor | None,
+    want_total: bool,
+    scaled: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """outer (splits, N, R), dot and total (splits, N) over the tokens of each split, None where not wanted."""
+    M, N = columns.shape
+    R = 0 if low is None else low.shape[1]
+    config = how.config("token_sums")
+    tiles = config.tiles(R)
+    blocks_r, blocks_n = max(1, ceil_div(R, tiles["BLOCK_R"])), ceil_div(N, config.BLOCK_N)
+    rows_per_split, splits = how.split(blocks_r * blocks_n, M, config.BLOCK_M, config)
+    # as many rows as the threads of a program load at once, 16 bytes each: those between are a thread's own to sum
+    rows_at_once = 16 * how.threads(config) // (columns.itemsize * config.BLOCK_N)
+    # a base in float32 takes the room of two steps more: on sm_120 three would need 102 KB of 99
+    stages = min(config.num_stages, 2) if kept is not None and kept.itemsize > columns.itemsize else config.num_stages
+
+    def partial(wanted: bool, *shape: int) -> torch.Tensor | None:
+        return columns.new_empty((splits, *shape), dtype=how.accumulate) if wanted else None
+
+    sums = partial(low is not None, N, R), partial(kept is not None, N), partial(want_total, N)
+    _token_sums_kernel[blocks_r, blocks_n, splits](
+        columns,
+        low,
+        kept,
+        gain,
+        *sums,
+        scaled,
+        M,
+        N,
+        R,
+        *columns.stride(),
+        *((0, 0) if low is None else low.stride()),
+        *((0, 0) if kept is None else kept.stride()),
+        rows_per_split,
+        HAS_LOW=low is not None,
+        HAS_KEPT=kept is not None,
+        WANT_TOTAL=want_total,
+        WANT_SCALED=scaled is not None,
+        R_MULTIPLE=rank_multiple(R, low),
+        SUM_ROWS=max(1, min(rows_at_once, config.BLOCK_M)),
+        STAGES=stages,
+        **how.dtypes(),
+        **tiles,
+    )
+    return sums
 
 
 def token_sums(
@@ -190,54 +244,21 @@ def token_sums(
     scaled: torch.Tensor | None = None,
 ) -> None:
     """Sums over the tokens of columns (M, N), written into the tensors given; as `reference.token_sums_ref`."""
-    M, N = columns.shape
+    N = columns.shape[1]
     R = 0 if low is None else low.shape[1]
     how = Launch.of(columns, columns.dtype if low is None else low.dtype)
-    config = how.config("token_sums")
-    tiles = config.tiles(R)
     if N == 0:
         return
-    blocks_r, blocks_n = max(1, ceil_div(R, tiles["BLOCK_R"])), ceil_div(N, config.BLOCK_N)
-    rows_per_split, splits = how.split(blocks_r * blocks_n, M, config.BLOCK_M, config)
-
-    # a base in float32 takes the room of two steps more: on sm_120 three would need 102 KB of 99
-    stages = min(config.num_stages, 2) if kept is not None and kept.itemsize > columns.itemsize else config.num_stages
-
-    # as many rows as the threads of a program load at once, 16 bytes each: those between are a thread's own to sum
-    rows_at_once = 16 * how.threads(config) // (columns.itemsize * config.BLOCK_N)
-
-    def partial(wanted: bool, *shape: int) -> torch.Tensor | None:
-        return columns.new_empty((splits, *shape), dtype=how.accumulate) if wanted else None
-
-    outer_partial = partial(low is not None, N, R)
-    dot_partial = partial(dmagnitude is not None, N)
-    total_partial = partial(dbias is not None, N)
-    _token_sums_kernel[blocks_r, blocks_n, splits](
-        columns,
-        low,
-        kept,
-        gain,
-        outer_partial,
-        dot_partial,
-        total_partial,
-        scaled,
-        M,
-        N,
-        R,
-        *columns.stride(),
-        *((0, 0) if low is None else low.stride()),
-        *((0, 0) if kept is None else kept.stride()),
-        rows_per_split,
-        HAS_LOW=low is not None,
-        HAS_KEPT=dmagnitude is not None,
-        WANT_TOTAL=dbias is not None,
-        WANT_SCALED=scaled is not None,
-        R_MULTIPLE=rank_multiple(R, low),
-        SUM_ROWS=max(1, min(rows_at_once, config.BLOCK_M)),
-        STAGES=stages,
-        **how.dtypes(),
-        **tiles,
-    )
+    product = outer_partial = dot_partial = total_partial = None
+    if low is not None and not plan.outer_by_kernel(R, same_dtype=low.dtype == columns.dtype):
+        product, low = matmul(columns.T, low, how.accumulate), None
+    want_dot, want_total = dmagnitude is not None, dbias is not None
+    if low is not None or want_dot or want_total or scaled is not None:
+        outer_partial, dot_partial, total_partial = _partial_sums(
+            how, columns, low, gain, kept if want_dot else None, want_total, scaled
+        )
+    if product is not None:
+        outer_partial = product[None]
     if outer is None and dmagnitude is None and dbias is None:
         return
     finish = how.config("finish_sums")
@@ -253,16 +274,16 @@ def token_sums(
         dbias,
         N,
         R,
-        splits,
+        *(0 if partial is None else len(partial) for partial in (outer_partial, dot_partial, total_partial)),
         *((0, 0) if lora_B is None else lora_B.stride()),
         *((0, 0) if outer is None else outer.stride()),
         scaling,
-        HAS_LOW=low is not None,
+        HAS_LOW=outer_partial is not None,
         WANT_OUTER=outer is not None,
         HAS_GAIN=gain is not None,
-        HAS_DOT=dmagnitude is not None,
+        HAS_DOT=want_dot,
         DOT_LACKS_LOW_RANK=lora_B is not None,
-        WANT_TOTAL=dbias is not None,
+        WANT_TOTAL=want_total,
         ACC_DTYPE=TL_DTYPE[how.accumulate],
         **finish.tiles(R),
     )
