@@ -13,7 +13,7 @@ DTYPE = torch.float64 if DEVICE == "cpu" else torch.float32
 GUARD, UNTOUCHED = 1024, 77.0
 # ragged in every axis, a rank of one chunk exactly, one of everything: a mask that lets one element more through
 # writes behind the last row
-SHAPES = ((33, 70, 90, 20), (7, 24, 10, 33), (5, 12, 40, 16), (1, 1, 1, 1))
+SHAPES = ((33, 70, 90, 20), (7, 24, 10, 33), (5, 20, 80, 33), (5, 12, 40, 16), (1, 1, 1, 1))
 
 
 @pytest.fixture

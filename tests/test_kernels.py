@@ -5,6 +5,7 @@ import torch
 
 from dora_kernels import configs, launch, reference
 from dora_kernels.configs import Config
+from dora_kernels.quant import QuantizedWeight
 from tests.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
@@ -12,8 +13,9 @@ kernels = pytest.importorskip("dora_kernels.kernels")
 # float64 through the interpreter shows the index arithmetic to 1e-12; on a GPU float32 stands in
 DTYPE = torch.float64 if DEVICE == "cpu" else torch.float32
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10} if DEVICE == "cpu" else {"rtol": 1e-4, "atol": 1e-4}
-# ragged in every axis, rank in one and in several chunks, rank above K, one of everything
-SHAPES = ((33, 70, 90, 20), (17, 33, 40, 16), (7, 24, 10, 33), (1, 1, 1, 1), (130, 5, 3, 2))
+# ragged in every axis, rank in one and in several chunks, rank above K, one of everything; at K = 80 and not at 90 the
+# weight is loaded in whole vectors, and the norm walks K and R in one loop
+SHAPES = ((33, 70, 90, 20), (17, 33, 40, 16), (7, 24, 10, 33), (9, 40, 80, 33), (1, 1, 1, 1), (130, 5, 3, 2))
 
 
 @pytest.fixture(params=SHAPES, ids=str)
@@ -32,7 +34,11 @@ def test_norm(problem):
     assert kernels.norm(*arguments[:-1])[1] is None
 
 
-@pytest.mark.parametrize("shapes", (SHAPES, ((1, 64, 32, 16), (1, 48, 64, 32)), ((1, 70, 32, 3),)), ids=str)
+@pytest.mark.parametrize(
+    "shapes",
+    (SHAPES, ((1, 64, 32, 16), (1, 48, 64, 32)), ((1, 70, 80, 33), (1, 20, 48, 20)), ((1, 70, 32, 3),)),
+    ids=str,
+)
 def test_grouped_norm(shapes):
     problems = [Problem.random(*shape, DTYPE, seed=seed) for seed, shape in enumerate(shapes)]
     names = ("weight", "lora_A", "lora_B", "magnitude")
@@ -44,6 +50,23 @@ def test_grouped_norm(shapes):
     ):
         close(actual, expected)
         assert actual[3] == 0 and actual.shape == (sum(problem.weight.shape[0] for problem in problems),)
+
+
+def test_what_a_norm_loads_ahead():
+    """Nothing where the weight is not loaded in whole vectors, or is looked up number by number."""
+
+    def stages(weight):
+        return kernels.quant.weight_stages(weight, Config(num_stages=3))
+
+    def stored(weight_format, *numbers):
+        return QuantizedWeight(
+            weight_format, (32, 96), torch.bfloat16, (torch.empty(32, 96, dtype=torch.int8),), numbers
+        )
+
+    dense = torch.empty(32, 96)
+    assert stages(dense) == stages(stored("row8")) == stages(stored("nf4_torchao", 64, 256)) == 3
+    assert stages(dense.T) is stages(dense[:, :90].contiguous()) is None
+    assert stages(stored("codebook4", 64, 0)) is stages(stored("hqq4", 64, 1)) is None
 
 
 @pytest.mark.parametrize("subtract_weight", (False, True))

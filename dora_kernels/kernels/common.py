@@ -42,7 +42,7 @@ def load_tile(ptr, offs_0, offs_1, mask_0, mask_1, stride_0, stride_1):
 
 
 @triton.jit
-def _add_chunk(
+def add_chunk(
     acc,
     left_ptr,
     right_ptr,
@@ -100,14 +100,14 @@ def low_rank_tile(
     acc = tl.zeros([BLOCK_0, BLOCK_1], dtype=ACC_DTYPE)
     # no loop for one chunk: Triton pipelines innermost loops only, and then that is the caller's
     if ONE_CHUNK:
-        acc = _add_chunk(
+        acc = add_chunk(
             acc, left_ptr, right_ptr, 0, offs_0, offs_1, mask_0, mask_1, R,
             stride_left, stride_left_r, stride_right, stride_right_r,
             BLOCK_R, OPERAND_DTYPE, ACC_DTYPE, DOT_PRECISION,
         )  # fmt: skip
     else:
         for r in range(0, R, BLOCK_R):
-            acc = _add_chunk(
+            acc = add_chunk(
                 acc, left_ptr, right_ptr, r, offs_0, offs_1, mask_0, mask_1, R,
                 stride_left, stride_left_r, stride_right, stride_right_r,
                 BLOCK_R, OPERAND_DTYPE, ACC_DTYPE, DOT_PRECISION,

@@ -13,7 +13,7 @@ import triton.language as tl
 from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, known_multiple
 from dora_kernels.kernels.quant import weight_config
-from dora_kernels.kernels.weight import direction_tile, gain_of, root
+from dora_kernels.kernels.weight import gain_of, root, row_squares
 
 
 @triton.jit
@@ -59,39 +59,35 @@ def _grouped_norm_kernel(
     offs_n = block_offsets(tl.load(tiles_ptr + 2 * tile + 1), BLOCK_N)
     mask_n = offs_n < N
     scaling = tl.load(scaling_ptr + layer)
-    squares = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        _, direction = direction_tile(
-            (weight_ptr,),
-            (K, 1),
-            lora_A_ptr,
-            lora_B_ptr,
-            offs_n,
-            mask_n,
-            k,
-            K,
-            R,
-            K,
-            1,
-            R,
-            1,
-            scaling,
-            "dense",
-            (),
-            1,
-            WEIGHT_DTYPE,
-            True,
-            BLOCK_N,
-            BLOCK_K,
-            BLOCK_R,
-            ONE_CHUNK,
-            OPERAND_DTYPE,
-            ACC_DTYPE,
-            DOT_PRECISION,
-        )
-        # columns past K are zero in weight and lora_A, but not in the product where lora_B is inf or NaN
-        mask_k = k + tl.arange(0, BLOCK_K) < K
-        squares += tl.sum(tl.where(mask_k[None, :], direction * direction, 0.0), axis=1)
+    squares = row_squares(
+        (weight_ptr,),
+        (K, 1),
+        lora_A_ptr,
+        lora_B_ptr,
+        offs_n,
+        mask_n,
+        0,
+        K,
+        K,
+        R,
+        K,
+        1,
+        R,
+        1,
+        scaling,
+        "dense",
+        (),
+        1,
+        WEIGHT_DTYPE,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_R,
+        ONE_CHUNK,
+        OPERAND_DTYPE,
+        ACC_DTYPE,
+        DOT_PRECISION,
+        STAGES,
+    )
     magnitude = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(ACC_DTYPE)
     norm = root(squares, ACC_DTYPE)
     out = tl.load(row + 7) + offs_n
@@ -122,6 +118,7 @@ def grouped_norm(
     gain = torch.empty_like(norm)
     if not blocks:
         return norm, gain
+    aligned = all(number % 16 == 0 for row in layers for number in (*row[:3], row[5]))
     _grouped_norm_kernel[len(blocks),](
         _to_device(layers, torch.int64, norm.device),
         _to_device(list(scalings), how.accumulate, norm.device),
@@ -131,9 +128,9 @@ def grouped_norm(
         WEIGHT_DTYPE=TL_DTYPE[weights[0].dtype],
         ADAPTER_DTYPE=TL_DTYPE[lora_As[0].dtype],
         MAGNITUDE_DTYPE=TL_DTYPE[magnitudes[0].dtype],
-        ALIGNED=all(number % 16 == 0 for row in layers for number in (*row[:3], row[5])),
+        ALIGNED=aligned,
         R_MULTIPLE=math.gcd(16, *(row[6] for row in layers)),
-        STAGES=config.num_stages,
+        STAGES=config.num_stages if aligned else None,
         ONE_CHUNK=most_R <= tiles["BLOCK_R"],
         **how.dtypes(),
         **tiles,

@@ -200,13 +200,13 @@ def weight_stages(weight: Weight, config: configs.Config) -> int | None:
 
     None where that would cost more than it hides: the 64 codes that a thread looks up in the codebook, or HQQ's scale
     for every weight, would pass through shared memory too (135 KB, and one program a multiprocessor instead of two),
-    HQQ's scale for every group would spill (128 bytes a thread on sm_120), and what is not contiguous along K is loaded
-    as before, but copied once more.
+    HQQ's scale for every group would spill (128 bytes a thread on sm_120), and what is not loaded in whole vectors is
+    loaded as before, but copied once more.
     """
     rows, weight_format, _, _ = parts(weight)
     if weight_format in ("codebook4", "hqq4"):
         return None
-    if weight_format in (DENSE, "row8") and rows[0].stride(1) != 1:
+    if weight_format in (DENSE, "row8") and (rows[0].stride(1) != 1 or rows[0].stride(0) % 16):
         return None
     return config.num_stages
 

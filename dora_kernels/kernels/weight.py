@@ -11,7 +11,15 @@ import triton
 import triton.language as tl
 
 from dora_kernels.configs import ceil_div
-from dora_kernels.kernels.common import Launch, block_offsets, known_multiple, low_rank_tile, rank_multiple
+from dora_kernels.kernels.common import (
+    Launch,
+    add_chunk,
+    block_offsets,
+    known_multiple,
+    load_tile,
+    low_rank_tile,
+    rank_multiple,
+)
 from dora_kernels.kernels.quant import arguments, weight_config, weight_stages, weight_tile
 from dora_kernels.quant import Weight
 
@@ -76,6 +84,95 @@ def direction_tile(
 
 
 @triton.jit
+def row_squares(
+    weight_ptrs,  # (N, K), in the storage of its format
+    weight_numbers,
+    lora_A_ptr,  # (R, K)
+    lora_B_ptr,  # (N, R)
+    offs_n,
+    mask_n,
+    start,
+    end,
+    K,
+    R,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    scaling,
+    FORMAT: tl.constexpr,
+    SIZES: tl.constexpr,
+    GROUP: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    OPERAND_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """sum over k from start to end of (weight + scaling * lora_B @ lora_A)[offs_n, k]^2."""
+    squares = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
+    if FORMAT == "dense" and not ONE_CHUNK and STAGES is not None:
+        # one loop over k and r: Triton pipelines innermost loops only. Each step would wait twice, for the weight and
+        # for the first chunks; here the weight comes with the last chunk, and the masks ask for nothing before
+        chunks = tl.cdiv(R, BLOCK_R)
+        steps = tl.cdiv((end - start).to(tl.int32), BLOCK_K) * chunks
+        product = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC_DTYPE)
+        for step in tl.range(0, steps, num_stages=STAGES):
+            chunk = step % chunks
+            last = chunk == chunks - 1
+            offs_k = start + (step // chunks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < K
+            mask_k_if_last = offs_k < tl.where(last, K, 0)
+            w = load_tile(weight_ptrs[0], offs_n, offs_k, mask_n, mask_k_if_last, weight_numbers[0], weight_numbers[1])
+            product = add_chunk(
+                product, lora_B_ptr, lora_A_ptr, chunk * BLOCK_R, offs_n, offs_k, mask_n, mask_k, R,
+                stride_bn, stride_br, stride_ak, stride_ar, BLOCK_R, OPERAND_DTYPE, ACC_DTYPE, DOT_PRECISION,
+            )  # fmt: skip
+            if last:
+                direction = w.to(ACC_DTYPE) + scaling * product
+                squares += tl.sum(tl.where(mask_k[None, :], direction * direction, 0.0), axis=1)
+                product = tl.zeros([BLOCK_N, BLOCK_K], dtype=ACC_DTYPE)
+    else:
+        for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
+            _, direction = direction_tile(
+                weight_ptrs,
+                weight_numbers,
+                lora_A_ptr,
+                lora_B_ptr,
+                offs_n,
+                mask_n,
+                k,
+                K,
+                R,
+                stride_ar,
+                stride_ak,
+                stride_bn,
+                stride_br,
+                scaling,
+                FORMAT,
+                SIZES,
+                GROUP,
+                WEIGHT_DTYPE,
+                True,
+                BLOCK_N,
+                BLOCK_K,
+                BLOCK_R,
+                ONE_CHUNK,
+                OPERAND_DTYPE,
+                ACC_DTYPE,
+                DOT_PRECISION,
+            )
+            # columns past K are zero in weight and lora_A, but not in the product where lora_B is inf or NaN
+            mask_k = k + tl.arange(0, BLOCK_K) < K
+            squares += tl.sum(tl.where(mask_k[None, :], direction * direction, 0.0), axis=1)
+    return squares
+
+
+@triton.jit
 def _norm_kernel(
     weight_ptrs,  # (N, K), in the storage of its format
     weight_numbers,
@@ -115,39 +212,35 @@ def _norm_kernel(
     mask_n = offs_n < N
     start = split * columns_per_split
     end = tl.minimum(start + columns_per_split, K)
-    squares = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
-    for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
-        _, direction = direction_tile(
-            weight_ptrs,
-            weight_numbers,
-            lora_A_ptr,
-            lora_B_ptr,
-            offs_n,
-            mask_n,
-            k,
-            K,
-            R,
-            stride_ar,
-            stride_ak,
-            stride_bn,
-            stride_br,
-            scaling,
-            FORMAT,
-            SIZES,
-            GROUP,
-            WEIGHT_DTYPE,
-            True,
-            BLOCK_N,
-            BLOCK_K,
-            BLOCK_R,
-            ONE_CHUNK,
-            OPERAND_DTYPE,
-            ACC_DTYPE,
-            DOT_PRECISION,
-        )
-        # columns past K are zero in weight and lora_A, but not in the product where lora_B is inf or NaN
-        mask_k = k + tl.arange(0, BLOCK_K) < K
-        squares += tl.sum(tl.where(mask_k[None, :], direction * direction, 0.0), axis=1)
+    squares = row_squares(
+        weight_ptrs,
+        weight_numbers,
+        lora_A_ptr,
+        lora_B_ptr,
+        offs_n,
+        mask_n,
+        start,
+        end,
+        K,
+        R,
+        stride_ar,
+        stride_ak,
+        stride_bn,
+        stride_br,
+        scaling,
+        FORMAT,
+        SIZES,
+        GROUP,
+        WEIGHT_DTYPE,
+        BLOCK_N,
+        BLOCK_K,
+        BLOCK_R,
+        ONE_CHUNK,
+        OPERAND_DTYPE,
+        ACC_DTYPE,
+        DOT_PRECISION,
+        STAGES,
+    )
     tl.store(partial_ptr + split * N + offs_n, squares, mask=mask_n)
 
 
