@@ -1,0 +1,247 @@
+"""Is a GEMM of our own worth it? Right at all, percent of cuBLAS, work hidden beside it: a minute on a Hopper GPU.
+
+    python -m bench.probe                                   # into bench/results/<gpu>/probe.json
+    python -m bench.probe --seconds 50 --shape 8192 4096 4096 64
+
+The package's forward pass is a GEMM of the vendor's and a pass over its result, and the bytes of that pass are its
+floor. Two things go past it: one kernel for both (bench/gluon), and memory-bound work beside a GEMM (bench/beside.py).
+This measures whether they pay, most worth first. Each section has a process apart, which is killed where it hangs; the
+file is whole after every row. What the machine cannot do is a row with the reason. The last lines are the decisions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench import beside
+from bench.apart import Attempt, Row, make
+from bench.gluon.candidates import Candidate, Inputs, check_variant, sizes, time_candidates
+from bench.gluon.gemm import VARIANTS, why_not_gluon
+from bench.machine import ROOT, device_folder, meta
+from bench.report import write
+from bench.shapes import Case
+
+FIRST_SHAPE = (8192, 4096, 4096, 64)
+OTHER_SHAPES = ((8192, 14336, 4096, 384), (8192, 8192, 8192, 64), (8192, 4096, 14336, 16))
+# few steps and tiles; tails everywhere; R of several steps; a tile with almost no rows and a long reduction
+CHECKED_SHAPES = ((512, 512, 512, 16), (1000, 1032, 520, 64), (640, 768, 1024, 384), (136, 264, 4096, 8))
+
+# The stop rules, set before anything was measured. Two outputs in percent of cuBLAS' one: below this the fused forward
+# pass costs more than the pass that it saves, which would take 34 us on an H200 and 45 us on an H100 at FIRST_SHAPE.
+LEAST_PERCENT = {"H200": 93.0, "H100": 91.5}
+GRID_TOLERANCE = 0.01  # fewer programs may be slower than one a multiprocessor by this
+LEAST_HIDDEN = 0.6  # of the work's time
+
+
+@dataclass
+class Probe:
+    """What to measure, and the rows so far, by which later sections know what is right."""
+
+    case: Case
+    others: tuple[Case, ...] = ()
+    rows: list[Row] = field(default_factory=list)
+
+    def right(self, variant: str) -> bool:
+        """Whether all checks of the variant were made, and went well."""
+        checks = [row["ok"] for row in self.rows if row["section"] == "right" and row.get("variant") == variant]
+        return len(checks) == len(CHECKED_SHAPES) + 1 and all(checks)
+
+
+def right(probe: Probe) -> list[Attempt]:
+    """Each variant at the small shapes and at the first one."""
+    if reason := why_not_gluon():
+        return [Attempt("Gluon", functools.partial(iter, [{"left_out": reason}]))]
+    cases = [Case(*shape, "bf16", "cuda") for shape in CHECKED_SHAPES] + [probe.case]
+    return [Attempt(name, functools.partial(check_variant, name, cases)) for name in VARIANTS]
+
+
+def percent(probe: Probe) -> list[Attempt]:
+    """The variants, and the first one in other orders of tiles, against cuBLAS at the first shape."""
+    candidates = [Candidate(name) for name in VARIANTS]
+    candidates += [Candidate("two outputs", group_m=4), Candidate("two outputs", group_m=16)]
+    return [_against_cublas(probe, probe.case, [*candidates, Candidate("dx", adapter=False)])]
+
+
+def grid(probe: Probe) -> list[Attempt]:
+    """A program a multiprocessor against fewer, and how many cuBLAS itself launches."""
+    kinds = ({"variant": "two outputs"}, {"variant": "one output"}, {"variant": "dx", "adapter": False})
+    programs = (None, beside.FEWER_PROGRAMS)
+    candidates = [Candidate(**kind, programs=count) for kind in kinds for count in programs]
+    counting = Attempt("cuBLAS", functools.partial(cublas_kernels, probe.case), needs=3)
+    return [_against_cublas(probe, probe.case, candidates), counting]
+
+
+def overlap(probe: Probe) -> list[Attempt]:
+    """Each mechanism in an attempt of its own: what one of them breaks, it breaks alone."""
+    names = [name for name in beside.MECHANISMS if not name.startswith("own") or probe.right("dx")]
+    return [Attempt(name, functools.partial(beside.measure_mechanism, name, probe.case), needs=4) for name in names]
+
+
+def other_shapes(probe: Probe) -> list[Attempt]:
+    """Percent of cuBLAS elsewhere."""
+    candidates = [Candidate("two outputs"), Candidate("one output"), Candidate("dx", adapter=False)]
+    return [_against_cublas(probe, case, candidates) for case in probe.others]
+
+
+SECTIONS: dict[str, Callable[[Probe], list[Attempt]]] = {
+    section.__name__: section for section in (right, percent, grid, overlap, other_shapes)
+}
+
+
+def _against_cublas(probe: Probe, case: Case, candidates: Sequence[Candidate]) -> Attempt:
+    """What is not right is not timed."""
+    usable = [candidate for candidate in candidates if probe.right(candidate.variant)]
+    run = functools.partial(time_candidates, case, usable)
+    return Attempt(f"{case.M} x {case.N} x {case.K}", run, needs=4)
+
+
+def cublas_kernels(case: Case) -> Iterator[Row]:
+    """Name, grid and block of what torch's product launches, forward and for dx."""
+    for call, nn in (("cuBLAS", False), ("cuBLAS dx", True)):
+        inputs = Inputs.random(case, nn)
+        yield {"call": call, **sizes(case), "kernels": beside.kernels_of(inputs.product)}
+
+
+def decisions(device: str, probe: Probe) -> list[str]:
+    """The most telling numbers, a line each, with what follows from them by the stop rules."""
+    rows = [row for row in probe.rows if sizes(probe.case).items() <= row.items()]
+    checks = [row for row in probe.rows if row["section"] == "right" and "variant" in row]
+    wrong = sorted({row["variant"] for row in checks if not row["ok"]})
+    lines = [f"right: {sum(row['ok'] for row in checks)} of {len(checks)} checks; wrong: {', '.join(wrong) or '-'}"]
+    lines += _fused_forward(device, [row for row in rows if row["section"] == "percent" and "us" in row])
+    lines += _fewer_programs([row for row in rows if row["section"] == "grid" and "variant" in row])
+    for row in rows:
+        if row["section"] == "grid" and "kernels" in row:
+            lines += [f"{row['call']} launches {one['grid']}: {one['name'][:60]}" for one in row["kernels"]]
+    return lines + _beside(probe.rows)
+
+
+def _fused_forward(device: str, rows: Sequence[Row]) -> list[str]:
+    by_name = {row["candidate"]: row for row in rows}
+    two = [row for row in rows if row.get("variant", "").startswith("two outputs")]
+    lines = []
+    if two:
+        best = max(two, key=lambda row: row["percent"])
+        least = next((value for card, value in LEAST_PERCENT.items() if card in device), None)
+        verdict = "no rule for this card"
+        if least is not None:
+            verdict = f"FUSED FORWARD: {'yes' if best['percent'] >= least else 'no'}, the rule is {least}%"
+        lines.append(f"{best['candidate']}: {best['percent']:.1f}% of cuBLAS with its one; {verdict}")
+        separate = by_name["cuBLAS + epilogue"]["us"]
+        lines.append(
+            f"one kernel {best['us']:.1f} us, cuBLAS + epilogue {separate:.1f} us, saved {separate - best['us']:.1f} us"
+        )
+    for name in ("one output", Candidate("dx", adapter=False).name):
+        lines += [f"{name}: {by_name[name]['percent']:.1f}% of cuBLAS"] if name in by_name else []
+    return lines
+
+
+def _fewer_programs(rows: Sequence[Row]) -> list[str]:
+    us = {(row["variant"], row["programs"]): row["us"] for row in rows}
+    ratios = {
+        variant: us[variant, beside.FEWER_PROGRAMS] / us[variant, None]
+        for variant, programs in us
+        if programs is None and (variant, beside.FEWER_PROGRAMS) in us
+    }
+    if not ratios:
+        return []
+    shown = ", ".join(f"{variant} {100 * (ratio - 1):+.1f}%" for variant, ratio in ratios.items())
+    verdict = "yes" if max(ratios.values()) <= 1 + GRID_TOLERANCE else "no"
+    return [f"time on {beside.FEWER_PROGRAMS} programs: {shown}; WITHIN {GRID_TOLERANCE:.0%}: {verdict}"]
+
+
+def _beside(rows: Iterable[Row]) -> list[str]:
+    measured = [row for row in rows if row["section"] == "overlap" and "hidden" in row]
+    if not measured:
+        return []
+    lines = []
+    for name in dict.fromkeys(row["mechanism"] for row in measured):
+        best = max((row for row in measured if row["mechanism"] == name), key=lambda row: row["hidden"])
+        lines.append((best["hidden"], f"{name}: {best['saved_us']:+.1f} us, {_shares(best)}"))
+    lines.sort(reverse=True)
+    verdict = "yes" if lines[0][0] > LEAST_HIDDEN else "no"
+    return [f"{lines[0][1]}; WORK BESIDE A GEMM: {verdict}, the rule is above {LEAST_HIDDEN:.0%}"] + [
+        line for _, line in lines[1:2]
+    ]
+
+
+def _shares(row: Row) -> str:
+    return f"{row['hidden']:.0%} of {row['mebibytes']} MiB hidden ({row['overlapped']:.0%} overlapped)"
+
+
+def facts(commit: str | None) -> Iterator[Row]:
+    """What the first attempt finds out: meta of the device, or nothing where torch sees none."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+        yield {"meta": meta(device, commit) | {"multiprocessors": count}, "folder": device_folder(device)}
+
+
+def run(
+    probe: Probe,
+    out: pathlib.Path,
+    information: dict[str, Any],
+    seconds: float,
+    sections: dict[str, Callable[[Probe], list[Attempt]]] = SECTIONS,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """The sections in order, within `seconds`: their rows into probe.rows, and all of these into `out` after each."""
+    end = clock() + seconds
+    for name, section in sections.items():
+        start, before = clock(), len(probe.rows)
+        for attempt, row in make(section(probe), end - start, clock):
+            probe.rows.append({"section": name, "attempt": attempt.name, "ok": True} | row)
+            write(out, information | {"left_out": without_rows(sections, probe)}, probe.rows)
+        print(f"{name}: {len(probe.rows) - before} rows in {clock() - start:.0f} s", flush=True)
+
+
+def without_rows(sections: Iterable[str], probe: Probe) -> list[str]:
+    """The sections that nothing is known of."""
+    return [name for name in sections if name not in {row["section"] for row in probe.rows}]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, 1 where a row is not ok, 2 without a GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bench.probe", description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60, help="for the whole run (default: %(default)s)")
+    parser.add_argument("--out", type=pathlib.Path, help="default: bench/results/<gpu>/probe.json")
+    parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
+    parser.add_argument("--shape", type=int, nargs=4, default=FIRST_SHAPE, metavar=("M", "N", "K", "R"))
+    arguments = parser.parse_args(argv)
+    start = time.monotonic()
+    # asked in another process: this one must not use CUDA, or it could not be forked any more
+    asking = Attempt("facts", functools.partial(facts, arguments.commit), arguments.seconds)
+    found = [row for _, row in make([asking], arguments.seconds)]
+    if not found or "meta" not in found[0]:
+        print(f"bench.probe: {found[0]['reason'] if found else 'torch sees no GPU; expected one'}", file=sys.stderr)
+        return 1 if found else 2
+    information = found[0]["meta"]
+    out = arguments.out or ROOT / "bench" / "results" / found[0]["folder"] / "probe.json"
+    shapes = [tuple(arguments.shape), *(shape for shape in OTHER_SHAPES if shape != tuple(arguments.shape))]
+    first, *others = (Case(*shape, "bf16", "cuda") for shape in shapes)
+    probe, stopped = Probe(first, tuple(others)), False
+    try:
+        run(probe, out, information, arguments.seconds - (time.monotonic() - start))
+    except (KeyboardInterrupt, RuntimeError) as error:  # asked to end, or a process that cannot be killed
+        print(f"bench.probe: {type(error).__name__}: {error}", file=sys.stderr)
+        stopped = True
+    lines = decisions(str(information["device"]), probe)
+    write(out, information | {"left_out": without_rows(SECTIONS, probe), "decisions": lines}, probe.rows)
+    for row in probe.rows:
+        if not row["ok"] or "left_out" in row:
+            print(f"{row['section']}, {row['attempt']}: {row.get('reason') or row.get('left_out') or 'wrong'}")
+    print("\n".join(lines))
+    return 0 if not stopped and all(row["ok"] for row in probe.rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

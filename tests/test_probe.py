@@ -1,0 +1,346 @@
+"""The probe's flow without a GPU: the gate before the times, the budget, the file after each row, and what it decides.
+
+Launches of the Gluon kernels are stood in for by PyTorch; tests/test_gluon.py has the kernels.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import beside, probe
+from bench.apart import Attempt
+from bench.gluon import candidates
+from bench.gluon.candidates import Candidate, Inputs, check_variant, time_candidates
+from bench.gluon.gemm import VARIANTS
+from bench.probe import Probe, decisions
+from bench.shapes import Case
+from tests.problem import DEVICE
+
+ROOT = Path(__file__).parent.parent
+SMALL = Case(40, 48, 56, 8, "bf16", "cpu")
+FIRST = Case(*probe.FIRST_SHAPE, "bf16", "cuda")
+SIZES = {"M": 8192, "N": 4096, "K": 4096, "R": 64}
+
+
+def stand_in(variant, x, weight, gain, bias, y, z=None, low=None, lora=None, programs=None, group_m=8):
+    """bench.gluon.gemm.launcher, computed by PyTorch with one rounding."""
+
+    def launch():
+        product = x.double() @ (weight if variant.nn else weight.T).double()
+        if low is not None:
+            product += low.double() @ (lora if variant.nn else lora.T).double()
+        y.copy_(gain * product + bias)
+        if z is not None:
+            z.copy_(product)
+
+    return launch
+
+
+def without_the_adapter(variant, x, weight, gain, bias, y, z=None, low=None, lora=None, *rest):
+    return stand_in(variant, x, weight, gain, bias, y, z)
+
+
+def with_a_row_unwritten(*arguments, **options):
+    launch, y = stand_in(*arguments, **options), arguments[5]
+
+    def unwritten():
+        launch()
+        y[-1] = float("nan")
+
+    return unwritten
+
+
+def as_programs_are(variant, *arguments):
+    launch, y, programs = stand_in(variant, *arguments), arguments[4], arguments[8]
+
+    def otherwise():
+        launch()
+        if programs:
+            y[0, 0] = torch.nextafter(y[0, 0], y[0, 0] + 1)
+
+    return otherwise
+
+
+@pytest.mark.parametrize("variant", ["two outputs", "one output", "dx", "dx, two outputs"])
+def test_a_kernel_that_is_right_passes_the_check(monkeypatch, variant):
+    monkeypatch.setattr(candidates, "launcher", stand_in)
+    (row,) = check_variant(variant, [SMALL])
+    assert row["ok"] and row["same"], row
+    assert 0 < row["error"] < row["yardstick"]  # one rounding against two
+
+
+@pytest.mark.parametrize("broken", [without_the_adapter, with_a_row_unwritten, as_programs_are])
+def test_one_that_is_not_does_not(monkeypatch, broken):
+    monkeypatch.setattr(candidates, "launcher", broken)
+    for variant in ("two outputs", "dx"):
+        (row,) = check_variant(variant, [SMALL])
+        assert not row["ok"], row
+
+
+def test_the_inputs_of_dx_are_those_of_the_backward_pass():
+    inputs = Inputs.random(SMALL, nn=True)
+    assert inputs.x.shape == (40, 48) and inputs.weight.shape == (48, 56) and inputs.lora.shape == (8, 56)
+    assert inputs.product().shape == (40, 56) == inputs.results(torch.float64)["y"].shape
+
+
+def checked(*wrong: str) -> list[dict]:
+    """The rows of a section right in which all but these variants are."""
+    shapes = len(probe.CHECKED_SHAPES) + 1
+    return [
+        {"section": "right", "variant": name, "ok": name not in wrong or place > 0}
+        for name in VARIANTS
+        for place in range(shapes)
+    ]
+
+
+def test_only_what_is_right_everywhere_is_timed():
+    rows = checked("two outputs, one consumer")
+    partly = Probe(FIRST, (FIRST,), rows[:-1])  # the last check was not made
+    names = set(VARIANTS) - {"two outputs, one consumer", "dx, two outputs"}
+    (attempt,) = probe.percent(partly)
+    assert {candidate.variant for candidate in attempt.run.args[1]} == names
+    assert [attempt.name for attempt in probe.overlap(partly)] == list(beside.MECHANISMS)
+    for section in (probe.percent, probe.grid, probe.other_shapes):
+        assert section(Probe(FIRST, (FIRST,)))[0].run.args[1] == []
+    assert [attempt.name for attempt in probe.overlap(Probe(FIRST))] == [
+        name for name in beside.MECHANISMS if name.startswith("cuBLAS")
+    ]
+
+
+def test_a_triton_without_gluon_is_a_row_with_the_reason(monkeypatch):
+    monkeypatch.setattr(probe, "why_not_gluon", lambda: "no Gluon")
+    (attempt,) = probe.right(Probe(FIRST))
+    assert list(attempt.run()) == [{"left_out": "no Gluon"}]
+
+
+def test_candidates_are_timed_in_turn_with_cublas(monkeypatch):
+    monkeypatch.setattr(candidates, "launcher", stand_in)
+    monkeypatch.setattr(candidates, "capture", lambda call, pool: (SimpleNamespace(replay=call), None))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(candidates, "SECONDS_EACH", 0.1)
+    asked = [Candidate("two outputs"), Candidate("two outputs", group_m=4), Candidate("dx", 128, adapter=False)]
+    rows = {row["candidate"]: row for row in time_candidates(SMALL, asked)}
+    names = ["two outputs", "two outputs, groups of 4", "dx, 128 programs, no adapter"]
+    assert list(rows) == ["cuBLAS", "cuBLAS dx", "cuBLAS + epilogue", *names]
+    assert rows["cuBLAS"]["percent"] == rows["cuBLAS dx"]["percent"] == 100
+    dx = rows["dx, 128 programs, no adapter"]
+    assert (dx["variant"], dx["programs"], dx["adapter"]) == ("dx", 128, False)
+    assert dx["percent"] == pytest.approx(100 * rows["cuBLAS dx"]["us"] / dx["us"])
+    two = rows["two outputs"]
+    assert two["percent"] == pytest.approx(100 * rows["cuBLAS"]["us"] / two["us"])
+    assert two["teraflops"] == pytest.approx(2e-6 * 40 * 48 * 56 / two["us"])
+
+
+# --- work beside a GEMM
+
+
+def test_the_reader_reads_all_of_it():
+    source = torch.randn(5 * beside.BLOCK, device=DEVICE).bfloat16()
+    sums = torch.full((3,), float("nan"), device=DEVICE)
+    beside.read_kernel[(3,)](source, sums, 5, beside.BLOCK, beside.STAGES, num_warps=8)
+    blocks = source.double().view(5, -1).sum(1)
+    exact = torch.stack([blocks[0] + blocks[3], blocks[1] + blocks[4], blocks[2]])
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-4, atol=1e-2)
+
+
+ALONE = """
+import os, torch
+from bench import beside, probe
+child = os.fork()
+if child == 0:
+    os._exit(torch.cuda._is_in_bad_fork())
+assert os.waitpid(child, 0)[1] == 0, "importing bench.probe has used CUDA"
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+signature = {"source_ptr": "*bf16", "sums_ptr": "*fp32", "blocks": "i32", "BLOCK": "constexpr", "STAGES": "constexpr"}
+constants = {(3,): beside.BLOCK, (4,): beside.STAGES}
+source = ASTSource(beside.read_kernel, signature, constants, {(0,): [["tt.divisibility", 16]]})
+kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+print(kernel.metadata.shared, "cp.async.cg" in kernel.asm["ptx"])
+"""
+
+
+def test_importing_it_leaves_cuda_to_its_forks_and_no_program_of_a_gemm_fits_beside_the_reader():
+    """One process for both: it starts in five seconds."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], env=env | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    shared, asynchronous = done.stdout.split()
+    # 228 KiB a multiprocessor, and the smallest GEMM above takes more than half of them
+    assert 116 << 10 < int(shared) <= 227 << 10 and asynchronous == "True", done.stdout + done.stderr
+
+
+def test_what_running_at_once_saves():
+    us = {"cublas": 400.0, "work": 50.0, "in_turn": 452.0, "gemm": 410.0, "beside": 300.0, "both": 422.0}
+    found = beside.savings(us)
+    assert found == {"saved_us": 30.0, "hidden": 0.6, "overlapped": pytest.approx(288 / 300)}
+
+
+def test_a_mechanism_is_measured(monkeypatch):
+    """The order of calls of each step, without streams."""
+    calls = []
+
+    def forked(branches):
+        calls.append(tuple(name for name, _ in branches))
+        for _, step in branches:
+            step()
+
+    monkeypatch.setattr(beside, "_forked", forked)
+    monkeypatch.setattr(beside, "reader", lambda source, programs: functools.partial(calls.append, programs))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    mechanism = beside.Mechanism(lambda: calls.append("gemm"), free=8, streams=("main", "side"))
+    source = torch.zeros(1 << 20, dtype=torch.bfloat16)
+    row = beside.measure(mechanism, lambda: calls.append("cublas"), source, 0.05)
+    assert (
+        row["mebibytes"] == 2
+        and row["free"] == 8
+        and set(row["us"])
+        == {
+            "cublas",
+            "work",
+            "in_turn",
+            "gemm",
+            "beside",
+            "both",
+        }
+    )
+    assert row["saved_us"] == row["us"]["in_turn"] - row["us"]["both"]
+    warm_up = ["cublas"] * 3 + [132] * 3 + ["cublas", 132] * 3
+    warm_up += [("main",), "gemm"] * 3 + [("side",), 8] * 3 + [("side", "main"), 8, "gemm"] * 3
+    assert calls[: len(warm_up)] == warm_up
+
+
+def test_a_mechanism_that_is_not_there_is_a_row_with_the_reason(monkeypatch):
+    def missing(inputs, mm):
+        raise AttributeError("no such function")
+
+    monkeypatch.setitem(beside.MECHANISMS, "cuBLAS, SM target 128", missing)
+    (row,) = beside.measure_mechanism("cuBLAS, SM target 128", SMALL)
+    assert row == {"mechanism": "cuBLAS, SM target 128", "left_out": "AttributeError: no such function"}
+
+
+def test_the_kernels_of_a_trace():
+    kernel = {"cat": "kernel", "args": {"grid": [132, 1, 1], "block": [384, 1, 1], "stream": 7}}
+    events = [kernel | {"name": "second", "ts": 9.0}, {"cat": "cpu_op", "name": "aten::mm", "ts": 1.0}]
+    found = beside.kernels_in({"traceEvents": [*events, kernel | {"name": "first", "ts": 2.0}]})
+    assert [one["name"] for one in found] == ["first", "second"]
+    assert found[0] == {"name": "first", "grid": [132, 1, 1], "block": [384, 1, 1]}
+
+
+# --- the run
+
+
+def some_rows(*found):
+    return functools.partial(iter, found)
+
+
+def hang():
+    yield {"n": 1}
+    time.sleep(60)
+
+
+def test_the_file_is_whole_after_every_row_and_the_time_is_kept(tmp_path, monkeypatch):
+    written = []
+    write = probe.write
+    monkeypatch.setattr(probe, "write", lambda *arguments: (write(*arguments), written.append(arguments[2][-1])))
+    sections = {
+        "two": lambda found: [Attempt("a", some_rows({"n": 1}, {"n": 2}))],
+        "hangs": lambda found: [Attempt("b", hang, silence=1), Attempt("c", some_rows({"n": len(found.rows)}))],
+        "late": lambda found: [Attempt("d", some_rows({"n": 4}), needs=30)],
+    }
+    found, out = Probe(FIRST), tmp_path / "probe.json"
+    probe.run(found, out, {"device": "a GPU"}, 20, sections)
+    content = json.loads(out.read_text())
+    assert content["meta"] == {"device": "a GPU", "left_out": ["late"]}
+    assert content["rows"] == found.rows
+    assert [(row["section"], row["attempt"], row["ok"], row.get("n")) for row in content["rows"]] == [
+        ("two", "a", True, 1),
+        ("two", "a", True, 2),
+        ("hangs", "b", True, 1),
+        ("hangs", "b", False, None),
+        ("hangs", "c", True, 2),  # what was known when the section began
+    ]
+    assert len(written) == 5
+
+
+def test_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert probe.main([]) == 2
+    assert capsys.readouterr().err == "bench.probe: torch sees no GPU; expected one\n"
+
+
+# --- the decisions
+
+
+def timed(section: str, candidate: Candidate | str, us: float, percent: float = 100.0) -> dict:
+    named = vars(candidate) | {"candidate": candidate.name} if isinstance(candidate, Candidate) else {}
+    return {"section": section, "ok": True, "candidate": candidate, **named, **SIZES, "us": us, "percent": percent}
+
+
+def measured(percent: float, fewer: float, hidden: float) -> Probe:
+    """All rows of a run in which these came out."""
+    dx = Candidate("dx", adapter=False)
+    rows = checked() + [
+        timed("percent", "cuBLAS", 400.0),
+        timed("percent", "cuBLAS + epilogue", 445.0),
+        timed("percent", Candidate("two outputs"), 440.0, percent - 1),
+        timed("percent", Candidate("two outputs", group_m=4), 430.0, percent),
+        timed("percent", Candidate("one output"), 410.0, 97.5),
+        timed("percent", Candidate("dx, two outputs"), 410.0, 99.9),
+        timed("percent", dx, 405.0, 98.7),
+        timed("grid", dx, 400.0),
+        timed("grid", Candidate("dx", 128, adapter=False), 400.0 * fewer),
+        timed("grid", "cuBLAS dx", 400.0),
+    ]
+    kernel = {"name": "nvjet_128x256", "grid": [132, 1, 1], "block": [384, 1, 1]}
+    rows.append({"section": "grid", "ok": True, "call": "cuBLAS", **SIZES, "kernels": [kernel]})
+    for name, mebibytes, share in (("plain", 64, -0.9), ("own", 64, hidden - 0.2), ("own", 128, hidden)):
+        row = {"section": "overlap", "ok": True, "mechanism": name, **SIZES, "mebibytes": mebibytes}
+        rows.append(row | {"hidden": share, "overlapped": 0.95, "saved_us": 40 * share})
+    return Probe(FIRST, rows=rows)
+
+
+def test_the_decisions_where_all_goes_well():
+    assert decisions("NVIDIA H200", measured(93.0, 1.01, 0.61)) == [
+        "right: 35 of 35 checks; wrong: -",
+        "two outputs, groups of 4: 93.0% of cuBLAS with its one; FUSED FORWARD: yes, the rule is 93.0%",
+        "one kernel 430.0 us, cuBLAS + epilogue 445.0 us, saved 15.0 us",
+        "one output: 97.5% of cuBLAS",
+        "dx, no adapter: 98.7% of cuBLAS",
+        "time on 128 programs: dx +1.0%; WITHIN 1%: yes",
+        "cuBLAS launches [132, 1, 1]: nvjet_128x256",
+        "own: +24.4 us, 61% of 128 MiB hidden (95% overlapped); WORK BESIDE A GEMM: yes, the rule is above 60%",
+        "plain: -36.0 us, -90% of 64 MiB hidden (95% overlapped)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "device, percent, fewer, hidden, expected",
+    [
+        ("NVIDIA H200", 92.9, 1.0, 0.7, ("FUSED FORWARD: no", "1%: yes", "GEMM: yes")),
+        ("NVIDIA H100 80GB HBM3", 91.5, 1.0, 0.7, ("FUSED FORWARD: yes", "1%: yes", "GEMM: yes")),
+        ("NVIDIA H100 80GB HBM3", 91.4, 1.02, 0.7, ("FUSED FORWARD: no", "1%: no", "GEMM: yes")),
+        ("NVIDIA B200", 99.0, 0.98, 0.6, ("no rule for this card", "1%: yes", "GEMM: no")),
+    ],
+)
+def test_the_stop_rules(device, percent, fewer, hidden, expected):
+    lines = "\n".join(decisions(device, measured(percent, fewer, hidden)))
+    for verdict in expected:
+        assert verdict in lines, lines
+
+
+def test_decisions_of_what_is_there():
+    assert decisions("NVIDIA H200", Probe(FIRST)) == ["right: 0 of 0 checks; wrong: -"]
+    assert decisions("NVIDIA H200", Probe(FIRST, rows=checked("dx"))) == ["right: 34 of 35 checks; wrong: dx"]
