@@ -112,70 +112,66 @@ def cublas_kernels(case: Case) -> Iterator[Row]:
 
 
 def decisions(device: str, probe: Probe) -> list[str]:
-    """The most telling numbers, a line each, with what follows from them by the stop rules."""
+    """The most telling numbers, eight lines at most, with what follows from them by the stop rules."""
     rows = [row for row in probe.rows if sizes(probe.case).items() <= row.items()]
     checks = [row for row in probe.rows if row["section"] == "right" and "variant" in row]
     wrong = sorted({row["variant"] for row in checks if not row["ok"]})
     lines = [f"right: {sum(row['ok'] for row in checks)} of {len(checks)} checks; wrong: {', '.join(wrong) or '-'}"]
-    lines += _fused_forward(device, [row for row in rows if row["section"] == "percent" and "us" in row])
+    least = None
+    if probe.case == Case(*FIRST_SHAPE, "bf16", "cuda"):
+        least = next((value for card, value in LEAST_PERCENT.items() if card in device), None)
+    lines += _fused_forward(least, [row for row in rows if row["section"] == "percent" and "us" in row])
     lines += _fewer_programs([row for row in rows if row["section"] == "grid" and "variant" in row])
-    for row in rows:
-        if row["section"] == "grid" and "kernels" in row:
-            lines += [f"{row['call']} launches {one['grid']}: {one['name'][:60]}" for one in row["kernels"]]
-    return lines + _beside(probe.rows)
+    launched = [row for row in rows if row["section"] == "grid" and "kernels" in row]
+    shown = [f"{row['call']} {one['grid']} {one['name'][:40]}" for row in launched for one in row["kernels"]]
+    lines += [f"grids: {', '.join(shown)}"] if shown else []
+    return lines + _beside([row for row in rows if row["section"] == "overlap" and "hidden" in row])
 
 
-def _fused_forward(device: str, rows: Sequence[Row]) -> list[str]:
+def _fused_forward(least: float | None, rows: Sequence[Row]) -> list[str]:
     by_name = {row["candidate"]: row for row in rows}
     two = [row for row in rows if row.get("variant", "").startswith("two outputs")]
     lines = []
     if two:
         best = max(two, key=lambda row: row["percent"])
-        least = next((value for card, value in LEAST_PERCENT.items() if card in device), None)
-        verdict = "no rule for this card"
+        verdict = "no rule for this card and shape"
         if least is not None:
-            verdict = f"FUSED FORWARD: {'yes' if best['percent'] >= least else 'no'}, the rule is {least}%"
+            verdict = f"FUSED FORWARD: {_yes(best['percent'] >= least)}, the rule is {least}%"
         lines.append(f"{best['candidate']}: {best['percent']:.1f}% of cuBLAS with its one; {verdict}")
         separate = by_name["cuBLAS + epilogue"]["us"]
         lines.append(
             f"one kernel {best['us']:.1f} us, cuBLAS + epilogue {separate:.1f} us, saved {separate - best['us']:.1f} us"
         )
-    for name in ("one output", Candidate("dx", adapter=False).name):
-        lines += [f"{name}: {by_name[name]['percent']:.1f}% of cuBLAS"] if name in by_name else []
-    return lines
+    single = [name for name in ("one output", Candidate("dx", adapter=False).name) if name in by_name]
+    shown = ", ".join(f"{name} {by_name[name]['percent']:.1f}%" for name in single)
+    return lines + ([f"of cuBLAS: {shown}"] if single else [])
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _fewer_programs(rows: Sequence[Row]) -> list[str]:
+    """By dx, beside which there would be work; the others are shown."""
+    fewer = beside.FEWER_PROGRAMS
     us = {(row["variant"], row["programs"]): row["us"] for row in rows}
-    ratios = {
-        variant: us[variant, beside.FEWER_PROGRAMS] / us[variant, None]
-        for variant, programs in us
-        if programs is None and (variant, beside.FEWER_PROGRAMS) in us
-    }
-    if not ratios:
+    slower = {name: us[name, fewer] / us[name, None] - 1 for name, count in us if count is None and (name, fewer) in us}
+    if "dx" not in slower:
         return []
-    shown = ", ".join(f"{variant} {100 * (ratio - 1):+.1f}%" for variant, ratio in ratios.items())
-    verdict = "yes" if max(ratios.values()) <= 1 + GRID_TOLERANCE else "no"
-    return [f"time on {beside.FEWER_PROGRAMS} programs: {shown}; WITHIN {GRID_TOLERANCE:.0%}: {verdict}"]
+    shown = ", ".join(f"{name} {100 * value:+.1f}%" for name, value in slower.items())
+    return [f"time on {fewer} programs: {shown}; WITHIN {GRID_TOLERANCE:.0%}: {_yes(slower['dx'] <= GRID_TOLERANCE)}"]
 
 
-def _beside(rows: Iterable[Row]) -> list[str]:
-    measured = [row for row in rows if row["section"] == "overlap" and "hidden" in row]
-    if not measured:
-        return []
+def _beside(rows: Sequence[Row]) -> list[str]:
+    """The best mechanism, and the best with a GEMM of our own."""
     lines = []
-    for name in dict.fromkeys(row["mechanism"] for row in measured):
-        best = max((row for row in measured if row["mechanism"] == name), key=lambda row: row["hidden"])
-        lines.append((best["hidden"], f"{name}: {best['saved_us']:+.1f} us, {_shares(best)}"))
-    lines.sort(reverse=True)
-    verdict = "yes" if lines[0][0] > LEAST_HIDDEN else "no"
-    return [f"{lines[0][1]}; WORK BESIDE A GEMM: {verdict}, the rule is above {LEAST_HIDDEN:.0%}"] + [
-        line for _, line in lines[1:2]
-    ]
-
-
-def _shares(row: Row) -> str:
-    return f"{row['hidden']:.0%} of {row['mebibytes']} MiB hidden ({row['overlapped']:.0%} overlapped)"
+    for what, few in (("WORK BESIDE A GEMM", rows), ("OUR GEMM FOR IT", [r for r in rows if "own" in r["mechanism"]])):
+        if few:
+            best = max(few, key=lambda row: row["hidden"])
+            verdict = f"{what}: {_yes(best['hidden'] > LEAST_HIDDEN)}, the rule is above {LEAST_HIDDEN:.0%}"
+            shares = f"{best['hidden']:.0%} of {best['mebibytes']} MiB hidden, {best['overlapped']:.0%} overlapped"
+            lines.append(f"{best['mechanism']}: {best['saved_us']:+.1f} us, {shares}; {verdict}")
+    return lines
 
 
 def facts(commit: str | None) -> Iterator[Row]:
