@@ -115,8 +115,9 @@ def decisions(device: str, probe: Probe) -> list[str]:
     """The most telling numbers, eight lines at most, with what follows from them by the stop rules."""
     rows = [row for row in probe.rows if sizes(probe.case).items() <= row.items()]
     checks = [row for row in probe.rows if row["section"] == "right" and "variant" in row]
-    wrong = sorted({row["variant"] for row in checks if not row["ok"]})
-    lines = [f"right: {sum(row['ok'] for row in checks)} of {len(checks)} checks; wrong: {', '.join(wrong) or '-'}"]
+    failed = [row for row in probe.rows if row["section"] == "right" and not row["ok"]]
+    wrong = dict.fromkeys(row.get("variant") or row["attempt"] for row in failed)  # wrong, or killed
+    lines = [f"right: {sum(row['ok'] for row in checks)} of {len(checks)} checks; wrong: {'; '.join(wrong) or '-'}"]
     least = None
     if probe.case == Case(*FIRST_SHAPE, "bf16", "cuda"):
         least = next((value for card, value in LEAST_PERCENT.items() if card in device), None)
@@ -234,7 +235,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     write(out, information | {"left_out": without_rows(SECTIONS, probe), "decisions": lines}, probe.rows)
     for row in probe.rows:
         if not row["ok"] or "left_out" in row:
-            print(f"{row['section']}, {row['attempt']}: {row.get('reason') or row.get('left_out') or 'wrong'}")
+            reason = row.get("reason") or row.get("left_out") or "wrong"
+            print(f"{row['section']}, {row['attempt']}: {reason.splitlines()[0]}")
     print("\n".join(lines))
     return 0 if not stopped and all(row["ok"] for row in probe.rows) else 1
 

@@ -345,6 +345,9 @@ def test_the_stop_rules(device, percent, fewer, hidden, expected):
 def test_decisions_of_what_is_there():
     assert decisions("NVIDIA H200", Probe(FIRST)) == ["right: 0 of 0 checks; wrong: -"]
     assert decisions("NVIDIA H200", Probe(FIRST, rows=checked("dx"))) == ["right: 34 of 35 checks; wrong: dx"]
+    killed = {"section": "right", "attempt": "one output", "ok": False, "reason": "killed: hangs after 15 s"}
+    rows = [row for row in checked() if row["variant"] != "one output"] + [killed]
+    assert decisions("NVIDIA H200", Probe(FIRST, rows=rows)) == ["right: 30 of 30 checks; wrong: one output"]
 
 
 def test_the_rule_holds_at_its_own_shape_only():
