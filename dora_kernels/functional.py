@@ -338,6 +338,9 @@ class _DoraLinear(torch.autograd.Function):
                 *tensors,
             )
             ctx.mark_non_differentiable(new_norm, new_gain)
+            if not torch.compiler.is_compiling():  # which does not know the method
+                # or autograd makes zeros for norm and gain, two launches in every backward pass
+                ctx.set_materialize_grads(False)
             ctx.settings = settings
             ctx.low_given = given_low is not None
             ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
@@ -350,7 +353,9 @@ class _DoraLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # what y went into gave it no gradient
+            return (None,) * len(ctx.needs_input_grad)
         x, lora_A, lora_B, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
         settings = ctx.settings
         needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, *others = ctx.needs_input_grad

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dora_kernels
 from dora_kernels import launch, ops
@@ -194,6 +195,40 @@ def test_saved_tensors_are_freed_with_the_graph():
     del saved, y
     gc.collect()
     assert not any(reference() is not None for reference in references)
+
+
+def test_a_pass_is_one_operator():
+    """Autograd fills no gradients for norm and gain, which have none: that would be two launches on a GPU."""
+
+    class Operators(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if not operator.is_view:
+                called.append(operator._schema.name)
+            return operator(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    with Operators():
+        Problem.random(5, 40, 36, 6, torch.float32).run(core)
+    own = [name for name in called if name.startswith("dora_kernels::")]
+    assert own == ["dora_kernels::forward", "dora_kernels::backward"]
+    assert called[called.index("dora_kernels::forward") :] == own
+
+
+def test_an_output_without_a_gradient_gives_none():
+    class NoGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    problem = Problem.random(5, 40, 36, 6, torch.float32)
+    leaf = problem.x.clone().requires_grad_()
+    y = dora_kernels.dora_linear(leaf, problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
+    NoGradient.apply(y).sum().backward()
+    assert leaf.grad is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
