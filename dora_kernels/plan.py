@@ -118,7 +118,8 @@ def dx_steps(shape: Shape, way: str) -> dict[str, Step]:
 def backward_steps(shape: Shape, dx: str) -> dict[str, Step]:
     """The steps of one backward pass in which every gradient is wanted."""
     M, N, K, R = shape.M, shape.N, shape.K, shape.R
-    steps = {"P": Step(M * N, 2 * M * N * R), "dA": Step(M * K, 2 * M * K * R, launches=2)}
+    # a sum that is split to fill the device takes a second launch, to finish it: P's, too, up to some 8000 tokens
+    steps = {"P": Step(M * N, 2 * M * N * R, launches=2), "dA": Step(M * K, 2 * M * K * R, launches=2)}
     if outer_by_kernel(R, same_dtype=True):
         steps["token_sums"] = Step(2 * M * N, 2 * M * N * R, launches=2)
     else:  # dB by the GEMM library, which reads dy for itself
