@@ -13,7 +13,7 @@ from dora_kernels.reference import REFERENCE, Needs, Steps, add_product, base_pr
 def _device_model(tensor: Tensor) -> plan.Device:
     if tensor.device.type == "cpu":
         return plan.DEVICES["cpu"]
-    return plan.device_model(launch.device_facts(tensor.device).target)
+    return plan.device_model(launch.device_facts(tensor.device))
 
 
 def _low_rank_first(steps: Steps, base: torch.dtype, low_rank: torch.dtype, tensor: Tensor, must_split: bool) -> bool:

@@ -7,7 +7,8 @@ The constants of `DEVICES` are predictions where nothing else is said; their use
 same thing, so what matters is the ratio of bandwidth to FLOPs to launch cost.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -22,10 +23,15 @@ class Device:
     launch: float
 
 
-# H200: 4.3 TB/s copy and 790 TFLOP/s are published cuBLAS and copy measurements on random data; 4 us is the gap
-# between two kernels on the device, not the host's time for a launch (about 17 us, hidden from M of about 2000 on).
+# 790 TFLOP/s is a published cuBLAS measurement on random data; 4 us is the gap between two kernels on the device, not
+# the host's time for a launch (about 17 us, hidden from M of about 2000 on). Copies: 4.3 TB/s published for an H200,
+# 3.0 for an H100 SXM, whose HBM3 has 3.35 by its data sheet where the H200's HBM3e has 4.8.
 _H200 = Device(bandwidth=4.3e12, matmul=790e12, matmul_float32=50e12, launch=4e-6)
+_H100 = replace(_H200, bandwidth=3.0e12)
+# by the name that the driver gives a card, and for all other cards by target (launch.py)
 DEVICES = {
+    "NVIDIA H200": _H200,
+    "NVIDIA H100 80GB HBM3": _H100,
     "sm_80": Device(bandwidth=1.5e12, matmul=250e12, matmul_float32=18e12, launch=4e-6),
     "sm_90": _H200,
     "sm_100": Device(bandwidth=6.5e12, matmul=1500e12, matmul_float32=60e12, launch=4e-6),
@@ -36,9 +42,16 @@ DEVICES = {
 }
 
 
-def device_model(target: str) -> Device:
-    """The constants for a target of launch.py; the H200's for a GPU that is not listed."""
-    return DEVICES["cpu"] if target in ("cpu", "interpreter") else DEVICES.get(target, _H200)
+class Named(Protocol):
+    """What launch.DeviceFacts tells of a device."""
+
+    name: str
+    target: str
+
+
+def device_model(facts: Named) -> Device:
+    """The constants of a card by its name, else by its target; the H200's for a GPU that is not listed."""
+    return DEVICES.get(facts.name) or DEVICES.get(facts.target, _H200)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from dora_kernels import plan
+from dora_kernels.launch import DeviceFacts
 from dora_kernels.plan import Shape
 
-H200 = plan.DEVICES["sm_90"]
+H200, H100 = plan.DEVICES["NVIDIA H200"], plan.DEVICES["NVIDIA H100 80GB HBM3"]
 CPU = plan.DEVICES["cpu"]
 
 
@@ -97,9 +98,29 @@ def test_a_step_is_bound_by_bytes_or_by_flops():
     assert norm.seconds(shape, H200) == pytest.approx(2 * 4096 * 4096 / 4.3e12 + 8e-6)
 
 
-def test_an_unlisted_gpu_has_constants():
-    assert plan.device_model("sm_999") is H200
-    assert plan.device_model("interpreter") is CPU
+@pytest.mark.parametrize(
+    ("name", "target", "expected"),
+    [
+        ("NVIDIA H200", "sm_90", H200),
+        ("NVIDIA H100 80GB HBM3", "sm_90", H100),
+        ("NVIDIA H100 PCIe", "sm_90", plan.DEVICES["sm_90"]),
+        ("NVIDIA A100-SXM4-80GB", "sm_80", plan.DEVICES["sm_80"]),
+        ("Some GPU", "", H200),
+        ("cpu", "interpreter", CPU),
+        ("cpu", "", CPU),
+    ],
+)
+def test_the_constants_of_a_card_by_its_name_then_by_its_target(name, target, expected):
+    assert plan.device_model(DeviceFacts(name, target, 132)) is expected
+
+
+def test_a_card_with_less_bandwidth_takes_longer_over_bytes_alone():
+    shape = Shape(8192, 4096, 4096, 64, 2)
+    step = plan.forward_steps(shape, "split")["epilogue"]
+    bytes_alone = {device: step.seconds(shape, device) - device.launch for device in (H200, H100)}
+    assert bytes_alone[H100] / bytes_alone[H200] == pytest.approx(4.3 / 3.0)
+    gemm = plan.gemm(8192, 4096, 4096)
+    assert gemm.seconds(shape, H100) == gemm.seconds(shape, H200)
 
 
 def test_kernel_or_gemm_library():
