@@ -30,6 +30,19 @@ def device_folder(device: torch.device) -> str:
     return "-".join(device_name(device).lower().split()) if device.type == "cuda" else "cpu"
 
 
+def conditions(device: torch.device) -> dict[str, int | None]:
+    """Clock of the multiprocessors in MHz, power in W and temperature in degrees of a GPU now; None where unknown."""
+    readers = {"clock_mhz": torch.cuda.clock_rate, "power_w": torch.cuda.power_draw, "celsius": torch.cuda.temperature}
+    found: dict[str, int | None] = {}
+    for name, read in readers.items():
+        try:
+            value = read(device) if device.type == "cuda" else None
+            found[name] = value // 1000 if name == "power_w" and value is not None else value  # torch gives milliwatts
+        except Exception:  # no nvidia-ml-py, a driver that does not tell, or a build without a GPU
+            found[name] = None
+    return found
+
+
 def meta(device: torch.device, commit: str | None = None) -> dict[str, object]:
     """Where, when and with what. `commit` names the checkout where it is a copy without its .git folder."""
     names = ("torch", "triton", "peft", "transformers", "bitsandbytes")

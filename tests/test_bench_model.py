@@ -32,7 +32,8 @@ def test_every_variant_of_the_tiny_model(measured):
 
 
 def test_ours_agrees_with_peft_dora_and_nothing_else_does():
-    rows = {name: model.measure_variant("tiny", name, CPU, 0, 1) for name in model.VARIANTS}
+    base = model.base_model(model.PRESETS["tiny"], CPU)
+    rows = {name: model.measure_variant(base, "tiny", name, CPU, 0, 1) for name in model.VARIANTS}
     assert disagreement(rows["ours"], rows["peft_dora"]) is None
     for name in ("frozen", "peft_lora"):
         assert disagreement(rows[name], rows["peft_dora"]) is not None
@@ -40,15 +41,28 @@ def test_ours_agrees_with_peft_dora_and_nothing_else_does():
         assert difference > model.LOSS_TOLERANCE
 
 
+def test_a_variant_leaves_the_base_as_it_was():
+    base = model.base_model(model.PRESETS["tiny"], CPU)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    first = model.measure_variant(base, "tiny", "frozen", CPU, 0, 1)
+    for variant in ("ours", "peft_dora"):
+        assert model.measure_variant(base, "tiny", variant, CPU, 0, 1).ok
+        assert base.training and not any(parameter.requires_grad for parameter in base.parameters())
+        after = base.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert model.measure_variant(base, "tiny", "frozen", CPU, 0, 1).loss == first.loss
+
+
 def test_a_disagreement_takes_the_times_back(tmp_path, monkeypatch):
     losses = {"peft_dora": 10.0, "ours": 10.1}
 
-    def fake(preset, variant, *arguments):
+    def fake(base, preset, variant, *arguments):
         return ModelRow(
             variant, preset, seconds=1.0, repeats=[1.0], loss=losses[variant], gradient_norm=1.0, tokens_per_second=1.0
         )
 
     monkeypatch.setattr(model, "measure_variant", fake)
+    monkeypatch.setattr(model, "base_model", lambda *arguments: None)
     for order in (("peft_dora", "ours"), ("ours", "peft_dora")):
         theirs, ours = sorted(
             model.run("tiny", order, CPU, tmp_path / "a.json", 60, 1, {}), key=lambda row: row["variant"] == "ours"
@@ -59,27 +73,28 @@ def test_a_disagreement_takes_the_times_back(tmp_path, monkeypatch):
 
 
 def test_a_variant_that_raises_has_a_reason_and_no_time(monkeypatch):
-    def build(*arguments):
+    def adapted(*arguments):
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(model, "build", build)
-    row = model.measure_variant("tiny", "ours", CPU, 0, 1)
+    monkeypatch.setattr(model, "adapted", adapted)
+    row = model.measure_variant(None, "tiny", "ours", CPU, 0, 1)
     assert not row.ok and row.reason == "OutOfMemoryError: too large" and row.seconds is None
 
 
 def test_what_has_no_time_is_left_out(tmp_path, monkeypatch, capsys):
     now = [0.0]
 
-    def fake(preset, variant, device, seconds, repeats, clock):
+    def fake(base, preset, variant, device, seconds, repeats, clock):
         assert seconds == pytest.approx((15 - now[0]) / (4 - now[0] / 10))
         now[0] += 10
         return ModelRow(variant, preset, seconds=1.0, tokens_per_second=1.0, loss=1.0)
 
     monkeypatch.setattr(model, "measure_variant", fake)
+    monkeypatch.setattr(model, "base_model", lambda *arguments: None)
     rows = model.run("tiny", model.VARIANTS, CPU, tmp_path / "a.json", 15, 1, {}, clock=lambda: now[0])
-    assert [row["variant"] for row in rows] == ["frozen", "peft_lora"]
-    assert "left out: peft_dora, ours" in capsys.readouterr().out
-    assert json.loads((tmp_path / "a.json").read_text())["meta"]["left_out"] == ["peft_dora", "ours"]
+    assert [row["variant"] for row in rows] == ["ours", "peft_dora"]
+    assert "left out: frozen, peft_lora" in capsys.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())["meta"]["left_out"] == ["frozen", "peft_lora"]
 
 
 def test_the_large_preset_is_the_published_model():
