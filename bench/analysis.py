@@ -108,11 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--checkpoints", type=int, default=4, help="of each run (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, help="default: bench/results/cpu/analysis.json")
+    parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.checkpoints <= arguments.steps:
         parser.error(f"checkpoints is {arguments.checkpoints}; expected 1 to {arguments.steps}, the steps")
     device = torch.device("cpu")
-    information = meta(device)
+    information = meta(device, arguments.commit)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, Progress(*demo.COLUMNS, console=Console(stderr=True)) as progress:
         preset, sizes = demo.PRESETS[arguments.preset], (arguments.steps, arguments.checkpoints, arguments.seed)

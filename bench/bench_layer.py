@@ -9,10 +9,11 @@ import functools
 import pytest
 import torch
 
-from bench.layer import DEFAULT_CPU, DEFAULT_GPU, Row, grid
-from bench.measure import FLUSH_BYTES, Gate, Timing, failure
-from bench.providers import PASSES, PROVIDERS, Problem
+from bench.layer import DEFAULT_CPU, DEFAULT_GPU, grid
+from bench.measure import Flush, Gate, Timing, failure
+from bench.providers import PASSES, PROVIDERS, TRAINING, Problem
 from bench.shapes import Case, layer_names
+from bench.steps import Row
 
 GPU = torch.cuda.is_available()
 DEFAULT = DEFAULT_GPU if GPU else DEFAULT_CPU
@@ -38,7 +39,7 @@ def test_layer_step(benchmark, case, step, provider, problem_of, record_row):
     problem, gate = problem_of(case)
     layer = PROVIDERS[provider](problem)
     comparisons, backend = gate.check(layer)
-    if step == "inference":
+    if step not in TRAINING:
         comparisons = gate.check(layer, step)[0]
     reason = failure(comparisons)
     row = Row(
@@ -52,7 +53,8 @@ def test_layer_step(benchmark, case, step, provider, problem_of, record_row):
 
     layer.set_mode(step)
     run = functools.partial(PASSES[step], layer, problem)
-    benchmark.pedantic(_synchronous(run), setup=_flush, rounds=30, warmup_rounds=3)
+    with layer.scope(step):
+        benchmark.pedantic(_synchronous(run), setup=_flush, rounds=30, warmup_rounds=3)
     row.ms = vars(Timing.of([1e3 * seconds for seconds in benchmark.stats.stats.data]))
     record_row(vars(row))
 
@@ -69,8 +71,13 @@ def _synchronous(run):
     return step
 
 
+@functools.cache
+def _flush_of_the_gpu() -> Flush:
+    return Flush(torch.device("cuda"))
+
+
 def _flush() -> None:
     """Nothing of the last round stays in a GPU's L2."""
     if GPU:
-        torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+        _flush_of_the_gpu()()
         torch.cuda.synchronize()

@@ -4,12 +4,13 @@
     python -m bench.decisive --section fused_gemm host_cost
 
 Each section is a function from a Bench to rows. One that raises leaves a row that says so, and the next one runs; the
-file is complete after every section.
+file is complete after every section. Every kernel alone, against the roof: bench.kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import pathlib
 import statistics
 import sys
@@ -26,13 +27,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import dora_kernels
 from bench import kernels
-from bench.machine import ROOT, device_folder, meta
+from bench.machine import ROOT, conditions, device_folder, meta
 from bench.measure import capture
 from bench.providers import SCALING
 from bench.report import write
-from bench.roof import Roof, measure_roof, median_ms
+from bench.roof import Roof, median_ms, roof_for
 from bench.shapes import Case
-from dora_kernels import launch
+from dora_kernels import launch, plan
 from dora_kernels.testing import compare
 
 Row = dict[str, Any]
@@ -77,13 +78,6 @@ def cublas_gemms(bench: Bench) -> list[Row]:
         case = bench.case(8192, 4096, 4096, R)
         rows += bench.rows(case, "low", "project", "token_sums", "outer_product", by=("library",))
     return rows
-
-
-def memory_bound_kernels(bench: Bench) -> list[Row]:
-    """Bandwidth of every kernel at the two training shapes, above all of W' and of the sums over the tokens."""
-    names = ("merge", "token_sums", "norm", "epilogue", "project", "outer_product", "low")
-    cases = ((8192, 4096, 4096, 64), (8192, 8192, 8192, 64))
-    return [row for sizes in cases for row in bench.rows(bench.case(*sizes), *names, by=("kernel",))]
 
 
 def merge_at_high_rank(bench: Bench) -> list[Row]:
@@ -159,15 +153,16 @@ def _host_us(call: Callable[[], object], bench: Bench) -> float:
 
 
 def merged_against_split(bench: Bench) -> list[Row]:
-    """The forward pass without gradients each way and as planned, over M, as a CUDA graph."""
+    """The forward pass without gradients each way, as a CUDA graph, over M; and which way the planner takes there."""
     rows = []
+    facts = launch.device_facts(bench.device)
     for N, K, R in ((4096, 4096, 64), (14336, 4096, 384)):
         for M in (1, 16, 128, 512, 2048, 8192) if not bench.small else (16,):
             case = bench.case(M, N, K, R)
             o = kernels.Operands.random(case)
             magnitude = o.norm.to(o.lora_A.dtype)
             ms = {"frozen": bench.graph_ms(lambda o=o: {"y": o.x @ o.weight.T})}
-            for way in ("split", "merged", "auto"):
+            for way in ("split", "merged"):
 
                 def forward(o: kernels.Operands = o, magnitude: Tensor = magnitude) -> dict[str, Tensor]:
                     y = dora_kernels.dora_linear(o.x, o.weight, o.lora_A, o.lora_B, magnitude, SCALING)
@@ -175,7 +170,9 @@ def merged_against_split(bench: Bench) -> list[Row]:
 
                 with torch.no_grad(), dora_kernels.options(way=way):
                     ms[way] = bench.graph_ms(forward)
-            rows.append({"M": case.M, "N": case.N, "K": case.K, "R": case.R, "ms": ms})
+            shape = plan.Shape.of(o.x, o.weight, o.lora_A)
+            planner = plan.forward_way("auto", "", False, shape, plan.device_model(facts), must_split=False, wide=False)
+            rows.append({"M": case.M, "N": case.N, "K": case.K, "R": case.R, "ms": ms, "planner": planner})
     return rows
 
 
@@ -198,6 +195,7 @@ def _fused_kernel(
     lora_B_ptr,  # (N, R)
     gain_ptr,  # (N,) float32
     y_ptr,  # (M, N)
+    z_ptr,  # (M, N), or None
     M,
     N,
     K,
@@ -207,7 +205,7 @@ def _fused_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """y = gain * ([x | low] @ [weight | lora_B].T). All contiguous, sizes multiples of the tiles: the best case."""
+    """z = [x | low] @ [weight | lora_B].T, y = gain * z. All contiguous, sizes multiples of tiles: the best case."""
     m, n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -222,7 +220,10 @@ def _fused_kernel(
         lora_B = tl.load(lora_B_ptr + offs_n[None, :] * R + (r + offs_k)[:, None])
         acc = tl.dot(low, lora_B, acc)
     y = acc * tl.load(gain_ptr + offs_n)[None, :]
-    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty))
+    offsets = offs_m[:, None] * N + offs_n[None, :]
+    tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty))
+    if z_ptr is not None:
+        tl.store(z_ptr + offsets, acc.to(z_ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -233,6 +234,7 @@ def _fused_descriptor_kernel(
     lora_B_desc,
     gain_ptr,
     y_desc,
+    z_desc,
     M,
     N,
     K,
@@ -255,40 +257,54 @@ def _fused_descriptor_kernel(
         acc = tl.dot(low, lora_B.T, acc)
     y = acc * tl.load(gain_ptr + n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     y_desc.store([m * BLOCK_M, n * BLOCK_N], y.to(y_desc.dtype))
+    if z_desc is not None:
+        z_desc.store([m * BLOCK_M, n * BLOCK_N], acc.to(z_desc.dtype))
 
 
-# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: what published Triton matmuls for Hopper take
-FUSED_TILES = ((128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 3))
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages: the largest and the smallest that published Triton matmuls for Hopper take
+FUSED_TILES = ((128, 256, 64, 8, 3), (128, 128, 64, 4, 4))
 
 
 def fused_linear(
-    x: Tensor, low: Tensor, weight: Tensor, lora_B: Tensor, gain: Tensor, tiles: tuple[int, ...], descriptors: bool
-) -> Tensor:
-    """gain * (x @ weight.T + low @ lora_B.T) in one kernel; raises ValueError where a size is no multiple of a tile."""
+    x: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    tiles: tuple[int, ...],
+    descriptors: bool,
+    keep_z: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(gain * z, z if keep_z) with z = x @ weight.T + low @ lora_B.T, in one kernel.
+
+    A training step keeps z. Raises ValueError where a size is no multiple of a tile.
+    """
     block_m, block_n, block_k, warps, stages = tiles
     (M, K), N, R = x.shape, weight.shape[0], low.shape[1]
     if M % block_m or N % block_n or K % block_k or R % block_k:
         raise ValueError(f"fused_linear: sizes {(M, N, K, R)}; expected multiples of {(block_m, block_n, block_k)}")
-    y = x.new_empty((M, N))
+    y, z = x.new_empty((M, N)), x.new_empty((M, N)) if keep_z else None
     sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "GROUP_M": 8}
     grid = (triton.cdiv(M, block_m) * triton.cdiv(N, block_n),)
-    kernel, operands = _fused_kernel, [x, low, weight, lora_B, gain, y]
+    kernel, operands = _fused_kernel, [x, low, weight, lora_B, gain, y, z]
     if descriptors:
         kernel = _fused_descriptor_kernel
         left, right, out = [block_m, block_k], [block_n, block_k], [block_m, block_n]
-        blocks = (left, left, right, right, None, out)
+        blocks = (left, left, right, right, None, out, out if keep_z else None)
         operands = [
             tensor if block is None else TensorDescriptor.from_tensor(tensor, block)
             for tensor, block in zip(operands, blocks, strict=True)
         ]
     kernel[grid](*operands, M, N, K, R, **sizes, num_warps=warps, num_stages=stages)
-    return y
+    return y, z
 
 
 def fused_gemm(bench: Bench) -> list[Row]:
     """One Triton GEMM with the adapter as further columns of K and the gain in its epilogue, against cuBLAS + epilogue.
 
-    low is given to both.
+    low is given to both. outputs: y alone as inference has it, or what a training step keeps beside it, too; cuBLAS +
+    epilogue has the base product in memory either way. All times are of CUDA graphs: five descriptors cost the host
+    more than the device takes for the smallest of these products.
     """
     rows = []
     for sizes in ((8192, 4096, 4096, 64), (8192, 14336, 4096, 384), (8192, 8192, 8192, 64)):
@@ -297,42 +313,50 @@ def fused_gemm(bench: Bench) -> list[Row]:
         steps, backend = kernels.steps_for(case)
         scaled_low = o.low * SCALING
 
-        def two_kernels(o: kernels.Operands = o, steps: kernels.Steps = steps) -> Tensor:
-            return steps.epilogue(o.x @ o.weight.T, o.low, o.lora_B, o.gain, None, SCALING, o.x.dtype)
+        def two_kernels(o: kernels.Operands = o, steps: kernels.Steps = steps) -> dict[str, Tensor]:
+            return {"y": steps.epilogue(o.x @ o.weight.T, o.low, o.lora_B, o.gain, None, SCALING, o.x.dtype)}
 
-        exact = o.gain.double() * (o.x.double() @ o.weight.double().T)
-        exact += o.gain * (SCALING * (o.low.double() @ o.lora_B.double().T))
-        yardstick = two_kernels()
+        z = o.x.double() @ o.weight.double().T + SCALING * (o.low.double() @ o.lora_B.double().T)
+        exact, yardstick = {"y": o.gain.double() * z, "z": z}, two_kernels()["y"]
+        yardsticks = {"y": yardstick, "z": z.to(o.x.dtype)}
         shape = {"M": case.M, "N": case.N, "K": case.K, "R": case.R}
         flops = 2 * case.M * case.N * (case.K + case.R)
-        cublas, together = bench.ms(lambda o=o: o.x @ o.weight.T), bench.ms(two_kernels)
+        cublas, together = bench.graph_ms(lambda o=o: {"y": o.x @ o.weight.T}), bench.graph_ms(two_kernels)
         rows.append(shape | {"variant": "cublas + epilogue", "ms": together, "cublas_ms": cublas})
         tilings = FUSED_TILES if not bench.small else ((32, 32, 16, 4, 2),)
-        for descriptors in (True, False):
-            for tiles in tilings if backend == "triton" else ():
-                row = shape | {"variant": "descriptors" if descriptors else "pointers", "tiles": tiles}
-                arguments = (o.x, scaled_low, o.weight, o.lora_B, o.gain, tiles, descriptors)
-                try:
-                    error = compare("y", fused_linear(*arguments), yardstick, exact).error
-                    row |= {"error": error, "ok": error < 1e-2}  # bf16: 2e-3; a wrong tile: 1e-1 and more
-                    ms = bench.ms(lambda arguments=arguments: fused_linear(*arguments))
-                    row |= {"ms": ms, "teraflops": 1e-9 * flops / ms, "over_two_kernels": ms / together}
-                except Exception as error:  # out of shared memory, say: the other tiles still have something to say
-                    row |= {"ok": False, "reason": f"{type(error).__name__}: {error}"[:300]}
-                rows.append(row)
+        # by pointers both outputs do not fit the registers at 128 x 256
+        variants = ((True, 1), (True, 2), (False, 1)) if backend == "triton" else ()
+        for (descriptors, outputs), tiles in itertools.product(variants, tilings):
+            row = shape | {"variant": "descriptors" if descriptors else "pointers", "tiles": tiles, "outputs": outputs}
+
+            def fused(
+                o: kernels.Operands = o,
+                scaled_low: Tensor = scaled_low,
+                settings: tuple[Any, ...] = (tiles, descriptors, outputs == 2),
+            ) -> dict[str, Tensor]:
+                y, z = fused_linear(o.x, scaled_low, o.weight, o.lora_B, o.gain, *settings)
+                return {"y": y} if z is None else {"y": y, "z": z}
+
+            try:
+                error = max(compare(n, found, yardsticks[n], exact[n]).error for n, found in fused().items())
+                row |= {"error": error, "ok": error < 1e-2}  # bf16: 2e-3; a wrong tile: 1e-1 and more
+                ms = bench.graph_ms(fused)
+                row |= {"ms": ms, "teraflops": 1e-9 * flops / ms, "over_two_kernels": ms / together}
+            except Exception as error:  # out of shared memory, say: the other tiles still have something to say
+                row |= {"ok": False, "reason": f"{type(error).__name__}: {error}"[:300]}
+            rows.append(row)
     return rows
 
 
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     section.__name__: section
     for section in (
-        cublas_gemms,
-        memory_bound_kernels,
-        merge_at_high_rank,
-        norm_of_float32_adapters,
         host_cost,
         merged_against_split,
         fused_gemm,
+        cublas_gemms,
+        merge_at_high_rank,
+        norm_of_float32_adapters,
     )
 }
 
@@ -345,7 +369,11 @@ def run(
     sections: dict[str, Callable[[Bench], list[Row]]] = SECTIONS,
     clock: Callable[[], float] = time.monotonic,
 ) -> list[Row]:
-    """The sections in order into `out`, written after each; once `seconds` are over the rest is left out."""
+    """The sections in order into `out`, written after each; once `seconds` are over the rest is left out.
+
+    meta has the device's conditions at the end of each section.
+    """
+    information = information | {"conditions": {}}
     end, rows, names = clock() + seconds, [], list(sections)
     for place, name in enumerate(names):
         if clock() >= end:
@@ -358,6 +386,8 @@ def run(
             found = [{"ok": False, "reason": f"{type(error).__name__}: {error}"[:500]}]
         rows += [{"section": name, "ok": True} | row for row in found]
         print(f"{name}: {len(found)} rows in {clock() - start:.0f} s", flush=True)
+        if bench.device.type == "cuda":
+            information["conditions"][name] = conditions(bench.device)
         write(out, information | {"left_out": names[place + 1 :]}, rows)
     return rows
 
@@ -367,6 +397,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.decisive", description=__doc__.splitlines()[0])
     parser.add_argument("--section", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--seconds", type=float, default=120, help="for the whole run (default: %(default)s)")
+    parser.add_argument("--roof", type=pathlib.Path, help="a roofline.json of this card, in place of measuring it")
     parser.add_argument("--out", type=pathlib.Path, help="default: bench/results/<gpu>/decisive.json")
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     parser.add_argument("--small", action="store_true", help="tiny sizes, on the CPU: a check of the code")
@@ -375,11 +406,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.decisive: torch sees no GPU; expected one, or --small", file=sys.stderr)
         return 2
     device = torch.device("cpu" if arguments.small else "cuda")
-    roof = measure_roof(device, 1 << 20, 64, 3) if arguments.small else measure_roof(device)
+    roof = roof_for(device, arguments.roof, (1 << 20, 64, 3) if arguments.small else None)
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "decisive.json"
     information = meta(device, arguments.commit) | {"roof": asdict(roof)}
     sections = {name: SECTIONS[name] for name in SECTIONS if name in arguments.section}
     rows = run(Bench(device, roof, arguments.small), out, information, arguments.seconds, sections)
+    print(information["device"])
     print(kernels.table([row for row in rows if "kernel" in row]))
     for row in rows:
         if "kernel" not in row:

@@ -23,7 +23,8 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from bench.machine import ROOT, device_folder, meta
-from bench.measure import CudaStopwatch, cpu_stopwatch, failure, interleave, peak_bytes, saved_bytes
+from bench.measure import failure, interleave, peak_bytes, saved_bytes, stopwatch_of
+from bench.providers import lora_dropout_ref
 from bench.report import write
 from dora_kernels import DoraLinear
 from dora_kernels.reference import dora_linear_ref
@@ -88,9 +89,7 @@ class Problem:
         if dropout_on == "adapter":
             y = dora_linear_ref(x, *arguments, bias, x_dropped=x * mask)
         else:
-            norm = torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1).detach()
-            low = F.linear(x * mask, lora_A)
-            y = magnitude / norm * (F.linear(x, weight) + scaling * F.linear(low, lora_B)) + bias
+            y = lora_dropout_ref(x, x * mask, *arguments) + bias
         return self.gradients(y, layer, x, self.dy.to(dtype))
 
 
@@ -104,8 +103,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> list[dict[str, 
         if reason is not None:
             raise RuntimeError(f"bench.dropout: {case} {way}: {reason}")
     steps = {way: lambda way=way: problem.step(way) for way in WAYS}
-    stopwatch = CudaStopwatch(device) if device.type == "cuda" else cpu_stopwatch
-    times = interleave(steps, stopwatch, seconds)
+    times = interleave(steps, stopwatch_of(device), seconds)
     return [
         vars(case)
         | {
@@ -145,11 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=8, help="timing per case (default: %(default)s)")
     parser.add_argument("--shape", nargs=4, type=int, action="append", metavar=("M", "N", "K", "R"))
     parser.add_argument("--out", type=pathlib.Path, help="default: bench/results/<device>/dropout.json")
+    parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "dropout.json"
     cases = [Case(precision, *shape) for precision in PRECISIONS for shape in arguments.shape or SHAPES]
-    where, rows = meta(device), []
+    where, rows = meta(device, arguments.commit), []
     for case in track(cases, "bench.dropout"):
         rows += measure(case, device, arguments.seconds)
     write(out, where, rows)

@@ -1,11 +1,12 @@
 """Each kernel alone, and the GEMM-library call that does the same work: time, rate, and percent of the measured roof.
 
     python -m bench.kernels                           # the default cases, into bench/results/<gpu>/kernels.json
-    python -m bench.kernels --case 8192x14336x4096x384 --precision bf16
+    python -m bench.kernels --case 8192x14336x4096x384 8192x4096x4096x64:fp32 --precision bf16 bf16-fp32
     python -m bench.kernels --device cpu              # the reference, or Triton's interpreter: a check of the tool only
 
 The roof is the larger of the bytes over the copy bandwidth and the FLOPs over the matmul rate, both measured first, in
-the same process. L2 is flushed before every run. A kernel whose results are wrong has a row, and no time.
+the same process (or read from --roof). L2 is flushed before every run. A kernel is held to float64 and then timed; one
+whose results are wrong has a row, and no time. A case with a precision of its own is not repeated for --precision.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.machine import ROOT, device_folder, meta
-from bench.measure import Timing, interleave
+from bench.machine import ROOT, conditions, device_folder, meta
+from bench.measure import Timing, interleave, stopwatch_of
 from bench.providers import SCALING
 from bench.report import write
-from bench.roof import DTYPES, Roof, floor_seconds, measure_roof, stopwatch_of, work
-from bench.shapes import Case, layer_names
+from bench.roof import DTYPES, Roof, floor_seconds, roof_for, work
+from bench.shapes import Case, layer_names, sizes_of
 from dora_kernels import launch, plan
 from dora_kernels.reference import REFERENCE, Steps, accumulate_dtype, project_ref
 from dora_kernels.testing import WORST_RATIO, Comparison, compare
@@ -275,10 +276,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a kernel was wrong or raised, 2 where the device is not there."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--case", nargs="+", type=_case, metavar="MxNxKxR")
+    parser.add_argument("--case", nargs="+", type=_case, metavar="MxNxKxR[:PRECISION]")
     parser.add_argument("--precision", nargs="+", choices=DTYPES, default=["bf16"])
     parser.add_argument("--kernel", nargs="+", choices=LIBRARY, default=list(LIBRARY))
     parser.add_argument("--seconds", type=float, default=120, help="for the whole run (default: %(default)s)")
+    parser.add_argument("--case-seconds", type=float, default=1.0, help="timing per case (default: %(default)s)")
+    parser.add_argument("--roof", type=pathlib.Path, help="a roofline.json of this card, in place of measuring it")
     parser.add_argument("--out", type=pathlib.Path, help="default: bench/results/<gpu>/kernels.json")
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     arguments = parser.parse_args(argv)
@@ -290,24 +293,41 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu = device.type == "cuda"
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "kernels.json"
     end = time.monotonic() + arguments.seconds
-    roof = measure_roof(device) if gpu else measure_roof(device, 64 << 20, 512, 5)
-    cases = arguments.case or (GPU_CASES if gpu else CPU_CASES)
-    cases = [Case(*sizes, precision, device.type) for precision in arguments.precision for sizes in cases]
-    information, rows = meta(device, arguments.commit) | {"roof": asdict(roof)}, []
+    roof = roof_for(device, arguments.roof, None if gpu else (64 << 20, 512, 5))
+    cases = cases_of(arguments.case or [(sizes, None) for sizes in GPU_CASES if gpu], arguments.precision, device.type)
+    information, rows = meta(device, arguments.commit) | {"roof": asdict(roof), "conditions": {}}, []
     for done, case in enumerate(cases, start=1):
         if time.monotonic() >= end:
             print(f"out of time, left out: {'; '.join(map(str, cases[done - 1 :]))}", flush=True)
             break
         print(case, flush=True)
-        rows += measure_case(case, roof, arguments.kernel)
+        rows += measure_case(case, roof, arguments.kernel, seconds=arguments.case_seconds)
+        if gpu:
+            information["conditions"][str(case)] = conditions(device)
         write(out, information | {"left_out": [str(left) for left in cases[done:]]}, rows)
+    print(information["device"])
     print(table(rows))
     return 0 if all(row["ok"] for row in rows) else 1
 
 
-def _case(text: str) -> tuple[int, int, int, int]:
-    M, N, K, R = map(int, text.split("x"))
-    return M, N, K, R
+Sizes = tuple[tuple[int, int, int, int], "str | None"]
+
+
+def cases_of(asked: Sequence[Sizes], precisions: Sequence[str], device: str) -> list[Case]:
+    """Those without a precision once for each of `precisions`, precisions changing slowest; then those with their own.
+
+    The CPU's where none is asked for.
+    """
+    asked = asked or [(sizes, None) for sizes in CPU_CASES]
+    cases = [Case(*sizes, name, device) for name in precisions for sizes, own in asked if own is None]
+    return cases + [Case(*sizes, own, device) for sizes, own in asked if own is not None]
+
+
+def _case(text: str) -> Sizes:
+    sizes, precision = sizes_of(text)
+    if precision not in (None, *DTYPES):
+        raise ValueError
+    return sizes, precision
 
 
 if __name__ == "__main__":

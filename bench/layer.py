@@ -4,10 +4,15 @@
     python -m bench.layer --grid cpu --device cpu # the grid of bench/results/cpu/layer.json
     python -m bench.layer --grid decode           # 1 to 16 tokens, inference, into layer-decode.json; also: full
     python -m bench.layer --grid qdora            # over a 4-bit base, into layer-qdora.json: QLoRA, QDoRA and ours
+    python -m bench.layer --grid core --case 1-4 6 10             # some of a grid, by their numbers
+    python -m bench.layer --case 8192x4096x4096x64:bf16 dropout shared   # by name; dropout 0.05; q, k and v of one x
     python -m bench.layer --shape 14336x4096 --tokens 8192 --rank 384 --provider frozen peft_dora ours
     python -m bench.layer --device cpu --shape 1024x1024 --tokens 64 512 --rank 8 64 --precision fp32 bf16
 
-The file is overwritten, and complete after every case: a run that is cut short leaves what it has measured.
+Inference is timed plain, and as "inference+frozen_adapters" in that scope. In eval mode ours keeps the norm from one
+eager call to the next, in the scope or not; a CUDA graph computes it at every replay, in the scope or not.
+The file is overwritten, and complete after every case: a run that is cut short leaves what it has measured. Launches
+are counted after all timing, because torch.profiler slows down what follows it.
 """
 
 from __future__ import annotations
@@ -19,70 +24,21 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from bench.machine import ROOT, device_folder, meta
-from bench.measure import (
-    CudaStopwatch,
-    Gate,
-    Timing,
-    capture,
-    cpu_stopwatch,
-    failure,
-    host_microseconds,
-    interleave,
-    launches,
-    peak_bytes,
-    saved_bytes,
-)
-from bench.providers import COMPILED, PASSES, PROVIDERS, Layer, Problem, Provider, default_providers
+from bench import shared
+from bench.machine import ROOT, conditions, device_folder, meta
+from bench.providers import FROZEN_INFERENCE, PASSES, PROVIDERS, providers_of
 from bench.report import memory, problems, table, write
-from bench.shapes import GRIDS, PRECISIONS, QUANTIZED, Case, layer_names
+from bench.shapes import GRIDS, PRECISIONS, QUANTIZED, Case, dropout_case, sizes_of
+from bench.steps import HOST_TOKENS, Row, count_launches, measure_case, measure_shared
 
 # without --grid: what is not named of --shape, --tokens, --rank and --precision (a GPU without any: the core grid)
 DEFAULT_GPU = {"shape": [(4096, 4096)], "tokens": [8192, 512], "rank": [64, 16], "precision": ["bf16", "bf16-autocast"]}
 DEFAULT_CPU = {"shape": [(1024, 1024)], "tokens": [512, 64], "rank": [64, 8], "precision": ["fp32", "bf16"]}
-
-
-@dataclass
-class Row:
-    """One provider in one pass of one case, as it stands in the JSON. A row that is not ok has no time.
-
-    ms: eager, wall time on the CPU and device time on a GPU (see CudaStopwatch); graph_ms: replay of a CUDA graph.
-    errors: per tensor of a forward and backward pass, error and yardstick of dora_kernels.testing.
-    peak_bytes: at the peak of the step (see measure.peak_bytes); saved_bytes: what forward keeps for backward, but for
-    x, the weight and the parameters; host_us: the host's microseconds for a call; launches: what a call starts on the
-    device.
-    """
-
-    provider: str
-    computes: str | None
-    step: str
-    layers: list[str]
-    M: int
-    N: int
-    K: int
-    R: int
-    precision: str
-    ok: bool = True
-    reason: str | None = None
-    backend: str | None = None
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    ms: Timing | None = None
-    graph_ms: Timing | None = None
-    graph_reason: str | None = None
-    peak_bytes: int | None = None
-    saved_bytes: int | None = None
-    host_us: float | None = None
-    launches: float | None = None
-
-    def fail(self, reason: str) -> None:
-        """Take back every number."""
-        self.ok, self.reason = False, reason
-        self.ms = self.graph_ms = self.peak_bytes = self.saved_bytes = self.host_us = self.launches = None
 
 
 def grid(
@@ -103,151 +59,60 @@ def grid(
     ]
 
 
-def measure_case(
-    case: Case,
-    providers: dict[str, Provider] = PROVIDERS,
-    steps: Iterable[str] = tuple(PASSES),
-    seconds: float = 1.0,
-    rounds: tuple[int, int] = (5, 100),
-) -> list[Row]:
-    """One row per step and provider. What fails the gate, or raises, says so in its rows and is not timed.
-
-    seconds: of interleaved timing, for each step (and again for the CUDA graphs).
-    """
-    device = torch.device(case.device)
-    if any(name in COMPILED for name in providers):
-        torch.compiler.reset()  # its cache is not for a grid of shapes
-    problem = Problem.random(case)
-    gate = Gate(problem)
-    layers: dict[str, Layer] = {}
-    templates: dict[str, dict[str, Any]] = {}
-    for name, provider in providers.items():
-        templates[name] = record = {"computes": None, "ok": False}
-        try:
-            layer = provider(problem)
-            record["computes"] = layer.computes
-            comparisons, record["backend"] = gate.check(layer)
-            record["errors"] = {c.name: {"error": c.error, "yardstick": c.yardstick} for c in comparisons}
-            record["reason"] = failure(comparisons)
-        except Exception as error:  # a provider that cannot do a case is a result of the benchmark, not its end
-            record["reason"] = f"{type(error).__name__}: {error}"
-        if record["reason"] is None:
-            record["ok"] = True
-            layers[name] = layer
-
-    rows = []
-    for step in steps:
-        named = {
-            name: Row(
-                provider=name,
-                step=step,
-                layers=layer_names(case.N, case.K),
-                M=case.M,
-                N=case.N,
-                K=case.K,
-                R=case.R,
-                precision=case.precision,
-                **record,
-            )
-            for name, record in templates.items()
-        }
-        ready = {}
-        for name, layer in layers.items():
-            layer.set_mode(step)
-            if step == "inference":  # the gate above was one of training
-                try:
-                    reason = failure(gate.check(layer, step)[0])
-                except Exception as error:
-                    reason = f"{type(error).__name__}: {error}"
-                if reason is not None:
-                    named[name].fail(reason)
-                    continue
-            ready[name] = functools.partial(PASSES[step], layer, problem)
-        _measure(ready, layers, named, problem, seconds, rounds)
-        if device.type == "cuda":
-            _time_graphs(ready, layers, named, gate, step, device, seconds, rounds)
-        rows += named.values()
-    return rows
-
-
-Calls = dict[str, Callable[[], dict[str, torch.Tensor]]]
-
-
-def _measure(
-    calls: Calls,
-    layers: dict[str, Layer],
-    rows: dict[str, Row],
-    problem: Problem,
-    seconds: float,
-    rounds: tuple[int, int],
-) -> None:
-    """Memory, the host's part and eager times into the rows."""
-    device = problem.x.device
-    for name in list(calls):
-        row, call = rows[name], calls[name]
-        try:
-            row.peak_bytes = peak_bytes(call, device)
-            row.saved_bytes = saved_bytes(call, problem.x, problem.weight, *layers[name].held())
-            row.host_us = host_microseconds(call, device)
-            row.launches = launches(call, device)
-        except torch.OutOfMemoryError as error:
-            row.fail(f"OutOfMemoryError: {error}")
-            del calls[name]
-    stopwatch = CudaStopwatch(device) if device.type == "cuda" else cpu_stopwatch
-    for name, timing in interleave(calls, stopwatch, seconds, rounds).items():
-        rows[name].ms = timing
-
-
-def _time_graphs(
-    calls: Calls,
-    layers: dict[str, Layer],
-    rows: dict[str, Row],
-    gate: Gate,
-    step: str,
-    device: torch.device,
-    seconds: float,
-    rounds: tuple[int, int],
-) -> None:
-    """Times of CUDA graph replays into the rows, or the reason that a step could not be captured."""
-    pool = torch.cuda.graph_pool_handle()
-    graphs = {}
-    for name, call in calls.items():
-        try:
-            graph, results = capture(call, pool)
-            for result in results.values():
-                result.fill_(torch.nan)
-            graph.replay()
-            rows[name].graph_reason = failure(gate.comparisons(layers[name].computes, results, step))
-            del results
-        except Exception as error:  # not every provider can be captured
-            rows[name].graph_reason = f"{type(error).__name__}: {error}"
-            torch.cuda.synchronize(device)
-        if rows[name].graph_reason is None:
-            graphs[name] = graph.replay
-    for name, timing in interleave(graphs, CudaStopwatch(device), seconds, rounds).items():
-        rows[name].graph_ms = timing
+Counts = dict[tuple[str, str], "float | None"]
 
 
 def run(
-    cases: Sequence[Case],
+    cases: Sequence[Case | shared.Case],
     out: pathlib.Path,
-    measure: Callable[[Case], list[Row]],
+    measure: Callable[[Any], list[Row]],
     seconds: float,
     information: dict[str, Any],
     clock: Callable[[], float] = time.monotonic,
+    count: Callable[[Case], Counts] | None = None,
+    conditions: Callable[[], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure the cases in order into `out`, written after each; once `seconds` are over the rest is left out."""
+    """Measure the cases in order into `out`, written after each; once `seconds` are over the rest is left out.
+
+    count: the launches of a case, which go into its rows while there is time left. conditions: the device's, kept in
+    meta for the end of each case.
+    """
     end = clock() + seconds
-    rows: list[dict[str, Any]] = []
-    for done, case in enumerate(cases, start=1):
+    rows: dict[Case | shared.Case, list[dict[str, Any]]] = {}
+    left_out = [str(case) for case in cases]
+    information = information | ({"conditions": {}} if conditions else {})
+
+    def save() -> None:
+        write(out, information | {"left_out": left_out}, _flat(rows))
+
+    for case in cases:
         if clock() >= end:
-            print(f"out of time, left out: {'; '.join(map(str, cases[done - 1 :]))}", flush=True)
+            print(f"out of time, left out: {'; '.join(left_out)}", flush=True)
             break
         print(case, flush=True)
-        rows += [asdict(row) for row in measure(case)]
-        write(out, information | {"left_out": [str(case) for case in cases[done:]]}, rows)
+        try:
+            rows[case] = [asdict(row) for row in measure(case)]
+        except RuntimeError as error:
+            if not isinstance(case, shared.Case):
+                raise
+            print(error, flush=True)  # measure_shared: wrong results, or not shared
+        if conditions:
+            information["conditions"][str(case)] = conditions()
+        left_out.remove(str(case))
+        save()
         gc.collect()
-    return rows
+    for case in rows:
+        if count is None or clock() >= end or isinstance(case, shared.Case):
+            break
+        counts = count(case)
+        for row in rows[case]:
+            row["launches"] = counts.get((row["provider"], row["step"])) if row["ok"] else None
+        save()
+    return _flat(rows)
+
+
+def _flat(rows: dict[Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    return [row for group in rows.values() for row in group]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -257,15 +122,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.device != "auto":
         device = torch.device(arguments.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    gpu = device.type == "cuda"
+    if gpu and not torch.cuda.is_available():
         print("bench.layer: --device cuda but torch sees no GPU; expected a GPU, or --device cpu", file=sys.stderr)
         return 2
-    steps = arguments.step or (["inference"] if arguments.grid == "decode" else list(PASSES))
+    steps = arguments.step or (DECODE_STEPS if arguments.grid == "decode" else list(PASSES))
 
-    def measure(case: Case) -> list[Row]:
-        names = arguments.provider or default_providers(device.type, case.precision in QUANTIZED)
-        providers = {name: PROVIDERS[name] for name in names}
-        return measure_case(case, providers, steps, arguments.step_seconds, arguments.rounds)
+    def measure(case: Case | shared.Case) -> list[Row]:
+        if isinstance(case, shared.Case):
+            return measure_shared(case, device, arguments.step_seconds, arguments.rounds)
+        timing = (arguments.step_seconds, arguments.rounds, arguments.host or None)
+        return measure_case(case, providers_of(case, arguments.provider), steps, *timing)
+
+    def count(case: Case) -> Counts:
+        return count_launches(case, providers_of(case, arguments.provider), steps)
 
     file = "layer.json" if arguments.grid in (None, "core", "cpu") else f"layer-{arguments.grid}.json"
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / file
@@ -273,8 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases = cases_of(arguments, device.type)
     except ValueError as error:
         parser.error(str(error))
-    rows = run(cases, out, measure, arguments.seconds, meta(device, arguments.commit))
-    print("\ntimes over the frozen linear layer")
+    information = meta(device, arguments.commit)
+    counting = {"count": count} if gpu and not arguments.no_launches else {}
+    if gpu:
+        counting["conditions"] = functools.partial(conditions, device)
+    rows = run(cases, out, measure, arguments.seconds, information, **counting)
+    print(f"\ntimes over the frozen linear layer on {information['device']}")
     print(table(rows))
     print("\npeak memory of a step, MiB")
     print(memory(rows))
@@ -284,16 +158,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(row["ok"] for row in rows) else 1
 
 
-def cases_of(arguments: argparse.Namespace, device: str) -> list[Case]:
-    """A named grid, or the product of the axes; ValueError where both are asked for."""
+DECODE_STEPS = ["inference", FROZEN_INFERENCE]
+
+
+def cases_of(arguments: argparse.Namespace, device: str) -> list[Case | shared.Case]:
+    """A named grid or some of its cases, or the product of the axes; ValueError where both are asked for."""
     default = DEFAULT_GPU if device == "cuda" else DEFAULT_CPU
     named = [name for name in default if getattr(arguments, name)]
-    if arguments.grid is not None or (device == "cuda" and not named):
+    if arguments.grid is not None or arguments.case or (device == "cuda" and not named):
         if named:
-            raise ValueError(f"--grid {arguments.grid} with --{named[0]}; expected one or the other")
-        return GRIDS[arguments.grid or "core"](device)
+            asked = f"--grid {arguments.grid}" if arguments.grid else "--case"
+            raise ValueError(f"{asked} with --{named[0]}; expected one or the other")
+        cases = GRIDS[arguments.grid or "core"](device)
+        return [case for text in arguments.case for case in _selected(text, cases, device)] if arguments.case else cases
     axes = {name: getattr(arguments, name) or values for name, values in default.items()}
     return grid(axes["shape"], axes["tokens"], axes["rank"], axes["precision"], device)
+
+
+def _selected(text: str, cases: list[Case], device: str) -> list[Case | shared.Case]:
+    """The cases that an argument of --case means: "3", "1-4", "8192x4096x4096x64:bf16", "dropout", "shared"."""
+    if text == "dropout":
+        return [dropout_case(device)]
+    if text == "shared":
+        return [shared.Case("q, k, v", "bf16", 64, 16) if device == "cpu" else shared.LLAMA]
+    try:
+        if "x" in text:
+            sizes, precision = sizes_of(text)
+            case = Case(*sizes, precision or "bf16", device)
+            if case.precision in PRECISIONS | QUANTIZED:
+                return [case]
+        else:
+            first, _, last = text.partition("-")
+            if 1 <= int(first) <= int(last or first) <= len(cases):
+                return cases[int(first) - 1 : int(last or first)]
+    except ValueError:
+        pass
+    raise ValueError(
+        f"--case {text}; expected 1 to {len(cases)}, a range of these, MxNxKxR:precision, dropout or shared"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -302,6 +204,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--grid", choices=GRIDS, help="a named grid, in place of the four axes (default on a GPU: core)"
     )
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        metavar="CASE",
+        help="of the grid by number, 3 or 1-4; by name, MxNxKxR:precision; dropout; shared",
+    )
     parser.add_argument("--shape", nargs="+", type=_shape, metavar="NxK", help="weight shapes")
     parser.add_argument("--tokens", nargs="+", type=int, metavar="M")
     parser.add_argument("--rank", nargs="+", type=int, metavar="R")
@@ -309,11 +217,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--provider", nargs="+", choices=PROVIDERS, help="default: all, without the compiled ones on a CPU"
     )
-    parser.add_argument("--step", nargs="+", choices=PASSES, help="default: all; of --grid decode inference")
+    parser.add_argument("--step", nargs="+", choices=PASSES, help="default: all; of --grid decode those of inference")
     parser.add_argument("--seconds", type=float, default=540, help="for the whole run (default: %(default)s)")
     parser.add_argument(
         "--step-seconds", type=float, default=1.0, help="timing per case and step (default: %(default)s)"
     )
+    parser.add_argument("--no-launches", action="store_true", help="do not count them, at the end, with a profiler")
+    parser.add_argument("--host", action="store_true", help=f"host_us for more than {HOST_TOKENS} tokens, too")
     parser.add_argument("--rounds", nargs=2, type=int, default=(5, 100), metavar=("LEAST", "MOST"))
     parser.add_argument("--out", type=pathlib.Path, help="default: bench/results/<gpu>/layer.json")
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")

@@ -1,18 +1,20 @@
 """The layers that are compared: one function each, from the same tensors to a layer ready to be stepped.
 
 A further provider is one more function and its name in PROVIDERS. `computes` names the function a provider
-computes, so that the gate (measure.py) holds each to its own exact result.
+computes, so that the gate (measure.py) holds each to its own exact result. The order of PROVIDERS is that of capture
+into CUDA graphs: what torch.compile makes comes last, for a capture that fails may cost those after it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import peft
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dora_kernels
@@ -23,6 +25,7 @@ from dora_kernels.reference import dora_linear_ref
 
 # 2 * alpha / R is common, but a power of two would make the product exact and hide a scaling in the wrong place
 SCALING = 0.7
+DROPOUT_SEED = 7
 
 
 @dataclass
@@ -42,6 +45,9 @@ class Problem:
     precision: Precision
     base: nn.Linear | None = None
     """The layer that `weight` is the decoded weight of, where the base is quantised."""
+    dropout: float = 0.0
+    drawn_in: torch.dtype | None = None
+    """The dtype that a layer draws its mask in: `double` keeps it, and with it the mask."""
 
     @classmethod
     def random(cls, case: Case, seed: int = 0) -> Problem:
@@ -70,6 +76,8 @@ class Problem:
             normal(M, N).to(precision.dtype),
             precision,
             base,
+            case.dropout,
+            precision.dtype,
         )
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -80,13 +88,30 @@ class Problem:
     def double(self) -> Problem:
         """The same numbers in float64, where dora_linear_ref is exact."""
         tensors = (self.weight, self.lora_A, self.lora_B, self.magnitude, self.dy)
-        x = self.x.detach().double().requires_grad_()
-        return Problem(x, *(tensor.double() for tensor in tensors), Precision("fp64", torch.float64, torch.float64))
+        x, precision = self.x.detach().double().requires_grad_(), Precision("fp64", torch.float64, torch.float64)
+        double = (tensor.double() for tensor in tensors)
+        return Problem(x, *double, precision, dropout=self.dropout, drawn_in=self.drawn_in)
+
+    def seed(self) -> None:
+        """Set where the masks begin; a layer that is called next draws that of `dropped`."""
+        if self.dropout:
+            torch.manual_seed(DROPOUT_SEED)
+
+    def dropped(self, x: Tensor) -> Tensor | None:
+        """dropout(x) with the mask that a layer draws after `seed`; None without dropout."""
+        if not self.dropout:
+            return None
+        self.seed()
+        if x.dtype == self.drawn_in:
+            return F.dropout(x, self.dropout)
+        kept = F.dropout(torch.ones_like(x, dtype=self.drawn_in), self.dropout) != 0
+        return x * kept / (1 - self.dropout)
 
 
 @dataclass
 class Layer:
-    """One provider's layer: x -> y, the tensors it trains by name, and what it computes: frozen, lora or dora.
+    """One provider's layer: x -> y, the tensors it trains by name, and what it computes: frozen, lora, dora or
+    dora_lora_dropout (dropout on the low-rank product alone).
 
     ours: the call must have run in dora_kernels' own operators; a call handed back to PEFT is no measurement.
     module: what train() and eval() are called on, where the layer knows the difference.
@@ -110,6 +135,11 @@ class Layer:
         if self.module is not None:
             self.module.train(step in TRAINING)
 
+    def scope(self, step: str) -> contextlib.AbstractContextManager:
+        """What a step runs in: frozen_adapters, where it is named so and the layer is ours."""
+        inside = self.ours and step == FROZEN_INFERENCE
+        return dora_kernels.frozen_adapters(self.module) if inside else contextlib.nullcontext()
+
 
 def reference(problem: Problem, computes: str) -> Layer:
     """The definition in the dtypes of `problem`: "lora" is DoRA with gain 1, "frozen" is that with lora_B = 0."""
@@ -118,16 +148,28 @@ def reference(problem: Problem, computes: str) -> Layer:
     )
     trained = {"lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude}
     norm = None
-    if computes != "dora":
+    if not computes.startswith("dora"):
         norm = magnitude = torch.ones_like(problem.magnitude)
         del trained["magnitude"]
     if computes == "frozen":
         lora_B, trained = torch.zeros_like(problem.lora_B), {}
 
     def forward(x: Tensor) -> Tensor:
-        return dora_linear_ref(x, problem.weight, lora_A, lora_B, magnitude, SCALING, norm=norm)
+        x_dropped = problem.dropped(x)
+        if computes == "dora_lora_dropout":
+            return lora_dropout_ref(x, x_dropped, problem.weight, lora_A, lora_B, magnitude, SCALING)
+        return dora_linear_ref(x, problem.weight, lora_A, lora_B, magnitude, SCALING, x_dropped=x_dropped, norm=norm)
 
     return Layer(forward, trained, computes)
+
+
+def lora_dropout_ref(
+    x: Tensor, x_dropped: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float
+) -> Tensor:
+    """magnitude / norm * (x weight^T + scaling * x_dropped lora_A^T lora_B^T), the norm a constant."""
+    norm = torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1).detach()
+    low = F.linear(x_dropped.to(lora_A.dtype), lora_A)
+    return (magnitude / norm * (F.linear(x, weight) + scaling * F.linear(low, lora_B))).to(x.dtype)
 
 
 def frozen(problem: Problem) -> Layer:
@@ -182,10 +224,10 @@ def axolotl(problem: Problem) -> Layer:
     return _peer(problem, peers.RescaledLora.apply)
 
 
-def ours(problem: Problem, **options: str) -> Layer:
-    """The layer of peft_dora after dora_kernels.enable, as the planner has it."""
+def ours(problem: Problem, dropout: str | None = None, **options: str) -> Layer:
+    """The layer of peft_dora after dora_kernels.enable(dropout=dropout), as the planner has it."""
     model = _peft_model(problem, use_dora=True)
-    report = dora_kernels.enable(model)
+    report = dora_kernels.enable(model, dropout=dropout)
     if not report.taken_over or report.left_alone:
         raise RuntimeError(f"ours: {report}")
     layer = _layer_of(model)
@@ -194,7 +236,8 @@ def ours(problem: Problem, **options: str) -> Layer:
         with dora_kernels.options(**options):
             return layer(x)
 
-    return Layer(forward if options else layer, _trained(model), "dora", ours=True, module=model)
+    computes = "dora_lora_dropout" if dropout == "lora" else "dora"
+    return Layer(forward if options else layer, _trained(model), computes, ours=True, module=model)
 
 
 def ours_split(problem: Problem) -> Layer:
@@ -212,24 +255,43 @@ def ours_exact(problem: Problem) -> Layer:
     return ours(problem, precision="exact")
 
 
+def ours_lora_dropout(problem: Problem) -> Layer:
+    """ours, with dropout on the low-rank product alone."""
+    return ours(problem, dropout="lora")
+
+
 Provider = Callable[[Problem], Layer]
 PROVIDERS: dict[str, Provider] = {
     "frozen": frozen,
     "peft_lora": peft_lora,
     "peft_dora": peft_dora,
-    "peft_dora_compiled": peft_dora_compiled,
-    "factored_compose": factored_compose,
-    "factored_compose_compiled": factored_compose_compiled,
-    "axolotl": axolotl,
     "ours": ours,
     "ours_split": ours_split,
     "ours_merged": ours_merged,
     "ours_exact": ours_exact,
+    "axolotl": axolotl,
+    "factored_compose": factored_compose,
+    "peft_dora_compiled": peft_dora_compiled,
+    "factored_compose_compiled": factored_compose_compiled,
 }
 COMPILED = ("peft_dora_compiled", "factored_compose_compiled")
 
 
 OVER_ANY_BASE = ("frozen", "peft_lora", "peft_dora", "ours")
+WITH_DROPOUT = {name: PROVIDERS[name] for name in OVER_ANY_BASE} | {"ours_lora_dropout": ours_lora_dropout}
+"""Those that drop, and frozen; of a case with dropout alone."""
+
+
+def providers_of(case: Case, asked: Sequence[str] | None = None) -> dict[str, Provider]:
+    """The providers of a case: those asked for, in that order but the compiled ones last; None: default_providers.
+
+    A case with dropout has those alone that drop, and where ours is asked for, ours in the other meaning beside it.
+    """
+    names = list(asked or default_providers(case.device, case.precision in QUANTIZED))
+    if case.dropout:
+        names += ["ours_lora_dropout"] if "ours" in names else []
+        return {name: WITH_DROPOUT[name] for name in names if name in WITH_DROPOUT}
+    return {name: PROVIDERS[name] for name in sorted(names, key=lambda name: name in COMPILED)}
 
 
 def default_providers(device_type: str, quantized: bool = False) -> list[str]:
@@ -262,7 +324,14 @@ def inference(layer: Layer, problem: Problem) -> dict[str, Tensor]:
         return forward(layer, problem)
 
 
-PASSES = {"forward": forward, "forward+backward": forward_backward, "inference": inference}
+FROZEN_INFERENCE = "inference+frozen_adapters"
+"""Inside dora_kernels.frozen_adapters, where ours keeps norm and gain; what others do for plain inference."""
+PASSES = {
+    "forward": forward,
+    "forward+backward": forward_backward,
+    "inference": inference,
+    FROZEN_INFERENCE: inference,
+}
 TRAINING = ("forward", "forward+backward")
 
 
@@ -304,7 +373,8 @@ def _nf4_linear(weight: Tensor) -> nn.Linear:
 def _peft_model(problem: Problem, use_dora: bool) -> nn.Module:
     """A PEFT model of one adapted layer that holds the tensors of `problem`."""
     R = problem.lora_A.shape[0]
-    config = peft.LoraConfig(r=R, lora_alpha=SCALING * R, target_modules=["layer"], use_dora=use_dora)
+    settings = {"r": R, "lora_alpha": SCALING * R, "lora_dropout": problem.dropout}
+    config = peft.LoraConfig(**settings, target_modules=["layer"], use_dora=use_dora)
     net = nn.ModuleDict({"layer": _linear(problem)})
     net.is_loaded_in_4bit = problem.base is not None  # as transformers tells PEFT
     model = peft.get_peft_model(

@@ -34,7 +34,8 @@ def _tidy(value: Any) -> Any:
 def table(rows: Iterable[dict[str, Any]]) -> str:
     """Per case and step: the frozen linear in ms, and every provider's median over it and over PEFT DoRA.
 
-    Graph times where frozen, PEFT DoRA and ours all have one, else eager ones; a dash where there is no time.
+    Graph times where frozen, PEFT DoRA and ours all have one, else eager ones; inference by both clocks, for a graph
+    computes the norm that an eager call has kept. A dash where there is no time. The means are of a case's first line.
     """
     groups = _by_case(rows)
     names = list(dict.fromkeys(name for group in groups.values() for name in group if name != "frozen"))
@@ -42,19 +43,21 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     ratios: dict[str, list[float]] = {"ours/frozen": [], "ours/peft_dora": []}
     for key, group in groups.items():
         compared = [group[name] for name in ("frozen", "peft_dora", "ours") if name in group]
-        clock = "graph_ms" if all(row["graph_ms"] for row in compared) else "ms"
-        median = {name: row[clock]["median"] for name, row in group.items() if row[clock]}
+        clocks = ["graph_ms"] if all(row["graph_ms"] for row in compared) else []
+        clocks += ["ms"] if not clocks or key[1].startswith("inference") else []
+        for clock in clocks:
+            median = {name: row[clock]["median"] for name, row in group.items() if row[clock]}
 
-        def over(name: str, base: str, median: dict[str, float] = median) -> float | None:
-            return median[name] / median[base] if name in median and base in median else None
+            def over(name: str, base: str, median: dict[str, float] = median) -> float | None:
+                return median[name] / median[base] if name in median and base in median else None
 
-        for ratio in ratios:
-            value = over(*ratio.split("/"))
-            ratios[ratio] += [] if value is None else [value]
-        floor = f"{median['frozen']:.3f}" if "frozen" in median else "-"
-        cells = [over(name, "frozen") for name in names] + [over("ours", "peft_dora")]
-        shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
-        lines.append((*map(str, key), "graph" if clock == "graph_ms" else "eager", floor, *shown))
+            for ratio in ratios:
+                value = over(*ratio.split("/")) if clock == clocks[0] else None
+                ratios[ratio] += [] if value is None else [value]
+            floor = f"{median['frozen']:.3f}" if "frozen" in median else "-"
+            cells = [over(name, "frozen") for name in names] + [over("ours", "peft_dora")]
+            shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
+            lines.append((*map(str, key), "graph" if clock == "graph_ms" else "eager", floor, *shown))
     text = _aligned(lines)
     text += [f"geometric mean of {name}: {geometric_mean(values):.2f}" for name, values in ratios.items() if values]
     return "\n".join(text)
@@ -71,14 +74,14 @@ def memory(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(_aligned(lines))
 
 
-CASE = ("precision", "step", "M", "N", "K", "R")
+CASE = ("precision", "step", "M", "N", "K", "R", "variant")
 
 
 def _by_case(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
     """The row of each provider, by the values of CASE."""
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[name] for name in CASE), {})[row["provider"]] = row
+        groups.setdefault(tuple(row.get(name, "") for name in CASE), {})[row["provider"]] = row
     return groups
 
 
@@ -90,7 +93,8 @@ def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
 def problems(rows: Iterable[dict[str, Any]]) -> list[str]:
     """One line for each provider that a case has no time for, or no graph time."""
     lines = [
-        f"{row['provider']} M={row['M']} N={row['N']} K={row['K']} R={row['R']} {row['precision']}: {reason}"
+        f"{row['provider']} M={row['M']} N={row['N']} K={row['K']} R={row['R']} {row['precision']}"
+        f"{row.get('variant') and ' ' + row['variant'] or ''}: {reason}"
         for row in rows
         for reason in (row["reason"], row["graph_reason"] and f"CUDA graph: {row['graph_reason']}")
         if reason

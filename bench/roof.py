@@ -6,13 +6,16 @@ The roof of a kernel is the larger of its bytes over the copy bandwidth and its 
 from __future__ import annotations
 
 import functools
+import json
+import pathlib
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from bench.measure import FLUSH_BYTES, CudaStopwatch, cpu_stopwatch
+from bench.measure import stopwatch_of
 from bench.shapes import Case
 from dora_kernels import plan
 
@@ -33,23 +36,6 @@ class Roof:
 
     bandwidth: float
     matmul: dict[str, float]
-
-
-def stopwatch_of(device: torch.device) -> Callable[[Callable[[], object]], Callable[[], float]]:
-    """bench.measure's stopwatch for the device; on a GPU with a second flush ahead of it.
-
-    The fills take the device about 150 us, in which the host gets a kernel of two launches (40 us) on the queue, so
-    that the time between the events is the kernel's.
-    """
-    if device.type != "cuda":
-        return cpu_stopwatch
-    stopwatch, ahead = CudaStopwatch(device), torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
-
-    def start(step: Callable[[], object]) -> Callable[[], float]:
-        ahead.zero_()
-        return stopwatch(step)
-
-    return start
 
 
 def median_ms(step: Callable[[], object], device: torch.device, runs: int) -> float:
@@ -80,6 +66,37 @@ def measure_roof(
         ms = median_ms(functools.partial(torch.mm, left, right, out=out), device, runs)
         matmul[name] = 2 * size**3 / (1e-3 * ms)
     return Roof(2 * copy_bytes / (1e-3 * copy), matmul)
+
+
+def rows_of(measured: Roof) -> list[dict[str, Any]]:
+    """The rows of roofline.json: what, dtype, value, unit."""
+    copy = {"what": "copy", "dtype": None, "value": measured.bandwidth, "unit": "bytes/s"}
+    return [copy] + [
+        {"what": "matmul", "dtype": dtype, "value": rate, "unit": "FLOP/s"} for dtype, rate in measured.matmul.items()
+    ]
+
+
+def read_roof(path: pathlib.Path) -> Roof:
+    """The roof in a roofline.json (tools/roofline.py); ValueError where the file is no such thing."""
+    try:
+        rows = json.loads(path.read_text())["rows"]
+        values = {(row["what"], row["dtype"]): float(row["value"]) for row in rows}
+        return Roof(values["copy", None], {name: values["matmul", name] for name in ROOF_DTYPES})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"read_roof: {path}: {error!r}; expected what tools/roofline.py writes") from error
+
+
+def roof_for(device: torch.device, path: pathlib.Path | None, small: tuple[int, int, int] | None = None) -> Roof:
+    """The roof in `path`, measured before on this very device; measured now where there is no good file.
+
+    small: copy_bytes, size and runs of measure_roof where it need not be right.
+    """
+    if path is not None:
+        try:
+            return read_roof(path)
+        except ValueError as error:  # the measurements must not end here
+            print(f"{error}; measured again", flush=True)
+    return measure_roof(device, *small) if small else measure_roof(device)
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ QUANTIZED = {
 
 @dataclass(frozen=True)
 class Case:
-    """One point of a grid: what every provider gets alike."""
+    """One point of a grid: what every provider gets alike. dropout: the adapter's, in training."""
 
     M: int
     N: int
@@ -96,9 +96,28 @@ class Case:
     R: int
     precision: str
     device: str = "cpu"
+    dropout: float = 0.0
 
     def __str__(self) -> str:
-        return f"M={self.M} N={self.N} K={self.K} R={self.R} {self.precision}"
+        return f"M={self.M} N={self.N} K={self.K} R={self.R} {self.precision}{self.variant and f' {self.variant}'}"
+
+    @property
+    def variant(self) -> str:
+        """What sets the case apart from an ordinary one of the same sizes."""
+        return f"dropout {self.dropout:g}" if self.dropout else ""
+
+
+def sizes_of(text: str) -> tuple[tuple[int, int, int, int], str | None]:
+    """((M, N, K, R), precision or None) of "8192x4096x4096x64" or "8192x4096x4096x64:bf16-fp32"."""
+    sizes, _, precision = text.partition(":")
+    M, N, K, R = map(int, sizes.split("x"))
+    return (M, N, K, R), precision or None
+
+
+def dropout_case(device: str = "cuda") -> Case:
+    """The core grid's first case with what many recipes drop."""
+    sizes = (64, 256, 256, 16) if device == "cpu" else (8192, 4096, 4096, 64)
+    return Case(*sizes, "bf16", device, dropout=0.05)
 
 
 def core_grid(device: str = "cuda") -> list[Case]:

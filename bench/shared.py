@@ -15,7 +15,7 @@ import contextlib
 import copy
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,16 +25,17 @@ from torch import Tensor, nn
 
 import dora_kernels
 from bench.machine import ROOT, device_folder, meta
-from bench.measure import CudaStopwatch, cpu_stopwatch, failure, interleave, peak_bytes, saved_bytes
+from bench.measure import failure, interleave, peak_bytes, saved_bytes, stopwatch_of
 from bench.report import write
 from dora_kernels import ops, plan
-from dora_kernels.testing import compare
+from dora_kernels.testing import Comparison, compare
 
 BLOCKS = {
     "q, k, v": (1024, {"q_proj": 1024, "k_proj": 256, "v_proj": 256}),
     "gate, up": (1024, {"gate_proj": 2816, "up_proj": 2816}),
+    "q, k, v of Llama-3.1-8B": (4096, {"q_proj": 4096, "k_proj": 1024, "v_proj": 1024}),
 }
-"""Of each block: in features, and out features by name."""
+"""Of each block: in features, and out features by name. By default the first two are measured."""
 
 PRECISIONS = {
     "fp32": (torch.float32, None),
@@ -77,6 +78,12 @@ class Case:
     M: int
     R: int
 
+    def __str__(self) -> str:
+        return f"{self.block} M={self.M} R={self.R} {self.precision}"
+
+
+LLAMA = Case("q, k, v of Llama-3.1-8B", "bf16", 8192, 64)
+
 
 class Problem:
     """A case's tensors: the stock model, x, and a dy for each layer."""
@@ -106,6 +113,10 @@ class Problem:
             raise RuntimeError(f"bench.shared: expected every layer to be taken over, and to share if asked; {report}")
         return model
 
+    def frozen(self) -> nn.Module:
+        """The layers without adapters."""
+        return copy.deepcopy(self.model).unload()
+
     def forward(self, model: nn.Module) -> list[Tensor]:
         device = self.x.device.type
         autocast = contextlib.nullcontext() if self.autocast is None else torch.autocast(device, self.autocast)
@@ -128,22 +139,36 @@ class Problem:
         return twin.step(twin.model)
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """A row for each way. Raises RuntimeError where one is not good enough, or does not do what its name says."""
+Comparing = Callable[[dict[str, Tensor]], list[Comparison]]
+
+
+def checked(case: Case, device: torch.device) -> tuple[Problem, dict[str, nn.Module], Comparing]:
+    """The problem, the model of each way, and what compares a step's results with stock PEFT in float64.
+
+    Raises RuntimeError where a model is not good enough, or does not do what the name of its way says.
+    """
     problem = Problem(case, device)
     models = {way: problem.enabled(fused) for way, fused in WAYS.items()}
     exact, yardstick = problem.exact(), problem.step(problem.model)
+
+    def comparisons(results: dict[str, Tensor]) -> list[Comparison]:
+        return [compare(name, results[name], yardstick[name], exact[name], problem.autocast) for name in exact]
+
     for way, model in models.items():
         before = ops.calls.copy()
         results = problem.step(model)
         shared = sum(count for (name, _), count in (ops.calls - before).items() if name == "shared_low")
-        through = problem.autocast
-        reason = failure(compare(name, results[name], yardstick[name], exact[name], through) for name in exact)
+        reason = failure(comparisons(results))
         if reason is not None or shared != WAYS[way]:
             raise RuntimeError(f"bench.shared: {case} {way}: {reason or f'the product was shared {shared} times'}")
+    return problem, models, comparisons
+
+
+def measure(case: Case, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+    """A row for each way; RuntimeError as `checked`."""
+    problem, models, _ = checked(case, device)
     steps = {way: lambda model=model: problem.step(model) for way, model in models.items()}
-    stopwatch = CudaStopwatch(device) if device.type == "cuda" else cpu_stopwatch
-    times = interleave(steps, stopwatch, seconds)
+    times = interleave(steps, stopwatch_of(device), seconds)
     return [
         vars(case)
         | {
@@ -213,21 +238,24 @@ def section(measured: dict[str, list[dict[str, Any]]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.shared", description=__doc__.splitlines()[0])
+    parser.add_argument("--block", nargs="+", choices=BLOCKS, default=list(BLOCKS)[:2])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[512], metavar="M")
     parser.add_argument("--rank", nargs="+", type=int, default=[16, 64], metavar="R")
     parser.add_argument("--seconds", type=float, default=8, help="timing per case (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, help="default: bench/results/<device>/shared.json")
+    parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "shared.json"
     cases = [
         Case(block, precision, M, R)
-        for block in BLOCKS
-        for precision in PRECISIONS
+        for block in arguments.block
+        for precision in arguments.precision
         for M in arguments.tokens
         for R in arguments.rank
     ]
-    where, rows = meta(device), []
+    where, rows = meta(device, arguments.commit), []
     for case in track(cases, "bench.shared"):
         rows += measure(case, device, arguments.seconds)
     write(out, where, rows)

@@ -2,6 +2,7 @@
 of GPU stages keeps to its time.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -14,11 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import layer, measure, peers, report, shapes
+from bench import layer, machine, measure, peers, report, shapes, shared, steps
 from bench.measure import Gate, GateError, Timing, failure, interleave
 from bench.providers import (
     COMPILED,
+    FROZEN_INFERENCE,
+    PASSES,
     PROVIDERS,
     Layer,
     Problem,
@@ -26,9 +30,11 @@ from bench.providers import (
     forward_backward,
     ours,
     peft_dora,
+    providers_of,
     reference,
 )
 from bench.shapes import PRECISIONS, QUANTIZED, Case
+from dora_kernels import ops
 from dora_kernels.testing import rms_error
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +72,51 @@ def test_every_provider_passes_the_gate(precision):
         assert failure(comparisons) is None and len(comparisons) == 1, name
         assert (backend is not None) == name.startswith("ours"), name
         assert built.module is None or not built.module.training
+
+
+@pytest.mark.parametrize("precision", ("fp32", "bf16"))
+def test_dropout_in_both_meanings(precision):
+    dropping = dataclasses.replace(case(precision), dropout=0.3)
+    problem = Problem.random(dropping)
+    gate, results = Gate(problem), {}
+    providers = providers_of(dropping, ["peft_lora", "ours", "peft_dora", "frozen", "axolotl"])
+    assert list(providers) == ["peft_lora", "ours", "peft_dora", "frozen", "ours_lora_dropout"]
+    for name, provider in providers.items():
+        built = provider(problem)
+        comparisons, backend = gate.check(built)
+        assert failure(comparisons) is None and (backend is not None) == name.startswith("ours"), name
+        if built.computes != "frozen":
+            results[built.computes] = forward_backward(built, problem)  # with another mask
+            assert failure(gate.comparisons(built.computes, results[built.computes])), name
+    built = providers["ours"](problem)
+    problem.seed()
+    other = forward_backward(built, problem)
+    assert failure(gate.comparisons("dora", other)) is None and failure(gate.comparisons("dora_lora_dropout", other))
+    rows = steps.measure_case(dropping, {"ours": providers["ours"]}, ("forward+backward", "inference"), 0, (1, 1))
+    assert [(row.step, row.variant, row.ok) for row in rows] == [("forward+backward", "dropout 0.3", True)]
+
+
+def test_inference_inside_frozen_adapters_is_inside():
+    problem = Problem.random(case())
+    built = ours(problem)
+    built.set_mode(FROZEN_INFERENCE)
+    inside = PASSES[FROZEN_INFERENCE]
+    with built.scope(FROZEN_INFERENCE):
+        before = ops.calls.copy()
+        inside(built, problem), inside(built, problem)
+        ran = {name: count for (name, _), count in (ops.calls - before).items()}
+        assert ran == {"grouped_norm": 1, "forward": 2}
+        with pytest.raises(ValueError, match="in another scope"):
+            built.scope(FROZEN_INFERENCE).__enter__()
+    for layer_, step in ((built, "inference"), (built, "forward+backward"), (peft_dora(problem), FROZEN_INFERENCE)):
+        assert isinstance(layer_.scope(step), contextlib.nullcontext)
+
+
+def test_siblings_of_one_x_are_rows(monkeypatch):
+    monkeypatch.setitem(shared.BLOCKS, "q, k", (24, {"q_proj": 16, "k_proj": 8}))
+    rows = steps.measure_shared(shared.Case("q, k", "fp32", 5, 3), torch.device(DEVICE), 0.0, (1, 1))
+    assert [row.provider for row in rows] == ["frozen", "peft_dora", "ours", "ours_shared"]
+    assert all((row.N, row.K, row.variant, row.ok) == (24, 24, "q, k", True) and row.ms.runs == 1 for row in rows)
 
 
 @pytest.mark.parametrize("precision", QUANTIZED)
@@ -132,12 +183,12 @@ def test_saved_bytes():
 
 def test_saved_bytes_of_a_layer():
     M, N, R = 48, 96, 8
-    rows = layer.measure_case(
+    rows = steps.measure_case(
         case("bf16"), {name: PROVIDERS[name] for name in ("frozen", "ours", "peft_dora")}, rounds=(1, 1)
     )
     saved = {(row.provider, row.step): row.saved_bytes for row in rows}
     assert saved["frozen", "forward"] == 0
-    assert {size for (_, step), size in saved.items() if step == "inference"} == {0}
+    assert {size for (_, step), size in saved.items() if step.startswith("inference")} == {0}
     # base and low in bf16, norm and gain in float32
     assert saved["ours", "forward"] == saved["ours", "forward+backward"] == 2 * M * N + 2 * M * R + 2 * 4 * N
     assert saved["peft_dora", "forward"] > saved["ours", "forward"]
@@ -207,7 +258,7 @@ def raising(problem: Problem) -> Layer:
     raise RuntimeError("no such kernel")
 
 
-FIELDS = {field.name for field in dataclasses.fields(layer.Row)}
+FIELDS = {field.name for field in dataclasses.fields(steps.Row)}
 
 
 def test_rows_and_json(tmp_path, capsys):
@@ -216,13 +267,13 @@ def test_rows_and_json(tmp_path, capsys):
     path = tmp_path / "deep" / "layer.json"
 
     def measured(case):
-        return layer.measure_case(case, providers, seconds=0.0, rounds=(2, 2))
+        return steps.measure_case(case, providers, seconds=0.0, rounds=(2, 2))
 
     layer.run([case(), case("bf16")], path, measured, 60, {"commit": "c0ffee"})
     content = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert content["meta"] == {"commit": "c0ffee", "left_out": []}
     rows = content["rows"]
-    assert len(rows) == 2 * 3 * len(providers)
+    assert len(rows) == 2 * len(PASSES) * len(providers)
     for row in rows:
         assert row.keys() == FIELDS
         assert (row["M"], row["N"], row["K"], row["R"]) == (48, 96, 160, 8)
@@ -237,7 +288,7 @@ def test_rows_and_json(tmp_path, capsys):
     assert reasons["zeros"].startswith("y: error 1.00e+00")
 
     text = report.table(rows)
-    assert len(text.splitlines()) == 1 + 6 + 2  # a header, two cases of three steps, two means
+    assert len(text.splitlines()) == 1 + 2 * len(PASSES) + 2  # a header, two cases of each step, two means
     assert "geometric mean of ours/frozen" in text
     assert len(report.problems(rows)) == 4
 
@@ -277,6 +328,41 @@ def test_a_run_out_of_time_leaves_what_it_has(tmp_path, capsys):
     left_out = json.loads((tmp_path / "layer.json").read_text())["meta"]["left_out"]
     assert left_out == [str(case) for case in cases[2:]]
     assert f"left out: {cases[2]}; {cases[3]}" in capsys.readouterr().out
+
+
+def test_launches_are_counted_after_all_timing_while_there_is_time(tmp_path):
+    clock, order = FakeClock(), []
+
+    def measured(case):
+        order.append(("time", case.M))
+        clock.now += 10
+        return [
+            steps.Row("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32"),
+            steps.Row("broken", "dora", "forward", [], case.M, 1, 1, 1, "fp32", ok=False),
+        ]
+
+    def count(case):
+        order.append(("count", case.M))
+        clock.now += 10
+        return {("ours", "forward"): 9.0, ("broken", "forward"): 7.0}
+
+    def conditions():
+        return {"clock_mhz": len(order)}
+
+    path = tmp_path / "layer.json"
+    cases = [case(M=M) for M in (1, 2, 3)]
+    rows = layer.run(cases, path, measured, 45, {}, clock, count, conditions)
+    assert order == [("time", 1), ("time", 2), ("time", 3), ("count", 1), ("count", 2)]
+    assert [row["launches"] for row in rows] == [9.0, None, 9.0, None, None, None]
+    content = json.loads(path.read_text())
+    assert content["rows"] == rows
+    found = {str(case): {"clock_mhz": at} for at, case in enumerate(cases, 1)}
+    assert content["meta"] == {"conditions": found, "left_out": []}
+
+
+def test_the_conditions_of_a_device():
+    found = machine.conditions(torch.device("cpu"))
+    assert found == {"clock_mhz": None, "power_w": None, "celsius": None}
 
 
 def test_inf_and_nan_are_null(tmp_path):
@@ -322,6 +408,76 @@ def test_interleaved_timing():
     assert timings["a"].runs == 2
 
 
+def test_a_host_that_runs_ahead_stops_in_time():
+    """Steps that the host starts at once and the device takes a second for."""
+    clock = FakeClock()
+    device = [clock.now]
+
+    def stopwatch(step):
+        end = device[0] = max(device[0], clock.now) + 1
+
+        def reading():
+            clock.now = max(clock.now, end)
+            return 1000.0
+
+        return reading
+
+    timings = interleave({"a": lambda: None}, stopwatch, seconds=20, rounds=(2, 500), clock=clock)
+    assert 20 <= timings["a"].runs <= 22 and clock.now <= 1022
+
+
+def test_the_flush_ends_with_a_read_of_what_it_has_not_written():
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            called.append((operator, arguments[0].untyped_storage().data_ptr(), arguments[0].nbytes))
+            return operator(*arguments, **(keywords or {}))
+
+    called = []
+    flush = measure.Flush(torch.device(DEVICE), 4096)
+    with Recorder():
+        flush()
+    (write, written, bytes_written), (read, other, bytes_read) = called
+    assert write == torch.ops.aten.zero_.default and "sum" in str(read) and written != other
+    assert bytes_written == bytes_read == 4096
+
+
+@pytest.mark.parametrize("end_raises", (False, True))
+def test_a_capture_that_fails_gives_the_stream_back(end_raises, monkeypatch):
+    inside = []
+
+    class Graph:
+        def capture_begin(self, pool):
+            inside.append("begin")
+
+        def capture_end(self):
+            inside.append("end")
+            if end_raises:
+                raise RuntimeError("the capture was invalidated")
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    @contextlib.contextmanager
+    def stream(one):
+        inside.append("in")
+        try:
+            yield
+        finally:
+            inside.append("out")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    calls = iter([{}] * measure.WARMUP_STEPS)
+    with pytest.raises(StopIteration):  # what went wrong first, and not that the capture has no end
+        measure.capture(lambda: next(calls), None)
+    assert inside == ["in", "out", "in", "begin", "end", "out"]
+
+
 def test_timing_statistics():
     assert Timing.of([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == Timing(3.5, 2.0, 5.0, 1.0, 6)
     assert Timing.of([7.0]) == Timing(7.0, 7.0, 7.0, 7.0, 1)
@@ -331,7 +487,7 @@ def test_a_graph_that_does_not_write_its_results_has_no_time(monkeypatch):
     problem = Problem.random(case())
     layers = {name: PROVIDERS[name](problem) for name in ("frozen", "peft_dora", "ours")}
     calls = {name: (lambda built=built: forward_backward(built, problem)) for name, built in layers.items()}
-    rows = {name: layer.Row(name, None, "forward+backward", [], 1, 1, 1, 1, "fp32") for name in layers}
+    rows = {name: steps.Row(name, None, "forward+backward", [], 1, 1, 1, 1, "fp32") for name in layers}
 
     class Graph:
         def __init__(self, call, results):
@@ -347,31 +503,41 @@ def test_a_graph_that_does_not_write_its_results_has_no_time(monkeypatch):
         results = {name: result.detach().clone() for name, result in call().items()}
         return Graph(None if call is calls["peft_dora"] else call, results), results
 
-    monkeypatch.setattr(layer, "capture", capture)
-    monkeypatch.setattr(layer, "CudaStopwatch", lambda device: measure.cpu_stopwatch)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    pools, gate = [], Gate(problem)
+    monkeypatch.setattr(steps, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: pools.append(None))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    layer._time_graphs(calls, layers, rows, Gate(problem), "forward+backward", torch.device("cpu"), 0.0, (2, 2))
+
+    def time_graphs(calls, step):
+        def wrong(name, results):
+            return failure(gate.comparisons(layers[name].computes, results, step))
+
+        steps._time_graphs(calls, rows, wrong, problem.seed, torch.device("cpu"), 0.0, (2, 2))
+
+    time_graphs(calls, "forward+backward")
+    assert len(pools) == 2  # what comes after the one that failed has a pool of its own
     assert rows["ours"].graph_ms.runs == 2 and rows["ours"].graph_reason is None
     assert rows["frozen"].graph_ms is None and rows["frozen"].graph_reason == "RuntimeError: cannot be captured"
     assert rows["peft_dora"].graph_ms is None and rows["peft_dora"].graph_reason.startswith("y: error inf")
 
     only_y = {"ours": lambda: {"y": layers["ours"].forward(problem.x)}}  # a pass that gives y alone
-    rows["ours"] = layer.Row("ours", None, "forward", [], 1, 1, 1, 1, "fp32")
-    layer._time_graphs(only_y, layers, rows, Gate(problem), "forward", torch.device("cpu"), 0.0, (2, 2))
+    rows["ours"] = steps.Row("ours", None, "forward", [], 1, 1, 1, 1, "fp32")
+    time_graphs(only_y, "forward")
     assert rows["ours"].graph_ms.runs == 2 and rows["ours"].graph_reason is None
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_graphs_and_memory_on_a_gpu():
-    rows = layer.measure_case(Case(256, 512, 512, 16, "bf16", "cuda"), seconds=0.2, rounds=(3, 20))
+    rows = steps.measure_case(Case(256, 512, 512, 16, "bf16", "cuda"), seconds=0.2, rounds=(3, 20))
     assert [(row.provider, row.reason, row.graph_reason) for row in rows if row.reason or row.graph_reason] == []
     assert all(row.backend == "triton" for row in rows if row.provider.startswith("ours"))
     for row in rows:
         assert row.graph_ms.median > 0 and row.ms.median > 0
         assert row.peak_bytes >= 2 * row.M * row.N  # y at least
-        assert row.launches >= 1 and row.host_us > 0
+        assert row.host_us > 0
+    counts = steps.count_launches(Case(256, 512, 512, 16, "bf16", "cuda"))
+    assert counts.keys() == {(row.provider, row.step) for row in rows} and min(counts.values()) >= 1
 
 
 def test_shapes():
@@ -412,6 +578,16 @@ def test_which_cases_run(capsys):
         "M=3 N=4096 K=4096 R=4 fp16"
     ]
     assert len(cases(device="cpu")) == 8
+    core = shapes.core_grid()
+    assert cases("--case", "1-4", "6", "10") == [*core[:4], core[5], core[9]]
+    assert cases("--grid", "decode", "--case", "2") == shapes.decode_grid()[1:2]
+    named = cases("--case", "3x4x5x6:fp16", "3x4x5x6", "dropout", "shared")
+    assert named[:2] == [Case(3, 4, 5, 6, "fp16", "cuda"), Case(3, 4, 5, 6, "bf16", "cuda")]
+    assert named[2] == dataclasses.replace(core[0], dropout=0.05) and str(named[2]).endswith(" bf16 dropout 0.05")
+    assert str(named[3]) == "q, k, v of Llama-3.1-8B M=8192 R=64 bf16"
+    for wrong in ("0", "25", "4-3", "3x4x5", "3x4x5x6:int3", "droput"):
+        with pytest.raises(ValueError, match=f"--case {wrong}; expected 1 to 24"):
+            cases("--case", wrong)
     with pytest.raises(SystemExit):
         layer.main(["--device", "cpu", "--grid", "core", "--rank", "4"])
     assert "--grid core with --rank" in capsys.readouterr().err

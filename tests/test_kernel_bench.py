@@ -2,7 +2,6 @@
 measurements, whose code runs here at small sizes.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import decisive, kernels, roof
+from bench import decisive, kernels, report, roof
 from bench.kernels import Operands
 from bench.measure import Timing
 from bench.roof import Roof, Work, work
@@ -182,17 +181,37 @@ def test_the_command_writes_its_rows(tmp_path):
     }
 
 
-def test_the_roofs_are_rows():
-    spec = importlib.util.spec_from_file_location("roofline", ROOT / "tools" / "roofline.py")
-    roofline = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(roofline)
-    rows = roofline.rows_of(H200)
+def test_the_roofs_are_rows_of_a_file_that_others_read(tmp_path, monkeypatch, capsys):
+    measured = roof.measure_roof(torch.device("cpu"), 1 << 16, 16, 3, {"fp32": torch.float32})
+    assert measured.bandwidth > 0 and measured.matmul["fp32"] > 0
+    rows = roof.rows_of(H200)
     assert [(row["what"], row["dtype"], row["value"]) for row in rows[:2]] == [
         ("copy", None, 4e12),
         ("matmul", "bf16", 800e12),
     ]
-    measured = roof.measure_roof(torch.device("cpu"), 1 << 16, 16, 3, {"fp32": torch.float32})
-    assert measured.bandwidth > 0 and measured.matmul["fp32"] > 0
+    path, cpu = tmp_path / "roofline.json", torch.device("cpu")
+    report.write(path, {}, rows)
+    assert roof.read_roof(path) == roof.roof_for(cpu, path) == H200
+    monkeypatch.setattr(roof, "measure_roof", lambda *arguments: arguments)
+    assert roof.roof_for(cpu, None, (1, 2, 3)) == (cpu, 1, 2, 3) and roof.roof_for(cpu, None) == (cpu,)
+    for text in ("{", '{"rows": []}', "[]", '{"rows": [{"what": "copy", "dtype": null, "value": null}]}'):
+        path.write_text(text)
+        assert roof.roof_for(cpu, path) == (cpu,)
+        assert "expected what tools/roofline.py writes; measured again" in capsys.readouterr().out
+
+
+def test_a_case_with_a_precision_of_its_own_is_not_repeated():
+    asked = [kernels._case("1x2x3x4"), kernels._case("5x6x7x8:fp32"), kernels._case("2x2x2x2")]
+    shown = [str(case) for case in kernels.cases_of(asked, ["bf16", "bf16-fp32"], "cpu")]
+    assert shown == [
+        "M=1 N=2 K=3 R=4 bf16",
+        "M=2 N=2 K=2 R=2 bf16",
+        "M=1 N=2 K=3 R=4 bf16-fp32",
+        "M=2 N=2 K=2 R=2 bf16-fp32",
+        "M=5 N=6 K=7 R=8 fp32",
+    ]
+    with pytest.raises(ValueError):
+        kernels._case("1x2x3x4:fp8")
 
 
 def test_a_section_that_raises_is_a_row_and_not_the_end(tmp_path):
@@ -209,7 +228,7 @@ def test_a_section_that_raises_is_a_row_and_not_the_end(tmp_path):
         {"section": "b", "ok": True, "us": 1.0},
         {"section": "b", "ok": False},
     ]
-    assert json.loads(out.read_text())["meta"]["left_out"] == ["c"]
+    assert json.loads(out.read_text())["meta"] == {"conditions": {}, "left_out": ["c"]}
 
 
 def test_the_sections_run(tmp_path):
@@ -223,8 +242,12 @@ def test_the_sections_run(tmp_path):
 @pytest.mark.parametrize("descriptors", (False, True))
 def test_the_fused_product(descriptors):
     o = Operands.random(Case(64, 32, 48, 32, "fp32"))
-    actual = decisive.fused_linear(o.x, o.low, o.weight, o.lora_B, o.gain, (32, 16, 16, 4, 2), descriptors)
-    torch.testing.assert_close(actual, o.gain * (o.x @ o.weight.T + o.low @ o.lora_B.T), rtol=1e-4, atol=1e-4)
+    arguments, expected = (o.x, o.low, o.weight, o.lora_B, o.gain), o.x @ o.weight.T + o.low @ o.lora_B.T
+    y, z = decisive.fused_linear(*arguments, (32, 16, 16, 4, 2), descriptors, keep_z=True)
+    torch.testing.assert_close(y, o.gain * expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+    alone, nothing = decisive.fused_linear(*arguments, (32, 16, 16, 4, 2), descriptors)
+    assert torch.equal(alone, y) and nothing is None
     with pytest.raises(ValueError, match="expected multiples of"):
         decisive.fused_linear(o.x, o.low, o.weight, o.lora_B, o.gain, (128, 16, 16, 4, 2), descriptors)
 
@@ -238,11 +261,11 @@ def empty(*shape, dtype=torch.bfloat16):
 
 target = tool.TARGETS["sm_90"]
 for descriptors in (True, False):
-    for tiles in decisive.FUSED_TILES[:2]:  # the two that need most
+    for tiles in decisive.FUSED_TILES:
         with tool.recording(target, tool.VARIANTS["bf16"]) as recorded:
             gain = empty(14336, dtype=torch.float32)
             x, low, weight, lora_B = empty(8192, 4096), empty(8192, 384), empty(14336, 4096), empty(14336, 384)
-            decisive.fused_linear(x, low, weight, lora_B, gain, tiles, descriptors)
+            decisive.fused_linear(x, low, weight, lora_B, gain, tiles, descriptors, keep_z=descriptors)
         assert len(recorded) == 1
         complaint = compile_kernels.verdict(compile_kernels.compile_ahead(recorded[0]), target)
         assert not complaint, (descriptors, tiles, complaint)

@@ -13,21 +13,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
 from bench import machine, report, roof  # noqa: E402
-
-
-def rows_of(measured: roof.Roof) -> list[dict[str, Any]]:
-    """A row per roof: what, dtype, value, unit."""
-    copy = {"what": "copy", "dtype": None, "value": measured.bandwidth, "unit": "bytes/s"}
-    return [copy] + [
-        {"what": "matmul", "dtype": dtype, "value": rate, "unit": "FLOP/s"} for dtype, rate in measured.matmul.items()
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu")
     large = device.type == "cuda"
     sizes = (roof.COPY_BYTES, 8192, 20) if large else (64 << 20, 512, 5)
-    rows = rows_of(roof.measure_roof(device, *sizes))
+    rows = roof.rows_of(roof.measure_roof(device, *sizes))
     out = arguments.out or machine.ROOT / "bench" / "results" / machine.device_folder(device) / "roofline.json"
     report.write(out, machine.meta(device, arguments.commit), rows)
     for row in rows:
