@@ -6,31 +6,37 @@
 
 Every candidate is held to the reference before it is timed, against the default of configs.py, at two or three shapes,
 interleaved, L2 flushed. A candidate wins where it takes less than 0.97 of the default's time (geometric mean over the
-shapes) and loses at none. The file is replaced after every kernel; a later run skips what this commit has finished.
+shapes) and loses at none. Ranks up to configs.HIGH_RANK and above it are apart, as in configs.py: what is best at one
+of 16 and 64 is nearly so at the other, and no tile is at 64 and at 384. The times of all candidates are kept, so that
+another rule can be applied without the card. The file is replaced after every kernel; a later run skips what this
+commit has finished.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import dataclasses
 import gc
 import json
+import multiprocessing
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
+import precompile  # noqa: E402
 import torch  # noqa: E402
+from candidates import PRECISIONS, SUBJECTS, candidates  # noqa: E402
 
 from bench import kernels, machine  # noqa: E402
-from bench.measure import interleave  # noqa: E402
+from bench.measure import interleave, stopwatch_of  # noqa: E402
 from bench.shapes import Case  # noqa: E402
 from dora_kernels import configs, launch  # noqa: E402
 from dora_kernels.configs import Config  # noqa: E402
@@ -39,143 +45,14 @@ from dora_kernels.testing import geometric_mean  # noqa: E402
 WIN = 0.97
 # no shape may pay for the others: two timings of one configuration differ by about this
 LOSS = 1.02
-ACCUMULATORS = 128  # float32 values of a tile for each thread; above it the tile spills
-PRECISIONS = {2: "bf16", 4: "bf16-fp32"}
-VARIANTS = {2: "bf16", 4: "bf16, fp32 adapters"}  # of tools/specializations.py
+# bytes of a thread's stack that ptxas uses of its own accord (tools/compile_kernels.py)
+HARMLESS_SPILLS = 64
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is tuned: `fields` of configs.Config with their `values`, judged by (call of bench.kernels, M, N, K, R)."""
-
-    fields: tuple[str, ...]
-    values: tuple[tuple[int, ...], ...]
-    jobs: tuple[tuple[str, int, int, int, int], ...]
-
-
-_SCHEDULE = ("num_warps", "num_stages", "waves")
-_WEIGHT = ("BLOCK_N", "BLOCK_K", *_SCHEDULE)
-_NORM = (
-    (32, 128, 4, 3, 2),
-    (32, 256, 4, 3, 2),
-    (64, 64, 4, 4, 2),
-    (64, 128, 4, 2, 2),
-    (64, 128, 4, 4, 2),
-    (64, 128, 8, 3, 2),
-    (64, 128, 4, 3, 4),
-    (64, 256, 8, 3, 2),
-    (128, 64, 4, 4, 2),
-    (128, 128, 8, 3, 1),
-    (128, 128, 8, 3, 2),
-    (128, 128, 8, 4, 1),
-    (128, 256, 8, 3, 1),
-)
-_MERGE = (
-    (32, 128, 4, 2, 1),
-    (32, 256, 4, 2, 1),
-    (64, 64, 4, 2, 1),
-    (64, 128, 4, 2, 1),
-    (64, 128, 8, 3, 1),
-    (64, 128, 4, 3, 1),
-    (64, 256, 8, 2, 1),
-    (128, 64, 4, 3, 1),
-    (128, 128, 8, 2, 1),
-    (128, 128, 8, 3, 1),
-    (128, 128, 8, 4, 1),
-    (128, 256, 16, 3, 1),
-)
-# most valuable first
-SUBJECTS = {
-    "token_sums": Subject(
-        ("BLOCK_M", "BLOCK_N", *_SCHEDULE),
-        (
-            (32, 64, 4, 3, 1),
-            (32, 128, 4, 3, 1),
-            (32, 128, 8, 4, 1),
-            (64, 64, 4, 3, 1),
-            (64, 64, 4, 4, 2),
-            (64, 128, 4, 3, 1),
-            (64, 128, 8, 4, 1),
-            (64, 128, 8, 3, 2),
-            (64, 256, 8, 3, 1),
-            (128, 64, 4, 3, 1),
-            (128, 64, 8, 3, 2),
-            (128, 128, 8, 2, 1),
-        ),
-        (
-            ("token_sums", 8192, 4096, 4096, 64),
-            ("outer_product", 8192, 4096, 4096, 64),
-            ("token_sums", 8192, 14336, 4096, 384),
-        ),
-    ),
-    "epilogue": Subject(
-        ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
-        (
-            (32, 128, 4, 2),
-            (32, 256, 8, 2),
-            (64, 64, 4, 2),
-            (64, 128, 4, 2),
-            (64, 128, 8, 3),
-            (64, 128, 8, 4),
-            (64, 256, 8, 2),
-            (128, 64, 4, 2),
-            (128, 64, 8, 3),
-            (128, 128, 8, 2),
-            (128, 128, 8, 3),
-        ),
-        (("epilogue", 8192, 4096, 4096, 64), ("epilogue", 8192, 14336, 4096, 384), ("epilogue", 2048, 4096, 4096, 16)),
-    ),
-    "merge": Subject(_WEIGHT, _MERGE, (("merge", 16, 4096, 4096, 64), ("merge", 16, 8192, 8192, 16))),
-    "norm": Subject(_WEIGHT, _NORM, (("norm", 16, 4096, 4096, 64), ("norm", 16, 8192, 8192, 64))),
-    "project": Subject(
-        ("BLOCK_M", "BLOCK_K", *_SCHEDULE),
-        (
-            (64, 64, 4, 4, 1),
-            (64, 64, 4, 4, 2),
-            (64, 128, 4, 3, 1),
-            (64, 128, 4, 4, 2),
-            (128, 64, 4, 3, 1),
-            (128, 64, 4, 5, 1),
-            (128, 64, 8, 4, 1),
-            (128, 64, 4, 4, 2),
-            (128, 128, 4, 3, 1),
-            (128, 128, 8, 3, 1),
-            (256, 64, 8, 3, 1),
-        ),
-        (("project", 8192, 4096, 4096, 64), ("project", 8192, 8192, 8192, 16)),
-    ),
-    "norm_high_rank": Subject(_WEIGHT, _NORM, (("norm", 16, 8192, 8192, 384), ("norm", 16, 14336, 4096, 384))),
-    "merge_high_rank": Subject(_WEIGHT, _MERGE, (("merge", 16, 8192, 8192, 384), ("merge", 16, 14336, 4096, 384))),
-}
-
-
-def candidates(kernel: str, default: Config, operand_bytes: int, shared_limit: int) -> list[Config]:
-    """The default, then the subject's other configurations that can fit the device, without repetition."""
-    subject = SUBJECTS[kernel]
-    configs = [dataclasses.replace(default, **dict(zip(subject.fields, v, strict=True))) for v in subject.values]
-    fitting = [config for config in configs if fits(kernel, config, operand_bytes, shared_limit)]
-    return list(dict.fromkeys([default, *fitting]))
-
-
-def fits(kernel: str, config: Config, operand_bytes: int, shared_limit: int) -> bool:
-    """Whether the accumulator tile fits the registers and the tiles in flight the shared memory, by an estimate from
-    below: a launch may still refuse.
-    """
-    R = config.BLOCK_R
-    if kernel == "project":
-        accumulators, loaded = config.BLOCK_M * R, config.BLOCK_K * (2 * config.BLOCK_M + operand_bytes * R)
-    elif kernel == "token_sums":
-        accumulators = config.BLOCK_N * max(R, config.BLOCK_M)  # the products with base stand beside the sums
-        loaded = config.BLOCK_M * (2 * 2 * config.BLOCK_N + operand_bytes * R)
-    elif kernel == "epilogue":
-        accumulators, loaded = config.BLOCK_M * config.BLOCK_N, operand_bytes * R * (config.BLOCK_M + config.BLOCK_N)
-    else:
-        accumulators, loaded = config.BLOCK_N * config.BLOCK_K, operand_bytes * R * config.BLOCK_K
-    return accumulators <= ACCUMULATORS * 32 * config.num_warps and loaded * config.num_stages <= shared_limit
-
-
-# config -> seconds (any unit) at each job of the subject; None where it was wrong or refused
+# config -> seconds at each job of the subject; None where it was wrong or refused
 Times = dict[Config, "list[float] | None"]
+# config -> kernel -> registers, bytes of stack and of shared memory, of a thread and a program, as loaded
+Loaded = dict[Config, dict[str, tuple[int, int, int]]]
 
 
 def choose(default: Config, times: Times) -> tuple[Config, float]:
@@ -212,7 +89,7 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-Measure = Callable[[str, int, Sequence[Config]], Times]
+Measure = Callable[[str, int, Sequence[Config]], tuple[Times, Loaded]]
 
 
 def tune(
@@ -226,8 +103,12 @@ def tune(
     seconds: float,
     fresh: bool = False,
     clock: Callable[[], float] = time.monotonic,
+    device: torch.device | None = None,
 ) -> list[str]:
-    """Tune the kernels in order until `seconds` are over; returns those left out. `path` is replaced after each."""
+    """Tune the kernels in order until `seconds` are over; returns those left out. `path` is replaced after each.
+
+    device: whose conditions are kept for the end of each kernel.
+    """
     end = clock() + seconds
     table = read_table(path)
     table["meta"] = information
@@ -242,17 +123,24 @@ def tune(
             print(f"out of time, left out: {', '.join(names[place:])}", flush=True)
             return list(names[place:])
         default = defaults[name]
-        times = measure(name, operand_bytes, candidates(name, default, operand_bytes, shared_limit))
+        times, loaded = measure(name, operand_bytes, candidates(name, default, operand_bytes, shared_limit))
+        measured[name] = record = {
+            "jobs": [f"{job} {'x'.join(map(str, sizes))}" for job, *sizes in SUBJECTS[name].jobs],
+            "times": [[fields_of(config), found] for config, found in times.items()],
+            "loaded": [[fields_of(config), found] for config, found in loaded.items() if found],
+            "conditions": machine.conditions(device) if device else {},
+        }
         try:
             best, ratio = choose(default, times)
         except ValueError as error:
             print(f"{name}: {error}", flush=True)
+            write_table(path, table)
             continue
         configs.pop(name, None)
         if best != default:
             configs[name] = fields_of(best)
         tried = sum(found is not None for found in times.values())
-        measured[name] = {"commit": commit, "tried": tried, "over_default": round(ratio, 4)}
+        record |= {"commit": commit, "tried": tried, "over_default": round(ratio, 4)}
         write_table(path, table)
         print(f"{name}: {tried} of {len(times)} candidates, {ratio:.3f} of the default's time", flush=True)
     return []
@@ -276,10 +164,14 @@ def _overriding() -> Iterator[dict[str, Config]]:
 
 
 def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, int] = (10, 30)) -> Measure:
-    """Check and time candidates on `device`; `seconds` of timing for each job and kernel."""
+    """Check and time candidates on `device`; `seconds` of timing for each job and kernel.
 
-    def measure(kernel: str, operand_bytes: int, configs: Sequence[Config]) -> Times:
+    One that spills in earnest is not timed, but for the default, the first one.
+    """
+
+    def measure(kernel: str, operand_bytes: int, configs: Sequence[Config]) -> tuple[Times, Loaded]:
         times: Times = {config: [] for config in configs}
+        loaded: Loaded = {config: {} for config in configs}
         for job, *sizes in SUBJECTS[kernel].jobs:
             case = Case(*sizes, PRECISIONS[operand_bytes], device.type)
             steps, _ = kernels.steps_for(case)
@@ -288,11 +180,15 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
             calls = {}
             with _overriding() as overrides, kernels.every_call_by_kernel():
                 for config in [config for config in configs if times[config] is not None]:
-                    overrides[kernel] = config
+                    overrides[kernel], known = config, in_process()
                     try:
                         wrong = kernels.failure(checker.comparisons(job, steps))
                     except Exception as error:  # too much shared memory, say
                         wrong = f"{type(error).__name__}: {error}"[:200]
+                    loaded[config] |= {name: usage for (name, _), usage in in_process().items() - known.items()}
+                    spilt = max((stack for _, stack, _ in loaded[config].values()), default=0)
+                    if not wrong and config != configs[0] and spilt > HARMLESS_SPILLS:
+                        wrong = f"spills {spilt} bytes a thread"
                     if wrong:
                         times[config] = None
                         print(f"{kernel}: {fields_of(config)} at {case}: {wrong}", flush=True)
@@ -304,48 +200,27 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
 
                     calls[config] = call
                 del checker
-                timings = interleave(calls, kernels.stopwatch_of(device), seconds, rounds) if calls else {}
+                timings = interleave(calls, stopwatch_of(device), seconds, rounds) if calls else {}
             for config, timing in timings.items():
-                times[config].append(timing.median)
+                times[config].append(float(f"{1e-3 * timing.median:.4g}"))
             del operands, calls
             gc.collect()
-        return times
+        return times, loaded
 
     return measure
 
 
-def precompile(names: Sequence[str], operand_bytes: int, defaults: dict[str, Config], shared_limit: int) -> int:
-    """Compile all candidates side by side into Triton's cache; returns how many. One after another they would take
-    minutes of the device's time.
-    """
-    import compile_kernels
-    import specializations
-
-    from dora_kernels.kernels import KERNELS
-
-    major, minor = torch.cuda.get_device_capability()
-    found = specializations.TARGETS[f"sm_{major}{minor}"]
-    count = torch.cuda.get_device_properties("cuda").multi_processor_count
-    target = dataclasses.replace(found, multiprocessors=count)
-    variant = VARIANTS[operand_bytes]
-    jobs: dict[tuple[str, str], Any] = {}
-    for name in names:
-        for job, *sizes in SUBJECTS[name].jobs:
-            operands = kernels.Operands.random(Case(*sizes, PRECISIONS[operand_bytes], "meta"))
-            for config in candidates(name, defaults[name], operand_bytes, shared_limit):
-                override = {name: dataclasses.asdict(config)}
-                with (
-                    specializations.recording(target, specializations.VARIANTS[variant], override) as recorded,
-                    kernels.every_call_by_kernel(),
-                ):
-                    kernels.CALLS[job](operands, KERNELS)
-                for specialization in recorded:
-                    jobs.setdefault(
-                        (specialization.name, specialization.key),
-                        compile_kernels.Job(variant, sizes[-1], name, specialization),
-                    )
-    compile_kernels.compile_all(list(jobs.values()), processes=max(2, (os.cpu_count() or 2) - 1))
-    return len(jobs)
+def in_process() -> dict[tuple[str, str], tuple[int, int, int]]:
+    """(kernel, key of the specialisation) -> its usage as in `Loaded`, of all that this process has loaded so far."""
+    found = {}
+    modules = [module for name, module in list(sys.modules.items()) if name.startswith("dora_kernels.kernels.")]
+    for name, kernel in {name: value for module in modules for name, value in vars(module).items()}.items():
+        # of a JITFunction: device -> (key -> compiled kernel, ...); the interpreter has none
+        for compiled, *_ in getattr(kernel, "device_caches", {}).values():
+            for key, one in compiled.items():
+                if getattr(one, "n_regs", None) is not None:  # Triton gives the stack in words of 4 bytes
+                    found[name, key] = one.n_regs, 4 * one.n_spills, one.metadata.shared
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -358,28 +233,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fresh", action="store_true", help="do not skip what this commit has finished")
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     arguments = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    start = time.monotonic()
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as one:
+        gpu, target, shared_limit = one.submit(precompile.card).result()
+    if not gpu:
         print(f"tune: torch {torch.__version__} sees no GPU; expected one", file=sys.stderr)
         return 2
-    start, device = time.monotonic(), torch.device("cuda", torch.cuda.current_device())
-    facts = launch.device_facts(device)
-    if not facts.target:
-        print(f"tune: no kernel configuration is known for {facts.name}; expected one in configs.py", file=sys.stderr)
+    if target is None:
+        print(f"tune: no kernel configuration is known for {gpu}; expected one in configs.py", file=sys.stderr)
         return 2
     operand_bytes, names = arguments.operand_bytes, [name for name in SUBJECTS if name in arguments.kernel]
-    defaults = configs.CONFIGS[facts.target, operand_bytes]
-    shared_limit = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 65536)
     try:
-        compiled = precompile(names, operand_bytes, defaults, shared_limit)
-        print(f"compiled {compiled} specialisations in {time.monotonic() - start:.0f} s", flush=True)
+        wanted = precompile.specializations_of(names, operand_bytes, target, shared_limit)
+        failed = precompile.compile_all(wanted, processes=max(2, (os.cpu_count() or 2) - 1))
+        print(f"compiled {len(wanted)} in {time.monotonic() - start:.0f} s, {len(failed)} failed")
+        print(*failed[:5], sep="\n", flush=True)
     except Exception as error:  # only the time of the first calls is lost
         print(f"compiling ahead failed: {type(error).__name__}: {error}"[:300], flush=True)
+    device = torch.device("cuda", torch.cuda.current_device())
+    defaults = configs.CONFIGS[target.family, operand_bytes]
     information = machine.meta(device, arguments.commit)
-    path = arguments.out or configs.tuned_path(facts.name)
+    path = arguments.out or configs.tuned_path(gpu)
     left = arguments.seconds - (time.monotonic() - start)
+    settings = {"fresh": arguments.fresh, "device": device}
     measure = measure_on(torch.device(device.type))
-    fresh = arguments.fresh
-    left_out = tune(names, operand_bytes, defaults, shared_limit, measure, path, information, left, fresh)
+    left_out = tune(names, operand_bytes, defaults, shared_limit, measure, path, information, left, **settings)
     return 1 if left_out else 0
 
 
