@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -24,13 +25,16 @@ from dora_kernels.testing import geometric_mean
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 COMPARED = ("peft_lora", "peft_dora", "ours")
+INFERENCE = ("inference", "inference+frozen_adapters")
 NOTHING = "Nothing has been measured yet: `bench/results/` is empty."
 NO_GPU = (
     "No GPU has run this yet: there is no measured GPU figure, and the constants in `plan.py` and the tile sizes in\n"
     "`configs.py` are predictions from bytes, FLOPs and ahead-of-time compilation."
 )
 
-# bf16 on an H200: M, N, K, R
+# plan.DEVICES has the constants of these under the driver's names
+CARDS = {"H200": "NVIDIA H200", "H100": "NVIDIA H100 80GB HBM3"}
+# in bf16: M, N, K, R
 PREDICTED_SHAPES = (
     (8192, 4096, 4096, 64),
     (8192, 14336, 4096, 384),
@@ -50,21 +54,25 @@ def load(results: Path, name: str) -> dict[str, dict[str, Any]]:
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob(f"*/{name}.json"))}
 
 
-def cases(rows: Rows, step: str) -> dict[tuple[Any, ...], dict[str, float]]:
+def cases(
+    rows: Rows, step: str, clock: str | None = None, variant: str = ""
+) -> dict[tuple[Any, ...], dict[str, float]]:
     """(precision, N, K, R, M) -> provider -> milliseconds, in the order measured.
 
-    CUDA graph times where every provider compared has one, else eager ones: both sides of a ratio use one clock.
+    clock: "graph_ms" or "ms"; by default CUDA graph times where every provider compared has one, else eager ones: both
+    sides of a ratio use one clock. variant: of the rows that have one (shapes.Case.variant).
     """
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        if row["step"] == step and row["ok"]:
+        if row["step"] == step and row["ok"] and row.get("variant", "") == variant:
             key = tuple(row[name] for name in ("precision", "N", "K", "R", "M"))
             groups.setdefault(key, {})[row["provider"]] = row
     result = {}
     for key, group in groups.items():
         compared = [group[name] for name in ("frozen", *COMPARED) if name in group]
-        clock = "graph_ms" if all(row.get("graph_ms") for row in compared) else "ms"
-        times = {name: row[clock]["median"] for name, row in group.items() if row.get(clock)}
+        by_graph = all(row.get("graph_ms") for row in compared)
+        one = clock or ("graph_ms" if by_graph else "ms")
+        times = {name: row[one]["median"] for name, row in group.items() if row.get(one)}
         if {"frozen", "peft_dora", "ours"} <= times.keys():
             result[key] = times
     return result
@@ -121,13 +129,51 @@ def layer_table(device: str, data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def inference_table(device: str, data: dict[str, Any]) -> str:
+    """One layer's inference over the frozen linear layer: plain and inside frozen_adapters, by graph and eager."""
+    lines = [
+        f"{heading(device, data)}.",
+        "",
+        "| step | clock | precision | N x K | R | M | frozen | PEFT LoRA | PEFT DoRA | ours | ours over PEFT DoRA |",
+        "| --- " * 11 + "|",
+    ]
+    for step, (name, clock) in itertools.product(INFERENCE, {"graph": "graph_ms", "eager": "ms"}.items()):
+        for (precision, N, K, R, M), times in cases(data["rows"], step, clock).items():
+            over = [f"{times[who] / times['frozen']:.2f}" if who in times else "" for who in COMPARED]
+            cells = (step, name, precision, f"{N} x {K}", R, M, f"{times['frozen']:.3g} ms", *over)
+            lines.append(f"| {' | '.join(map(str, cells))} | {times['ours'] / times['peft_dora']:.2f} |")
+    return "\n".join(lines)
+
+
+def variants_list(device: str, data: dict[str, Any]) -> str:
+    """Training steps with dropout and of layers that share x, over the frozen layers: a line each; "" without any."""
+    lines = []
+    for variant in dict.fromkeys(row.get("variant", "") for row in data["rows"]):
+        for (precision, N, K, R, M), times in cases(data["rows"], "forward+backward", variant=variant).items():
+            over = [f"{who} {ms / times['frozen']:.2f}" for who, ms in times.items() if who != "frozen"]
+            if variant:
+                case = f"{variant}, {precision}, {M} tokens, {N} x {K}, R = {R}: frozen {times['frozen']:.3g} ms"
+                lines.append(f"- {case}; over it {', '.join(over)}")
+    return "\n".join([f"{heading(device, data)}:", "", *lines]) if lines else ""
+
+
 def layer_page(results: Path) -> str:
     """docs/figures/layer.md: every case of every device."""
+    layers = load(results, "layer")
     parts = [
         "# One layer, forward and backward: time over the frozen linear layer",
         "Written by `python -m bench.figures`.",
+        *(layer_table(device, data) for device, data in layers.items()),
     ]
-    return "\n\n".join(parts + [layer_table(device, data) for device, data in load(results, "layer").items()]) + "\n"
+    variants = list(filter(None, (variants_list(device, data) for device, data in layers.items())))
+    parts += ["## With dropout, and several layers of one x", *variants] if variants else []
+    parts += [
+        "## Inference",
+        "In eval mode ours keeps norm and gain from one eager call to the next, inside `frozen_adapters` and outside.\n"
+        "A CUDA graph computes them at every replay, inside and outside.",
+        *(inference_table(device, data) for device, data in layers.items()),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 def model_table(device: str, data: dict[str, Any]) -> str:
@@ -190,22 +236,25 @@ def figures(results: Path) -> str:
 
 
 def predictions() -> str:
-    """What the cost model says of a training step on an H200 in bf16, as a Markdown table."""
-    device = plan.DEVICES["sm_90"]
-    lines = ["| M, N, K, R | bytes | planner | dx by |", "| --- | --- | --- | --- |"]
-    for M, N, K, R in PREDICTED_SHAPES:
-        shape = plan.Shape(M, N, K, R, itemsize=2)
-        way = plan.dx_way("auto", shape, device)
-        steps = plan.forward_steps(shape, "split") | plan.backward_steps(shape, way)
-
-        def over_frozen(device: plan.Device, steps: Any = steps, shape: plan.Shape = shape) -> float:
-            frozen = 2 * plan.gemm(shape.M, shape.N, shape.K).seconds(shape, device)
-            return plan.seconds(steps, shape, device) / frozen
-
-        ratios = over_frozen(dataclasses.replace(device, launch=0.0)), over_frozen(device)
-        cells = f"{M}, {N}, {K}, {R}", *(f"{ratio:.2f}" for ratio in ratios), "W'" if way == "merged" else way
-        lines.append(f"| {' | '.join(cells)} |")
+    """What the cost model says of a training step in bf16 on each of CARDS, as a Markdown table."""
+    columns = [f"{card}: {column}" for card in CARDS for column in ("bytes", "planner", "dx by")]
+    lines = [f"| M, N, K, R | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
+    for sizes in PREDICTED_SHAPES:
+        cells = [cell for name in CARDS.values() for cell in predicted(plan.Shape(*sizes, 2), plan.DEVICES[name])]
+        lines.append(f"| {', '.join(map(str, sizes))} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def predicted(shape: plan.Shape, device: plan.Device) -> tuple[str, str, str]:
+    """A step over the frozen linear layer by bytes and FLOPs alone, the same with launches, and how dx is made."""
+    way = plan.dx_way("auto", shape, device)
+    steps = plan.forward_steps(shape, "split") | plan.backward_steps(shape, way)
+    product = plan.gemm(shape.M, shape.N, shape.K)
+    ratios = [
+        plan.seconds(steps, shape, model) / (2 * product.seconds(shape, model))
+        for model in (dataclasses.replace(device, launch=0.0), device)
+    ]
+    return f"{ratios[0]:.2f}", f"{ratios[1]:.2f}", "W'" if way == "merged" else way
 
 
 def plot_names(results: Path) -> dict[str, str]:

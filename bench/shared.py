@@ -223,7 +223,7 @@ def predicted_table() -> str:
     """What the cost model says of bf16 on an H200."""
     lines = ["| M | N | K | R | apart | shared | shared over apart |", "| --- " * 7 + "|"]
     for M, K, widths, R in PREDICTED:
-        apart, shared = predicted(M, K, widths, R, plan.DEVICES["sm_90"])
+        apart, shared = predicted(M, K, widths, R, plan.DEVICES["NVIDIA H200"])
         cells = (M, ", ".join(map(str, widths)), K, R, f"{1e3 * apart:.2f} ms", f"{1e3 * shared:.2f} ms")
         lines.append(f"| {' | '.join(map(str, (*cells, f'{shared / apart:.3f}')))} |")
     return "\n".join(lines)

@@ -308,6 +308,26 @@ def test_what_has_no_time_is_a_dash_in_the_table():
     assert report.table(rows).splitlines()[1].split()[-4:] == ["3.00", "2.00", "-", "0.67"]
 
 
+def test_inference_is_shown_by_both_clocks():
+    common = {"precision": "bf16", "M": 1, "N": 2, "K": 3, "R": 4, "variant": ""}
+    times = {"frozen": (2.0, 1.0), "peft_dora": (8.0, 3.0), "ours": (2.4, 1.5)}
+    rows = [
+        common | {"provider": name, "step": step, "ms": {"median": ms}, "graph_ms": {"median": graph}}
+        for step in ("forward", "inference", FROZEN_INFERENCE)
+        for name, (ms, graph) in times.items()
+    ]
+    _, *lines, over_frozen, over_peft = (text.split() for text in report.table(rows).splitlines())
+    graph, eager = ["graph", "1.000", "3.00", "1.50", "0.50"], ["eager", "2.000", "4.00", "1.20", "0.30"]
+    assert [line[1:2] + line[-5:] for line in lines] == [
+        ["forward", *graph],
+        ["inference", *graph],
+        ["inference", *eager],
+        [FROZEN_INFERENCE, *graph],
+        [FROZEN_INFERENCE, *eager],
+    ]
+    assert (over_frozen[-1], over_peft[-1]) == ("1.50", "0.50")  # of the clock that comes first
+
+
 def test_memory_table():
     rows = [{"precision": "nf4-bf16", "step": "forward", "M": 1, "N": 2, "K": 3, "R": 4}] * 3
     peaks = {"frozen": None, "peft_dora": 3 << 20, "ours": 5 << 19}

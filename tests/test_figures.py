@@ -63,6 +63,47 @@ def test_one_clock_for_both_sides_of_a_ratio():
     assert times == {"frozen": 2.0, "peft_dora": 8.0, "ours": 4.0}
 
 
+def test_inference_is_told_by_step_and_by_clock(results):
+    path = results / "card" / "layer.json"
+    data = json.loads(path.read_text())
+    for step, factor in (("inference", 1.0), ("inference+frozen_adapters", 0.5)):
+        for name, eager, graph in (("frozen", 2.0, 1.0), ("peft_dora", 6.0, 3.0), ("ours", 4.0 * factor, 1.2)):
+            data["rows"].append(row(name, eager, graph=graph, step=step))
+    path.write_text(json.dumps(data))
+    table = figures.layer_page(results).partition("## Inference")[2]
+    assert "| inference | graph | bf16 | 32 x 16 | 8 | 64 | 1 ms |  | 3.00 | 1.20 | 0.40 |" in table
+    assert "| inference | eager | bf16 | 32 x 16 | 8 | 64 | 2 ms |  | 3.00 | 2.00 | 0.67 |" in table
+    assert "| inference+frozen_adapters | graph | bf16 | 32 x 16 | 8 | 64 | 1 ms |  | 3.00 | 1.20 | 0.40 |" in table
+    assert "| inference+frozen_adapters | eager | bf16 | 32 x 16 | 8 | 64 | 2 ms |  | 3.00 | 1.00 | 0.33 |" in table
+
+
+def test_what_is_no_ordinary_case_stands_apart(results):
+    before = figures.layer_page(results), figures.figures(results)
+    assert "With dropout" not in before[0]
+    path = results / "card" / "layer.json"
+    data = json.loads(path.read_text())
+    times = {"frozen": 2.0, "peft_dora": 9.0, "ours": 5.0, "ours_lora_dropout": 3.0}
+    data["rows"] += [row(name, ms) | {"variant": "dropout 0.05"} for name, ms in times.items()]
+    path.write_text(json.dumps(data))
+    assert figures.figures(results) == before[1]  # of the same sizes as an ordinary case
+    page = figures.layer_page(results)
+    assert (
+        "- dropout 0.05, bf16, 64 tokens, 32 x 16, R = 8: frozen 2 ms; "
+        "over it peft_dora 4.50, ours 2.50, ours_lora_dropout 1.50\n" in page
+    )
+
+
+def test_predictions_name_their_cards():
+    header, _, first, *_ = (
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in figures.predictions().splitlines()
+    )
+    found = dict(zip(header, first, strict=True))
+    assert found["M, N, K, R"] == "8192, 4096, 4096, 64"
+    # all that is not the frozen layer's two products is bytes
+    assert 1 < float(found["H200: bytes"]) < float(found["H100: bytes"]) < float(found["H100: planner"])
+    assert (float(found["H100: bytes"]) - 1) / (float(found["H200: bytes"]) - 1) == pytest.approx(4.3 / 3.0, rel=0.05)
+
+
 def test_a_provider_that_failed_the_gate_is_left_out():
     rows = [row("frozen", 2.0), row("peft_dora", 8.0), row("ours", None, ok=False)]
     assert figures.cases(rows, "forward+backward") == {}

@@ -280,7 +280,7 @@ def test_only_packed_storage_is_saved():
 
 def test_the_planner_counts_packed_bytes():
     dense, packed = plan.Shape(512, 4096, 4096, 64, 2), plan.Shape(512, 4096, 4096, 64, 2, packed=0.52)
-    H200 = plan.DEVICES["sm_90"]
+    H200 = plan.DEVICES["NVIDIA H200"]
     norms = [plan.forward_steps(shape, "split")["norm"].bytes(shape) for shape in (dense, packed)]
     assert norms == pytest.approx([2 * 4096**2, 0.52 * 4096**2])
     assert plan.forward_steps(packed, "merged")["merge"].bytes(packed) == pytest.approx(2.52 * 4096**2)

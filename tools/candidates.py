@@ -54,6 +54,7 @@ _MERGE = (
     (128, 256, 16, 3, 1),
 )
 _EPILOGUE_FIELDS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+# serves dropout too, at any rank, where 128 x 128 spills
 _EPILOGUE = (
     (32, 128, 4, 2),
     (32, 256, 8, 2),
@@ -65,8 +66,6 @@ _EPILOGUE = (
     (64, 256, 8, 2),
     (128, 64, 4, 2),
     (128, 64, 8, 3),
-    (128, 128, 8, 2),
-    (128, 128, 8, 3),
 )
 # the adapters are read once for each tile, ten times what HBM has to give at 64 x 128: larger ones
 _EPILOGUE_HIGH_RANK = (
