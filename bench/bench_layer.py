@@ -11,7 +11,8 @@ import torch
 
 from bench.layer import DEFAULT_CPU, DEFAULT_GPU, grid
 from bench.measure import Flush, Gate, Timing, failure
-from bench.providers import PASSES, PROVIDERS, TRAINING, Problem
+from bench.problem import PASSES, TRAINING, Problem
+from bench.providers import PROVIDERS
 from bench.shapes import Case, layer_names
 from bench.steps import Row
 

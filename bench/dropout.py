@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.machine import ROOT, device_folder, meta
 from bench.measure import failure, interleave, peak_bytes, saved_bytes, stopwatch_of
-from bench.providers import lora_dropout_ref
+from bench.problem import lora_dropout_ref
 from bench.report import write
 from dora_kernels import DoraLinear
 from dora_kernels.reference import dora_linear_ref

@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.fit", description=__doc__.partition("\n")[0])
     parser.add_argument("device", help="a folder of --results")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--target", choices=plan.DEVICES, default="sm_90", help="whose constants are in use there")
+    parser.add_argument("--target", choices=plan.DEVICES, help="whose constants are in use there (default: the card's)")
     arguments = parser.parse_args(argv)
     folder = arguments.results / arguments.device
     steps = measured_steps(_rows(folder / "kernels.json"))
@@ -131,7 +131,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     layers = _rows(folder / "layer.json")
     fitted_steps, judged_steps = halves(steps)
     _, judged_layers = halves(layers) if layers else ([], [])
-    before = plan.DEVICES[arguments.target]
+    card = json.loads((folder / "kernels.json").read_text()).get("meta", {}).get("device")
+    before = plan.DEVICES[arguments.target or (card if card in plan.DEVICES else "sm_90")]
     after = fit(fitted_steps, before)
     numbers = ", ".join(f"{name}={value:.3g}" for name, value in dataclasses.asdict(after).items())
     print(f"Device({numbers})")

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bench.machine import ROOT, conditions, device_folder, meta
 from bench.measure import Timing, interleave, stopwatch_of
-from bench.providers import SCALING
+from bench.problem import SCALING
 from bench.report import write
 from bench.roof import DTYPES, Roof, floor_seconds, roof_for, work
 from bench.shapes import Case, layer_names, sizes_of

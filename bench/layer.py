@@ -31,7 +31,8 @@ import torch
 
 from bench import shared
 from bench.machine import ROOT, conditions, device_folder, meta
-from bench.providers import FROZEN_INFERENCE, PASSES, PROVIDERS, providers_of
+from bench.problem import FROZEN_INFERENCE, PASSES
+from bench.providers import PROVIDERS, providers_of
 from bench.report import memory, problems, table, write
 from bench.shapes import GRIDS, PRECISIONS, QUANTIZED, Case, dropout_case, sizes_of
 from bench.steps import HOST_TOKENS, Row, count_launches, measure_case, measure_shared
@@ -144,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     information = meta(device, arguments.commit)
+    gc.freeze()  # what is imported by now is not garbage: a collection before each peak took as long as a step's timing
     counting = {"count": count} if gpu and not arguments.no_launches else {}
     if gpu:
         counting["conditions"] = functools.partial(conditions, device)

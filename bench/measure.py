@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.providers import PASSES, Layer, Problem, forward_backward, reference
+from bench.problem import PASSES, Layer, Problem, forward_backward, reference
 from dora_kernels import ops
 from dora_kernels.testing import WORST_RATIO, Comparison, compare
 

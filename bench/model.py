@@ -33,7 +33,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 import dora_kernels
 from bench import machine
 from bench.machine import ROOT, device_folder, meta
-from bench.providers import SCALING
+from bench.problem import SCALING
 from bench.report import write
 from dora_kernels import ops
 

@@ -24,7 +24,8 @@ from bench.measure import (
     saved_bytes,
     stopwatch_of,
 )
-from bench.providers import COMPILED, PASSES, TRAINING, Layer, Problem, Provider, providers_of
+from bench.problem import PASSES, TRAINING, Layer, Problem
+from bench.providers import COMPILED, Provider, providers_of
 from bench.shapes import Case, layer_names
 
 # above it the device takes longer than the host, whose time nobody sees then

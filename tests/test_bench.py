@@ -19,20 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import layer, machine, measure, peers, report, shapes, shared, steps
 from bench.measure import Gate, GateError, Timing, failure, interleave
-from bench.providers import (
-    COMPILED,
-    FROZEN_INFERENCE,
-    PASSES,
-    PROVIDERS,
-    Layer,
-    Problem,
-    default_providers,
-    forward_backward,
-    ours,
-    peft_dora,
-    providers_of,
-    reference,
-)
+from bench.problem import FROZEN_INFERENCE, PASSES, Layer, Problem, forward_backward, reference
+from bench.providers import COMPILED, PROVIDERS, default_providers, ours, peft_dora, providers_of
 from bench.shapes import PRECISIONS, QUANTIZED, Case
 from dora_kernels import ops
 from dora_kernels.testing import rms_error
