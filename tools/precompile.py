@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import multiprocessing
 from collections.abc import Sequence
@@ -77,5 +78,11 @@ def compile_all(wanted: Sequence[Specialization], processes: int) -> list[str]:
     of the device's time.
     """
     _worklist[:] = wanted
-    with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return [error for error in pool.map(_build, range(len(_worklist)), chunksize=1) if error]
+    failed = []
+    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
+        for one, future in [(one, pool.submit(_build, index)) for index, one in enumerate(wanted)]:
+            try:
+                failed += filter(None, [future.result()])
+            except concurrent.futures.BrokenExecutor:  # a compiler that ends its process takes the rest with it
+                failed.append(f"{one.name} {one.tiles()}: not compiled, a process has died")
+    return failed
