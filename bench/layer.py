@@ -75,8 +75,8 @@ def run(
 ) -> list[dict[str, Any]]:
     """Measure the cases in order into `out`, written after each; once `seconds` are over the rest is left out.
 
-    count: the launches of a case, which go into its rows while there is time left. conditions: the device's, kept in
-    meta for the end of each case.
+    A case that raises RuntimeError is left out, too. count: the launches of a case, which go into its rows while there
+    is time left. conditions: the device's, kept in meta for the end of each case.
     """
     end = clock() + seconds
     rows: dict[Case | shared.Case, list[dict[str, Any]]] = {}
@@ -93,18 +93,19 @@ def run(
         print(case, flush=True)
         try:
             rows[case] = [asdict(row) for row in measure(case)]
-        except RuntimeError as error:
-            if not isinstance(case, shared.Case):
-                raise
-            print(error, flush=True)  # measure_shared: wrong results, or not shared
+        except RuntimeError as error:  # too little memory for the problem, or what measure_shared holds back
+            print(f"{case}: {type(error).__name__}: {error}"[:500], flush=True)
+            continue  # it stays among what is left out
         if conditions:
             information["conditions"][str(case)] = conditions()
         left_out.remove(str(case))
         save()
         gc.collect()
     for case in rows:
-        if count is None or clock() >= end or isinstance(case, shared.Case):
+        if count is None or clock() >= end:
             break
+        if isinstance(case, shared.Case):
+            continue
         counts = count(case)
         for row in rows[case]:
             row["launches"] = counts.get((row["provider"], row["step"])) if row["ok"] else None

@@ -133,6 +133,10 @@ def count_launches(
     return counts
 
 
+def _finite(tensor: torch.Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
 Results = dict[str, torch.Tensor]
 Calls = dict[str, Callable[[], Results]]
 
@@ -253,7 +257,9 @@ def measure_shared(
     if device.type == "cuda":
 
         def wrong(name: str, results: Results) -> str | None:
-            return None if name == "frozen" else failure(comparisons(results))
+            if name == "frozen":  # whose results have no reference here
+                return None if all(map(_finite, results.values())) else "its graph does not write its results"
+            return failure(comparisons(results))
 
         _time_graphs(calls, rows, wrong, lambda: None, device, seconds, rounds)
     return list(rows.values())

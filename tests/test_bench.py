@@ -358,14 +358,26 @@ def test_launches_are_counted_after_all_timing_while_there_is_time(tmp_path):
         return {"clock_mhz": len(order)}
 
     path = tmp_path / "layer.json"
-    cases = [case(M=M) for M in (1, 2, 3)]
-    rows = layer.run(cases, path, measured, 45, {}, clock, count, conditions)
-    assert order == [("time", 1), ("time", 2), ("time", 3), ("count", 1), ("count", 2)]
-    assert [row["launches"] for row in rows] == [9.0, None, 9.0, None, None, None]
+    cases = [case(M=1), shared.Case("q, k, v", "bf16", 2, 1), case(M=3), case(M=4)]
+    rows = layer.run(cases, path, measured, 55, {}, clock, count, conditions)
+    assert order == [("time", 1), ("time", 2), ("time", 3), ("time", 4), ("count", 1), ("count", 3)]
+    assert [row["launches"] for row in rows] == [9.0, None, None, None, 9.0, None, None, None]
     content = json.loads(path.read_text())
     assert content["rows"] == rows
     found = {str(case): {"clock_mhz": at} for at, case in enumerate(cases, 1)}
     assert content["meta"] == {"conditions": found, "left_out": []}
+
+
+def test_a_case_that_raises_is_left_out_and_not_the_end(tmp_path, capsys):
+    def measured(case):
+        if case.M == 2:
+            raise torch.OutOfMemoryError("too large")
+        return [steps.Row("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32")]
+
+    path, cases = tmp_path / "layer.json", [case(M=M) for M in (1, 2, 3)]
+    assert [row["M"] for row in layer.run(cases, path, measured, 60, {})] == [1, 3]
+    assert json.loads(path.read_text())["meta"]["left_out"] == [str(cases[1])]
+    assert f"{cases[1]}: OutOfMemoryError: too large" in capsys.readouterr().out
 
 
 def test_the_conditions_of_a_device():
