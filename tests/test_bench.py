@@ -1,16 +1,9 @@
-"""The instrument: its gate lets right providers through and wrong ones not, its results have one form, and the suite
-of GPU stages keeps to its time.
-"""
+"""The instrument: its gate lets right providers through and wrong ones not, and its results have one form."""
 
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,18 +20,6 @@ from dora_kernels.testing import rms_error
 
 ROOT = Path(__file__).parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_suite():
-    """tools/gpu_suite.py as a module; tools/ is no package."""
-    spec = importlib.util.spec_from_file_location("gpu_suite", ROOT / "tools" / "gpu_suite.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu_suite = load_suite()
 
 
 def case(precision: str = "fp32", M: int = 48) -> Case:
@@ -611,98 +592,3 @@ def test_which_cases_run(capsys):
     with pytest.raises(SystemExit):
         layer.main(["--device", "cpu", "--grid", "core", "--rank", "4"])
     assert "--grid core with --rank" in capsys.readouterr().err
-
-
-def run_fake_stages(tmp_path, seconds, *descriptions):
-    """(name, least, takes, outcome or error) each -> results by name, and the seconds that each stage was given."""
-    clock, shares = FakeClock(), {}
-
-    def stage(name, least, takes, outcome):
-        def run(suite, seconds):
-            shares[name] = seconds
-            clock.now += takes
-            if isinstance(outcome, Exception):
-                raise outcome
-            return {"ok": True} | outcome
-
-        return gpu_suite.Stage(name, least, run)
-
-    stages = [stage(*description) for description in descriptions]
-    results = gpu_suite.run_stages(stages, gpu_suite.Suite(tmp_path), seconds, {"commit": None}, clock)
-    written = json.loads((tmp_path / "suite.json").read_text())
-    assert [row["stage"] for row in written["rows"]] == [stage.name for stage in stages]
-    return {row["stage"]: row for row in results}, shares
-
-
-def test_stages_share_the_time(tmp_path):
-    results, shares = run_fake_stages(tmp_path, 300, ("a", 50, 100, {}), ("b", 40, 10, {}), ("c", 30, 10, {}))
-    # what is left, but for what the later ones need at least
-    assert shares == {"a": 300 - 40 - 30, "b": 200 - 30, "c": 190}
-    assert all(result["ok"] for result in results.values())
-    assert results["a"]["seconds"] == 100
-
-
-def test_the_first_stage_goes_first_where_time_is_short(tmp_path, capsys):
-    results, shares = run_fake_stages(tmp_path, 60, ("a", 50, 45, {}), ("b", 40, 10, {}), ("c", 15, 10, {}))
-    assert shares == {"a": 50, "c": 15}
-    assert results["b"]["skipped"] == "15 s left; expected 40 or more" and not results["b"]["ok"]
-    assert "b: skipped, 15 s left" in capsys.readouterr().out
-
-
-def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):
-    stages = (("a", 10, 5, RuntimeError("boom")), ("b", 10, 200, {"ok": False, "reason": "late"}), ("c", 10, 5, {}))
-    results, shares = run_fake_stages(tmp_path, 100, *stages)
-    assert results["a"]["reason"] == "RuntimeError: boom" and not results["a"]["ok"]
-    assert shares["b"] == 85 and results["c"]["skipped"].startswith("0 s left")
-    text = gpu_suite.summary(list(results.values()), tmp_path)
-    assert [line.split()[:2] for line in text.splitlines()] == [["a", "FAILED"], ["b", "FAILED"], ["c", "skipped"]]
-
-
-def test_a_command_is_stopped_in_time(tmp_path):
-    polite = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('wrote the rest')"
-    done = gpu_suite.run_command([sys.executable, "-uc", polite], 6, tmp_path / "logs" / "a.log", grace=3)
-    assert done.status is None and done.tail == "wrote the rest"
-    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(60)"
-    start = time.monotonic()
-    done = gpu_suite.run_command([sys.executable, "-uc", deaf], 3.5, tmp_path / "b.log", grace=0.5)
-    assert done.status is None and done.tail == "deaf" and time.monotonic() - start < 20
-    done = gpu_suite.run_command(
-        [sys.executable, "-c", "import bench, os; exit('TRITON_INTERPRET' in os.environ)"], 60, tmp_path / "c.log"
-    )
-    assert done.status == 0, done.tail
-
-
-def test_a_test_run_is_read_from_its_junit_file_or_its_log(tmp_path):
-    (tmp_path / "test_some.py").write_text(
-        "import pytest\n"
-        "def test_good(): pass\n"
-        "def test_bad(): assert 1 == 2, 'one is two'\n"
-        "def test_skipped(): pytest.skip('why')\n"
-    )
-    xml, log = tmp_path / "tests.xml", tmp_path / "tests.log"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "no:cacheprovider",
-        f"--rootdir={tmp_path}",
-        "-c",
-        os.devnull,
-    ]
-    done = gpu_suite.run_command([*command, f"--junitxml={xml}", str(tmp_path)], 60, log)
-    outcome = gpu_suite.pytest_outcome(xml, log)
-    assert done.status == 1 and outcome["counts"] == {"passed": 1, "failure": 1, "skipped": 1}
-    assert "one is two" in outcome["failures"]["test_some::test_bad"]
-    xml.unlink()
-    outcome = gpu_suite.pytest_outcome(xml, log)
-    assert outcome == {"counts": {"passed": 1, "failed": 1, "skipped": 1}, "failures": None}
-
-
-def test_no_gpu_is_exit_status_2(tmp_path):
-    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
-    command = [sys.executable, str(ROOT / "tools" / "gpu_suite.py"), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, env=env, text=True, capture_output=True)
-    assert done.returncode == 2 and "sees no GPU" in done.stderr
-    assert not (tmp_path / "out").exists()

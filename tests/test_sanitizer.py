@@ -1,6 +1,5 @@
 """The stages of the GPU suite that run compute-sanitizer, against a script in its place."""
 
-import importlib.util
 import json
 import re
 import sys
@@ -10,6 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import gpu_suite  # noqa: E402
+from gpu_stages import running, sanitizer, telling  # noqa: E402
+
 TOOLS = ("memcheck", "racecheck", "initcheck")
 CLEAN = {
     "memcheck": "========= ERROR SUMMARY: 0 errors",
@@ -24,17 +28,8 @@ DIRTY = {
 REFUSAL = "========= Error: Failed to attach: the container does not allow it"
 
 
-@pytest.fixture(scope="module")
-def gpu_suite():
-    spec = importlib.util.spec_from_file_location("gpu_suite_with_sanitizer", ROOT / "tools" / "gpu_suite.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(gpu_suite, tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch):
     """run(tool, probe, tests) is the stage's row of suite.json; both are what the script does for that program."""
 
     def run(tool: str, probe: str, tests: str, seconds: float = 60) -> dict:
@@ -45,12 +40,12 @@ def run(gpu_suite, tmp_path, monkeypatch):
         script.write_text(f'#!/bin/sh\necho "$*" >> {calls}\ncase "$*" in\n*pytest*) {tests};;\n*) {probe};;\nesac\n')
         script.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
-        stages = [replace(stage, least=0) for stage in gpu_suite.STAGES if stage.name == tool]
-        suite = gpu_suite.Suite(tmp_path / "out", logs=tmp_path / "logs")
-        gpu_suite.run_stages(stages, suite, seconds, {"commit": "c"})
+        stages = [replace(gpu_suite.STAGES[tool], least=0)]
+        suite = running.Suite(tmp_path / "out", work=tmp_path / "work")
+        running.run_stages(stages, suite, seconds, {"commit": "c"})
         (row,) = json.loads((tmp_path / "out" / "suite.json").read_text())["rows"]
         row["calls"] = calls.read_text().splitlines()
-        row["line"] = gpu_suite.summary([row], tmp_path / "out")
+        row["line"] = telling.summary([row], suite.work)
         return row
 
     return run
@@ -98,25 +93,25 @@ def test_tests_that_die_are_a_failure_and_no_refusal(tool, run):
     assert not row["ok"] and row["errors"] == [] and "skipped" not in row
 
 
-def test_a_probe_that_does_not_end_is_no_refusal(run, gpu_suite):
+def test_a_probe_that_does_not_end_is_no_refusal(run):
     """It may have had too little time."""
-    row = run("memcheck", "sleep 60", say("the tests are not started"), seconds=gpu_suite.GRACE_SECONDS + 1)
+    row = run("memcheck", "sleep 60", say("the tests are not started"), seconds=sanitizer.GRACE_SECONDS + 1)
     assert not row["ok"] and row["reason"] == "stopped in time, before the tests" and "refused" not in row
 
 
-def test_tests_that_hang_are_stopped_in_time(run, gpu_suite):
-    row = run("memcheck", say(CLEAN["memcheck"]), "sleep 60", seconds=gpu_suite.GRACE_SECONDS + 1)
+def test_tests_that_hang_are_stopped_in_time(run):
+    row = run("memcheck", say(CLEAN["memcheck"]), "sleep 60", seconds=sanitizer.GRACE_SECONDS + 1)
     assert not row["ok"] and row["reason"] == "stopped in time"
 
 
-def test_without_the_tool_the_stage_is_skipped(gpu_suite, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_suite.shutil, "which", lambda *arguments, **keywords: None)
-    suite = gpu_suite.Suite(tmp_path)
-    assert gpu_suite.sanitizer(suite, 60, "memcheck") == {"ok": True, "skipped": "compute-sanitizer is not installed"}
+def test_without_the_tool_the_stage_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(sanitizer.shutil, "which", lambda *arguments, **keywords: None)
+    suite = running.Suite(tmp_path)
+    assert sanitizer.sanitizer(suite, 60, "memcheck") == {"ok": True, "skipped": "compute-sanitizer is not installed"}
 
 
-def test_the_filter_names_every_kernel_of_the_package_and_only_them(gpu_suite):
-    option, pattern = gpu_suite.ONLY_OURS
+def test_the_filter_names_every_kernel_of_the_package_and_only_them():
+    option, pattern = sanitizer.ONLY_OURS
     assert option == "--kernel-regex" and pattern.startswith("kns=")
     kernels = []
     for path in (ROOT / "dora_kernels" / "kernels").glob("*.py"):

@@ -1,6 +1,4 @@
-"""The table of tuned configurations: what is chosen, how it is written, what the package makes of it; and the stages of
-the GPU suite that use it.
-"""
+"""The table of tuned configurations: what is chosen, how it is written, what the package makes of it."""
 
 import importlib.util
 import json
@@ -32,7 +30,7 @@ def load(name: str):
     return module
 
 
-tune, gpu_suite = load("tune"), load("gpu_suite")
+tune = load("tune")
 candidates = sys.modules["candidates"]
 DEFAULTS = configs.CONFIGS["sm_90", 2]
 NORM = tune.fields_of(DEFAULTS["norm"])
@@ -305,104 +303,6 @@ def test_candidates_are_compiled_ahead_and_failures_are_told(tmp_path):
     assert tiles == f"2; {default}; BLOCK_N=64 BLOCK_K=64 BLOCK_R=64 warps=4 stages=2"
     assert counts == "1 True"
     assert list(tmp_path.rglob("_merge_kernel.cubin"))
-
-
-def test_the_stages_fit_one_budget_in_order_of_worth():
-    names = [stage.name for stage in gpu_suite.STAGES]
-    measuring = ["tests", "decisive", "layer", "tuning", "kernels", "layer_tuned", "model"]
-    assert names == [*measuring, "memcheck", "racecheck", "initcheck"]
-    assert sum(stage.least for stage in gpu_suite.STAGES) <= 540
-    assert all(stage.least <= stage.most for stage in gpu_suite.STAGES)
-    files = {stage.file for stage in gpu_suite.STAGES} - {None}
-    assert len(files | {"suite.json", "suite.log"}) <= 8
-    assert gpu_suite.LOG_BYTES * len(names) < 16e6
-
-
-def fake_stages(clock: list[float], ran: dict[str, float], **kinds) -> list:
-    def stage(name, least, most, lasts):
-        def run(suite, seconds):
-            ran[name] = seconds
-            clock[0] += lasts
-            (suite.logs / f"{name}.log").write_text(f"log of {name}")
-            return {"ok": True}
-
-        return gpu_suite.Stage(name, least, run, most)
-
-    return [stage(name, *kind) for name, kind in kinds.items()]
-
-
-def test_a_stage_gets_no_more_than_its_most_and_logs_are_one_file(tmp_path):
-    clock, ran = [0.0], {}
-    stages = fake_stages(clock, ran, a=(10, 30, 30), b=(10, 1000, 20), c=(10, 1000, 5))
-    suite = gpu_suite.Suite(tmp_path)
-    gpu_suite.run_stages(stages, suite, 100, {"commit": "c"}, lambda: clock[0])
-    assert ran == {"a": 30, "b": 60, "c": 50}
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["suite.json", "suite.log"]
-    assert (tmp_path / "suite.log").read_text().split("\n===== ")[1:] == [f"{n}\nlog of {n}" for n in "abc"]
-
-
-def test_resuming_skips_what_ended_well_for_the_same_commit(tmp_path):
-    clock, ran = [0.0], {}
-    stages = fake_stages(clock, ran, a=(10, 90, 1), b=(10, 90, 1), c=(10, 90, 1), d=(10, 90, 1))
-    stages[2] = replace(stages[2], file="c.json")
-    rows = [{"stage": n, "seconds": 1.0, "ok": n != "b"} for n in "abc"] + [{"stage": "d", "ok": True, "skipped": ""}]
-    (tmp_path / "suite.json").write_text(json.dumps({"meta": {"commit": "c1"}, "rows": rows}))
-    assert gpu_suite.finished_before(tmp_path, stages, "c2") == {}
-    assert gpu_suite.finished_before(tmp_path, stages, None) == {}
-    assert set(gpu_suite.finished_before(tmp_path, stages, "c1")) == {"a"}
-    (tmp_path / "c.json").write_text("")
-    finished = gpu_suite.finished_before(tmp_path, stages, "c1")
-    assert set(finished) == {"a", "c"}
-    suite = gpu_suite.Suite(tmp_path)
-    results = gpu_suite.run_stages(stages, suite, 100, {"commit": "c1"}, lambda: clock[0], finished)
-    assert set(ran) == {"b", "d"} and [row["stage"] for row in results] == list("abcd")
-    assert set(gpu_suite.finished_before(tmp_path, stages, "c1")) == set("abcd")
-
-
-def test_a_benchmark_is_judged_by_its_file(tmp_path, monkeypatch):
-    content = {"meta": {"left_out": []}, "rows": [{"section": "a", "ok": True}, {"section": "b", "ok": False}]}
-    written, status = dict(content), 0
-
-    def run_command(command, seconds, log, **more):
-        path = Path(command[command.index("--out") + 1])
-        assert not path.exists(), "an earlier result would look like this one's"
-        if written:
-            path.write_text(json.dumps(written))
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("the end")
-        return gpu_suite.Run(status, log)
-
-    monkeypatch.setattr(gpu_suite, "run_command", run_command)
-    suite = gpu_suite.Suite(tmp_path)
-    outcome = gpu_suite.decisive(suite, 100)
-    assert outcome["ok"] and outcome["rows"] == 2 and outcome["not_measured"] == ["b"]
-    written["meta"] = {"left_out": ["fused_gemm"]}
-    assert not gpu_suite.decisive(suite, 100)["ok"]
-    written, status = {}, 2
-    assert gpu_suite.decisive(suite, 100) == {"ok": False, "reason": "exit status 2"}
-
-
-def test_the_tuned_grid_takes_the_place_of_the_first(tmp_path, monkeypatch):
-    table = tmp_path / "table.json"
-    monkeypatch.setattr(gpu_suite, "tuned_table", lambda: table)
-    suite = gpu_suite.Suite(tmp_path / "out")
-    suite.out.mkdir()
-    assert gpu_suite.layer_tuned(suite, 100)["skipped"] == "no tuned configuration"
-    table.write_text('{"configs": {"2": {"norm": {}}}}')
-    (suite.out / "layer.json").write_text("first")
-
-    def layer(suite, seconds, name):
-        (suite.out / f"{name}.json").write_text("second")
-        return {"ok": True, "rows": 1, "left_out": left_out}
-
-    monkeypatch.setattr(gpu_suite, "layer", layer)
-    left_out = ["a case"]
-    gpu_suite.layer_tuned(suite, 100)
-    assert (suite.out / "layer.json").read_text() == "first"
-    left_out = []
-    gpu_suite.layer_tuned(suite, 100)
-    assert (suite.out / "layer.json").read_text() == "second"
-    assert (suite.out / "layer_untuned.json").read_text() == "first"
 
 
 def test_fields_of_a_configuration_make_it_again():

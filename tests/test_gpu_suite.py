@@ -1,0 +1,620 @@
+"""The suite of GPU stages: it keeps to its time, ends politely, and brings back what it has, whatever happens."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import gpu_suite  # noqa: E402
+from gpu_stages import benchmarks, card, device_tests, running, saving, telling  # noqa: E402
+
+START_SECONDS = 15.0  # importing torch from a cold disk, before the first stage
+PLAN_NAMES = {
+    "first": ["facts", "warm", "kernels", "tests_core", "head", "decisive", "probe", "save"],
+    "second": ["warm", "tests_failed", "tuning", "layer", "model", "compiled", "memcheck", "save"],
+}
+BUDGETS = {"first": 340, "second": 320}
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def rehearse(tmp_path, stages, seconds, takes, suite=None):
+    """Run stages that do nothing but take their time; results and given seconds by name, and the time at the end.
+
+    takes(stage, share) is how long, or an exception, which is raised after the expected time.
+    """
+    clock, shares = FakeClock(), {}
+
+    def fake(stage):
+        def run(suite, share):
+            shares[stage.name] = share
+            lasts = takes(stage, share)
+            clock.now += lasts if not isinstance(lasts, BaseException) else min(stage.expected, share)
+            if isinstance(lasts, BaseException):
+                raise lasts
+            return {"ok": True}
+
+        return replace(stage, run=run)
+
+    suite = suite or running.Suite(tmp_path / "out", work=tmp_path)
+    results = running.run_stages([fake(stage) for stage in stages], suite, seconds, {"commit": "c"}, clock)
+    written = json.loads((suite.out / "suite.json").read_text())
+    assert [row["stage"] for row in written["rows"]] == [stage.name for stage in stages]
+    return {row["stage"]: row for row in results}, shares, clock.now
+
+
+@pytest.mark.parametrize("plan", PLAN_NAMES)
+def test_a_plan_fits_its_budget_as_estimated(plan, tmp_path):
+    stages, seconds = gpu_suite.PLANS[plan]
+    assert [stage.name for stage in stages] == PLAN_NAMES[plan] and seconds == BUDGETS[plan]
+    assert all(stage.least <= stage.expected <= stage.most for stage in stages)
+    results, shares, end = rehearse(
+        tmp_path, stages, seconds - START_SECONDS, lambda stage, share: min(stage.expected, share)
+    )
+    assert all(result["ok"] for result in results.values()) and end <= seconds - START_SECONDS
+    # not cut short either
+    assert all(shares[stage.name] >= stage.expected for stage in stages)
+
+
+@pytest.mark.parametrize("plan", PLAN_NAMES)
+def test_a_plan_fits_its_budget_where_every_stage_takes_all_it_gets(plan, tmp_path):
+    stages, seconds = gpu_suite.PLANS[plan]
+    results, shares, end = rehearse(tmp_path, stages, seconds - START_SECONDS, lambda stage, share: share)
+    assert all(result["ok"] for result in results.values()) and end <= seconds - START_SECONDS
+    assert all(stage.least <= shares[stage.name] <= stage.most for stage in stages)
+    assert shares["save"] == gpu_suite.SAVE.most
+
+
+@pytest.mark.parametrize("plan", PLAN_NAMES)
+@pytest.mark.parametrize("stuck", range(7))
+def test_a_plan_fits_its_budget_where_stages_crash_and_one_cannot_be_killed(plan, stuck, tmp_path):
+    stages, seconds = gpu_suite.PLANS[plan]
+
+    def takes(stage, share):
+        if stage.always:
+            return share
+        return share + running.KILL_SECONDS if stage is stages[stuck] else RuntimeError("boom")
+
+    results, shares, end = rehearse(tmp_path, stages, seconds - START_SECONDS, takes)
+    assert end <= seconds - START_SECONDS and results["save"]["ok"]
+    assert shares["save"] >= gpu_suite.SAVE.most - running.KILL_SECONDS
+    assert shares.keys() == results.keys()
+    assert sum(result.get("reason") == "RuntimeError: boom" for result in results.values()) == len(stages) - 2
+
+
+def stage(name, least=0.0, expected=1.0, most=1000.0, **keywords):
+    return running.Stage(name, least, expected, most, None, **keywords)
+
+
+def test_stages_share_the_time(tmp_path):
+    stages = stage("a", 50), stage("b", 40), stage("c", 30, most=1000), stage("d", 5, most=10, always=True)
+    _, shares, _ = rehearse(tmp_path, stages, 300, lambda stage, share: {"a": 100}.get(stage.name, 10))
+    # what is left, but for what the later ones need at least, and save's most
+    assert shares == {"a": 300 - 40 - 30 - 10, "b": 200 - 30 - 10, "c": 180, "d": 10}
+
+
+def test_save_runs_where_no_time_is_left(tmp_path, capsys):
+    stages = stage("a", 50), stage("b", 40), stage("c", 3, most=12, always=True)
+    results, shares, _ = rehearse(tmp_path, stages, 60, lambda stage, share: 70)
+    assert shares == {"a": 50, "c": 3} and results["c"]["ok"]
+    assert results["b"]["skipped"] == "0 s left; expected 40 or more" and not results["b"]["ok"]
+    assert "b: skipped, 0 s left" in capsys.readouterr().out
+
+
+def test_told_to_stop_the_suite_goes_on_with_save(tmp_path):
+    suite = running.Suite(tmp_path / "out", work=tmp_path)
+
+    def takes(stage, share):
+        suite.stop.set()
+        return 1.0
+
+    stages = stage("a"), stage("b"), stage("save", always=True)
+    results, shares, _ = rehearse(tmp_path, stages, 100, takes, suite)
+    assert set(shares) == {"a", "save"} and results["b"]["skipped"] == "told to stop"
+
+
+def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):
+    stages = stage("a"), stage("b"), stage("c", 10)
+    takes = {"a": RuntimeError("boom"), "b": 200.0, "c": 5.0}
+    results, shares, _ = rehearse(tmp_path, stages, 100, lambda stage, share: takes[stage.name])
+    assert results["a"]["reason"] == "RuntimeError: boom" and not results["a"]["ok"]
+    assert results["c"]["skipped"].startswith("0 s left")
+    text = telling.summary(list(results.values()), tmp_path)
+    assert [line.split()[:2] for line in text.splitlines()[:3]] == [["a", "FAILED"], ["b", "ok"], ["c", "skipped"]]
+
+
+def test_resuming_skips_what_ended_well_for_the_same_commit(tmp_path):
+    stages = [stage(name) for name in "abd"] + [stage("c", file="c.json"), stage("save", always=True)]
+    rows = [{"stage": n, "seconds": 1.0, "ok": n != "b"} for n in ("a", "b", "c", "save")]
+    rows.append({"stage": "d", "ok": True, "skipped": ""})
+    (tmp_path / "suite.json").write_text(json.dumps({"meta": {"commit": "c1"}, "rows": rows}))
+    assert running.finished_before(tmp_path, tmp_path, stages, "c2") == {}
+    assert running.finished_before(tmp_path, tmp_path, stages, None) == {}
+    assert set(running.finished_before(tmp_path, tmp_path, stages, "c1")) == {"a"}
+    (tmp_path / "c.json").write_text("")
+    finished = running.finished_before(tmp_path, tmp_path, stages, "c1")
+    assert set(finished) == {"a", "c"}
+    ran = []
+    stages = [replace(one, run=lambda suite, share, name=one.name: ran.append(name) or {"ok": True}) for one in stages]
+    running.run_stages(stages, running.Suite(tmp_path), 100, {"commit": "c1"}, FakeClock(), finished)
+    assert ran == ["b", "d", "save"]
+
+
+POLITE = (
+    "import time\nprint('ready', flush=True)\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('wrote the rest')"
+)
+
+
+@pytest.mark.parametrize("ignored", (False, True), ids=("interruptible", "in-the-background"))
+def test_a_command_is_stopped_in_time(ignored, tmp_path):
+    """Also where SIGINT is ignored, as a shell has it for what it starts in the background, and children inherit."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
+    try:
+        done = running.run_command([sys.executable, "-uc", POLITE], 12, tmp_path / "logs" / "a.log", grace=6)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done.status is None and done.lines == ["ready", "wrote the rest"]
+
+
+def test_a_command_that_is_deaf_is_killed_with_what_it_started(tmp_path):
+    deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(60)"
+    script = f'{sys.executable} -uc "{deaf}" & echo $!; wait; sleep 60'
+    start = time.monotonic()
+    done = running.run_command(["sh", "-c", f"trap '' INT; {script}"], 6, tmp_path / "b.log", grace=0.5)
+    assert done.status is None and "deaf" in done.lines and time.monotonic() - start < 30
+    child = int(done.lines[0])
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "\nState:\tZ" in Path(f"/proc/{child}/status").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("the child of the command is alive")
+
+
+def test_a_command_ends_where_the_suite_is_told_to_stop(tmp_path):
+    stop = threading.Event()
+    threading.Timer(2, stop.set).start()
+    start = time.monotonic()
+    done = running.run_command(["sleep", "60"], 60, tmp_path / "a.log", stop=stop)
+    assert done.status is None and time.monotonic() - start < 20
+
+
+def test_a_command_runs_from_the_checkout_without_the_interpreter(tmp_path):
+    code = "import bench, gpu_stages, os; exit('TRITON_INTERPRET' in os.environ)"
+    done = running.run_command([sys.executable, "-c", code], 60, tmp_path / "c.log")
+    assert done.status == 0, done.tail
+    suite = running.Suite(tmp_path, work=tmp_path, triton_cache=Path("/some/where"))
+    code = "import os; print(os.environ['TRITON_CACHE_DIR'])"
+    assert suite.run("d", [sys.executable, "-c", code], 60).lines == ["/some/where"]
+    assert (tmp_path / "logs" / "d.log").exists()
+
+
+def test_the_cards_clocks_are_kept_with_each_stage(tmp_path, monkeypatch):
+    """From a script in nvidia-smi's place; one that does not answer is asked once."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\necho x >> {tmp_path}/asked\necho '1980, 2619, [N/A], 41'\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(card, "_answers", True)
+    measuring = replace(stage("a"), run=lambda suite, seconds: {"ok": suite.run("a", ["true"], 30).status == 0})
+    idle = replace(stage("b"), run=lambda suite, seconds: {"ok": True})
+    rows = running.run_stages([measuring, idle], running.Suite(tmp_path / "out", work=tmp_path), 60, {"commit": None})
+    assert len(rows[0]["card"]) == 2 and "card" not in rows[1]
+    reading = {name: value for name, value in rows[0]["card"][0].items() if name != "at"}
+    assert reading == {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "watts": "[N/A]", "celsius": 41.0}
+    script.write_text(f"#!/bin/sh\necho x >> {tmp_path}/asked\nexit 9\n")
+    before = (tmp_path / "asked").read_text()
+    assert card.sample() == card.sample() == {}
+    assert (tmp_path / "asked").read_text() == before + "x\n"
+
+
+# a GPU that is not there, and a stage that takes a minute
+TERMINATED = """
+import sys, torch
+sys.path.insert(0, "tools")
+import gpu_suite
+from gpu_stages.running import Stage
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_name = lambda: "NVIDIA Pretended"
+def long(suite, seconds):
+    (suite.work / "measured.json").write_text("{}")
+    print("started", flush=True)
+    return {"ok": suite.run("long", ["sleep", "60"], seconds).status == 0}
+stages = Stage("long", 1, 1, 60, long), Stage("next", 1, 1, 60, long), gpu_suite.SAVE
+gpu_suite.PLANS["first"] = (stages, 90)
+sys.exit(gpu_suite.main(["--plan", "first", "--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends to have a GPU")
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+def test_what_was_measured_is_saved_where_the_suite_is_terminated(number, tmp_path):
+    environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    command = [sys.executable, "-c", TERMINATED, str(tmp_path / "out")]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert "started\n" in iter(process.stdout.readline, "")
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    rows = {row["stage"]: row for row in json.loads((tmp_path / "out" / "suite.json").read_text())["rows"]}
+    assert rows["save"]["ok"] and rows["next"]["skipped"] == "told to stop" and not rows["long"]["ok"]
+    saving.unpack_results(tmp_path / "out" / saving.RESULTS, tmp_path / "unpacked")
+    assert {"measured.json", "logs", "suite-first.json"} <= {path.name for path in (tmp_path / "unpacked").iterdir()}
+    assert (tmp_path / "out" / saving.CACHE).exists()
+
+
+def test_no_gpu_is_exit_status_2(tmp_path):
+    env = dict(os.environ, CUDA_VISIBLE_DEVICES="", HIP_VISIBLE_DEVICES="")
+    command = [sys.executable, str(ROOT / "tools" / "gpu_suite.py"), "--plan", "first", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, env=env, text=True, capture_output=True)
+    assert done.returncode == 2 and "sees no GPU" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_handful_of_files_comes_back(tmp_path):
+    """What stages leave is in one archive, logs cut to their ends; the cache is pruned and found again."""
+    suite = running.Suite(tmp_path / "out", work=tmp_path / "work", triton_cache=tmp_path / "cache", plan="second")
+    (suite.work / "logs").mkdir(parents=True)
+    (suite.work / "layer.json").write_text("layer")
+    (suite.work / "logs" / "layer.log").write_text("x" * saving.LOG_BYTES + "the end")
+    kernel = suite.triton_cache / "KEY"
+    kernel.mkdir(parents=True)
+    for name in ("k.cubin", "k.json", "__grp__k.json", "k.ptx", "k.ttir", "launcher.so"):
+        (kernel / name).write_text(name)
+    suite.out.mkdir()
+    (suite.out / "suite.json").write_text("suite")
+    outcome = saving.save(suite, 30)
+    assert sorted(path.name for path in suite.out.iterdir()) == ["cache.tar.xz", "results.tar.gz", "suite.json"]
+    assert outcome["ok"] and "4 files, 0 left out" in outcome["note"]
+    saving.unpack_results(suite.out / saving.RESULTS, tmp_path / "results")
+    assert (tmp_path / "results" / "layer.json").read_text() == "layer"
+    assert (tmp_path / "results" / "suite-second.json").read_text() == "suite"
+    log = (tmp_path / "results" / "logs" / "layer.log").read_text()
+    assert len(log) == saving.LOG_BYTES and log.endswith("the end")
+    assert saving.unpack_cache(suite.out / saving.CACHE, tmp_path / "again") == 4
+    assert {path.name for path in (tmp_path / "again" / "KEY").iterdir()} == {
+        "k.cubin", "k.json", "__grp__k.json", "launcher.so",
+    }  # fmt: skip
+
+
+def test_a_cache_that_is_too_large_is_packed_as_far_as_the_time_goes(tmp_path):
+    for number in range(5):
+        (tmp_path / "cache" / f"K{number}").mkdir(parents=True)
+        (tmp_path / "cache" / f"K{number}" / "k.cubin").write_text("x")
+    ticks = iter(range(100))
+    packed = saving.pack_cache(tmp_path / "cache", tmp_path / "c.tar.xz", 3, lambda: float(next(ticks)))
+    assert packed == (2, 3) and saving.unpack_cache(tmp_path / "c.tar.xz", tmp_path / "again") == 2
+    assert saving.pack_cache(tmp_path / "none", tmp_path / "c.tar.xz", 3) == (0, 0)
+
+
+def commands(plan):
+    """What each benchmark of a plan is started with, by stage; a suite that starts nothing says so."""
+    asked = {}
+
+    class Suite(running.Suite):
+        def run(self, name, command, seconds, grace=0, variables=None):
+            asked[stage.name] = list(command)
+            raise RuntimeError("not started")
+
+    for stage in gpu_suite.PLANS[plan][0]:
+        if not stage.name.startswith(("tests", "memcheck", "save")):
+            with pytest.raises(RuntimeError, match="not started"):
+                stage.run(Suite(Path("/nowhere"), "abc"), 40.0)
+    return asked
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would measure")
+@pytest.mark.parametrize("plan", PLAN_NAMES)
+def test_the_benchmarks_take_the_arguments_that_they_are_given(plan, capsys):
+    """Each refuses this machine for its missing GPU alone; one that does not know an argument raises SystemExit."""
+    for name, command in commands(plan).items():
+        if name == "warm":  # asks the GPU in a process of its own: see below
+            assert command[:3] == [sys.executable, "-m", "gpu_stages.warm"]
+            continue
+        module, arguments = (command[2], command[3:]) if command[1] == "-m" else ("tune", command[2:])
+        assert "--commit" in arguments and "--out" in arguments
+        assert importlib.import_module(module).main(arguments) == 2, command
+        assert "sees no GPU" in capsys.readouterr().err, command
+
+
+def test_the_layers_cases_are_the_ones_meant():
+    from bench import layer, shapes, shared
+
+    cases = {}
+    for name, command in {**commands("first"), **commands("second")}.items():
+        if "bench.layer" in command:
+            arguments = layer._parser().parse_args(command[3:])
+            cases[name] = layer.cases_of(arguments, "cuda")
+    core = shapes.core_grid("cuda")
+    assert cases["head"] == [*core[:4], core[5], core[9]] and cases["compiled"] == core[:1]
+    assert shared.LLAMA in cases["layer"] and shapes.dropout_case("cuda") in cases["layer"]
+    assert set(core) <= set(cases["layer"])
+
+
+def test_a_benchmark_is_judged_by_its_file(tmp_path, monkeypatch):
+    content = {"meta": {"left_out": []}, "rows": [{"section": "a", "ok": True}, {"section": "b", "ok": False}]}
+    written, status, commands = dict(content), 0, []
+
+    def run(self, name, command, seconds, **more):
+        commands.append(command)
+        path = Path(command[command.index("--out") + 1])
+        assert not path.exists(), "an earlier result would look like this one's"
+        if written:
+            path.write_text(json.dumps(written))
+        log = tmp_path / "log"
+        log.write_text("the end")
+        return running.Run(status, log)
+
+    monkeypatch.setattr(running.Suite, "run", run)
+    suite = running.Suite(tmp_path, "abc", work=tmp_path)
+
+    def decisive():
+        return benchmarks.benchmark(suite, 100, "decisive", ["-m", "bench.decisive"], roof=True)
+
+    outcome = decisive()
+    assert outcome["ok"] and outcome["rows"] == 2 and outcome["not_measured"] == ["b"]
+    assert "--roof" not in commands[-1] and commands[-1][-4:] == ["--seconds", "80", "--commit", "abc"]
+    (tmp_path / benchmarks.ROOFLINE).write_text("{}")
+    written["meta"] = {"left_out": ["fused_gemm"]}
+    assert not decisive()["ok"]
+    assert commands[-1][commands[-1].index("--roof") + 1] == str(tmp_path / benchmarks.ROOFLINE)
+    written, status = {}, 2
+    assert decisive() == {"ok": False, "reason": "exit status 2"}
+    status = None
+    assert decisive() == {"ok": False, "reason": "stopped to end within 100 s"}
+
+
+def test_a_broken_cache_is_compiled_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmarks, "benchmark", lambda *arguments, **keywords: {"ok": True})
+    for content in (b"", b"not an archive", b"\xfd7zXZ\x00 cut off"):
+        (tmp_path / "cache.tar.xz").write_bytes(content)
+        suite = running.Suite(tmp_path, work=tmp_path, cache=tmp_path / "cache.tar.xz", triton_cache=tmp_path / "cache")
+        outcome = benchmarks.warm(suite, 30)
+        assert outcome["ok"] and "Error" in outcome["note"], outcome
+
+
+def test_the_table_of_the_tuning_goes_into_the_package(tmp_path, monkeypatch):
+    table = {"meta": {"device": "NVIDIA H200"}, "measured": {"2": {"norm": {"over_default": 0.9}}}}
+
+    def benchmark(suite, seconds, name, command, spare):
+        (suite.work / "tuned.json").write_text(json.dumps(table))
+        return {"ok": True, "rows": 0}
+
+    monkeypatch.setattr(benchmarks, "benchmark", benchmark)
+    monkeypatch.setattr(benchmarks.configs, "TUNED_FOLDER", tmp_path / "tuned")
+    assert benchmarks.tuning(running.Suite(tmp_path, work=tmp_path), 60) == {"ok": True, "over_default": {"norm": 0.9}}
+    assert json.loads((tmp_path / "tuned" / "nvidia-h200.json").read_text()) == table
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a GPU that is not there")
+def test_what_the_benchmarks_launch_is_known_before(tmp_path):
+    """Recorded and, for want of time, not compiled; and without --target there is no GPU to compile for."""
+    pytest.importorskip("triton")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{ROOT / 'tools'}{os.pathsep}{ROOT}", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "gpu_stages.warm", "--tuning", "--seconds", "0", "--out", str(tmp_path / "p.json")]
+    done = subprocess.run([*command, "--target", "sm_90"], env=env, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 1, done.stderr
+    (left_out,) = json.loads((tmp_path / "p.json").read_text())["meta"]["left_out"]
+    assert int(left_out.split()[0]) > 150
+    done = subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and "expected a GPU" in done.stderr
+
+
+IN_ALL_CORES = """
+import os, sys, time
+from gpu_stages import warm
+def work(index):
+    if index == 3: raise ValueError("three")
+    if index == 5: time.sleep(60)
+    return {"ok": True}
+start = time.monotonic()
+done = warm.in_all_cores(work, range(6), 2, start + 5)
+assert sorted(done) == [0, 1, 2, 3, 4] and done[3] == {"ok": False, "error": "ValueError: three"}, done
+assert time.monotonic() - start < 15
+def die(index):
+    os._exit(1)
+done = warm.in_all_cores(die, range(3), 2, start + 100)
+assert len(done) == 3 and not any(found["ok"] for found in done.values())
+print("good", time.monotonic() - start < 30)
+"""
+
+
+def test_a_compilation_that_fails_or_never_ends_costs_no_other(tmp_path):
+    pytest.importorskip("triton")
+    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tools'}{os.pathsep}{ROOT}"}
+    done = subprocess.run([sys.executable, "-c", IN_ALL_CORES], env=env, cwd=ROOT, text=True, capture_output=True)
+    assert done.stdout == "good True\n", done.stderr
+
+
+def write_rows(folder: Path, name: str, rows: list, **meta) -> None:
+    (folder / f"{name}.json").write_text(json.dumps({"meta": meta, "rows": rows}))
+
+
+def test_the_most_telling_numbers_come_last_and_a_missing_one_is_a_dash(tmp_path):
+    lines = telling.telling(tmp_path, "first")
+    assert len(lines) == 10 and all(line.split()[-1] == "-" for line in lines)
+    (tmp_path / "kernels.json").write_text("broken")
+    assert telling.telling(tmp_path, "first") == lines
+    shape = dict(zip("MNKR", telling.SQUARE, strict=True)) | {"precision": "bf16"}
+    kernel = shape | {"by": "kernel", "ms": {"median": 3.0}}
+    write_rows(
+        tmp_path,
+        "kernels",
+        [
+            kernel | {"kernel": "norm", "percent_of_roof": 81.4},
+            kernel | {"kernel": "project", "percent_of_roof": 70.0},
+            kernel | {"kernel": "project", "by": "library", "ms": {"median": 2.0}},
+            kernel | {"kernel": "merge", "ms": None},
+        ],
+        roof={"bandwidth": 3.1e12, "matmul": {"bf16": 7e14}},
+    )
+    step = shape | {"step": "forward+backward", "variant": ""}
+    rows = [step | {"provider": name, "graph_ms": {"median": ms}} for name, ms in (("ours", 2.0), ("frozen", 1.0))]
+    rows += [row | {"variant": "dropout 0.05", "graph_ms": {"median": 9.0}} for row in rows]
+    write_rows(tmp_path, "head", rows)
+    way = {"section": "merged_against_split", "N": 4096, "R": 64}
+    decisive = [way | {"M": M, "ms": {"split": 1.0, "merged": 1.5 - M / 1024}} for M in (2048, 16)]
+    decisive += [{"section": "host_cost", "call": "layer, forward+backward", "us": 412.3}]
+    fused = shape | {"section": "fused_gemm", "outputs": 1, "variant": "pointers", "tiles": [128, 256, 64, 8, 3]}
+    decisive += [fused | {"over_two_kernels": ratio} for ratio in (0.97, 0.91)] + [fused]
+    write_rows(tmp_path, "decisive", decisive)
+    found = [" ".join(line.split()) for line in telling.telling(tmp_path, "first")]
+    for expected in (
+        "TB/s 3.10", "TFLOP/s 700", "token_sums 81% / - / - / -", "library 1.50 / -", "tokens 2.00 / - / -",
+        "0.91 (pointers", "412 us", "N=4096 R=64: [2048]",
+    ):  # fmt: skip
+        assert any(expected in line for line in found), (expected, found)
+
+
+@pytest.fixture
+def pytest_run(tmp_path):
+    """pytest_run(source, *options) runs a test file with the plugin, and returns counts and failures."""
+
+    def run(source: str, *options: str) -> dict:
+        (tmp_path / "test_some.py").write_text(source)
+        xml = tmp_path / "tests.xml"
+        command = [*device_tests.PYTEST, "-p", "gpu_stages.pytest_on_device", f"--junitxml={xml}", *options]
+        command += [f"--rootdir={tmp_path}", "-c", os.devnull, str(tmp_path / "test_some.py")]
+        done = running.run_command(command, 120, tmp_path / "tests.log")
+        return device_tests.pytest_outcome(xml, done.log) | {"status": done.status, "xml": xml, "log": done.log}
+
+    return run
+
+
+SOME = """
+import pytest
+def test_good(): pass
+def test_bad(): assert 1 == 2, 'one is two'
+def test_skipped(): pytest.skip('why')
+class TestClass:
+    @pytest.mark.parametrize("i", ("a::b", "c"))
+    def test_in_class(self, i): assert i == "c"
+"""
+
+
+def test_a_test_run_is_read_from_its_junit_file_or_its_log(pytest_run):
+    outcome = pytest_run(SOME)
+    assert outcome["status"] == 1 and outcome["counts"] == {"passed": 2, "failure": 2, "skipped": 1}
+    assert "one is two" in outcome["failures"]["test_some::test_bad"]
+    outcome["xml"].unlink()
+    again = device_tests.pytest_outcome(outcome["xml"], outcome["log"])
+    assert again == {"counts": {"passed": 2, "failed": 2, "skipped": 1}, "failures": None}
+
+
+KILLED = """
+import os, signal, time
+def test_bad(): assert 0, "wrong"
+def test_slow(): time.sleep(6)
+def test_killed(): os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_junit_file_is_there_where_pytest_is_killed(pytest_run):
+    outcome = pytest_run(KILLED)
+    assert outcome["status"] == -signal.SIGKILL and outcome["counts"] == {"failure": 1, "passed": 1}
+    assert outcome["failures"].keys() == {"test_some::test_bad"}
+
+
+def test_what_failed_before_runs_alone(pytest_run, tmp_path):
+    failed = list(pytest_run(SOME)["failures"])
+    earlier = tmp_path / "earlier.json"
+    earlier.write_text(json.dumps({"files": ["test_some.py"], "tests": [*failed, "test_some::test_gone"]}))
+    outcome = pytest_run(SOME, f"--only-failed={earlier}")
+    assert outcome["counts"] == {"failure": 2} and list(outcome["failures"]) == failed
+    earlier.write_text(json.dumps({"files": ["test_others.py"], "tests": []}))
+    assert pytest_run(SOME, f"--only-failed={earlier}")["counts"]["passed"] == 2
+
+
+BROKEN = """
+import torch
+calls = []
+def broken():
+    if calls: raise RuntimeError("CUDA error: an illegal memory access was encountered")
+torch.cuda.is_initialized, torch.cuda.synchronize = lambda: True, broken
+def test_fails(): assert 0
+def test_good(): pass
+def test_breaks():
+    calls.append(1)
+    assert 0, "wrong"
+def test_never(): pass
+"""
+
+
+def test_nothing_runs_in_a_process_whose_gpu_context_is_broken(pytest_run):
+    outcome = pytest_run(BROKEN)
+    assert outcome["counts"] == {"passed": 1, "failure": 2}
+    assert "the CUDA context is broken" in outcome["log"].read_text()
+
+
+def test_side_by_side_only_the_process_with_the_broken_context_ends(pytest_run):
+    pytest.importorskip("xdist")
+    outcome = pytest_run(BROKEN, "-n", "1")
+    assert outcome["counts"]["passed"] == 2 and "test_some::test_breaks" in outcome["failures"]
+
+
+def test_the_files_of_the_device_are_there():
+    names = {path.name for path in (ROOT / "tests").glob("test_*.py")}
+    listed = [*device_tests.CORE, *device_tests.NEXT, *device_tests.OFF_DEVICE]
+    assert len(set(listed)) == len(listed) and {*device_tests.CORE, *device_tests.NEXT} <= names
+    assert set(device_tests.files()) == names - set(device_tests.CORE) - set(device_tests.OFF_DEVICE)
+    path, _, name = device_tests.HUGE.partition("::")
+    assert f"def {name}(" in (ROOT / path).read_text()
+
+
+def test_the_second_plan_tests_what_failed_in_the_first(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(running.Suite, "run", lambda self, name, command, *more: asked.append(command) or 1 / 0)
+    failures = {
+        "tests.test_kernels::test_a[x]": "",
+        "tests.test_peft.TestB::test_c": "",
+        "tests.test_shared_calls::t": "",
+    }
+    rows = [{"stage": "facts", "ok": True}, {"stage": "tests_core", "ok": False, "failures": failures}]
+    (tmp_path / "suite.json").write_text(json.dumps({"meta": {}, "rows": rows}))
+    suite = running.Suite(tmp_path, work=tmp_path, failed=tmp_path / "suite.json")
+    with pytest.raises(ZeroDivisionError):
+        device_tests.tests_failed(suite, 80)
+    tests = [argument for argument in asked[0] if argument.startswith("tests/")]
+    assert tests[:3] == ["tests/test_kernels.py", "tests/test_peft.py", "tests/test_functional.py"]
+    assert tests[-1] == device_tests.HUGE and "tests/test_ops.py" not in tests
+    earlier = json.loads((tmp_path / "failed_before.json").read_text())
+    assert {"tests.test_kernels::test_a[x]", "tests.test_peft.TestB::test_c"} < set(earlier["tests"])
+    assert len(earlier["tests"]) == 3  # and the one of 2^31 elements
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends to have a GPU")
+def test_the_first_plan_runs_in_order_on_a_pretended_gpu(tmp_path):
+    """At its own sizes, which nothing computes: four minutes of starting what a GPU would be asked."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tools.pretended_gpu", "--idle", str(ROOT / "tools" / "gpu_suite.py")]
+    command += ["--plan", "first", "--seconds", "600", "--out", str(tmp_path), "--commit", "rehearsed"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode in (0, 1), done.stderr
+    rows = {row["stage"]: row for row in json.loads((tmp_path / "suite.json").read_text())["rows"]}
+    assert list(rows) == PLAN_NAMES["first"] and not any("skipped" in row for row in rows.values())
+    for name in ("facts", "kernels", "head", "decisive", "save"):
+        assert rows[name]["ok"] and not rows[name].get("not_measured"), (name, rows[name])
+    assert rows["warm"]["rows"] > 0 and rows["probe"]["rows"] > 0
+    assert rows["tests_core"]["counts"]["passed"] > 0 and rows["tests_core"]["failures"] == {}
+    saving.unpack_results(tmp_path / saving.RESULTS, tmp_path / "results")
+    assert "-" not in [line.split()[-1] for line in telling.telling(tmp_path / "results", "first")]

@@ -1,0 +1,129 @@
+"""The stages that measure: what each of them asks of bench/ and tools/tune.py."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import shutil
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import report
+from dora_kernels import configs
+from gpu_stages import saving
+from gpu_stages.running import GRACE_SECONDS, Suite
+
+ROOFLINE = "roofline.json"
+LINE = 240  # characters of a line that are shown
+
+
+def benchmark(
+    suite: Suite,
+    seconds: float,
+    name: str,
+    command: Sequence[str],
+    spare: float | None = 15,
+    roof: bool = False,
+    show: int = 0,
+    variables: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run a benchmark that writes NAME.json; what stands in that file decides beside the exit status.
+
+    spare: seconds for starting and for the last case, kept from what it is told to stop after; None: it cannot be told.
+    roof: whether it takes the roofs that the facts have measured; show: so many last lines of its output are printed.
+    """
+    path = suite.work / f"{name}.json"
+    path.unlink(missing_ok=True)
+    command = [sys.executable, *command, "--out", str(path)]
+    if spare is not None:
+        command += ["--seconds", f"{max(seconds - GRACE_SECONDS - spare, seconds / 3):.0f}"]
+    if roof and (suite.work / ROOFLINE).exists():
+        command += ["--roof", str(suite.work / ROOFLINE)]
+    command += ["--commit", suite.commit] if suite.commit else []
+    done = suite.run(name, command, seconds, variables=variables)
+    if show:
+        print(*(f"    {line[:LINE]}" for line in done.lines[-show:]), sep="\n", flush=True)
+    outcome: dict[str, Any] = {"ok": done.status == 0}
+    if path.exists():
+        content = json.loads(path.read_text())
+        outcome |= {"rows": len(content.get("rows", ())), "left_out": content["meta"].get("left_out", [])}
+        outcome["ok"] = outcome["ok"] and not outcome["left_out"]
+        outcome["not_measured"] = not_measured(content.get("rows", ()))
+    else:
+        outcome["ok"] = False
+    if done.status is None:
+        outcome["reason"] = f"stopped to end within {seconds:.0f} s"
+    if done.status not in (0, 1) or not path.exists():
+        outcome.setdefault("reason", f"exit status {done.status}")
+        print(done.tail, flush=True)
+    return outcome
+
+
+def not_measured(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """One line for each row that is not ok, or whose CUDA graph could not be captured."""
+    if any("provider" in row for row in rows):
+        return [line.partition("\n")[0] for line in report.problems(rows)]
+    wanted = (
+        "section",
+        "attempt",
+        "fact",
+        "kernel",
+        "by",
+        "variant",
+        "M",
+        "N",
+        "K",
+        "R",
+        "precision",
+        "tiles",
+        "reason",
+    )
+    bad = [row for row in rows if not row.get("ok", True)]
+    lines = (" ".join(str(row[name]) for name in wanted if row.get(name) is not None) for row in bad)
+    return list(dict.fromkeys(line.partition("\n")[0] for line in lines))
+
+
+def warm(suite: Suite, seconds: float, more: Sequence[str] = ()) -> dict[str, Any]:
+    """Everything that the benchmarks launch, compiled; what an earlier run has brought back need not be."""
+    start = time.monotonic()
+    carried: dict[str, Any] = {}
+    if suite.cache is not None:
+        try:
+            carried["note"] = f"{saving.unpack_cache(suite.cache, suite.triton_cache)} files carried"
+        except (OSError, tarfile.TarError, EOFError, lzma.LZMAError) as error:  # then it is compiled again
+            carried["note"] = f"{suite.cache}: {type(error).__name__}: {error}"
+    left = seconds - (time.monotonic() - start)
+    # a GPU that is pretended interprets kernels elsewhere; here they are compiled for it
+    compiled = {"TRITON_INTERPRET": "0"}
+    command = ["-m", "gpu_stages.warm", *more]
+    return benchmark(suite, left, "ptxas", command, spare=10, show=10, variables=compiled) | carried
+
+
+def tuning(suite: Suite, seconds: float) -> dict[str, Any]:
+    """Tile configurations, with the times of every candidate, into tuned.json and into the package, where the stages
+    after this one find them.
+    """
+    path = suite.work / "tuned.json"
+    outcome = benchmark(suite, seconds, "tuned", ["tools/tune.py"], spare=20)
+    outcome = {name: outcome[name] for name in ("ok", "reason") if name in outcome}
+    if path.exists():
+        table = json.loads(path.read_text())
+        package = configs.tuned_path(table["meta"]["device"])
+        package.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, package)
+        measured = table["measured"].get("2", {})
+        outcome["over_default"] = {kernel: found["over_default"] for kernel, found in measured.items()}
+    return outcome
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The benchmark's {meta, rows}; empty ones where the file is missing or broken."""
+    try:
+        content = json.loads(path.read_text())
+        return {"meta": content["meta"], "rows": content.get("rows", [])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"meta": {}, "rows": []}
