@@ -24,7 +24,7 @@ import dora_kernels
 from bench import host_driver, providers
 from bench.machine import meta
 from bench.measure import interleave
-from bench.providers import SCALING, Layer, Problem
+from bench.problem import SCALING, Layer, Problem
 from bench.report import _aligned, write
 from bench.shapes import Case
 from dora_kernels import kernels, ops, plan
@@ -95,7 +95,7 @@ PROVIDERS: dict[str, providers.Provider] = {
 def step_of(layer: Layer, problem: Problem, name: str) -> Step:
     """One call of the layer: `name` is of STEPS. Under autocast each call enters it, as a trainer's forward pass does.
 
-    What providers.PASSES do, but no autocast at all where it is off: entering it costs 4 us.
+    What bench.problem.PASSES do, but no autocast at all where it is off: entering it costs 4 us.
     """
     autocast = problem.autocast if problem.precision.autocast else contextlib.nullcontext
     x, leaves, call = problem.x, [problem.x, *layer.trained.values()], layer.forward
