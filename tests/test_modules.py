@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dora_kernels import DoraLinear
+from dora_kernels import DoraLinear, launch
 from dora_kernels.reference import dora_linear_ref
-from tests.problem import DEVICE
+from tests.problem import BACKENDS, DEVICE
 
 
 @pytest.fixture
@@ -81,21 +81,24 @@ def test_training_lowers_the_loss():
     assert layer.lora_B.weight.abs().max() > 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_merge_and_unmerge(layer, dtype):
+def test_merge_and_unmerge(layer, dtype, backend):
     layer.weight.data = layer.weight.data.to(dtype)
     layer.bias.data = layer.bias.data.to(dtype)
     x = torch.randn(5, 24, dtype=dtype, device=DEVICE)
     before, y = layer.weight.clone(), layer(x)
-    layer.merge()
-    layer.merge()
+    with launch.options(backend=backend):
+        layer.merge()
+        layer.merge()
     assert layer.merged and not torch.allclose(layer.weight, before)
     error = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(layer(x), y, rtol=error, atol=error * y.abs().max().item())
     with pytest.raises(ValueError, match="the layer is merged"):
         layer.reset_adapter()
-    layer.unmerge()
-    layer.unmerge()
+    with launch.options(backend=backend):
+        layer.unmerge()
+        layer.unmerge()
     # one rounding of the merged weight, whose entries are up to |W'|/gain from zero
     torch.testing.assert_close(
         layer.weight, before, rtol=0, atol=torch.finfo(dtype).eps * before.abs().max().item() * 4
