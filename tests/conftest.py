@@ -7,6 +7,9 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # has to be chosen before triton is imported
+# Memory is poisoned in torch's deterministic mode, which wants a cuBLAS that is deterministic, too: without this each
+# of its products warns, and may add up its parts in another order. Read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_addoption(parser):

@@ -91,15 +91,18 @@ def world(size: int) -> World:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """What processes that are started meanwhile have: one thread each."""
-    threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+    """What processes that are started meanwhile have: one thread each, no GPU, and Triton's interpreter."""
+    ours = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     try:
         yield
     finally:
-        os.environ.pop("OMP_NUM_THREADS")
-        if threads is not None:
-            os.environ["OMP_NUM_THREADS"] = threads
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _rank(rank: int, size: int, store: str, pipe: Any) -> None:

@@ -62,6 +62,7 @@ class Problem:
         seed: int = 0,
         scaling: float = SCALING,
         update: float | None = None,
+        device: str = DEVICE,
     ) -> "Problem":
         """A problem with M tokens, N out features, K in features, rank R.
 
@@ -69,10 +70,10 @@ class Problem:
         """
         generator = torch.Generator().manual_seed(seed)
         inputs = random_inputs(
-            M, N, K, R, dtype, adapter_dtype, scaling, update, bias=bias, device=DEVICE, generator=generator
+            M, N, K, R, dtype, adapter_dtype, scaling, update, bias=bias, device=device, generator=generator
         )
         inputs = {name: value.detach() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        dy = torch.randn(M, N, dtype=torch.float64, generator=generator).to(dtype).to(DEVICE)
+        dy = torch.randn(M, N, dtype=torch.float64, generator=generator).to(dtype).to(device)
         x_dropped = F.dropout(inputs["x"], dropout) if dropout else None
         return cls(**inputs, dy=dy, x_dropped=x_dropped)
 

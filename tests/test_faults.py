@@ -383,6 +383,9 @@ def test_a_second_stream_does_not_read_a_norm_that_is_not_made_yet(layer):
     expected = definition(layer, x).detach()
     first, second = torch.cuda.Stream(), torch.cuda.Stream()
     for backend in BACKENDS:
+        layer.eval()
+        with launch.options(backend=backend), torch.no_grad():
+            layer(x), layer(x)  # the kernels are there: to load one would wait for the stream that sleeps
         layer.train().eval()  # nothing is kept
         torch.cuda.synchronize()
         with launch.options(backend=backend), torch.no_grad():

@@ -29,9 +29,11 @@ class NoSync(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         assert name not in SYNCHRONISING, f"{function} waits for the device"
-        assert name not in ("_to_copy", "copy_") or all(
-            t.device.type == DEVICE or t.device.type == "meta" for t in args if isinstance(t, torch.Tensor)
-        ), f"{function} moves between devices"
+        moves = name in ("_to_copy", "copy_") and any(
+            t.device.type not in (DEVICE, "meta") for t in args if isinstance(t, torch.Tensor)
+        )
+        waits = not ((kwargs or {}).get("non_blocking") and args[0].is_pinned()) if moves else False
+        assert not waits, f"{function} moves between devices and waits for it"
         self.seen += 1
         return function(*args, **(kwargs or {}))
 

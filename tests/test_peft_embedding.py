@@ -79,6 +79,8 @@ CASES = {
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_every_gradient(case, backend):
+    if case == "float64" and backend == "triton" and DEVICE == "cuda":
+        pytest.skip("float64 kernels run in the interpreter only")
     config = dict(CASES[case])
     autocast = config.pop("autocast", None)
     model = build(**config)

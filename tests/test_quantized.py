@@ -246,6 +246,7 @@ def test_one_dense_temporary_at_a_time(kind, dropped, way, steps, monkeypatch):
     """None in the norm; M is small, so that nothing else has N * K elements. The reference works in blocks of 256."""
     N, K, R, M = 600 if steps is reference.REFERENCE else 72, 40, 4, 3
     monkeypatch.setattr(reference, "_BLOCK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(reference, "_BLOCK_BYTES_ELSEWHERE", 1)
     monkeypatch.setattr(quant.formats, "_BLOCK_ELEMENTS", {"cpu": 64 * K, "gpu": 64 * K})
     problem, stored = problem_over(quantized(kind, N, K, torch.bfloat16), M, R, dropout=0.4 if dropped else 0.0)
     weight, adapter, dtype = stored.weight, (problem.lora_A, problem.lora_B), torch.bfloat16

@@ -21,6 +21,7 @@ ROWS = 600
 @pytest.fixture
 def problem(monkeypatch):
     monkeypatch.setattr(reference, "_BLOCK_BYTES", {"cpu": 1})  # blocks of 256 rows
+    monkeypatch.setattr(reference, "_BLOCK_BYTES_ELSEWHERE", 1)
     return Problem.random(ROWS, ROWS, 10, 3)
 
 
