@@ -1,0 +1,31 @@
+"""Run a script or a module, and what it starts, under the pretence.
+
+python -m tools.pretended_gpu tools/gpu_suite.py --seconds 60
+python -m tools.pretended_gpu -m bench.kernels --help
+"""
+
+import runpy
+import sys
+
+from tools.pretended_gpu import start
+
+USAGE = "usage: python -m tools.pretended_gpu (SCRIPT | -m MODULE) [ARGUMENT ...]"
+
+
+def main(arguments: list[str]) -> int:
+    """The exit status, where the program does not exit by itself."""
+    is_module = arguments[:1] == ["-m"]
+    sys.argv = arguments[is_module:]
+    if not sys.argv:
+        print(USAGE, file=sys.stderr)
+        return 2
+    start()
+    if is_module:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
