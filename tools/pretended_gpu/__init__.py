@@ -1,12 +1,15 @@
 """A pretended H100 for machines without a GPU: torch and the package see "cuda:0", and the host computes.
 
     python -m pytest -p tools.pretended_gpu.plugin tests/test_ops.py       # or: make test-pretended-gpu
-    python -m tools.pretended_gpu tools/gpu_suite.py --seconds 60          # any script, or: -m bench.kernels
+    python -m tools.pretended_gpu --idle tools/gpu_suite.py --plan first   # any script, or: -m bench.kernels
 
 What it shows before a GPU does: tests and code that hold on the CPU alone. Tensors on two devices, a kernel that gets
 a host tensor, float64 kernels, a wait inside a capture and Triton's interpreter for CPU tensors are refused as there;
 autocast has CUDA's lists of operators, backward its own thread, memory is counted, aligned and poisoned. The package
 chooses tile configurations, splits and precisions as on an H100, and Triton's interpreter runs those kernels.
+
+With --idle nothing is computed at all, except by the tests that a script starts: results have the right shapes, and are
+zero. So a script that would take a host hours runs from beginning to end, and shows how it is put together.
 
 What it cannot show: speed, races, rounding on tensor cores, whatever a compiler for a GPU does. A CUDA graph's replay
 does nothing, streams are one, and clocks are the host's: a number measured under it is no measurement, and the card's
@@ -42,6 +45,7 @@ def start() -> None:
     os.environ.setdefault("TRITON_INTERPRET", "1")
     paths = [str(INHERITED), str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
+    os.environ["PYTEST_PLUGINS"] = "tools.pretended_gpu.plugin"
     sys.meta_path.insert(0, _Finder())
     sys.modules["bitsandbytes"] = None  # cannot be imported: it would load a library of its own for the driver
 
@@ -60,6 +64,8 @@ def _interpreter_imported(interpreter: ModuleType) -> None:
         for tensor in _tensors([*arguments, *keywords.values()]):
             if not tensor.is_cuda and tensor.numel():
                 raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+        if library.is_idle():
+            return None
         with library.inside():
             return run(self, *arguments, **keywords)
 

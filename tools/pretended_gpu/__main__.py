@@ -1,19 +1,23 @@
 """Run a script or a module, and what it starts, under the pretence.
 
 python -m tools.pretended_gpu tools/gpu_suite.py --seconds 60
-python -m tools.pretended_gpu -m bench.kernels --help
+python -m tools.pretended_gpu --idle -m bench.kernels      # nothing is computed
 """
 
+import os
 import runpy
 import sys
 
 from tools.pretended_gpu import start
 
-USAGE = "usage: python -m tools.pretended_gpu (SCRIPT | -m MODULE) [ARGUMENT ...]"
+USAGE = "usage: python -m tools.pretended_gpu [--idle] (SCRIPT | -m MODULE) [ARGUMENT ...]"
 
 
 def main(arguments: list[str]) -> int:
     """The exit status, where the program does not exit by itself."""
+    if arguments[:1] == ["--idle"]:
+        os.environ["PRETENDED_GPU_IDLE"] = "1"
+        arguments = arguments[1:]
     is_module = arguments[:1] == ["-m"]
     sys.argv = arguments[is_module:]
     if not sys.argv:

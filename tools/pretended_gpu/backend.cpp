@@ -4,6 +4,9 @@
 // is so here, and NaN where torch.utils.deterministic.fill_uninitialized_memory asks for it (poisoned). Backward runs
 // on a thread of the autograd engine, as for every device but the CPU.
 //
+// Idle (pretended_idle), it computes nothing: an operator's results have the right shapes and strides, asked of the meta
+// device, and memory is zero until the host copies something there. So programs run at sizes that no host computes.
+//
 // In a build of PyTorch without CUDA the key is free. In a build with CUDA the kernels that are registered there are
 // replaced, one by one (replace_kernels), and so are allocator, guard and hooks; nothing asks for a driver then.
 
@@ -19,6 +22,7 @@
 #include <ATen/ops/view_native.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <sys/mman.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -55,6 +59,8 @@ C10_REGISTER_GUARD_IMPL(CUDA, Guard)
 std::mutex memory_lock;
 std::unordered_map<void*, size_t> device_memory;
 std::unordered_set<const void*> pinned_memory;
+bool idle = false;
+constexpr size_t IDLE_COPY = size_t{1} << 20;
 size_t allocated = 0;
 size_t peak = 0;
 constexpr size_t TOTAL = size_t{80} << 30;
@@ -66,13 +72,21 @@ void* aligned(size_t bytes) {
   return pointer;
 }
 
+// zero, and without a page of the host's until it is written
+void* untouched(size_t bytes) {
+  void* pointer = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pointer == MAP_FAILED) throw std::bad_alloc();
+  return pointer;
+}
+
 struct DeviceAllocator final : c10::Allocator {
   static void release(void* pointer) {
     std::lock_guard<std::mutex> guard(memory_lock);
     const auto found = device_memory.find(pointer);
     allocated -= found->second;
+    if (idle) munmap(pointer, found->second);
+    else std::free(pointer);
     device_memory.erase(found);
-    std::free(pointer);
   }
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes == 0) return {nullptr, nullptr, &c10::detail::deleteNothing, DEVICE};
@@ -80,7 +94,7 @@ struct DeviceAllocator final : c10::Allocator {
     std::lock_guard<std::mutex> guard(memory_lock);
     TORCH_CHECK_WITH(
         OutOfMemoryError, allocated + rounded <= TOTAL, "CUDA out of memory. Tried to allocate ", bytes, " bytes.");
-    void* pointer = aligned(rounded);
+    void* pointer = idle ? untouched(rounded) : aligned(rounded);
     device_memory[pointer] = rounded;
     allocated += rounded;
     peak = std::max(peak, allocated);
@@ -166,7 +180,7 @@ at::Tensor on_host(const at::Tensor& tensor) {
 
 at::Tensor poisoned(at::Tensor tensor) {
   const auto& context = at::globalContext();
-  if (tensor.numel() && context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
+  if (!idle && tensor.numel() && context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory()) {
     auto host = on_host(tensor);
     at::native::fill_empty_deterministic_(host);
   }
@@ -190,6 +204,8 @@ at::Tensor empty_strided(
 
 at::Tensor& copy_(at::Tensor& to, const at::Tensor& from, bool non_blocking) {
   if (to.device() != from.device() && !non_blocking) check_not_capturing("a copy between devices");
+  // a large tensor from the host would take the host's memory twice
+  if (idle && (from.device().type() == CUDA || to.nbytes() > IDLE_COPY) && to.device().type() == CUDA) return to;
   auto host = on_host(to);
   auto source = on_host(from);
   if (from.is_neg()) source = source.neg();
@@ -209,12 +225,12 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
 }
 
 at::Tensor& fill_(at::Tensor& tensor, const at::Scalar& value) {
-  on_host(tensor).fill_(value);
+  if (!idle) on_host(tensor).fill_(value);
   return tensor;
 }
 
 at::Tensor& zero_(at::Tensor& tensor) {
-  on_host(tensor).zero_();
+  if (!idle) on_host(tensor).zero_();
   return tensor;
 }
 
@@ -293,12 +309,75 @@ void check_devices(const c10::OperatorHandle& op, const torch::jit::Stack& stack
       "cpu! (when checking arguments of ", name, ")");
 }
 
+c10::IValue shape_of(const c10::IValue& value) {
+  const auto shape = [](const at::Tensor& tensor) {
+    if (!tensor.defined() || tensor.device().type() != CUDA) return tensor;
+    return at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kMeta));
+  };
+  if (value.isTensor()) return shape(value.toTensor());
+  if (value.isDevice() && value.toDevice().type() == CUDA) return c10::Device(at::kMeta);
+  if (value.isTensorList()) {
+    c10::List<at::Tensor> shapes;
+    for (const auto& tensor : value.toTensorVector()) shapes.push_back(shape(tensor));
+    return shapes;
+  }
+  if (value.isOptionalTensorList()) {
+    c10::List<std::optional<at::Tensor>> shapes;
+    for (const auto& tensor : value.toOptionalTensorVector()) {
+      shapes.push_back(tensor ? std::optional<at::Tensor>(shape(*tensor)) : std::nullopt);
+    }
+    return shapes;
+  }
+  return value;
+}
+
+c10::IValue of_shape(const c10::IValue& value) {
+  const auto made = [](const at::Tensor& shape) {
+    if (!shape.defined() || !shape.is_meta()) return shape;
+    return at::empty_strided(shape.sizes(), shape.strides(), shape.options().device(DEVICE));
+  };
+  if (value.isTensor()) return made(value.toTensor());
+  if (!value.isTensorList()) return value;
+  c10::List<at::Tensor> tensors;
+  for (const auto& shape : value.toTensorVector()) tensors.push_back(made(shape));
+  return tensors;
+}
+
+// The operator's results without its work; false where their shapes depend on values.
+bool without_work(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  const auto& returns = op.schema().returns();
+  const auto given = torch::jit::last(*stack, arguments.size()).vec();
+  torch::jit::Stack shapes;
+  for (const auto& value : given) shapes.push_back(shape_of(value));
+  const torch::jit::Stack before = shapes;
+  try {
+    op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::Meta), &shapes);
+  } catch (const std::exception&) {
+    return false;
+  }
+  torch::jit::drop(*stack, arguments.size());
+  for (size_t place = 0; place < returns.size(); ++place) {
+    c10::IValue result;
+    const auto* written = returns[place].alias_info();
+    for (size_t index = 0; written && index < arguments.size(); ++index) {
+      const auto* alias = arguments[index].alias_info();
+      if (!alias || alias->beforeSets() != written->beforeSets()) continue;
+      result = given[index];  // in place, or out=
+      if (result.isTensor() && before[index].isTensor()) result.toTensor().resize_(before[index].toTensor().sizes());
+    }
+    torch::jit::push(*stack, result.isNone() ? of_shape(shapes[place]) : result);
+  }
+  return true;
+}
+
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   check_devices(op, *stack);
   struct Inside {
     Inside() { ++inside; }
     ~Inside() { --inside; }
   } now;
+  if (idle && without_work(op, stack)) return;
   at::native::cpu_fallback(op, stack);
 }
 
@@ -355,5 +434,6 @@ void pretended_reset_peak() {
   peak = allocated;
 }
 void pretended_capture(bool begins) { capturing = begins; }
+void pretended_idle(bool chosen) { idle = chosen; }
 void pretended_inside(int more) { inside += more; }
 }

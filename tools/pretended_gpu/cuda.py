@@ -250,6 +250,7 @@ def answer(torch: ModuleType) -> None:
                 setattr(module, name, thing)
     torch._C._cuda_getCurrentRawStream = lambda device=None: current_stream().cuda_stream
     _add_products(torch)
+    _leave_the_profiler_to_the_host(torch)
 
 
 def _free_memory(loaded: ctypes.CDLL) -> int:
@@ -266,36 +267,54 @@ def _of_the_device(function: Any) -> Any:
     return lambda device=None: function()
 
 
+def _leave_the_profiler_to_the_host(torch: ModuleType) -> None:
+    """A profile of the device is empty: asked for it, a build without CUDA prints a trace for every operator."""
+    from torch import profiler
+
+    start = profiler.profile.__init__
+
+    def start_on_the_host(self: Any, *, activities: Any = (), **settings: Any) -> None:
+        host = [activity for activity in activities or () if activity != profiler.ProfilerActivity.CUDA]
+        start(self, activities=host or [profiler.ProfilerActivity.CPU], **settings)
+
+    profiler.profile.__init__ = start_on_the_host
+
+
 def _add_products(torch: ModuleType) -> None:
     """Operators that PyTorch has for CUDA alone, or chooses by what a CUDA build brings: done on the host."""
 
+    def away(tensor: Any) -> Any:
+        return None if tensor is None else tensor.to("meta" if library.is_idle() else "cpu")
+
+    def back(result: Any) -> Any:
+        if result is None or not result.is_meta:
+            return None if result is None else result.to("cuda")
+        return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="cuda")
+
     def float32_of(left: Any, right: Any, out_dtype: Any) -> Any:
-        half = (torch.bfloat16, torch.float16)
-        if not (left.is_cuda and right.is_cuda):
-            raise RuntimeError("Expected all tensors to be on the same device")
-        if left.dtype not in half or left.dtype != right.dtype or out_dtype != torch.float32:
+        _on_one_device(left, right)
+        if left.dtype not in (torch.bfloat16, torch.float16) or (right.dtype, out_dtype) != (left.dtype, torch.float32):
             raise RuntimeError(f"mm: {left.dtype} @ {right.dtype} as {out_dtype}; expected half precision and float32")
-        return left.cpu().float() @ right.cpu().float()
+        return away(left).float() @ away(right).float()
 
     @library.inside()
-    def mm(left, right, out_dtype):
-        return float32_of(left, right, out_dtype).to(left.device)
+    def mm(left: Any, right: Any, out_dtype: Any) -> Any:
+        return back(float32_of(left, right, out_dtype))
 
     @library.inside()
-    def addmm(bias, left, right, out_dtype, beta=1, alpha=1):
-        return (beta * bias.cpu().float() + alpha * float32_of(left, right, out_dtype)).to(left.device)
+    def addmm(bias: Any, left: Any, right: Any, out_dtype: Any, beta: float = 1, alpha: float = 1) -> Any:
+        return back(beta * away(bias).float() + alpha * float32_of(left, right, out_dtype))
 
     @library.inside()
-    def convolution(x, weight, bias, *settings):
+    def convolution(x: Any, weight: Any, bias: Any, *settings: Any) -> Any:
         _on_one_device(x, weight, bias)
-        results = torch.ops.aten.convolution(x.cpu(), weight.cpu(), None if bias is None else bias.cpu(), *settings)
-        return results.to(x.device)
+        return back(torch.ops.aten.convolution(away(x), away(weight), away(bias), *settings))
 
     @library.inside()
-    def convolution_backward(dy, x, weight, *settings):
+    def convolution_backward(dy: Any, x: Any, weight: Any, *settings: Any) -> Any:
         _on_one_device(dy, x, weight)
-        results = torch.ops.aten.convolution_backward(dy.cpu(), x.cpu(), weight.cpu(), *settings)
-        return tuple(None if result is None else result.to(dy.device) for result in results)
+        results = torch.ops.aten.convolution_backward(away(dy), away(x), away(weight), *settings)
+        return tuple(map(back, results))
 
     operators = torch.library.Library("aten", "IMPL")
     for name, function in (
@@ -310,4 +329,4 @@ def _add_products(torch: ModuleType) -> None:
 
 def _on_one_device(*tensors: Any) -> None:
     if len({tensor.device for tensor in tensors if tensor is not None}) > 1:
-        raise RuntimeError("Input type (torch.cuda.FloatTensor) and weight type (torch.FloatTensor) should be the same")
+        raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices")

@@ -27,6 +27,12 @@ def load(torch_origin: str) -> None:
     loaded = ctypes.CDLL(built(folder))
     for name in ("pretended_allocated", "pretended_peak"):
         getattr(loaded, name).restype = ctypes.c_uint64
+    loaded.pretended_idle(is_idle())
+
+
+def is_idle() -> bool:
+    """Whether nothing is computed: asked for by `--idle`, and inherited."""
+    return os.environ.get("PRETENDED_GPU_IDLE") == "1"
 
 
 @contextlib.contextmanager

@@ -1,9 +1,12 @@
 """Pytest's side of it: python -m pytest -p tools.pretended_gpu.plugin"""
 
+import os
+
 import pytest
 
 from tools.pretended_gpu import start
 
+os.environ["PRETENDED_GPU_IDLE"] = "0"  # a test is nothing without numbers
 start()
 
 # Tests that need what is not pretended, by the end of their file's name and the start of their own.
