@@ -57,7 +57,9 @@ def _torch_imported(torch: ModuleType) -> None:
 
 
 def _interpreter_imported(interpreter: ModuleType) -> None:
-    """A kernel that is given a host tensor refuses it."""
+    """A kernel that is given a host tensor refuses it; what the interpreter does with tensors nobody sees."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
     run = interpreter.InterpretedFunction.run
 
     def checked(self, *arguments, **keywords):
@@ -66,7 +68,7 @@ def _interpreter_imported(interpreter: ModuleType) -> None:
                 raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         if library.is_idle():
             return None
-        with library.inside():
+        with library.inside(), _disable_current_modes():
             return run(self, *arguments, **keywords)
 
     interpreter.InterpretedFunction.run = checked

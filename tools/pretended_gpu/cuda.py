@@ -239,7 +239,7 @@ def answer(torch: ModuleType) -> None:
             *(synchronize, make_graphed_callables),
         )
     }
-    answers = states | objects | {"is_current_stream_capturing": lambda: _capturing}
+    answers = states | objects
     # each a function of its own: Dynamo keeps rules by the function
     answers |= {name: _constantly(None) for name in (*nothing, "manual_seed_all")}
     answers |= {name: _constantly(value) for name, value in constant.items()}
@@ -248,9 +248,12 @@ def answer(torch: ModuleType) -> None:
         for name, thing in answers.items():
             if module is torch.cuda or hasattr(module, name):
                 setattr(module, name, thing)
+    # Dynamo knows torch's own function, which asks this one
+    torch.cuda.graphs._cuda_isCurrentStreamCapturing = lambda: _capturing
     torch._C._cuda_getCurrentRawStream = lambda device=None: current_stream().cuda_stream
     _add_products(torch)
     _leave_the_profiler_to_the_host(torch)
+    _make_storages(torch)
 
 
 def _free_memory(loaded: ctypes.CDLL) -> int:
@@ -265,6 +268,18 @@ def _constantly(value: Any) -> Any:
 
 def _of_the_device(function: Any) -> Any:
     return lambda device=None: function()
+
+
+def _make_storages(torch: ModuleType) -> None:
+    """Storages by their size, which copy.deepcopy asks for: a build without CUDA knows no such device."""
+    make = torch.UntypedStorage.__new__
+
+    def make_on_either(kind: type, *size: Any, **settings: Any) -> Any:
+        if torch.device(settings.get("device") or "cpu").type != "cuda":
+            return make(kind, *size, **settings)
+        return torch.empty(*size, dtype=torch.uint8, device="cuda").untyped_storage()
+
+    torch.UntypedStorage.__new__ = make_on_either
 
 
 def _leave_the_profiler_to_the_host(torch: ModuleType) -> None:
