@@ -233,3 +233,14 @@ def test_no_norm_is_kept_while_a_graph_is_captured(monkeypatch):
     assert reuse.store.can_keep((tensor,), tensor.device)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not reuse.store.can_keep((tensor,), torch.device("cuda"))
+
+
+def test_no_compiler_is_asked_about_a_stream():
+    """On a GPU Dynamo has to pass through this in every layer, and cannot trace a question about the stream."""
+    from dora_kernels import reuse
+
+    def function(x):
+        return x + 1 if reuse.store.can_keep((x,), torch.device("cuda")) else x + 2
+
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 3.0))

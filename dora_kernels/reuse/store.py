@@ -111,8 +111,10 @@ def optimizer_steps() -> int:
 
 def can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
     """Whether what is computed from `tensors` may be kept: their changes are seen, and no graph is being made."""
+    if torch.compiler.is_compiling():  # asked first: Dynamo cannot trace a question about the stream
+        return False
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return not torch.compiler.is_compiling() and all(map(_has_identity, tensors)) and not capturing
+    return all(map(_has_identity, tensors)) and not capturing
 
 
 def find(layer: nn.Module, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> Kept | None:
