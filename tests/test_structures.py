@@ -123,7 +123,7 @@ def test_fsdp_qlora_over_a_quantised_weight(kind):
         dense.weight.data = layer.decoded()
         if dense.bias is not None:
             dense.bias.data = layer.base_layer.bias.data
-        twin = DORA(dense, layer.magnitude_layer.magnitude)
+        twin = DORA(dense, layer.magnitude_layer.magnitude).to(DEVICE)
         for name in ("magnitude_layer", "dora_layer"):
             getattr(twin, name).load_state_dict(getattr(layer, name).state_dict())
         return nn.Sequential(twin).double()

@@ -30,6 +30,8 @@ from types import ModuleType
 from tools.pretended_gpu import library
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# Libraries with kernels of their own: the first loads one for the driver, the second measures the card for minutes.
+ELSEWHERE = ("bitsandbytes", "lycoris")
 INHERITED = Path(__file__).resolve().parent / "inherited"
 
 
@@ -47,7 +49,8 @@ def start() -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(filter(None, paths)))
     os.environ["PYTEST_PLUGINS"] = "tools.pretended_gpu.plugin"
     sys.meta_path.insert(0, _Finder())
-    sys.modules["bitsandbytes"] = None  # cannot be imported: it would load a library of its own for the driver
+    for name in ELSEWHERE:
+        sys.modules[name] = None  # cannot be imported
 
 
 def _torch_imported(torch: ModuleType) -> None:
