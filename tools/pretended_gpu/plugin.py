@@ -18,7 +18,7 @@ BEYOND = {
     (
         "test_peft_conv.py",
         "test_compiles_without_a_graph_break",
-    ): "traced, dropout draws another mask here than in eager",
+    ): "compiled, dropout draws another mask here",
     ("test_graphs.py", "test_make_graphed_callables"): "a graph's replay does nothing",
 }
 
