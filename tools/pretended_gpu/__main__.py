@@ -7,6 +7,7 @@ python -m tools.pretended_gpu --idle -m bench.kernels      # nothing is computed
 import os
 import runpy
 import sys
+from pathlib import Path
 
 from tools.pretended_gpu import start
 
@@ -27,6 +28,7 @@ def main(arguments: list[str]) -> int:
     if is_module:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
+        sys.path[0] = str(Path(sys.argv[0]).resolve().parent)  # as Python does it
         runpy.run_path(sys.argv[0], run_name="__main__")
     return 0
 
