@@ -12,7 +12,8 @@ MUTANTS_SEED ?= $(shell date +%Y%m%d)
 # What a GPU can break: kernels and operators, the layers over them, and the promises of graphs, streams and threads.
 DEVICE_TESTS := kernels ops bounds nonfinite promises graphs modules passes rescale peft faults reuse serving merging \
     accumulation frozen_adapters checkpointing autocast addresses functional quantized properties dropout dvora parity \
-    structures shared_calls shared_inputs peft_embedding peft_conv peft_model reference fallback launch plan testing
+    structures shared_calls shared_inputs peft_embedding peft_conv peft_model reference fallback launch plan testing \
+    compile export
 
 .PHONY: test test-pretended-gpu lint demo bench nightly
 

@@ -12,6 +12,8 @@ start()
 # Tests that need what is not pretended, by the end of their file's name and the start of their own.
 BEYOND = {
     ("test_addresses.py", "test_more_than_2_to_the_31_elements"): "hours in the interpreter, and 48 GB",
+    ("test_compile.py", "test_inductor"): "inductor compiles for a driver",
+    ("test_compile.py", "test_reduce_overhead"): "inductor compiles for a driver",
     ("test_faults.py", "test_a_fork_after_cuda_says_so"): "a fork of this process has a GPU as well",
     ("test_graphs.py", "test_forward_and_backward_replay"): "a graph's replay does nothing",
     ("test_graphs.py", "test_a_whole_training_step_replays"): "a graph's replay does nothing",
