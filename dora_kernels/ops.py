@@ -36,8 +36,11 @@ def _steps(operator: str, requested: str, *arguments: object) -> Steps:
 
 
 def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on for a device; some devices, meta among them, have none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    """Whether autocast is on for a device; meta has none, and asking is an error there.
+
+    torch.amp.is_autocast_available would ask more generally, and breaks the graph of torch.compile in torch 2.11.
+    """
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 _NOTHING_TO_SETTLE = contextlib.nullcontext()
