@@ -137,7 +137,15 @@ def test_selective_checkpointing_where_one_layer_keeps_its_norm_and_another_cann
     torch.testing.assert_close(tensors(model, x, dy, call=call), plain, **EXACT)
 
 
-@pytest.mark.parametrize("saved", (None, FORWARD), ids=("nothing", "forward"))
+# before it the partitioner saved what it should recompute: right numbers, and the memory of no checkpointing
+needs_recomputed_functions = pytest.mark.skipif(
+    torch.__version__ < (2, 12), reason="mended in torch 2.12: https://github.com/pytorch/pytorch/pull/177396"
+)
+
+
+@pytest.mark.parametrize(
+    "saved", (pytest.param(None, marks=needs_recomputed_functions), FORWARD), ids=("nothing", "forward")
+)
 def test_compiled_checkpointing(saved):
     """One graph; the operator is recomputed in the backward graph unless its results are saved."""
     torch._dynamo.reset()

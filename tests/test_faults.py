@@ -31,6 +31,15 @@ ROOT = Path(__file__).parent.parent
 WAYS = ("split", "merged")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+# before it a failure inside a checkpoint left the checkpoint's hooks behind, and the next step failed
+needs_checkpoint_that_recovers = pytest.mark.skipif(
+    torch.__version__ < (2, 13), reason="mended in torch 2.13: https://github.com/pytorch/pytorch/pull/184018"
+)
+
+if DEVICE == "cpu":
+    # Autograd looks for devices in its first backward pass. Once torch.compile has traced with a CUDA build of torch,
+    # it finds one even where there is none, starts a thread for it, and no forked process may differentiate any more.
+    torch.ones((), requires_grad=True).backward()
 
 
 @pytest.fixture
@@ -207,7 +216,7 @@ def test_nothing_half_made_is_kept(backend, layer):
     assert launch.current_options() == Options()
 
 
-@pytest.mark.parametrize("use_reentrant", (False, True))
+@pytest.mark.parametrize("use_reentrant", (pytest.param(False, marks=needs_checkpoint_that_recovers), True))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_out_of_memory_under_checkpointing(backend, use_reentrant, layer):
     """The backward pass computes the forward pass once more, with the norm that is kept; then comes the next step."""
