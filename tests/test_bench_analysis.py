@@ -16,7 +16,8 @@ MICRO = dataclasses.replace(test_cli.MICRO, rank=4)
 def test_three_runs_of_one_base(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(demo.PRESETS, "micro", MICRO)
     out = tmp_path / "analysis.json"
-    assert analysis.main(["--preset", "micro", "--steps", "4", "--checkpoints", "2", "--out", str(out)]) == 0
+    more = ["--out", str(out), "--commit", "a copy"]
+    assert analysis.main(["--preset", "micro", "--steps", "4", "--checkpoints", "2", *more]) == 0
     data = json.loads(out.read_text())
     meta, rows = data["meta"], data["rows"]
     assert {row["checkpoint"] for row in rows} == {f"{m}-{step}" for m in ("full", "LoRA", "DoRA") for step in (2, 4)}
