@@ -1,13 +1,14 @@
 """Repairs of Triton's CPU interpreter, so that it computes what a GPU computes.
 
 Under `TRITON_INTERPRET=1` Triton runs kernels on CPU tensors with NumPy. NumPy has no bfloat16, so the
-interpreter keeps a bf16 tensor as its uint16 bit patterns, and in every release seen (3.6.0 to 3.7.1)
+interpreter keeps a bf16 tensor as its uint16 bit patterns, and in every release seen (3.6.0 to 3.9.0)
 `tl.dot`, arithmetic, comparisons and sums of bf16 work on those integers without an error, and
 float32 -> bfloat16 truncates. A kernel could cast to float32 before each dot, but that would cost it the
 tensor cores on a GPU. `repair()` mends the interpreter instead; kernels stay as the GPU wants them.
 
 What a repaired interpreter does:
     bf16 arithmetic, comparison, fma   in float32, then rounded to nearest even (each operation by itself)
+    mask & a scalar comparison         a mask; upstream makes integers of it, which loads refuse from 3.9 on
     bf16 casts                         through float32, as in torch: rounds to nearest even, overflows to inf,
                                        keeps inf, NaN, -0 and subnormals; "rtz" truncates
     tl.sum of bf16                     in float32, rounded once at the end
@@ -87,6 +88,7 @@ def _repair_builder(interpreter) -> None:
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     cast_impl, create_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
     binary_op, create_fma, create_dot = builder.binary_op, builder.create_fma, builder.create_dot
+    create_splat = builder.create_splat
 
     def is_bf16(arg) -> bool:
         return arg.dtype.scalar == tl.bfloat16
@@ -125,11 +127,19 @@ def _repair_builder(interpreter) -> None:
     def repaired_dot(self, a, b, d, *precision):
         return create_dot(self, widened(a), widened(b), d, *precision)
 
+    def repaired_splat(self, block_type, scalar):
+        # a comparison holds bool and is typed as what it compared: its splat would hold that type
+        block = create_splat(self, block_type, scalar)
+        return handle(block.data.astype(np.bool_), tl.int1) if scalar.data.dtype == np.bool_ else block
+
     builder.cast_impl = repaired_cast_impl
     builder.create_fp_to_fp = repaired_fp_to_fp
     builder.create_dot = repaired_dot
     builder.binary_op = through_float32(binary_op)
     builder.create_fma = through_float32(create_fma)
+    builder.create_splat = repaired_splat
+    if hasattr(builder, "create_fneg"):  # before 3.8 -a is 0 - a
+        builder.create_fneg = through_float32(builder.create_fneg)
     # the constant in `bf16_tile * 2.0`: upstream has no such method
     builder.get_bf16 = lambda self, value: handle(float32_to_bf16(np.array([value])), tl.bfloat16)
 

@@ -17,11 +17,13 @@ if not triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1 is not set", allow_module_level=True)
 
 import triton.language as tl  # noqa: E402
+from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
 from dora_kernels import interpreter  # noqa: E402
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 INF, NAN = float("inf"), float("nan")
+NEGATES = hasattr(InterpreterBuilder, "create_fneg")  # from Triton 3.8 on; -a is 0 - a before
 
 
 @triton.jit
@@ -64,6 +66,13 @@ def _cast_kernel(a_ptr, out_ptr, ROUNDING: tl.constexpr, BLOCK: tl.constexpr):
 def _masked_load_kernel(a_ptr, out_ptr, n, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     tl.store(out_ptr + offs, tl.load(a_ptr + offs, mask=offs < n, other=0.3))
+
+
+@triton.jit
+def _mask_and_scalar_kernel(a_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    first = tl.program_id(0) == 0
+    tl.store(out_ptr + offs, tl.load(a_ptr + offs, mask=(offs < n) & first, other=2.0), mask=(offs > 0) & first)
 
 
 @triton.jit
@@ -193,7 +202,7 @@ CASES = {
     "sub": lambda: _binary("sub", torch.sub),
     "mul": lambda: _binary("mul", torch.mul),
     "div, which Triton promotes to float32": lambda: _binary("div", lambda a, b: a.float() / b.float(), F32),
-    "neg": lambda: _binary("neg", lambda a, b: 0 - a),
+    "neg": lambda: _binary("neg", lambda a, b: -a if NEGATES else 0 - a),
     "greater and where": lambda: _binary("greater", lambda a, b: torch.where((a > b) & (torch.arange(128) > 2), a, b)),
     "equal": lambda: _binary("equal", torch.eq, BF16),
     "fma": lambda: _binary("fma", lambda a, b: a.double() * b.double() + a.double()),
@@ -272,6 +281,13 @@ def test_float_argument_keeps_float64():
     assert _same(out, a * 0.1)  # float32's 0.1 is 1.5e-8 away
 
 
+def test_a_mask_and_a_scalar():
+    """Fails unrepaired on Triton 3.9 alone."""
+    a, out = _random(16), torch.zeros(16)
+    _mask_and_scalar_kernel[1,](a, out, 9, BLOCK=16)
+    assert _same(out, torch.cat([torch.zeros(1), a[1:9], torch.full((7,), 2.0)]))
+
+
 def test_range_over_run_time_bounds():
     a = _random(9)
     out = torch.empty(1)
@@ -289,8 +305,6 @@ def test_what_upstream_does_right_stays_right(dtype):
 
 
 def test_repair_is_idempotent():
-    from triton.runtime.interpreter import InterpreterBuilder
-
     before = InterpreterBuilder.cast_impl
     assert interpreter.repair()
     assert InterpreterBuilder.cast_impl is before
