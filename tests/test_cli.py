@@ -227,6 +227,19 @@ class TestCheck:
         printed = capsys.readouterr().out
         assert "rms error above" in printed and printed.rstrip().endswith("0 of 1 cases ok")
 
+    def test_an_error_in_a_case_is_a_failure_of_one_line(self, monkeypatch, capsys):
+        """As of a kernel that the installed Triton cannot run; the other cases are checked all the same."""
+
+        def gain_ref(magnitude, norm):
+            raise RuntimeError("mask has unsupported dtype")
+
+        monkeypatch.setattr(reference, "gain_ref", gain_ref)
+        backends = ("--backend", "reference", "triton")
+        assert main(["check", "--layer", "function", *self.SMALL[:3], "float32", *backends]) == 1
+        printed = capsys.readouterr().out
+        assert "FAILED: RuntimeError: mask has unsupported dtype" in printed and "Traceback" not in printed
+        assert printed.rstrip().endswith("1 of 2 cases ok")
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         (
