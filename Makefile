@@ -3,9 +3,22 @@
 
 PYTHON ?= python3
 VENV := .venv
-VENV_OLDEST := .venv-oldest-peft
+VENV_OLDEST_PEFT := .venv-oldest-peft
+VENV_OLDEST := .venv-oldest
 # The oldest PEFT that enable() supports; constraints.txt pins the newest.
 OLDEST_PEFT := 0.19.1
+# The lower bounds of pyproject.toml, on Python 3.12 where there is one: a shim of pyenv's may be there and not run.
+OLDEST := $(shell sed -n 's/^    "\(torch\|triton\)>=\([0-9.]*\).*/\1==\2/p' pyproject.toml)
+PYTHONS_3_12 = python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python)
+PYTHON_OLDEST ?= $(firstword $(foreach python,$(PYTHONS_3_12),$(shell $(python) -c 'print("$(python)")' 2>/dev/null)) $(PYTHON))
+# Releases of Triton that neither constraints.txt pins nor test-oldest runs.
+TRITONS := 3.8.0 3.9.0
+# What the processors with other vector instructions have for kernels in OpenBLAS, as far as this one can run them.
+CORETYPES = Prescott $(call if_cpu_has,avx2,Haswell Zen) $(call if_cpu_has,avx512vl,SkylakeX)
+if_cpu_has = $(shell grep -qsw $(1) /proc/cpuinfo && echo $(2))
+# The tests that run kernels: through NumPy in the interpreter.
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
+	bounds functional interpreter kernels nonfinite ops passes promises quantized serving))
 # Which mutants the night draws; it is printed, and make nightly MUTANTS_SEED=20261125 draws the same again.
 MUTANTS_SEED ?= $(shell date +%Y%m%d)
 
@@ -15,11 +28,11 @@ DEVICE_TESTS := kernels ops bounds nonfinite promises graphs modules passes resc
     structures shared_calls shared_inputs peft_embedding peft_conv peft_model reference fallback launch plan testing \
     compile export
 
-.PHONY: test test-pretended-gpu lint demo bench nightly
+.PHONY: test lint demo bench nightly test-oldest test-tritons test-processors test-pretended-gpu
 
 # An idle OpenMP thread that spins takes the core from whoever has work: on two cores under a load of 4, thirty
 # steps of the demo's training took 84 s, and 18 s when idle threads sleep.
-test test-pretended-gpu demo nightly: export OMP_WAIT_POLICY := passive
+test demo nightly test-oldest test-tritons test-processors test-pretended-gpu: export OMP_WAIT_POLICY := passive
 
 test: lint
 	$(VENV)/bin/python -m pytest
@@ -38,13 +51,32 @@ demo: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m pytest bench --benchmark-only -o python_files='bench_*.py'
 
-nightly: $(VENV)/installed $(VENV_OLDEST)/installed
+nightly: $(VENV)/installed $(VENV_OLDEST_PEFT)/installed test-oldest test-tritons test-processors test-pretended-gpu
 	$(VENV)/bin/python -m pytest -m nightly
-	$(MAKE) test-pretended-gpu
 	$(VENV)/bin/python tools/peft_suite.py
-	$(VENV_OLDEST)/bin/python -m pytest tests/test_peft*.py
-	$(VENV_OLDEST)/bin/python tools/peft_suite.py
+	$(VENV_OLDEST_PEFT)/bin/python -m pytest tests/test_peft*.py
+	$(VENV_OLDEST_PEFT)/bin/python tools/peft_suite.py
 	$(VENV)/bin/python tools/mutate.py --sample 250 --seed $(MUTANTS_SEED) --seconds 5400
+
+# The lower bounds, and none of the libraries whose models are read.
+test-oldest: $(VENV_OLDEST)/installed
+	$(VENV_OLDEST)/bin/python -m pytest
+
+test-tritons: $(TRITONS:%=.venv-triton/%)
+	for triton in $(TRITONS); do \
+		export PYTHONPATH=$(CURDIR)/.venv-triton/$$triton; \
+		$(VENV)/bin/python -c "import triton; assert triton.__version__ == '$$triton', triton.__path__" \
+		&& $(VENV)/bin/python -m pytest $(KERNEL_TESTS) && $(VENV)/bin/python -m dora_kernels check || exit 1; \
+	done
+
+# A result may not hang on how a product is computed on this processor: by NumPy's BLAS, with fewer threads, or by torch.
+test-processors: $(VENV)/installed
+	for coretype in $(CORETYPES); do \
+		OPENBLAS_CORETYPE=$$coretype $(VENV)/bin/python -m pytest $(KERNEL_TESTS) || exit 1; \
+	done
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest $(KERNEL_TESTS)
+	cache=$$(mktemp -d) && trap 'rm -r "$$cache"' EXIT && \
+	ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR="$$cache" $(VENV)/bin/python -m pytest
 
 # $(call install,folder,constraints): setuptools comes first, so that the build backend is the pinned one too.
 # Of torchtune the tests import one file (tests/libraries.py says how): none of what its data sets require is installed.
@@ -59,8 +91,17 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt)
 	touch $@
 
-$(VENV_OLDEST)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv --clear $(VENV_OLDEST)
-	sed 's/^peft==.*/peft==$(OLDEST_PEFT)/' constraints.txt > $(VENV_OLDEST)/constraints.txt
-	$(call install,$(VENV_OLDEST),$(VENV_OLDEST)/constraints.txt)
+$(VENV_OLDEST_PEFT)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV_OLDEST_PEFT)
+	sed 's/^peft==.*/peft==$(OLDEST_PEFT)/' constraints.txt > $(VENV_OLDEST_PEFT)/constraints.txt
+	$(call install,$(VENV_OLDEST_PEFT),$(VENV_OLDEST_PEFT)/constraints.txt)
 	touch $@
+
+$(VENV_OLDEST)/installed: pyproject.toml
+	$(PYTHON_OLDEST) -m venv --clear $(VENV_OLDEST)
+	$(VENV_OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check $(OLDEST) -e '.[demo]' hypothesis pytest
+	touch $@
+
+# The pinned environment's, but for Triton: a folder that comes before it on the path.
+.venv-triton/%: | $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
