@@ -77,7 +77,8 @@ def decoded_by_library(bnb, parameter):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bitsandbytes_4bit(bnb, eager, quant_type, nested, dtype):
     # a multiple of the blocksize; narrower than a block; 280 blocks, more than a nested one; odd sizes; 96 = 1.5 blocks
-    shapes = ((20, 128), (40, 24), (70, 256), (21, 33), (64, 96))
+    # and, last, less than one block
+    shapes = ((20, 128), (40, 24), (70, 256), (21, 33), (64, 96), (3, 16))
     for (N, K), blocksize in itertools.product(shapes, (32, 64, 128, 4096)):
         parameter = params4bit(bnb, random_weight(N, K, dtype), quant_type, blocksize, nested)
         weight = quant.read(parameter)

@@ -13,12 +13,14 @@ from dora_kernels.quant.formats import QuantizedWeight
 def is_decoded_wrongly(weight: QuantizedWeight) -> bool:
     """Whether bitsandbytes' dequantize_4bit, and with it its GEMM, is wrong for this weight on this machine.
 
-    With AVX512 it takes each row to start a block: wrong where K is a multiple of 16 and not of the blocksize. Found
-    out by decoding a weight of that width, once for each.
+    With AVX512 it takes each row to start a block: wrong where K is a multiple of 16 and not of the blocksize, unless
+    there is but one block. Found out by decoding a weight of that width, once for each.
     """
     if weight.format != "codebook4" or weight.device.type != "cpu":
         return False
-    K, blocksize = weight.shape[1], weight.numbers[0]
+    (N, K), blocksize = weight.shape, weight.numbers[0]
+    if N * K <= blocksize:
+        return False
     if (K, blocksize) not in _decodes:  # a dict and not functools.cache, which torch.compile would trace through
         _decodes[K, blocksize] = _bitsandbytes_decodes(K, blocksize)
     return not _decodes[K, blocksize]
