@@ -55,7 +55,7 @@ def with_other_factor(layer):
 
 
 def with_factor_bias(layer):
-    layer.lora_b.bias = nn.Parameter(torch.zeros(20))
+    layer.lora_b.bias = nn.Parameter(torch.zeros(20, device=DEVICE))
 
 
 def with_forward_on_the_instance(layer):
