@@ -4,11 +4,14 @@
     python tools/compile_kernels.py --fast                         # what `make test` runs
     python tools/compile_kernels.py --target sm_120 --kernel norm  # some of it
     python tools/compile_kernels.py --target sm_90 --set epilogue:BLOCK_M=64 --set epilogue:num_warps=4
+    python tools/compile_kernels.py --loops --documented           # the table of loops in docs/performance.md
+    python tools/compile_kernels.py --loops --target sm_90 --rank 64 --call train --shape 512 4096 4096
 
 What is compiled is what calls of the public functions would launch (specializations.py). The table has one row per
 kernel, variant, rank and target: the worst of its calls. Exit status 1 where a kernel does not compile, spills
 registers in earnest, or needs more shared memory than the device has. Only the first of these is an error to Triton
-before a launch.
+before a launch. With --loops a second table says what the machine code of each loop consists of (hot_loops.py), and
+loops on sm_90 that load as they should not are complained of too.
 """
 
 import argparse
@@ -19,20 +22,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import hot_loops
+import machine_code
 import triton
 from specializations import (
     CALLS,
     CORE_CALLS,
     QUANTIZED_KINDS,
-    TARGETS,
     VARIANTS,
     Inputs,
     Specialization,
-    Target,
     recording,
 )
+from targets import TARGETS, Target
 from triton.compiler import ASTSource
 
 from dora_kernels import configs
@@ -45,26 +49,53 @@ HARMLESS_SPILLS = 64
 RANKS = (8, 64, 384)
 
 
+SHAPE = (8192, 4096, 4096)  # M, N, K
+
+
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a specialisation; `error` is empty where it compiled."""
+    """What the compiler says of a specialisation; `error` is empty where it compiled.
+
+    programs: how many a multiprocessor holds, 0 where that is not known, and what limits them. loops: the name of each
+    loop, "" for what is outside, and its instructions by kind. dataclasses.asdict makes JSON of it.
+    """
 
     registers: int = 0
     spills: int = 0
     shared: int = 0
     error: str = ""
+    programs: int = 0
+    limited_by: str = ""
+    loops: dict[str, dict[str, int]] = field(default_factory=dict)
+    loads: tuple[machine_code.Load, ...] = ()
 
 
-def compile_ahead(specialization: Specialization) -> Compiled:
-    """Compile to the target's binary and read its resource usage."""
+def compile_ahead(specialization: Specialization, loops: bool = False) -> Compiled:
+    """Compile to the target's binary and read its resource usage; with `loops`, on CUDA, what its loops consist of."""
     source = ASTSource(specialization.kernel, specialization.signature, specialization.constexprs, specialization.attrs)
     try:
         kernel = triton.compile(source, target=specialization.target.gpu, options=specialization.options.__dict__)
     except Exception as error:  # whatever the compiler raises, it belongs into the table
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         return Compiled(error=lines[-1].strip()[:160])
-    registers, spills = _hip_usage(kernel) if "amdgcn" in kernel.asm else _cuda_usage(kernel, specialization)
-    return Compiled(registers, spills, kernel.metadata.shared)
+    cuda, shared = "cubin" in kernel.asm, kernel.metadata.shared
+    registers, spills = _cuda_usage(kernel, specialization) if cuda else _hip_usage(kernel)
+    compiled = Compiled(
+        registers, spills, shared, "", *specialization.target.resident(registers, shared, kernel.metadata.num_warps)
+    )
+    if not (loops and cuda):
+        return compiled
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        found = machine_code.loops(
+            machine_code.instructions(_output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name))
+        )
+    return dataclasses.replace(
+        compiled,
+        loops={loop.name: dict(loop.counts()) for loop in found},
+        loads=tuple(machine_code.loads(kernel.asm["ptx"], specialization.pointers())),
+    )
 
 
 def _hip_usage(kernel) -> tuple[int, int]:
@@ -113,6 +144,7 @@ class Job:
     rank: int
     call: str
     specialization: Specialization
+    shape: tuple[int, int, int] = SHAPE
 
 
 def jobs_for(
@@ -121,6 +153,7 @@ def jobs_for(
     ranks: tuple[int, ...],
     calls: tuple[str, ...] = (),
     overrides: dict[str, dict] | None = None,
+    shape: tuple[int, int, int] = SHAPE,
 ) -> list[Job]:
     """What there is to compile, each specialisation once. No calls: all of them for bf16, else CORE_CALLS."""
     jobs: dict[tuple, Job] = {}
@@ -129,11 +162,33 @@ def jobs_for(
             for rank in ranks:
                 for call in calls or (CALLS if variant == "bf16" else CORE_CALLS):
                     with recording(TARGETS[target], VARIANTS[variant], overrides) as recorded:
-                        CALLS[call](Inputs.of(VARIANTS[variant], M=8192, N=4096, K=4096, R=rank))
+                        CALLS[call](Inputs.of(VARIANTS[variant], *shape, R=rank))
                     for specialization in recorded:
                         key = (target, specialization.name, specialization.key)
-                        jobs.setdefault(key, Job(variant, rank, call, specialization))
+                        jobs.setdefault(key, Job(variant, rank, call, specialization, shape))
     return list(jobs.values())
+
+
+def documented_jobs(overrides: dict[str, dict] | None = None) -> list[Job]:
+    """The kernels of hot_loops.DOCUMENTED, each with the grid of its case."""
+    return [
+        job
+        for case in hot_loops.DOCUMENTED
+        for job in jobs_for(["sm_90"], [case.variant], (case.rank,), (case.call,), overrides, case.shape)
+        if hot_loops.short(job.specialization.name) in case.kernels
+    ]
+
+
+def fast_jobs(overrides: dict[str, dict] | None = None) -> list[Job]:
+    """Each kernel and format on sm_90, in every shape of loop that hot_loops.py judges; dots on sm_120 and gfx942."""
+    jobs = jobs_for(["sm_90"], ["bf16"], (64,), ("train", "few tokens", "bank", "grouped"), overrides)
+    # what PEFT calls with, in one chunk of R and in several, where shared memory is scarcest
+    small = jobs_for(["sm_120", "gfx942"], ["bf16 autocast, fp32 adapters"], (64, 384), ("train",), overrides)
+    jobs += [job for job in small if "DOT_PRECISION" in job.specialization.signature]
+    stored = jobs_for(["sm_90"], ["bf16"], (64,), QUANTIZED_KINDS, overrides)
+    jobs += list({job.call: job for job in stored if job.specialization.name == "_norm_kernel"}.values())
+    other_ranks = jobs_for(["sm_90"], ["bf16"], (8, 384), ("train",), overrides)
+    return jobs + [job for job in other_ranks if "DOT_PRECISION" in job.specialization.signature]
 
 
 def verdict(compiled: Compiled, target: Target) -> str:
@@ -148,17 +203,18 @@ def verdict(compiled: Compiled, target: Target) -> str:
 _worklist: list[Job] = []  # inherited by the forked workers: a Specialization cannot be pickled
 
 
-def _compile_job(index: int) -> Compiled:
-    return compile_ahead(_worklist[index].specialization)
+def _compile_job(index: int, loops: bool) -> Compiled:
+    return compile_ahead(_worklist[index].specialization, loops)
 
 
-def compile_all(jobs: list[Job], processes: int = 1) -> list[tuple[Job, Compiled]]:
+def compile_all(jobs: list[Job], processes: int = 1, loops: bool = False) -> list[tuple[Job, Compiled]]:
     """The jobs with their results, in order."""
     if processes == 1:
-        return [(job, compile_ahead(job.specialization)) for job in jobs]
+        return [(job, compile_ahead(job.specialization, loops)) for job in jobs]
     _worklist[:] = jobs
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        return list(zip(jobs, pool.map(_compile_job, range(len(jobs)), chunksize=1), strict=True))
+        compiled = pool.starmap(_compile_job, [(index, loops) for index in range(len(jobs))], chunksize=1)
+    return list(zip(jobs, compiled, strict=True))
 
 
 HEADER = ("kernel", "variant", "R", "target", "registers", "spills", "shared", "limit", "", "tiles", "call")
@@ -204,25 +260,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--call", action="append", choices=list(CALLS), help="default: all for bf16")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
     parser.add_argument("--set", action="append", type=_override, default=[], metavar="KERNEL:FIELD=VALUE")
+    parser.add_argument("--shape", nargs=3, type=int, default=SHAPE, metavar=("M", "N", "K"))
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--every", action="store_true", help="a row per specialisation")
+    parser.add_argument("--loops", action="store_true", help="what the machine code of each loop consists of")
+    parser.add_argument("--documented", action="store_true", help="with --loops: the rows of docs/performance.md")
     parser.add_argument(
         "--fast", action="store_true", help="each kernel and format on sm_90, dots on sm_120 and gfx942"
     )
     options = parser.parse_args(arguments)
     overrides: dict[str, dict] = {}
-    for kernel, field, value in options.set:
-        overrides.setdefault(kernel, {})[field] = value
+    for kernel, field_name, value in options.set:
+        overrides.setdefault(kernel, {})[field_name] = value
 
     start = time.perf_counter()
-    if options.fast:
-        jobs = jobs_for(["sm_90"], ["bf16"], (64,), ("train", "few tokens", "bank", "grouped"), overrides)
-        jobs = list({job.specialization.name: job for job in jobs}.values())
-        # what PEFT calls with, in one chunk of R and in several, where shared memory is scarcest
-        small = jobs_for(["sm_120", "gfx942"], ["bf16 autocast, fp32 adapters"], (64, 384), ("train",), overrides)
-        jobs += [job for job in small if "DOT_PRECISION" in job.specialization.signature]
-        stored = jobs_for(["sm_90"], ["bf16"], (64,), QUANTIZED_KINDS, overrides)
-        jobs += list({job.call: job for job in stored if job.specialization.name == "_norm_kernel"}.values())
+    if options.documented:
+        jobs = documented_jobs(overrides)
+    elif options.fast:
+        jobs = fast_jobs(overrides)
     else:
         jobs = jobs_for(
             options.target or list(TARGETS),
@@ -230,9 +285,15 @@ def main(arguments: list[str] | None = None) -> int:
             tuple(options.rank or RANKS),
             tuple(options.call or ()),
             overrides,
+            tuple(options.shape),
         )
     jobs = [job for job in jobs if options.kernel in job.specialization.name]
-    complaints = print_table(compile_all(jobs, options.jobs), options.every)
+    results = compile_all(jobs, options.jobs, options.loops)
+    complaints = print_table(results, options.every)
+    if options.loops:
+        hot_loops.print_loops(results)
+        filtered = options.target or options.variant or options.rank or options.call or options.kernel
+        complaints += hot_loops.complaints(results, everything=not (filtered or options.documented))
     print(f"{len(jobs)} specialisations in {time.perf_counter() - start:.0f} s, {len(complaints)} complaints")
     for complaint in complaints:
         print(complaint, file=sys.stderr)

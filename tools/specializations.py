@@ -12,6 +12,8 @@ from unittest import mock
 
 import torch
 import triton
+from targets import TARGETS as TARGETS
+from targets import Target
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
@@ -21,40 +23,6 @@ from dora_kernels import configs, functional, launch, ops
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.rescale import rescale
 from dora_kernels.serving import AdapterBank, bank_linear
-
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU: whose configs it takes (configs.py), and its shared memory for one program in bytes."""
-
-    name: str
-    family: str
-    shared_limit: int
-    multiprocessors: int
-
-    @property
-    def gpu(self) -> GPUTarget:
-        """What Triton compiles for."""
-        if self.name.startswith("gfx"):
-            return GPUTarget("hip", self.name, 64)
-        return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
-
-
-# shared memory: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", less the 1 KiB that
-# the driver keeps; CDNA3 and CDNA4 ISA guides, LDS per workgroup
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("sm_80", "sm_80", 166912, 108),
-        Target("sm_86", "sm_120", 101376, 84),
-        Target("sm_89", "sm_120", 101376, 128),
-        Target("sm_90", "sm_90", 232448, 132),
-        Target("sm_100", "sm_100", 232448, 148),
-        Target("sm_120", "sm_120", 101376, 170),
-        Target("gfx942", "gfx942", 65536, 304),
-        Target("gfx950", "gfx942", 163840, 256),
-    )
-}
 
 
 @dataclass(frozen=True)
@@ -256,16 +224,38 @@ class Specialization:
     constexprs: dict
     attrs: dict
     options: object
+    grid: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    def constants(self) -> dict[str, object]:
+        """The values of the arguments that were compiled in, those in tuples apart."""
+        names = list(self.signature)
+        return {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
+
+    def pointers(self) -> list[str]:
+        """The arguments left at run time, in order, by name: "lora_A_ptr", "weight_ptrs[0]"; "" for a number."""
+
+        def names(name: str, kind: str | tuple) -> list[str]:
+            if isinstance(kind, tuple):
+                return [one for index, part in enumerate(kind) for one in names(f"{name}[{index}]", part)]
+            return [] if kind == "constexpr" else [name if kind.startswith("*") else ""]
+
+        return [one for name, kind in self.signature.items() for one in names(name, kind)]
+
+    def flags(self) -> str:
+        """What of the kernel's optional parts is compiled in: "low kept total", or the format of a weight."""
+        constants = self.constants()
+        names = [
+            name.removeprefix("HAS_").removeprefix("WANT_").lower() for name, on in constants.items() if on is True
+        ]
+        return " ".join([constants.get("FORMAT", ""), *names]).strip()
+
     def tiles(self) -> str:
         """BLOCK_M=64 BLOCK_N=128 warps=4 stages=3"""
-        names = list(self.signature)
-        blocks = {names[path[0]]: value for path, value in self.constexprs.items()}
-        sizes = [f"{name}={value}" for name, value in blocks.items() if name.startswith("BLOCK_")]
+        sizes = [f"{name}={value}" for name, value in self.constants().items() if name.startswith("BLOCK_")]
         return " ".join([*sizes, f"warps={self.options.num_warps}", f"stages={self.options.num_stages}"])
 
 
@@ -294,13 +284,18 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
     if launch.interpreting():
         raise RuntimeError("recording: TRITON_INTERPRET is set, which leaves nothing to compile; expected it unset")
     recorded: list[Specialization] = []
+    grids: list[tuple[int, ...]] = []  # of the launches under way
     run, config_for = JITFunction.run, configs.config_for
 
     def run_warmup(self, *args, grid, warmup, **kwargs):
-        return run(self, *args, grid=grid, warmup=True, **kwargs)
+        grids.append(tuple(grid))
+        try:
+            return run(self, *args, grid=grid, warmup=True, **kwargs)
+        finally:
+            grids.pop()
 
     def record(self, key, signature, device, constexprs, options, attrs, warmup):
-        recorded.append(Specialization(self, key, target, signature, constexprs, attrs, options))
+        recorded.append(Specialization(self, key, target, signature, constexprs, attrs, options, grids[-1]))
 
     def config_with_overrides(kernel, facts, operand):
         return dataclasses.replace(config_for(kernel, facts, operand), **(overrides or {}).get(kernel, {}))

@@ -1,0 +1,207 @@
+"""How the kernels' loops load what they stream: the table of compile_kernels.py --loops, and what is asked of sm_90.
+
+What keeps the memory busy is loads under way. A synchronous one (LDG) is waited for by the warp that needs it; an
+asynchronous one (LDGSTS, or TMA) is issued several steps ahead, into shared memory, and takes no registers meanwhile.
+So on sm_90 a loop, or the whole of a kernel without one, loads asynchronously and in 16 bytes a thread, the most that
+one instruction can; EXEMPTIONS says where not, and why.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from compile_kernels import Compiled, Job
+    from specializations import Specialization
+
+
+@dataclass(frozen=True)
+class Case:
+    """Calls whose kernels docs/performance.md shows."""
+
+    call: str
+    kernels: tuple[str, ...]
+    variant: str = "bf16"
+    shape: tuple[int, int, int] = (8192, 4096, 4096)  # M, N, K
+    rank: int = 64
+
+
+_WIDE = (8192, 14336, 4096)
+DOCUMENTED = (
+    Case("train", ("norm", "merge", "epilogue", "token_sums", "project")),
+    Case("train", ("norm",), rank=16),
+    Case("train", ("token_sums",), shape=_WIDE),
+    Case("train", ("norm", "merge", "epilogue", "token_sums", "project"), shape=_WIDE, rank=384),
+    Case("train", ("token_sums", "project"), rank=8),
+    Case("grouped", ("grouped_norm",)),
+    Case("codebook4 nested", ("norm", "merge")),
+    Case("bank", ("bank_epilogue",)),
+    Case("train", ("norm", "epilogue"), variant="bf16, fp32 adapters"),
+)
+
+
+def short(name: str) -> str:
+    """_norm_kernel -> norm"""
+    return name.removeprefix("_").removesuffix("_kernel")
+
+
+HEADER = (
+    "kernel", "of", "variant", "M, N, K, R", "tiles", "registers", "spills", "shared", "programs", "limit", "grid",
+    "waves", "loop", "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL", "tensor cores",
+)  # fmt: skip
+
+
+def rows(job: "Job", compiled: "Compiled") -> list[tuple[str, ...]]:
+    """A row of the table for each loop: its own instructions, without those of loops inside it.
+
+    programs: how many a multiprocessor holds, and what limits them. waves: how often the grid fills all of these
+    places. A kernel without a loop has one row, with a dash for the loop.
+    """
+    specialization, sizes = job.specialization, ", ".join(map(str, (*job.shape, job.rank)))
+    grid, places = specialization.grid, compiled.programs * specialization.target.multiprocessors
+    first = (
+        short(specialization.name),
+        specialization.flags(),
+        job.variant,
+        sizes,
+        specialization.tiles(),
+        *map(str, (compiled.registers, compiled.spills, compiled.shared, compiled.programs, compiled.limited_by)),
+        "x".join(map(str, grid)),
+        f"{math.prod(grid) / places:.2f}" if places else "",
+    )
+    loops = {name: counts for name, counts in compiled.loops.items() if name} or {"-": compiled.loops.get("", {})}
+    table = []
+    for name, counts in loops.items():
+
+        def of(*kinds: str, counts: dict[str, int] = counts) -> str:
+            return ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts) if kind.split(".")[0] in kinds)
+
+        numbers = sum(counts.values()), counts.get("integer", 0) + counts.get("predicate", 0)
+        memory = of("LDG", "LDGSTS", "UTMALDG", "UBLKCP", "STG", "UTMASTG"), of("LDS", "LDSM", "STS", "STSM")
+        tensor_cores = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if "MMA" in kind)
+        waits = counts.get("BAR", 0), counts.get("SHFL", 0)
+        cells = (name, *map(str, numbers), *memory, *map(str, waits), tensor_cores)
+        table.append((first if not table else ("",) * len(first)) + cells)
+    return table
+
+
+def print_loops(results: Sequence[tuple["Job", "Compiled"]]) -> None:
+    """Print the table of what was compiled for CUDA, as Markdown."""
+    print("| " + " | ".join(HEADER) + " |")
+    print("|" + " --- |" * len(HEADER))
+    for job, compiled in results:
+        for row in rows(job, compiled) if compiled.loops else ():
+            print("| " + " | ".join(row) + " |")
+
+
+@dataclass(frozen=True)
+class Exemption:
+    """Loads of an argument that need not be as asked: the kernel and the argument as shell patterns, and why."""
+
+    kernel: str
+    argument: str
+    why: str
+    when: Callable[["Specialization"], bool] = lambda specialization: True
+
+    def covers(self, specialization: "Specialization", argument: str) -> bool:
+        """Whether loads of `argument` may be otherwise."""
+        plain = argument.replace("[", ".").replace("]", "")  # weight_ptrs.0: brackets mean something in a pattern
+        return (
+            fnmatch(short(specialization.name), self.kernel)
+            and fnmatch(plain, self.argument)
+            and self.when(specialization)
+        )
+
+
+def _format(*names: str) -> Callable[["Specialization"], bool]:
+    return lambda specialization: specialization.constants()["FORMAT"] in names
+
+
+def _axis(number: int) -> Callable[["Specialization"], bool]:
+    """An HQQ weight with a scale for each group of 64 along that axis."""
+    return lambda one: one.constants()["FORMAT"] == "hqq4" and (one.constants()["GROUP"] == 1) == (number == 0)
+
+
+EXEMPTIONS = (
+    Exemption(
+        "*",
+        "gain_ptr",
+        "a float32 for each column: 16 KB at N = 4096, which every program of a column takes from the L2 cache",
+    ),
+    Exemption("*", "bias_ptr", "a number for each column, as gain"),
+    Exemption("project", "scale_ptr", "a number for each step's columns, 256 bytes beside 24 KB; asynchronous"),
+    Exemption("bank_epilogue", "scaling_ptr", "one number"),
+    Exemption(
+        "finish_*",
+        "*",
+        "partial sums of 64 KB to 8 MB, just written and in the L2 cache; small programs, 8 and more a multiprocessor",
+    ),
+    Exemption("merge", "*", "a tile a program, nothing to load ahead for; 2 or 3 programs a multiprocessor take turns"),
+    Exemption("epilogue", "*", "a tile a program, as merge", lambda one: one.constants()["ONE_CHUNK"]),
+    Exemption("bank_epilogue", "l*_ptr", "the loop is over the adapters of a tile of rows, mostly one"),
+    Exemption(
+        "norm",
+        "weight_ptrs.*",
+        "a thread looks 64 codes up in the codebook: asynchronous, they would be copies of 4 bytes each, 255 registers "
+        "and 135 KB of shared memory, and one program a multiprocessor instead of two",
+        _format("codebook4"),
+    ),
+    Exemption(
+        "norm", "weight_ptrs.[1-4]", "lookups, and scales of 1 and 2 bytes for 64 weights", _format("nf4_torchao")
+    ),
+    Exemption("norm", "weight_ptrs.*", "a scale and a zero for every weight, as lookups of codebook4", _axis(0)),
+    Exemption("norm", "weight_ptrs.[12]", "a scale and a zero of 2 bytes for 64 weights", _axis(1)),
+    Exemption(
+        "norm",
+        "lora_A_ptr",
+        "K is odd: every other row starts at an odd multiple of 2 bytes",
+        lambda one: one.constants()["FORMAT"] == "codebook4" and one.constants()["GROUP"] == 1,
+    ),
+    Exemption(
+        "norm",
+        "weight_ptrs.0",
+        "Triton pipelines innermost loops, and this one has the chunks of R in it",
+        lambda one: not one.constants()["ONE_CHUNK"],
+    ),
+)
+
+
+def faults(job: "Job", compiled: "Compiled") -> Iterator[tuple[str, str]]:
+    """(argument, what is wrong with a load of it) in loops or, in a kernel that has none, anywhere."""
+    looped = [load for load in compiled.loads if load.loop]
+    judged = looped or compiled.loads
+    for load in dict.fromkeys(judged):
+        # a row of 8 numbers is 16 bytes, of which a thread may take half; rows of other tensors are long
+        enough = 8 if job.rank % 16 and load.argument in ("low_ptr", "lora_B_ptr", "factor_ptr") else 16
+        if not load.asynchronous:
+            yield load.argument, f"{load.argument} is loaded synchronously"
+        elif load.bytes < enough:
+            yield load.argument, f"{load.argument} is loaded in {load.bytes} bytes a thread, expected {enough}"
+    # the PTX is read for what the machine code does: there must be no load that it does not have
+    written = {f"{'LDGSTS' if load.asynchronous else 'LDG'}.{8 * load.bytes}" for load in judged}
+    for name, counts in compiled.loops.items():
+        for kind in counts:
+            if kind.startswith("LDG") and (name or not looped) and kind not in written:
+                yield "", f"{kind} is not in the PTX"
+
+
+def complaints(results: Sequence[tuple["Job", "Compiled"]], everything: bool) -> list[str]:
+    """What sm_90 loads otherwise than asked; where `everything` was compiled, exemptions that nothing needs too."""
+    said: dict[str, None] = {}  # a dict keeps the order and drops what is said twice
+    needed = set()
+    for job, compiled in results:
+        specialization = job.specialization
+        if specialization.target.name != "sm_90" or compiled.error:
+            continue
+        for argument, wrong in faults(job, compiled):
+            excuse = next((one for one in EXEMPTIONS if argument and one.covers(specialization, argument)), None)
+            needed.add(excuse)
+            if not excuse:
+                said[f"{specialization.name} ({job.variant}, R={job.rank}, {job.call}) on sm_90: {wrong}"] = None
+    unneeded = [one for one in EXEMPTIONS if everything and one not in needed]
+    return [
+        *said,
+        *(f"hot_loops.EXEMPTIONS: nothing needs {one.kernel} {one.argument} ({one.why})" for one in unneeded),
+    ]

@@ -1,0 +1,60 @@
+"""The GPUs that configurations ship for, and what they have room for."""
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: whose configs it takes (configs.py), its shared memory for one program in bytes, and what a multiprocessor
+    holds (0: not known).
+    """
+
+    name: str
+    family: str
+    shared_limit: int
+    multiprocessors: int
+    warps: int = 0
+    programs: int = 0
+
+    @property
+    def gpu(self) -> GPUTarget:
+        """What Triton compiles for."""
+        if self.name.startswith("gfx"):
+            return GPUTarget("hip", self.name, 64)
+        return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
+
+    def resident(self, registers: int, shared: int, warps: int) -> tuple[int, str]:
+        """How many programs with these resources a thread, a program and a program a multiprocessor holds, and what
+        it runs out of; (0, "") where that is not known.
+        """
+        if not self.programs:
+            return 0, ""
+        # registers are given to a warp in units of 256, and each of the four schedulers has a quarter of the 65536
+        of_scheduler = 65536 // 4 // max(1, -(-registers * 32 // 256) * 256)
+        room = {
+            "registers": 4 * of_scheduler // warps,
+            "shared memory": (self.shared_limit + 1024) // (shared + 1024),
+            "threads": self.warps // warps,
+            "programs": self.programs,
+        }
+        limit = min(room, key=room.get)
+        return room[limit], limit
+
+
+# shared memory, warps and blocks: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", the
+# memory less the 1 KiB that the driver keeps of each program's; CDNA3 and CDNA4 ISA guides, LDS per workgroup
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", "sm_80", 166912, 108, 64, 32),
+        Target("sm_86", "sm_120", 101376, 84, 48, 16),
+        Target("sm_89", "sm_120", 101376, 128, 48, 24),
+        Target("sm_90", "sm_90", 232448, 132, 64, 32),
+        Target("sm_100", "sm_100", 232448, 148, 64, 32),
+        Target("sm_120", "sm_120", 101376, 170, 48, 24),
+        Target("gfx942", "gfx942", 65536, 304),
+        Target("gfx950", "gfx942", 163840, 256),
+    )
+}
