@@ -89,22 +89,19 @@ def test_an_exemption_that_nothing_needs_is_complained_of(monkeypatch):
     assert found == ["hot_loops.EXEMPTIONS: nothing needs epilogue gain_ptr (second)"]
 
 
-def test_the_table_has_a_row_for_each_loop():
+def test_the_table_has_a_row_for_what_is_outside_and_for_each_loop():
     counts = {"": {"other": 7}, "1": {"integer": 5, "predicate": 2, "LDG.128": 8, "BAR": 5, "other": 1}}
     inner = {"LDGSTS.128": 8, "STS.32": 1, "SHFL": 4, "HGMMA.64x128x16": 4}
-    first, second = hot_loops.rows(*_compiled(loops=counts | {"1.1": inner}))
-    cells = dict(zip(hot_loops.HEADER, first, strict=True))
-    assert (cells["kernel"], cells["M, N, K, R"], cells["programs"]) == ("token_sums", "8192, 4096, 4096, 64", "3")
-    assert (cells["grid"], cells["waves"], cells["loop"]) == ("64x4", "0.65", "1")
-    assert (cells["instructions"], cells["int+pred"], cells["BAR"], cells["SHFL"]) == ("21", "7", "5", "0")
-    assert cells["device memory"] == "8 LDG.128" and not cells["shared memory"] and not cells["tensor cores"]
-    cells = dict(zip(hot_loops.HEADER, second, strict=True))
-    assert (cells["kernel"], cells["loop"], cells["instructions"], cells["SHFL"]) == ("", "1.1", "17", "4")
-    assert (cells["device memory"], cells["shared memory"]) == ("8 LDGSTS.128", "1 STS.32")
-    assert cells["tensor cores"] == "4 HGMMA.64x128x16"
-
-
-def test_a_kernel_without_a_loop_has_one_row():
-    (row,) = hot_loops.rows(*_compiled(("", "base_ptr", 16, False), name="_epilogue_kernel"))
-    cells = dict(zip(hot_loops.HEADER, row, strict=True))
-    assert (cells["loop"], cells["instructions"], cells["device memory"]) == ("-", "1", "1 LDG.128")
+    outside, outer, inner = (
+        dict(zip(hot_loops.HEADER, row, strict=True))
+        for row in hot_loops.rows(*_compiled(loops=counts | {"1.1": inner}))
+    )
+    assert (outside["kernel"], outside["M, N, K, R"]) == ("token_sums", "8192, 4096, 4096, 64")
+    assert (outside["registers"], outside["programs"]) == ("140", "3 (registers)")
+    assert (outside["grid"], outside["waves"], outside["loop"], outside["instructions"]) == ("64x4", "0.65", "-", "7")
+    assert (outer["kernel"], outer["loop"]) == ("", "1")
+    assert (outer["instructions"], outer["int+pred"], outer["BAR"], outer["SHFL"]) == ("21", "7", "5", "0")
+    assert outer["device memory"] == "8 LDG.128" and not outer["shared memory"] and not outer["tensor cores"]
+    assert (inner["kernel"], inner["loop"], inner["instructions"], inner["SHFL"]) == ("", "1.1", "17", "4")
+    assert (inner["device memory"], inner["shared memory"]) == ("8 LDGSTS.128", "1 STS.32")
+    assert inner["tensor cores"] == "4 HGMMA.64x128x16"

@@ -48,16 +48,16 @@ def short(name: str) -> str:
 
 
 HEADER = (
-    "kernel", "of", "variant", "M, N, K, R", "tiles", "registers", "spills", "shared", "programs", "limit", "grid",
-    "waves", "loop", "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL", "tensor cores",
+    "kernel", "of", "variant", "M, N, K, R", "tiles", "registers", "shared", "programs", "grid", "waves", "loop",
+    "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL", "tensor cores",
 )  # fmt: skip
 
 
 def rows(job: "Job", compiled: "Compiled") -> list[tuple[str, ...]]:
-    """A row of the table for each loop: its own instructions, without those of loops inside it.
+    """A row of the table for what is in no loop, a dash, and for each loop its own instructions, without inner loops'.
 
     programs: how many a multiprocessor holds, and what limits them. waves: how often the grid fills all of these
-    places. A kernel without a loop has one row, with a dash for the loop.
+    places.
     """
     specialization, sizes = job.specialization, ", ".join(map(str, (*job.shape, job.rank)))
     grid, places = specialization.grid, compiled.programs * specialization.target.multiprocessors
@@ -66,14 +66,15 @@ def rows(job: "Job", compiled: "Compiled") -> list[tuple[str, ...]]:
         specialization.flags(),
         job.variant,
         sizes,
-        specialization.tiles(),
-        *map(str, (compiled.registers, compiled.spills, compiled.shared, compiled.programs, compiled.limited_by)),
+        specialization.tiles().replace("BLOCK_", ""),
+        str(compiled.registers),
+        str(compiled.shared),
+        f"{compiled.programs} ({compiled.limited_by})",
         "x".join(map(str, grid)),
         f"{math.prod(grid) / places:.2f}" if places else "",
     )
-    loops = {name: counts for name, counts in compiled.loops.items() if name} or {"-": compiled.loops.get("", {})}
     table = []
-    for name, counts in loops.items():
+    for name, counts in compiled.loops.items():
 
         def of(*kinds: str, counts: dict[str, int] = counts) -> str:
             return ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts) if kind.split(".")[0] in kinds)
@@ -82,7 +83,7 @@ def rows(job: "Job", compiled: "Compiled") -> list[tuple[str, ...]]:
         memory = of("LDG", "LDGSTS", "UTMALDG", "UBLKCP", "STG", "UTMASTG"), of("LDS", "LDSM", "STS", "STSM")
         tensor_cores = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if "MMA" in kind)
         waits = counts.get("BAR", 0), counts.get("SHFL", 0)
-        cells = (name, *map(str, numbers), *memory, *map(str, waits), tensor_cores)
+        cells = (name or "-", *map(str, numbers), *memory, *map(str, waits), tensor_cores)
         table.append((first if not table else ("",) * len(first)) + cells)
     return table
 
