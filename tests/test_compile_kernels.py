@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -39,17 +40,39 @@ def _kernels() -> set[str]:
     }
 
 
-def test_every_kernel_compiles():
-    done = _compile("--fast")
-    assert done.returncode == 0, done.stdout + done.stderr
-    compiled = {line.split()[0] for line in done.stdout.splitlines()}
+@pytest.fixture(scope="module")
+def fast() -> subprocess.CompletedProcess:
+    return _compile("--fast", "--loops")
+
+
+# what is complained of in hot_loops.py and not in compile_kernels.py
+LOADS = re.compile(r"is loaded|not in the PTX|EXEMPTIONS")
+
+
+def test_every_kernel_compiles(fast):
+    complaints = [line for line in fast.stderr.splitlines() if not LOADS.search(line)]
+    assert not complaints
+    compiled = {line.split()[0] for line in fast.stdout.splitlines()}
     assert _kernels()
     assert not _kernels() - compiled, "kernels that no call of the tool launches"
 
 
+def test_what_loops_stream_is_loaded_ahead_in_16_bytes_a_thread(fast):
+    assert not [line for line in fast.stderr.splitlines() if LOADS.search(line)]
+    assert fast.returncode == 0 and "0 complaints" in fast.stdout
+
+
+def test_a_loop_that_waits_for_its_loads_is_rejected():
+    """With one stage, and in a plain `range`, which pipelines a dot's operands alone, W is loaded where it is used."""
+    only = "--target=sm_90", "--variant=bf16", "--rank=64", "--call=train", "--kernel=_norm"
+    done = _compile("--loops", *only, "--set", "norm:num_stages=1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "on sm_90: weight_ptrs[0] is loaded synchronously" in done.stderr
+
+
 @pytest.mark.nightly  # about 1800 compilations, ten minutes of one core
 def test_every_config_compiles_for_every_target():
-    done = _compile(f"--jobs={os.cpu_count()}")
+    done = _compile(f"--jobs={os.cpu_count()}", "--loops")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

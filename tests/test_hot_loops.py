@@ -20,7 +20,7 @@ def _load(name: str):
 hot_loops, machine_code = _load("hot_loops"), _load("machine_code")
 
 
-def _compiled(*loads: tuple, name: str = "_token_sums_kernel", rank: int = 64, loops: dict | None = None, **constants):
+def _compiled(*loads: tuple, name: str = "_other_kernel", rank: int = 64, loops: dict | None = None, **constants):
     """(job, compiled) with these loads (loop, argument, bytes, asynchronous); the machine code has them too."""
     loads = [machine_code.Load(*load) for load in loads]
     if loops is None:
@@ -94,9 +94,9 @@ def test_the_table_has_a_row_for_what_is_outside_and_for_each_loop():
     inner = {"LDGSTS.128": 8, "STS.32": 1, "SHFL": 4, "HGMMA.64x128x16": 4}
     outside, outer, inner = (
         dict(zip(hot_loops.HEADER, row, strict=True))
-        for row in hot_loops.rows(*_compiled(loops=counts | {"1.1": inner}))
+        for row in hot_loops.rows(*_compiled(loops=counts | {"1.1": inner}), every=True)
     )
-    assert (outside["kernel"], outside["M, N, K, R"]) == ("token_sums", "8192, 4096, 4096, 64")
+    assert (outside["kernel"], outside["target"], outside["M, N, K, R"]) == ("other", "sm_90", "8192, 4096, 4096, 64")
     assert (outside["registers"], outside["programs"]) == ("140", "3 (registers)")
     assert (outside["grid"], outside["waves"], outside["loop"], outside["instructions"]) == ("64x4", "0.65", "-", "7")
     assert (outer["kernel"], outer["loop"]) == ("", "1")
@@ -105,3 +105,11 @@ def test_the_table_has_a_row_for_what_is_outside_and_for_each_loop():
     assert (inner["kernel"], inner["loop"], inner["instructions"], inner["SHFL"]) == ("", "1.1", "17", "4")
     assert (inner["device memory"], inner["shared memory"]) == ("8 LDGSTS.128", "1 STS.32")
     assert inner["tensor cores"] == "4 HGMMA.64x128x16"
+
+
+def test_a_kernel_without_a_loop_has_one_row_and_others_one_for_each_loop():
+    def loops(**found: dict) -> list[str]:
+        return [row[hot_loops.HEADER.index("loop")] for row in hot_loops.rows(*_compiled(loops={"": {}} | found))]
+
+    assert loops() == ["-"]
+    assert loops(**{"1": {}, "1.1": {}}) == ["1", "1.1"]

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import hot_loops
@@ -89,7 +90,7 @@ def compile_ahead(specialization: Specialization, loops: bool = False) -> Compil
         file.write(kernel.asm["cubin"])
         file.flush()
         found = machine_code.loops(
-            machine_code.instructions(_output(triton.knobs.nvidia.nvdisasm.path, "-c", file.name))
+            machine_code.instructions(_output(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name))
         )
     return dataclasses.replace(
         compiled,
@@ -180,15 +181,18 @@ def documented_jobs(overrides: dict[str, dict] | None = None) -> list[Job]:
 
 
 def fast_jobs(overrides: dict[str, dict] | None = None) -> list[Job]:
-    """Each kernel and format on sm_90, in every shape of loop that hot_loops.py judges; dots on sm_120 and gfx942."""
+    """Each kernel, format and shape of loop on sm_90; dots on sm_120 and gfx942."""
     jobs = jobs_for(["sm_90"], ["bf16"], (64,), ("train", "few tokens", "bank", "grouped"), overrides)
     # what PEFT calls with, in one chunk of R and in several, where shared memory is scarcest
     small = jobs_for(["sm_120", "gfx942"], ["bf16 autocast, fp32 adapters"], (64, 384), ("train",), overrides)
     jobs += [job for job in small if "DOT_PRECISION" in job.specialization.signature]
     stored = jobs_for(["sm_90"], ["bf16"], (64,), QUANTIZED_KINDS, overrides)
     jobs += list({job.call: job for job in stored if job.specialization.name == "_norm_kernel"}.values())
+    # and in every shape of loop that hot_loops.py judges
     other_ranks = jobs_for(["sm_90"], ["bf16"], (8, 384), ("train",), overrides)
-    return jobs + [job for job in other_ranks if "DOT_PRECISION" in job.specialization.signature]
+    jobs += [job for job in other_ranks if "DOT_PRECISION" in job.specialization.signature]
+    float32 = jobs_for(["sm_90"], ["bf16, fp32 adapters", "fp32 high"], (64,), ("train",), overrides)
+    return jobs + [job for job in float32 if job.specialization.name == "_token_sums_kernel"]
 
 
 def verdict(compiled: Compiled, target: Target) -> str:
@@ -207,14 +211,14 @@ def _compile_job(index: int, loops: bool) -> Compiled:
     return compile_ahead(_worklist[index].specialization, loops)
 
 
-def compile_all(jobs: list[Job], processes: int = 1, loops: bool = False) -> list[tuple[Job, Compiled]]:
-    """The jobs with their results, in order."""
+def compile_all(jobs: list[Job], processes: int = 1, loops_on: Collection[str] = ()) -> list[tuple[Job, Compiled]]:
+    """The jobs with their results, in order. loops_on: the targets whose machine code is read, 0.2 s a kernel."""
+    wanted = [job.specialization.target.name in loops_on for job in jobs]
     if processes == 1:
-        return [(job, compile_ahead(job.specialization, loops)) for job in jobs]
+        return [(job, compile_ahead(job.specialization, loops)) for job, loops in zip(jobs, wanted, strict=True)]
     _worklist[:] = jobs
     with multiprocessing.get_context("fork").Pool(processes) as pool:
-        compiled = pool.starmap(_compile_job, [(index, loops) for index in range(len(jobs))], chunksize=1)
-    return list(zip(jobs, compiled, strict=True))
+        return list(zip(jobs, pool.starmap(_compile_job, enumerate(wanted), chunksize=1), strict=True))
 
 
 HEADER = ("kernel", "variant", "R", "target", "registers", "spills", "shared", "limit", "", "tiles", "call")
@@ -262,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", type=_override, default=[], metavar="KERNEL:FIELD=VALUE")
     parser.add_argument("--shape", nargs=3, type=int, default=SHAPE, metavar=("M", "N", "K"))
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--every", action="store_true", help="a row per specialisation")
+    parser.add_argument("--every", action="store_true", help="a row per specialisation, and for code outside of loops")
     parser.add_argument("--loops", action="store_true", help="what the machine code of each loop consists of")
     parser.add_argument("--documented", action="store_true", help="with --loops: the rows of docs/performance.md")
     parser.add_argument(
@@ -288,10 +292,11 @@ def main(arguments: list[str] | None = None) -> int:
             tuple(options.shape),
         )
     jobs = [job for job in jobs if options.kernel in job.specialization.name]
-    results = compile_all(jobs, options.jobs, options.loops)
+    loops_on = ("sm_90",) if options.fast else TARGETS
+    results = compile_all(jobs, options.jobs, loops_on if options.loops else ())
     complaints = print_table(results, options.every)
     if options.loops:
-        hot_loops.print_loops(results)
+        hot_loops.print_loops(results, options.every)
         filtered = options.target or options.variant or options.rank or options.call or options.kernel
         complaints += hot_loops.complaints(results, everything=not (filtered or options.documented))
     print(f"{len(jobs)} specialisations in {time.perf_counter() - start:.0f} s, {len(complaints)} complaints")

@@ -48,22 +48,23 @@ def short(name: str) -> str:
 
 
 HEADER = (
-    "kernel", "of", "variant", "M, N, K, R", "tiles", "registers", "shared", "programs", "grid", "waves", "loop",
-    "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL", "tensor cores",
+    "kernel", "of", "target", "variant", "M, N, K, R", "tiles", "registers", "shared", "programs", "grid", "waves",
+    "loop", "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL", "tensor cores",
 )  # fmt: skip
 
 
-def rows(job: "Job", compiled: "Compiled") -> list[tuple[str, ...]]:
-    """A row of the table for what is in no loop, a dash, and for each loop its own instructions, without inner loops'.
+def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[str, ...]]:
+    """A row of the table for each loop: its own instructions, without those of loops inside it.
 
     programs: how many a multiprocessor holds, and what limits them. waves: how often the grid fills all of these
-    places.
+    places. What is in no loop has a row where there is no loop, or with `every`; its loop is a dash.
     """
     specialization, sizes = job.specialization, ", ".join(map(str, (*job.shape, job.rank)))
     grid, places = specialization.grid, compiled.programs * specialization.target.multiprocessors
     first = (
         short(specialization.name),
         specialization.flags(),
+        specialization.target.name,
         job.variant,
         sizes,
         specialization.tiles().replace("BLOCK_", ""),
@@ -75,6 +76,8 @@ def rows(job: "Job", compiled: "Compiled") -> list[tuple[str, ...]]:
     )
     table = []
     for name, counts in compiled.loops.items():
+        if not (name or every or len(compiled.loops) == 1):
+            continue
 
         def of(*kinds: str, counts: dict[str, int] = counts) -> str:
             return ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts) if kind.split(".")[0] in kinds)
@@ -88,21 +91,21 @@ def rows(job: "Job", compiled: "Compiled") -> list[tuple[str, ...]]:
     return table
 
 
-def print_loops(results: Sequence[tuple["Job", "Compiled"]]) -> None:
-    """Print the table of what was compiled for CUDA, as Markdown."""
+def print_loops(results: Sequence[tuple["Job", "Compiled"]], every: bool = False) -> None:
+    """Print the table of what was compiled for CUDA, as Markdown; `every`: with the code outside of loops."""
     print("| " + " | ".join(HEADER) + " |")
     print("|" + " --- |" * len(HEADER))
     for job, compiled in results:
-        for row in rows(job, compiled) if compiled.loops else ():
+        for row in rows(job, compiled, every) if compiled.loops else ():
             print("| " + " | ".join(row) + " |")
 
 
 @dataclass(frozen=True)
 class Exemption:
-    """Loads of an argument that need not be as asked: the kernel and the argument as shell patterns, and why."""
+    """Loads that need not be as asked, and why: a shell pattern of kernels, patterns of arguments between spaces."""
 
     kernel: str
-    argument: str
+    arguments: str
     why: str
     when: Callable[["Specialization"], bool] = lambda specialization: True
 
@@ -111,18 +114,13 @@ class Exemption:
         plain = argument.replace("[", ".").replace("]", "")  # weight_ptrs.0: brackets mean something in a pattern
         return (
             fnmatch(short(specialization.name), self.kernel)
-            and fnmatch(plain, self.argument)
+            and any(fnmatch(plain, pattern) for pattern in self.arguments.split())
             and self.when(specialization)
         )
 
 
 def _format(*names: str) -> Callable[["Specialization"], bool]:
     return lambda specialization: specialization.constants()["FORMAT"] in names
-
-
-def _axis(number: int) -> Callable[["Specialization"], bool]:
-    """An HQQ weight with a scale for each group of 64 along that axis."""
-    return lambda one: one.constants()["FORMAT"] == "hqq4" and (one.constants()["GROUP"] == 1) == (number == 0)
 
 
 EXEMPTIONS = (
@@ -137,11 +135,17 @@ EXEMPTIONS = (
     Exemption(
         "finish_*",
         "*",
-        "partial sums of 64 KB to 8 MB, just written and in the L2 cache; small programs, 8 and more a multiprocessor",
+        "partial sums, 64 KB to 4 MB at 8192 x 4096, R = 64, just written: they are in the L2 cache; small programs, 8 "
+        "and more a multiprocessor",
     ),
     Exemption("merge", "*", "a tile a program, nothing to load ahead for; 2 or 3 programs a multiprocessor take turns"),
-    Exemption("epilogue", "*", "a tile a program, as merge", lambda one: one.constants()["ONE_CHUNK"]),
-    Exemption("bank_epilogue", "l*_ptr", "the loop is over the adapters of a tile of rows, mostly one"),
+    Exemption(
+        "epilogue",
+        "*",
+        "a tile a program, as merge",
+        lambda one: one.constants()["ONE_CHUNK"] or not one.constants()["HAS_LOW"],
+    ),
+    Exemption("bank_epilogue", "low_ptr lora_B_ptr", "the loop is over the adapters of a tile of rows, mostly one"),
     Exemption(
         "norm",
         "weight_ptrs.*",
@@ -152,8 +156,13 @@ EXEMPTIONS = (
     Exemption(
         "norm", "weight_ptrs.[1-4]", "lookups, and scales of 1 and 2 bytes for 64 weights", _format("nf4_torchao")
     ),
-    Exemption("norm", "weight_ptrs.*", "a scale and a zero for every weight, as lookups of codebook4", _axis(0)),
-    Exemption("norm", "weight_ptrs.[12]", "a scale and a zero of 2 bytes for 64 weights", _axis(1)),
+    Exemption(
+        "norm",
+        "weight_ptrs.*",
+        "a scale and a zero for every weight, as lookups of codebook4; where they are for 64 weights, asynchronous "
+        "loads of the codes spill 128 bytes a thread on sm_120",
+        _format("hqq4"),
+    ),
     Exemption(
         "norm",
         "lora_A_ptr",
@@ -161,10 +170,22 @@ EXEMPTIONS = (
         lambda one: one.constants()["FORMAT"] == "codebook4" and one.constants()["GROUP"] == 1,
     ),
     Exemption(
-        "norm",
-        "weight_ptrs.0",
+        "*norm",
+        "weight_ptrs.0 layers_ptr->*",
         "Triton pipelines innermost loops, and this one has the chunks of R in it",
         lambda one: not one.constants()["ONE_CHUNK"],
+    ),
+    Exemption(
+        "token_sums",
+        "columns_ptr",
+        "bf16 beside float32 adapters: loaded a step ahead into registers, where it is split for the dot",
+        lambda one: (one.signature["columns_ptr"], one.signature["low_ptr"]) == ("*bf16", "*fp32"),
+    ),
+    Exemption(
+        "token_sums",
+        "columns_ptr",
+        "tf32 products want the summed dimension contiguous: transposed on its way, in the 4 bytes of a number",
+        lambda one: one.constants()["DOT_PRECISION"] == "tf32x3" and one.signature["columns_ptr"] == "*fp32",
     ),
 )
 
@@ -204,5 +225,5 @@ def complaints(results: Sequence[tuple["Job", "Compiled"]], everything: bool) ->
     unneeded = [one for one in EXEMPTIONS if everything and one not in needed]
     return [
         *said,
-        *(f"hot_loops.EXEMPTIONS: nothing needs {one.kernel} {one.argument} ({one.why})" for one in unneeded),
+        *(f"hot_loops.EXEMPTIONS: nothing needs {one.kernel} {one.arguments} ({one.why})" for one in unneeded),
     ]

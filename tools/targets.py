@@ -27,7 +27,7 @@ class Target:
 
     def resident(self, registers: int, shared: int, warps: int) -> tuple[int, str]:
         """How many programs with these resources a thread, a program and a program a multiprocessor holds, and what
-        it runs out of; (0, "") where that is not known.
+        it runs out of; (0, "") where that is not known. The tensor memory of sm_100 is not counted.
         """
         if not self.programs:
             return 0, ""
