@@ -81,20 +81,14 @@ def compile_ahead(specialization: Specialization, loops: bool = False) -> Compil
         return Compiled(error=lines[-1].strip()[:160])
     cuda, shared = "cubin" in kernel.asm, kernel.metadata.shared
     registers, spills = _cuda_usage(kernel, specialization) if cuda else _hip_usage(kernel)
-    compiled = Compiled(
-        registers, spills, shared, "", *specialization.target.resident(registers, shared, kernel.metadata.num_warps)
-    )
+    programs, limited_by = specialization.target.resident(registers, shared, kernel.metadata.num_warps)
+    compiled = Compiled(registers, spills, shared, programs=programs, limited_by=limited_by)
     if not (loops and cuda):
         return compiled
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        found = machine_code.loops(
-            machine_code.instructions(_output(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name))
-        )
+    code = machine_code.instructions(_of_cubin(kernel, triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf"))
     return dataclasses.replace(
         compiled,
-        loops={loop.name: dict(loop.counts()) for loop in found},
+        loops={loop.name: dict(loop.counts()) for loop in machine_code.loops(code)},
         loads=tuple(machine_code.loads(kernel.asm["ptx"], specialization.pointers())),
     )
 
@@ -114,10 +108,7 @@ def _hip_usage(kernel) -> tuple[int, int]:
 def _cuda_usage(kernel, specialization: Specialization) -> tuple[int, int]:
     """(registers, bytes of spill stores and loads of a thread). A kernel with no stack frame has no spills."""
     nvidia = triton.knobs.nvidia
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = _output(nvidia.cuobjdump.path, "-res-usage", file.name)
+    usage = _of_cubin(kernel, nvidia.cuobjdump.path, "-res-usage")
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     if stack == "0":
         return int(registers), 0
@@ -130,6 +121,14 @@ def _cuda_usage(kernel, specialization: Specialization) -> tuple[int, int]:
         log = _output(ptxas, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch}", file.name, "-o", "/dev/null")
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     return int(registers), sum(map(int, spills))
+
+
+def _of_cubin(kernel, *command: str) -> str:
+    """What a command says of the kernel's binary."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        return _output(*command, file.name)
 
 
 def _output(*command: str) -> str:
