@@ -42,7 +42,7 @@ def _kernels() -> set[str]:
 
 @pytest.fixture(scope="module")
 def fast() -> subprocess.CompletedProcess:
-    return _compile("--fast", "--loops")
+    return _compile("--fast", "--loops", f"--jobs={min(4, os.cpu_count() or 1)}")
 
 
 # what is complained of in hot_loops.py and not in compile_kernels.py

@@ -266,7 +266,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shape", nargs=3, type=int, default=SHAPE, metavar=("M", "N", "K"))
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--every", action="store_true", help="a row per specialisation, and for code outside of loops")
-    parser.add_argument("--loops", action="store_true", help="what the machine code of each loop consists of")
+    parser.add_argument("--loops", action="store_true", help="what loops consist of (default: on sm_90)")
     parser.add_argument("--documented", action="store_true", help="with --loops: the rows of docs/performance.md")
     parser.add_argument(
         "--fast", action="store_true", help="each kernel and format on sm_90, dots on sm_120 and gfx942"
@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
             tuple(options.shape),
         )
     jobs = [job for job in jobs if options.kernel in job.specialization.name]
-    loops_on = ("sm_90",) if options.fast else TARGETS
+    loops_on = options.target or ("sm_90",)
     results = compile_all(jobs, options.jobs, loops_on if options.loops else ())
     complaints = print_table(results, options.every)
     if options.loops:
