@@ -51,6 +51,15 @@ RANKS = (8, 64, 384)
 
 
 SHAPE = (8192, 4096, 4096)  # M, N, K
+# whose loops load as those of no other call: (variant, rank, call, kernel)
+UNLIKE_OTHERS = (
+    ("bf16, fp32 adapters", 64, "train", "token_sums"),
+    ("fp32 high", 64, "train", "token_sums"),
+    ("bf16", 64, "codebook4, K = 4095", "token_sums"),
+    ("bf16", 64, "transposed weight", "norm"),
+    ("bf16", 384, "int8", "norm"),
+    ("bf16, fp32 adapters", 8, "nf4_torchao", "norm"),
+)
 
 
 @dataclass(frozen=True)
@@ -190,8 +199,10 @@ def fast_jobs(overrides: dict[str, dict] | None = None) -> list[Job]:
     # and in every shape of loop that hot_loops.py judges
     other_ranks = jobs_for(["sm_90"], ["bf16"], (8, 384), ("train",), overrides)
     jobs += [job for job in other_ranks if "DOT_PRECISION" in job.specialization.signature]
-    float32 = jobs_for(["sm_90"], ["bf16, fp32 adapters", "fp32 high"], (64,), ("train",), overrides)
-    return jobs + [job for job in float32 if job.specialization.name == "_token_sums_kernel"]
+    for variant, rank, call, kernel in UNLIKE_OTHERS:
+        found = jobs_for(["sm_90"], [variant], (rank,), (call,), overrides)
+        jobs += [job for job in found if hot_loops.short(job.specialization.name) == kernel]
+    return jobs
 
 
 def verdict(compiled: Compiled, target: Target) -> str:

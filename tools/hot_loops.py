@@ -170,10 +170,28 @@ EXEMPTIONS = (
         lambda one: one.constants()["FORMAT"] == "codebook4" and one.constants()["GROUP"] == 1,
     ),
     Exemption(
-        "*norm",
-        "weight_ptrs.0 layers_ptr->*",
-        "Triton pipelines innermost loops, and this one has the chunks of R in it",
-        lambda one: not one.constants()["ONE_CHUNK"],
+        "token_sums",
+        "columns_ptr",
+        "K is odd, as above: these are the columns of x",
+        lambda one: not one.aligned("stride_cm"),
+    ),
+    Exemption(
+        "norm",
+        "weight_ptrs.0",
+        "W is contiguous along N: loaded so and then turned, it would pass through shared memory twice",
+        lambda one: one.constants()["FORMAT"] == "dense" and one.signature["weight_numbers"][1] != "constexpr",
+    ),
+    Exemption(
+        "norm",
+        "weight_ptrs.0",
+        "Triton pipelines innermost loops, and with a quantised weight this one has the chunks of R in it",
+        lambda one: not one.constants()["ONE_CHUNK"] and one.constants()["FORMAT"] in ("int8", "float8", "nf4_torchao"),
+    ),
+    Exemption(
+        "norm",
+        "weight_ptrs.0",
+        "float32 operands: tiles of 64 x 64 codes are 8 bytes a thread",
+        lambda one: one.constants()["FORMAT"] == "nf4_torchao" and one.signature["lora_A_ptr"] == "*fp32",
     ),
     Exemption(
         "token_sums",

@@ -245,6 +245,10 @@ class Specialization:
 
         return [one for name, kind in self.signature.items() for one in names(name, kind)]
 
+    def aligned(self, argument: str) -> bool:
+        """Whether a number, or the address of a pointer, is known to be a multiple of 16."""
+        return ["tt.divisibility", 16] in self.attrs.get((list(self.signature).index(argument),), [])
+
     def flags(self) -> str:
         """What of the kernel's optional parts is compiled in: "low kept total", or the format of a weight."""
         constants = self.constants()
