@@ -1,4 +1,7 @@
-"""The stages that run the tests on the device, side by side where pytest-xdist is installed."""
+"""The stages that run the tests on the device, side by side where pytest-xdist is installed.
+
+As a program it prints their files, for `make test-pretended-gpu`.
+"""
 
 from __future__ import annotations
 
@@ -128,3 +131,7 @@ def pytest_outcome(xml: Path, log: Path) -> dict[str, Any]:
         if outcomes and outcomes[0].tag != "skipped":
             failures[f"{case.get('classname')}::{case.get('name')}"] = (outcomes[0].get("message") or "")[:300]
     return {"counts": dict(counts), "failures": failures}
+
+
+if __name__ == "__main__":
+    print(*(f"tests/{name}" for name in (*CORE, *files())))
