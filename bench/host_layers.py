@@ -25,7 +25,7 @@ from bench import host_driver, providers
 from bench.machine import meta
 from bench.measure import interleave
 from bench.problem import SCALING, Layer, Problem
-from bench.report import _aligned, write
+from bench.report import aligned, write
 from bench.shapes import Case
 from dora_kernels import kernels, ops, plan
 from dora_kernels.reference import Steps
@@ -253,7 +253,7 @@ def profile(step: Step, calls: int = 300) -> str:
         where = f"{name} ({'/'.join(pathlib.Path(path).parts[-2:])}:{line})" if line else name
         lines.append((f"{1e6 * total / calls:.0f}", f"{1e6 * own / calls:.1f}", f"{times / calls:g}", where))
     width = max(len(where) for *_, where in lines)
-    return "\n".join(_aligned([(*numbers, where.ljust(width)) for *numbers, where in lines]))
+    return "\n".join(aligned([(*numbers, where.ljust(width)) for *numbers, where in lines]))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -265,7 +265,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         where = (row["precision"], row["step"], str(row["planned"]["M"]), row["provider"])
         numbers = (f"{row['us']:.0f}", f"{row['least_us']:.0f}", over, f"{row['triton']}")
         lines.append((*where, *numbers, str(len(row["library"]))))
-    return "\n".join(_aligned(lines))
+    return "\n".join(aligned(lines))
 
 
 def _compared(row: dict[str, Any]) -> tuple[str, str]:
@@ -282,7 +282,7 @@ def launcher_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in (*group, {"launcher": "all"} | total):
             times = [f"{row[name]:.1f}" for name in ("us", "jit_us", "kernel_us")]
             lines.append((precision, row["launcher"], str(row["launches"]), *times))
-    return "\n".join(_aligned(lines))
+    return "\n".join(aligned(lines))
 
 
 def run(arguments: argparse.Namespace, driver: host_driver.Driver) -> None:

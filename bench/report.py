@@ -58,7 +58,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
             cells = [over(name, "frozen") for name in names] + [over("ours", "peft_dora")]
             shown = ["-" if cell is None else f"{cell:.2f}" for cell in cells]
             lines.append((*map(str, key), "graph" if clock == "graph_ms" else "eager", floor, *shown))
-    text = _aligned(lines)
+    text = aligned(lines)
     text += [f"geometric mean of {name}: {geometric_mean(values):.2f}" for name, values in ratios.items() if values]
     return "\n".join(text)
 
@@ -71,7 +71,7 @@ def memory(rows: Iterable[dict[str, Any]]) -> str:
     for key, group in groups.items():
         peaks = [group[name]["peak_bytes"] if name in group else None for name in names]
         lines.append((*map(str, key), *("-" if peak is None else f"{peak / 2**20:.1f}" for peak in peaks)))
-    return "\n".join(_aligned(lines))
+    return "\n".join(aligned(lines))
 
 
 CASE = ("precision", "step", "M", "N", "K", "R", "variant")
@@ -85,7 +85,8 @@ def _by_case(rows: Iterable[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, 
     return groups
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+def aligned(lines: list[tuple[str, ...]]) -> list[str]:
+    """The lines, each column as wide as its widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
 
