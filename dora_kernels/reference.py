@@ -344,7 +344,7 @@ def outer_product_ref(left: Tensor, right: Tensor, scaling: float, out_dtype: to
     """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype: dA. In left's dtype."""
     # the GEMM scales what it has summed, and then rounds; a scaling of 0 as in `add_product`
     if left.dtype == out_dtype != torch.float16 and scaling != 0:
-        return torch.addmm(left.new_zeros(1), left.T, right.to(left.dtype), beta=0, alpha=scaling)
+        return torch.addmm(left.new_empty(1), left.T, right.to(left.dtype), beta=0, alpha=scaling)
     product = matmul(left.T, right.to(left.dtype), accumulate_dtype(left.dtype))
     return product.mul_(scaling).to(out_dtype)
 
