@@ -37,9 +37,8 @@ test: lint
 
 # Needs g++. Its numbers are the host's; what holds on a CPU alone fails.
 test-pretended-gpu: $(VENV)/installed
-	PYTHONPATH=.:tools $(VENV)/bin/python -m gpu_stages.device_tests > $(VENV)/device_tests
-	$(VENV)/bin/python -m pytest -p tools.pretended_gpu.plugin \
-		$(NOT_PRETENDED:%=--ignore=tests/test_%.py) $$(cat $(VENV)/device_tests)
+	files=$$(PYTHONPATH=.:tools $(VENV)/bin/python -m gpu_stages.device_tests $(NOT_PRETENDED:%=test_%.py)) \
+	&& $(VENV)/bin/python -m pytest -p tools.pretended_gpu.plugin $$files
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

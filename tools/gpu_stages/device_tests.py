@@ -1,6 +1,6 @@
 """The stages that run the tests on the device, side by side where pytest-xdist is installed.
 
-As a program it prints their files, for `make test-pretended-gpu`.
+As a program it prints their files but for those named, for `make test-pretended-gpu`.
 """
 
 from __future__ import annotations
@@ -134,4 +134,4 @@ def pytest_outcome(xml: Path, log: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(*(f"tests/{name}" for name in (*CORE, *files())))
+    print(*(f"tests/{name}" for name in (*CORE, *files()) if name not in sys.argv[1:]))
