@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.functional import merge_weight, merge_weight_and_norm, unmerge_weight, weight_norm
+from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
+from dora_kernels.ops import without_autocast
 from dora_kernels.quant import Weight, is_quantized, read
 from dora_kernels.reference import gain_ref
 from dora_kernels.validate import FLOATING
@@ -77,8 +78,13 @@ class MergeableLinear(nn.Module):
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias of the frozen layer that computes what this one does in eval mode."""
         weight, bias = self.base()
-        merged = self.weight if self.merged else merge_weight(weight, *self.factors())
+        merged = self.weight if self.merged else self._merge(weight)[0]
         return merged.detach(), None if bias is None else bias.detach()
+
+    def _merge(self, weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+        """merge_weight_and_norm, whatever autocast says now: unmerge() takes the adapters out unrounded."""
+        with without_autocast(weight.device.type):
+            return merge_weight_and_norm(weight, *self.factors())
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False) -> None:
@@ -95,7 +101,7 @@ class MergeableLinear(nn.Module):
             raise ValueError(f"{function}: safe_merge is {safe_merge!r}; expected True or False")
         if self.merged:
             return
-        merged, norm, gain = merge_weight_and_norm(self.base()[0], *self.factors())
+        merged, norm, gain = self._merge(self.base()[0])
         if safe_merge and not merged.isfinite().all():
             rows = int((~merged.isfinite()).any(dim=1).sum())
             raise ValueError(

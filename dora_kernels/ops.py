@@ -43,6 +43,11 @@ def is_autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """torch.autocast off, inside; also on meta, where torch has none to turn off."""
+    return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else contextlib.nullcontext()
+
+
 _NOTHING_TO_SETTLE = contextlib.nullcontext()
 
 

@@ -443,6 +443,18 @@ def test_merge_and_unmerge(layer, dtype):
     torch.testing.assert_close(layer.weight, before, rtol=0, atol=8 * eps)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_merge_does_not_see_autocast(layer, backend):
+    plain, before = copy.deepcopy(layer), layer.weight.clone()
+    with launch.options(backend=backend):
+        plain.merge()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            layer.merge()
+            assert torch.equal(layer.weight, plain.weight) and not torch.allclose(layer.weight, before, rtol=0.1)
+            layer.unmerge()
+    torch.testing.assert_close(layer.weight, before, rtol=0, atol=1e-6)
+
+
 def test_unmerge_refuses_a_lost_row(layer):
     with torch.no_grad():
         layer.vera_magnitude_vector[3] = 0

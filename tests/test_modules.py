@@ -106,6 +106,21 @@ def test_merge_and_unmerge(layer, dtype, backend):
     assert not layer.merged
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_merge_does_not_see_autocast(layer, backend):
+    """A float32 weight comes back as it was: adapters that autocast had rounded would stay in it in part."""
+    plain, cast, before = layer, copy.deepcopy(layer), layer.weight.clone()
+    with launch.options(backend=backend):
+        plain.merge()
+        with torch.autocast(DEVICE, torch.bfloat16):
+            standing_for_it, _ = cast.merged_weight_and_bias()
+            cast.merge()
+            assert torch.equal(cast.weight, plain.weight) and torch.equal(standing_for_it, plain.weight)
+            assert not torch.allclose(cast.weight, before, rtol=0.1)
+            cast.unmerge()
+    torch.testing.assert_close(cast.weight, before, rtol=0, atol=1e-6)
+
+
 def test_unmerge_refuses_what_is_lost(layer):
     with torch.no_grad():
         layer.lora_magnitude_vector[3] = 0
