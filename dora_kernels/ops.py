@@ -38,6 +38,7 @@ def _steps(operator: str, requested: str, *arguments: object) -> Steps:
 def is_autocast(device_type: str) -> bool:
     """Whether autocast is on for a device; meta has none, and asking is an error there.
 
+    So it is on lazy, vulkan and mkldnn, where this raises torch's RuntimeError: no layer is run there.
     torch.amp.is_autocast_available would ask more generally, and breaks the graph of torch.compile in torch 2.11.
     """
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
