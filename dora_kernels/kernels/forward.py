@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels import plan
-from dora_kernels.configs import ceil_div
+from dora_kernels.configs import HIGH_RANK, Config, ceil_div
 from dora_kernels.kernels.common import (
     TL_DTYPE,
     Launch,
@@ -221,6 +221,36 @@ def _epilogue_kernel(
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
+def _epilogue_config(
+    how: Launch,
+    base: torch.Tensor,
+    low: torch.Tensor | None,
+    lora_B: torch.Tensor,
+    residual: torch.Tensor | None,
+) -> Config:
+    """The configuration of the epilogue: a high rank's large tile where it spills nothing and fills the device.
+
+    It has no register to spare: 128 x 256 spills 190 to 1700 bytes a thread beside a residual, with a base in another
+    dtype, and where base, low or lora_B is not loaded in whole vectors of 16 bytes.
+    """
+    M, N = base.shape
+    R = lora_B.shape[1]
+    if R > HIGH_RANK and low is not None and residual is None and base.dtype == low.dtype:
+        large = how.config("epilogue", R)
+        fills = ceil_div(M, large.BLOCK_M) * ceil_div(N, large.BLOCK_N) >= how.facts.multiprocessors
+        # 16 is what the JIT sees by itself, 8 what rank_multiple tells it
+        if fills and _in_vectors(base, 16) and _in_vectors(low, 8) and _in_vectors(lora_B, 8):
+            return large
+    return how.config("epilogue")
+
+
+def _in_vectors(matrix: torch.Tensor, multiple: int) -> bool:
+    """Whether every row of the matrix begins and ends at a multiple of so many elements, and of 16 bytes."""
+    stride_row, stride_column = matrix.stride()
+    multiples = matrix.shape[1] % multiple == 0 and stride_row % multiple == 0
+    return stride_column == 1 and multiples and matrix.data_ptr() % 16 == 0
+
+
 def epilogue(
     base: torch.Tensor,
     low: torch.Tensor | None,
@@ -235,9 +265,7 @@ def epilogue(
     M, N = base.shape
     R = lora_B.shape[1]
     how = Launch.of(base, lora_B.dtype)
-    # a high rank's large tile has no register to spare: 128 x 256 spills 280 to 1700 bytes a thread in any other case
-    plain = low is not None and residual is None and base.dtype == low.dtype and N % 16 == 0 and R % 8 == 0
-    config = how.config("epilogue", R if plain else 0)
+    config = _epilogue_config(how, base, low, lora_B, residual)
     tiles = config.tiles(R)
     y = base.new_empty((M, N), dtype=out_dtype)
     if y.numel() == 0:
