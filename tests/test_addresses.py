@@ -119,6 +119,27 @@ def test_a_stride_of_2_to_the_30(run, name, axis, memory, monkeypatch):
     same(run(**arguments), expected)
 
 
+# In the norm's one loop over K and R, which it has where the weight is loaded in whole vectors and R is in chunks: of
+# the weight only the rows can be far apart, of the adapters the columns too, of which there are more than 3.
+WALKED = {"weight": ((3, 80), (0,)), "lora_A": ((33, 80), (0, 1)), "lora_B": ((3, 33), (0, 1))}
+
+
+@on_cpu
+@pytest.mark.parametrize(("name", "axis"), [(name, axis) for name, (_, axes) in WALKED.items() for axis in axes])
+def test_a_long_stride_in_the_loop_over_both(name, axis, memory):
+    generator = torch.Generator().manual_seed(0)
+    arguments = {other: torch.randn(shape, generator=generator) for other, (shape, _) in WALKED.items()}
+    expected = run_norm(**arguments, magnitude=torch.ones(3))
+    size = arguments[name].shape[axis]
+    strides = [1, 1]
+    strides[axis] = 2 ** (31 - (size - 1).bit_length() + 1)
+    assert 2**31 <= (size - 1) * strides[axis] < 2**32
+    arguments[name] = memory.as_strided(arguments[name].shape, strides, 2**31).copy_(arguments[name])
+    config = configs.config_for("norm", launch.device_facts(memory.device), torch.float32)
+    assert quant.weight_stages(arguments["weight"], config) and config.BLOCK_R < 33
+    same(run_norm(**arguments, magnitude=torch.ones(3)), expected)
+
+
 # Outputs are contiguous: their rows are as long as a size says. These launch the first program (or, for partial sums,
 # the first of each split) of what would be a huge grid.
 
