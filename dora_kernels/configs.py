@@ -49,11 +49,19 @@ MOST_ROUNDS = 8
 def splits(blocks: int, steps: int, facts: DeviceFacts, config: Config) -> int:
     """Into how many parts a reduction of `steps` steps is split so that `blocks` output tiles take the least time.
 
-    Programs run in rounds of as many as the device holds; the last round takes as long as a full one, however few it
-    has. 112 tiles are one round on 132 multiprocessors, 85% full; in seven parts they are 784 programs in six, 99%.
+    Programs run in rounds of as many as `waves` says that the device holds; the last round takes as long as a full one,
+    however few it has. 112 tiles are one round on 132 multiprocessors, 85% full; in seven parts they are 784 programs
+    in six, 99%. waves is 1 for all of token_sums, whose sum for dA fits a multiprocessor three times, and the one for
+    R = 64 once (docs/performance.md): where more fit, there are fewer rounds than counted here.
     Depends on shapes and device only, so that the order of summation is the same in every call.
     """
-    at_once, blocks = facts.multiprocessors * config.waves, max(blocks, 1)
+    return _fastest_split(max(blocks, 1), steps, facts.multiprocessors * config.waves)
+
+
+# kept: a training step asks up to four times, for 1.3 us each where it is worked out and 0.2 where it is known
+@functools.lru_cache(maxsize=4096)
+def _fastest_split(blocks: int, steps: int, at_once: int) -> int:
+    """`splits` from numbers alone."""
     best, least = 1, ceil_div(blocks, at_once) * (steps + PART_STEPS)
     for rounds in range(1, MOST_ROUNDS + 1):
         parts = min(rounds * at_once // blocks, steps)

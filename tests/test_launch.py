@@ -124,7 +124,7 @@ def test_block_r_shrinks_to_a_small_rank():
     assert "BLOCK_M" not in config.tiles() and config.tiles()["num_warps"] == 4
 
 
-def test_splits_fill_the_device_and_no_more():
+def test_a_sum_that_fits_is_split_into_one_round_and_none_into_empty_parts():
     config = Config(waves=1)
     assert configs.splits(32, 100, H200, config) == 4  # 32 tiles on 132 multiprocessors
     assert configs.splits(32, 3, H200, config) == 3  # no more parts than steps
@@ -156,6 +156,14 @@ def test_a_sum_is_split_where_the_last_round_would_leave_multiprocessors_idle(N,
     assert configs.splits(blocks, steps, H200, config) == parts
     rounds = configs.ceil_div(blocks * parts, 132 * waves)
     assert round(blocks * parts / (rounds * 132 * waves), 2) == full
+
+
+def test_what_a_sum_is_split_into_is_worked_out_once():
+    known = configs._fastest_split
+    known.cache_clear()
+    parts = [configs.splits(112, steps, H200, Config()) for steps in (128, 128, 32, 128)]
+    assert parts == [7, 7, 1, 7] and known.cache_info().misses == 2
+    assert known.cache_info().maxsize is not None, "M varies, and the results of a long run must not fill the memory"
 
 
 @pytest.mark.parametrize("steps", (1, 7, 32, 128, 2048))
