@@ -62,6 +62,20 @@ def test_what_loops_stream_is_loaded_ahead_in_16_bytes_a_thread(fast):
     assert fast.returncode == 0 and "0 complaints" in fast.stdout
 
 
+UNMERGED = """
+import compile_kernels as tool
+found = [job.specialization for job in tool.fast_jobs() if job.specialization.name == "_merge_kernel"]
+print({(*one.signature["weight_ptrs"], one.signature["lora_A_ptr"]) for one in found if one.target.name == "sm_90"})
+"""
+
+
+def test_a_layer_taken_apart_again_is_compiled_for():
+    """unmerge divides by the gain in float32: the kernel sees such a weight beside adapters in half precision."""
+    done = _run("-c", UNMERGED)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == {("*bf16", "*bf16"), ("*fp32", "*bf16")}
+
+
 def test_a_loop_that_waits_for_its_loads_is_rejected():
     """With one stage, and in a plain `range`, which pipelines a dot's operands alone, W is loaded where it is used."""
     only = "--target=sm_90", "--variant=bf16", "--rank=64", "--call=train", "--kernel=_norm"

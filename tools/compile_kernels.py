@@ -51,8 +51,9 @@ RANKS = (8, 64, 384)
 
 
 SHAPE = (8192, 4096, 4096)  # M, N, K
-# whose loops load as those of no other call: (variant, rank, call, kernel)
+# whose loads are those of no other call: (variant, rank, call, kernel)
 UNLIKE_OTHERS = (
+    ("bf16", 64, "unmerge", "merge"),
     ("bf16, fp32 adapters", 64, "train", "token_sums"),
     ("fp32 high", 64, "train", "token_sums"),
     ("bf16", 64, "codebook4, K = 4095", "token_sums"),

@@ -114,6 +114,14 @@ def _inference(inputs: Inputs) -> None:
         dora_kernels.merge_weight(inputs.weight, *inputs.adapter(), 0.5)
 
 
+def _unmerge(inputs: Inputs) -> None:
+    """A merged layer is taken apart again: merge over the weight in float32, whatever it is stored in."""
+    norm = torch.empty(len(inputs.lora_B), dtype=_FP32, device="meta")
+    # which rows have lost their weights cannot be asked of meta tensors: none
+    with mock.patch.object(Tensor, "nonzero", lambda rows: torch.empty(0, dtype=torch.int64)):
+        functional.unmerge_weight("unmerge", inputs.weight, inputs.lora_A, inputs.lora_B, norm, norm, 0.5)
+
+
 def _rescale(inputs: Inputs) -> None:
     """A layer in two pieces, with the gradient through the norm."""
     norm = dora_kernels.weight_norm(inputs.weight, inputs.lora_A, inputs.lora_B, 0.5, norm_grad=True)
@@ -195,6 +203,7 @@ CALLS: dict[str, Callable[[Inputs], None]] = {
     "frozen magnitude": lambda inputs: step(_frozen(inputs)),
     "transposed weight": lambda inputs: step(_transposed(inputs)),
     "inference": _inference,
+    "unmerge": _unmerge,
     "rescale": _rescale,
     "bank": _bank,
     "grouped": _grouped,
@@ -206,6 +215,7 @@ CORE_CALLS = (
     "split",
     "dropout",
     "norm_grad",
+    "unmerge",
     "bank",
     "grouped",
     "codebook4 nested",
