@@ -256,6 +256,8 @@ def unmerge_weight(
         stored = parts(merged.to(gain.dtype) / torch.where(gain == 0, 1, gain)[:, None])
         # By the kernel that merged: the product's own error then cancels. By another GEMM it stays, and a float32
         # weight comes back 5.9 units in the last place of its largest entry off, not 2.9; worse where TF32 is allowed.
+        # A half weight under float32 adapters was merged in bf16x6 or bf16x3 on a GPU, and is here, where it is float32
+        # already, unmerged in ieee or tf32x3: what the two differ by is far below the rounding that it is stored with.
         weight = ops.merge(*stored, lora_A, lora_B, torch.ones_like(gain), -scaling, dtype, backend)
         return weight.to(merged.dtype)
 
@@ -342,9 +344,8 @@ class _DoraLinear(torch.autograd.Function):
                 *tensors,
             )
             ctx.mark_non_differentiable(new_norm, new_gain)
-            if not torch.compiler.is_compiling():  # which does not know the method
-                # or autograd makes zeros for norm and gain, two launches in every backward pass
-                ctx.set_materialize_grads(False)
+            # or autograd makes zeros for norm and gain, two launches in every backward pass
+            ctx.set_materialize_grads(False)
             ctx.settings = settings
             ctx.low_given = given_low is not None
             ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
