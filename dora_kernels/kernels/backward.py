@@ -65,7 +65,8 @@ def _token_sums_kernel(
     mask_r = offs_r < R
     start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, M)
-    # bounds and not a mask: Triton 3.9.0's interpreter makes an integer of `mask & (program_id == 0)`
+    # bounds and not `mask & first`: with that the loops are 1 to 4% shorter on sm_90, but at R = 64 the sums without a
+    # bias take 136 registers and not 128, and a multiprocessor holds one program and not two (Triton 3.7.1)
     first = tl.program_id(0) == 0
     end_if_first = tl.where(first, end, start)
     mask_n_if_first = offs_n < tl.where(first, N, 0)
