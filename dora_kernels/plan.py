@@ -129,11 +129,17 @@ def dx_steps(shape: Shape, way: str) -> dict[str, Step]:
 
 
 def backward_steps(shape: Shape, dx: str) -> dict[str, Step]:
-    """The steps of one backward pass in which every gradient is wanted."""
+    """The steps of one backward pass in which every gradient is wanted, of adapters in the dtype of the base GEMM."""
     M, N, K, R = shape.M, shape.N, shape.K, shape.R
-    # a sum that is split to fill the device takes a second launch, to finish it: P's, too, up to some 8000 tokens
-    steps = {"P": Step(M * N, 2 * M * N * R, launches=2), "dA": Step(M * K, 2 * M * K * R, launches=2)}
-    if outer_by_kernel(R, same_dtype=True):
+    # a sum that is split to fill the device takes a second launch, to finish it: P's, too, up to some 8000 tokens. For
+    # the GEMM library lora_B is scaled and rounded first; it makes dA at once
+    P_launches = 2 if project_by_kernel(R, scaled=True, same_dtype=True) else 3
+    by_kernel = outer_by_kernel(R, same_dtype=True)
+    steps = {
+        "P": Step(M * N, 2 * M * N * R, launches=P_launches),
+        "dA": Step(M * K, 2 * M * K * R, launches=2 if by_kernel else 1),
+    }
+    if by_kernel:
         steps["token_sums"] = Step(2 * M * N, 2 * M * N * R, launches=2)
     else:  # dB by the GEMM library, which reads dy for itself
         steps |= {"dB": Step(M * N, 2 * M * N * R), "token_sums": Step(2 * M * N, 0, launches=2)}
@@ -222,6 +228,6 @@ def outer_by_kernel(R: int, same_dtype: bool) -> bool:
     """Whether a product summed over the tokens, dA or dB, goes through the Triton kernel.
 
     For dB the kernel needs no read of dy beyond that of the other sums, but one from the L2 cache for every 64 of R: at
-    8192 x 14336, R = 384, a prediction of 470 us for all of them, against 165 in the library and 117 for the others.
+    8192 x 14336, R = 384, a prediction of 470 us for all of them, against 160 in the library and 120 for the others.
     """
     return not same_dtype or R < SKINNY_RANK

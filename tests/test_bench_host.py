@@ -37,6 +37,19 @@ for way in ("split", "merged"):
             step = host_layers.step_of(layer, problem, name)
             step()
             counts[f"{way} {name}"] = driver.launches(step), len(host_layers.library_launches(step))
+
+from bench.problem import Problem
+from bench.shapes import Case
+
+for R in (16, 128):
+    problem = Problem.random(Case(host_layers.M, host_layers.N, host_layers.K, R, "bf16"))
+    step = host_layers.step_of(host_layers.function(problem), problem, "forward+backward")
+    with host_driver.pretended_gpu(host_layers.PLANNED["training"]):
+        step()
+        counts[f"launchers, R = {R}"] = [
+            (name, driver.launches(launcher), host_layers.library_launches(launcher))
+            for name, launcher in host_layers._launchers(step)
+        ]
 print(json.dumps(counts))
 """
 
@@ -100,7 +113,8 @@ def test_the_planner_counts_the_launches(measured, way, dx):
     def launches(steps: dict[str, plan.Step]) -> int:
         return sum(step.launches for step in steps.values())
 
-    shape, counted = host_layers.PLANNED["training"], {name: sum(both) for name, both in measured["ways"].items()}
+    shape, ways = host_layers.PLANNED["training"], ("split", "merged")
+    counted = {name: sum(both) for name, both in measured["ways"].items() if name.startswith(ways)}
     assert counted[f"{way} inference"] == launches(plan.forward_steps(shape, way))
     backward = counted[f"{way} forward+backward"] - counted[f"{way} forward"]
     assert backward == launches(plan.backward_steps(shape, dx))
@@ -109,6 +123,23 @@ def test_the_planner_counts_the_launches(measured, way, dx):
         row["triton"] + row["library"].count("mm") == launches(plan.forward_steps(shape, "split", norm_given=True))
         for row in reused
     )
+
+
+@needs_gcc
+@pytest.mark.parametrize("R", (16, 128))
+def test_the_planner_counts_the_launches_of_each_step(measured, R):
+    """By the kernels, and from R = 128 on by the GEMM library."""
+    counted: dict[str, list[int]] = {}
+    for name, by_kernel, library in measured["ways"][f"launchers, R = {R}"]:
+        # on a GPU the library rounds what it sums for token_sums to float32 by itself
+        library = [one for one in library if name != "token_sums" or one != "_to_copy"]
+        counted.setdefault(name, []).append(by_kernel + len(library))
+    steps = plan.backward_steps(plan.Shape(8192, 4096, 4096, R, 2), "merged")
+    planned = {name: step.launches for name, step in steps.items()}
+    assert ("dB" in planned) == (R == 128)
+    assert counted["project"][1:] == [planned["P"]]  # the first is low, of the forward pass
+    assert counted["outer_product"] == [planned["dA"]]
+    assert counted["token_sums"] == [planned["token_sums"] + planned.get("dB", 0)]
 
 
 def test_what_counts_as_a_launch():
