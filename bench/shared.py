@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 import dora_kernels
@@ -237,6 +236,8 @@ def section(measured: dict[str, list[dict[str, Any]]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
+    from rich.progress import track  # optional, and not for those who import the cases
+
     parser = argparse.ArgumentParser(prog="python -m bench.shared", description=__doc__.splitlines()[0])
     parser.add_argument("--block", nargs="+", choices=BLOCKS, default=list(BLOCKS)[:2])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))

@@ -1,5 +1,9 @@
 """bench.shared: what it measures is right, and what it says is what it measured."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -8,6 +12,7 @@ from bench.measure import Timing
 from tests.problem import DEVICE
 
 pytest.importorskip("peft")
+ROOT = Path(__file__).parent.parent
 CASE = shared.Case("q, k", "fp32", 5, 3)
 
 
@@ -46,6 +51,19 @@ def test_wrong_numbers_are_not_timed(small, name, monkeypatch):
     monkeypatch.setattr(shared.Problem, "step", wrong)
     with pytest.raises(RuntimeError, match=f"apart: .*{name}.*: error"):
         shared.measure(CASE, torch.device(DEVICE), 0)
+
+
+WITHOUT_RICH = """
+import sys
+sys.modules["rich"] = None
+from bench import decisive, kernels, layer, model, probe, shared
+print(shared.LLAMA)
+"""
+
+
+def test_what_runs_on_a_gpu_needs_no_rich():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_RICH], text=True, capture_output=True, cwd=ROOT)
+    assert done.stdout.strip() == str(shared.LLAMA), done.stderr
 
 
 def test_the_tables(tmp_path):
