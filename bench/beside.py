@@ -23,8 +23,7 @@ from torch import Tensor
 
 from bench.apart import Row
 from bench.gluon.candidates import SECONDS_EACH, Candidate, Inputs, sizes
-from bench.measure import interleave
-from bench.roof import stopwatch_of
+from bench.measure import interleave, stopwatch_of
 from bench.shapes import Case
 
 Step = Callable[[], object]

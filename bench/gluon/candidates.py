@@ -11,9 +11,9 @@ from torch import Tensor
 
 from bench.apart import Row
 from bench.gluon.gemm import GROUP_M, VARIANTS, launcher
-from bench.kernels import SCALING, steps_for
-from bench.measure import capture, interleave
-from bench.roof import stopwatch_of
+from bench.kernels import steps_for
+from bench.measure import capture, interleave, stopwatch_of
+from bench.problem import SCALING
 from bench.shapes import Case
 from dora_kernels.testing import compare
 
