@@ -218,19 +218,29 @@ MECHANISMS: dict[str, Callable[[Inputs, Step], Mechanism]] = {
 
 
 def measure_mechanism(name: str, case: Case) -> Iterator[Row]:
-    """A row for each amount of work, and one for the kernel that the GEMM is with this mechanism."""
-    inputs = Inputs.random(case, nn=True)
-    out = torch.empty(case.M, case.K, device=case.device, dtype=torch.bfloat16)
-    cublas = functools.partial(torch.mm, inputs.x, inputs.weight, out=out)
+    """A row for each amount of work."""
     try:
-        mechanism = MECHANISMS[name](inputs, cublas)
+        mechanism, cublas = _prepared(name, case)
     except (ImportError, AttributeError, OSError) as error:  # a library or a function that is not there
         yield {"mechanism": name, "left_out": f"{type(error).__name__}: {error}"}
         return
     for mebibytes in WORK_MEBIBYTES:
         source = torch.randn(mebibytes << 19, device=case.device).bfloat16()
         yield {"mechanism": name, **sizes(case)} | measure(mechanism, cublas, source, SECONDS_EACH)
+
+
+def launched_with(name: str, case: Case) -> Iterator[Row]:
+    """A row for the kernels that the GEMM is with this mechanism: not before all of them are timed (kernels_of)."""
+    mechanism, _ = _prepared(name, case)
     yield {"mechanism": name, **sizes(case), "kernels": kernels_of(mechanism.alone)}
+
+
+def _prepared(name: str, case: Case) -> tuple[Mechanism, Step]:
+    """The mechanism on random inputs of dx, and cuBLAS' call on them."""
+    inputs = Inputs.random(case, nn=True)
+    out = torch.empty(case.M, case.K, device=case.device, dtype=torch.bfloat16)
+    cublas = functools.partial(torch.mm, inputs.x, inputs.weight, out=out)
+    return MECHANISMS[name](inputs, cublas), cublas
 
 
 def kernels_of(step: Step) -> list[dict[str, Any]]:

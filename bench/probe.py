@@ -5,13 +5,14 @@
 
 The package's forward pass is a GEMM of the vendor's and a pass over its result, and the bytes of that pass are its
 floor. Two things go past it: one kernel for both (bench/gluon), and memory-bound work beside a GEMM (bench/beside.py).
-This measures whether they pay, most worth first. Each section has a process apart, which is killed where it hangs; the
+This measures whether they pay, most worth first. Sections run in processes apart, which are killed where they hang; the
 file is whole after every row. What the machine cannot do is a row with the reason. The last lines are the decisions.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import functools
 import pathlib
 import sys
@@ -52,8 +53,15 @@ class Probe:
 
     def right(self, variant: str) -> bool:
         """Whether all checks of the variant were made, and went well."""
-        checks = [row["ok"] for row in self.rows if row["section"] == "right" and row.get("variant") == variant]
+        checks = self._checks(variant)
         return len(checks) == len(CHECKED_SHAPES) + 1 and all(checks)
+
+    def wrong(self, variant: str) -> bool:
+        """Whether a check of the variant was made and went badly; neither right nor wrong where they were cut short."""
+        return not all(self._checks(variant))
+
+    def _checks(self, variant: str) -> list[bool]:
+        return [row["ok"] for row in self.rows if row["section"] == "right" and row.get("variant") == variant]
 
 
 def right(probe: Probe) -> list[Attempt]:
@@ -65,15 +73,17 @@ def right(probe: Probe) -> list[Attempt]:
     return [Attempt(name, functools.partial(check_variant, name, cases), silence=20) for name in VARIANTS]
 
 
+# the variants, and the first one in other orders of tiles
+FUSED = (*map(Candidate, VARIANTS), Candidate("two outputs", group_m=4), Candidate("two outputs", group_m=16))
+
+
 def percent(probe: Probe) -> list[Attempt]:
-    """The variants, and the first one in other orders of tiles, against cuBLAS at the first shape."""
-    candidates = [Candidate(name) for name in VARIANTS]
-    candidates += [Candidate("two outputs", group_m=4), Candidate("two outputs", group_m=16)]
-    return [_against_cublas(probe, probe.case, [*candidates, Candidate("dx", adapter=False)])]
+    """Each of FUSED, and dx without an adapter, against cuBLAS at the first shape."""
+    return [_against_cublas(probe, probe.case, [*FUSED, Candidate("dx", adapter=False)])]
 
 
 def grid(probe: Probe) -> list[Attempt]:
-    """A program a multiprocessor against fewer, and how many cuBLAS itself launches."""
+    """A program a multiprocessor against fewer, and how many cuBLAS itself launches (by a profiler, hence last)."""
     kinds = ({"variant": "two outputs"}, {"variant": "one output"}, {"variant": "dx", "adapter": False})
     programs = (None, beside.FEWER_PROGRAMS)
     candidates = [Candidate(**kind, programs=count) for kind in kinds for count in programs]
@@ -87,7 +97,10 @@ def overlap(probe: Probe) -> list[Attempt]:
     for name in beside.MECHANISMS:
         run = functools.partial(beside.measure_mechanism, name, probe.case)
         if name.startswith("own") and not probe.right("dx"):
-            run = functools.partial(iter, [{"mechanism": name, "left_out": "our dx is not known to be right"}])
+            row = {"ok": False, "reason": "our dx was not checked in full"}
+            if reason := "our dx is wrong" if probe.wrong("dx") else why_not_gluon():
+                row = {"left_out": reason}
+            run = functools.partial(iter, [{"mechanism": name} | row])
         attempts.append(Attempt(name, run, needs=4))
     return attempts
 
@@ -98,9 +111,19 @@ def other_shapes(probe: Probe) -> list[Attempt]:
     return [_against_cublas(probe, case, candidates) for case in probe.others]
 
 
-SECTIONS: dict[str, Callable[[Probe], list[Attempt]]] = {
-    section.__name__: section for section in (right, percent, grid, overlap, other_shapes)
+def launched(probe: Probe) -> list[Attempt]:
+    """The kernel that the GEMM is with each mechanism that was measured; a profiler slows down what it has seen."""
+    names = dict.fromkeys(row["mechanism"] for row in probe.rows if row["section"] == "overlap" and "hidden" in row)
+    return [Attempt(name, functools.partial(beside.launched_with, name, probe.case), needs=4) for name in names]
+
+
+Section = Callable[[Probe], list[Attempt]]
+SECTIONS: dict[str, Section] = {
+    section.__name__: section for section in (right, percent, grid, overlap, other_shapes, launched)
 }
+# Those that share a process: to start CUDA in one more takes some 3 s of a minute. Work beside a GEMM is most likely to
+# hang, and has one of its own.
+TOGETHER = (("percent", "grid"),)
 
 
 def _against_cublas(probe: Probe, case: Case, candidates: Sequence[Candidate]) -> Attempt:
@@ -127,23 +150,27 @@ def decisions(device: str, probe: Probe) -> list[str]:
     least = None
     if probe.case == Case(*FIRST_SHAPE, "bf16", "cuda"):
         least = next((value for card, value in LEAST_PERCENT.items() if card in device), None)
-    lines += _fused_forward(least, [row for row in rows if row["section"] == "percent" and "us" in row])
+    lines += _fused_forward(probe, least, [row for row in rows if row["section"] == "percent" and "us" in row])
     lines += _fewer_programs([row for row in rows if row["section"] == "grid" and "variant" in row])
     launched = [row for row in rows if row["section"] == "grid" and "kernels" in row]
     shown = [f"{row['call']} {one['grid']} {one['name'][:40]}" for row in launched for one in row["kernels"]]
     lines += [f"grids: {', '.join(shown)}"] if shown else []
-    return lines + _beside([row for row in rows if row["section"] == "overlap" and "hidden" in row])
+    return lines + _beside([row for row in probe.rows if row["section"] == "overlap"])
 
 
-def _fused_forward(least: float | None, rows: Sequence[Row]) -> list[str]:
+def _fused_forward(probe: Probe, least: float | None, rows: Sequence[Row]) -> list[str]:
+    """No where each candidate with two outputs was timed or is wrong; undecided where one that is not might do it."""
     by_name = {row["candidate"]: row for row in rows}
     two = [row for row in rows if row.get("variant", "").startswith("two outputs")]
     lines = []
     if two:
         best = max(two, key=lambda row: row["percent"])
         verdict = "no rule for this card and shape"
+        asked = [candidate for candidate in FUSED if candidate.variant.startswith("two outputs")]
+        open_ones = [one for one in asked if one.name not in by_name and not probe.wrong(one.variant)]
         if least is not None:
-            verdict = f"FUSED FORWARD: {_yes(best['percent'] >= least)}, the rule is {least}%"
+            answer = _answer(best["percent"] >= least, not open_ones)
+            verdict = f"FUSED FORWARD: {answer}, the rule is {least}%, {len(two)} of {len(asked)} timed"
         lines.append(f"{best['candidate']}: {best['percent']:.1f}% of cuBLAS with its one; {verdict}")
         separate = by_name["cuBLAS + epilogue"]["us"]
         lines.append(
@@ -154,8 +181,9 @@ def _fused_forward(least: float | None, rows: Sequence[Row]) -> list[str]:
     return lines + ([f"of cuBLAS: {shown}"] if single else [])
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
+def _answer(reached: bool, complete: bool = True) -> str:
+    """What is not measured could still be what reaches the rule."""
+    return "yes" if reached else "no" if complete else "undecided"
 
 
 def _fewer_programs(rows: Sequence[Row]) -> list[str]:
@@ -166,16 +194,27 @@ def _fewer_programs(rows: Sequence[Row]) -> list[str]:
     if "dx" not in slower:
         return []
     shown = ", ".join(f"{name} {100 * value:+.1f}%" for name, value in slower.items())
-    return [f"time on {fewer} programs: {shown}; WITHIN {GRID_TOLERANCE:.0%}: {_yes(slower['dx'] <= GRID_TOLERANCE)}"]
+    return [
+        f"time on {fewer} programs: {shown}; WITHIN {GRID_TOLERANCE:.0%}: {_answer(slower['dx'] <= GRID_TOLERANCE)}"
+    ]
 
 
 def _beside(rows: Sequence[Row]) -> list[str]:
-    """The best mechanism, and the best with a GEMM of our own."""
+    """The best mechanism, and the best with a GEMM of our own. No where each was measured at each amount of work, or is
+    known not to be there.
+    """
     lines = []
-    for what, few in (("WORK BESIDE A GEMM", rows), ("OUR GEMM FOR IT", [r for r in rows if "own" in r["mechanism"]])):
+    own = [name for name in beside.MECHANISMS if name.startswith("own")]
+    for what, asked in (("WORK BESIDE A GEMM", list(beside.MECHANISMS)), ("OUR GEMM FOR IT", own)):
+        few = [row for row in rows if "hidden" in row and row["mechanism"] in asked]
+        amounts = collections.Counter(row["mechanism"] for row in few)
+        full = [name for name, count in amounts.items() if count == len(beside.WORK_MEBIBYTES)]
+        absent = {row["mechanism"] for row in rows if "left_out" in row and row["mechanism"] in asked}
         if few:
             best = max(few, key=lambda row: row["hidden"])
-            verdict = f"{what}: {_yes(best['hidden'] > LEAST_HIDDEN)}, the rule is above {LEAST_HIDDEN:.0%}"
+            answer = _answer(best["hidden"] > LEAST_HIDDEN, len(full) + len(absent) == len(asked))
+            count = f"{len(full)} of {len(asked)}" + (f", {len(absent)} cannot be had" if absent else "")
+            verdict = f"{what}: {answer}, the rule is above {LEAST_HIDDEN:.0%}, {count}"
             shares = f"{best['hidden']:.0%} of {best['mebibytes']} MiB hidden, {best['overlapped']:.0%} overlapped"
             lines.append(f"{best['mechanism']}: {best['saved_us']:+.1f} us, {shares}; {verdict}")
     return lines
@@ -194,17 +233,25 @@ def run(
     out: pathlib.Path,
     information: dict[str, Any],
     seconds: float,
-    sections: dict[str, Callable[[Probe], list[Attempt]]] = SECTIONS,
+    sections: dict[str, Section] = SECTIONS,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """The sections in order, within `seconds`: their rows into probe.rows, and all of these into `out` after each."""
     end = clock() + seconds
-    for name, section in sections.items():
+    for names in _by_process(sections):
         start, before = clock(), len(probe.rows)
-        for attempt, row in make(section(probe), end - start, clock):
-            probe.rows.append({"section": name, "attempt": attempt.name, "ok": True} | row)
+        attempts = [(name, attempt) for name in names for attempt in sections[name](probe)]
+        section_of = {id(attempt): name for name, attempt in attempts}
+        for attempt, row in make([attempt for _, attempt in attempts], end - start, clock):
+            probe.rows.append({"section": section_of[id(attempt)], "attempt": attempt.name, "ok": True} | row)
             write(out, information | {"left_out": without_rows(sections, probe)}, probe.rows)
-        print(f"{name}: {len(probe.rows) - before} rows in {clock() - start:.0f} s", flush=True)
+        print(f"{', '.join(names)}: {len(probe.rows) - before} rows in {clock() - start:.0f} s", flush=True)
+
+
+def _by_process(sections: Iterable[str]) -> list[tuple[str, ...]]:
+    """The sections in order, those together that are so in TOGETHER."""
+    groups = (next((few for few in TOGETHER if name in few), (name,)) for name in sections)
+    return [tuple(name for name in few if name in sections) for few in dict.fromkeys(groups)]
 
 
 def without_rows(sections: Iterable[str], probe: Probe) -> list[str]:

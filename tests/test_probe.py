@@ -101,7 +101,13 @@ def checked(*wrong: str) -> list[dict]:
     ]
 
 
-def test_only_what_is_right_everywhere_is_timed():
+OWN = ["own GEMM, 128 programs", "own GEMM, green contexts"]
+UNKNOWN = {"ok": False, "reason": "our dx was not checked in full"}
+WRONG = {"left_out": "our dx is wrong"}
+
+
+def test_only_what_is_right_everywhere_is_timed(monkeypatch):
+    monkeypatch.setattr(probe, "why_not_gluon", lambda: None)
     rows = checked("two outputs, one consumer")
     partly = Probe(FIRST, (FIRST,), rows[:-1])  # the last check was not made
     names = set(VARIANTS) - {"two outputs, one consumer", "dx, two outputs"}
@@ -109,10 +115,11 @@ def test_only_what_is_right_everywhere_is_timed():
     assert {candidate.variant for candidate in attempt.run.args[1]} == names
     for section in (probe.percent, probe.grid, probe.other_shapes):
         assert section(Probe(FIRST, (FIRST,)))[0].run.args[1] == []
-    for known, left_out in ((partly, []), (Probe(FIRST), ["own GEMM, 128 programs", "own GEMM, green contexts"])):
+    for known, own in ((partly, None), (Probe(FIRST), UNKNOWN), (Probe(FIRST, rows=checked("dx")), WRONG)):
         attempts = probe.overlap(known)
         assert [attempt.name for attempt in attempts] == list(beside.MECHANISMS)
-        assert [attempt.name for attempt in attempts if attempt.run.func is iter] == left_out
+        rows = [row for attempt in attempts if attempt.run.func is iter for row in attempt.run()]
+        assert rows == [{"mechanism": name, **own} for name in OWN if own]
 
 
 def test_a_triton_without_gluon_is_a_row_with_the_reason(monkeypatch):
@@ -152,12 +159,37 @@ def test_the_reader_reads_all_of_it():
 
 
 ALONE = """
-import os, torch
+import os
+import torch
+
+# what starts CUDA, or asks its driver, after which a fork cannot: told of in this process, done in its forks alone
+used, parent = [], os.getpid()
+
+def watched(name, function):
+    def call(*arguments):
+        if os.getpid() != parent:
+            return function(*arguments)
+        used.append(name)
+        raise RuntimeError(name)
+    return call
+
+for owner in (torch.cuda, torch._C):
+    for name in ("is_available", "device_count", "_lazy_init", "_cuda_init", "_cuda_getDeviceCount"):
+        if hasattr(owner, name):
+            setattr(owner, name, watched(name, getattr(owner, name)))
+
+import tune
 from bench import beside, probe
-child = os.fork()
-if child == 0:
-    os._exit(torch.cuda._is_in_bad_fork())
-assert os.waitpid(child, 0)[1] == 0, "importing bench.probe has used CUDA"
+from bench.shapes import Case
+
+case = Case(*probe.FIRST_SHAPE, "bf16", "cuda")
+for section in probe.SECTIONS.values():
+    section(probe.Probe(case, (case,)))
+assert probe.main([]) == 2
+target = tune.precompile.TARGETS["sm_90"]
+wanted = tune.precompile.specializations_of(["merge"], 2, target, target.shared_limit)
+assert wanted and tune.main([]) == 2
+assert not used, f"before its forks, CUDA was asked: {used}"
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -170,12 +202,11 @@ print(kernel.metadata.shared, "cp.async.cg" in kernel.asm["ptx"])
 """
 
 
-def test_importing_it_leaves_cuda_to_its_forks_and_no_program_of_a_gemm_fits_beside_the_reader():
-    """One process for both: it starts in five seconds."""
+def test_probe_and_tune_leave_cuda_to_their_forks_and_no_program_of_a_gemm_fits_beside_the_reader():
+    """One process for all: it starts in five seconds."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE], env=env | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True
-    )
+    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", ALONE], env=env | variables, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
     shared, asynchronous = done.stdout.split()
     # 228 KiB a multiprocessor, and the smallest GEMM above takes more than half of them
@@ -231,6 +262,21 @@ def test_a_mechanism_that_is_not_there_is_a_row_with_the_reason(monkeypatch):
     assert row == {"mechanism": "cuBLAS, SM target 128", "left_out": "AttributeError: no such function"}
 
 
+def test_no_profiler_runs_before_the_last_mechanism_is_timed(monkeypatch):
+    profiled = []
+    monkeypatch.setattr(beside, "kernels_of", lambda step: profiled.append(step) or [])
+    monkeypatch.setattr(beside, "WORK_MEBIBYTES", (1,))
+    monkeypatch.setattr(beside, "measure", lambda *arguments: {"hidden": 0.5})
+    monkeypatch.setitem(beside.MECHANISMS, "cuBLAS, SM target 128", lambda inputs, mm: beside.Mechanism(mm))
+    (row,) = beside.measure_mechanism("cuBLAS, SM target 128", SMALL)
+    assert "hidden" in row and not profiled
+    rows = [{"section": "overlap", "ok": True} | row, {"section": "overlap", "ok": False, "mechanism": "hung"}]
+    (attempt,) = probe.launched(Probe(SMALL, rows=rows))  # what failed is not tried again
+    assert attempt.name == "cuBLAS, SM target 128" and next(iter(attempt.run()))["kernels"] == [] and len(profiled) == 1
+    assert list(probe.SECTIONS)[-1] == "launched"  # in a process that nothing is timed in
+    assert not any("launched" in names for names in probe.TOGETHER)
+
+
 def test_the_kernels_of_a_trace():
     kernel = {"cat": "kernel", "args": {"grid": [132, 1, 1], "block": [384, 1, 1], "stream": 7}}
     events = [kernel | {"name": "second", "ts": 9.0}, {"cat": "cpu_op", "name": "aten::mm", "ts": 1.0}]
@@ -275,6 +321,19 @@ def test_the_file_is_whole_after_every_row_and_the_time_is_kept(tmp_path, monkey
     assert len(written) == 5
 
 
+def process():
+    yield {"process": os.getpid()}
+
+
+def test_percent_and_grid_share_a_process_and_work_beside_a_gemm_has_its_own(tmp_path):
+    sections = {name: lambda found: [Attempt("a", process)] for name in probe.SECTIONS}
+    found = Probe(FIRST)
+    probe.run(found, tmp_path / "probe.json", {}, 60, sections)
+    processes = {row["section"]: row["process"] for row in found.rows}
+    assert list(processes) == list(probe.SECTIONS)
+    assert processes["percent"] == processes["grid"] and len(set(processes.values())) == len(processes) - 1
+
+
 def test_without_a_gpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert probe.main([]) == 2
@@ -292,10 +351,11 @@ def timed(section: str, candidate: Candidate | str, us: float, percent: float = 
 def measured(percent: float, fewer: float, hidden: float) -> Probe:
     """All rows of a run in which these came out."""
     dx = Candidate("dx", adapter=False)
+    fused = [one for one in probe.FUSED if one.variant.startswith("two outputs")]
     rows = checked() + [
         timed("percent", "cuBLAS", 400.0),
         timed("percent", "cuBLAS + epilogue", 445.0),
-        timed("percent", Candidate("two outputs"), 440.0, percent - 1),
+        *(timed("percent", one, 440.0, percent - 1) for one in fused if one.group_m != 4),
         timed("percent", Candidate("two outputs", group_m=4), 430.0, percent),
         timed("percent", Candidate("one output"), 410.0, 97.5),
         timed("percent", Candidate("dx, two outputs"), 410.0, 99.9),
@@ -308,22 +368,26 @@ def measured(percent: float, fewer: float, hidden: float) -> Probe:
     ]
     kernel = {"name": "nvjet_128x256", "grid": [132, 1, 1], "block": [384, 1, 1]}
     rows.append({"section": "grid", "ok": True, "call": "cuBLAS", **SIZES, "kernels": [kernel]})
-    for name, mebibytes, share in (("SM target", 64, hidden + 0.05), ("own", 64, hidden - 0.2), ("own", 128, hidden)):
-        row = {"section": "overlap", "ok": True, "mechanism": name, **SIZES, "mebibytes": mebibytes}
-        rows.append(row | {"hidden": share, "overlapped": 0.95, "saved_us": 40 * share})
+    shares = dict.fromkeys(beside.MECHANISMS, hidden - 0.3) | {"cuBLAS, SM target 128": hidden + 0.05, OWN[0]: hidden}
+    for name, share in shares.items():
+        for mebibytes in beside.WORK_MEBIBYTES:
+            row = {"section": "overlap", "ok": True, "mechanism": name, **SIZES, "mebibytes": mebibytes}
+            rows.append(row | {"hidden": share, "overlapped": 0.95, "saved_us": 40 * share})
     return Probe(FIRST, rows=rows)
 
 
 def test_the_decisions_where_all_goes_well():
     assert decisions("NVIDIA H200", measured(93.0, 1.009, 0.61)) == [
         "right: 35 of 35 checks; wrong: -",
-        "two outputs, groups of 4: 93.0% of cuBLAS with its one; FUSED FORWARD: yes, the rule is 93.0%",
+        "two outputs, groups of 4: 93.0% of cuBLAS with its one; FUSED FORWARD: yes, the rule is 93.0%, 6 of 6 timed",
         "one kernel 430.0 us, cuBLAS + epilogue 445.0 us, saved 15.0 us",
         "of cuBLAS: one output 97.5%, dx, no adapter 98.7%",
         "time on 128 programs: one output +20.0%, dx +0.9%; WITHIN 1%: yes",
         "grids: cuBLAS [132, 1, 1] nvjet_128x256",
-        "SM target: +26.4 us, 66% of 64 MiB hidden, 95% overlapped; WORK BESIDE A GEMM: yes, the rule is above 60%",
-        "own: +24.4 us, 61% of 128 MiB hidden, 95% overlapped; OUR GEMM FOR IT: yes, the rule is above 60%",
+        "cuBLAS, SM target 128: +26.4 us, 66% of 64 MiB hidden, 95% overlapped; "
+        "WORK BESIDE A GEMM: yes, the rule is above 60%, 6 of 6",
+        "own GEMM, 128 programs: +24.4 us, 61% of 64 MiB hidden, 95% overlapped; "
+        "OUR GEMM FOR IT: yes, the rule is above 60%, 2 of 2",
     ]
 
 
@@ -340,6 +404,38 @@ def test_the_stop_rules(device, percent, fewer, hidden, expected):
     lines = "\n".join(decisions(device, measured(percent, fewer, hidden)))
     for verdict in expected:
         assert verdict in lines, lines
+
+
+def without(found: Probe, **columns) -> Probe:
+    """The probe without the rows that have these."""
+    return Probe(found.case, rows=[row for row in found.rows if not columns.items() <= row.items()])
+
+
+def test_what_was_not_measured_leaves_a_no_undecided():
+    def verdict(found, what):
+        return next(line for line in decisions("NVIDIA H200", found) if what in line).partition(f"{what}: ")[2]
+
+    low, high = measured(90.0, 1.0, 0.5), measured(95.0, 1.0, 0.7)
+    beside_it, fused, own = "WORK BESIDE A GEMM", "FUSED FORWARD", "OUR GEMM FOR IT"
+    assert verdict(low, beside_it) == "no, the rule is above 60%, 6 of 6"
+    missing = {"section": "overlap", "mechanism": "cuBLAS, green contexts"}
+    assert verdict(without(low, **missing), beside_it) == "undecided, the rule is above 60%, 5 of 6"
+    assert verdict(without(low, **missing, mebibytes=128), beside_it) == "undecided, the rule is above 60%, 5 of 6"
+    assert verdict(without(high, **missing), beside_it) == "yes, the rule is above 60%, 5 of 6"
+    assert verdict(without(low, **missing), own) == "no, the rule is above 60%, 2 of 2"
+    settled = without(low, **missing)
+    settled.rows.append(missing | {"ok": True, "left_out": "ImportError: no cuda-bindings"})
+    assert verdict(settled, beside_it) == "no, the rule is above 60%, 5 of 6, 1 cannot be had"
+    settled.rows[-1] = missing | {"ok": False, "reason": "killed: hangs after 15 s"}
+    assert verdict(settled, beside_it) == "undecided, the rule is above 60%, 5 of 6"
+
+    assert verdict(low, fused) == "no, the rule is 93.0%, 6 of 6 timed"
+    name = "two outputs, one consumer"
+    cut = without(low, section="percent", variant=name)
+    assert verdict(cut, fused) == "undecided, the rule is 93.0%, 5 of 6 timed"
+    assert verdict(without(high, section="percent", variant=name), fused) == "yes, the rule is 93.0%, 5 of 6 timed"
+    cut.rows.append({"section": "right", "variant": name, "ok": False})
+    assert verdict(cut, fused) == "no, the rule is 93.0%, 5 of 6 timed"
 
 
 def test_decisions_of_what_is_there():
