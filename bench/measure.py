@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import random
@@ -209,13 +210,21 @@ def stopwatch_of(device: torch.device) -> Callable[[Step], Callable[[], float]]:
     return CudaStopwatch(device) if device.type == "cuda" else cpu_stopwatch
 
 
+@functools.cache
+def _capture_stream() -> torch.cuda.Stream:
+    """One for all captures: a pool's blocks serve the stream they were allocated on, and cuBLAS has a workspace (32 MiB
+    on Hopper) for each.
+    """
+    return torch.cuda.Stream()
+
+
 def capture(step: Callable[[], dict[str, Tensor]], pool: Any) -> tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]:
     """A CUDA graph of one step, and the tensors that its replay writes, valid until the next graph of `pool` runs.
 
     pool: torch.cuda.graph_pool_handle(), one for all graphs that are never replayed at once; a pool in which a capture
     has failed is not to be used again.
     """
-    stream = torch.cuda.Stream()
+    stream = _capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARMUP_STEPS):

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -468,7 +469,7 @@ def test_a_capture_that_fails_gives_the_stream_back(end_raises, monkeypatch):
             inside.append("out")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(measure, "_capture_stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -477,6 +478,25 @@ def test_a_capture_that_fails_gives_the_stream_back(end_raises, monkeypatch):
     with pytest.raises(StopIteration):  # what went wrong first, and not that the capture has no end
         measure.capture(lambda: next(calls), None)
     assert inside == ["in", "out", "in", "begin", "end", "out"]
+
+
+def test_graphs_of_a_pool_are_captured_on_one_stream(monkeypatch):
+    used, captures = [], []
+    monkeypatch.setattr(
+        torch.cuda, "CUDAGraph", lambda: mock.Mock(capture_begin=lambda pool: captures.append(used[-1]))
+    )
+    monkeypatch.setattr(torch.cuda, "Stream", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", mock.Mock)
+    monkeypatch.setattr(torch.cuda, "stream", lambda one: used.append(one) or contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    measure._capture_stream.cache_clear()
+    try:
+        for _ in range(2):
+            measure.capture(dict, None)
+    finally:
+        measure._capture_stream.cache_clear()  # of what is no stream
+    assert len(captures) == 2 and captures[0] is captures[1]
 
 
 def test_timing_statistics():
