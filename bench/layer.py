@@ -11,8 +11,9 @@
 
 Inference is timed plain, and as "inference+frozen_adapters" in that scope. In eval mode ours keeps the norm from one
 eager call to the next, in the scope or not; a CUDA graph computes it at every replay, in the scope or not.
-The file is overwritten, and complete after every case: a run that is cut short leaves what it has measured. Launches
-are counted after all timing, because torch.profiler slows down what follows it.
+The file is overwritten, and written after every step of a case: a run that is cut short leaves what it has measured. A
+case of which something is missing stands in left_out, with what. Launches are counted after all timing, because
+torch.profiler slows down what follows it; COUNT_SECONDS are kept for that.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import itertools
 import pathlib
 import sys
 import time
@@ -35,7 +37,8 @@ from bench.problem import FROZEN_INFERENCE, PASSES
 from bench.providers import PROVIDERS, providers_of
 from bench.report import memory, problems, table, write
 from bench.shapes import GRIDS, PRECISIONS, QUANTIZED, Case, dropout_case, sizes_of
-from bench.steps import HOST_TOKENS, Row, count_launches, measure_case, measure_shared
+from bench.steps import HOST_TOKENS, Found, Row, count_launches, measure_case, measure_shared
+from dora_kernels import plan
 
 # without --grid: what is not named of --shape, --tokens, --rank and --precision (a GPU without any: the core grid)
 DEFAULT_GPU = {"shape": [(4096, 4096)], "tokens": [8192, 512], "rank": [64, 16], "precision": ["bf16", "bf16-autocast"]}
@@ -61,56 +64,78 @@ def grid(
 
 
 Counts = dict[tuple[str, str], "float | None"]
+# kept for counting launches: a case takes about 1.5 s, most of it the profiler's start (a guess, no GPU has run it)
+COUNT_SECONDS = 6
 
 
 def run(
     cases: Sequence[Case | shared.Case],
     out: pathlib.Path,
-    measure: Callable[[Any], list[Row]],
+    measure: Callable[[Any, Found], list[Row]],
     seconds: float,
     information: dict[str, Any],
     clock: Callable[[], float] = time.monotonic,
     count: Callable[[Case], Counts] | None = None,
     conditions: Callable[[], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Measure the cases in order into `out`, written after each; once `seconds` are over the rest is left out.
+    """Measure the cases in order into `out`, written as rows come; once `seconds` are over the rest is left out.
 
-    A case that raises RuntimeError is left out, too. count: the launches of a case, which go into its rows while there
-    is time left. conditions: the device's, kept in meta for the end of each case.
+    measure(case, found): all rows of a case; calls found as measure_case does. A case that raises RuntimeError is left
+    out, too. count: the launches of a case, which go into its rows, as long as there is time: COUNT_SECONDS are kept.
+    conditions: the device's, kept in meta for the end of each case.
     """
     end = clock() + seconds
+    counting = min(COUNT_SECONDS, seconds / 4) if count else 0
     rows: dict[Case | shared.Case, list[dict[str, Any]]] = {}
-    left_out = [str(case) for case in cases]
+    left_out = {case: str(case) for case in cases}
     information = information | ({"conditions": {}} if conditions else {})
 
     def save() -> None:
-        write(out, information | {"left_out": left_out}, _flat(rows))
+        write(out, information | {"left_out": list(left_out.values())}, _flat(rows))
 
-    for case in cases:
-        if clock() >= end:
-            print(f"out of time, left out: {'; '.join(left_out)}", flush=True)
+    for case in left_out.copy():
+        if clock() >= end - counting:
+            print(f"out of time, left out: {'; '.join(left_out.values())}", flush=True)
             break
         print(case, flush=True)
+
+        def found(measured: list[Row], missing: list[str], case: Case | shared.Case = case) -> None:
+            if missing:
+                rows[case] = [asdict(row) for row in measured]
+                left_out[case] = f"{case}: {', '.join(missing)}"
+                save()
+
         try:
-            rows[case] = [asdict(row) for row in measure(case)]
+            rows[case] = [asdict(row) for row in measure(case, found)]
         except RuntimeError as error:  # too little memory for the problem, or what measure_shared holds back
             print(f"{case}: {type(error).__name__}: {error}"[:500], flush=True)
             continue  # it stays among what is left out
         if conditions:
             information["conditions"][str(case)] = conditions()
-        left_out.remove(str(case))
+        del left_out[case]
         save()
         gc.collect()
-    for case in rows:
-        if count is None or clock() >= end:
+    for case in _telling(case for case in rows if isinstance(case, Case)) if count else ():
+        if clock() >= end:
             break
-        if isinstance(case, shared.Case):
+        try:
+            counts = count(case)
+        except RuntimeError as error:
+            print(f"launches of {case}: {type(error).__name__}: {error}"[:500], flush=True)
             continue
-        counts = count(case)
         for row in rows[case]:
             row["launches"] = counts.get((row["provider"], row["step"])) if row["ok"] else None
         save()
     return _flat(rows)
+
+
+def _telling(cases: Iterable[Case]) -> list[Case]:
+    """First those that launch what no earlier one does, as far as dtypes, dropout, rank and few tokens decide it."""
+    kinds: dict[tuple, list[Case]] = {}
+    for case in cases:
+        tokens = (case.M > 16) + (case.M > HOST_TOKENS)
+        kinds.setdefault((case.precision, case.variant, case.R >= plan.SKINNY_RANK, tokens), []).append(case)
+    return [case for group in itertools.zip_longest(*kinds.values()) for case in group if case is not None]
 
 
 def _flat(rows: dict[Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -130,10 +155,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     steps = arguments.step or (DECODE_STEPS if arguments.grid == "decode" else list(PASSES))
 
-    def measure(case: Case | shared.Case) -> list[Row]:
+    def measure(case: Case | shared.Case, found: Found) -> list[Row]:
         if isinstance(case, shared.Case):
             return measure_shared(case, device, arguments.step_seconds, arguments.rounds)
-        timing = (arguments.step_seconds, arguments.rounds, arguments.host or None)
+        timing = (arguments.step_seconds, arguments.rounds, arguments.host or None, found)
         return measure_case(case, providers_of(case, arguments.provider), steps, *timing)
 
     def count(case: Case) -> Counts:

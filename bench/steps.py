@@ -71,6 +71,9 @@ class Row:
         self.ms = self.graph_ms = self.peak_bytes = self.saved_bytes = self.host_us = self.launches = None
 
 
+Found = Callable[[list[Row], list[str]], None]
+
+
 def measure_case(
     case: Case,
     providers: dict[str, Provider] | None = None,
@@ -78,52 +81,88 @@ def measure_case(
     seconds: float = 1.0,
     rounds: tuple[int, int] = (5, 100),
     host: bool | None = None,
+    found: Found = lambda rows, missing: None,
 ) -> list[Row]:
     """One row per step and provider. What fails the gate, or raises, says so in its rows and is not timed.
 
     providers: default: providers_of(case). seconds: of interleaved timing, for each step (and again for the CUDA
-    graphs). host: whether to measure host_us; None: where M is at most HOST_TOKENS.
+    graphs). host: whether to measure host_us; None: where M is at most HOST_TOKENS. found(rows, missing): called with
+    all rows so far after each step, which are whole, and with the steps and providers that are not among them yet.
+
+    A compiled provider takes some ten seconds to build. Before each of these everything so far is measured, in a
+    quarter of the time, and then again, with it: a row has the times of one interleaved measurement.
     """
+    providers = providers_of(case) if providers is None else providers
     device = torch.device(case.device)
-    problem, gate, layers, templates = _built(case, providers_of(case) if providers is None else providers)
+    problem, gate = _problem(case, providers)
     host = case.M <= HOST_TOKENS if host is None else host
-    rows = []
-    for step in _steps_of(case, steps):
-        named = {
-            name: Row(provider=name, step=step, **_sizes(case), **copy.deepcopy(record))
-            for name, record in templates.items()
-        }
-        with contextlib.ExitStack() as scopes:
-            calls = {}
-            for name, layer in layers.items():
-                layer.set_mode(step)
-                scopes.enter_context(layer.scope(step))
-                if step not in TRAINING:  # the gate above was one of training
-                    try:
-                        reason = failure(gate.check(layer, step)[0])
-                    except Exception as error:
-                        reason = f"{type(error).__name__}: {error}"
-                    if reason is not None:
-                        named[name].fail(reason)
-                        continue
-                calls[name] = functools.partial(PASSES[step], layer, problem)
+    steps = _steps_of(case, steps)
+    layers: dict[str, Layer] = {}
+    templates: dict[str, dict[str, Any]] = {}
+    measured: dict[str, list[Row]] = {}
+    waiting = list(providers)
+    while waiting:
+        group = [name for name in waiting if name not in COMPILED] or waiting[:1]
+        waiting = [name for name in waiting if name not in group]
+        _build(problem, gate, {name: providers[name] for name in group}, layers, templates)
+        share = seconds / 4 if waiting else seconds
+        for place, step in enumerate(steps):
+            named = {
+                name: Row(provider=name, step=step, **_sizes(case), **copy.deepcopy(record))
+                for name, record in templates.items()
+            }
+            _measure_step(step, problem, gate, layers, named, device, share, rounds, host)
+            measured[step] = list(named.values())
+            unmeasured = [later for later in steps if later not in measured]
+            behind = group if not unmeasured and place + 1 < len(steps) else []
+            found([row for rows in measured.values() for row in rows], [*unmeasured, *behind, *waiting])
+    return [row for rows in measured.values() for row in rows]
 
-            def wrong(name: str, results: Results, step: str = step) -> str | None:
-                return failure(gate.comparisons(layers[name].computes, results, step))
 
-            held = {name: (problem.x, problem.weight, *layers[name].held()) for name in calls}
-            _measure(calls, held, named, device, seconds, rounds, host)
-            if device.type == "cuda":
-                _time_graphs(calls, named, wrong, problem.seed, device, seconds, rounds)
-        rows += named.values()
-    return rows
+def _measure_step(
+    step: str,
+    problem: Problem,
+    gate: Gate,
+    layers: dict[str, Layer],
+    named: dict[str, Row],
+    device: torch.device,
+    seconds: float,
+    rounds: tuple[int, int],
+    host: bool,
+) -> None:
+    """Everything about one step into the rows of the layers."""
+    with contextlib.ExitStack() as scopes:
+        calls = {}
+        for name, layer in layers.items():
+            layer.set_mode(step)
+            scopes.enter_context(layer.scope(step))
+            if step not in TRAINING:  # the gate of _build was one of training
+                try:
+                    reason = failure(gate.check(layer, step)[0])
+                except Exception as error:
+                    reason = f"{type(error).__name__}: {error}"
+                if reason is not None:
+                    named[name].fail(reason)
+                    continue
+            calls[name] = functools.partial(PASSES[step], layer, problem)
+
+        def wrong(name: str, results: Results) -> str | None:
+            return failure(gate.comparisons(layers[name].computes, results, step))
+
+        held = {name: (problem.x, problem.weight, *layers[name].held()) for name in calls}
+        _measure(calls, held, named, device, seconds, rounds, host)
+        if device.type == "cuda":
+            _time_graphs(calls, named, wrong, problem.seed, device, seconds, rounds)
 
 
 def count_launches(
     case: Case, providers: dict[str, Provider] | None = None, steps: Iterable[str] = tuple(PASSES)
 ) -> dict[tuple[str, str], float | None]:
     """(provider, step) -> what a call starts on the device. Not before everything is timed."""
-    problem, _, layers, _ = _built(case, providers_of(case) if providers is None else providers, check=False)
+    providers = providers_of(case) if providers is None else providers
+    problem, gate = _problem(case, providers)
+    layers: dict[str, Layer] = {}
+    _build(problem, gate, providers, layers, {}, check=False)
     counts = {}
     for step in _steps_of(case, steps):
         for name, layer in layers.items():
@@ -151,16 +190,23 @@ def _sizes(case: Case) -> dict[str, Any]:
     return sizes | {"layers": layer_names(case.N, case.K)}
 
 
-def _built(
-    case: Case, providers: dict[str, Provider], check: bool = True
-) -> tuple[Problem, Gate, dict[str, Layer], dict[str, dict[str, Any]]]:
-    """The problem, its gate, the layers that passed it, and of every provider what its rows have in common."""
+def _problem(case: Case, providers: Iterable[str]) -> tuple[Problem, Gate]:
+    """The case's tensors and their gate, for layers of these providers."""
     if any(name in COMPILED for name in providers):
         torch.compiler.reset()  # its cache is not for a grid of shapes
     problem = Problem.random(case)
-    gate = Gate(problem)
-    layers: dict[str, Layer] = {}
-    records: dict[str, dict[str, Any]] = {}
+    return problem, Gate(problem)
+
+
+def _build(
+    problem: Problem,
+    gate: Gate,
+    providers: dict[str, Provider],
+    layers: dict[str, Layer],
+    records: dict[str, dict[str, Any]],
+    check: bool = True,
+) -> None:
+    """Into layers those that pass the gate, and into records what the rows of every provider have in common."""
     for name, provider in providers.items():
         records[name] = record = {"computes": None, "ok": False, "reason": None}
         try:
@@ -175,7 +221,6 @@ def _built(
         if record["reason"] is None:
             record["ok"] = True
             layers[name] = layer
-    return problem, gate, layers, records
 
 
 def _measure(

@@ -236,8 +236,8 @@ def test_rows_and_json(tmp_path, capsys):
     providers |= {"zeros": zeros, "raising": raising}
     path = tmp_path / "deep" / "layer.json"
 
-    def measured(case):
-        return steps.measure_case(case, providers, seconds=0.0, rounds=(2, 2))
+    def measured(case, found):
+        return steps.measure_case(case, providers, seconds=0.0, rounds=(2, 2), found=found)
 
     layer.run([case(), case("bf16")], path, measured, 60, {"commit": "c0ffee"})
     content = json.loads(path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
@@ -309,7 +309,7 @@ def test_memory_table():
 def test_a_run_out_of_time_leaves_what_it_has(tmp_path, capsys):
     clock = FakeClock()
 
-    def measured(case):
+    def measured(case, found):
         clock.now += 10
         return []
 
@@ -323,7 +323,7 @@ def test_a_run_out_of_time_leaves_what_it_has(tmp_path, capsys):
 def test_launches_are_counted_after_all_timing_while_there_is_time(tmp_path):
     clock, order = FakeClock(), []
 
-    def measured(case):
+    def measured(case, found):
         order.append(("time", case.M))
         clock.now += 10
         return [
@@ -350,8 +350,105 @@ def test_launches_are_counted_after_all_timing_while_there_is_time(tmp_path):
     assert content["meta"] == {"conditions": found, "left_out": []}
 
 
+def test_launches_have_a_part_of_the_time_and_the_most_different_cases_come_first(tmp_path):
+    clock, timed, counted = FakeClock(), [], []
+    start = clock.now
+
+    def measured(case, found):
+        timed.append(case)
+        clock.now += 2.9
+        return [steps.Row("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32")]
+
+    def count(case):
+        counted.append((case, len(timed)))
+        clock.now += 1.4
+        return {("ours", "forward"): 9.0}
+
+    core = shapes.core_grid("cuda")
+    cases = [*core[:3], shapes.dropout_case(), shared.LLAMA, *core[3:]]
+    rows = layer.run(cases, tmp_path / "layer.json", measured, 45, {}, clock, count)
+    # 1 and 3, dropout, one token, 512
+    assert [case for case, _ in counted][:3] == [core[0], core[2], cases[3]] and len(counted) >= 3
+    assert {at for _, at in counted} == {len(timed)} and 12 <= len(timed) < len(cases)
+    assert layer._telling(case for case in cases if case != shared.LLAMA)[3:5] == [core[3], core[5]]
+    assert [row["launches"] for row in rows].count(9.0) == len(counted)
+    assert clock.now - start < 45 + 2.9
+    timed.clear()
+    layer.run(cases[:1], tmp_path / "layer.json", measured, 1, {}, clock, count)  # a short run is one all the same
+    assert len(timed) == 1
+
+
+def test_launches_that_cannot_be_counted_cost_only_themselves(tmp_path, capsys):
+    def measured(case, found):
+        return [steps.Row("ours", "dora", "forward", [], case.M, 1, 1, 1, case.precision)]
+
+    def count(case):
+        if case.M == 1:
+            raise torch.OutOfMemoryError("too large")
+        return {("ours", "forward"): 9.0}
+
+    rows = layer.run([case(M=1), case("bf16")], tmp_path / "layer.json", measured, 60, {}, count=count)
+    assert [row["launches"] for row in rows] == [None, 9.0]
+    assert "OutOfMemoryError: too large" in capsys.readouterr().out
+
+
+def test_an_interrupted_case_leaves_its_whole_steps_and_says_what_is_missing(tmp_path):
+    def measured(case, found):
+        rows = [steps.Row(name, "dora", "forward", [], case.M, 1, 1, 1, "fp32") for name in ("ours", "frozen")]
+        if case.M == 2:
+            found(rows, ["inference", "peft_dora_compiled"])
+            raise KeyboardInterrupt
+        found(rows, [])
+        return rows
+
+    path, cases = tmp_path / "layer.json", [case(M=M) for M in (1, 2, 3)]
+    with pytest.raises(KeyboardInterrupt):
+        layer.run(cases, path, measured, 60, {})
+    content = json.loads(path.read_text())
+    assert [(row["M"], row["provider"]) for row in content["rows"]] == [
+        (M, name) for M in (1, 2) for name in ("ours", "frozen")
+    ]
+    assert content["meta"]["left_out"] == [f"{cases[1]}: inference, peft_dora_compiled", str(cases[2])]
+
+
+def test_what_is_compiled_is_built_when_the_others_are_measured(monkeypatch):
+    order = []
+
+    def late(name):
+        def build(problem):
+            order.append(name)
+            return PROVIDERS["frozen"](problem)
+
+        return build
+
+    def found(rows, missing):
+        assert all(row.ms.runs == 2 for row in rows)
+        order.append(([f"{row.provider} {row.step}" for row in rows], missing))
+
+    monkeypatch.setattr(steps, "COMPILED", ("late", "later"))
+    providers = {"late": late("late"), "frozen": PROVIDERS["frozen"], "later": late("later"), "ours": ours}
+    measured = steps.measure_case(case(), providers, ("forward", "inference"), 0, (2, 2), found=found)
+    two, three = ["frozen", "ours"], ["frozen", "ours", "late"]
+    four = [*three, "later"]
+
+    def named(names, step):
+        return [f"{name} {step}" for name in names]
+
+    assert order == [
+        (named(two, "forward"), ["inference", "late", "later"]),
+        (named(two, "forward") + named(two, "inference"), ["late", "later"]),
+        "late",
+        (named(three, "forward") + named(two, "inference"), ["late", "later"]),
+        (named(three, "forward") + named(three, "inference"), ["later"]),
+        "later",
+        (named(four, "forward") + named(three, "inference"), ["later"]),
+        (named(four, "forward") + named(four, "inference"), []),
+    ]
+    assert [f"{row.provider} {row.step}" for row in measured] == order[-1][0]
+
+
 def test_a_case_that_raises_is_left_out_and_not_the_end(tmp_path, capsys):
-    def measured(case):
+    def measured(case, found):
         if case.M == 2:
             raise torch.OutOfMemoryError("too large")
         return [steps.Row("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32")]
