@@ -113,9 +113,15 @@ def shape_of(case: Case) -> plan.Shape:
 
 
 def plan_step(kernel: str, case: Case) -> plan.Step:
-    """What plan.py counts for a kernel of bench.kernels: the elements of the main tensors, FLOPs and launches."""
+    """What plan.py counts for a kernel of bench.kernels: the elements of the main tensors, FLOPs and launches.
+
+    token_sums: with dB among them, at any rank, as bench.kernels measures it; column_sums: without.
+    """
     shape = shape_of(case)
+    M, N, R = case.M, case.N, case.R
     steps = plan.forward_steps(shape, "split") | plan.backward_steps(shape, "merged")
+    steps |= {"dB": plan.Step(M * N, 2 * M * N * R), "column_sums": plan.Step(2 * M * N, 0, launches=2)}
+    steps["token_sums"] = plan.Step(2 * M * N, 2 * M * N * R, launches=2)
     return steps[{"project": "P", "outer_product": "dA"}.get(kernel, kernel)]
 
 
@@ -130,6 +136,8 @@ def work(kernel: str, case: Case) -> Work:
         "project": M + N,
         "epilogue": M + N,
         "token_sums": M + N,
+        "column_sums": 0,
+        "dB": M + N,
         "outer_product": M + K,
         "base": 0,
         "dx": 0,

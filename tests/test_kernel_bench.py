@@ -2,6 +2,7 @@
 measurements, whose code runs here at small sizes.
 """
 
+import collections
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from bench.measure import Timing
 from bench.roof import Roof, Work, work
 from bench.shapes import Case
 from dora_kernels import launch, plan
+from dora_kernels.kernels import KERNELS, backward
 from dora_kernels.reference import REFERENCE
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +42,8 @@ def small(precision: str) -> Case:
         ("project", 2**25 + 2**18 + 2**19, 2 * 2**25 * 64),
         ("epilogue", 2 * 2**25 + 2**18 + 2**19, 2 * 2**25 * 64),
         ("token_sums", 2 * 2**25 + 2**18 + 2**19, 2 * 2**25 * 64),
+        ("column_sums", 2 * 2**25, 0),
+        ("dB", 2**25 + 2**18 + 2**19, 2 * 2**25 * 64),
         ("outer_product", 2**24 + 2**17 + 2**19, 2 * 2**24 * 64),
         ("base", 2**24 + 2**23 + 2**25, 2 * 2**36),
         ("dx", 2**24 + 2**23 + 2**25, 2 * 2**36),
@@ -52,6 +56,35 @@ def test_work(kernel, elements, flops):
 def test_work_of_wider_operands():
     assert work("norm", replace(CASE, precision="bf16-fp32")).bytes == 2 * 2**23 + 4 * (2**17 + 2**18)
     assert work("norm", replace(CASE, precision="fp32")).bytes == 4 * (2**23 + 2**17 + 2**18)
+
+
+def test_the_sums_include_the_product_at_any_rank():
+    wide = replace(CASE, R=384)
+    assert not plan.outer_by_kernel(384, same_dtype=True)  # in the package it is the library's, in bench.kernels not
+    assert work("token_sums", wide) == Work(2 * (2 * 2**25 + 384 * (8192 + 4096)), 2 * 2**25 * 384)
+
+
+def test_the_library_is_charged_for_what_it_reads():
+    rows = kernels.measure_case(SMALL, H200, ("token_sums", "column_sums"), seconds=0, rounds=(1, 1))
+    counted = {(row["kernel"], row["by"]): (row["bytes"], row["flops"]) for row in rows}
+    M, N, R = SMALL.M, SMALL.N, SMALL.R
+    assert counted["token_sums", "kernel"] == (2 * (2 * M * N + R * (M + N)), 2 * M * N * R)
+    assert counted["token_sums", "library"] == (2 * (M * N + R * (M + N)), 2 * M * N * R)
+    assert counted["column_sums", "kernel"] == counted["column_sums", "library"] == (4 * M * N, 0)
+
+
+def test_the_sums_without_the_product_are_what_the_package_launches_at_high_ranks(monkeypatch):
+    """The kernel between the product and the sum of its parts gets the same arguments."""
+    launched = []
+    monkeypatch.setattr(backward, "_partial_sums", lambda how, *given: launched.append(given) or (None, None, None))
+    monkeypatch.setattr(backward, "_finish_sums_kernel", collections.defaultdict(lambda: lambda *given, **named: None))
+    o = Operands.random(replace(SMALL, R=plan.SKINNY_RANK))
+    for call in ("token_sums", "column_sums"):
+        kernels.CALLS[call](o, KERNELS)
+    product, without = launched
+    expected = (o.dy, None, o.gain, o.base, True, None)
+    for given in (product, without):
+        assert all(one is other for one, other in zip(given, expected, strict=True))
 
 
 def test_every_kernel_has_a_formula_and_a_library_call():
