@@ -267,6 +267,13 @@ def test_candidates_are_checked_on_the_real_kernels(monkeypatch):
     assert found == {default: {"_a": (255, 696, 0)}, other: {}, broken: {}, spilling: {"_a": (255, 696, 0)}}
     assert {default, other, broken} <= set(used) and configs.config_for is config_for
 
+    # neither loads anything: what differs in waves alone has the same code, and tiles tried at low ranks are there
+    loaded = iter([{}] * 6)
+    more, fine = (replace(config, waves=config.waves + 1) for config in (spilling, other))
+    times, found = measure("merge", 2, [default, more, fine])
+    assert times[more] is None and len(times[default]) == len(times[fine]) == 1
+    assert found == {default: {"_a": (255, 696, 0)}, more: {"_a": (255, 696, 0)}, fine: {}}
+
 
 def test_what_a_process_has_loaded(monkeypatch):
     one, unloaded = (SimpleNamespace(n_regs=n, n_spills=174, metadata=SimpleNamespace(shared=512)) for n in (255, None))

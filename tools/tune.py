@@ -168,6 +168,9 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
 
     One that spills in earnest is not timed, but for the default, the first one.
     """
+    # kernel, bytes and configuration -> what was loaded for it. What is there is not loaded again: `waves` sets how
+    # many programs there are and nothing that is compiled, and tiles may be tried at low and at high ranks.
+    usage_of: dict[tuple[str, int, Config], dict[str, tuple[int, int, int]]] = {}
 
     def measure(kernel: str, operand_bytes: int, configs: Sequence[Config]) -> tuple[Times, Loaded]:
         times: Times = {config: [] for config in configs}
@@ -185,7 +188,10 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
                         wrong = kernels.failure(checker.comparisons(job, steps))
                     except Exception as error:  # too much shared memory, say
                         wrong = f"{type(error).__name__}: {error}"[:200]
-                    loaded[config] |= {name: usage for (name, _), usage in in_process().items() - known.items()}
+                    code = kernel.removesuffix("_high_rank"), operand_bytes, dataclasses.replace(config, waves=1)
+                    usage = usage_of.setdefault(code, {})
+                    usage |= {name: new for (name, _), new in in_process().items() - known.items()}
+                    loaded[config] |= usage
                     spilt = max((stack for _, stack, _ in loaded[config].values()), default=0)
                     if not wrong and config != configs[0] and spilt > HARMLESS_SPILLS:
                         wrong = f"spills {spilt} bytes a thread"
