@@ -40,8 +40,8 @@ OFF_DEVICE = tuple(
 )  # fmt: skip
 # of the other files the first; then the rest of them by name
 NEXT = ("test_functional.py", "test_quantized.py", "test_compile.py", "test_properties.py", "test_dropout.py")
-# 40 GB and ten seconds of drawing numbers: at the end, when the other workers are done
-HUGE = "tests/test_addresses.py::test_more_than_2_to_the_31_elements_on_a_gpu"
+# 40 GB and ten seconds of drawing numbers, the last test of its file: at the end, when the other workers are done
+HUGE_FILE, HUGE = "test_addresses.py", "tests/test_addresses.py::test_more_than_2_to_the_31_elements_on_a_gpu"
 # -v: where pytest is killed its log still tells the counts. What a missing package keeps from being collected must not
 # hide the rest.
 PYTEST = (sys.executable, "-m", "pytest", "-v", "--continue-on-collection-errors", "-p", "no:cacheprovider")
@@ -80,25 +80,34 @@ def tests_core(suite: Suite, seconds: float) -> dict[str, Any]:
 
 
 def tests_failed(suite: Suite, seconds: float) -> dict[str, Any]:
-    """What failed in the run whose suite.json is given, then the files that were not in it."""
-    failed = failed_before(suite.failed) if suite.failed else set()
-    again = {_file_of(test) for test in failed}
-    earlier = {"files": CORE, "tests": [*failed, "tests." + HUGE.removeprefix("tests/").replace(".py", "")]}
-    path = suite.work / "failed_before.json"
-    path.write_text(json.dumps(earlier))
-    names = [name for name in CORE if name in again] + files()
-    return _run(suite, seconds, "tests_failed", [f"--only-failed={path}", *(f"tests/{name}" for name in names), HUGE])
+    """Of CORE what has not passed in the run whose suite.json is given, be it that it failed or that it was not run;
+    then the other files. Without that file, or where it is broken: all of them.
+    """
+    passed, again, note = set(), set(CORE), {}
+    if suite.failed:
+        try:
+            passed, again = passed_before(suite.failed)
+        except Exception as error:  # no file, or any content: then everything is tested again
+            note = {"note": f"{suite.failed}: {type(error).__name__}: {error}"[:200]}
+            print(f"    {note['note']}", flush=True)
+    path = suite.work / "passed_before.json"
+    path.write_text(json.dumps(sorted(passed)))
+    names = [name for name in CORE if name in again - {HUGE_FILE}] + files() + [HUGE_FILE]
+    return _run(suite, seconds, "tests_failed", [f"--passed={path}", *(f"tests/{name}" for name in names)]) | note
 
 
-def failed_before(path: Path) -> set[str]:
-    """The tests of CORE that failed in the run of this suite.json, as a junit file names them."""
-    rows = json.loads(path.read_text())["rows"]
-    return {test for row in rows for test in row.get("failures") or () if _file_of(test) in CORE}
+def passed_before(path: Path) -> tuple[set[str], set[str]]:
+    """(tests that need not run again after the run of this suite.json, files of CORE that have others)."""
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["stage"] == "tests_core"]
+    passed = {test for row in rows for test in row.get("passed") or ()}
+    if any(row.get("complete") for row in rows):
+        return passed, {_file_of(test) for row in rows for test in row["failures"]} & set(CORE)
+    return passed, set(CORE)
 
 
 def _file_of(test: str) -> str:
-    """tests.test_a.TestB::test_c -> test_a.py"""
-    return next((f"{part}.py" for part in test.partition("::")[0].split(".") if part.startswith("test_")), "")
+    """tests.test_a.TestB::test_c -> test_a.py; also of ::tests.test_a, a file that could not be collected."""
+    return next((f"{part}.py" for part in re.split(r"::|\.", test) if part.startswith("test_")), "")
 
 
 def _run(suite: Suite, seconds: float, name: str, tests: Sequence[str]) -> dict[str, Any]:
@@ -107,6 +116,8 @@ def _run(suite: Suite, seconds: float, name: str, tests: Sequence[str]) -> dict[
     done = suite.run(name, command(seconds, xml, tests), seconds, GRACE_SECONDS, SIDE_BY_SIDE)
     outcome = pytest_outcome(xml, done.log)
     outcome["ok"] = done.status == 0
+    ended = done.status in (0, 1) and "session-timeout" not in done.tail  # 1: all were run, and some failed
+    outcome["complete"] = ended and outcome["failures"] is not None
     if done.status is None:
         outcome["reason"] = f"stopped to end within {seconds:.0f} s"
     elif "session-timeout" in done.tail:
@@ -117,20 +128,25 @@ def _run(suite: Suite, seconds: float, name: str, tests: Sequence[str]) -> dict[
 
 
 def pytest_outcome(xml: Path, log: Path) -> dict[str, Any]:
-    """Counts and failures of a pytest run from its junit file, or, where it was killed, counts from its log."""
+    """Counts, failures, and what passed or was skipped of a pytest run from its junit file, or, where that is broken,
+    counts from its log.
+    """
     try:
         cases = list(ElementTree.parse(xml).iter("testcase"))
     except (OSError, ElementTree.ParseError):
         words = Counter(re.findall(r" (PASSED|FAILED|ERROR|SKIPPED)\b", log.read_text(errors="replace")))
-        return {"counts": {word.lower(): count for word, count in words.items()}, "failures": None}
+        return {"counts": {word.lower(): count for word, count in words.items()}, "failures": None, "passed": None}
     counts: Counter[str] = Counter()
-    failures = {}
+    failures, passed = {}, []
     for case in cases:
         outcomes = [child for child in case if child.tag in ("failure", "error", "skipped")]
         counts[outcomes[0].tag if outcomes else "passed"] += 1
+        test = f"{case.get('classname')}::{case.get('name')}"
         if outcomes and outcomes[0].tag != "skipped":
-            failures[f"{case.get('classname')}::{case.get('name')}"] = (outcomes[0].get("message") or "")[:300]
-    return {"counts": dict(counts), "failures": failures}
+            failures[test] = (outcomes[0].get("message") or "")[:300]
+        else:
+            passed.append(test)
+    return {"counts": dict(counts), "failures": failures, "passed": [test for test in passed if test not in failures]}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""A pytest plugin for runs on a GPU: failures of an earlier run go alone, the JUnit file is always there, and a broken
-CUDA context ends its process.
+"""A pytest plugin for runs on a GPU: what passed in an earlier run is left out, the JUnit file is always there, and a
+broken CUDA context ends its process.
 
 An illegal memory access makes every later call of its process fail. Under pytest-xdist such a process would take most
 of the tests, since it is the fastest to be done with them.
@@ -20,21 +20,17 @@ JUNIT_SECONDS = 5.0  # between two writings of the JUnit file, which is there wh
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--only-failed", type=Path, metavar="JSON", help="of its `files` only its `tests`, named as in a junit file"
+        "--passed", type=Path, metavar="JSON", help="a list of tests to leave out, named as in a junit file"
     )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    path = config.getoption("--only-failed")
+    path = config.getoption("--passed")
     if path is None:
         return
-    earlier = json.loads(path.read_text())
-
-    def wanted(item: pytest.Item) -> bool:
-        return item.path.name not in earlier["files"] or junit_name(item.nodeid) in earlier["tests"]
-
-    config.hook.pytest_deselected(items=[item for item in items if not wanted(item)])
-    items[:] = filter(wanted, items)
+    passed = set(json.loads(path.read_text()))
+    config.hook.pytest_deselected(items=[item for item in items if junit_name(item.nodeid) in passed])
+    items[:] = [item for item in items if junit_name(item.nodeid) not in passed]
 
 
 def junit_name(nodeid: str) -> str:
@@ -89,7 +85,7 @@ class OnDevice:
         if os.environ.get("PYTEST_XDIST_WORKER"):
             time.sleep(0.2)
             os._exit(1)
-        pytest.exit("the CUDA context is broken", returncode=1)
+        pytest.exit("the CUDA context is broken", returncode=pytest.ExitCode.INTERRUPTED)
 
 
 @pytest.hookimpl(trylast=True)
