@@ -141,6 +141,31 @@ def test_a_stage_that_fails_does_not_stop_the_next(tmp_path):
     assert [line.split()[:2] for line in text.splitlines()[:3]] == [["a", "FAILED"], ["b", "ok"], ["c", "skipped"]]
 
 
+def test_save_runs_where_a_result_cannot_be_written(tmp_path, monkeypatch, capsys):
+    write, ran = running.report.write, []
+
+    def full(path, information, rows):
+        if len(rows) == 1:
+            raise OSError("no space left")
+        write(path, information, rows)
+
+    def after(suite):
+        if len(ran) == 2:
+            raise ValueError("cannot be packed")
+
+    monkeypatch.setattr(running.report, "write", full)
+    stages = [
+        replace(
+            stage(name, always=name == "save"), run=lambda suite, share, name=name: ran.append(name) or {"ok": True}
+        )
+        for name in ("a", "b", "save")
+    ]
+    results = running.run_stages(stages, running.Suite(tmp_path), 100, {"commit": "c"}, after=after)
+    assert ran == ["a", "b", "save"] and "not_kept" not in results[2]
+    assert results[0]["not_kept"] == "OSError: no space left" and "cannot be packed" in results[1]["not_kept"]
+    assert "a: not kept" in capsys.readouterr().out and "no space left" in telling.summary(results, tmp_path)
+
+
 def test_resuming_skips_what_ended_well_for_the_same_commit(tmp_path):
     stages = [stage(name) for name in "abd"] + [stage("c", file="c.json"), stage("save", always=True)]
     rows = [{"stage": n, "seconds": 1.0, "ok": n != "b"} for n in ("a", "b", "c", "save")]
@@ -215,14 +240,44 @@ def test_the_cards_clocks_are_kept_with_each_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(card, "_answers", True)
     measuring = replace(stage("a"), run=lambda suite, seconds: {"ok": suite.run("a", ["true"], 30).status == 0})
     idle = replace(stage("b"), run=lambda suite, seconds: {"ok": True})
-    rows = running.run_stages([measuring, idle], running.Suite(tmp_path / "out", work=tmp_path), 60, {"commit": None})
-    assert len(rows[0]["card"]) == 2 and "card" not in rows[1]
-    reading = {name: value for name, value in rows[0]["card"][0].items() if name != "at"}
-    assert reading == {"sm_mhz": 1980.0, "memory_mhz": 2619.0, "watts": "[N/A]", "celsius": 41.0}
+    times = iter((1_789_000_001.4, 1_789_000_006.6))
+    monkeypatch.setattr(card.time, "time", lambda: next(times))
+    running.run_stages([measuring, idle], running.Suite(tmp_path / "out", work=tmp_path), 60, {"commit": None})
+    rows = json.loads((tmp_path / "out" / "suite.json").read_text())["rows"]
+    assert "card" not in rows[1] and [reading.pop("at") for reading in rows[0]["card"]] == [
+        1_789_000_001,
+        1_789_000_006,
+    ]
+    assert rows[0]["card"] == 2 * [{"sm_mhz": 1980.0, "memory_mhz": 2619.0, "watts": "[N/A]", "celsius": 41.0}]
     script.write_text(f"#!/bin/sh\necho x >> {tmp_path}/asked\nexit 9\n")
     before = (tmp_path / "asked").read_text()
     assert card.sample() == card.sample() == {}
     assert (tmp_path / "asked").read_text() == before + "x\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a GPU that is not there")
+def test_the_card_is_asked_once_for_all_and_one_by_one_where_it_refuses(monkeypatch):
+    pytest.importorskip("triton")
+    from gpu_stages import facts
+
+    asked, clock = [], FakeClock()
+
+    def query(*fields):
+        asked.append(fields)
+        clock.now += 4 if slow else 0
+        return ["x" for _ in fields] if answers(fields) else []
+
+    monkeypatch.setattr(facts.card, "query", query)
+    monkeypatch.setattr(facts.time, "monotonic", clock)
+    slow, answers = False, lambda fields: True
+    assert facts.smi() == dict.fromkeys(facts.SMI, "x") and asked == [facts.SMI]
+    answers = lambda fields: fields != facts.SMI and fields != ("mig.mode.current",)  # noqa: E731
+    assert facts.smi() == dict.fromkeys(facts.SMI, "x") | {"mig.mode.current": "-"}
+    slow, answers = True, lambda fields: False
+    asked.clear()
+    assert facts.smi() == dict.fromkeys(facts.SMI, "-") and len(asked) == 3  # 12 s and not 56
+    # the roofs are worth more
+    assert list(facts.FACTS)[-1] == "smi"
 
 
 # a GPU that is not there, and a stage that takes a minute
@@ -349,7 +404,8 @@ def test_the_layers_cases_are_the_ones_meant():
 
 
 def test_a_benchmark_is_judged_by_its_file(tmp_path, monkeypatch):
-    content = {"meta": {"left_out": []}, "rows": [{"section": "a", "ok": True}, {"section": "b", "ok": False}]}
+    bad = {"section": "b", "ok": False, "tiles": "", "error": "ptxas: why\nand where"}
+    content = {"meta": {"left_out": []}, "rows": [{"section": "a", "ok": True}, bad]}
     written, status, commands = dict(content), 0, []
 
     def run(self, name, command, seconds, **more):
@@ -369,7 +425,7 @@ def test_a_benchmark_is_judged_by_its_file(tmp_path, monkeypatch):
         return benchmarks.benchmark(suite, 100, "decisive", ["-m", "bench.decisive"], roof=True)
 
     outcome = decisive()
-    assert outcome["ok"] and outcome["rows"] == 2 and outcome["not_measured"] == ["b"]
+    assert outcome["ok"] and outcome["rows"] == 2 and outcome["not_measured"] == ["b ptxas: why"]
     assert "--roof" not in commands[-1] and commands[-1][-4:] == ["--seconds", "80", "--commit", "abc"]
     (tmp_path / benchmarks.ROOFLINE).write_text("{}")
     written["meta"] = {"left_out": ["fused_gemm"]}
@@ -516,7 +572,7 @@ def test_a_test_run_is_read_from_its_junit_file_or_its_log(pytest_run):
     assert "one is two" in outcome["failures"]["test_some::test_bad"]
     outcome["xml"].unlink()
     again = device_tests.pytest_outcome(outcome["xml"], outcome["log"])
-    assert again == {"counts": {"passed": 2, "failed": 2, "skipped": 1}, "failures": None}
+    assert again == {"counts": {"passed": 2, "failed": 2, "skipped": 1}, "failures": None, "passed": None}
 
 
 KILLED = """
@@ -533,14 +589,17 @@ def test_the_junit_file_is_there_where_pytest_is_killed(pytest_run):
     assert outcome["failures"].keys() == {"test_some::test_bad"}
 
 
-def test_what_failed_before_runs_alone(pytest_run, tmp_path):
-    failed = list(pytest_run(SOME)["failures"])
+def test_what_passed_before_is_left_out(pytest_run, tmp_path):
+    before = pytest_run(SOME)
+    assert sorted(before["passed"]) == [
+        "test_some.TestClass::test_in_class[c]", "test_some::test_good", "test_some::test_skipped",
+    ]  # fmt: skip
     earlier = tmp_path / "earlier.json"
-    earlier.write_text(json.dumps({"files": ["test_some.py"], "tests": [*failed, "test_some::test_gone"]}))
-    outcome = pytest_run(SOME, f"--only-failed={earlier}")
-    assert outcome["counts"] == {"failure": 2} and list(outcome["failures"]) == failed
-    earlier.write_text(json.dumps({"files": ["test_others.py"], "tests": []}))
-    assert pytest_run(SOME, f"--only-failed={earlier}")["counts"]["passed"] == 2
+    earlier.write_text(json.dumps([*before["passed"], "test_some::test_gone"]))
+    new = "def test_not_reached_before(): pass"
+    outcome = pytest_run(SOME + new, f"--passed={earlier}")
+    assert outcome["counts"] == {"failure": 2, "passed": 1} and outcome["failures"].keys() == before["failures"].keys()
+    assert outcome["passed"] == ["test_some::test_not_reached_before"]
 
 
 BROKEN = """
@@ -561,7 +620,8 @@ def test_never(): pass
 def test_nothing_runs_in_a_process_whose_gpu_context_is_broken(pytest_run):
     outcome = pytest_run(BROKEN)
     assert outcome["counts"] == {"passed": 1, "failure": 2}
-    assert "the CUDA context is broken" in outcome["log"].read_text()
+    # not 1, as where all were run
+    assert outcome["status"] == 2 and "the CUDA context is broken" in outcome["log"].read_text()
 
 
 def test_side_by_side_only_the_process_with_the_broken_context_ends(pytest_run):
@@ -572,32 +632,92 @@ def test_side_by_side_only_the_process_with_the_broken_context_ends(pytest_run):
 
 def test_the_files_of_the_device_are_there():
     names = {path.name for path in (ROOT / "tests").glob("test_*.py")}
-    listed = [*device_tests.CORE, *device_tests.NEXT, *device_tests.OFF_DEVICE]
-    assert len(set(listed)) == len(listed) and {*device_tests.CORE, *device_tests.NEXT} <= names
-    assert set(device_tests.files()) == names - set(device_tests.CORE) - set(device_tests.OFF_DEVICE)
+    core, off, rest = (list(names) for names in (device_tests.CORE, device_tests.OFF_DEVICE, device_tests.files()))
+    listed = [*core, *off, *rest]
+    # each once; OFF_DEVICE may also name what a later version has
+    assert len(set(listed)) == len(listed) and names <= set(listed) and {*core, *rest} <= names
+    assert rest[: len(device_tests.NEXT)] == list(device_tests.NEXT)
     path, _, name = device_tests.HUGE.partition("::")
-    assert f"def {name}(" in (ROOT / path).read_text()
+    assert path == f"tests/{device_tests.HUGE_FILE}" and device_tests.HUGE_FILE in core
+    assert (ROOT / path).read_text().rpartition("\ndef test_")[2].startswith(f"{name.removeprefix('test_')}(")
 
 
-def test_the_second_plan_tests_what_failed_in_the_first(tmp_path, monkeypatch):
+FAILURES = {"tests.test_kernels::test_a[test_x.y]": "", "tests.test_peft.TestB::test_c": "", "::tests.test_ops": ""}
+PASSED = ["tests.test_kernels::test_b"]
+
+
+@pytest.fixture
+def second_tests(tmp_path, monkeypatch):
+    """second_tests(earlier) is (files, tests left out, outcome) of the second plan's tests; earlier: the first's row of
+    tests_core, or text in the place of suite.json.
+    """
     asked = []
-    monkeypatch.setattr(running.Suite, "run", lambda self, name, command, *more: asked.append(command) or 1 / 0)
-    failures = {
-        "tests.test_kernels::test_a[x]": "",
-        "tests.test_peft.TestB::test_c": "",
-        "tests.test_shared_calls::t": "",
-    }
-    rows = [{"stage": "facts", "ok": True}, {"stage": "tests_core", "ok": False, "failures": failures}]
-    (tmp_path / "suite.json").write_text(json.dumps({"meta": {}, "rows": rows}))
-    suite = running.Suite(tmp_path, work=tmp_path, failed=tmp_path / "suite.json")
-    with pytest.raises(ZeroDivisionError):
-        device_tests.tests_failed(suite, 80)
-    tests = [argument for argument in asked[0] if argument.startswith("tests/")]
-    assert tests[:3] == ["tests/test_kernels.py", "tests/test_peft.py", "tests/test_functional.py"]
-    assert tests[-1] == device_tests.HUGE and "tests/test_ops.py" not in tests
-    earlier = json.loads((tmp_path / "failed_before.json").read_text())
-    assert {"tests.test_kernels::test_a[x]", "tests.test_peft.TestB::test_c"} < set(earlier["tests"])
-    assert len(earlier["tests"]) == 3  # and the one of 2^31 elements
+
+    def run(self, name, command, *more):
+        asked[:] = command
+        (tmp_path / "tests_failed.xml").write_text(
+            '<testsuite><testcase classname="tests.test_ops" name="test_d"/></testsuite>'
+        )
+        (tmp_path / "log").write_text("1 passed")
+        return running.Run(0, tmp_path / "log")
+
+    monkeypatch.setattr(running.Suite, "run", run)
+
+    def second_tests(earlier: dict | str) -> tuple[list[str], list[str], dict]:
+        if isinstance(earlier, dict):
+            rows = [{"stage": "facts", "ok": True}, {"stage": "tests_core", "ok": False} | earlier]
+            earlier = json.dumps({"meta": {}, "rows": rows})
+        (tmp_path / "suite.json").write_text(earlier)
+        suite = running.Suite(tmp_path, work=tmp_path, failed=tmp_path / "suite.json")
+        outcome = device_tests.tests_failed(suite, 80)
+        left_out = next(argument for argument in asked if argument.startswith("--passed="))
+        files = [argument.removeprefix("tests/") for argument in asked if argument.startswith("tests/")]
+        return files, json.loads(Path(left_out.partition("=")[2]).read_text()), outcome
+
+    return second_tests
+
+
+def test_the_second_plan_tests_what_failed_in_the_first(second_tests):
+    files, left_out, _ = second_tests({"failures": FAILURES, "passed": PASSED, "complete": True})
+    assert files[:4] == ["test_kernels.py", "test_ops.py", "test_peft.py", "test_functional.py"]
+    assert files[-1] == device_tests.HUGE_FILE and "test_bounds.py" not in files and left_out == PASSED
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    (
+        {"failures": FAILURES, "passed": PASSED, "complete": False},  # its time was up
+        {"failures": None, "passed": None, "complete": False},  # the junit file is broken
+        {"skipped": "3 s left; expected 40 or more"},
+    ),
+    ids=("out-of-time", "no-junit-file", "skipped"),
+)
+def test_the_second_plan_tests_what_the_first_did_not_come_to(earlier, second_tests):
+    files, left_out, outcome = second_tests(earlier)
+    assert set(device_tests.CORE) <= set(files) and len(set(files)) == len(files)
+    assert left_out == (earlier.get("passed") or []) and outcome["ok"]
+
+
+def test_without_the_earlier_result_everything_is_tested(second_tests, tmp_path):
+    for broken in ("not json", "[]", "{}"):
+        files, left_out, outcome = second_tests(broken)
+        assert set(files) == {*device_tests.CORE, *device_tests.files()} and left_out == []
+        assert outcome["ok"] and "suite.json" in outcome["note"]
+    suite = running.Suite(tmp_path, work=tmp_path, failed=tmp_path / "nowhere.json")
+    assert "nowhere.json: FileNotFoundError" in device_tests.tests_failed(suite, 80)["note"]
+
+
+@pytest.mark.parametrize(
+    ("status", "end", "complete"), ((0, "", True), (1, "", True), (1, "session-timeout: 40", False), (None, "", False))
+)
+def test_a_test_run_that_was_cut_short_is_not_complete(status, end, complete, tmp_path, monkeypatch):
+    def run(self, name, command, *more):
+        (tmp_path / "tests_core.xml").write_text("<testsuite/>")
+        (tmp_path / "log").write_text(f"9 passed {end}")
+        return running.Run(status, tmp_path / "log")
+
+    monkeypatch.setattr(running.Suite, "run", run)
+    assert device_tests.tests_core(running.Suite(tmp_path, work=tmp_path), 80)["complete"] is complete
 
 
 @pytest.mark.nightly

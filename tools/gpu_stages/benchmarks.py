@@ -67,23 +67,9 @@ def not_measured(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line for each row that is not ok, or whose CUDA graph could not be captured."""
     if any("provider" in row for row in rows):
         return [line.partition("\n")[0] for line in report.problems(rows)]
-    wanted = (
-        "section",
-        "attempt",
-        "fact",
-        "kernel",
-        "by",
-        "variant",
-        "M",
-        "N",
-        "K",
-        "R",
-        "precision",
-        "tiles",
-        "reason",
-    )
+    wanted = "section attempt fact kernel by variant M N K R precision tiles reason error".split()
     bad = [row for row in rows if not row.get("ok", True)]
-    lines = (" ".join(str(row[name]) for name in wanted if row.get(name) is not None) for row in bad)
+    lines = (" ".join(str(row[name]) for name in wanted if row.get(name) not in (None, "")) for row in bad)
     return list(dict.fromkeys(line.partition("\n")[0] for line in lines))
 
 
@@ -116,7 +102,8 @@ def tuning(suite: Suite, seconds: float) -> dict[str, Any]:
         package.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, package)
         measured = table["measured"].get("2", {})
-        outcome["over_default"] = {kernel: found["over_default"] for kernel, found in measured.items()}
+        # without it: the default itself was wrong or refused
+        outcome["over_default"] = {kernel: found.get("over_default", "-") for kernel, found in measured.items()}
     return outcome
 
 

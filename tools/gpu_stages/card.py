@@ -14,7 +14,7 @@ SAMPLED = {
     "celsius": "temperature.gpu",
 }
 SLOW_SECONDS = 2.0  # without its persistence mode the driver starts anew for every question
-Sample = dict[str, float | str]
+Sample = dict[str, int | float | str]
 
 
 def query(*fields: str) -> list[str]:
@@ -42,7 +42,8 @@ def sample() -> Sample:
     start = time.monotonic()
     answers = query(*SAMPLED.values())
     _answers = bool(answers) and time.monotonic() - start < SLOW_SECONDS
-    return {"at": round(time.time(), 1)} | dict(zip(SAMPLED, map(_number, answers), strict=True)) if answers else {}
+    # whole seconds since the epoch, an int: of a float the report keeps four digits
+    return {"at": int(time.time())} | dict(zip(SAMPLED, map(_number, answers), strict=True)) if answers else {}
 
 
 def _number(text: str) -> float | str:

@@ -107,7 +107,7 @@ def run_stages(
 
     A stage gets the time that is left but for the `least` of those after it (of one that always runs its `most`), at
     least its own and at most its `most`; it is skipped where less than its `least` is left, or where the suite was
-    told to stop. A stage that raises has failed, and the next one runs.
+    told to stop. A stage that raises has failed, and the next one runs; also where its result cannot be written.
     finished: results of an earlier run, by stage, that are taken over. after: called when a stage's result is written.
     """
     end = clock() + seconds
@@ -136,8 +136,12 @@ def run_stages(
                 outcome = {"ok": False, "reason": f"{type(error).__name__}: {error}"}
         took = {"stage": stage.name, "seconds": clock() - start}
         results.append(took | outcome | ({"card": list(suite.samples)} if suite.samples else {}))
-        report.write(suite.out / "suite.json", information, results)
-        after(suite)
+        for keep in (lambda: report.write(suite.out / "suite.json", information, results), lambda: after(suite)):
+            try:
+                keep()
+            except Exception as error:  # a full disk, say: the stages after this one, save too, are still to run
+                results[-1]["not_kept"] = f"{type(error).__name__}: {error}"
+                print(f"{stage.name}: not kept: {results[-1]['not_kept']}", flush=True)
     return results
 
 

@@ -23,7 +23,7 @@ def summary(results: Sequence[Row], work: Path, plan: str = "first") -> str:
     lines = []
     for result in results:
         state = "skipped" if "skipped" in result else "ok" if result["ok"] else "FAILED"
-        notes = [str(result[key]) for key in ("skipped", "reason", "note") if key in result]
+        notes = [str(result[key]) for key in ("skipped", "reason", "note", "not_kept") if key in result]
         notes += [f"{count} {word}" for word, count in (result.get("counts") or {}).items()]
         notes += [f"{result['rows']} rows"] if "rows" in result else []
         notes += [f"{kernel} {ratio}" for kernel, ratio in result.get("over_default", {}).items()]
@@ -166,7 +166,8 @@ def _memory(work: Path) -> str:
 
 def _tuned(work: Path) -> str:
     measured = json.loads((work / "tuned.json").read_text())["measured"]["2"]
-    return ", ".join(f"{kernel} {found['over_default']:.2f}" for kernel, found in measured.items())
+    ratios = {kernel: found.get("over_default") for kernel, found in measured.items()}
+    return ", ".join(f"{kernel} {'-' if ratio is None else f'{ratio:.2f}'}" for kernel, ratio in ratios.items())
 
 
 _FIRST: dict[str, Callable[[Path], str]] = {
