@@ -44,7 +44,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import torch  # noqa: E402
 from gpu_stages import card, saving, telling  # noqa: E402
-from gpu_stages.benchmarks import benchmark, tuning, warm  # noqa: E402
+from gpu_stages.benchmarks import KERNEL_CASES, benchmark, tuning, warm  # noqa: E402
 from gpu_stages.device_tests import tests_core, tests_failed  # noqa: E402
 from gpu_stages.running import Stage, Suite, finished_before, run_stages  # noqa: E402
 from gpu_stages.sanitizer import sanitizer  # noqa: E402
@@ -59,11 +59,6 @@ STEPS = ("--step", "forward+backward", "inference", "inference+frozen_adapters")
 ONE = ("--case", "1", "--no-launches")
 EAGER = ("--provider", "frozen", "peft_lora", "peft_dora", "ours")
 COMPILED = ("--provider", "frozen", "ours", "peft_dora", "peft_dora_compiled", "factored_compose_compiled")
-# bench.kernels: R = 64, the norm at R = 384, a larger weight, few tokens; then float32 adapters and the other dtypes
-KERNELS = (
-    "8192x4096x4096x64", "8192x14336x4096x384", "8192x8192x8192x64", "2048x4096x4096x16",
-    "8192x4096x4096x64:bf16-fp32", "8192x14336x4096x384:bf16-fp32", "8192x4096x4096x64:fp32", "8192x4096x4096x64:fp16",
-)  # fmt: skip
 
 
 def _bench(name: str, *options: str, module: str | None = None, **keywords: Any) -> partial:
@@ -80,7 +75,7 @@ SAVE = Stage("save", 3, 7, 12, saving.save, always=True)
 FIRST = (
     Stage("facts", 12, 18, 40, FACTS, "facts.json"),
     Stage("warm", 12, 15, 40, warm, "ptxas.json"),
-    Stage("kernels", 15, 35, 50, _bench("kernels", "--device", "cuda", "--case", *KERNELS, roof=True), "kernels.json"),
+    Stage("kernels", 15, 35, 50, _bench("kernels", "--device", "cuda", "--case", *KERNEL_CASES, roof=True), "kernels.json"),
     Stage("tests_core", 40, 60, 85, tests_core, "tests_core.xml"),
     Stage("head", 20, 32, 45, _layer("head", *HEAD, *EAGER, *STEPS), "head.json"),
     Stage("decisive", 25, 50, 70, _bench("decisive", roof=True), "decisive.json"),

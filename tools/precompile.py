@@ -1,11 +1,13 @@
-"""Compile the candidates of tools/tune.py in all cores before the GPU is asked anything."""
+"""Compile kernels in all cores before the GPU is asked anything: for the GPU suite, and tools/tune.py's candidates."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
 import multiprocessing
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import specializations
 import torch
@@ -55,34 +57,77 @@ def specializations_of(
     return list(found.values())
 
 
-_worklist: list[Specialization] = []  # inherited by the forked workers: a Specialization cannot be pickled
+def build(specialization: Specialization) -> Any:
+    """The compiled kernel, from Triton's cache where it is there."""
+    source = ASTSource(specialization.kernel, specialization.signature, specialization.constexprs, specialization.attrs)
+    return triton.compile(source, target=specialization.target.gpu, options=specialization.options.__dict__)
 
 
-def _build(index: int) -> str:
-    """Compile a specialisation into Triton's cache, and the launcher of its signature; "" or what went wrong."""
-    one = _worklist[index]
-    try:
-        source = ASTSource(one.kernel, one.signature, one.constexprs, one.attrs)
-        kernel = triton.compile(source, target=one.target.gpu, options=one.options.__dict__)
-    except Exception as error:  # whatever the compiler raises
-        return f"{one.name} {one.tiles()}: {type(error).__name__}: {error}"[:200]
-    try:  # up to Triton 3.6 a C compiler makes one for each signature, at the first launch otherwise
-        triton.runtime.driver.active.launcher_cls(source, kernel.metadata)
-    except Exception as error:
-        return f"launcher of {one.name}: {type(error).__name__}: {error}"[:200]
-    return ""
-
-
-def compile_all(wanted: Sequence[Specialization], processes: int) -> list[str]:
-    """Compile them side by side into Triton's cache; returns what went wrong. One after another they would take minutes
-    of the device's time.
+def build_launcher(kernel: Any) -> None:
+    """Build the launcher of a compiled kernel's signature: up to Triton 3.6 a C compiler makes it, at the first launch
+    otherwise.
     """
-    _worklist[:] = wanted
-    failed = []
-    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-        for one, future in [(one, pool.submit(_build, index)) for index, one in enumerate(wanted)]:
+    triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+
+
+FORK = multiprocessing.get_context("fork")
+Done = dict[str, Any]  # "ok", and "error" where it is not
+# inherited by the forked workers: a Specialization cannot be pickled, and not every compiler's error can
+_work: tuple[Callable[[Any], Done], Sequence[Any]] = (lambda item: {}, ())
+
+
+def _work_on(index: int) -> Done:
+    function, items = _work
+    try:
+        return function(items[index])
+    except Exception as error:  # whatever the compiler raises
+        return {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+
+
+def in_all_cores(function: Callable[[Any], Done], items: Sequence[Any], processes: int, end: float) -> dict[int, Done]:
+    """function(item) by the item's index, of those that are done at `end`; a worker that dies takes the rest with it.
+
+    The workers are forked from this process, which must not have asked a GPU anything.
+    """
+    global _work
+    _work = function, items
+    done: dict[int, Done] = {}
+    pool = concurrent.futures.ProcessPoolExecutor(processes, FORK)
+    futures = {pool.submit(_work_on, index): index for index in range(len(items))}
+    try:
+        for future in concurrent.futures.as_completed(futures, max(0, end - time.monotonic())):
             try:
-                failed += filter(None, [future.result()])
-            except concurrent.futures.BrokenExecutor:  # a compiler that ends its process takes the rest with it
-                failed.append(f"{one.name} {one.tiles()}: not compiled, a process has died")
-    return failed
+                done[futures[future]] = future.result()
+            except concurrent.futures.BrokenExecutor as error:
+                done[futures[future]] = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
+    except concurrent.futures.TimeoutError:
+        pass
+    for future in futures:
+        future.cancel()
+    pool.shutdown(wait=False)
+    if len(done) < len(futures):
+        for worker in multiprocessing.active_children():  # the end of this process would wait for them
+            worker.kill()
+    return done
+
+
+def _ready(one: Specialization) -> Done:
+    try:
+        kernel = build(one)
+    except Exception as error:
+        return {"ok": False, "error": f"{one.name} {one.tiles()}: {type(error).__name__}: {error}"[:200]}
+    try:
+        build_launcher(kernel)
+    except Exception as error:
+        return {"ok": False, "error": f"launcher of {one.name}: {type(error).__name__}: {error}"[:200]}
+    return {"ok": True}
+
+
+def compile_all(wanted: Sequence[Specialization], processes: int, seconds: float = 120) -> list[str]:
+    """Compile them side by side into Triton's cache; returns what went wrong. One after another they would take minutes
+    of the device's time. A compiler that hangs is killed when the seconds are over.
+    """
+    done = in_all_cores(_ready, wanted, processes, time.monotonic() + seconds)
+    missing = len(wanted) - len(done)
+    failed = [found["error"] for _, found in sorted(done.items()) if not found["ok"]]
+    return failed + ([f"{missing} kernels were not compiled in {seconds:.0f} s"] if missing else [])

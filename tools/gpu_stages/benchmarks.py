@@ -17,6 +17,11 @@ from dora_kernels import configs
 from gpu_stages import saving
 from gpu_stages.running import GRACE_SECONDS, Suite
 
+# bench.kernels: R = 64, the norm at R = 384, a larger weight, few tokens; then float32 adapters and the other dtypes
+KERNEL_CASES = (
+    "8192x4096x4096x64", "8192x14336x4096x384", "8192x8192x8192x64", "2048x4096x4096x16",
+    "8192x4096x4096x64:bf16-fp32", "8192x14336x4096x384:bf16-fp32", "8192x4096x4096x64:fp32", "8192x4096x4096x64:fp16",
+)  # fmt: skip
 ROOFLINE = "roofline.json"
 LINE = 240  # characters of a line that are shown
 

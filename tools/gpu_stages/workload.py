@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+from unittest import mock
 
+import compile_kernels
 import precompile
 import specializations
 import torch
@@ -14,10 +17,13 @@ from candidates import SUBJECTS
 from specializations import Inputs, Specialization, Target, recording, step
 
 import dora_kernels
-from bench import fused, kernels, shapes
+from bench import beside, fused, kernels, shapes
+from bench.gluon import gemm
 from bench.problem import SCALING
 from bench.shapes import Case
+from dora_kernels import configs
 from dora_kernels.kernels import KERNELS
+from gpu_stages.benchmarks import KERNEL_CASES
 
 # of bench/shapes.py and bench/roof.py, and of the whole model (a layer under autocast) -> of tools/specializations.py
 VARIANTS = {
@@ -37,17 +43,65 @@ class Wanted:
     stage: str
     specialization: Specialization
 
+    @property
+    def name(self) -> str:
+        return self.specialization.name
 
-def wanted(target: Target, shared_limit: int, tuning: bool) -> list[Wanted]:
-    """Everything that the plans' benchmarks launch, each once, in their order; with the candidates of the tuning."""
+    def tiles(self) -> str:
+        return self.specialization.tiles()
+
+    def signature(self) -> str:
+        """What its launcher depends on."""
+        return str(list(self.specialization.signature.values()))
+
+    def build(self) -> Any:
+        """The compiled kernel."""
+        return precompile.build(self.specialization)
+
+    def resources(self, kernel: Any) -> dict[str, Any]:
+        """What the compiler says of it."""
+        return dataclasses.asdict(compile_kernels.compile_ahead(self.specialization))
+
+
+@dataclasses.dataclass(frozen=True)
+class WantedGemm:
+    """A GEMM of bench/gluon, as Wanted: Gluon's kernels are compiled by a way of their own."""
+
+    variant: str
+    stage: str = "probe"
+    name: str = "gemm_kernel"
+
+    def tiles(self) -> str:
+        return self.variant
+
+    def signature(self) -> str:
+        return f"{self.name} {self.variant}"
+
+    def build(self) -> Any:
+        return gemm.compile_ahead(gemm.VARIANTS[self.variant])
+
+    def resources(self, kernel: Any) -> dict[str, Any]:
+        found = gemm.resources(kernel)
+        return {"registers": found["registers"], "spills": found["stack"], "shared": found["shared"], "error": ""}
+
+
+def wanted(
+    card: str, target: Target, shared_limit: int, parts: Collection[str], tuning: bool
+) -> list[Wanted | WantedGemm]:
+    """All that these parts of the plans launch on the card of that name, each once, in their order.
+
+    tuning: with its candidates. What is already tuned on this card has the tiles of its table.
+    """
+    tuned = configs.tuned_configs(card, target.family)
     found: dict[tuple[str, str], Wanted] = {}
-    parts = [("kernels", _kernels), ("layer", _layer), ("model", _model), ("decisive", _decisive)]
-    for stage, part in parts:
-        for recorded in part(target):
-            _add(found, stage, recorded)
+    with mock.patch.object(configs, "tuned_configs", lambda *key: tuned):
+        for stage in parts:
+            for recorded in PARTS[stage](target):
+                _add(found, stage, recorded)
     if tuning:
         _add(found, "tuning", precompile.specializations_of(list(SUBJECTS), 2, target, shared_limit))
-    return list(found.values())
+    gemms = "probe" in parts and target.name == "sm_90" and not gemm.why_not_gluon()
+    return [*found.values(), *(map(WantedGemm, gemm.VARIANTS) if gemms else ())]
 
 
 def _add(found: dict[tuple[str, str], Wanted], stage: str, recorded: list[Specialization]) -> None:
@@ -62,9 +116,8 @@ def _recording(target: Target, precision: str, overrides: dict | None = None) ->
 
 
 def _kernels(target: Target) -> Iterator[list[Specialization]]:
-    for precision in ("bf16", "bf16-fp32", "fp16", "fp32"):
-        for sizes in kernels.GPU_CASES:
-            yield _alone(target, Case(*sizes, precision, "meta"), tuple(kernels.CALLS))
+    for sizes, precision in map(shapes.sizes_of, KERNEL_CASES):
+        yield _alone(target, Case(*sizes, precision or "bf16", "meta"), tuple(kernels.CALLS))
 
 
 def _alone(target: Target, case: Case, names: tuple[str, ...], overrides: dict | None = None) -> list[Specialization]:
@@ -77,14 +130,13 @@ def _alone(target: Target, case: Case, names: tuple[str, ...], overrides: dict |
 
 
 def _layer(target: Target) -> Iterator[list[Specialization]]:
-    """Every provider of ours, and dropout."""
-    for case in shapes.core_grid("meta"):
-        for options in ({}, {"way": "split"}, {"way": "merged"}, {"precision": "exact"}, {"drop": True}):
-            with _recording(target, case.precision) as recorded:
-                inputs = _inputs(case)
-                step(inputs, scaling=SCALING, bias=False, **options)
-                _infer(inputs, **{name: value for name, value in options.items() if name != "drop"})
-            yield recorded
+    """Our layer as the planner has it, and dropout. Layers that share the low-rank product launch nothing else."""
+    for case in [*shapes.core_grid("meta"), shapes.dropout_case("meta")]:
+        with _recording(target, case.precision) as recorded:
+            inputs = _inputs(case)
+            step(inputs, scaling=SCALING, bias=False, drop=case.dropout > 0)
+            _infer(inputs)
+        yield recorded
 
 
 def _inputs(case: Case) -> Inputs:
@@ -128,7 +180,25 @@ def _decisive(target: Target) -> Iterator[list[Specialization]]:
     for sizes in ((8192, 4096, 4096, 64), (8192, 14336, 4096, 384), (8192, 8192, 8192, 64)):
         operands = kernels.Operands.random(Case(*sizes, "bf16", "meta"))
         given = (operands.x, operands.low, operands.weight, operands.lora_B, operands.gain)
-        for settings in itertools.product(fused.FUSED_TILES, (True, False), (True, False)):
+        # by descriptors or pointers, one output or both; by pointers both do not fit the registers
+        for tiles, settings in itertools.product(fused.FUSED_TILES, ((True, False), (True, True), (False, False))):
             with _recording(target, "bf16") as recorded:
-                fused.fused_linear(*given, *settings)
+                fused.fused_linear(*given, tiles, *settings)
             yield recorded
+
+
+def _probe(target: Target) -> Iterator[list[Specialization]]:
+    """The work beside a GEMM; the GEMMs themselves are no specialisations."""
+    with _recording(target, "bf16") as recorded:
+        for mebibytes in beside.WORK_MEBIBYTES:
+            beside.reader(torch.empty(mebibytes << 19, dtype=torch.bfloat16, device="meta"), target.multiprocessors)()
+    yield recorded
+
+
+PARTS: dict[str, Callable[[Target], Iterator[list[Specialization]]]] = {
+    "kernels": _kernels,
+    "layer": _layer,
+    "model": _model,
+    "decisive": _decisive,
+    "probe": _probe,
+}
