@@ -359,19 +359,19 @@ def test_a_cache_that_is_too_large_is_packed_as_far_as_the_time_goes(tmp_path):
     assert saving.pack_cache(tmp_path / "none", tmp_path / "c.tar.xz", 3) == (0, 0)
 
 
-def commands(plan):
-    """What each benchmark of a plan is started with, by stage; a suite that starts nothing says so."""
+def commands(plan, share=lambda stage: 40.0):
+    """What each benchmark of a plan is started with, by the name of its file, where each stage gets share(stage)."""
     asked = {}
 
     class Suite(running.Suite):
         def run(self, name, command, seconds, grace=0, variables=None):
-            asked[stage.name] = list(command)
-            raise RuntimeError("not started")
+            asked[name] = list(command)
+            self.work.joinpath("log").write_text("")
+            return running.Run(0, self.work / "log")
 
     for stage in gpu_suite.PLANS[plan][0]:
         if not stage.name.startswith(("tests", "memcheck", "save")):
-            with pytest.raises(RuntimeError, match="not started"):
-                stage.run(Suite(Path("/nowhere"), "abc"), 40.0)
+            stage.run(Suite(Path("/nowhere"), "abc"), share(stage))
     return asked
 
 
@@ -380,7 +380,7 @@ def commands(plan):
 def test_the_benchmarks_take_the_arguments_that_they_are_given(plan, capsys):
     """Each refuses this machine for its missing GPU alone; one that does not know an argument raises SystemExit."""
     for name, command in commands(plan).items():
-        if name == "warm":  # asks the GPU in a process of its own: see below
+        if name == "ptxas":  # warm asks the GPU in a process of its own: see below
             assert command[:3] == [sys.executable, "-m", "gpu_stages.warm"]
             continue
         module, arguments = (command[2], command[3:]) if command[1] == "-m" else ("tune", command[2:])
@@ -389,18 +389,69 @@ def test_the_benchmarks_take_the_arguments_that_they_are_given(plan, capsys):
         assert "sees no GPU" in capsys.readouterr().err, command
 
 
-def test_the_layers_cases_are_the_ones_meant():
-    from bench import layer, shapes, shared
+def layer_cases(plan):
+    from bench import layer
 
-    cases = {}
-    for name, command in {**commands("first"), **commands("second")}.items():
-        if "bench.layer" in command:
-            arguments = layer._parser().parse_args(command[3:])
-            cases[name] = layer.cases_of(arguments, "cuda")
+    found = {name: command for name, command in commands(plan).items() if "bench.layer" in command}
+    return {name: layer.cases_of(layer._parser().parse_args(command[3:]), "cuda") for name, command in found.items()}
+
+
+def test_the_layers_cases_are_the_ones_meant():
+    from bench import shapes, shared
+
+    first, second, everything = map(layer_cases, ("first", "second", "all"))
     core = shapes.core_grid("cuda")
-    assert cases["head"] == [*core[:4], core[5], core[9]] and cases["compiled"] == core[:1]
-    assert shared.LLAMA in cases["layer"] and shapes.dropout_case("cuda") in cases["layer"]
-    assert set(core) <= set(cases["layer"])
+    assert first["head"] == [*core[:4], core[5], core[9]]
+    assert all(second[provider] == core[:1] for provider in benchmarks.COMPILED)
+    sizes = [(case.M, case.N, case.K, case.R) for case in second["layer"] if case in core]
+    assert {telling.SQUARE, telling.WIDE, telling.FEW} <= set(sizes)
+    assert {shared.LLAMA, shapes.dropout_case("cuda")} <= set(second["layer"]) <= set(everything["layer"])
+    assert set(core) <= set(everything["layer"])
+
+
+# what a stage has to be told to be of use where it gets its least: a case of the layer takes 2.8 s, two sections of the
+# probe 28 s, 6 s are for counting launches (estimates)
+OF_USE = {
+    "ptxas": 5, "kernels": 6, "head": 3 * 2.8, "decisive": 10, "probe": 28, "tuned": 15, "layer": 4 * 2.8 + 6,
+    "model": 20, "peft_dora_compiled": 7, "factored_compose_compiled": 5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("plan", PLAN_NAMES)
+def test_benchmarks_are_told_times_that_are_of_use(plan):
+    """Also at a stage's least; as estimated all of the layer's cases fit, and the probe gets nearly all of its most."""
+    for share in ("least", "expected", "most"):
+        asked = commands(plan, lambda stage, share=share: getattr(stage, share))
+        told = {name: float(of[of.index("--seconds") + 1]) for name, of in asked.items() if "--seconds" in of}
+        assert told.keys() == asked.keys() - {"facts"}
+        assert all(seconds >= OF_USE[name] for name, seconds in told.items()), told
+        if share != "least":
+            cases = layer_cases(plan)
+            assert all(told[name] >= 2.8 * len(cases[name]) for name in ("head", "layer") if name in told), told
+            assert told.get("layer", 99) >= 2.8 * len(cases.get("layer", ())) + 6
+    assert plan != "first" or told["probe"] >= 48
+
+
+def test_a_provider_that_compiles_for_too_long_costs_itself_alone(tmp_path, monkeypatch):
+    shares, row = {}, {"provider": "ours", "step": "forward+backward", "reason": None, "graph_reason": None}
+
+    def run(self, name, command, seconds, *more, **keywords):
+        shares[name] = seconds
+        (tmp_path / "log").write_text("")
+        if name == "peft_dora_compiled":  # interrupted before its file is written
+            return running.Run(None, tmp_path / "log")
+        path = Path(command[command.index("--out") + 1])
+        path.write_text(json.dumps({"meta": {"left_out": []}, "rows": 3 * [row]}))
+        return running.Run(0, tmp_path / "log")
+
+    monkeypatch.setattr(running.Suite, "run", run)
+    outcome = benchmarks.compiled(running.Suite(tmp_path, work=tmp_path), 60)
+    assert list(shares) == list(benchmarks.COMPILED) and outcome["rows"] == 3 and not outcome["ok"]
+    assert outcome["left_out"] == ["peft_dora_compiled: stopped to end within 30 s"]
+    assert 29 < shares["peft_dora_compiled"] <= 30 and shares["factored_compose_compiled"] >= 30
+    # with less the first one is to be measured for sure
+    benchmarks.compiled(running.Suite(tmp_path, work=tmp_path), 35)
+    assert 24 < shares["peft_dora_compiled"] <= benchmarks.COMPILED_SECONDS
 
 
 def test_a_benchmark_is_judged_by_its_file(tmp_path, monkeypatch):
@@ -446,17 +497,28 @@ def test_a_broken_cache_is_compiled_again(tmp_path, monkeypatch):
         assert outcome["ok"] and "Error" in outcome["note"], outcome
 
 
-def test_the_table_of_the_tuning_goes_into_the_package(tmp_path, monkeypatch):
-    table = {"meta": {"device": "NVIDIA H200"}, "measured": {"2": {"norm": {"over_default": 0.9}}}}
+@pytest.mark.parametrize("won", (True, False), ids=("one-wins", "none-wins"))
+def test_the_table_of_the_tuning_goes_into_the_package(won, tmp_path, monkeypatch):
+    """And the winners are compiled; a kernel whose default was refused is a dash."""
+    measured = {"norm": {"over_default": 0.9}, "merge": {"times": []}}
+    table = {"meta": {"device": "NVIDIA H200"}, "measured": {"2": measured}}
+    table["configs"] = {"2": {"norm": {"num_warps": 4}} if won else {}}
+    asked = []
 
-    def benchmark(suite, seconds, name, command, spare):
+    def benchmark(suite, seconds, name, command, spare, variables=None):
+        asked.append((name, command[1:], seconds))
         (suite.work / "tuned.json").write_text(json.dumps(table))
-        return {"ok": True, "rows": 0}
+        return {"ok": True, "rows": 7}
 
     monkeypatch.setattr(benchmarks, "benchmark", benchmark)
     monkeypatch.setattr(benchmarks.configs, "TUNED_FOLDER", tmp_path / "tuned")
-    assert benchmarks.tuning(running.Suite(tmp_path, work=tmp_path), 60) == {"ok": True, "over_default": {"norm": 0.9}}
+    outcome = benchmarks.tuning(running.Suite(tmp_path, work=tmp_path), 60)
+    assert outcome["ok"] and outcome["over_default"] == {"norm": 0.9, "merge": "-"}
     assert json.loads((tmp_path / "tuned" / "nvidia-h200.json").read_text()) == table
+    assert [name for name, _, _ in asked] == ["tuned", "ptxas_tuned"][: 1 + won]
+    if won:
+        assert asked[1][1] == ["gpu_stages.warm", "--part", "layer", "model"] and sum(row[2] for row in asked) < 111
+    assert telling._tuned(tmp_path) == "norm 0.90, merge -"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a GPU that is not there")
@@ -474,29 +536,73 @@ def test_what_the_benchmarks_launch_is_known_before(tmp_path):
     assert done.returncode == 2 and "expected a GPU" in done.stderr
 
 
+RECORDED = """
+import json, sys
+from gpu_stages import workload
+target = workload.specializations.TARGETS["sm_90"]
+def tiles(parts, kernel):
+    entries = workload.wanted("NVIDIA Tuned", target, target.shared_limit, parts, False)
+    return {entry.tiles() for entry in entries if entry.name == kernel}
+default, untuned = tiles(["layer"], "_norm_kernel"), tiles(["layer"], "_merge_kernel")
+(path := workload.configs.TUNED_FOLDER).mkdir()
+table = {"2": {"norm": dict(BLOCK_N=16, BLOCK_K=32, BLOCK_R=64, num_warps=2, num_stages=5)}}
+(path / "nvidia-tuned.json").write_text(json.dumps({"configs": table}))
+workload.configs.tuned_configs.cache_clear()
+tuned = tiles(["layer"], "_norm_kernel")
+assert any("warps=2 stages=5" in one for one in tuned) and not any("stages=5" in one for one in default), tuned
+assert tiles(["layer"], "_merge_kernel") == untuned
+entries = workload.wanted("", target, target.shared_limit, workload.PARTS, False)
+print(*{entry.name for entry in entries if entry.stage == "probe"})
+print(set(workload.gemm.VARIANTS) == {entry.tiles() for entry in entries if entry.name == "gemm_kernel"})
+fused = [entry.specialization.signature["z_ptr"] for entry in entries if entry.name == "_fused_kernel"]
+print(*set(fused))
+"""
+
+
+def run_code(code, tmp_path, *prelude):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": f"{ROOT / 'tools'}{os.pathsep}{ROOT}", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", "\n".join([*prelude, code])]
+    return subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a GPU that is not there")
+def test_warm_knows_tuned_tiles_and_what_the_probe_launches(tmp_path):
+    pytest.importorskip("triton")
+    prelude = "from pathlib import Path", "from dora_kernels import configs"
+    done = run_code(RECORDED, tmp_path, *prelude, f"configs.TUNED_FOLDER = Path({str(tmp_path / 'tuned')!r})")
+    assert done.returncode == 0, done.stderr
+    probe, gemms, fused = done.stdout.splitlines()
+    assert set(probe.split()) == {"read_kernel", "gemm_kernel"} and gemms == "True"
+    assert fused == "constexpr"  # by pointers y alone: bench.decisive does not launch both outputs
+
+
 IN_ALL_CORES = """
 import os, sys, time
-from gpu_stages import warm
-def work(index):
-    if index == 3: raise ValueError("three")
-    if index == 5: time.sleep(60)
+import precompile
+class Unpicklable(Exception):
+    def __init__(self, one, other): super().__init__(one)
+def work(item):
+    if item == 3: raise Unpicklable("three", lambda: 0)
+    if item == 5: time.sleep(60)
     return {"ok": True}
 start = time.monotonic()
-done = warm.in_all_cores(work, range(6), 2, start + 5)
-assert sorted(done) == [0, 1, 2, 3, 4] and done[3] == {"ok": False, "error": "ValueError: three"}, done
+done = precompile.in_all_cores(work, range(6), 2, start + 5)
+assert sorted(done) == [0, 1, 2, 3, 4] and done[3] == {"ok": False, "error": "Unpicklable: three"}, done
 assert time.monotonic() - start < 15
-def die(index):
+def die(item):
     os._exit(1)
-done = warm.in_all_cores(die, range(3), 2, start + 100)
+done = precompile.in_all_cores(die, range(3), 2, start + 100)
 assert len(done) == 3 and not any(found["ok"] for found in done.values())
+precompile._ready = work
+assert precompile.compile_all([0, 3, 5], 2, seconds=2) == ["Unpicklable: three", "1 kernels were not compiled in 2 s"]
 print("good", time.monotonic() - start < 30)
 """
 
 
 def test_a_compilation_that_fails_or_never_ends_costs_no_other(tmp_path):
     pytest.importorskip("triton")
-    env = os.environ | {"PYTHONPATH": f"{ROOT / 'tools'}{os.pathsep}{ROOT}"}
-    done = subprocess.run([sys.executable, "-c", IN_ALL_CORES], env=env, cwd=ROOT, text=True, capture_output=True)
+    done = run_code(IN_ALL_CORES, tmp_path)
     assert done.stdout == "good True\n", done.stderr
 
 

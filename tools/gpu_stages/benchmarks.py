@@ -22,6 +22,11 @@ KERNEL_CASES = (
     "8192x4096x4096x64", "8192x14336x4096x384", "8192x8192x8192x64", "2048x4096x4096x16",
     "8192x4096x4096x64:bf16-fp32", "8192x14336x4096x384:bf16-fp32", "8192x4096x4096x64:fp32", "8192x4096x4096x64:fp16",
 )  # fmt: skip
+# a GPU that is pretended interprets kernels; these are compiled for it
+COMPILING = {"TRITON_INTERPRET": "0"}
+WINNERS_SECONDS = 10.0  # of the tuning: for starting, recording and compiling what the layer and the model launch
+COMPILED = ("peft_dora_compiled", "factored_compose_compiled")  # of bench/providers.py
+COMPILED_SECONDS = 25.0  # an estimate: 6 of starting, 10 of compiling two graphs, the gate and the timing
 ROOFLINE = "roofline.json"
 LINE = 240  # characters of a line that are shown
 
@@ -88,18 +93,16 @@ def warm(suite: Suite, seconds: float, more: Sequence[str] = ()) -> dict[str, An
         except (OSError, tarfile.TarError, EOFError, lzma.LZMAError) as error:  # then it is compiled again
             carried["note"] = f"{suite.cache}: {type(error).__name__}: {error}"
     left = seconds - (time.monotonic() - start)
-    # a GPU that is pretended interprets kernels elsewhere; here they are compiled for it
-    compiled = {"TRITON_INTERPRET": "0"}
     command = ["-m", "gpu_stages.warm", *more]
-    return benchmark(suite, left, "ptxas", command, spare=10, show=10, variables=compiled) | carried
+    return benchmark(suite, left, "ptxas", command, spare=6, show=10, variables=COMPILING) | carried
 
 
 def tuning(suite: Suite, seconds: float) -> dict[str, Any]:
     """Tile configurations, with the times of every candidate, into tuned.json and into the package, where the stages
-    after this one find them.
+    after this one find them; what they launch with the winners is compiled here, in all cores.
     """
-    path = suite.work / "tuned.json"
-    outcome = benchmark(suite, seconds, "tuned", ["tools/tune.py"], spare=20)
+    path, end = suite.work / "tuned.json", time.monotonic() + seconds
+    outcome = benchmark(suite, seconds - WINNERS_SECONDS, "tuned", ["tools/tune.py"], spare=12)
     outcome = {name: outcome[name] for name in ("ok", "reason") if name in outcome}
     if path.exists():
         table = json.loads(path.read_text())
@@ -109,6 +112,32 @@ def tuning(suite: Suite, seconds: float) -> dict[str, Any]:
         measured = table["measured"].get("2", {})
         # without it: the default itself was wrong or refused
         outcome["over_default"] = {kernel: found.get("over_default", "-") for kernel, found in measured.items()}
+        if any(table["configs"].values()):
+            command = ["-m", "gpu_stages.warm", "--part", "layer", "model"]
+            left = max(end - time.monotonic(), WINNERS_SECONDS)
+            winners = benchmark(suite, left, "ptxas_tuned", command, spare=1, variables=COMPILING)
+            outcome["note"] = f"{winners.get('rows', 0)} kernels compiled with the tuned tiles"
+    return outcome
+
+
+def compiled(suite: Suite, seconds: float, providers: Sequence[str] = COMPILED) -> dict[str, Any]:
+    """A training step of the square layer under torch.compile, beside ours: a run of bench.layer for each provider,
+    into a file of its name, so that one that compiles for too long costs itself alone.
+    """
+    end = time.monotonic() + seconds
+    outcome: dict[str, Any] = {"ok": True, "rows": 0, "left_out": [], "not_measured": []}
+    for waiting, provider in zip(range(len(providers), 0, -1), providers, strict=True):
+        left = end - time.monotonic()
+        command = ["-m", "bench.layer", "--device", "cuda", "--grid", "core", "--case", "1", "--no-launches"]
+        command += ["--step", "forward+backward", "--step-seconds", "0.25", "--provider", "frozen", "ours", provider]
+        # one that is sure to be measured is worth more than two that are cut short
+        share = max(left / waiting, min(left, COMPILED_SECONDS))
+        found = benchmark(suite, share, provider, command, spare=5)
+        outcome["ok"] &= found["ok"]
+        outcome["rows"] += found.get("rows", 0)
+        outcome["not_measured"] += found.get("not_measured", [])
+        if not found.get("rows"):
+            outcome["left_out"].append(f"{provider}: {found.get('reason', 'no rows')}")
     return outcome
 
 
