@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="default: bench/results/<gpu>")
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     parser.add_argument("--cache", type=Path, help="cache.tar.xz of an earlier run")
-    parser.add_argument("--failed", type=Path, help="suite.json of an earlier run, whose failures are tested again")
+    parser.add_argument("--failed", type=Path, help="suite.json of an earlier run: what passed is left out")
     parser.add_argument("--resume", action="store_true", help="skip what ended well for this commit in the folder")
     return parser
 

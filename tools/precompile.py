@@ -21,7 +21,14 @@ from bench.shapes import Case
 from dora_kernels import configs
 from dora_kernels.kernels import KERNELS
 
-VARIANTS = {2: "bf16", 4: "bf16, fp32 adapters"}  # of tools/specializations.py
+# of bench/shapes.py and bench/roof.py, and of the whole model (a layer under autocast) -> of tools/specializations.py
+VARIANTS = {
+    "bf16": "bf16",
+    "fp16": "fp16",
+    "fp32": "fp32",
+    "bf16-autocast": "bf16 autocast, fp32 adapters",
+    "bf16-fp32": "bf16, fp32 adapters",
+}
 
 
 def card() -> tuple[str, Target | None, int]:
@@ -50,7 +57,7 @@ def specializations_of(
             default = configs.CONFIGS[target.family, operand_bytes][name]
             for config in candidates(name, default, operand_bytes, shared_limit):
                 override = {name: dataclasses.asdict(config)}
-                variant = specializations.VARIANTS[VARIANTS[operand_bytes]]
+                variant = specializations.VARIANTS[VARIANTS[PRECISIONS[operand_bytes]]]
                 with specializations.recording(target, variant, override) as recorded, kernels.every_call_by_kernel():
                     kernels.CALLS[job](operands, KERNELS)
                 found |= {(specialization.name, specialization.key): specialization for specialization in recorded}

@@ -94,7 +94,7 @@ def warm(suite: Suite, seconds: float, more: Sequence[str] = ()) -> dict[str, An
             carried["note"] = f"{suite.cache}: {type(error).__name__}: {error}"
     left = seconds - (time.monotonic() - start)
     command = ["-m", "gpu_stages.warm", *more]
-    return benchmark(suite, left, "ptxas", command, spare=6, show=10, variables=COMPILING) | carried
+    return benchmark(suite, left, "ptxas", command, spare=8, show=10, variables=COMPILING) | carried
 
 
 def tuning(suite: Suite, seconds: float) -> dict[str, Any]:

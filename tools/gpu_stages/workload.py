@@ -14,6 +14,7 @@ import precompile
 import specializations
 import torch
 from candidates import SUBJECTS
+from precompile import VARIANTS
 from specializations import Inputs, Specialization, Target, recording, step
 
 import dora_kernels
@@ -25,14 +26,6 @@ from dora_kernels import configs
 from dora_kernels.kernels import KERNELS
 from gpu_stages.benchmarks import KERNEL_CASES
 
-# of bench/shapes.py and bench/roof.py, and of the whole model (a layer under autocast) -> of tools/specializations.py
-VARIANTS = {
-    "bf16": "bf16",
-    "fp16": "fp16",
-    "fp32": "fp32",
-    "bf16-autocast": "bf16 autocast, fp32 adapters",
-    "bf16-fp32": "bf16, fp32 adapters",
-}
 MODEL = ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288))
 
 
