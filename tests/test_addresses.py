@@ -16,6 +16,7 @@ from tests.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
 from dora_kernels.kernels import backward, common, forward, quant, weight  # noqa: E402
+from dora_kernels.kernels.norm import _norm_kernel  # noqa: E402
 
 on_cpu = pytest.mark.skipif(
     DEVICE != "cpu" or sys.platform != "linux", reason="reads uncommitted pages, which only host memory has"
@@ -177,7 +178,7 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
     problem = Problem.random(3, 32, 96, 3, torch.float32)
     partial = corner(memory, columns=32)
     pointers, numbers, constexprs = quant.arguments(problem.weight, 32)
-    weight._norm_kernel[1, 3](
+    _norm_kernel[1, 3](
         pointers, numbers, problem.lora_A, problem.lora_B, memory[2**31 :], FAR, 96, 3,
         *problem.lora_A.stride(), *problem.lora_B.stride(), 32, 0.75, **constexprs,
         ONE_CHUNK=True, R_MULTIPLE=1, STAGES=2, **tiles("norm"),

@@ -24,7 +24,7 @@ with pytest.raises(RuntimeError, match="same device"):
     torch.nn.functional.linear(x, weight)
 with pytest.raises(RuntimeError, match="same device"):
     torch.mm(x.half(), weight.T.half(), out_dtype=torch.float32)
-from dora_kernels.kernels import weight as kernels
+from dora_kernels import kernels
 A, B = torch.randn(4, 24), torch.randn(20, 4, device="cuda")
 with pytest.raises(ValueError, match="cannot be accessed from Triton"):
     kernels.norm(weight.cuda(), A, B, 1.0)
@@ -43,7 +43,7 @@ with pytest.raises(torch.OutOfMemoryError):
 ANSWERED = """
 import torch
 from dora_kernels import launch
-from dora_kernels.kernels import weight as kernels
+from dora_kernels import kernels
 from dora_kernels.reference import norm_ref
 from dora_kernels.testing import nan_filled_memory
 facts = launch.device_facts(torch.device("cuda", 0))

@@ -51,6 +51,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/backward.py": _KERNELS,
     "dora_kernels/kernels/common.py": _KERNELS,
     "dora_kernels/kernels/forward.py": _KERNELS,
+    "dora_kernels/kernels/norm.py": _KERNELS,
     "dora_kernels/kernels/weight.py": _KERNELS,
     "dora_kernels/functional.py": (
         "tests/test_passes.py",
@@ -95,7 +96,9 @@ class Excluded:
         return same and (mutant.change in self.changes or mutant.original.startswith(self.changes))
 
 
-_BACKWARD, _FORWARD, _WEIGHT = (f"dora_kernels/kernels/{name}.py" for name in ("backward", "forward", "weight"))
+_BACKWARD, _FORWARD, _NORM, _WEIGHT = (
+    f"dora_kernels/kernels/{name}.py" for name in ("backward", "forward", "norm", "weight")
+)
 _FUNCTIONAL, _REFERENCE = "dora_kernels/functional.py", "dora_kernels/reference.py"
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
@@ -114,16 +117,16 @@ EXCLUDED = (
     Excluded(_FORWARD, "_project_kernel", "tl.load(scale_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_finish_project_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
-    Excluded(_WEIGHT, "_finish_norm_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_NORM, "_finish_norm_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_WEIGHT, "_merge_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
-    Excluded(_WEIGHT, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
+    Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_REFERENCE, "gain_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
     Excluded(_REFERENCE, "token_sums_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
     Excluded(_BACKWARD, "token_sums", "is None else", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
     Excluded(_FORWARD, "epilogue", "(0, 0) if", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
     Excluded(_FORWARD, "epilogue", "0 if bias is None else", ("0 -> 1",), _NO_TENSOR),
-    Excluded(_WEIGHT, "norm", "0 if magnitude is None else", ("0 -> 1",), _NO_TENSOR),
+    Excluded(_NORM, "norm", "0 if magnitude is None else", ("0 -> 1",), _NO_TENSOR),
     Excluded(_WEIGHT, "merge", "(0, 0) if", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
     Excluded(_WEIGHT, "merge", "R = 0 if lora_A is None else", ("0 -> 1",), _NO_TENSOR),
     Excluded(_WEIGHT, "dense", "None, None, None, 0.0", ("0.0",), _NO_TENSOR),
@@ -131,7 +134,7 @@ EXCLUDED = (
     Excluded(_BACKWARD, "_token_sums_kernel", "offs_m = m +", ("tl.arange(0, BLOCK_M).to",), _INT64),
     Excluded(_FORWARD, "_project_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
     Excluded(_FORWARD, "_project_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
-    Excluded(_WEIGHT, "_norm_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
+    Excluded(_NORM, "_norm_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
     Excluded(_WEIGHT, "direction_tile", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_WEIGHT, "_merge_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_WEIGHT, "_merge_kernel", "k = tl.", ("tl.program_id(1).to(tl.int64) -> tl.program_id(1)",), _INT64),
@@ -154,7 +157,7 @@ EXCLUDED = (
     Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.view(",), _AUTOGRAD),
     Excluded(_FORWARD, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
     Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
-    Excluded(_WEIGHT, "norm", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_NORM, "norm", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_WEIGHT, "merge", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_BACKWARD, "_partial_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),
     Excluded(_REFERENCE, "", "_BLOCK_BYTES_ELSEWHERE =", ("256",), "how large a block of rows is: memory"),
@@ -170,7 +173,6 @@ EXCLUDED = (
     Excluded(_REFERENCE, "_scale_columns", "statistics =", ("0 -> 1", "0 -> 1 (2)"), _NO_STATISTICS),
     Excluded(_REFERENCE, "_scale_columns", "torch.native_batch_norm(", ("0.0 -> 1.0",), _NO_STATISTICS),
     Excluded(_REFERENCE, "product_onto_low_rank", "beta=0", ("0 -> 1",), _BETA),
-    Excluded(_REFERENCE, "outer_product_ref", "beta=0", ("0 -> 1",), _BETA),
 )
 
 

@@ -8,7 +8,8 @@ from dora_kernels.kernels.backward import outer_product, token_sums  # noqa: E40
 from dora_kernels.kernels.bank import bank_epilogue  # noqa: E402
 from dora_kernels.kernels.forward import epilogue, merged_forward, project  # noqa: E402
 from dora_kernels.kernels.grouped import grouped_norm  # noqa: E402
-from dora_kernels.kernels.weight import dense, merge, norm  # noqa: E402
+from dora_kernels.kernels.norm import norm  # noqa: E402
+from dora_kernels.kernels.weight import dense, merge  # noqa: E402
 from dora_kernels.reference import Steps  # noqa: E402
 
 KERNELS = Steps(

@@ -16,7 +16,8 @@ from dora_kernels.kernels.common import (
     low_rank_tile,
     rank_multiple,
 )
-from dora_kernels.kernels.weight import merge, norm
+from dora_kernels.kernels.norm import norm
+from dora_kernels.kernels.weight import merge
 from dora_kernels.quant import Weight
 from dora_kernels.reference import project_ref
 
