@@ -1,15 +1,14 @@
 """The public functions: validation, shape folding, dtypes under autocast, and autograd."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dora_kernels import launch, ops, plan
+from dora_kernels.autograd import DoraLinear, Settings, WeightNorm
 from dora_kernels.ops import is_autocast
-from dora_kernels.quant import DENSE, QuantizedWeight, Weight, parts
+from dora_kernels.quant import QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.validate import check_adapter, check_call, check_norm_grad, check_row
 
@@ -28,7 +27,7 @@ def dora_linear(
     *,
     norm_grad: bool = False,
 ) -> Tensor:
-    """The DoRA linear layer, differentiable once in everything but weight (DoRA, arXiv 2402.09353, equation 5).
+    """The DoRA linear layer, differentiable in everything but weight (DoRA, arXiv 2402.09353, equation 5).
 
         y = gain * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias
         gain = magnitude / norm,  norm_n = ||(weight + scaling * lora_B lora_A)_n||_2
@@ -44,6 +43,9 @@ def dora_linear(
     norm_grad: False holds the norm constant in the backward pass (section 4.3 of the paper, and what PEFT does);
     True is the exact gradient.
 
+    Second derivatives and higher ones (create_graph=True), and gradients in a batch (is_grads_batched=True), are those
+    of the formula as norm_grad has it, in plain PyTorch, at PyTorch's cost.
+
     Bits: the same call gives the same ones, in y and in every gradient. norm, gain and the merged weight do not see x,
     and the kernels make a row of y from that row of base and low alone, at every M; but base and low come from GEMMs,
     where the library or the split of a sum may round a row otherwise at another M. So y of one token in another batch
@@ -52,7 +54,7 @@ def dora_linear(
     NaN and inf come out where the formula says in IEEE arithmetic: a gain or scaling of 0 does not hide an inf (NaN).
 
     Raises ValueError, naming the argument, where shapes, dtypes, devices or scaling do not fit, and where weight
-    requires a gradient. A second derivative, forward-mode AD and torch.func transforms raise torch's own errors.
+    requires a gradient; NotImplementedError under forward-mode AD and the transforms of torch.func.
     """
     return dora_linear_core(x, weight, lora_A, lora_B, magnitude, scaling, bias, norm_grad=norm_grad)[0]
 
@@ -108,14 +110,27 @@ def dora_linear_core(
     gain = None if gain is None else gain.contiguous()
     dropped = x_dropped is not None
     tensors, *storage = parts(weight)
-    settings = _Settings(
+    settings = Settings(
         scaling, base_dtype, dtype, options.way, keep, keep_low, exact, norm_grad, dropped, options.backend, *storage
     )
-    arguments = (x, x_dropped, lora_A, lora_B, magnitude, bias, norm, gain, merged, low, settings, *tensors)
-    y, new_norm, new_gain = _DoraLinear.apply(*arguments) if grad else _DoraLinear.forward(None, *arguments)
+    # outside the Function, which then saves its inputs: a second derivative leads on through them
+    x_rows = folded(x, base_dtype)
+    # wide adapters see what was dropped as it is; the Function widens it, and saves it narrow
+    dropped_rows = None if x_dropped is None else folded(x_dropped, dtype if dtype == base_dtype else x_dropped.dtype)
+    arguments = (x_rows, dropped_rows, lora_A, lora_B, magnitude, bias, norm, gain, merged, low, settings, *tensors)
+    y, new_norm, new_gain = DoraLinear.apply(*arguments) if grad else DoraLinear.forward(None, *arguments)
     # outside the Function: autograd refuses to modify in place a view that a Function has returned
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y, new_norm if norm is None else norm, new_gain if gain is None else gain
+
+
+def folded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., K) as rows (M, K) in dtype, differentiable."""
+    if x.dim() != 2:
+        # math.prod and not Size.numel(), which makes a symbolic size a number: torch.export would fix M; and not -1,
+        # which an x without elements leaves open
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x.to(dtype)
 
 
 def _check_low(function: str, low: Tensor, x: Tensor, lora_A: Tensor, dtype: torch.dtype, alone: bool) -> None:
@@ -166,39 +181,9 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, 
     _, dtype = operand_dtypes(weight, lora_A)
     if norm_grad:
         tensors, *storage = parts(weight)
-        return _WeightNorm.apply(lora_A, lora_B, scaling, dtype, backend, storage, *tensors)
+        return WeightNorm.apply(lora_A, lora_B, scaling, dtype, backend, storage, *tensors)
     with torch.no_grad():
         return ops.norm(*parts(weight), lora_A, lora_B, scaling, dtype, backend)
-
-
-class _WeightNorm(torch.autograd.Function):
-    """norm, with the gradient of lora_A and lora_B through it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        dtype: torch.dtype,
-        backend: str,
-        storage: list[Any],
-        *tensors: Tensor,
-    ) -> Tensor:
-        norm = ops.norm(list(tensors), *storage, lora_A, lora_B, scaling, dtype, backend)
-        ctx.save_for_backward(lora_A, lora_B, norm, *tensors)
-        ctx.settings = (scaling, dtype, backend, storage)
-        return norm
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dnorm: Tensor) -> tuple[Tensor | None, ...]:
-        lora_A, lora_B, norm, *tensors = ctx.saved_tensors
-        scaling, dtype, backend, storage = ctx.settings
-        needs_A, needs_B, *constants = ctx.needs_input_grad
-        arguments = (lora_A, lora_B, norm, scaling, dtype, [needs_A, needs_B], backend)
-        dA, dB = ops.norm_backward(dnorm, tensors, *storage, *arguments)
-        return dA if needs_A else None, dB if needs_B else None, *(None for _ in constants)
 
 
 def merge_weight(weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
@@ -260,140 +245,3 @@ def unmerge_weight(
         # already, unmerged in ieee or tf32x3: what the two differ by is far below the rounding that it is stored with.
         weight = ops.merge(*stored, lora_A, lora_B, torch.ones_like(gain), -scaling, dtype, backend)
         return weight.to(merged.dtype)
-
-
-class _Settings(NamedTuple):
-    """What a call has settled beside its tensors; passes.py says what each is."""
-
-    scaling: float
-    base_dtype: torch.dtype
-    dtype: torch.dtype
-    way: str
-    keep: str
-    keep_low: bool
-    exact: bool
-    norm_grad: bool
-    dropped: bool
-    backend: str
-    weight_format: str
-    weight_numbers: list[int]
-    weight_dtype: torch.dtype
-
-    def weight(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], str, list[int], torch.dtype]:
-        """The weight's arguments of an operator; a dense one in the dtype of the base GEMM."""
-        if self.weight_format == DENSE:
-            return parts(tensors[0].to(self.base_dtype))
-        return list(tensors), self.weight_format, self.weight_numbers, self.weight_dtype
-
-
-class _DoraLinear(torch.autograd.Function):
-    """Folds the leading dimensions, settles dtypes, and calls the operators of ops.py."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        x_dropped: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        magnitude: Tensor,
-        bias: Tensor | None,
-        norm: Tensor | None,
-        gain: Tensor | None,
-        merged: Tensor | None,
-        given_low: Tensor | None,
-        settings: _Settings,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        base_dtype = settings.base_dtype
-        # math.prod and not Size.numel(), which makes a symbolic size a number: torch.export would fix M
-        rows = (math.prod(x.shape[:-1]), lora_A.shape[1])
-        x_rows = x.reshape(rows).to(base_dtype)
-        # not rounded to a narrower weight's dtype: the low-rank products see it as the adapter does
-        dropped_rows = None if x_dropped is None else x_dropped.reshape(rows).to(settings.dtype)
-        y, new_norm, new_gain, low, kept = ops.forward(
-            x_rows,
-            dropped_rows,
-            *settings.weight(tensors),
-            lora_A,
-            lora_B,
-            magnitude,
-            None if bias is None else bias.to(base_dtype),
-            norm,
-            gain,
-            settings.scaling,
-            settings.dtype,
-            settings.way,
-            settings.keep,
-            settings.keep_low,
-            settings.exact,
-            settings.backend,
-            **({} if given_low is None else {"given_low": given_low}),
-        )
-        if ctx is not None:
-            adapter_rows = x_rows if dropped_rows is None else dropped_rows
-            ctx.save_for_backward(
-                adapter_rows if lora_A.requires_grad and given_low is None else None,
-                lora_A,
-                lora_B,
-                new_norm if norm is None else norm,
-                new_gain if gain is None else gain,
-                (low if given_low is None else given_low) if settings.keep_low else None,
-                kept if settings.keep else None,
-                merged if x.requires_grad else None,
-                *tensors,
-            )
-            ctx.mark_non_differentiable(new_norm, new_gain)
-            # or autograd makes zeros for norm and gain, two launches in every backward pass
-            ctx.set_materialize_grads(False)
-            ctx.settings = settings
-            ctx.low_given = given_low is not None
-            ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-            ctx.dropped_dtype = x.dtype if x_dropped is None else x_dropped.dtype
-            ctx.magnitude_dtype = magnitude.dtype
-            ctx.bias_dtype = magnitude.dtype if bias is None else bias.dtype
-        # never norm and gain themselves: autograd would make a view of each, and selective checkpointing, which counts
-        # operators, must see the same ones when the recomputed pass is given what the first one made
-        return y, new_norm, new_gain
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:  # what y went into gave it no gradient
-            return (None,) * len(ctx.needs_input_grad)
-        x, lora_A, lora_B, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
-        settings = ctx.settings
-        needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, *others = ctx.needs_input_grad
-        _norm, _gain, _merged, needs_low, *constants = others
-        needs_A = needs_A and not ctx.low_given
-        needs = [needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, needs_low]
-        gradients = ops.backward(
-            dy,
-            x,
-            *settings.weight(tensors),
-            lora_A,
-            lora_B,
-            norm,
-            gain,
-            low,
-            kept,
-            merged,
-            settings.scaling,
-            settings.dtype,
-            settings.way,
-            settings.keep,
-            settings.dropped,
-            settings.norm_grad,
-            needs,
-            ctx.magnitude_dtype,
-            ctx.bias_dtype,
-            settings.backend,
-        )
-        dx, dx_dropped, dA, dB, dmagnitude, dbias, dlow = (
-            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-        )
-        if dx is not None:
-            dx = dx.view(ctx.x_shape).to(ctx.x_dtype)
-        if dx_dropped is not None:
-            dx_dropped = dx_dropped.view(ctx.x_shape).to(ctx.dropped_dtype)
-        return dx, dx_dropped, dA, dB, dmagnitude, dbias, None, None, None, dlow, *(None for _ in constants)

@@ -161,11 +161,12 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+        ctx.group = group
         return _summed(tensor, group)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+        return _sum_gradient(gradient, ctx.group), None
 
 
 class _SumGradient(torch.autograd.Function):
@@ -178,7 +179,7 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return _summed(gradient, ctx.group), None
+        return _sum(gradient, ctx.group), None
 
 
 class ParallelDoraLinear(DoraLinear):

@@ -46,7 +46,7 @@ def dora_linear_ref(
         y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * x_dropped lora_A^T lora_B^T + bias
     """
     if norm is None:
-        norm = torch.linalg.vector_norm(weight + scaling * lora_B @ lora_A, dim=1)
+        norm = row_norms(weight + scaling * lora_B @ lora_A)
         norm = norm if norm_grad else norm.detach()
     gain = torch.where(norm == 0, 0, magnitude / torch.where(norm == 0, 1, norm))
     adapter_input = x if x_dropped is None else x_dropped
@@ -56,6 +56,12 @@ def dora_linear_ref(
     if x_dropped is not None:
         y = y + F.linear(x, weight) - base
     return (y if bias is None else y + bias).to(x.dtype)
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """norm (N,) of the rows of matrix (N, K); every derivative is 0 where the norm is, and torch's second one NaN."""
+    zero = torch.linalg.vector_norm(matrix.detach(), dim=1) == 0
+    return torch.where(zero, 0, torch.linalg.vector_norm(torch.where(zero[:, None], 1, matrix), dim=1))
 
 
 class Needs(NamedTuple):

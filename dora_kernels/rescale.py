@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels import launch, ops
+from dora_kernels import derivatives, launch, ops
 from dora_kernels.functional import check_dtypes, operand_dtypes
 from dora_kernels.quant import Weight, frozen_product
 from dora_kernels.reference import accumulate_dtype, gain_ref
@@ -28,7 +28,7 @@ def rescale(
     *,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """gain * (base + scaling * low lora_B^T) + bias [+ residual - base], differentiable once in every tensor.
+    """gain * (base + scaling * low lora_B^T) + bias [+ residual - base], differentiable in every tensor.
 
     Shapes: base (..., N), low (..., R), lora_B (N, R), gain (N,), bias (N,), residual as base -> (..., N) in
     base.dtype, rounded once. The product is taken in low's dtype, everything else in float32 (float64 for float64).
@@ -95,12 +95,31 @@ class _Rescale(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         base, low, lora_B, gain = ctx.saved_tensors
         scaling, bias_dtype, residual, backend = ctx.settings
         needs = list(ctx.needs_input_grad[:5])
-        arguments = (scaling, residual, needs, bias_dtype or gain.dtype, backend)
-        gradients = ops.rescale_backward(dy, base, low, lora_B, gain, *arguments)
+        if derivatives.wanted(dy):
+            gradients = _gradients_of_the_definition(ctx, dy, needs)
+        else:
+            arguments = (scaling, residual, needs, bias_dtype or gain.dtype, backend)
+            gradients = ops.rescale_backward(dy, base, low, lora_B, gain, *arguments)
         gradients = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
         return *gradients, dy if ctx.needs_input_grad[5] else None, None, None
+
+
+def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """The gradients of _Rescale for dy (M, N), None where not needed, that can be differentiated again."""
+    base, low, lora_B, gain = ctx.saved_tensors
+    scaling, bias_dtype, residual, _ = ctx.settings
+    if base is None:  # gain is not trained, and nothing else has a gradient that depends on base
+        base = derivatives.absent(gain, (low.shape[0], gain.shape[0]), needs[0])
+
+    def definition(base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor) -> Tensor:
+        base, low, lora_B = (one.to(gain.dtype) for one in (base, low, lora_B))
+        y = gain * (base + scaling * F.linear(low, lora_B))
+        return y - base if residual else y
+
+    *needs_definition, needs_bias = needs
+    gradients = derivatives.gradients(definition, (base, low, lora_B, gain), needs_definition, dy)
+    return [*gradients, dy.to(gain.dtype).sum(0).to(bias_dtype) if needs_bias else None]

@@ -18,7 +18,6 @@ the group, after a first one through one of them, needs retain_graph=True where 
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from typing import Any, Protocol
@@ -26,8 +25,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dora_kernels import launch, ops
-from dora_kernels.functional import operand_dtypes
+from dora_kernels import launch
+from dora_kernels.autograd import SharedLow
+from dora_kernels.functional import folded, operand_dtypes
 
 ATTRIBUTE = "dora_shared"
 """Where a layer has its Membership: no parameter, no buffer, no module, so nothing of the state dict."""
@@ -137,10 +137,7 @@ def shared_low(layer: Sharer, x: Tensor, operand: Tensor, lora_A: Tensor) -> tup
     if len(members) == 1:
         return None, None
     lows = Lows(x, key)
-    K = operand.shape[-1]
-    # math.prod and not -1, which an x without elements leaves open
-    rows = operand.detach().reshape(math.prod(operand.shape[:-1]), K).to(dtypes[0])
-    made = _SharedLow.apply(rows, dtypes[1], launch.current_options().backend, lows, *lora_As)
+    made = SharedLow.apply([folded(operand, dtypes[0])], dtypes[1], launch.current_options().backend, lows, *lora_As)
     for one, factor, low in zip(members, lora_As, made, strict=True):
         lows.waiting[one] = factor, factor._version, low
     group.thread.lows = weakref.ref(lows)
@@ -160,29 +157,3 @@ def _key(x: Tensor, operand: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) ->
         torch.cuda.current_stream(x.device).cuda_stream if on_cuda else 0,
         on_cuda and torch.cuda.is_current_stream_capturing(),
     )
-
-
-class _SharedLow(torch.autograd.Function):
-    """low (M, R) of each lora_A; rows (M, K) get no gradient here."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, dtype: torch.dtype, backend: str, lows: Lows, *lora_As: Tensor
-    ) -> tuple[Tensor, ...]:
-        low = ops.shared_low(rows, list(lora_As), dtype, backend)
-        ctx.save_for_backward(rows)
-        ctx.set_materialize_grads(False)
-        ctx.settings = lora_As[0].dtype, backend
-        ctx.lows = weakref.ref(lows)
-        return low.split([lora_A.shape[0] for lora_A in lora_As], 1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *dlows: Tensor | None) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
-        lows = ctx.lows()
-        if lows is not None:
-            lows.waiting.clear()  # what this backward pass frees cannot be in another graph
-        present = [dlow for dlow in dlows if dlow is not None]
-        made = iter(ops.shared_low_backward(rows, present, *ctx.settings) if present else ())
-        return None, None, None, None, *(None if dlow is None else next(made) for dlow in dlows)

@@ -4,6 +4,7 @@ import sys
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dora_kernels.quant import QuantizedWeight, Weight
 
@@ -17,8 +18,35 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def check_transforms(function: str, *tensors: Tensor | None) -> None:
+    """Raise NotImplementedError inside a transform of torch.func, and where a tensor is a dual one of forward-mode AD.
+
+    What is batched or dual passes by an opaque operator: its result would have no tangent, and nobody would be told.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._are_functorch_transforms_active():
+        keys = {interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack()}
+        if not torch.is_grad_enabled():
+            keys.discard("Functionalize")  # operators are taken as they are
+        if keys:
+            found = ", ".join(sorted(keys)).lower()
+            raise NotImplementedError(f"{function}: called inside a transform of torch.func ({found}){_INSTEAD}")
+    if forward_ad._current_level >= 0:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(f"{function}: called with a dual tensor of forward-mode AD{_INSTEAD}")
+
+
+_INSTEAD = (
+    "; expected neither: use torch.autograd (grad with create_graph or is_grads_batched, functional in reverse mode), "
+    "or the definition in plain PyTorch, dora_kernels.reference.dora_linear_ref"
+)
+
+
 def check_adapter(function: str, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
     """Raise ValueError unless weight, lora_A, lora_B and scaling fit each other; scaling as a float."""
+    check_transforms(function, weight, lora_A, lora_B)
     for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
         if not isinstance(tensor, QuantizedWeight):
             check_tensor(function, name, tensor, weight)
@@ -76,6 +104,7 @@ def check_call(
     norm: Tensor | None,
 ) -> None:
     """Raise ValueError unless what surrounds the adapter fits weight (N, K)."""
+    check_transforms(function, x, magnitude, bias, x_dropped, norm)
     K = weight.shape[1]
     check_tensor(function, "x", x, weight)
     if x.dim() == 0 or x.shape[-1] != K:
@@ -142,6 +171,7 @@ def check_rescale(
     residual: Tensor | None,
 ) -> float:
     """Raise ValueError unless the arguments of rescale fit each other; scaling as a float."""
+    check_transforms(function, base, low, lora_B, gain, bias, residual)
     check_tensor(function, "lora_B", lora_B, None)
     if lora_B.dim() != 2:
         raise ValueError(f"{function}: lora_B has shape {_shape(lora_B)}; expected 2 dimensions")

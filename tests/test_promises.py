@@ -1,8 +1,8 @@
 """What every operator and public function promises beside its numbers.
 
 Inputs stay as they are, the same call gives the same bits, every output is written entirely (conftest.py poisons
-memory), and which results do not depend on the other tokens of the batch. Derivatives: the whole Jacobian, the
-gradient through the norm where the norm is hardest, and a clear refusal of a second derivative.
+memory), and which results do not depend on the other tokens of the batch. Derivatives: the whole Jacobian, and the
+gradient through the norm where the norm is hardest; test_second_derivatives.py has the others.
 """
 
 import dataclasses
@@ -226,16 +226,6 @@ class TestDerivatives:
                 )  # fmt: skip
 
         assert torch.autograd.gradcheck(function, [getattr(problem, name).requires_grad_() for name in leaves])
-
-    @pytest.mark.parametrize("norm_grad", (False, True))
-    @pytest.mark.parametrize("name", GRADIENTS)
-    def test_a_second_derivative_is_refused(self, name, norm_grad):
-        problem = Problem.random(5, 8, 6, 2)
-        leaves = {other: getattr(problem, other).requires_grad_(other == name) for other in GRADIENTS}
-        y = dora_kernels.dora_linear(weight=problem.weight, scaling=0.75, norm_grad=norm_grad, **leaves)
-        (gradient,) = torch.autograd.grad(y, leaves[name], problem.dy.requires_grad_(), create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
-            gradient.sum().backward()
 
     @pytest.mark.parametrize("backend", BACKENDS)
     @pytest.mark.parametrize("way", WAYS)

@@ -245,11 +245,11 @@ class TestNothingIsKept:
     def test_a_step_leaves_nothing(self, pair):  # noqa: F811
         x, dy = batch()
         x.requires_grad_()
-        lows, made = [], sharing._SharedLow.apply
+        lows, made = [], sharing.SharedLow.apply
         gc.disable()
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(sharing._SharedLow, "apply", lambda *a: [lows.append(t) or t for t in made(*a)])
+                patch.setattr(sharing.SharedLow, "apply", lambda *a: [lows.append(t) or t for t in made(*a)])
                 y = pair[1](x)
             references = [weakref.ref(low) for low in lows] + [weakref.ref(x)]
             lows.clear()

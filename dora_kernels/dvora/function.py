@@ -13,7 +13,7 @@ from dora_kernels import reuse
 from dora_kernels.functional import check_dtypes, operand_dtypes, weight_norm
 from dora_kernels.ops import is_autocast
 from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts
-from dora_kernels.reference import accumulate_dtype, gain_ref
+from dora_kernels.reference import accumulate_dtype, gain_ref, row_norms
 from dora_kernels.rescale import rescale
 from dora_kernels.validate import check_call, check_norm_grad, check_tensor
 
@@ -47,7 +47,7 @@ def dvora_linear(
     norm: Tensor | None = None,
     function: str = "dvora_linear",
 ) -> Tensor:
-    """The DVoRA linear layer, differentiable once in x, lambda_d, lambda_b, magnitude and bias.
+    """The DVoRA linear layer, differentiable in x, lambda_d, lambda_b, magnitude and bias.
 
         y = gain * (x weight^T + lambda_b * (lambda_d * (x vera_A^T)) vera_B^T) + bias
         gain = magnitude / norm,  norm_n = ||weight_n + lambda_b_n * (vera_B_n * lambda_d) vera_A||_2
@@ -110,7 +110,7 @@ def dvora_linear_ref(
     norm_grad: bool = False,
 ) -> Tensor:
     """The definition of dvora_linear in plain PyTorch, dense, by autograd, in any dtype up to float64."""
-    norm = torch.linalg.vector_norm(weight + (lambda_b[:, None] * vera_B) @ (lambda_d[:, None] * vera_A), dim=1)
+    norm = row_norms(weight + (lambda_b[:, None] * vera_B) @ (lambda_d[:, None] * vera_A))
     norm = norm if norm_grad else norm.detach()
     gain = torch.where(norm == 0, 0, magnitude / torch.where(norm == 0, 1, norm))
     x_adapter = x if x_dropped is None else x_dropped

@@ -27,6 +27,5 @@ class _Product(torch.autograd.Function):
         return F.linear(x, weight.dequantize(dtype=x.dtype))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy @ ctx.weight.dequantize(dtype=dy.dtype), None

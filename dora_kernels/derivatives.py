@@ -1,0 +1,63 @@
+"""Gradients that can be differentiated again: those of the definition in plain PyTorch, by autograd.
+
+A backward pass is one opaque operator. Where the graph of the gradients is asked for (create_graph=True: gradient
+penalties, MAML, Hessians), and for a dy that no operator takes, the Functions return the gradients of the definition
+instead. Ordinary training pays for it with one question a backward pass, and with a reference to x.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dora_kernels.ops import without_autocast
+
+
+def wanted(dy: Tensor) -> bool:
+    """Whether this backward pass has to be made of torch's own operators, which autograd and torch.func see through.
+
+    That is where autograd records it (create_graph=True), where dy is a batch of gradients (is_grads_batched=True,
+    functional.jacobian(vectorize=True), torch.func.vmap over torch.autograd.grad), and where it is a dual tensor.
+    """
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():  # which traces none of the questions below
+        return False
+    return torch._C._are_functorch_transforms_active() or is_batched(dy) or is_dual(dy)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether `tensor` is a batch of tensors that looks like one, as is_grads_batched=True makes of dy."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def is_dual(tensor: Tensor) -> bool:
+    """Whether `tensor` carries a tangent of forward-mode AD."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def gradients(
+    definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """The gradients of definition(*inputs) for dy, each None unless needed, with their own graph where it is recorded.
+
+    definition: computes in the accumulate dtype. inputs: as save_for_backward has returned them, so that the graph of
+    the gradients leads on to what they were made from.
+    """
+    with torch.enable_grad(), without_autocast(dy.device.type):
+        # a view each: the pass through the definition ends there, and runs no hook of the tensors themselves
+        inputs = [one.view_as(one) if needed else one for one, needed in zip(inputs, needs, strict=True)]
+        y = definition(*inputs)
+    aliases = [one for one, needed in zip(inputs, needs, strict=True) if needed]
+    if not aliases:
+        return [None] * len(inputs)
+    with without_autocast(dy.device.type):
+        dy, again = dy.to(y.dtype), torch.is_grad_enabled()
+        made = iter(torch.autograd.grad(y, aliases, dy, create_graph=again))
+    return [next(made) if needed else None for needed in needs]
+
+
+def absent(like: Tensor, shape: tuple[int, ...], needed: bool) -> Tensor:
+    """Zeros in the place of an input whose value no gradient depends on, and which was not saved."""
+    return like.new_zeros(()).expand(shape).requires_grad_(needed)

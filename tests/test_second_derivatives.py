@@ -1,0 +1,206 @@
+"""Second derivatives are those of the definition, on every route by which they are asked for, for every kind of layer.
+
+Stock layers and the definition in float64 are the measure; ordinary training holds and launches nothing for it.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dora_kernels
+from dora_kernels import launch
+from dora_kernels.dvora import dvora_linear, dvora_linear_ref, norm_terms
+from dora_kernels.quant import frozen_product
+from dora_kernels.reference import dora_linear_ref
+from dora_kernels.rescale import dora_linear_lora_dropout
+from tests.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, Problem, core
+from tests.second_derivatives import assert_equal, derivatives, grad, squares
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="float64 kernels run in the interpreter only")
+
+
+def leaves_of(problem: Problem, needs=GRADIENTS, names=(*GRADIENTS, "x_dropped")) -> dict[str, torch.Tensor]:
+    """The tensors of a call by name, of which those in `needs` require gradients."""
+    tensors = {name: getattr(problem, name) for name in names if getattr(problem, name) is not None}
+    return {name: tensor.detach().clone().requires_grad_(name in needs) for name, tensor in tensors.items()}
+
+
+def second(function, problem, needs=GRADIENTS, shape=None, **arguments):
+    """derivatives() of a function with dora_linear's arguments."""
+    leaves = leaves_of(problem, needs)
+    given = dict(leaves)
+    if shape is not None:
+        given |= {name: given[name].view(*shape, -1) for name in ("x", "x_dropped") if name in given}
+    given |= {"weight": problem.weight, "scaling": problem.scaling} | arguments
+    return derivatives(lambda: function(**given), [leaf for leaf in leaves.values() if leaf.requires_grad])
+
+
+def a_problem(M=4, dtype=EXACT_DTYPE, adapter_dtype=None, dropout=0.0, zero_row=True, **more) -> Problem:
+    """With a row whose norm is 0."""
+    torch.manual_seed(0)
+    problem = Problem.random(M, 9, 7, 3, dtype, adapter_dtype, dropout=dropout, **more)
+    if zero_row:
+        problem.weight[2] = problem.lora_B[2] = 0
+    return problem
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestTheFunction:
+    @pytest.mark.parametrize("dropout", (0.0, 0.5))
+    @pytest.mark.parametrize("norm_grad", (False, True))
+    @pytest.mark.parametrize("way", ("split", "merged"))
+    def test_every_argument(self, way, norm_grad, dropout, backend):
+        problem = a_problem(dropout=dropout)
+        needs = (*GRADIENTS, "x_dropped")
+        with launch.options(backend=backend, way=way):
+            ours = second(core, problem, needs, norm_grad=norm_grad)
+        assert_equal(ours, second(dora_linear_ref, problem, needs, norm_grad=norm_grad))
+
+    @pytest.mark.parametrize("shape", ((), (2, 2), (1, 4, 1)))
+    def test_shapes_and_a_given_norm(self, shape, backend):
+        problem = a_problem(M=4 if shape else 1)
+        norm = torch.linalg.vector_norm(problem.weight, dim=1)
+        with launch.options(backend=backend):
+            ours = second(core, problem, shape=shape, norm=norm)
+        assert_equal(ours, second(dora_linear_ref, problem, shape=shape, norm=norm))
+
+    @pytest.mark.parametrize(
+        "needs",
+        (("x",), ("x", "lora_B"), ("x", "magnitude"), ("lora_A", "lora_B"), ("lora_B", "magnitude"), ("x", "bias")),
+    )
+    def test_any_subset(self, needs, backend):
+        """What is frozen is a constant; nothing has to be saved twice for it."""
+        for norm_grad in (False, True):
+            problem = a_problem()
+            with launch.options(backend=backend):
+                ours = second(dora_kernels.dora_linear, problem, needs, norm_grad=norm_grad)
+            assert_equal_or_zero(ours, second(dora_linear_ref, problem, needs, norm_grad=norm_grad))
+
+    def test_strides_and_zero_rows(self, backend):
+        problem = a_problem()
+        problem.weight = problem.weight.T.contiguous().T
+        problem.x = torch.cat([problem.x] * 2, 1)[:, ::2]
+        with launch.options(backend=backend):
+            assert_equal(second(core, problem), second(dora_linear_ref, problem))
+        problem = a_problem(M=0)
+        with launch.options(backend=backend):
+            leaves = leaves_of(problem)
+            y = core(**leaves, weight=problem.weight, scaling=1.0)
+            first = grad(y.sum(), list(leaves.values()), create_graph=True)
+            assert not any(one.any() for one in grad(squares(first), list(leaves.values())))
+
+    @pytest.mark.parametrize(
+        ("dtypes", "limit"),
+        (
+            ((torch.float32, torch.float32), 1e-4),
+            ((torch.bfloat16, torch.bfloat16), 0.1),
+            ((torch.bfloat16, torch.float32), 0.1),
+            ((torch.float16, torch.float32), 0.02),
+        ),
+        ids=str,
+    )
+    def test_dtypes(self, dtypes, limit, backend):
+        """Within the rounding of y and of the gradients, which both are of x's and the parameters' dtypes."""
+        for dropout in (0.0, 0.5):
+            problem = a_problem(32, *dtypes, dropout=dropout)
+            exact = second(dora_linear_ref, problem.to(torch.float64), (*GRADIENTS, "x_dropped"))
+            with launch.options(backend=backend):
+                ours = second(core, problem, (*GRADIENTS, "x_dropped"))
+            assert_equal(ours, exact, limit)
+
+    def test_autocast(self, backend):
+        problem = a_problem(32, torch.float32)
+
+        def function(**arguments):
+            with torch.autocast(DEVICE, torch.bfloat16):
+                return core(**arguments)
+
+        with launch.options(backend=backend):
+            assert_equal(second(function, problem), second(dora_linear_ref, problem.to(torch.float64)), 0.1)
+            # a backward pass inside of it, too
+            with torch.autocast(DEVICE, torch.bfloat16):
+                leaves = leaves_of(problem)
+                y = core(**leaves, weight=problem.weight, scaling=1.0)
+                first = torch.autograd.grad(y.sum(), list(leaves.values()), create_graph=True)
+        assert all(one.dtype == torch.float32 for one in first)
+
+    def test_dropout_on_the_low_rank_product(self, backend):
+        problem = a_problem(dropout=0.5)
+        norm = torch.linalg.vector_norm(problem.weight, dim=1)
+
+        def definition(x, x_dropped, weight, lora_A, lora_B, magnitude, scaling, bias, norm):
+            gain = torch.where(norm == 0, 0, magnitude / torch.where(norm == 0, 1, norm))
+            return gain * (x @ weight.T + scaling * x_dropped @ lora_A.T @ lora_B.T) + bias
+
+        with launch.options(backend=backend):
+            ours = second(dora_linear_lora_dropout, problem, norm=norm)
+        assert_equal(ours, second(definition, problem, norm=norm))
+
+    @pytest.mark.parametrize("norm_grad", (False, True))
+    def test_the_norm_alone(self, norm_grad, backend):
+        problem = a_problem()
+        leaves = list(leaves_of(problem, names=("lora_A", "lora_B")).values())
+
+        def ours():
+            return dora_kernels.weight_norm(problem.weight, *leaves, 0.5, norm_grad=norm_grad) * leaves[1].sum()
+
+        def exact():
+            norm = dora_linear_ref(  # of ones and a magnitude of 1 over a norm
+                torch.eye(7, dtype=EXACT_DTYPE), problem.weight, *leaves, torch.ones(9, dtype=EXACT_DTYPE), 0.5,
+                norm_grad=norm_grad,
+            )  # fmt: skip
+            direction = problem.weight + 0.5 * leaves[1] @ leaves[0]
+            size = torch.linalg.vector_norm(torch.where(direction == 0, 1e-300, direction), dim=1)
+            assert norm.shape == (7, 9)
+            return (size if norm_grad else size.detach()) * leaves[1].sum()
+
+        with launch.options(backend=backend):
+            assert_equal(derivatives(ours, leaves), derivatives(exact, leaves))
+
+
+def assert_equal_or_zero(ours, exact):
+    """As assert_equal, where a route may have no derivative at all."""
+    for route, tensors in exact.items():
+        if any(one.any() for one in tensors):
+            assert_equal({route: ours[route]}, {route: tensors})
+        else:
+            assert not any(one.any() for one in ours[route])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+class TestDvora:
+    @pytest.mark.parametrize("case", ("plain", "terms", "norm_grad", "norm_grad over terms", "dropout"))
+    def test_every_argument(self, case, backend):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape):
+            return torch.randn(shape, dtype=EXACT_DTYPE, generator=generator)
+
+        frozen = {"weight": normal(9, 7), "vera_A": normal(3, 7), "vera_B": normal(9, 3)}
+        names = {"x": (4, 7), "lambda_d": (3,), "lambda_b": (9,), "magnitude": (9,), "bias": (9,)}
+        leaves = {name: normal(*shape).requires_grad_() for name, shape in names.items()}
+        more = {"norm_grad": "norm_grad" in case}
+        if case == "dropout":
+            more["x_dropped"] = leaves["x"] * (normal(4, 7) > 0)
+        terms = norm_terms(frozen["weight"], frozen["vera_A"]) if "terms" in case else None
+
+        def dropped():
+            return more if case != "dropout" else more | {"x_dropped": leaves["x"] * mask}
+
+        mask = (normal(4, 7) > 0).to(EXACT_DTYPE)
+        with launch.options(backend=backend):
+            ours = derivatives(
+                lambda: dvora_linear(**frozen, **leaves, **dropped(), terms=terms), list(leaves.values())
+            )
+        exact = derivatives(lambda: dvora_linear_ref(**frozen, **leaves, **dropped()), list(leaves.values()))
+        assert_equal(ours, exact)
+
+
+def test_a_product_with_a_quantised_weight():
+    from dora_kernels.quant import QuantizedWeight
+
+    packed, scale = torch.randint(-127, 127, (9, 7), dtype=torch.int8), torch.rand(9)
+    weight = QuantizedWeight("row8", (9, 7), torch.float32, (packed, scale))
+    x = torch.randn(4, 7, requires_grad=True)
+    ours = derivatives(lambda: frozen_product(x, weight), [x])
+    assert_equal(ours, derivatives(lambda: F.linear(x, weight.dequantize()), [x]), 1e-5)
