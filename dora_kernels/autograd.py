@@ -161,17 +161,10 @@ def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> Sequence[Tensor]:
 
 def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
     """The gradients of DoraLinear for dy (M, N), None where not needed, that can be differentiated again."""
-    (
-        saved,
-        lora_A,
-        lora_B,
-        magnitude,
-        norm,
-        *_,
-    ) = ctx.saved_tensors[:5]
-    settings, tensors = ctx.settings, ctx.saved_tensors[9:]
+    saved, lora_A, lora_B, magnitude, norm, _gain, _low, _kept, _merged, *tensors = ctx.saved_tensors
+    settings = ctx.settings
     if ctx.shared is not None:
-        (saved,) = ctx.shared.saved_tensors
+        saved = SharedLow.rows_of(ctx.shared)
     accumulate, scaling = norm.dtype, settings.scaling
     dense = _dense(tensors, settings.weight_format, settings.weight_numbers, settings.weight_dtype, lora_A, lora_B)
     rows = (dy.shape[0], lora_A.shape[1])
@@ -276,11 +269,21 @@ class SharedLow(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.settings = lora_As[0].dtype, backend
         ctx.lows = weakref.ref(lows)
+        ctx.unpacked = -1, None
         return low.split([lora_A.shape[0] for lora_A in lora_As], 1)
 
     @staticmethod
+    def rows_of(node: Any) -> Tensor:
+        """x (M, K) of a node of this Function: several ask, and a checkpoint unpacks once in a backward pass."""
+        now = torch._C._current_graph_task_id()
+        if node.unpacked[0] != now:
+            node.unpacked = now, *node.saved_tensors
+        return node.unpacked[1]
+
+    @staticmethod
     def backward(ctx: Any, *dlows: Tensor | None) -> tuple[Tensor | None, ...]:
-        (rows,) = ctx.saved_tensors
+        rows = SharedLow.rows_of(ctx)
+        ctx.unpacked = -1, None
         lows = ctx.lows()
         if lows is not None:
             lows.waiting.clear()  # what this backward pass frees cannot be in another graph

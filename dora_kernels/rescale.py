@@ -100,7 +100,7 @@ class _Rescale(torch.autograd.Function):
         scaling, bias_dtype, residual, backend = ctx.settings
         needs = list(ctx.needs_input_grad[:5])
         if derivatives.wanted(dy):
-            gradients = _gradients_of_the_definition(ctx, dy, needs)
+            gradients = _gradients_of_the_definition(dy, base, low, lora_B, gain, ctx.settings, needs)
         else:
             arguments = (scaling, residual, needs, bias_dtype or gain.dtype, backend)
             gradients = ops.rescale_backward(dy, base, low, lora_B, gain, *arguments)
@@ -108,10 +108,17 @@ class _Rescale(torch.autograd.Function):
         return *gradients, dy if ctx.needs_input_grad[5] else None, None, None
 
 
-def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def _gradients_of_the_definition(
+    dy: Tensor,
+    base: Tensor | None,
+    low: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    settings: tuple[float, torch.dtype | None, bool, str],
+    needs: list[bool],
+) -> list[Tensor | None]:
     """The gradients of _Rescale for dy (M, N), None where not needed, that can be differentiated again."""
-    base, low, lora_B, gain = ctx.saved_tensors
-    scaling, bias_dtype, residual, _ = ctx.settings
+    scaling, bias_dtype, residual, _ = settings
     if base is None:  # gain is not trained, and nothing else has a gradient that depends on base
         base = derivatives.absent(gain, (low.shape[0], gain.shape[0]), needs[0])
 

@@ -1,7 +1,4 @@
-"""Second derivatives are those of the definition, on every route by which they are asked for, for every kind of layer.
-
-Stock layers and the definition in float64 are the measure; ordinary training holds and launches nothing for it.
-"""
+"""The second and third derivatives of the functions are those of their definition, which autograd makes in float64."""
 
 import pytest
 import torch
@@ -10,8 +7,8 @@ import torch.nn.functional as F
 import dora_kernels
 from dora_kernels import launch
 from dora_kernels.dvora import dvora_linear, dvora_linear_ref, norm_terms
-from dora_kernels.quant import frozen_product
-from dora_kernels.reference import dora_linear_ref
+from dora_kernels.quant import QuantizedWeight, frozen_product
+from dora_kernels.reference import dora_linear_ref, row_norms
 from dora_kernels.rescale import dora_linear_lora_dropout
 from tests.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, Problem, core
 from tests.second_derivatives import assert_equal, derivatives, grad, squares
@@ -145,17 +142,21 @@ class TestTheFunction:
             return dora_kernels.weight_norm(problem.weight, *leaves, 0.5, norm_grad=norm_grad) * leaves[1].sum()
 
         def exact():
-            norm = dora_linear_ref(  # of ones and a magnitude of 1 over a norm
-                torch.eye(7, dtype=EXACT_DTYPE), problem.weight, *leaves, torch.ones(9, dtype=EXACT_DTYPE), 0.5,
-                norm_grad=norm_grad,
-            )  # fmt: skip
-            direction = problem.weight + 0.5 * leaves[1] @ leaves[0]
-            size = torch.linalg.vector_norm(torch.where(direction == 0, 1e-300, direction), dim=1)
-            assert norm.shape == (7, 9)
-            return (size if norm_grad else size.detach()) * leaves[1].sum()
+            norm = row_norms(problem.weight + 0.5 * leaves[1] @ leaves[0])
+            return (norm if norm_grad else norm.detach()) * leaves[1].sum()
 
         with launch.options(backend=backend):
             assert_equal(derivatives(ours, leaves), derivatives(exact, leaves))
+
+
+def test_row_norms_by_finite_differences():
+    """The one step of the definition that is not torch's own, of rows that are not 0; of those that are, 0."""
+    matrix = a_problem().weight.requires_grad_()
+    rows = [0, 1, 3]
+    assert torch.autograd.gradgradcheck(lambda m: row_norms(m[rows]), matrix)
+    first = grad(row_norms(matrix).square().sum() + row_norms(matrix).sum(), [matrix], create_graph=True)
+    (second,) = grad(squares(first), [matrix])
+    assert not first[0][2].any() and not second[2].any() and second.isfinite().all() and second[3].any()
 
 
 def assert_equal_or_zero(ours, exact):
@@ -180,25 +181,20 @@ class TestDvora:
         names = {"x": (4, 7), "lambda_d": (3,), "lambda_b": (9,), "magnitude": (9,), "bias": (9,)}
         leaves = {name: normal(*shape).requires_grad_() for name, shape in names.items()}
         more = {"norm_grad": "norm_grad" in case}
-        if case == "dropout":
-            more["x_dropped"] = leaves["x"] * (normal(4, 7) > 0)
         terms = norm_terms(frozen["weight"], frozen["vera_A"]) if "terms" in case else None
+        mask = (normal(4, 7) > 0).to(EXACT_DTYPE) if case == "dropout" else None
 
-        def dropped():
-            return more if case != "dropout" else more | {"x_dropped": leaves["x"] * mask}
+        def arguments():
+            dropped = {} if mask is None else {"x_dropped": leaves["x"] * mask}
+            return frozen | leaves | more | dropped
 
-        mask = (normal(4, 7) > 0).to(EXACT_DTYPE)
         with launch.options(backend=backend):
-            ours = derivatives(
-                lambda: dvora_linear(**frozen, **leaves, **dropped(), terms=terms), list(leaves.values())
-            )
-        exact = derivatives(lambda: dvora_linear_ref(**frozen, **leaves, **dropped()), list(leaves.values()))
+            ours = derivatives(lambda: dvora_linear(**arguments(), terms=terms), list(leaves.values()))
+        exact = derivatives(lambda: dvora_linear_ref(**arguments()), list(leaves.values()))
         assert_equal(ours, exact)
 
 
 def test_a_product_with_a_quantised_weight():
-    from dora_kernels.quant import QuantizedWeight
-
     packed, scale = torch.randint(-127, 127, (9, 7), dtype=torch.int8), torch.rand(9)
     weight = QuantizedWeight("row8", (9, 7), torch.float32, (packed, scale))
     x = torch.randn(4, 7, requires_grad=True)

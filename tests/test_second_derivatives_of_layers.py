@@ -1,0 +1,267 @@
+"""Second derivatives of layers are those of the stock layers in float64, on every route by which they are asked for.
+
+And what surrounds them: hooks, checkpointing, split backward passes, and that ordinary training knows nothing of it.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import functional
+from torch.utils.checkpoint import checkpoint
+
+pytest.importorskip("peft")
+
+import dora_kernels  # noqa: E402
+from dora_kernels import DoraLinear, DvoraLinear, VeraProjection, launch, ops  # noqa: E402
+from dora_kernels.dvora import dvora_linear_ref  # noqa: E402
+from dora_kernels.reference import dora_linear_ref  # noqa: E402
+from dora_kernels.testing.run import shared_dropout  # noqa: E402
+from tests import peft_problem, quantized_problem, shared_problem, test_peft_conv, test_peft_embedding  # noqa: E402
+from tests.peft_problem import calls, enabled, randomise  # noqa: E402
+from tests.problem import BACKENDS, DEVICE  # noqa: E402
+from tests.second_derivatives import assert_equal, derivatives, grad, squares, weights  # noqa: E402
+from tests.test_structures import CASES as STRUCTURES  # noqa: E402
+
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="float64 kernels run in the interpreter only")
+X = torch.linspace(-2, 2, 4 * 24, dtype=torch.float64).sin().view(2, 2, 24)
+
+
+def linear(**config):
+    return peft_problem.build(torch.float64, **config), X
+
+
+def convolution(last=False, **config):
+    return test_peft_conv.build(dtype=torch.float64, last=last, **config)
+
+
+def tokens():
+    return test_peft_embedding.build(torch.float64), torch.tensor([[1, 3, 5, 3], [0, 12, 3, 7]])
+
+
+LAYERS = {
+    "linear": linear,
+    "dropout": lambda: linear(lora_dropout=0.5),
+    "a trained bias": lambda: linear(train_bias=True),
+    "Conv1D, fan in first": lambda: linear(conv1d=True),
+    "two adapters": lambda: linear(adapters=2),
+    "three adapters, two with dropout": lambda: linear(adapters=3, lora_dropout=0.5),
+    "conv2d": convolution,
+    "conv2d, channels last, dropout": lambda: convolution(last=True, lora_dropout=0.5),
+    "conv2d, two adapters": lambda: convolution(adapters=2),
+    "conv1d": lambda: convolution(dims=1),
+    "embedding": tokens,
+}
+
+
+def call_of(model, x, call=None):
+    """y of a model, with the same dropout at every call."""
+
+    def run():
+        torch.manual_seed(3)
+        with shared_dropout(3):
+            return (call or (lambda model, x: model(x)))(model, x)
+
+    return run
+
+
+def found(model, x, call=None):
+    """derivatives() in x and in what is trained."""
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if x.is_floating_point():
+        x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        leaves.append(x)
+    return derivatives(call_of(model, x, call), leaves)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_peft(name, backend):
+    stock, x = LAYERS[name]()
+    ours, before = enabled(stock), sum(ops.calls.values())
+    with launch.options(backend=backend):
+        assert_equal(found(ours, x), found(stock, x), 1e-8)
+    assert sum(ops.calls.values()) > before
+    assert_equal(found(ours.eval(), x), found(stock.eval(), x), 1e-8)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_layers_known_by_structure(name):
+    case = STRUCTURES[name]
+    model, x = case.make(0, torch.float64)
+    ours = copy.deepcopy(model)
+    assert dora_kernels.enable(ours).taken_over
+    assert_equal(found(ours, x, case.call), found(model, x, case.call), 1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("autocast", (False, True))
+def test_shared_inputs(autocast, backend):
+    """Of low, made for q, k and v in one node, whose rows get no gradient there."""
+    stock = shared_problem.attention(torch.float64)
+    ours = shared_problem.shared(copy.deepcopy(stock))
+    x, _ = shared_problem.batch(torch.float64)
+    if autocast:  # float64 it leaves alone
+        ours, x = ours.float(), x.float()
+
+    def call(model, x):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=x.dtype == torch.float32):
+            return model(x)
+
+    made = calls("shared_low")
+    with launch.options(backend=backend):
+        assert_equal(found(ours, x, call), found(stock, x.double()), 0.1 if autocast else 1e-8)
+    assert calls("shared_low") > made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantised(backend):
+    stock = quantized_problem.build("nf4")
+    twin, x = quantized_problem.dense(stock, torch.float32), X.float()
+    with launch.options(backend=backend):
+        assert_equal(found(enabled(stock), x), found(twin.double(), X), 1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", (0.0, 0.5))
+def test_the_modules(dropout, backend):
+    torch.manual_seed(0)
+    layer = DoraLinear(24, 10, 3, 4.0, dropout=dropout, dtype=torch.float64)
+    other = DvoraLinear(24, 10, VeraProjection(30, 20, 4, dtype=torch.float64), dropout=dropout, dtype=torch.float64)
+    for module in (layer, other):
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.data.uniform_(0.3, 1.0)
+
+    def dropped(x):
+        return nn.functional.dropout(x, dropout) if dropout else None
+
+    def dora(_, x):
+        adapter = (layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector, layer.scaling)
+        return dora_linear_ref(x, layer.weight, *adapter, layer.bias, x_dropped=dropped(x))
+
+    def dvora(_, x):
+        arguments = (*other._vera(), other.vera_magnitude_vector, other.bias)
+        return dvora_linear_ref(x, other.weight, *arguments, x_dropped=dropped(x))
+
+    with launch.options(backend=backend):
+        assert_equal(found(layer, X), found(layer, X, dora))
+        assert_equal(found(other, X), found(other, X, dvora))
+
+
+class Defined(DvoraLinear):
+    """The definition, in the place of a DvoraLinear."""
+
+    def forward(self, x):
+        return dvora_linear_ref(x, self.weight, *self._vera(), self.vera_magnitude_vector, self.bias)
+
+
+@pytest.fixture(params=("linear", "conv2d", "shared", "dvora"))
+def twins(request):
+    """A stock model or the definition, ours, and x."""
+    if request.param == "shared":
+        stock = shared_problem.attention(torch.float64)
+        return stock, shared_problem.shared(copy.deepcopy(stock)), shared_problem.batch(torch.float64)[0]
+    if request.param == "dvora":
+        torch.manual_seed(0)
+        ours = DvoraLinear(24, 10, VeraProjection(30, 20, 4, dtype=torch.float64), dtype=torch.float64)
+        for parameter in ours.parameters():
+            parameter.data.uniform_(0.3, 1.0)
+        stock = copy.deepcopy(ours)
+        stock.__class__ = Defined
+        return stock, ours, X
+    stock, x = LAYERS[request.param]()
+    return stock, enabled(stock), x.detach()
+
+
+class TestRoutes:
+    def test_functional(self, twins):
+        """hessian, jacobian, vectorised or not, hvp and vhp, in x."""
+        stock, ours, x = twins
+        x = x[:1].contiguous()
+
+        def loss(model):
+            return lambda x: model(x).sin().sum()
+
+        for vectorize in (False, True):
+            hessians = [functional.hessian(loss(model), x, vectorize=vectorize) for model in (stock, ours)]
+            assert hessians[0].abs().max() > 1e-3
+            torch.testing.assert_close(hessians[1], hessians[0], rtol=1e-8, atol=1e-10)
+            jacobians = [functional.jacobian(model, x, vectorize=vectorize) for model in (stock, ours)]
+            torch.testing.assert_close(jacobians[1], jacobians[0], rtol=1e-8, atol=1e-10)
+        for product in (functional.hvp, functional.vhp, functional.jvp):
+            expected, actual = (product(loss(model), x, x.cos())[1] for model in (stock, ours))
+            assert expected.abs().max() > 1e-3
+            torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+    def test_gradients_in_a_batch(self, twins):
+        """is_grads_batched, functorch's vmap over autograd.grad, and both with a graph."""
+        found = []
+        for model in twins[:2]:
+            leaves = [p for p in model.parameters() if p.requires_grad]
+            x = twins[2].clone(memory_format=torch.preserve_format).requires_grad_()
+            leaves.append(x)
+            y = model(x)
+            dys = torch.stack([weights(y) + shift for shift in range(3)])
+            batch = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
+            mapped = torch.func.vmap(lambda dy, y=y, l=leaves: torch.autograd.grad(y, l, dy, retain_graph=True))(dys)
+            graph = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, create_graph=True)
+            one = torch.autograd.grad(y, leaves, dys[1], retain_graph=True)
+            found.append([*batch, *mapped, *graph, *grad(squares(graph), leaves)])
+            torch.testing.assert_close([g[1] for g in batch], list(one), rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=1e-9)
+
+    def test_maml(self, twins):
+        """Gradients through two inner steps."""
+        found = []
+        for model in twins[:2]:
+            names = [name for name, p in model.named_parameters() if p.requires_grad]
+            start = {name: model.get_parameter(name) for name in names}
+            fast = dict(start)
+            with torch.enable_grad():
+                for _ in range(2):
+                    loss = torch.func.functional_call(model, fast, (twins[2],)).square().mean()
+                    steps = torch.autograd.grad(loss, list(fast.values()), create_graph=True)
+                    fast = {name: p - 0.1 * step for (name, p), step in zip(fast.items(), steps, strict=True)}
+                loss = torch.func.functional_call(model, fast, (twins[2],)).sin().mean()
+            found.append([loss.detach(), *torch.autograd.grad(loss, list(start.values()))])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-11)
+
+    def test_inside_a_checkpoint(self, twins):
+        stock, ours, x = twins
+        assert_equal(found(ours, x, lambda model, x: checkpoint(model, x, use_reentrant=False)), found(stock, x), 1e-8)
+
+    def test_hooks_fire_as_often_as_in_stock(self, twins):
+        counts = []
+        for model in twins[:2]:
+            x = twins[2].clone(memory_format=torch.preserve_format).requires_grad_()
+            fired = {}
+            named = {n: p for n, p in model.named_parameters() if p.requires_grad} | {"x": x, "y": None}
+            leaves = [tensor for tensor in named.values() if tensor is not None]
+            h = x.clone()
+            named["h"] = h
+            y = named["y"] = model(h)
+            for name, tensor in named.items():
+                tensor.register_hook(lambda _, name=name, fired=fired: fired.update({name: fired.get(name, 0) + 1}))
+            first = torch.autograd.grad(y.sin().sum(), [h, *leaves], create_graph=True)
+            history = [dict(fired)]
+            (squares(first) + y.sum()).backward()
+            history.append(dict(fired))
+            counts.append(history)
+        assert counts[0] == counts[1]
+
+    def test_retained_graphs(self, twins):
+        """The same graph again gives the same bits, ordinary or recorded, in any order."""
+        _, model, x = twins
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        y = model(x.clone().requires_grad_())
+        dy = weights(y)
+        plain = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        recorded = torch.autograd.grad(y, leaves, dy, create_graph=True)
+        again = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+        torch.testing.assert_close(list(recorded), list(plain), rtol=1e-9, atol=1e-11)
+        second = grad(squares(recorded), leaves, retain_graph=True)
+        assert any(one.any() for one in second)
+        assert all(torch.equal(a, b) for a, b in zip(second, grad(squares(recorded), leaves), strict=True))
