@@ -3,6 +3,7 @@
 Each returns the gradients of the definition instead where derivatives.py says so.
 """
 
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -39,12 +40,24 @@ class Settings(NamedTuple):
         return list(tensors), self.weight_format, self.weight_numbers, self.weight_dtype
 
 
+def folded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., K) as rows (M, K) in dtype, differentiable."""
+    if x.dim() != 2:
+        # math.prod and not Size.numel(), which makes a symbolic size a number: torch.export would fix M; and not -1,
+        # which an x without elements leaves open
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x.to(dtype)
+
+
 class DoraLinear(torch.autograd.Function):
     """y (M, N), norm (N,) and gain (N,), of x (M, K) in the dtype of the base GEMM and x_dropped (M, K).
 
     norm and gain are empty where they are given: never themselves, because autograd would make a view of each, and
     selective checkpointing, which counts operators, must see the same ones when the recomputed pass is given what the
     first one made.
+
+    held: a list of what the adapter saw before it was folded and cast, alone: no input to autograd, and saved with its
+    graph where nothing but a second derivative may need it. It costs no copy.
     """
 
     @staticmethod
@@ -60,6 +73,7 @@ class DoraLinear(torch.autograd.Function):
         gain: Tensor | None,
         merged: Tensor | None,
         given_low: Tensor | None,
+        held: list[Tensor],
         settings: Settings,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,10 +102,13 @@ class DoraLinear(torch.autograd.Function):
         if ctx is not None:
             shared = None if given_low is None else given_low.grad_fn
             ctx.shared = shared if getattr(shared, "_forward_cls", None) is SharedLow else None
-            # dA is made from it, and of a second derivative all that goes through dA, dB or dmagnitude
-            trained = lora_A.requires_grad or lora_B.requires_grad or magnitude.requires_grad
+            saved = None
+            if ctx.shared is None and lora_A.requires_grad:  # dA is made from it
+                saved = x if x_dropped is None else x_dropped
+            elif ctx.shared is None and (lora_B.requires_grad or magnitude.requires_grad) and held:
+                (saved,) = held
             ctx.save_for_backward(
-                (x if x_dropped is None else x_dropped) if trained and ctx.shared is None else None,
+                saved,
                 lora_A,
                 lora_B,
                 magnitude,
@@ -165,6 +182,8 @@ def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> lis
     settings = ctx.settings
     if ctx.shared is not None:
         saved = SharedLow.rows_of(ctx.shared)
+    elif saved is not None:
+        saved = folded(saved, saved.dtype if settings.dropped else settings.base_dtype)
     accumulate, scaling = norm.dtype, settings.scaling
     dense = _dense(tensors, settings.weight_format, settings.weight_numbers, settings.weight_dtype, lora_A, lora_B)
     rows = (dy.shape[0], lora_A.shape[1])

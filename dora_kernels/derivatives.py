@@ -20,16 +20,14 @@ def wanted(dy: Tensor) -> bool:
     That is where autograd records it (create_graph=True), where dy is a batch of gradients (is_grads_batched=True,
     functional.jacobian(vectorize=True), torch.func.vmap over torch.autograd.grad), and where it is a dual tensor.
     """
-    if torch.is_grad_enabled():
-        return True
-    if torch.compiler.is_compiling():  # which traces none of the questions below
-        return False
-    return torch._C._are_functorch_transforms_active() or is_batched(dy) or is_dual(dy)
+    return torch.is_grad_enabled() or is_batched(dy) or is_dual(dy)
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether `tensor` is a batch of tensors that looks like one, as is_grads_batched=True makes of dy."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+    """Whether `tensor` is a batch that looks like one tensor; so may any be inside a transform of torch.func."""
+    if torch.compiler.is_compiling():  # which traces none of these questions
+        return False
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def is_dual(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels import launch, ops, plan
-from dora_kernels.autograd import DoraLinear, Settings, WeightNorm
+from dora_kernels.autograd import DoraLinear, Settings, WeightNorm, folded
 from dora_kernels.ops import is_autocast
 from dora_kernels.quant import QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
@@ -117,20 +117,17 @@ def dora_linear_core(
     x_rows = folded(x, base_dtype)
     # wide adapters see what was dropped as it is; the Function widens it, and saves it narrow
     dropped_rows = None if x_dropped is None else folded(x_dropped, dtype if dtype == base_dtype else x_dropped.dtype)
-    arguments = (x_rows, dropped_rows, lora_A, lora_B, magnitude, bias, norm, gain, merged, low, settings, *tensors)
+    held = [x if x_dropped is None else x_dropped] if grad and not torch.compiler.is_compiling() else []
+    adapter = (lora_A, lora_B, magnitude, bias)
+    arguments = (x_rows, dropped_rows, *adapter, norm, gain, merged, low, held, settings, *tensors)
     y, new_norm, new_gain = DoraLinear.apply(*arguments) if grad else DoraLinear.forward(None, *arguments)
-    # outside the Function: autograd refuses to modify in place a view that a Function has returned
-    y = y.view(*x.shape[:-1], weight.shape[0])
+    y = unfolded(y, x.shape[:-1])
     return y, new_norm if norm is None else norm, new_gain if gain is None else gain
 
 
-def folded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (..., K) as rows (M, K) in dtype, differentiable."""
-    if x.dim() != 2:
-        # math.prod and not Size.numel(), which makes a symbolic size a number: torch.export would fix M; and not -1,
-        # which an x without elements leaves open
-        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return x.to(dtype)
+def unfolded(y: Tensor, leading: torch.Size) -> Tensor:
+    """y (M, N) as (..., N), its memory; no view to autograd: pipelines detach a stage's output in place."""
+    return y if len(leading) == 1 else torch.ops.aten._unsafe_view.default(y, [*leading, y.shape[1]])
 
 
 def _check_low(function: str, low: Tensor, x: Tensor, lora_A: Tensor, dtype: torch.dtype, alone: bool) -> None:

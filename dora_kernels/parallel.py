@@ -20,10 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dora_kernels import reuse
+from dora_kernels.derivatives import is_batched
 from dora_kernels.functional import check_dtypes, dora_linear_core, weight_norm
 from dora_kernels.modules import DoraLinear
 from dora_kernels.quant import Weight
@@ -166,6 +167,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        _check_one(gradient)
         return _sum_gradient(gradient, ctx.group), None
 
 
@@ -179,7 +181,51 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        _check_one(gradient)
         return _sum(gradient, ctx.group), None
+
+
+def _check_one(gradient: Tensor) -> None:
+    """Raise NotImplementedError where `gradient` is a batch of them: no collective takes one."""
+    if is_batched(gradient):
+        raise NotImplementedError(
+            "dora_kernels.parallel: the backward pass has a batch of gradients (is_grads_batched=True, "
+            "functional.jacobian(vectorize=True), torch.func.vmap); expected one at a time where a layer is split"
+        )
+
+
+class _Local(torch.autograd.Function):
+    """The local part of a DTensor. DTensor.to_local's own backward pass ends the graph of a gradient in torch 2.11."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: DTensor) -> Tensor:
+        ctx.settings = whole.device_mesh, whole.placements, whole.shape, whole.stride()
+        local = whole.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> DTensor:
+        return _Whole.apply(gradient, *ctx.settings)
+
+
+class _Whole(torch.autograd.Function):
+    """The adjoint of _Local."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        local: Tensor,
+        mesh: DeviceMesh,
+        placements: tuple[Placement, ...],
+        shape: torch.Size,
+        stride: tuple[int, ...],
+    ) -> DTensor:
+        ctx.placements = placements
+        return DTensor.from_local(local, mesh, placements, shape=shape, stride=stride)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> tuple[Tensor | None, ...]:
+        return _Local.apply(gradient.redistribute(placements=ctx.placements)), None, None, None, None
 
 
 class ParallelDoraLinear(DoraLinear):
@@ -200,7 +246,7 @@ class ParallelDoraLinear(DoraLinear):
         group = self._mesh.get_group()
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         whole = (self.weight, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.bias)
-        weight, lora_A, lora_B, magnitude, bias = (p.to_local() if isinstance(p, DTensor) else p for p in whole)
+        weight, lora_A, lora_B, magnitude, bias = (_Local.apply(p) if isinstance(p, DTensor) else p for p in whole)
         arguments = (x, weight, lora_A, lora_B, magnitude, self.scaling, bias, group)
         linear = columnwise_dora_linear if self._split == "column" else rowwise_dora_linear
         return linear(*arguments, x_dropped=x_dropped)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels import derivatives, launch, ops
-from dora_kernels.functional import check_dtypes, operand_dtypes
+from dora_kernels.functional import check_dtypes, operand_dtypes, unfolded
 from dora_kernels.quant import Weight, frozen_product
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.validate import check_adapter, check_call, check_rescale
@@ -42,7 +42,7 @@ def rescale(
     backend = launch.current_options().backend
     residual = None if residual is None else residual.reshape(rows, N)
     y = _Rescale.apply(base.reshape(rows, N), low.reshape(rows, R), lora_B, gain, bias, residual, scaling, backend)
-    return y.view(base.shape)
+    return unfolded(y, base.shape[:-1])
 
 
 def dora_linear_lora_dropout(

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from dora_kernels import launch
-from dora_kernels.autograd import SharedLow
-from dora_kernels.functional import folded, operand_dtypes
+from dora_kernels.autograd import SharedLow, folded
+from dora_kernels.functional import operand_dtypes
 
 ATTRIBUTE = "dora_shared"
 """Where a layer has its Membership: no parameter, no buffer, no module, so nothing of the state dict."""

@@ -203,7 +203,7 @@ def test_a_pass_is_one_operator():
 
     class Operators(TorchDispatchMode):
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            if not operator.is_view:
+            if not operator.is_view and operator is not torch.ops.aten._unsafe_view.default:
                 called.append(operator._schema.name)
             return operator(*args, **(kwargs or {}))
 

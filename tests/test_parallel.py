@@ -266,3 +266,88 @@ def test_norm_grad_is_checked_before_anything_is_sent(function):
         function(*arguments, norm_grad=1)
     with pytest.raises(ValueError, match="^rowwise_dora_linear: norm_grad is True and norm is given"):
         parallel.rowwise_dora_linear(*arguments, norm=made.magnitude, norm_grad=True)
+
+
+def orders(loss_of, tensors, split_names, group_sum):
+    """The gradients of a loss in `tensors` by name, those of the sum of their squares, and once more."""
+    found, loss = [], loss_of()
+    for order in range(3):
+        gradients = torch.autograd.grad(loss, list(tensors.values()), create_graph=order < 2, allow_unused=True)
+        gradients = [
+            torch.zeros_like(tensor) if one is None else one
+            for tensor, one in zip(tensors.values(), gradients, strict=True)
+        ]
+        found.append({name: one.detach() for name, one in zip(tensors, gradients, strict=True)})
+        sums = {name: one.square().sum() for name, one in zip(tensors, gradients, strict=True)}
+        loss = sum(group_sum(one) if name in split_names else one for name, one in sums.items())
+    return found
+
+
+def higher(rank, size, split, norm_grad, dropped):
+    """This rank's first, second and third derivatives; and what a batch of gradients says."""
+    made, dim = problem(torch.float64, dropped), {"column": 0, "row": -1}[split]
+    names = {"column": ("weight", "lora_B", "magnitude", "bias"), "row": ("x", "x_dropped", "weight", "lora_A")}[split]
+    shards = {}
+    for name in (*GRADIENTS, "x_dropped", "weight"):
+        tensor = getattr(made, name)
+        if tensor is not None:
+            shard = tensor.detach().chunk(size, dim)[rank] if name in names else tensor.detach()
+            shards[name] = shard.clone().requires_grad_(name != "weight")
+    function = parallel.columnwise_dora_linear if split == "column" else parallel.rowwise_dora_linear
+
+    def group_sum(tensor):
+        return parallel._sum(tensor, None)
+
+    def loss():
+        total = function(**shards, scaling=made.scaling, norm_grad=norm_grad).sin().sum()
+        return group_sum(total) if split == "column" else total
+
+    leaves = {name: shard for name, shard in shards.items() if name != "weight"}
+    found = orders(loss, leaves, names, group_sum)
+    y = function(**shards, scaling=made.scaling, norm_grad=norm_grad)
+    with pytest.raises(NotImplementedError, match="has a batch of gradients .* expected one at a time"):
+        torch.autograd.grad(y, list(leaves.values()), torch.stack([y, y]), is_grads_batched=True)
+    return found
+
+
+@pytest.mark.parametrize("split", ("column", "row"))
+@pytest.mark.parametrize(("norm_grad", "dropped"), ((False, True), (True, False)), ids=("dropout", "norm_grad"))
+def test_higher_derivatives_are_the_whole_layers(split, norm_grad, dropped):
+    results = world(2).run(higher, split, norm_grad, dropped)
+    made = problem(torch.float64, dropped)
+    leaves = {name: getattr(made, name) for name in (*GRADIENTS, "x_dropped")}
+    leaves = {name: t.detach().requires_grad_() for name, t in leaves.items() if t is not None}
+
+    def loss():
+        return dora_linear_ref(**leaves, weight=made.weight, scaling=made.scaling, norm_grad=norm_grad).sin().sum()
+
+    for order, exact in enumerate(orders(loss, leaves, (), None)):
+        ours = joined(split, [{"y": torch.zeros(1)} | result[order] for result in results])
+        for name, value in exact.items():
+            assert value.norm() > 0 and (ours[name] - value).norm() <= 1e-12 * value.norm(), (order, name)
+
+
+def higher_of_dtensors(rank, size, split):
+    """First and second derivatives of an Mlp, whole; of one whose parameters are DTensors with `split`."""
+    model, x = Mlp(), mlp_inputs().requires_grad_()
+    if split:
+        plan = {name: style() for name, style in PLAN.items()}
+        parallelize_module(model, init_device_mesh("cpu", (size,)), plan)
+    leaves = {name: p for name, p in model.named_parameters() if p.requires_grad} | {"x": x}
+    results, loss = [], model(x).sin().sum()
+    for order in range(2):
+        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=order == 0)
+        found = [one.full_tensor() if isinstance(one, DTensor) else one for one in found]
+        loss = sum(one.square().mean() for one in found)
+        results.append({name: one.detach() for name, one in zip(leaves, found, strict=True)})
+    return results
+
+
+def test_second_derivatives_of_dtensors():
+    """torch 2.11 ends the graph of a gradient in DTensor.to_local, and that of full_tensor() one order later."""
+    whole = higher_of_dtensors(0, 1, False)
+    for ours in world(2).run(higher_of_dtensors, True):
+        for order, tensors in enumerate(whole):
+            for name, exact in tensors.items():
+                error = (ours[order][name] - exact).norm()
+                assert exact.norm() > 0 and error <= 1e-11 * exact.norm(), (order, name)

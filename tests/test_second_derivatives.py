@@ -200,3 +200,28 @@ def test_a_product_with_a_quantised_weight():
     x = torch.randn(4, 7, requires_grad=True)
     ours = derivatives(lambda: frozen_product(x, weight), [x])
     assert_equal(ours, derivatives(lambda: F.linear(x, weight.dequantize()), [x]), 1e-5)
+
+
+@pytest.mark.parametrize("autocast", (False, True))
+@pytest.mark.parametrize("trained", ("lora_A", "lora_B", "magnitude"))
+def test_no_copy_of_x_is_held_for_it(trained, autocast):
+    """Where lora_A is trained, the rows that dA is made from; elsewhere x itself, and nothing where x alone has one."""
+    problem = a_problem(32, torch.float32)
+
+    def held(*needs):
+        leaves, saved = leaves_of(problem, needs), []
+        leaves["x"] = leaves["x"].detach().view(2, 16, 7).requires_grad_("x" in needs)
+        with (
+            torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
+            torch.autocast(DEVICE, torch.bfloat16, enabled=autocast),
+        ):
+            y = core(**leaves, weight=problem.weight, scaling=1.0)
+        assert y.requires_grad
+        rows = [t for t in saved if t.numel() == 32 * 7 and t.shape != (9, 7)]
+        return leaves["x"], rows
+
+    assert not held("x")[1] and not held("bias")[1]
+    x, rows = held("x", trained)
+    assert len(rows) == 1
+    copied = autocast and trained == "lora_A"
+    assert (rows[0].data_ptr() != x.data_ptr()) == copied and (rows[0].dtype == torch.bfloat16) == copied

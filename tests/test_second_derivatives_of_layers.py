@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.autograd import functional
+from torch.autograd import forward_ad, functional
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
@@ -18,8 +18,8 @@ from dora_kernels import DoraLinear, DvoraLinear, VeraProjection, launch, ops  #
 from dora_kernels.dvora import dvora_linear_ref  # noqa: E402
 from dora_kernels.reference import dora_linear_ref  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
-from tests import peft_problem, quantized_problem, shared_problem, test_peft_conv, test_peft_embedding  # noqa: E402
-from tests.peft_problem import calls, enabled, randomise  # noqa: E402
+from tests import libraries, peft_problem, quantized_problem, shared_problem, test_peft_conv, test_peft_embedding  # noqa: E402
+from tests.peft_problem import calls, enabled  # noqa: E402
 from tests.problem import BACKENDS, DEVICE  # noqa: E402
 from tests.second_derivatives import assert_equal, derivatives, grad, squares, weights  # noqa: E402
 from tests.test_structures import CASES as STRUCTURES  # noqa: E402
@@ -205,7 +205,7 @@ class TestRoutes:
             y = model(x)
             dys = torch.stack([weights(y) + shift for shift in range(3)])
             batch = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, retain_graph=True)
-            mapped = torch.func.vmap(lambda dy, y=y, l=leaves: torch.autograd.grad(y, l, dy, retain_graph=True))(dys)
+            mapped = torch.func.vmap(lambda dy, y=y, to=leaves: torch.autograd.grad(y, to, dy, retain_graph=True))(dys)
             graph = torch.autograd.grad(y, leaves, dys, is_grads_batched=True, create_graph=True)
             one = torch.autograd.grad(y, leaves, dys[1], retain_graph=True)
             found.append([*batch, *mapped, *graph, *grad(squares(graph), leaves)])
@@ -265,3 +265,135 @@ class TestRoutes:
         second = grad(squares(recorded), leaves, retain_graph=True)
         assert any(one.any() for one in second)
         assert all(torch.equal(a, b) for a, b in zip(second, grad(squares(recorded), leaves), strict=True))
+
+
+class TestWhatSurrounds:
+    def test_split_backward(self, twins):
+        """Zero-bubble pipelines make dx first, and the gradients of the parameters later, from the same graph."""
+        from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+        _, model, x = twins
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        y = model(x)
+        whole = torch.autograd.grad(y, [x, *parameters], weights(y))
+        y = model(x)
+        (dx,), groups = stage_backward_input([y], [weights(y)], [x], iter(parameters))
+        assert torch.equal(dx, whole[0]) and all(p.grad is None for p in parameters)
+        stage_backward_weight(iter(parameters), groups)
+        for parameter, expected in zip(parameters, whole[1:], strict=True):
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-12, atol=1e-14)
+
+    def test_an_optimizer_in_the_backward_pass(self, twins):
+        """A step for each parameter as soon as its gradient is there, as memory-saving training does."""
+        results = []
+        for in_backward in (False, True):
+            model = copy.deepcopy(twins[1])
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            steps = {p: torch.optim.SGD([p], 0.1) for p in parameters}
+            handles = []
+
+            def step(parameter, steps=steps):
+                steps[parameter].step()
+                parameter.grad = None
+
+            if in_backward:
+                handles = [p.register_post_accumulate_grad_hook(step) for p in parameters]
+            for _ in range(2):
+                model(twins[2]).square().mean().backward()
+                if not in_backward:
+                    for parameter in parameters:
+                        step(parameter)
+            assert len(handles) == in_backward * len(parameters)
+            results.append(parameters)
+        assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+    def test_an_ordinary_pass_is_our_operators(self, twins):
+        """As many as ever, forward and backward; with create_graph=True only the forward ones."""
+        _, model, x = twins
+        leaves = [p for p in model.parameters() if p.requires_grad]
+
+        def ran(**keywords):
+            ops.calls.clear()
+            torch.autograd.grad(model(x).sum(), leaves, **keywords)
+            return {name: count for (name, _), count in ops.calls.items()}
+
+        plain, recorded = ran(), ran(create_graph=True)
+        backward = {name: count for name, count in plain.items() if name.endswith("backward")}
+        assert sum(backward.values()) >= 1 and recorded == {n: c for n, c in plain.items() if n not in backward}
+
+
+def test_an_x_that_was_changed_in_place():
+    """Torch's own message, which names the tensor, in every layer that needs x; the right result where none does."""
+    for name in ("linear", "shared", "conv2d"):
+        stock, x = (shared_problem.attention(torch.float64), X) if name == "shared" else LAYERS[name]()
+        ours = shared_problem.shared(copy.deepcopy(stock)) if name == "shared" else enabled(stock)
+        messages = []
+        for model in (stock, ours):
+            h = x.detach().clone().requires_grad_() * 1
+            y = model(h)
+            h.add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation") as error:
+                y.sum().backward()
+            messages.append(str(error.value))
+        for message in messages:
+            assert "is at version 1; expected version 0" in message and "view was created" not in message
+
+
+@pytest.mark.parametrize("transform", ("grad", "vmap", "vmap without gradients", "jvp", "vjp", "per sample", "dual"))
+@pytest.mark.parametrize("layer", ("DoraLinear", "DvoraLinear"))
+def test_transforms_of_torch_func_are_one_clear_line(layer, transform):
+    torch.manual_seed(0)
+    module = DoraLinear(5, 6, 2, 3.0) if layer == "DoraLinear" else DvoraLinear(5, 6, VeraProjection(8, 8, 3))
+    x, tensors = torch.randn(3, 5), {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+
+    def loss(tensors, x):
+        return torch.func.functional_call(module, tensors, (x,)).sum()
+
+    def dual():
+        with forward_ad.dual_level():
+            assert module(x).shape == (3, 6)  # what is no dual tensor may pass
+            module(forward_ad.make_dual(x, x))
+
+    run = {
+        "grad": lambda: torch.func.grad(loss)(tensors, x),
+        "vmap": lambda: torch.func.vmap(module)(x),
+        "vmap without gradients": torch.no_grad()(lambda: torch.func.vmap(module)(x)),
+        "jvp": lambda: torch.func.jvp(module, (x,), (x,)),
+        "vjp": lambda: torch.func.vjp(module, x),
+        "per sample": lambda: torch.func.vmap(torch.func.grad(loss), (None, 0))(tensors, x),
+        "dual": dual,
+    }[transform]
+    for mode in (True, False):
+        module.train(mode)
+        with pytest.raises(
+            NotImplementedError, match=f"^{layer}: called .*; expected neither: use torch.autograd"
+        ) as error:
+            run()
+        assert "\n" not in str(error.value)
+
+
+def lycoris_linear():
+    pytest.importorskip("lycoris")
+    torch.manual_seed(0)
+    return libraries.Wrapped(nn.Linear(24, 10), torch.float64), X
+
+
+def lycoris_convolution():
+    pytest.importorskip("lycoris")
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 8, 3, padding=1)
+    return libraries.Wrapped(layer, torch.float64, wd_on_out=False), X[:, :1].expand(2, 4, 24).reshape(2, 4, 4, 6)
+
+
+def torchtune():
+    torch.manual_seed(0)
+    return libraries.torchtune_layer(10, 24, 3, torch.float64), X
+
+
+@pytest.mark.parametrize("build", (lycoris_linear, lycoris_convolution, torchtune))
+def test_other_libraries(build):
+    model, x = build()
+    ours = copy.deepcopy(model)
+    assert dora_kernels.enable(ours).taken_over
+    assert_equal(found(ours, x), found(model, x), 1e-8)

@@ -12,7 +12,7 @@ from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_nor
 from dora_kernels.quant import Weight, parts
 from dora_kernels.rescale import dora_linear_lora_dropout
 from dora_kernels.reuse import store
-from dora_kernels.validate import check_adapter
+from dora_kernels.validate import check_adapter, check_transforms
 
 Value = TypeVar("Value")
 
@@ -39,6 +39,7 @@ def dora_linear_reusing(
     low: as dora_linear_core's. Other arguments and errors as dora_linear_core. Nothing is kept under torch.compile,
     whose graph cannot see what changed, nor in a CUDA graph, which computes something else at every replay.
     """
+    check_transforms(function, x, lora_A, lora_B, magnitude)  # before anything is asked of their storage
     arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
     if lora_dropout and x_dropped is not None:
         return _with_lora_dropout(layer, *arguments, x_dropped, function)
