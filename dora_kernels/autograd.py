@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dora_kernels import derivatives, ops
 from dora_kernels.quant import DENSE, parts, whole
-from dora_kernels.reference import accumulate_dtype, dense_ref, dora_linear_ref, gain_ref, row_norms
+from dora_kernels.reference import Needs, accumulate_dtype, dense_ref, dora_linear_ref, gain_ref, row_norms
 
 
 class Settings(NamedTuple):
@@ -150,11 +150,11 @@ class DoraLinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> Sequence[Tensor]:
     """The gradients of DoraLinear for dy (M, N), by one operator; empty where not needed."""
-    x, lora_A, lora_B, magnitude, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
+    saved, lora_A, lora_B, magnitude, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
     settings = ctx.settings
     return ops.backward(
         dy,
-        x if needs[2] else None,
+        saved if Needs(*needs).lora_A else None,
         *settings.weight(tensors),
         lora_A,
         lora_B,
@@ -180,18 +180,15 @@ def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> lis
     """The gradients of DoraLinear for dy (M, N), None where not needed, that can be differentiated again."""
     saved, lora_A, lora_B, magnitude, norm, _gain, _low, _kept, _merged, *tensors = ctx.saved_tensors
     settings = ctx.settings
-    if ctx.shared is not None:
-        saved = SharedLow.rows_of(ctx.shared)
-    elif saved is not None:
-        saved = folded(saved, saved.dtype if settings.dropped else settings.base_dtype)
     accumulate, scaling = norm.dtype, settings.scaling
     dense = _dense(tensors, settings.weight_format, settings.weight_numbers, settings.weight_dtype, lora_A, lora_B)
     rows = (dy.shape[0], lora_A.shape[1])
-    x, x_dropped = (None, saved) if settings.dropped else (saved, None)
-    if x is None:  # it meets the frozen weight alone, or nothing else is trained
-        x = derivatives.absent(dense, rows, needs[0])
-    if x_dropped is None and settings.dropped:
-        x_dropped = derivatives.absent(dense, rows, needs[1])
+    if ctx.shared is not None:
+        seen = SharedLow.rows_of(ctx.shared)
+    else:
+        seen = derivatives.absent(dense, rows) if saved is None else folded(saved, saved.dtype)
+    # under dropout x meets the frozen weight alone
+    x, x_dropped = (derivatives.absent(dense, rows), seen) if settings.dropped else (seen, None)
 
     def definition(x: Tensor, x_dropped: Tensor | None, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
         x, lora_A, lora_B, magnitude = (one.to(accumulate) for one in (x, lora_A, lora_B, magnitude))
@@ -307,7 +304,7 @@ class SharedLow(torch.autograd.Function):
         if lows is not None:
             lows.waiting.clear()  # what this backward pass frees cannot be in another graph
         present = [dlow for dlow in dlows if dlow is not None]
-        if present and derivatives.wanted(present[0]):
+        if any(derivatives.wanted(dlow) for dlow in present):
             accumulate = accumulate_dtype(rows.dtype)
             with ops.without_autocast(rows.device.type):
                 products = [dlow.to(accumulate).T @ rows.to(accumulate) for dlow in present]

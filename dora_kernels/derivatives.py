@@ -20,13 +20,13 @@ def wanted(dy: Tensor) -> bool:
     That is where autograd records it (create_graph=True), where dy is a batch of gradients (is_grads_batched=True,
     functional.jacobian(vectorize=True), torch.func.vmap over torch.autograd.grad), and where it is a dual tensor.
     """
-    return torch.is_grad_enabled() or is_batched(dy) or is_dual(dy)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # which traces none of the questions below
+        return torch.is_grad_enabled()
+    return is_batched(dy) or is_dual(dy)
 
 
 def is_batched(tensor: Tensor) -> bool:
     """Whether `tensor` is a batch that looks like one tensor; so may any be inside a transform of torch.func."""
-    if torch.compiler.is_compiling():  # which traces none of these questions
-        return False
     return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
@@ -56,6 +56,6 @@ def gradients(
     return [next(made) if needed else None for needed in needs]
 
 
-def absent(like: Tensor, shape: tuple[int, ...], needed: bool) -> Tensor:
+def absent(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros in the place of an input whose value no gradient depends on, and which was not saved."""
-    return like.new_zeros(()).expand(shape).requires_grad_(needed)
+    return like.new_zeros(()).expand(shape).requires_grad_()

@@ -1,7 +1,7 @@
 """torch.library: one opaque operator per pass, so that torch.compile sees shapes and dtypes and nothing else.
 
 The backend and the way are taken inside the operator: every choice returns the same tensors, so that nothing
-recompiles when the number of tokens changes. Autograd is in functional.py.
+recompiles when the number of tokens changes. Autograd is in autograd.py.
 
 A weight is four arguments, those of `quant.parts`; its N and K are those of lora_B and lora_A.
 """
@@ -55,7 +55,7 @@ _NOTHING_TO_SETTLE = contextlib.nullcontext()
 def _settled(tensor: Weight) -> contextlib.AbstractContextManager:
     """The state in which an operator's code runs: what surrounds the call has been accounted for in functional.py.
 
-    No autograd (the formulas are in functional.py), no autocast (which would still convert the operands), and
+    No autograd (the Functions are in autograd.py), no autocast (which would still convert the operands), and
     tensor's device as the current one, where kernels launch: a model may be spread over several.
     """
     device = tensor.device

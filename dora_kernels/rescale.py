@@ -33,7 +33,8 @@ def rescale(
     Shapes: base (..., N), low (..., R), lora_B (N, R), gain (N,), bias (N,), residual as base -> (..., N) in
     base.dtype, rounded once. The product is taken in low's dtype, everything else in float32 (float64 for float64).
     residual is the base of x itself where base and low are those of dropout(x) (PEFT's meaning of dropout).
-    Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit.
+    Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit; NotImplementedError and higher
+    derivatives as dora_linear.
     """
     scaling = check_rescale("rescale", base, low, lora_B, gain, scaling, bias, residual)
     N, R = lora_B.shape
@@ -120,7 +121,7 @@ def _gradients_of_the_definition(
     """The gradients of _Rescale for dy (M, N), None where not needed, that can be differentiated again."""
     scaling, bias_dtype, residual, _ = settings
     if base is None:  # gain is not trained, and nothing else has a gradient that depends on base
-        base = derivatives.absent(gain, (low.shape[0], gain.shape[0]), needs[0])
+        base = derivatives.absent(gain, dy.shape)
 
     def definition(base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor) -> Tensor:
         base, low, lora_B = (one.to(gain.dtype) for one in (base, low, lora_B))

@@ -8,7 +8,7 @@ from dora_kernels.quant import parts
 from tests.problem import BACKENDS, EXACT_DTYPE, Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
-# opcheck calls the bare operators, whose autograd lives in functional.py
+# opcheck calls the bare operators, whose autograd lives in autograd.py
 pytestmark = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 
 

@@ -132,7 +132,7 @@ def test_no_tokens(backend):
     assert actual["y"].shape == (0, 12) and not any(actual[name].any() for name in GRADIENTS)
 
 
-# opcheck calls the bare operators, whose autograd lives in functional.py
+# opcheck calls the bare operators, whose autograd lives in rescale.py
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtypes", ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)), ids=str)

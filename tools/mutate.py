@@ -53,6 +53,14 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/forward.py": _KERNELS,
     "dora_kernels/kernels/norm.py": _KERNELS,
     "dora_kernels/kernels/weight.py": _KERNELS,
+    "dora_kernels/autograd.py": (
+        "tests/test_passes.py",
+        "tests/test_functional.py",
+        "tests/test_ops.py",
+        "tests/test_shared_inputs.py",
+        "tests/test_second_derivatives.py",
+    ),
+    "dora_kernels/derivatives.py": ("tests/test_second_derivatives.py", "tests/test_second_derivatives_of_layers.py"),
     "dora_kernels/functional.py": (
         "tests/test_passes.py",
         "tests/test_functional.py",
@@ -99,7 +107,7 @@ class Excluded:
 _BACKWARD, _FORWARD, _NORM, _WEIGHT = (
     f"dora_kernels/kernels/{name}.py" for name in ("backward", "forward", "norm", "weight")
 )
-_FUNCTIONAL, _REFERENCE = "dora_kernels/functional.py", "dora_kernels/reference.py"
+_DIFFERENTIABLE, _REFERENCE = "dora_kernels/autograd.py", "dora_kernels/reference.py"
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
 _NO_TENSOR = "strides, a rank or a scaling of a tensor that is not there"
@@ -153,8 +161,7 @@ EXCLUDED = (
     Excluded(_FORWARD, "_epilogue_kernel", "tl.store(", ("y.to(",), _CAST),
     Excluded(_WEIGHT, "direction_tile", "w = weight_tile(", ("weight_tile(",), _CAST),
     Excluded(_WEIGHT, "_merge_kernel", "tl.store(", ("merged.to(",), _CAST),
-    Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.x_dtype)", ("dx.view(",), _AUTOGRAD),
-    Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.view(",), _AUTOGRAD),
+    Excluded(_DIFFERENTIABLE, "DoraLinear.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.to(",), _AUTOGRAD),
     Excluded(_FORWARD, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
     Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_NORM, "norm", "ONE_CHUNK=", ("R <=",), _TILES),

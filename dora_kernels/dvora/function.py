@@ -64,7 +64,7 @@ def dvora_linear(
     function: the name that error messages give.
 
     Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit, or what is frozen requires a
-    gradient.
+    gradient; NotImplementedError and higher derivatives as dora_linear.
     """
     _check(function, x, weight, vera_A, vera_B, lambda_d, lambda_b, magnitude, bias, x_dropped, norm, norm_grad)
     if norm is None:
