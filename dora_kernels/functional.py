@@ -12,6 +12,7 @@ from dora_kernels.quant import QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
 from dora_kernels.validate import check_adapter, check_call, check_norm_grad, check_row
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
 ROWS_SHOWN = 8
 """How many rows an error names."""
 
@@ -127,7 +128,7 @@ def dora_linear_core(
 
 def unfolded(y: Tensor, leading: torch.Size) -> Tensor:
     """y (M, N) as (..., N), its memory; no view to autograd: pipelines detach a stage's output in place."""
-    return y if len(leading) == 1 else torch.ops.aten._unsafe_view.default(y, [*leading, y.shape[1]])
+    return y if len(leading) == 1 else _unsafe_view(y, [*leading, y.shape[1]])
 
 
 def _check_low(function: str, low: Tensor, x: Tensor, lora_A: Tensor, dtype: torch.dtype, alone: bool) -> None:
