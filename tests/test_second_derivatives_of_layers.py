@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad, functional
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
@@ -238,6 +239,18 @@ class TestRoutes:
             torch.testing.assert_close([g[1] for g in batch], list(one), rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(found[1], found[0], rtol=1e-7, atol=1e-9)
 
+    def test_a_dual_gradient(self, twins):
+        """Forward-mode AD of a backward pass: the tangent of dy reaches every gradient, which are linear in dy."""
+        _, model, x = twins
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        y = model(x.clone(memory_format=torch.preserve_format).requires_grad_())
+        dy, tangent = weights(y), torch.ones_like(y)
+        expected = torch.autograd.grad(y, leaves, tangent, retain_graph=True)
+        with forward_ad.dual_level():
+            found = torch.autograd.grad(y, leaves, forward_ad.make_dual(dy, tangent), retain_graph=True)
+            tangents = [forward_ad.unpack_dual(one).tangent for one in found]
+        torch.testing.assert_close(tangents, list(expected), rtol=1e-8, atol=1e-10)
+
     def test_maml(self, twins):
         """Gradients through two inner steps."""
         found = []
@@ -402,3 +415,14 @@ def test_transforms_of_torch_func_are_one_clear_line(layer, transform):
         ) as error:
             run()
         assert "\n" not in str(error.value)
+
+
+def test_functionalize_takes_operators_as_they_are():
+    """make_fx is used with it: without gradients the operator is in the graph, with them no Function can be."""
+    layer, x = DoraLinear(5, 6, 2, 3.0).requires_grad_(False), torch.randn(3, 5)
+    with torch.no_grad():
+        graph = make_fx(torch.func.functionalize(layer))(x)
+        assert "dora_kernels.forward" in graph.code
+        torch.testing.assert_close(graph(x), layer(x), rtol=0, atol=0)
+    with pytest.raises(NotImplementedError, match="DoraLinear: called inside a transform of torch.func .functionalize"):
+        torch.func.functionalize(layer)(x)
