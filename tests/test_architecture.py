@@ -16,6 +16,7 @@ ROOMS = {
     "plan": 0,
     "quant": 0,
     "reference": 0,
+    "tracing": 0,
     "configs": 1,
     "convert": 1,
     "passes": 1,

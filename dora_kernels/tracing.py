@@ -1,0 +1,34 @@
+"""Who else looks at the operators that run now: a graph that somebody makes of them, or a transform of torch.func.
+
+Asked in the calls of layers, so of torch's C++ state: 0.5 us and 0.15 us.
+"""
+
+import torch
+from torch.autograd import forward_ad
+
+_is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_jit_tracing = torch._C._is_tracing
+_transforms = torch._C._functorch.peek_interpreter_stack
+
+
+def is_traced() -> bool:
+    """Whether the operators that run now may go into a graph: torch.compile, torch.export, torch.jit.trace, make_fx,
+    and both ways to ONNX, which are made of these.
+
+    True under any TorchDispatchMode, too: whether it counts operators (FlopCounterMode, selective checkpointing) or
+    records them cannot be asked. Fake tensors are made under one. A CUDA graph is no graph of operators, and is asked
+    for beside a device.
+    """
+    return (
+        torch.compiler.is_compiling()  # first: Dynamo knows it, and cannot trace the others
+        or _is_jit_tracing()
+        or _dispatch_modes() > 0
+        or _is_key_included(_PRE_DISPATCH)  # make_fx(pre_dispatch=True) has a stack of modes of its own
+    )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (grad, vmap, jvp, functionalize) or forward-mode AD gives tensors another meaning now."""
+    return _transforms() is not None or forward_ad._current_level >= 0
