@@ -37,7 +37,7 @@ class MergeableLinear(nn.Module):
         return None
 
     def train(self, mode: bool = True) -> "MergeableLinear":
-        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse/)."""
+        """As nn.Module.train; a change of mode ends what `frozen_adapters` reuses."""
         reuse.mode_set(self, mode)
         return super().train(mode)
 

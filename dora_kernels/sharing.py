@@ -7,10 +7,15 @@ copy for each. dx stays with the layers, and so does everything else.
 
 In a training pass the first layer of a group that is called with an x makes low for all of them; the others take
 theirs if they are called with that very tensor, unchanged, in the same state of autograd, autocast, backend and stream,
-with the lora_A that it was made from. Any other call makes its own, for the whole group again: so order and
-cross-attention (k and v of another x) change what is saved, never what is computed. What was made and not taken
-(M, R) is held by the graph of the layer that made it, and by nothing else. Nothing is shared without gradients, nor
-under torch.compile, whose graph does not see which tensors are one.
+with the lora_A that it was made from, and no optimizer has stepped and nothing was invalidated in between. Any other
+call makes its own, for the whole group again: so order and cross-attention (k and v of another x) change what is saved,
+never what is computed. What was made and not taken (M, R) is held by the graph of the layer that made it, and by
+nothing else. Nothing is shared without gradients, nor where a graph is made (tracing.py), which does not see which
+tensors are one.
+
+A write to x or to a lora_A between two layers of a group that neither autograd nor an optimizer counts (through .data,
+a detached alias, a NumPy view) is not seen: to see it, every layer would have to read what it need not. After one, call
+`invalidate(model)`.
 
 One difference shows: dA of a group is made in one node of autograd. A second backward pass through another member of
 the group, after a first one through one of them, needs retain_graph=True where separate layers do not.
@@ -28,6 +33,8 @@ from torch import Tensor
 from dora_kernels import launch
 from dora_kernels.autograd import SharedLow, folded
 from dora_kernels.functional import operand_dtypes
+from dora_kernels.reuse import store
+from dora_kernels.tracing import is_traced, is_transformed
 
 ATTRIBUTE = "dora_shared"
 """Where a layer has its Membership: no parameter, no buffer, no module, so nothing of the state dict."""
@@ -113,7 +120,7 @@ def shared_low(layer: Sharer, x: Tensor, operand: Tensor, lora_A: Tensor) -> tup
     computes this call with, alone and without dropout.
     """
     member = vars(layer).get(ATTRIBUTE)
-    if member is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if member is None or is_traced() or is_transformed() or not torch.is_grad_enabled():
         return None, None
     # a replica of DataParallel has the membership of the layer that it was copied from
     if member.layer() is not layer or not lora_A.requires_grad or operand.shape[-1] == 0:
@@ -145,10 +152,12 @@ def shared_low(layer: Sharer, x: Tensor, operand: Tensor, lora_A: Tensor) -> tup
 
 
 def _key(x: Tensor, operand: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[object, ...]:
-    """What has to be the same in two calls with the same x."""
+    """What has to be the same in two calls with the same x; an optimizer may write without a new version."""
     on_cuda = x.device.type == "cuda"
     return (
         x._version,
+        store.optimizer_steps(),
+        store.drops(),
         operand.dtype,
         dtypes,
         launch.current_options().backend,

@@ -130,7 +130,8 @@ def check_training(case: Case, backend: str, seed: int) -> None:
 
 
 def check_inference(case: Case, backend: str, seed: int) -> None:
-    """In eval mode norm and gain are kept from call to call, and never beyond a change of a parameter."""
+    """In eval mode as stock after each write to a parameter: one that nobody sees, and inside `frozen_adapters` one that
+    is seen."""
     model, x = case.make(seed)
     stock, ours = model.eval(), enabled(model)
 
@@ -140,17 +141,20 @@ def check_inference(case: Case, backend: str, seed: int) -> None:
         assert rms_error(actual, expected.double()) < 1e-5
         return expected
 
-    first = assert_same()
-    assert_same()
-    for name, parameter in stock.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        with torch.no_grad():
+    def check_each(write: Callable[[Tensor], object]) -> None:
+        first = assert_same()
+        for name, parameter in stock.named_parameters():
+            if not parameter.requires_grad:
+                continue
             for each in (stock, ours):
-                each.get_parameter(name).mul_(1.5)
-        changed = assert_same()
-        assert rms_error(changed, first.double()) > 1e-3, f"{name} does not matter: nothing was tested"
-        first = changed
+                write(each.get_parameter(name))
+            changed = assert_same()
+            assert rms_error(changed, first.double()) > 1e-3, f"{name} does not matter: nothing was tested"
+            first = changed
+
+    check_each(lambda parameter: parameter.data.mul_(1.5))
+    with dora_kernels.frozen_adapters(ours):
+        check_each(lambda parameter: parameter.detach().mul_(0.6))
 
 
 def check_no_trace(case: Case, backend: str, seed: int) -> None:

@@ -331,7 +331,15 @@ def replace(layer):
 
 def write_behind(layer):
     layer.weight.data.view(-1)[:] = layer.weight.data.view(-1).flip(0)
-    dora_kernels.invalidate(layer)
+
+
+def write_behind_vera_A(layer):
+    layer.projection.vera_A.data[2, 5] *= 1.001
+
+
+def write_one_ulp(layer):
+    row = layer.weight.data[3]
+    row[7] = torch.nextafter(row[7], row[7] + 1)
 
 
 def test_the_same_call_gives_the_same_bits(layer):
@@ -348,6 +356,7 @@ def test_the_same_call_gives_the_same_bits(layer):
 
 
 def test_terms_of_a_weight_that_moves_are_made_once(layer, made):
+    """Its numbers count, and not where they are."""
     x = torch.randn(5, 48, device=DEVICE)
     for _ in range(4):
         for _ in range(2 if len(made) else 1):
@@ -359,14 +368,19 @@ def test_terms_of_a_weight_that_moves_are_made_once(layer, made):
     assert len(made) == 2
 
 
+CHANGES = (
+    change_in_place, load, replace, write_behind, write_behind_vera_A, write_one_ulp, lambda layer: layer.double()
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("training", (True, False))
-@pytest.mark.parametrize("change", (change_in_place, load, replace, write_behind, lambda layer: layer.double()))
+@pytest.mark.parametrize("change", CHANGES)
 def test_terms_are_made_again_after(change, training, layer, made):
     layer.train(training)
     x = torch.randn(5, 48, device=DEVICE)
     for _ in range(3):
         layer(x)
-    assert len(made) == training  # in eval mode the norm itself is kept
+    assert len(made) == training  # see dvora_linear_reusing
     with torch.no_grad():
         change(layer)
     x = x.to(layer.weight.dtype)
@@ -490,7 +504,7 @@ def test_the_projection_stays_shared():
     assert copy.deepcopy(model)[0].projection.vera_A.data_ptr() != projection.vera_A.data_ptr()
 
 
-def test_the_norm_is_kept_in_eval_mode_and_by_checkpointing(layer, monkeypatch):
+def test_the_norm_is_kept_in_a_scope_and_by_checkpointing(layer, monkeypatch):
     made = []
     norm = dvora.function.dvora_norm
     monkeypatch.setattr(dvora.function, "dvora_norm", lambda *a, **k: made.append(None) or norm(*a, **k))
@@ -501,7 +515,40 @@ def test_the_norm_is_kept_in_eval_mode_and_by_checkpointing(layer, monkeypatch):
     assert len(made) == 3
     layer.eval()
     layer(x), layer(x)
-    assert len(made) == 4 and layer in reuse.store.by_layer
+    assert len(made) == 5
+    with dora_kernels.frozen_adapters(layer):
+        layer(x), layer(x)
+    assert len(made) == 6
+
+
+def test_where_numbers_are_not_read_a_scope_keeps_from_its_first_step_on(layer):
+    """As on a GPU: here of a vector, which nobody reads. Before the step the scope keeps the norm itself."""
+    vector, made = torch.ones(7, device=DEVICE), []
+
+    def constant():
+        return reuse.constant_reusing(layer, (vector,), lambda: made.append(None) or vector.sum())
+
+    def step():
+        layer.vera_lambda_b.grad = torch.ones_like(layer.vera_lambda_b)
+        torch.optim.SGD([layer.vera_lambda_b], lr=0.1).step()
+
+    step()
+    assert constant() is None
+    with dora_kernels.frozen_adapters(layer):
+        assert constant() is None
+        step()
+        assert constant() == 7 == constant() and len(made) == 1
+        step()
+        with dora_kernels.frozen_adapters(layer):
+            assert constant() == 7 and len(made) == 1
+            step()
+        assert constant() == 7 and len(made) == 1
+        vector.mul_(2)
+        assert constant() == 14 and len(made) == 2
+        vector.data.mul_(2)
+        dora_kernels.invalidate(layer)
+        assert constant() == 28 and len(made) == 3
+    assert constant() is None and layer not in reuse.store.constants
 
 
 @pytest.mark.parametrize(

@@ -311,42 +311,45 @@ def test_many_threads_through_one_layer(training, backend, layer):
         one(99)
 
 
-def test_what_one_thread_drops_another_does_not_put_back(layer, monkeypatch):
+@pytest.fixture
+def overtaken(monkeypatch):
+    """overtaken(change): while a scope's one launch of norms is under way, another thread makes the change."""
+
+    def arrange(change):
+        grouped_norm = ops.grouped_norm
+
+        def slow(*arguments):
+            result = grouped_norm(*arguments)
+            monkeypatch.setattr(ops, "grouped_norm", grouped_norm)
+            in_threads(change)
+            return result
+
+        monkeypatch.setattr(ops, "grouped_norm", slow)
+
+    return arrange
+
+
+def test_what_one_thread_drops_another_does_not_put_back(layer, overtaken):
     """A write through .data and invalidate(), while a call that has read the old weights is still under way."""
     x = torch.randn(5, 24, device=DEVICE)
 
-    def overtaken(*arguments):
-        result = REFERENCE.merged_forward(*arguments)
-        monkeypatch.setattr(ops, "REFERENCE", REFERENCE)
+    def swap():
+        layer.lora_B.weight.data.mul_(2)
+        dora_kernels.invalidate(layer)
 
-        def swap():
-            layer.lora_B.weight.data.mul_(2)
-            dora_kernels.invalidate(layer)
-
-        in_threads(swap)
-        return result
-
-    monkeypatch.setattr(ops, "REFERENCE", REFERENCE._replace(merged_forward=overtaken))
-    with launch.options(backend="reference", way="merged"):
+    overtaken(swap)
+    with dora_kernels.frozen_adapters(layer):
         layer(x)
         torch.testing.assert_close(layer(x), definition(layer, x))
 
 
-def test_a_fused_step_of_another_thread_during_the_first_call_is_seen(layer, monkeypatch):
+def test_a_fused_step_of_another_thread_during_the_first_call_is_seen(layer, overtaken, monkeypatch):
     """Steps are counted from before the first norm is made."""
     x = torch.randn(5, 24, device=DEVICE)
     monkeypatch.setattr(reuse.store, "_counting", False)
     layer.lora_B.weight.grad = torch.ones_like(layer.lora_B.weight)
-    optimizer = torch.optim.AdamW([layer.lora_B.weight], lr=0.1, fused=True)
-
-    def overtaken(*arguments):
-        result = REFERENCE.merged_forward(*arguments)
-        monkeypatch.setattr(ops, "REFERENCE", REFERENCE)
-        in_threads(optimizer.step)
-        return result
-
-    monkeypatch.setattr(ops, "REFERENCE", REFERENCE._replace(merged_forward=overtaken))
-    with launch.options(backend="reference", way="merged"):
+    overtaken(torch.optim.AdamW([layer.lora_B.weight], lr=0.1, fused=True).step)
+    with dora_kernels.frozen_adapters(layer):
         layer(x)
         torch.testing.assert_close(layer(x), definition(layer, x))
 

@@ -240,7 +240,7 @@ def test_compiles_without_a_graph_break():
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_norms_of_several_adapters_are_kept(dtype, conv1d, lora_dropout):
-    """In eval mode until something changes; inside frozen_adapters in train mode too."""
+    """Inside frozen_adapters, in eval mode and in train mode, until something changes."""
     model = build(dtype, conv1d, adapters=3, lora_dropout=0.5)
     dora_kernels.enable(model, dropout="lora" if lora_dropout else None)
     x = torch.randn(6, 24, device=DEVICE, dtype=dtype)
@@ -254,15 +254,13 @@ def test_the_norms_of_several_adapters_are_kept(dtype, conv1d, lora_dropout):
             y = model(x)
         return calls("norm") - before[0] + sum(counted) + calls("grouped_norm") - before[1], y
 
-    model.eval()
-    (first, y), (second, again) = made(), made()
-    assert first == 6 and second == 0 and torch.equal(y, again)
-    layers(model)[0].lora_B["second"].weight.data.mul_(2)
-    dora_kernels.invalidate(model)
-    count, changed = made()
-    assert count == 6 and not torch.equal(changed, y)
-    model.train()
-    assert made()[0] == 6 == made()[0]
-    with dora_kernels.frozen_adapters(model):
-        (first, y), (second, again) = made(), made()
-    assert first == 6 and second == 0 and torch.equal(y, again)
+    for training in (False, True):
+        model.train(training)
+        assert made()[0] == 6 == made()[0]
+        with dora_kernels.frozen_adapters(model):
+            (first, y), (second, again) = made(), made()
+            assert first == 6 and second == 0 and torch.equal(y, again)
+            layers(model)[0].lora_B["second"].weight.data.mul_(2)
+            dora_kernels.invalidate(model)
+            count, changed = made()
+            assert count == 6 and not torch.equal(changed, y)

@@ -147,14 +147,16 @@ def test_zero_column_is_finite():
     assert all(value.isfinite().all() for value in ours.values()) and not ours["y"][:, 4].any()
 
 
-def test_norm_is_kept_in_eval_mode():
+def test_the_norm_is_kept_inside_frozen_adapters():
     model, ids = enabled(build(adapters=2)).eval(), torch.arange(TOKENS, device=DEVICE)
     ops.calls.clear()
-    first = model(ids)
-    assert torch.equal(model(ids), first) and calls("norm") == 2
-    model.up.lora_embedding_B["second"].data = 2 * model.up.lora_embedding_B["second"].data
-    dora_kernels.invalidate(model)
-    assert not torch.equal(model(ids), first) and calls("norm") == 4
+    with dora_kernels.frozen_adapters(model):
+        first = model(ids)
+        assert torch.equal(model(ids), first) and calls("norm") == 2
+        model.up.lora_embedding_B["second"].data = 2 * model.up.lora_embedding_B["second"].data
+        assert not torch.equal(model(ids), first) and calls("norm") == 4
+    model(ids)
+    assert calls("norm") == 6
 
 
 LEFT_TO_PEFT = {

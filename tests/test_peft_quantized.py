@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
 
+import dora_kernels  # noqa: E402
 from dora_kernels import disable, enable, launch, ops, quant, reuse  # noqa: E402
 from dora_kernels.testing import rms_error  # noqa: E402
 from tests.peft_problem import (  # noqa: E402
@@ -100,7 +101,7 @@ def test_stock_peft(format, sizes, settings):
 def test_eval(format):
     """Exact in eval mode too, where bitsandbytes rounds x to 8 bits, or repacks its weight and computes in bfloat16.
 
-    norm and gain are kept from call to call.
+    Inside frozen_adapters norm and gain are kept from call to call.
     """
     model = build(format, sizes=ALIGNED, lora_dropout=0.5).eval()
     x, _ = inputs(model)
@@ -109,9 +110,11 @@ def test_eval(format):
     before = [quant.read(layer.base_layer).tensors for layer in layers(ours)]
     with torch.no_grad():
         assert rms_error(ours(x), expected) < 2e-6
-    kept = [reuse.store.by_layer[layer].norm for layer in layers(ours)]
-    assert rms_error(ours(x), expected) < 2e-6
-    assert all(reuse.store.by_layer[layer].norm is norm for layer, norm in zip(layers(ours), kept, strict=True))
+    with dora_kernels.frozen_adapters(ours):
+        assert rms_error(ours(x), expected) < 2e-6
+        kept = [reuse.store.by_layer[layer].norm for layer in layers(ours)]
+        assert rms_error(ours(x), expected) < 2e-6
+        assert all(reuse.store.by_layer[layer].norm is norm for layer, norm in zip(layers(ours), kept, strict=True))
     for layer, tensors_before in zip(layers(ours), before, strict=True):
         assert all(map(torch.equal, quant.read(layer.base_layer).tensors, tensors_before))
 
@@ -119,10 +122,10 @@ def test_eval(format):
 def test_reuse_sees_a_weight_that_changed():
     model = enabled(build("nf4", sizes=ALIGNED)).eval()
     x, _ = inputs(model)
-    first = model(x)
-    with torch.no_grad():
+    with torch.no_grad(), dora_kernels.frozen_adapters(model):
+        first = model(x)
         layers(model)[0].base_layer.weight.quant_state.absmax.add_(3)
-    assert rms_error(model(x), dense(model, torch.float32)(x)) < 2e-6 < rms_error(first, model(x))
+        assert rms_error(model(x), dense(model, torch.float32)(x)) < 2e-6 < rms_error(first, model(x))
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])

@@ -137,14 +137,9 @@ def test_fsdp_qlora_over_a_quantised_weight(kind):
     CHECKS["training"](quantised, "reference", 0)
 
 
-def test_a_layer_that_learns_the_magnitude_alone_makes_its_zeros_once():
+def test_a_layer_that_learns_the_magnitude_alone_in_a_scope():
     layer, x = make("llm, magnitude alone")
     assert only(layer).taken_over and layer.adapter_operands() is None
-    for _ in range(2):
-        layer(x)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        layer(x)
-    assert not [event for event in profile.events() if event.name == "aten::new_zeros"]
     with dora_kernels.frozen_adapters(layer):  # has no norm of an A and a B to make
         layer.eval()
         assert torch.equal(layer(x), layer(x))

@@ -133,6 +133,21 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
             gain = gain.new_ones(adapter.weight.shape[0])
         return self._convolve(x, adapter, gain) if self.isconv else self._multiply(x, adapter, gain)
 
+    def merge_to(self, *args: Any, **kwargs: Any) -> None:
+        """As LyCORIS', which writes to the wrapped weight through .data, as the next two do."""
+        super().merge_to(*args, **kwargs)
+        reuse.forget(self)
+
+    def onfly_merge(self, *args: Any, **kwargs: Any) -> None:
+        """As LyCORIS'."""
+        super().onfly_merge(*args, **kwargs)
+        reuse.forget(self)
+
+    def onfly_restore(self) -> None:
+        """As LyCORIS'."""
+        super().onfly_restore()
+        reuse.forget(self)
+
     def _multiply(self, x: Tensor, adapter: _Direction, gain: Tensor) -> Tensor:
         """gain * x V^T + bias. gain (N,) goes in as the magnitude over a norm of 1."""
         weight, lora_A, lora_B, scaling = adapter
@@ -176,7 +191,7 @@ def _norm(layer: LoConModule, adapter: _Direction) -> Tensor:
 
 
 def _reused_norm(layer: LoConModule, adapter: _Direction) -> Tensor:
-    """`_norm`, kept from call to call in eval mode; never where it has a gradient."""
+    """`_norm`, kept in eval mode inside `frozen_adapters`; never where it has a gradient."""
     if torch.is_grad_enabled() or layer.training:
         return _norm(layer, adapter)
     parts = (layer.org_module[0].weight, layer.lora_down.weight, layer.lora_up.weight, layer.scalar)

@@ -62,8 +62,7 @@ class DoraKernelsLinear(Structure):
         if type(dropout) not in (nn.Dropout, nn.Identity, FunctionType):
             reasons.append(f"lora_dropout is a {type(dropout).__name__}")
         if layer.Wdecompose:
-            zeros = reuse.constant_reusing(layer, (weight,), lambda: _zeros(weight)) or _zeros(weight)
-            (lora_A, lora_B), scaling, norm_grad = zeros, 1.0, False
+            (lora_A, lora_B), scaling, norm_grad = _zeros(weight), 1.0, False
         elif not all(isinstance(getattr(layer, part, None), nn.Linear) for part in ("lora_A", "lora_B")):
             return None, "it has no lora_A and lora_B"
         else:

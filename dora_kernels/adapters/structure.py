@@ -91,7 +91,7 @@ class Structure(TakenOver):
         return self.compute(x, adapter)
 
     def linear(self, x: Tensor, adapter: Adapter, x_dropped: Tensor | None = None) -> Tensor:
-        """dora_linear of x (..., K); in eval mode with the norm and gain of the last call.
+        """dora_linear of x (..., K), with norm and gain of an earlier call where reuse/ says.
 
         x_dropped falls on all that the adapter adds or, enabled with dropout="lora", on the low-rank product alone.
         """
@@ -112,7 +112,7 @@ class Structure(TakenOver):
         return reuse.Operands(*adapter[:5])
 
     def norm(self, adapter: Adapter) -> Tensor:
-        """norm (N,), a constant; in eval mode that of the last call."""
+        """norm (N,), a constant, as `linear`."""
         return reuse.weight_norm_reusing(self, *adapter[:3], adapter.scaling)
 
     @torch.no_grad()

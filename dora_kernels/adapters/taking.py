@@ -80,7 +80,7 @@ class TakenOver:
         return frozen_like(getattr(self, "base_layer", None), weight, bias)
 
     def train(self, mode: bool = True) -> TakenOver:
-        """As nn.Module.train; in eval mode norm and gain are computed once and kept (see reuse/)."""
+        """As nn.Module.train; a change of mode ends what `frozen_adapters` reuses."""
         reuse.mode_set(self, mode)
         return super().train(mode)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.functional import check_dtypes, operand_dtypes, weight_norm
 from dora_kernels.ops import is_autocast
-from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts
+from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts, sources
 from dora_kernels.reference import accumulate_dtype, gain_ref, row_norms
 from dora_kernels.rescale import rescale
 from dora_kernels.validate import check_call, check_norm_grad, check_tensor
@@ -210,11 +210,12 @@ def dvora_linear_reusing(
 ) -> Tensor:
     """dvora_linear for `layer`, with the terms of its norm kept while weight and vera_A stay as they are, if small.
 
-    They are made in the first call, so that the same call gives the same bits; not under torch.compile, nor again for a
-    weight that moves (see constant_reusing). In eval mode they are neither made nor used, because there the norm itself
-    is kept, as it is where checkpointing runs the forward pass again (reuse/store.py).
+    constants.py says where. On a CPU they are made in the first call, so that the same call gives the same bits. In
+    eval mode they are neither made nor used: a server would pay for them once and hold them for ever, where
+    `frozen_adapters` keeps the norm itself.
     """
     stored, *storage = parts(weight)
+    stored = sources(stored)
     factors = (vera_A, vera_B, lambda_d, lambda_b)
     arguments = (x, weight, *factors, magnitude, bias)
     _check(function, *arguments, x_dropped, None, False)

@@ -3,7 +3,7 @@
 from dora_kernels.quant.bitsandbytes_cpu import is_decoded_wrongly, is_packed_for_cpu, unpack_for_cpu
 from dora_kernels.quant.formats import DENSE, FORMATS, QuantizedWeight, Weight, parts, whole
 from dora_kernels.quant.product import frozen_product
-from dora_kernels.quant.readers import is_quantized, read, read_or_reason
+from dora_kernels.quant.readers import is_quantized, read, read_or_reason, sources
 
 __all__ = [
     "DENSE",
@@ -17,6 +17,7 @@ __all__ = [
     "parts",
     "read",
     "read_or_reason",
+    "sources",
     "unpack_for_cpu",
     "whole",
 ]

@@ -6,7 +6,7 @@ its class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ def _bitsandbytes8(layer: Any) -> QuantizedWeight:
     absmax = weight.SCB if weight.SCB is not None else getattr(state, "SCB", None)
     if weight.dtype != torch.int8 or absmax is None:
         raise ValueError("read: the bitsandbytes weight is not quantised yet; expected .to(device) first")
-    scale = _once(absmax, lambda: absmax.float().flatten() * (1.0 / 127.0))
+    scale = _made_of(absmax, absmax.float().flatten() * (1.0 / 127.0))
     return QuantizedWeight("row8", tuple(weight.shape), torch.float32, (_plain(weight), scale))
 
 
@@ -110,7 +110,9 @@ def _torchao_rows(weight: Any) -> QuantizedWeight:
         raise ValueError(
             f"read: the torchao weight has {scale.numel()} scales; expected one for each of {q.shape[0]} rows"
         )
-    return QuantizedWeight("row8", tuple(q.shape), weight.dtype, (q, scale.float().flatten().expand(q.shape[0])))
+    return QuantizedWeight(
+        "row8", tuple(q.shape), weight.dtype, (q, _made_of(scale, scale.float().flatten().expand(q.shape[0])))
+    )
 
 
 def _torchao_nf4(weight: Any) -> QuantizedWeight:
@@ -166,12 +168,15 @@ def _class_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-# What was computed from a library's tensor, with the version of the tensor it was computed from.
+# What was found out about a library's tensor, with the version of the tensor that was looked at.
 _computed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _once(tensor: Tensor, compute: Callable[[], Any]) -> Any:
-    """compute() of the first call for `tensor`, until it is written to: what is read at each call must not wait."""
+    """compute() of the first call for `tensor`, until it is seen to change: what is checked at each call must not wait.
+
+    A check alone: no number that goes into a result may be kept so.
+    """
     if torch.compiler.is_compiling():
         return compute()
     version, value = _computed.get(tensor, (None, None))
@@ -179,6 +184,18 @@ def _once(tensor: Tensor, compute: Callable[[], Any]) -> Any:
         value = compute()
         _computed[tensor] = tensor._version, value
     return value
+
+
+def _made_of(source: Tensor, made: Tensor) -> Tensor:
+    """`made`, which a reader computes anew at each call, for the library may have written to `source` in any way."""
+    if made is not source and not torch.compiler.is_compiling():
+        made.dora_source = source
+    return made
+
+
+def sources(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The library's own tensors that those of a weight are, or are made of: where one of these changes, it does."""
+    return [getattr(tensor, "dora_source", tensor) for tensor in tensors]
 
 
 def _differentiable(tensor: Tensor) -> Tensor:

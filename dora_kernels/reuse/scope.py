@@ -1,6 +1,7 @@
-"""frozen_adapters: the norms of a model made in one launch, and used for every micro-batch of an optimizer step."""
+"""frozen_adapters: the norms of a model made in one launch, and used while the caller promises that nothing changes."""
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -24,6 +25,13 @@ class Operands(NamedTuple):
     scaling: float
 
 
+IN_SCOPE = store.Call(in_scope=True, is_again=False, may_run_again=False)
+"""The call for which a scope makes the norms of layers that are not being called."""
+
+# scopes are opened and closed by one thread at a time: each changes what a layer is in
+_opening = threading.Lock()
+
+
 class Scope:
     """An open `frozen_adapters`: its layers, whether `hold_adapters` has opened it, and for which operand dtypes their
     norms have been made together.
@@ -34,8 +42,9 @@ class Scope:
         self._layers = [weakref.ref(layer) for layer in layers]
         self.keep_merged = keep_merged
         self.held = held
+        self.first_step = store.optimizer_steps()
         self.filled: set[tuple[object, ...]] = set()
-        self.step = -1
+        self.filled_at = (-1, -1)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -43,11 +52,26 @@ class Scope:
         return [layer for reference in self._layers if (layer := reference()) is not None]
 
     def close(self) -> None:
-        """End the reuse. Does nothing to layers that are in another scope by now."""
-        for layer in self.layers:
-            if store.scopes.get(layer) is self:
-                del store.scopes[layer]
-                store.forget(layer)
+        """End the reuse, or what of it no other open scope wants: the merged weights. A second time does nothing."""
+        with _opening:
+            store.count_drop()
+            for layer in self.layers:
+                scopes = store.scopes.get(layer, ())
+                if self in scopes:
+                    self._leave(layer, tuple(scope for scope in scopes if scope is not self))
+
+    def _leave(self, layer: nn.Module, others: tuple["Scope", ...]) -> None:
+        constant = store.constants.get(layer)
+        if constant is not None and constant.scope is self:
+            del store.constants[layer]
+        if not others:
+            del store.scopes[layer]
+            store.by_layer.pop(layer, None)
+            return
+        store.scopes[layer] = others
+        kept = store.by_layer.get(layer)
+        if kept is not None and kept.merged is not None and not any(scope.keep_merged for scope in others):
+            store.by_layer[layer] = kept._replace(merged=None)
 
     @torch.no_grad()
     def fill(self, x: Tensor) -> bool:
@@ -56,14 +80,14 @@ class Scope:
         Not when the scope opens: only a call knows its autocast. Layers of one device and the same dtypes share a
         launch; one that cannot share it (quantised, not contiguous, cast by autocast) is left to its own call.
         """
-        if self.step != store.optimizer_steps():
-            self.step = store.optimizer_steps()
+        drops = store.drops()
+        if self.filled_at != (store.optimizer_steps(), drops):
+            self.filled_at = store.optimizer_steps(), drops
             self.filled.clear()
-        key = (x.device, operand_dtypes(x, x), torch.is_inference_mode_enabled())
+        key = (x.device, operand_dtypes(x, x))
         if key in self.filled:
             return False
         self.filled.add(key)
-        drops = store.drops()
         groups: dict[tuple[object, ...], list[tuple[nn.Module, Operands, tuple[object, ...]]]] = {}
         for layer in self.layers:
             operands = layer.adapter_operands()
@@ -75,7 +99,7 @@ class Scope:
                 continue
             _, *storage = parts(operands.weight)
             fingerprint = store.fingerprint_of(tensors, (operands.scaling, storage, (base_dtype, dtype)), x.device)
-            if store.find(layer, tensors, fingerprint) is None:
+            if store.find(layer, IN_SCOPE, tensors, fingerprint) is None:
                 dtypes = (operands.weight.dtype, operands.lora_A.dtype, operands.magnitude.dtype, dtype)
                 groups.setdefault(dtypes, []).append((layer, operands, fingerprint))
         for (*_, dtype), members in groups.items():
@@ -87,15 +111,20 @@ class Scope:
             sizes = [weight.shape[0] for weight in weights]
             for member, norm, gain in zip(members, norms.split(sizes), gains.split(sizes), strict=True):
                 layer, operands, fingerprint = member
-                store.keep(layer, store.Kept.of(operands[:4], fingerprint, norm, gain), drops)
+                store.keep(layer, IN_SCOPE, store.Kept.of(operands[:4], fingerprint, norm, gain), drops)
         return True
 
 
 @contextlib.contextmanager
 def frozen_adapters(model: nn.Module, *, keep_merged: bool = False) -> Iterator[None]:
-    """Inside, no adapter of `model` changes, says the caller: norm and gain of each layer are computed once.
+    """Inside, nothing is written to the layers of `model` unseen, says the caller: norm and gain are computed once.
 
-    Around the micro-batches of one optimizer step, in train mode as in eval mode:
+    Around generate(), or whatever a server does between two changes of its adapters:
+
+        with dora_kernels.frozen_adapters(model):
+            model.generate(**inputs)
+
+    Around the micro-batches of one optimizer step, or around any number of steps: in train mode as in eval mode.
 
         with dora_kernels.frozen_adapters(model):
             for batch in micro_batches:
@@ -107,13 +136,16 @@ def frozen_adapters(model: nn.Module, *, keep_merged: bool = False) -> Iterator[
     their own at their first call. On a GPU the last bit of a norm may be another than outside: the sums over K of the
     one launch are not split, those of a layer's own may be.
 
-    An optimizer step inside the scope, fused and 8-bit ones too, ends the reuse of what was made before it; a write
-    through .data does not: the promise is broken.
+    Every change that can be seen ends the reuse of what was made before it: an optimizer step, fused and 8-bit ones
+    too, another adapter or scale, a load, a merge, a move. A write through .data, a detached alias or a NumPy view
+    cannot be seen: it breaks the promise, unless `invalidate(model)` follows.
+
+    Scopes nest, on the same model or a part of it, and may be closed in any order. Reuse ends with the last one.
 
     keep_merged: keep the merged weight, too, from which the backward pass makes dx where the planner has it do so; that
     is one more weight in memory for each layer.
 
-    Raises ValueError where the model has no layer to reuse anything for, and where one of them is in such a scope.
+    Raises ValueError where the model has no layer to reuse anything for.
     """
     scope = _opened(model, keep_merged, held=False)
     try:
@@ -125,7 +157,8 @@ def frozen_adapters(model: nn.Module, *, keep_merged: bool = False) -> Iterator[
 def hold_adapters(model: nn.Module, *, keep_merged: bool = False) -> Scope:
     """`frozen_adapters` from here to close() of what is returned, for callers that see beginning and end as events.
 
-    Such a scope may be left open by a caller that an exception has ended: the next one held closes it.
+    Such a scope may be left open by a caller that an exception has ended. So it keeps nothing in eval mode, and the
+    next one held closes it.
     """
     return _opened(model, keep_merged, held=True)
 
@@ -136,20 +169,24 @@ def _opened(model: nn.Module, keep_merged: bool, held: bool) -> Scope:
         raise ValueError(
             "frozen_adapters: model has no DoRA layer of ours; expected enable(model) first, or DoraLinear"
         )
-    others = {scope for layer in layers if (scope := store.scopes.get(layer)) is not None}
-    if not all(held and scope.held for scope in others):
-        inside = sum(layer in store.scopes for layer in layers)
-        raise ValueError(f"frozen_adapters: {inside} of {len(layers)} layers are in another scope; expected none")
-    for other in others:
-        other.close()
+    if held:
+        for other in {other for layer in layers for other in store.scopes.get(layer, ()) if other.held}:
+            other.close()
     scope = Scope(layers, keep_merged, held)
-    for layer in layers:
-        store.forget(layer)
-        store.scopes[layer] = scope
+    with _opening:
+        store.count_drop()
+        for layer in layers:
+            others = store.scopes.get(layer, ())
+            if all(other.held for other in others):
+                store.by_layer.pop(layer, None)  # what one that was left open has kept is no promise of this caller's
+            store.scopes[layer] = (*others, scope)
     return scope
 
 
 def mode_set(layer: nn.Module, mode: bool) -> None:
-    """To be called by a layer's train(mode). Trainers call it before every micro-batch: that is no change."""
-    if layer not in store.scopes or mode != layer.training:
+    """To be called by a layer's train(mode). Trainers call it before every micro-batch: that is no change.
+
+    A change of mode is one: there are libraries that merge and take apart in it.
+    """
+    if mode != layer.training:
         store.forget(layer)

@@ -1,27 +1,28 @@
 """norm and gain of a layer, kept while nothing that they depend on can have changed, and used again.
 
-Three calls reuse what an earlier call of the same layer computed:
-    a call in eval mode, until train(), an optimizer step, a load of the state dict, a move or `invalidate`;
-    a call inside a backward pass, which is activation checkpointing running the forward pass once more;
-    a call inside `frozen_adapters`, where the caller says that no adapter changes: between two optimizer steps.
+Any tensor can be written to in ways that nobody sees: through .data, a detached alias or a NumPy view, by a fused
+optimizer or the replay of a CUDA graph. So by itself a layer keeps nothing from call to call, in eval mode or in
+training. Two calls reuse what an earlier call of the same layer computed:
+    a call inside `frozen_adapters`, where the caller promises that nothing is written to unseen (`by_layer`);
+    a call that a backward pass runs once more, which is activation checkpointing: it may take what its own forward
+    pass computed, once, and computes with the very same bits (`last_calls`).
 
 What is kept is good only while its fingerprint is: which tensors there are, with address, version, dtype and layout,
 scaling, operand dtypes, the CUDA stream that computed it (another would have to wait for it, and for its memory), and
-the number of optimizer steps taken in this process. The version alone would not do: fused optimizers, 8-bit optimizers
-and writes through .data leave it alone. Nor would the address: a parameter that is replaced leaves its address to the
-next one. Writes through .data outside an optimizer step (PEFT's hot swap is one) cannot be seen; after one, call
-`invalidate(model)`.
+the number of optimizer steps taken in this process. The version alone would not do: fused optimizers and 8-bit
+optimizers leave it alone. Nor would the address: a parameter that is replaced leaves its address to the next one. So
+inside a scope every change that can be seen ends the reuse; after one that cannot, `invalidate(model)` does.
 
-What is computed of frozen tensors alone is kept by `constant_reusing`, through training and its optimizer steps.
+Nothing kept is read or written while somebody makes a graph of the operators that run (tracing.py), nor while a CUDA
+graph is captured: it would be in there for ever, whatever becomes of the weights and of the memory.
+
+What is computed of frozen tensors alone is kept by constants.py, through training and its optimizer steps.
 
 FSDP gathers a weight into the same tensor, at what is often the same address, and leaves its version alone: a load of
-the shards in between would not be seen. So while a module of this process is sharded by fully_shard, nothing is kept
-from one call in eval mode to the next, nor by `constant_reusing`, and of FSDP1's weights nothing ever. (What a backward
-pass recomputes had the same weights in its forward pass: that is used again under fully_shard too.) Nor is anything of
-ZeRO-3's weights.
+the shards in between would not be seen. What a backward pass recomputes had the same weights in its forward pass, and
+inside a scope the caller promises it; but of FSDP1's flat weights and of ZeRO-3's nothing is kept ever.
 """
 
-import dataclasses
 import weakref
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from dora_kernels.tracing import is_traced, is_transformed
 
 try:  # the modules that fully_shard manages: there is no public way to ask
     from torch.distributed._composable_state import _module_state_mapping as _managed_modules
@@ -61,7 +64,7 @@ class Kept(NamedTuple):
     ) -> "Kept":
         owners = tuple(weakref.ref(_owner(tensor)) for tensor in tensors)
         storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
-        return cls(owners, storages, fingerprint, norm, gain)
+        return cls(owners, storages, fingerprint, _for_every_mode(norm), _for_every_mode(gain))
 
     def is_of(self, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> bool:
         """Whether the same tensors, unchanged, would be used again."""
@@ -73,20 +76,22 @@ class Kept(NamedTuple):
         )
 
 
-@dataclasses.dataclass
-class Constant:
-    """What `constant_reusing` made of which tensors, None if it has given up, and whether a second call has used it."""
+class Call(NamedTuple):
+    """What a call has to do with what is kept: whether it is inside `frozen_adapters`, whether a backward pass runs it
+    again, and whether one may later.
+    """
 
-    kept: Kept
-    value: Any
-    served: bool = False
+    in_scope: bool
+    is_again: bool
+    may_run_again: bool
 
 
 # beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
 by_layer: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
-constants: weakref.WeakKeyDictionary[nn.Module, Constant] = weakref.WeakKeyDictionary()
-# the layers inside `frozen_adapters`, each with its scope.Scope
-scopes: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+last_calls: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+constants: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
+# the layers inside `frozen_adapters`, each with its scopes, scope.Scope, in the order in which they were opened
+scopes: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 _optimizer_steps = 0
 _counting = False
 # how often something was dropped: what another thread drops must not come back from a call that had begun before
@@ -98,43 +103,89 @@ def drops() -> int:
     return _drops
 
 
-def keep(layer: nn.Module, kept: Kept, drops_before: int) -> None:
-    """Keep `kept` for `layer`, unless something was dropped meanwhile."""
-    if drops_before == _drops:
-        by_layer[layer] = kept
+def count_drop() -> None:
+    """Let no call that has begun keep what it computes."""
+    global _drops
+    _drops += 1
 
 
 def optimizer_steps() -> int:
-    """How many optimizer steps this process has taken since the first norm was kept."""
+    """How many optimizer steps this process has taken since it was first asked; the hook fires for fused ones too."""
+    global _counting
+    if not _counting:
+        register_optimizer_step_post_hook(_count_one_step)
+        _counting = True
     return _optimizer_steps
 
 
 def can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
     """Whether what is computed from `tensors` may be kept: their changes are seen, and no graph is being made."""
-    if torch.compiler.is_compiling():  # asked first: Dynamo cannot trace a question about the stream
+    if is_traced() or is_transformed():  # first: Dynamo cannot trace a question about the stream
         return False
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     return all(map(_has_identity, tensors)) and not capturing
 
 
-def find(layer: nn.Module, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> Kept | None:
-    """What is kept for `layer`, if this call may use it."""
-    kept = by_layer.get(layer)
-    in_eval = not layer.training and not weights_come_and_go()
-    reusing = in_backward() or in_eval or layer in scopes
-    if kept is not None and reusing and kept.is_of(tensors, fingerprint):
-        return kept
+def call_of(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device) -> Call | None:
+    """What a call of `layer`, computing from `tensors`, has to do with what is kept. None: nothing, and then nothing is
+    left of its last call either, for a backward pass to find.
+
+    A backward pass may run a call again that saves its tensors through hooks, as checkpoint(use_reentrant=False) has
+    it, or that saves none in training: use_reentrant=True.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    in_scope, grad = scope_of(layer) is not None, torch.is_grad_enabled()
+    if in_backward():
+        call = Call(in_scope, grad and layer in last_calls, False)
+    else:
+        call = Call(in_scope, False, has_saving_hooks() if grad else layer.training)
+    if any(call) and can_keep(tensors, device):
+        return call
+    if last_calls.data:  # without the cost of asking it for one layer
+        last_calls.pop(layer, None)
     return None
+
+
+def scope_of(layer: nn.Module) -> Any | None:
+    """The first opened among the scopes that `layer` is in. A held one (`hold_adapters`) is none in eval mode: it may
+    have been left open.
+    """
+    if not scopes.data:
+        return None
+    return next((scope for scope in scopes.get(layer, ()) if layer.training or not scope.held), None)
+
+
+def find(layer: nn.Module, call: Call, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> Kept | None:
+    """What is kept for `layer`, if this call may use it."""
+    kept = by_layer.get(layer) if call.in_scope else None
+    first = last_calls.pop(layer, None) if call.is_again else None
+    if first is not None and first.is_of(tensors, fingerprint) and (kept is None or kept.norm is not first.norm):
+        return first  # to the bit what the forward pass had, whatever a scope has made since
+    if kept is None or not kept.is_of(tensors, fingerprint):
+        return None
+    return kept
+
+
+def keep(layer: nn.Module, call: Call, kept: Kept, drops_before: int) -> None:
+    """Keep `kept` for `layer`, unless something was dropped meanwhile."""
+    if drops_before != _drops:
+        last_calls.pop(layer, None)
+        return
+    if call.in_scope:
+        by_layer[layer] = kept
+    if call.may_run_again:
+        last_calls[layer] = kept
+
+
+def has_saving_hooks() -> bool:
+    """Whether what autograd saves goes through torch.autograd.graph.saved_tensors_hooks, as checkpointing has it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def in_backward() -> bool:
     """Whether autograd is running a backward pass, in which checkpointing runs forward passes once more."""
     return torch._C._current_graph_task_id() != -1
-
-
-def in_dispatch_mode() -> bool:
-    """Whether a TorchDispatchMode counts operators: selective checkpointing's does."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def weights_come_and_go() -> bool:
@@ -145,14 +196,18 @@ def weights_come_and_go() -> bool:
 
 
 def forget(layer: nn.Module) -> None:
-    """Drop what is kept for one layer: enable() and disable() call this, and moves do."""
-    global _drops
-    _drops += 1
+    """Drop what is kept for one layer: enable() and disable() call this, and moves, merges and changes of mode do."""
+    count_drop()
     by_layer.pop(layer, None)
+    last_calls.pop(layer, None)
 
 
 def invalidate(model: nn.Module) -> None:
-    """Drop all that is kept for the layers of `model`: needed after writes through .data, and only then."""
+    """Drop all that is kept for the layers of `model`.
+
+    Needed inside `frozen_adapters` alone, where it ends the reuse after a write that breaks the promise: one through
+    .data, a detached alias or a NumPy view, which cannot be seen. What can be seen ends it by itself.
+    """
     for module in model.modules():
         forget(module)
         constants.pop(module, None)
@@ -161,10 +216,7 @@ def invalidate(model: nn.Module) -> None:
 def fingerprint_of(
     tensors: tuple[Tensor, ...], settings: tuple[object, ...], device: torch.device
 ) -> tuple[object, ...]:
-    _count_optimizer_steps()
-    # what inference mode computes cannot be saved for a backward pass
-    inference = torch.is_inference_mode_enabled()
-    return identity_of(tensors, device), settings, _optimizer_steps, inference
+    return identity_of(tensors, device), settings, optimizer_steps()
 
 
 def identity_of(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[object, ...]:
@@ -194,14 +246,12 @@ def _has_identity(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" or not tensor.untyped_storage().is_shared()
 
 
-def _count_optimizer_steps() -> None:
-    """From the first call on, before a norm is made, count the steps of every optimizer: the hook fires for fused ones
-    too.
-    """
-    global _counting
-    if not _counting:
-        register_optimizer_step_post_hook(_count_one_step)
-        _counting = True
+def _for_every_mode(row: Tensor | None) -> Tensor | None:
+    """What inference mode has computed as a tensor that autograd can save: a serving loop and training share it."""
+    if row is None or not row.is_inference():
+        return row
+    with torch.inference_mode(False):
+        return row.clone()
 
 
 def _count_one_step(*_: object) -> None:

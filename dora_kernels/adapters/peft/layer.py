@@ -16,7 +16,7 @@ from dora_kernels.adapters.peft.merging import Merging
 from dora_kernels.adapters.sharded import enable_first, partition_reason, requires_grad
 from dora_kernels.adapters.taking import class_name, is_plain
 from dora_kernels.functional import operand_dtypes
-from dora_kernels.quant import Weight, parts
+from dora_kernels.quant import Weight, parts, sources
 from dora_kernels.validate import FLOATING
 
 
@@ -44,13 +44,13 @@ class TakenOverLayer(Merging):
         raise NotImplementedError
 
     def norms(self, weight: Weight, adapters: list[Adapter]) -> Tensor:
-        """norm (adapters, N), kept in eval mode. weight is of the base layer's own shape."""
+        """norm (adapters, N), kept as reuse/ says. weight is of the base layer's own shape."""
         stored, *storage = parts(weight)
         factors = [factor for adapter in adapters for factor in adapter.tensors()[:2]]
         settings = ([adapter.scaling for adapter in adapters], storage, operand_dtypes(weight, factors[0]))
         return reuse.norm_reusing(
             self,
-            (*stored, *factors),
+            (*sources(stored), *factors),
             settings,
             lambda: torch.stack([self.norm(weight, adapter) for adapter in adapters]),
         )

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
+from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import Adapter, adapter_reason, read_adapter
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
@@ -39,6 +40,12 @@ class Merging(TakenOver):
         A row whose norm is 0 becomes 0, not NaN. Raises ValueError, and merges none of them, if safe_merge and a merged
         weight is not finite, or if adapters are merged already from which `unmerge` cannot get the weight back.
         """
+        try:
+            self._merge(safe_merge, adapter_names)
+        finally:  # PEFT writes through .data
+            reuse.forget(self)
+
+    def _merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         names = adapter_names
         if names is None:
             names = self.active_adapters
@@ -60,6 +67,12 @@ class Merging(TakenOver):
 
         Raises ValueError, and unmerges nothing, where a gain of 0, or one too small for the dtype, has lost a row.
         """
+        try:
+            self._unmerge()
+        finally:
+            reuse.forget(self)
+
+    def _unmerge(self) -> None:
         names = self._known(self.merged_adapters)
         if not names or any(map(self._reason_against_merging, names)):
             return super().unmerge()
