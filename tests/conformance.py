@@ -130,8 +130,7 @@ def check_training(case: Case, backend: str, seed: int) -> None:
 
 
 def check_inference(case: Case, backend: str, seed: int) -> None:
-    """In eval mode as stock after each write to a parameter: one that nobody sees, and inside `frozen_adapters` one that
-    is seen."""
+    """In eval mode as stock after each write to a parameter: outside `frozen_adapters` one that nobody sees."""
     model, x = case.make(seed)
     stock, ours = model.eval(), enabled(model)
 

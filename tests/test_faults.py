@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 import dora_kernels
 from dora_kernels import DoraLinear, configs, launch, ops, reuse
 from dora_kernels.launch import Options
-from dora_kernels.reference import REFERENCE, dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from tests.problem import BACKENDS, DEVICE, GRADIENTS, Problem, core
 
 ROOT = Path(__file__).parent.parent

@@ -13,13 +13,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import dora_kernels
-from dora_kernels import launch, sharing
+from dora_kernels import launch, reuse, sharing
 from tests.problem import DEVICE
 
 pytest.importorskip("peft")
 
 from tests.peft_problem import calls, enabled, layers, tensors  # noqa: E402
-from tests.shared_problem import CLOSE, attention, batch, net_of, pair, products, shared  # noqa: E402, F401
+from tests.shared_problem import CLOSE, WIDTHS, attention, batch, net_of, pair, products, shared  # noqa: E402, F401
 
 
 class TestWhatMayNotBeShared:
@@ -333,3 +333,42 @@ class TestTheModelStaysWhatItIs:
             assert not any("dora_shared" in vars(layer) for layer in layers(pair[1]))
             with products(0, 0):
                 tensors(pair[1], x, dy)
+
+
+def fused_step(model):
+    lora_As = [net_of(model).get_submodule(name).lora_A["default"].weight for name in WIDTHS]
+    for lora_A in lora_As:
+        lora_A.grad = torch.ones_like(lora_A)
+    versions = [lora_A._version for lora_A in lora_As]
+    torch.optim.AdamW(lora_As, lr=0.1, fused=True).step()
+    assert [lora_A._version for lora_A in lora_As] == versions
+    for lora_A in lora_As:
+        lora_A.grad = None
+
+
+def write_and_invalidate(model):
+    for name in WIDTHS:
+        net_of(model).get_submodule(name).lora_A["default"].weight.data.mul_(2)
+    dora_kernels.invalidate(model)
+
+
+@pytest.mark.parametrize("change", (fused_step, write_and_invalidate))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_sibling_s_low_is_not_taken_beyond_a_write(dtype, change):
+    """q made it for k, then k's lora_A changed and its version did not. The step is the first that anybody counts."""
+    ours = shared(attention(dtype))
+    x, _ = batch(dtype)
+    reuse.store._counting = False
+    net = net_of(ours)
+    q = net.q_proj(x)
+    change(ours)
+    alone = enabled(copy.deepcopy(ours))
+    expected = net_of(alone).k_proj(x)
+    k = net.k_proj(x)
+    torch.testing.assert_close(k, expected, rtol=1e-5, atol=1e-5)
+    gradients = [
+        torch.autograd.grad(y.float().square().sum(), [one.lora_A["default"].weight, one.lora_B["default"].weight])
+        for y, one in ((k, net.k_proj), (expected, net_of(alone).k_proj))
+    ]
+    torch.testing.assert_close(*gradients, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+    assert q.grad_fn is not None
