@@ -9,8 +9,8 @@
     python -m bench.layer --shape 14336x4096 --tokens 8192 --rank 384 --provider frozen peft_dora ours
     python -m bench.layer --device cpu --shape 1024x1024 --tokens 64 512 --rank 8 64 --precision fp32 bf16
 
-Inference is timed plain, and as "inference+frozen_adapters" in that scope. In eval mode ours keeps the norm from one
-eager call to the next, in the scope or not; a CUDA graph computes it at every replay, in the scope or not.
+Inference is timed plain, and as "inference+frozen_adapters" in that scope, where alone ours keeps the norm from one
+eager call to the next; a CUDA graph computes it at every replay, in the scope or not.
 The file is overwritten, and written after every step of a case: a run that is cut short leaves what it has measured. A
 case of which something is missing stands in left_out, with what. Launches are counted after all timing, because
 torch.profiler slows down what follows it; COUNT_SECONDS are kept for that.

@@ -138,6 +138,7 @@ class MergeableLinear(nn.Module):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         self._refuse_while_merged("load_state_dict")
+        reuse.invalidate(self)
         super()._load_from_state_dict(*arguments)
 
     def _refuse_while_merged(self, function: str) -> None:

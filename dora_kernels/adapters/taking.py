@@ -89,6 +89,11 @@ class TakenOver:
         reuse.forget(self)
         return super()._apply(*arguments, **keywords)
 
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        """What load_state_dict goes through; a load of shards leaves no trace in what fully_shard gathers of them."""
+        reuse.forget(self)
+        super()._load_from_state_dict(*arguments, **keywords)
+
 
 def frozen_like(base: nn.Module | None, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantised.
