@@ -10,7 +10,7 @@ _is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _is_jit_tracing = torch._C._is_tracing
-_transforms = torch._C._functorch.peek_interpreter_stack
+_transformed = torch._C._are_functorch_transforms_active
 
 
 def is_traced() -> bool:
@@ -30,5 +30,8 @@ def is_traced() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp, functionalize) or forward-mode AD gives tensors another meaning now."""
-    return _transforms() is not None or forward_ad._current_level >= 0
+    """Whether torch.func (grad, vmap, jvp, functionalize) or forward-mode AD gives tensors another meaning now.
+
+    Dynamo can trace this, with the transforms inside a compiled function.
+    """
+    return _transformed() or forward_ad._current_level >= 0
