@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import launch, ops
+from dora_kernels.adapters.promises import Promises
 from dora_kernels.adapters.taking import TakenOver, frozen_like
 from dora_kernels.functional import operand_dtypes, weight_norm
 from dora_kernels.mergeable import MergeableLinear
@@ -42,11 +43,16 @@ def merge_model(model: nn.Module, *, progress: bool = False) -> dict[str, str]:
     several names stays one. Returns what was left as it is: the name of a layer, and why no frozen layer can stand in
     its place.
 
+    A PEFT model that is merged is good for inference, and its merge_and_unload() returns the base model, to be saved.
+    What it would save itself is an adapter without these layers: that, disable_adapter and load_adapter raise
+    ValueError from now on, on every module of which these layers are a part, and however the rest was left.
+
     progress: show a bar (needs rich). Raises ValueError where the model has no layer to merge, or is one itself.
     """
     if isinstance(model, (TakenOver, MergeableLinear)):
         raise ValueError(f"merge_model: model is a {type(model).__name__} itself; expected the model that holds it")
     left: dict[str, str] = {}
+    promises = Promises(model)
     for names, layer in _tracked("merge_model", model, progress):
         try:
             frozen = _frozen(layer)
@@ -54,6 +60,7 @@ def merge_model(model: nn.Module, *, progress: bool = False) -> dict[str, str]:
             left |= dict.fromkeys(names, str(error))
             continue
         frozen.train(layer.training)
+        promises.withdraw(layer)
         for name in names:
             model.set_submodule(name, frozen)
     return left
