@@ -24,6 +24,7 @@ from types import ModuleType
 from torch import nn
 
 from dora_kernels import sharing
+from dora_kernels.adapters import parents
 from dora_kernels.adapters.taking import give_back, take_over
 from dora_kernels.validate import DROPOUTS
 
@@ -45,7 +46,8 @@ class LayerReport:
     library: str
     taken_over: bool
     reason: str = ""
-    """Why the layer was left alone; for one taken over, what its own library still computes, if anything."""
+    """Why the layer was left alone; for one taken over, what its own library still computes, if anything. Of both, who
+    reads its weight past it (parents.py)."""
     shares_with: tuple[str, ...] = ()
     """The layers that are called with the same x, with which it shares the product of x and lora_A."""
 
@@ -117,7 +119,9 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
     if not isinstance(fuse_shared_inputs, bool):
         raise ValueError(f"enable: fuse_shared_inputs is {fuse_shared_inputs!r}; expected True or False")
     reports = []
-    for name, layer, library, adapter in _dora_layers(model):
+    found = _dora_layers(model)
+    past = parents.remarks(model, [layer for _, layer, _, _ in found])
+    for name, layer, library, adapter in found:
         cls, reason = adapter.judge(layer)
         if cls is None:
             give_back(layer)  # taken over before, perhaps, and changed since
@@ -127,6 +131,7 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
             if own is not None:
                 reason = "; ".join(filter(None, (reason, f"dropout stays the library's, of {own}")))
         sharing.leave(layer)
+        reason = "; ".join(filter(None, (reason, past.get(layer))))
         reports.append(LayerReport(name, library, cls is not None, reason))
     shares_with = _share(model) if fuse_shared_inputs else {}
     return Report(tuple(replace(report, shares_with=shares_with.get(report.name, ())) for report in reports))
