@@ -61,6 +61,10 @@ class DoraKernelsLinearLoRA(Structure):
         super().stand_ins(twin, small)
         twin.dropout_p = DROPOUT
 
+    def has_dropout(self) -> bool:
+        """As Structure.has_dropout."""
+        return self.dropout_p > 0
+
     def own_dropout(self) -> str | None:
         """As TakenOver.own_dropout."""
         return "x A^T B^T" if self.dropout_position == "post" and self.dropout_p > 0 else None

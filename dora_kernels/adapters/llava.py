@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters import structure
 from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.taking import drops
+from dora_kernels.adapters.taking import bypass_reason, drops
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -55,6 +55,8 @@ class DoraKernelsLinear(Structure):
         ]
         if type(dropout) not in (nn.Dropout, nn.Identity):
             reasons.append(f"lora_dropout is a {type(dropout).__name__}")
+        else:
+            reasons.append(bypass_reason("lora_dropout", dropout))
         reason = first_reason(reasons)
         if reason is not None:
             return None, reason

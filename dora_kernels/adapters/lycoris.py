@@ -26,7 +26,7 @@ from lycoris.modules.base import LycorisBaseModule
 from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 
-from dora_kernels import launch, reuse
+from dora_kernels import reuse
 from dora_kernels.adapters.taking import (
     TakenOver,
     class_name,
@@ -72,6 +72,8 @@ class _Direction(NamedTuple):
 class DoraKernelsLoConModule(TakenOver, LoConModule):
     """LyCORIS' LoConModule, its forward computed by dora_linear or rescale."""
 
+    library = "LyCORIS"
+
     @staticmethod
     def holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         """As TakenOver.holders: on the wrapped layer, and on a wrapper that was put over this one."""
@@ -116,12 +118,13 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         if reason is not None:
             raise ValueError(f"{function}: {reason}; expected a module that enable() takes over")
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def read_call(self, x: Tensor, has_more: bool) -> tuple[None, str | None]:
+        """As TakenOver.read_call."""
+        reason = "the call has arguments beyond x" if has_more else _layer_reason(self) or _call_reason(self, x)
+        return None, reason
+
+    def compute(self, x: Tensor, parts: None) -> Tensor:
         """x: (..., K) -> (..., N), or (batch, channels, ...) as the convolution takes it."""
-        reason = "the call has arguments beyond x" if args or kwargs else _layer_reason(self) or _call_reason(self, x)
-        if reason is not None:
-            launch.log_once(f"dora_kernels: a call went to LyCORIS: {reason}")
-            return super().forward(x, *args, **kwargs)
         if self.module_dropout and self.training and torch.rand(1) < self.module_dropout:
             return self.org_forward(x)
 

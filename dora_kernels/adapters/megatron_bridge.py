@@ -58,6 +58,9 @@ class DoraKernelsDoRALinear(Structure):
         reasons = [f"{part} has no weight" for part, weight in weights.items() if not isinstance(weight, Tensor)]
         reasons += [_parallel_reason(adapter), bypass_reason("linear_out", adapter.linear_out)]
         reasons += [bypass_reason("adapter", adapter)]
+        for part in ("activation", "dropout"):
+            module = getattr(adapter, part, None)
+            reasons.append(bypass_reason(part, module) if isinstance(module, nn.Module) else None)
         if any(getattr(part, "bias", None) is not None for part in (adapter.linear_in, adapter.linear_out)):
             reasons.append("linear_in or linear_out has a bias")
         if type(getattr(adapter, "activation", None)) not in (nn.Identity, type(None)):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.adapters import structure
 from dora_kernels.adapters.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.taking import drops
+from dora_kernels.adapters.taking import bypass_reason, drops
 from dora_kernels.functional import dora_linear_core, weight_norm
 
 
@@ -61,6 +61,8 @@ class DoraKernelsLinear(Structure):
         reasons = [part_reason("weight_m_wdecomp", magnitude, (N, 1))]
         if type(dropout) not in (nn.Dropout, nn.Identity, FunctionType):
             reasons.append(f"lora_dropout is a {type(dropout).__name__}")
+        elif isinstance(dropout, nn.Module):
+            reasons.append(bypass_reason("lora_dropout", dropout))
         if layer.Wdecompose:
             (lora_A, lora_B), scaling, norm_grad = _zeros(weight), 1.0, False
         elif not all(isinstance(getattr(layer, part, None), nn.Linear) for part in ("lora_A", "lora_B")):

@@ -8,12 +8,12 @@ edited a copy, judge also runs a shrunk twin of each kind of layer against ours 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import launch, reuse
+from dora_kernels import reuse
 from dora_kernels.adapters import probe
 from dora_kernels.adapters.taking import (
     TakenOver,
@@ -47,7 +47,6 @@ class Adapter(NamedTuple):
 class Structure(TakenOver):
     """A layer known by its structure. Subclasses say how it is read and, where it is not `linear`, what it computes."""
 
-    library: ClassVar[str]
     formula: ClassVar[str] = "gain * (x W^T + scaling * x A^T B^T) + bias"
     """What judge says that a layer does not compute, where it does not."""
     opaque: ClassVar[tuple[str, ...]] = ()
@@ -76,19 +75,20 @@ class Structure(TakenOver):
         """Why this x is the library's affair."""
         return None
 
-    def compute(self, x: Tensor, adapter: Adapter) -> Any:
-        """What the library's forward returns for x."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the library's own, by our kernels where the call is known to mean what they compute."""
+    def read_call(self, x: Tensor, has_more: bool) -> tuple[Adapter | None, str | None]:
+        """As TakenOver.read_call."""
         adapter, reason = self.read(self)
-        reason = reason or self.state_reason() or _call_reason(x, adapter, bool(args or kwargs))
-        reason = reason or self.x_reason(x, adapter)
-        if reason is not None:
-            launch.log_once(f"dora_kernels: a call went to {self.library}: {reason}")
-            return super().forward(x, *args, **kwargs)
-        return self.compute(x, adapter)
+        reason = reason or self.state_reason() or _call_reason(x, adapter, has_more)
+        return adapter, reason or self.x_reason(x, adapter)
+
+    def drops_otherwise(self) -> bool:
+        """As TakenOver.drops_otherwise."""
+        as_asked = self.dora_dropout == "lora" and self.own_dropout() is None and self.state_reason() is None
+        return as_asked and self.training and self.has_dropout()
+
+    def has_dropout(self) -> bool:
+        """Whether it drops in train mode."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
     def linear(self, x: Tensor, adapter: Adapter, x_dropped: Tensor | None = None) -> Tensor:
         """dora_linear of x (..., K), with norm and gain of an earlier call where reuse/ says.

@@ -12,30 +12,37 @@ import functools
 import weakref
 from collections.abc import Iterator
 from types import MethodType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from dora_kernels import reuse, sharing
+from dora_kernels import launch, reuse, sharing
+from dora_kernels.adapters import calls
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What autocast casts; it leaves float64 alone."""
 
+PLAIN = (nn.Parameter, Tensor, FakeTensor)
+"""torch's own tensors, and what torch.export puts in their place; any other subclass has a meaning of its own."""
+
 DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
 """The classes of dropout whose meaning we know."""
 
-ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
-"""The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
+_switches = 0
+# how often a layer was taken over or given back, for a call that is in flight meanwhile
 
 
 class TakenOver:
-    """The mark of a layer that is taken over. Subclasses have the `forward`, and may have merge and unmerge; they are
-    never constructed.
+    """The mark of a layer that is taken over. Subclasses have `read_call` and `compute`, and may have merge and
+    unmerge; they are never constructed.
 
     Beside these `train` and `_apply` differ from the library's, by what they forget.
     """
+
+    library: ClassVar[str]
+    """What messages call it."""
 
     dora_dropout = "adapter"
     """What dropout falls on: what the library means, or "lora" (see adapters.enable). Set on the layer by take_over."""
@@ -51,6 +58,56 @@ class TakenOver:
         """
         for name in ("forward", "_old_forward"):
             yield layer, name
+
+    def read_call(self, x: Any, has_more: bool) -> tuple[Any, str | None]:
+        """What `compute` takes beside x, or why this call goes to the library: "" where that is the layer's state.
+
+        has_more: whether the call has arguments beyond x. Read at each call, as anything may change between two.
+        """
+        raise NotImplementedError
+
+    def compute(self, x: Any, parts: Any) -> Any:
+        """What the library's forward returns for x, by our kernels, of what `read_call` has read."""
+        raise NotImplementedError
+
+    def library_forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the library computes for this layer."""
+        return super().forward(x, *args, **kwargs)
+
+    def drops_otherwise(self) -> bool:
+        """Whether dropout now falls on what the library would not have it fall on."""
+        return False
+
+    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the library's forward returns, by our kernels where the call is known to mean what they compute.
+
+        It may be disabled meanwhile, by another thread: then its library's forward has the call. Raises ValueError
+        where a call is the library's whose dropout would be another one than the layer was enabled with.
+        """
+        if torch.compiler.is_compiling():  # Dynamo would guard on the number, and cannot resume inside a try
+            return self._forward(x, *args, **kwargs)
+        switches = _switches
+        try:
+            return self._forward(x, *args, **kwargs)
+        except (AttributeError, TypeError):  # what is no longer ours has no method of ours, and no super()
+            if isinstance(self, TakenOver) and switches == _switches:
+                raise
+        return library_class(self).forward(self, x, *args, **kwargs)
+
+    def _forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        reason = calls.reason()
+        if reason is None:
+            parts, reason = self.read_call(x, bool(args or kwargs))
+            if reason is None:
+                return self.compute(x, parts)
+        if reason:
+            launch.log_once(f"dora_kernels: a call went to {self.library}: {reason}")
+            if self.drops_otherwise():
+                raise ValueError(
+                    f"forward: {reason}, so that {self.library} has to compute the call, and its dropout is another "
+                    'than enable(model, dropout="lora") asked for; expected eval mode, or dropout="adapter"'
+                )
+        return self.library_forward(x, *args, **kwargs)
 
     def own_dropout(self) -> str | None:
         """What dropout falls on under dropout="lora" too, because the library means neither that nor what PEFT does."""
@@ -172,9 +229,9 @@ def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str | None = None
 def give_back(layer: nn.Module) -> None:
     """Make `layer` its library's again; nothing happens to one that is, or that its library could not compute."""
     if isinstance(layer, TakenOver) and layer.reversible:
+        sharing.leave(layer)
         _set_class(layer, library_class(layer))
         layer.__dict__.pop("dora_dropout", None)
-        sharing.leave(layer)
 
 
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
@@ -187,7 +244,9 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
         # fully_shard(layer) has made a class over ours: what it added stays
         members = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
         cls = type(outer)(outer.__name__, (*outer.__bases__[:-1], cls), members)
+    global _switches
     layer.__class__ = cls
+    _switches += 1
     reuse.forget(layer)
     for holder, name in bound:
         setattr(holder, name, MethodType(cls.forward, layer))
@@ -201,16 +260,11 @@ def bypass_reason(part: str, module: nn.Module) -> str | None:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    if any(registered) and not all(_only_gathers(hook) for hooks in registered for hook in hooks.values()):
+    if any(registered) and not all(calls.only_gathers(hook) for hooks in registered for hook in hooks.values()):
         return f"{part} has hooks"
     if not forward_is_the_class_s(module):
         return f"the forward of {part} was replaced on the instance"
     return None
-
-
-def _only_gathers(hook: Any) -> bool:
-    """Whether a hook is one of DeepSpeed ZeRO's: they gather a weight, and inside a forward reading it does so too."""
-    return getattr(hook, "__module__", "").startswith(ZERO_HOOKS)
 
 
 def forward_is_the_class_s(module: nn.Module) -> bool:
@@ -249,9 +303,8 @@ def drops(dropout: object) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is torch's own, or what torch.export puts in its place; any other subclass has a meaning of its
-    own."""
-    return type(tensor) in (nn.Parameter, Tensor, FakeTensor)
+    """Whether `tensor` is of one of the classes in PLAIN."""
+    return type(tensor) in PLAIN
 
 
 def _is_bound_forward(module: nn.Module, method: Any) -> bool:

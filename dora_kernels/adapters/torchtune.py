@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchtune.modules.peft.dora import DoRALinear, linear_nf4
 
-from dora_kernels import launch, quant, reuse
+from dora_kernels import quant, reuse
 from dora_kernels.adapters.taking import (
     DROPOUT_LAYERS,
     TakenOver,
@@ -54,6 +54,8 @@ def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
 class DoraKernelsDoRALinear(TakenOver, DoRALinear):
     """torchtune's DoRALinear, its forward computed by dora_linear."""
 
+    library = "torchtune"
+
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
         """As TakenOver.norm_and_gain."""
         *operands, magnitude, scaling = _adapter(self, self._known_weight("norm_and_gain"))
@@ -75,16 +77,16 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
             raise ValueError(f"{function}: {reason}; expected a layer that enable() takes over")
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., K) -> (..., N)."""
+    def read_call(self, x: Tensor, has_more: bool) -> tuple[Weight | None, str | None]:
+        """As TakenOver.read_call: the weight (N, K)."""
         if self.disabled:
-            return super().forward(x)
+            return None, ""
         weight, reason = _read_weight(self)
-        reason = reason or _layer_reason(self) or _call_reason(self, x, weight)
-        if reason is not None:
-            launch.log_once(f"dora_kernels: a call went to torchtune: {reason}")
-            return super().forward(x)
+        reason = "the call has arguments beyond x" if has_more else reason
+        return weight, reason or _layer_reason(self) or _call_reason(self, x, weight)
 
+    def compute(self, x: Tensor, weight: Weight) -> Tensor:
+        """x: (..., K) -> (..., N)."""
         arguments, bias, dropout = _adapter(self, weight), self.bias, self.dropout
         if bias is None and not drops(dropout):
             return reuse.dora_linear_reusing(self, x, *arguments, None)

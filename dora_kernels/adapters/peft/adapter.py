@@ -20,7 +20,7 @@ from peft.tuners.lora import dora, variants  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
 from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, partition_reason  # noqa: E402
-from dora_kernels.adapters.taking import DROPOUT_LAYERS, bypass_reason, class_name, is_plain  # noqa: E402
+from dora_kernels.adapters.taking import DROPOUT_LAYERS, PLAIN, bypass_reason, class_name, is_plain  # noqa: E402
 
 _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")
 
@@ -43,7 +43,7 @@ CONV2D = Family(variants.DoraConv2dVariant, (nn.Conv2d,), dora.DoraConv2dLayer)
 CONV3D = Family(variants.DoraConv3dVariant, (nn.Conv3d,), dora.DoraConv3dLayer)
 EMBEDDING = Family(
     variants.DoraEmbeddingVariant,
-    (nn.Parameter, Tensor),  # the second from torch.func.functional_call
+    PLAIN,  # not a parameter from torch.func.functional_call
     dora.DoraEmbeddingLayer,
     tuple("embed_fn" if name == "base_result" else name for name in _ARGUMENTS),
     ("lora_embedding_A", "lora_embedding_B"),

@@ -60,6 +60,10 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
             result = rescale(result, low, lora_B, gain_ref(magnitude, norms[i]), scaling)
         return result.to(base.dtype)
 
+    def drops_otherwise(self) -> bool:
+        """False, as TakenOver's: PEFT drops nothing here."""
+        return False
+
     def matrices(self, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         """As Merging.matrices."""
         return weight.T, *adapter.tensors()[:2]

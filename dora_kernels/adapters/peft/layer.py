@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from dora_kernels import launch, reuse
+from dora_kernels import reuse
 from dora_kernels.adapters import taking
 from dora_kernels.adapters.peft.adapter import Adapter, Family, adapter_reason, read_adapter
 from dora_kernels.adapters.peft.merging import Merging
@@ -23,6 +21,7 @@ from dora_kernels.validate import FLOATING
 class TakenOverLayer(Merging):
     """A layer of PEFT's, its DoRA forward computed by us. Subclasses say what it computes, and over which base."""
 
+    library = "PEFT"
     family: Family
 
     @classmethod
@@ -55,29 +54,35 @@ class TakenOverLayer(Merging):
             lambda: torch.stack([self.norm(weight, adapter) for adapter in adapters]),
         )
 
-    def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What PEFT computes for this layer."""
-        return super().forward(x, *args, **kwargs)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """`dora_forward` or, where anything is not known to mean what we compute, PEFT's forward."""
+    def read_call(self, x: Tensor, has_more: bool) -> tuple[tuple[Tensor, Weight, list[Adapter]] | None, str | None]:
+        """As TakenOver.read_call: operand, weight and the active adapters."""
         if self.disable_adapters or self.merged:
-            return self.peft_forward(x, *args, **kwargs)
+            return None, ""
         adapters = [read_adapter(self, name, self.family) for name in self._known(self.active_adapters)]
         if not adapters:
-            return self.peft_forward(x, *args, **kwargs)
+            return None, ""
         weight, reason = self.read_base(self)
-        reason = reason or _call_reason(self, x, weight, adapters, bool(args or kwargs))
-        if reason is None:
-            operand, weight, reason = self.operands(x, weight)
+        reason = reason or _call_reason(self, x, weight, adapters, has_more)
         if reason is not None:
-            launch.log_once(f"dora_kernels: a call went to PEFT: {reason}")
-            return self.peft_forward(x, *args, **kwargs)
+            return None, reason
+        operand, weight, reason = self.operands(x, weight)
+        return (operand, weight, adapters), reason
 
+    def compute(self, x: Tensor, parts: tuple[Tensor, Weight, list[Adapter]]) -> Tensor:
+        """As TakenOver.compute."""
+        operand, weight, adapters = parts
         for adapter in adapters:
             if adapter.magnitude._dora_cache:
                 adapter.magnitude._cache_clear()  # as each uncached forward of PEFT does: it may be stale by now
         return self.dora_forward(x, operand, weight, [adapter.gathered() for adapter in adapters])
+
+    def drops_otherwise(self) -> bool:
+        """As TakenOver.drops_otherwise; not where an adapter is active that PEFT computes anyway."""
+        if self.dora_dropout != "lora" or self.disable_adapters or self.merged:
+            return False
+        adapters = [read_adapter(self, name, self.family) for name in self._known(self.active_adapters)]
+        ours = all(type(adapter.variant) is self.family.variant for adapter in adapters)
+        return ours and any(drops(self, adapter) for adapter in adapters)
 
 
 def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter], has_more: bool) -> str | None:

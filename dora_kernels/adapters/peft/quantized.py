@@ -111,10 +111,10 @@ if is_bnb_4bit_available():
                 compute_dtype = x.dtype  # as bitsandbytes settles it in a layer's first call
             return _operands(x, weight, compute_dtype)
 
-        def peft_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """As TakenOverLayer's. Raises ValueError where bitsandbytes' product is wrong on this machine."""
+        def library_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            """As TakenOver's. Raises ValueError where bitsandbytes' product is wrong on this machine."""
             self._refuse_wrong_decoding("forward")
-            return super().peft_forward(x, *args, **kwargs)
+            return super().library_forward(x, *args, **kwargs)
 
         def merge(self, *args: Any, **kwargs: Any) -> None:
             """PEFT's. Raises ValueError where bitsandbytes decodes this weight wrongly on this machine."""

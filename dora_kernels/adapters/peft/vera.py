@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import quant, reuse
+from dora_kernels.adapters import calls
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack
 from dora_kernels.adapters.taking import (
     DROPOUT_LAYERS,
@@ -83,8 +84,9 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
         name = None if self.disable_adapters or self.merged else self._dvora_adapter("forward", self.active_adapters)
         if name is None:
             return super().forward(x, *args, **kwargs)
-        if args or kwargs:
-            raise ValueError("forward: a DVoRA layer was called with more than x; expected x alone")
+        reason = "the call has arguments beyond x" if args or kwargs else calls.reason()
+        if reason is not None:
+            raise ValueError(f"forward: {reason}, and PEFT computes no DVoRA; expected a call of x alone without that")
         weight, bias = _read_base(self)
         dropout = self.vera_dropout[name]
         x_dropped = dropout(x) if self.training and drops(dropout) else None

@@ -1,0 +1,53 @@
+"""Whose a call is by what surrounds it, whatever the layer: the one place where that is decided.
+
+What torch.func transforms, forward-mode AD and torch.jit.trace make of a call, no kernel and no operator of ours has a
+rule for, and the library's own forward has. torch.compile, torch.export and make_fx do know our operators. Global
+module hooks are called for the parts of a layer (base_layer, lora_A, dropout, ...) where the library calls those.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.modules import module as modules
+
+from dora_kernels import tracing
+
+ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
+"""The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
+
+
+def reason() -> str | None:
+    """Why every call that is made now is its library's: 0.2 us to ask, and Dynamo can trace it."""
+    if tracing.is_transformed():
+        return "a transform of torch.func or forward-mode AD is at work"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace is recording"
+    if (
+        modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    ):
+        return _global_hook_reason()
+    return None
+
+
+def _global_hook_reason() -> str | None:
+    registered = (
+        *modules._global_forward_hooks.values(),
+        *modules._global_forward_pre_hooks.values(),
+        *modules._global_backward_hooks.values(),
+        *modules._global_backward_pre_hooks.values(),
+    )
+    hook = next((hook for hook in registered if not only_gathers(hook)), None)
+    if hook is None:
+        return None
+    name = getattr(hook, "__qualname__", type(hook).__qualname__)
+    return f"there is a global module hook, {getattr(hook, '__module__', type(hook).__module__)}.{name}"
+
+
+def only_gathers(hook: Any) -> bool:
+    """Whether a hook is one of DeepSpeed ZeRO's: they gather a weight, and inside a forward reading it does so too."""
+    return getattr(hook, "__module__", "").startswith(ZERO_HOOKS)

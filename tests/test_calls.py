@@ -1,0 +1,306 @@
+"""Calls that are the library's whatever the layer: what surrounds them, against a stock twin. calls.py says which."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules import module as modules
+
+import dora_kernels
+from dora_kernels import ops
+from dora_kernels.adapters.taking import TakenOver
+from tests.kinds import KINDS, QUANTISED, pair
+
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::UserWarning")
+
+
+def trained(model):
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def loss(model, x):
+    return lambda parameters, x=x: functional_call(model, parameters, (x,)).pow(2).sum()
+
+
+def tangents(parameters):
+    return {name: p.sin() for name, p in parameters.items()}
+
+
+def per_sample_gradients(model, x):
+    return vmap(grad(lambda p, one: loss(model, one[None])(p)), (None, 0))(trained(model), x)
+
+
+def jacobian_reverse(model, x):
+    return jacrev(lambda p: functional_call(model, p, (x,)))(trained(model))
+
+
+def jacobian_forward(model, x):
+    return jacfwd(lambda p: functional_call(model, p, (x,)))(trained(model))
+
+
+def second_derivatives(model, x):
+    name, parameter = list(trained(model).items())[-1]
+    return hessian(lambda p: loss(model, x)({name: p}))(parameter)
+
+
+def directional(model, x):
+    parameters = trained(model)
+    return jvp(loss(model, x), (parameters,), (tangents(parameters),))
+
+
+def reverse(model, x):
+    y, pull = vjp(lambda p: functional_call(model, p, (x,)), trained(model))
+    return y, pull(torch.ones_like(y))
+
+
+def hessian_vector(model, x):
+    parameters = trained(model)
+    return jvp(grad(loss(model, x)), (parameters,), (tangents(parameters),))[1]
+
+
+def linear(model, x):
+    parameters = trained(model)
+    y, push = linearize(lambda p: functional_call(model, p, (x,)), parameters)
+    return y, push(tangents(parameters))
+
+
+def batched(model, x):
+    with torch.no_grad():
+        return vmap(model)(torch.stack([x, x.flip(0)]))
+
+
+def ensemble(model, x):
+    models = [copy.deepcopy(model) for _ in range(2)]
+    for p in models[1].parameters():
+        p.data.mul_(1.5)
+    parameters, buffers = stack_module_state(models)
+    return vmap(lambda p, b: functional_call(model, (p, b), (x,)))(parameters, buffers)
+
+
+def dual(model, x):
+    pairs = zip(trained(model).items(), tangents(trained(model)).values(), strict=True)
+    with forward_ad.dual_level():
+        duals = {name: forward_ad.make_dual(p, tangent) for (name, p), tangent in pairs}
+        return tuple(forward_ad.unpack_dual(functional_call(model, duals, (x,))))
+
+
+def forward_mode_jacobian(model, x):
+    (name, parameter), *_ = trained(model).items()
+    return torch.autograd.functional.jacobian(
+        lambda p: functional_call(model, {name: p}, (x,)), parameter, strategy="forward-mode", vectorize=True
+    )
+
+
+TRANSFORMS = (
+    per_sample_gradients,
+    jacobian_reverse,
+    jacobian_forward,
+    second_derivatives,
+    directional,
+    reverse,
+    hessian_vector,
+    linear,
+    batched,
+    ensemble,
+    dual,
+    forward_mode_jacobian,
+)
+
+
+FEW = (per_sample_gradients, hessian_vector, batched, ensemble, dual)
+"""Those that every kind of layer is tried with in every run; the other kinds have the rest at night."""
+
+COMBINATIONS = [
+    pytest.param(name, transform, marks=() if name == "peft" or transform in FEW else pytest.mark.nightly)
+    for name in KINDS
+    for transform in TRANSFORMS
+]
+
+
+def leaves(value):
+    """The tensors of a result, in order."""
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def assert_same(actual, expected):
+    """In float64 to 1e-9 of the largest number, in float32 (quantised weights have no other) to 1e-5."""
+    actual, expected = leaves(actual), leaves(expected)
+    assert len(actual) == len(expected) > 0
+    for ours, stock in zip(actual, expected, strict=True):
+        tolerance = 1e-9 if stock.dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(ours, stock, rtol=tolerance, atol=tolerance * stock.abs().max().item())
+
+
+@pytest.mark.parametrize("name, transform", COMBINATIONS)
+def test_transforms(name, transform):
+    """In eval mode by a model that has kept its norms, too; and the next call without a transform is ours again."""
+    stock, ours, x = pair(name)
+    for training in (True, False):
+        stock.train(training), ours.train(training)
+        try:
+            expected = transform(stock, x)
+        except (RuntimeError, TypeError, ValueError) as error:
+            pytest.skip(f"stock cannot: {str(error).splitlines()[0]}")
+        assert leaves(expected)[-1].any()
+        y = ours(x)
+        ops.calls.clear()
+        assert_same(transform(ours, x), expected)
+        assert not ops.calls or transform is linear  # which makes y once without a transform
+        assert_same(ours(x), y)
+        assert ops.calls
+
+
+def changed(model):
+    """Its state with every trained tensor made another."""
+    names = set(trained(model))
+    return {name: value * 1.5 if name in names else value for name, value in model.state_dict().items()}
+
+
+def y_and_gradients(model, x):
+    """y, and what autograd gives of it for x and every trained parameter."""
+    inputs = [p for _, p in model.named_parameters() if p.requires_grad]
+    y = model(x)
+    return y.detach(), torch.autograd.grad(y.pow(2).sum(), inputs)
+
+
+def some(names, *every_run):
+    """The names, of which those not among every_run are for the night."""
+    return [pytest.param(name, marks=() if name in every_run else pytest.mark.nightly) for name in names]
+
+
+@pytest.mark.parametrize("name", some(KINDS, "peft", "peft, conv2d", "peft, embedding", "lycoris", "torchtune", "llm"))
+def test_a_trace_follows_the_weights_that_are_loaded_into_it(name):
+    """torch.jit.trace, which checks itself, of a model that has been called and of one that has not."""
+    for training in (False, True):
+        for warm in (False, True):
+            for gradients in (False, True):
+                stock, ours, x = pair(name)
+                stock.train(training), ours.train(training)
+                with torch.set_grad_enabled(gradients):
+                    if warm:
+                        ours(x)
+                    traced = torch.jit.trace(ours, x)
+                    state = changed(stock)
+                    stock.load_state_dict(state)
+                    assert trained(stock).keys() <= traced.state_dict().keys()
+                    traced.load_state_dict(state, strict=False)  # LyCORIS saves some numbers by a method of its own
+                    of = y_and_gradients if gradients else torch.nn.Module.__call__
+                    assert_same(of(traced, x), of(stock, x))
+
+
+def test_a_trace_inside_frozen_adapters_outlives_it():
+    stock, ours, x = pair("peft")
+    with torch.no_grad(), dora_kernels.frozen_adapters(ours):
+        ours(x)
+        traced = torch.jit.trace(ours, x)
+    state = changed(stock)
+    stock.load_state_dict(state), traced.load_state_dict(state)
+    assert_same(traced(x), stock(x))
+
+
+def test_a_trace_can_be_saved_and_needs_none_of_us(tmp_path):
+    stock, ours, x = pair("peft")
+    torch.jit.save(torch.jit.trace(ours, x), tmp_path / "traced.pt")
+    loaded = torch.jit.load(tmp_path / "traced.pt")
+    assert "dora_kernels::" not in str(loaded.inlined_graph)
+    assert_same(y_and_gradients(loaded, x), y_and_gradients(stock, x))
+
+
+MODES = ("real", "fake", pytest.param("symbolic", marks=pytest.mark.nightly))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ("peft", "peft, conv2d", "peft, embedding", "lycoris", "torchtune", "llm", "vl-t5"))
+def test_make_fx_keeps_our_operators(name, mode):
+    """In train mode: what is kept in eval mode is another affair."""
+    stock, ours, x = pair(name)
+    tensors = dict([*ours.named_parameters(), *ours.named_buffers()])
+    with torch.no_grad():
+        graph = make_fx(lambda p, x: functional_call(ours, p, (x,)), tracing_mode=mode)(tensors, x)
+        assert "dora_kernels." in graph.code
+        with torch.no_grad():
+            for name in trained(stock):
+                stock.get_parameter(name).mul_(1.5)
+        tensors = dict([*stock.named_parameters(), *stock.named_buffers()])
+        assert_same(graph(tensors, x), stock(x))
+
+
+LAYERS = [*KINDS, *QUANTISED]
+ONE_OF_EACH = ("peft", "peft, conv2d", "peft, embedding", "lycoris", "torchtune", "llm", "llava", "megatron", "nf4")
+
+
+def events(model, x, register):
+    """The names of the modules for which hooks ran, in order, and y with the gradients."""
+    seen = []
+    names = {module: name for name, module in model.named_modules()}
+    handles = register(model, lambda module: seen.append(names.get(module, type(module).__name__)))
+    try:
+        return seen, y_and_gradients(model, x)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forward_hook(register):
+    return lambda model, see: [register(lambda module, *_: see(module))]
+
+
+GLOBAL_HOOKS = {
+    "forward": forward_hook(modules.register_module_forward_hook),
+    "forward, always": forward_hook(lambda hook: modules.register_module_forward_hook(hook, always_call=True)),
+    "forward, with keywords": forward_hook(lambda hook: modules.register_module_forward_hook(hook, with_kwargs=True)),
+    "forward pre": forward_hook(modules.register_module_forward_pre_hook),
+    "backward": forward_hook(modules.register_module_full_backward_hook),
+    "backward pre": forward_hook(modules.register_module_full_backward_pre_hook),
+}
+
+
+@pytest.mark.parametrize("kind", some(GLOBAL_HOOKS, "forward pre", "backward"))
+@pytest.mark.parametrize("name", some(LAYERS, *ONE_OF_EACH))
+def test_global_hooks_see_the_parts_that_the_library_calls(name, kind):
+    stock, ours, x = pair(name)
+    seen, expected = events(stock, x, GLOBAL_HOOKS[kind])
+    by_ours, actual = events(ours, x, GLOBAL_HOOKS[kind])
+    assert by_ours == seen
+    assert_same(actual, expected)
+    ops.calls.clear()
+    ours(x)
+    assert ops.calls  # ours again
+
+
+@pytest.mark.parametrize("kind", some(("forward", "forward_pre", "full_backward", "full_backward_pre"), "forward"))
+@pytest.mark.parametrize("name", LAYERS)
+def test_hooks_on_every_part_are_run_as_the_library_runs_them(name, kind):
+    """On one part at a time: each of them alone has to be seen."""
+    stock, ours, x = pair(name)
+    layer = next(key for key, module in ours.named_modules() if isinstance(module, TakenOver))
+    parts = [key for key, _ in stock.get_submodule(layer).named_modules() if key]
+    assert parts or name.startswith("vl-t5")
+    for part in parts:
+        path = f"{layer}.{part}"
+
+        def register(model, see, path=path):
+            return [getattr(model.get_submodule(path), f"register_{kind}_hook")(lambda module, *_: see(module))]
+
+        seen, expected = events(stock, x, register)
+        by_ours, actual = events(ours, x, register)
+        assert by_ours == seen, part
+        assert_same(actual, expected)
+
+
+def test_a_global_hook_that_changes_what_a_part_sees_does(caplog):
+    stock, ours, x = pair("peft")
+    before = stock(x)
+    hook = modules.register_module_forward_pre_hook(
+        lambda module, arguments: (arguments[0] * 2,) if type(module) is nn.Linear else None
+    )
+    with hook:
+        expected = stock(x)
+        assert not torch.allclose(expected, before)
+        assert_same(ours(x), expected)
+    assert "there is a global module hook, tests.test_calls.test_a_global_hook" in caplog.text
+    assert_same(ours(x), before)
