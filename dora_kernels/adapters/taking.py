@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import weakref
 from collections.abc import Iterator
 from types import MethodType
@@ -30,8 +31,9 @@ PLAIN = (nn.Parameter, Tensor, FakeTensor)
 DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
 """The classes of dropout whose meaning we know."""
 
-_switches = 0
-# how often a layer was taken over or given back, for a call that is in flight meanwhile
+# how often a class was about to be changed, and was, for calls that are in flight meanwhile
+_begun = _ended = 0
+_switching = threading.Lock()
 
 
 class TakenOver:
@@ -86,11 +88,11 @@ class TakenOver:
         """
         if torch.compiler.is_compiling():  # Dynamo would guard on the number, and cannot resume inside a try
             return self._forward(x, *args, **kwargs)
-        switches = _switches
+        ended = _ended
         try:
             return self._forward(x, *args, **kwargs)
-        except (AttributeError, TypeError):  # what is no longer ours has no method of ours, and no super()
-            if isinstance(self, TakenOver) and switches == _switches:
+        except (AttributeError, TypeError):  # what is no longer ours, a sibling too, has no method of ours, nor super()
+            if isinstance(self, TakenOver) and ended == _ended == _begun:
                 raise
         return library_class(self).forward(self, x, *args, **kwargs)
 
@@ -244,9 +246,11 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
         # fully_shard(layer) has made a class over ours: what it added stays
         members = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
         cls = type(outer)(outer.__name__, (*outer.__bases__[:-1], cls), members)
-    global _switches
-    layer.__class__ = cls
-    _switches += 1
+    global _begun, _ended
+    with _switching:
+        _begun += 1
+        layer.__class__ = cls
+        _ended += 1
     reuse.forget(layer)
     for holder, name in bound:
         setattr(holder, name, MethodType(cls.forward, layer))
