@@ -13,7 +13,12 @@ from torch.nn.modules import module as modules
 import dora_kernels
 from dora_kernels import ops
 from dora_kernels.adapters.taking import TakenOver
-from tests.kinds import KINDS, QUANTISED, pair
+from tests import test_structures
+from tests.kinds import KINDS, QUANTISED, pair, peft
+
+pytest.importorskip("peft")
+
+from peft import VeraConfig, get_peft_model  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::UserWarning")
 
@@ -304,3 +309,76 @@ def test_a_global_hook_that_changes_what_a_part_sees_does(caplog):
         assert_same(ours(x), expected)
     assert "there is a global module hook, tests.test_calls.test_a_global_hook" in caplog.text
     assert_same(ours(x), before)
+
+
+def lora_dropout(name):
+    """A model enabled with dropout="lora" that drops, and an x."""
+    if name == "llm":
+        model, x = test_structures.CASES["llm, dropout"].make(0, torch.float64)
+    else:
+        make = (lambda: nn.Linear(8, 6)) if name == "peft" else (lambda: nn.Conv1d(4, 6, 1))
+        model, x = peft(make, *((3, 8) if name == "peft" else (2, 4, 5)), lora_dropout=0.5)(torch.float64)
+    dora_kernels.enable(model.train(), dropout="lora")
+    return model, x
+
+
+def under_a_global_hook(model, x):
+    with modules.register_module_forward_hook(lambda *_: None):
+        return model(x)
+
+
+SURROUNDINGS = {
+    "vmap": lambda model, x: vmap(model, randomness="different")(x[None]),
+    "a dual level": dual,
+    "torch.jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
+    "a global hook": under_a_global_hook,
+}
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+@pytest.mark.parametrize("name", ("peft", "conv1d", "llm"))
+def test_a_dropout_that_the_library_does_not_have_is_not_given_to_it(name, surroundings):
+    """In eval mode, and with the library's own meaning, there is no difference."""
+    model, x = lora_dropout(name)
+    with pytest.raises(ValueError, match=r'another than enable\(model, dropout="lora"\) asked for; expected eval'):
+        SURROUNDINGS[surroundings](model, x)
+    SURROUNDINGS[surroundings](model.eval(), x)
+    dora_kernels.enable(model.train(), dropout="adapter")
+    SURROUNDINGS[surroundings](model, x)
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS)
+def test_dvora_in_peft_says_that_nobody_computes_it(surroundings):
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"])).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    SURROUNDINGS[surroundings](model.base_model.model, x)
+    dora_kernels.to_dvora(model)
+    y = model(x)
+    with pytest.raises(ValueError, match="forward: .*, and PEFT computes no DVoRA"):
+        SURROUNDINGS[surroundings](model.base_model.model, x)
+    with model.disable_adapter():
+        SURROUNDINGS[surroundings](model.base_model.model, x)
+    assert torch.equal(model(x), y)
+
+
+@pytest.mark.parametrize("transform", (per_sample_gradients, batched), ids=lambda transform: transform.__name__)
+def test_transforms_inside_a_compiled_function(transform):
+    stock, ours, x = pair("peft")
+    expected = transform(stock, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: transform(ours, x), backend="eager")
+    assert_same(compiled(x), expected)
+
+
+def test_a_model_compiled_under_a_global_hook():
+    """What comes or goes after compiling is not seen, of stock either: torch.compile does not guard on hooks."""
+    stock, ours, x = pair("peft")
+    torch._dynamo.reset()
+    before = stock(x)
+    double = modules.register_module_forward_pre_hook(
+        lambda module, arguments: (arguments[0] * 2,) if type(module) is nn.Linear else None
+    )
+    with double:
+        expected = stock(x)
+        assert_same(torch.compile(ours, backend="eager")(x), expected)
+    assert not torch.allclose(expected, before)

@@ -80,11 +80,17 @@ class TakenOver:
         """Whether dropout now falls on what the library would not have it fall on."""
         return False
 
+    def difference(self) -> str | None:
+        """Why the library would compute another function now, and what is expected instead."""
+        if not self.drops_otherwise():
+            return None
+        return 'whose dropout is another than enable(model, dropout="lora") asked for; expected eval mode, or "adapter"'
+
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What the library's forward returns, by our kernels where the call is known to mean what they compute.
 
         It may be disabled meanwhile, by another thread: then its library's forward has the call. Raises ValueError
-        where a call is the library's whose dropout would be another one than the layer was enabled with.
+        where a call is the library's that would compute another function (`difference`).
         """
         if torch.compiler.is_compiling():  # Dynamo would guard on the number, and cannot resume inside a try
             return self._forward(x, *args, **kwargs)
@@ -104,11 +110,9 @@ class TakenOver:
                 return self.compute(x, parts)
         if reason:
             launch.log_once(f"dora_kernels: a call went to {self.library}: {reason}")
-            if self.drops_otherwise():
-                raise ValueError(
-                    f"forward: {reason}, so that {self.library} has to compute the call, and its dropout is another "
-                    'than enable(model, dropout="lora") asked for; expected eval mode, or dropout="adapter"'
-                )
+            difference = self.difference()
+            if difference is not None:
+                raise ValueError(f"forward: {reason}, so the call is {self.library}'s, {difference}")
         return self.library_forward(x, *args, **kwargs)
 
     def own_dropout(self) -> str | None:

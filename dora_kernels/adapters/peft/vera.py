@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import quant, reuse
-from dora_kernels.adapters import calls
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack
 from dora_kernels.adapters.taking import (
     DROPOUT_LAYERS,
@@ -74,19 +73,25 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
     """A `vera.Linear` of PEFT's of which some adapters have a magnitude. One such adapter is active alone or not at
     all; adapters without one stay PEFT's."""
 
+    library = "PEFT"
     reversible = False
     adapter_layer_names = (*VeraLinear.adapter_layer_names, "vera_magnitude_vector")
     # norm and gain of the DVoRA adapter that is merged
     _dvora_merged: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., K) -> (..., N) in x's dtype, as PEFT's VeRA. Dropout is that of PEFT's DoRA (see dvora_linear)."""
-        name = None if self.disable_adapters or self.merged else self._dvora_adapter("forward", self.active_adapters)
+    def read_call(self, x: Tensor, has_more: bool) -> tuple[str | None, str | None]:
+        """As TakenOver.read_call: the DVoRA adapter that is active."""
+        name = self._active_dvora()
         if name is None:
-            return super().forward(x, *args, **kwargs)
-        reason = "the call has arguments beyond x" if args or kwargs else calls.reason()
-        if reason is not None:
-            raise ValueError(f"forward: {reason}, and PEFT computes no DVoRA; expected a call of x alone without that")
+            return None, ""
+        return name, "the call has arguments beyond x" if has_more else None
+
+    def difference(self) -> str | None:
+        """As TakenOver.difference."""
+        return None if self._active_dvora() is None else "and PEFT computes no DVoRA; expected a call without that"
+
+    def compute(self, x: Tensor, name: str) -> Tensor:
+        """x (..., K) -> (..., N) in x's dtype, as PEFT's VeRA. Dropout is that of PEFT's DoRA (see dvora_linear)."""
         weight, bias = _read_base(self)
         dropout = self.vera_dropout[name]
         x_dropped = dropout(x) if self.training and drops(dropout) else None
@@ -150,6 +155,11 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
     def _apply(self, *arguments: Any, **keywords: Any) -> DvoraVeraLinear:
         reuse.invalidate(self)
         return super()._apply(*arguments, **keywords)
+
+    def _active_dvora(self) -> str | None:
+        """The DVoRA adapter of an ordinary call."""
+        unused = self.disable_adapters or self.merged
+        return None if unused else self._dvora_adapter("forward", self.active_adapters)
 
     def _dvora_adapter(self, function: str, names: list[str]) -> str | None:
         """The adapter among names that has a magnitude. Raises ValueError where it is not alone."""
