@@ -105,9 +105,13 @@ class DoraLinear(MergeableLinear):
         return self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.scaling
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in_features) -> (..., out_features)."""
+        """x (..., in_features) -> (..., out_features). NotImplementedError under torch.jit.trace with gradients."""
         if self.merged:
             return self.merged_product(x)
+        if torch._C._get_tracing_state() is not None and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "DoraLinear: torch.jit.trace cannot record our backward pass; expected torch.no_grad() around it"
+            )
         weight, bias = self.base()
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         return reuse.dora_linear_reusing(

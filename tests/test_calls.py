@@ -361,6 +361,16 @@ def test_dvora_in_peft_says_that_nobody_computes_it(surroundings):
     assert torch.equal(model(x), y)
 
 
+def test_a_layer_of_ours_is_traced_without_gradients():
+    layer, x = dora_kernels.DoraLinear(8, 6, 2, 3.0), torch.randn(3, 8)
+    with pytest.raises(NotImplementedError, match="DoraLinear: torch.jit.trace cannot record our backward pass"):
+        torch.jit.trace(layer, x)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, x)
+        layer.load_state_dict({name: value + 0.3 for name, value in layer.state_dict().items()})
+        assert_same(traced(x), layer(x))
+
+
 @pytest.mark.parametrize("transform", (per_sample_gradients, batched), ids=lambda transform: transform.__name__)
 def test_transforms_inside_a_compiled_function(transform):
     stock, ours, x = pair("peft")

@@ -149,7 +149,10 @@ def _share(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def disable(model: nn.Module) -> Report:
-    """Undo enable(model): every layer is computed by its own library again, and the report says so."""
+    """Undo enable(model): every layer is computed by its own library again, and the report says so.
+
+    Other threads may be in forward passes: a layer's call that has begun is computed by either, and right.
+    """
     for layer in model.modules():
         give_back(layer)
     reports = []
