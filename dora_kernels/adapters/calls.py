@@ -44,8 +44,8 @@ def _global_hook_reason() -> str | None:
     hook = next((hook for hook in registered if not only_gathers(hook)), None)
     if hook is None:
         return None
-    name = getattr(hook, "__qualname__", type(hook).__qualname__)
-    return f"there is a global module hook, {getattr(hook, '__module__', type(hook).__module__)}.{name}"
+    # no more than getattr: Dynamo of torch 2.11 cannot ask a class for its names
+    return f"there is a global module hook, {getattr(hook, '__module__', '')}.{getattr(hook, '__qualname__', '')}"
 
 
 def only_gathers(hook: Any) -> bool:
