@@ -210,7 +210,9 @@ def _add_norm_gradient(
     if dB is not None:
         product = steps.project(weight, lora_A, out_dtype=c.dtype)  # U
         product = torch.addmm(product, B, A @ A.T, alpha=scaling)
-        dB = dB + (scaling * c)[:, None] * product
+        # an infinite c may not leave the sum over K, where it meets both signs and zeros: NaN
+        scale = torch.nan_to_num(scaling * c, nan=torch.nan, posinf=torch.nan, neginf=torch.nan)
+        dB = dB + scale[:, None] * product
     if dA is not None:
         dA = dA + steps.outer_product(weighted_B.to(lora_A.dtype), weight, scaling, c.dtype)
         dA = torch.addmm(dA, weighted_B.T @ B, A, alpha=scaling * scaling)

@@ -307,6 +307,20 @@ def _column_sums(columns: Tensor, kept: Tensor | None, plain: bool, dtype: torch
     return dot, total
 
 
+def _outer_of_scaled(scale: Tensor, product: Tensor, columns: Tensor, low: Tensor) -> Tensor:
+    """(scale * columns)^T low, (N, R), from product = columns^T low.
+
+    An infinite scale may not leave the sum: that of inf and -inf is NaN, and so is inf * 0. Those rows are summed once
+    more; on a GPU, which would have to be waited for to know of them, they are NaN throughout.
+    """
+    outer, infinite = scale[:, None] * product, scale.isinf()
+    if scale.device.type != "cpu":
+        outer.masked_fill_(infinite[:, None], torch.nan)
+    elif infinite.any():
+        outer[infinite] = (scale[infinite] * columns[:, infinite].to(scale.dtype)).T @ low.to(scale.dtype)
+    return outer
+
+
 def token_sums_ref(
     columns: Tensor,
     low: Tensor | None,
@@ -335,12 +349,13 @@ def token_sums_ref(
     elif low is not None:
         product = matmul(columns.to(low.dtype).T, low, accumulate)
         if outer is not None:
-            outer.copy_(scaling * product if gain is None else (scaling * gain[:, None]) * product)
+            outer.copy_(scaling * product if gain is None else _outer_of_scaled(scaling * gain, product, columns, low))
     if dmagnitude is not None or dbias is not None:
         dot, total = _column_sums(columns, None if dmagnitude is None else kept, dbias is not None, accumulate)
     if dmagnitude is not None:
         if lora_B is not None:
-            dot += scaling * (product * lora_B).sum(1)
+            # nor may an infinite lora_B leave the sum over the tokens: NaN, as its norm makes of it anyway
+            dot += scaling * (product * torch.where(lora_B.isinf(), torch.nan, lora_B)).sum(1)
         dmagnitude.copy_(torch.where(norm == 0, 0, dot / torch.where(norm == 0, 1, norm)))
     if dbias is not None:
         dbias.copy_(total)

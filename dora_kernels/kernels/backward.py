@@ -107,8 +107,41 @@ def _token_sums_kernel(
         tl.store(total_ptr + split * N + offs_n, tl.sum(total, axis=0), mask=mask_n_if_first)
 
 
-@triton.jit(do_not_specialize=["outer_splits", "dot_splits", "total_splits"])
+@triton.jit
+def _outer_of_scaled(
+    columns_ptr,
+    low_ptr,
+    gain,
+    offs_n,
+    offs_r,
+    mask_n,
+    mask_r,
+    M,
+    stride_cm,
+    stride_cn,
+    stride_lm,
+    stride_lr,
+    ACC_DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """sum_m (gain[n] * columns[m, n]) * low[m, r], [BLOCK_N, BLOCK_R], one token after the other."""
+    columns_ptrs = columns_ptr + offs_n * stride_cn
+    low_ptrs = low_ptr + offs_r * stride_lr
+    outer = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC_DTYPE)
+    for _ in range(0, M):
+        columns = tl.load(columns_ptrs, mask=mask_n, other=0.0).to(ACC_DTYPE)
+        low = tl.load(low_ptrs, mask=mask_r, other=0.0).to(ACC_DTYPE)
+        outer += (gain * columns)[:, None] * low[None, :]
+        columns_ptrs += stride_cm
+        low_ptrs += stride_lm
+    return outer
+
+
+@triton.jit(do_not_specialize=["M", "outer_splits", "dot_splits", "total_splits"])
 def _finish_sums_kernel(
+    columns_ptr,  # (M, N)
+    low_ptr,  # (M, R)
     outer_ptr,  # (outer_splits, N, R)
     dot_ptr,  # (dot_splits, N)
     total_ptr,  # (total_splits, N)
@@ -118,11 +151,16 @@ def _finish_sums_kernel(
     scaled_outer_ptr,  # (N, R) through its strides
     dmagnitude_ptr,  # (N,)
     dbias_ptr,  # (N,)
+    M,
     N,
     R,
     outer_splits,
     dot_splits,
     total_splits,
+    stride_cm,
+    stride_cn,
+    stride_lm,
+    stride_lr,
     stride_bn,
     stride_br,
     stride_on,
@@ -141,10 +179,15 @@ def _finish_sums_kernel(
     """scaled_outer = scaling * gain * outer; dmagnitude = dot / norm, 0 where norm is 0; dbias = total.
 
     Where the kept tensor was base, the low-rank part of dot is scaling * sum_r outer[n, r] lora_B[n, r].
-    One program owns BLOCK_N rows; the splits are summed in a fixed order.
+    One program owns BLOCK_N rows; the splits are summed in a fixed order. An infinite gain may not leave the sum: that
+    of inf and -inf is NaN, and so is inf * 0. The programs that have one read columns and low for themselves.
     """
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
+    if WANT_OUTER and HAS_GAIN:
+        gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
+        is_infinite = tl.abs(gain) == float("inf")
+        any_infinite = tl.max(is_infinite.to(tl.int32), axis=0) > 0
     low_rank_dot = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
     if HAS_LOW:
         for r in range(0, R, BLOCK_R):
@@ -157,10 +200,18 @@ def _finish_sums_kernel(
                 outer += tl.load(outer_ptr + rows[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
             if DOT_LACKS_LOW_RANK:
                 lora_B = load_tile(lora_B_ptr, offs_n, offs_r, mask_n, mask_r, stride_bn, stride_br)
-                low_rank_dot += tl.sum(outer * lora_B.to(ACC_DTYPE), axis=1)
+                lora_B = lora_B.to(ACC_DTYPE)
+                # nor may an infinite lora_B leave the sum over the tokens: NaN, as its norm makes of it anyway
+                low_rank_dot += tl.sum(outer * tl.where(tl.abs(lora_B) == float("inf"), float("nan"), lora_B), axis=1)
             if WANT_OUTER:
                 if HAS_GAIN:
-                    outer = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[:, None] * outer
+                    outer = gain[:, None] * outer
+                    if any_infinite:
+                        of_scaled = _outer_of_scaled(
+                            columns_ptr, low_ptr, gain, offs_n, offs_r, mask_n, mask_r, M,
+                            stride_cm, stride_cn, stride_lm, stride_lr, ACC_DTYPE, BLOCK_N, BLOCK_R,
+                        )  # fmt: skip
+                        outer = tl.where(is_infinite[:, None], of_scaled, outer)
                 pointers = scaled_outer_ptr + offs_n[:, None] * stride_on + offs_r[None, :] * stride_or
                 tl.store(pointers, (scaling * outer).to(scaled_outer_ptr.dtype.element_ty), mask=mask)
     if HAS_DOT:
@@ -245,18 +296,19 @@ def token_sums(
     scaled: torch.Tensor | None = None,
 ) -> None:
     """Sums over the tokens of columns (M, N), written into the tensors given; as `reference.token_sums_ref`."""
-    N = columns.shape[1]
+    M, N = columns.shape
     R = 0 if low is None else low.shape[1]
     how = Launch.of(columns, columns.dtype if low is None else low.dtype)
     if N == 0:
         return
     product = outer_partial = dot_partial = total_partial = None
-    if low is not None and not plan.outer_by_kernel(R, same_dtype=low.dtype == columns.dtype):
-        product, low = matmul(columns.T, low, how.accumulate), None
+    by_kernel = low is not None and plan.outer_by_kernel(R, same_dtype=low.dtype == columns.dtype)
+    if low is not None and not by_kernel:
+        product = matmul(columns.T, low, how.accumulate)
     want_dot, want_total = dmagnitude is not None, dbias is not None
-    if low is not None or want_dot or want_total or scaled is not None:
+    if by_kernel or want_dot or want_total or scaled is not None:
         outer_partial, dot_partial, total_partial = _partial_sums(
-            how, columns, low, gain, kept if want_dot else None, want_total, scaled
+            how, columns, low if by_kernel else None, gain, kept if want_dot else None, want_total, scaled
         )
     if product is not None:
         outer_partial = product[None]
@@ -264,6 +316,8 @@ def token_sums(
         return
     finish = how.config("finish_sums")
     _finish_sums_kernel[ceil_div(N, finish.BLOCK_N),](
+        columns,
+        low,
         outer_partial,
         dot_partial,
         total_partial,
@@ -273,9 +327,12 @@ def token_sums(
         outer,
         dmagnitude,
         dbias,
+        M,
         N,
         R,
         *(0 if partial is None else len(partial) for partial in (outer_partial, dot_partial, total_partial)),
+        *columns.stride(),
+        *((0, 0) if low is None else low.stride()),
         *((0, 0) if lora_B is None else lora_B.stride()),
         *((0, 0) if outer is None else outer.stride()),
         scaling,
