@@ -19,6 +19,9 @@ if_cpu_has = $(shell grep -qsw $(1) /proc/cpuinfo && echo $(2))
 # The tests that run kernels: through NumPy in the interpreter.
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
 	bounds functional interpreter kernels nonfinite ops passes promises quantized serving))
+# Those, and what else hands tensors to kernels.
+GUARDED_TESTS := $(KERNEL_TESTS) $(addprefix tests/test_,$(addsuffix .py,\
+	accumulation addresses autocast dropout dvora parity peft_conv peft_embedding properties quant rescale shared_calls))
 # Which mutants the night draws; it is printed, and make nightly MUTANTS_SEED=20261125 draws the same again.
 MUTANTS_SEED ?= $(shell date +%Y%m%d)
 
@@ -26,11 +29,11 @@ MUTANTS_SEED ?= $(shell date +%Y%m%d)
 # sparse tensors are made while test_malformed.py is collected.
 NOT_PRETENDED := conformance lycoris malformed peft_quantized quant
 
-.PHONY: test lint demo bench nightly test-oldest test-tritons test-processors test-pretended-gpu
+.PHONY: test lint demo bench nightly test-oldest test-tritons test-processors test-pretended-gpu test-guarded
 
 # An idle OpenMP thread that spins takes the core from whoever has work: on two cores under a load of 4, thirty
 # steps of the demo's training took 84 s, and 18 s when idle threads sleep.
-test demo nightly test-oldest test-tritons test-processors test-pretended-gpu: export OMP_WAIT_POLICY := passive
+test demo nightly test-oldest test-tritons test-processors test-pretended-gpu test-guarded: export OMP_WAIT_POLICY := passive
 
 test: lint
 	$(VENV)/bin/python -m pytest
@@ -39,6 +42,12 @@ test: lint
 test-pretended-gpu: $(VENV)/installed
 	files=$$(PYTHONPATH=.:tools $(VENV)/bin/python -m gpu_stages.device_tests $(NOT_PRETENDED:%=test_%.py)) \
 	&& $(VENV)/bin/python -m pytest -p tools.pretended_gpu.plugin $$files
+
+# A read or write beside a tensor ends the test's process. Not for the whole suite: a process for each test is slow.
+test-guarded: $(VENV)/installed
+	for side in end begin; do \
+		$(VENV)/bin/python -m pytest -p tools.guard_pages --guard-pages=$$side $(GUARDED_TESTS) || exit 1; \
+	done
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
@@ -50,7 +59,7 @@ demo: $(VENV)/installed
 bench: $(VENV)/installed
 	$(VENV)/bin/python -m pytest bench --benchmark-only -o python_files='bench_*.py'
 
-nightly: $(VENV)/installed $(VENV_OLDEST_PEFT)/installed test-oldest test-tritons test-processors test-pretended-gpu
+nightly: $(VENV)/installed $(VENV_OLDEST_PEFT)/installed test-oldest test-tritons test-processors test-pretended-gpu test-guarded
 	$(VENV)/bin/python -m pytest -m nightly
 	$(VENV)/bin/python tools/peft_suite.py
 	$(VENV_OLDEST_PEFT)/bin/python -m pytest tests/test_peft*.py
