@@ -122,6 +122,7 @@ _BETA = "beta times zeros"
 EXCLUDED = (
     Excluded(_BACKWARD, "_token_sums_kernel", "tl.load(gain_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_BACKWARD, "_finish_sums_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_BACKWARD, "_outer_of_scaled", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_project_kernel", "tl.load(scale_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_finish_project_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
@@ -150,7 +151,12 @@ EXCLUDED = (
     Excluded(_BACKWARD, "_token_sums_kernel", "dot +=", ("kept.to(ACC_DTYPE) -> kept",), _CAST),
     Excluded(_BACKWARD, "_token_sums_kernel", "scaled = gain", ("columns.to(ACC_DTYPE) -> columns",), _CAST),
     Excluded(_BACKWARD, "_token_sums_kernel", "tl.store(", ("scaled.to(",), _CAST),
-    Excluded(_BACKWARD, "_finish_sums_kernel", "low_rank_dot +=", ("lora_B.to(ACC_DTYPE) -> lora_B",), _CAST),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "lora_B = lora_B", ("lora_B.to(ACC_DTYPE) -> lora_B",), _CAST),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "any_infinite =", ("is_infinite.to(tl.int32) -> is_infinite",), _CAST),
+    Excluded(
+        _BACKWARD, "_finish_sums_kernel", "any_infinite =", ("tl.max(is_infinite.to(tl.int32), axis=0) > 0 ->",), _SPEED
+    ),
+    Excluded(_BACKWARD, "_outer_of_scaled", "tl.load(", ("tl.load(",), _CAST),
     Excluded(_BACKWARD, "_finish_sums_kernel", "tl.store(", ("(scaling * outer).to(",), _CAST),
     Excluded(_BACKWARD, "_finish_sums_kernel", "tl.store(", ("dmagnitude.to(", "total.to("), _CAST),
     Excluded(_FORWARD, "_project_kernel", "factor = scale", ("factor.to(ACC_DTYPE) -> factor",), _CAST),
