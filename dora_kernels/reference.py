@@ -293,7 +293,7 @@ def _column_sums(columns: Tensor, kept: Tensor | None, plain: bool, dtype: torch
     """
     zero = columns.new_zeros(columns.shape[1], dtype=dtype)
     half = columns.dtype in (torch.bfloat16, torch.float16) and (kept is None or kept.dtype == columns.dtype)
-    if half and columns.device.type == "cpu" and columns.shape[0] > 0:  # without tokens it ends the process: SIGFPE
+    if half and columns.device.type == "cpu" and columns.numel() > 0:  # without elements it ends the process: SIGFPE
         columns, one = columns.contiguous(), torch.ones_like(zero)
         operands = columns, columns if kept is None else kept, one, zero, one  # dy, z, gain, mean, variance
         wanted = [False, True, True]  # both sums come of one pass

@@ -229,7 +229,7 @@ def arguments(weight: Weight, BLOCK_K: int) -> tuple[tuple, tuple, dict[str, obj
         group_size, axis = sizes
         half, groups = N * K // 2, N * K // group_size
         numbers = half, groups
-        sizes = group_size, axis, half % K == 0, groups % K == 0
+        sizes = group_size, axis, K > 0 and half % K == 0, K > 0 and groups % K == 0
         group = math.gcd(K, group_size, BLOCK_K) if axis == 1 else 1
     else:
         numbers = (K // 2,)
