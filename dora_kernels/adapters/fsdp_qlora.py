@@ -8,7 +8,6 @@ ours is 0.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -86,6 +85,8 @@ class DoraKernelsDORA(Structure):
             return "autocast is on, in which the library returns float32"
         compute_dtype = getattr(self.base_layer, "compute_dtype", None) or x.dtype
         dtypes = {x.dtype, compute_dtype, adapter.lora_A.dtype, adapter.magnitude.dtype}
+        if isinstance(adapter.weight, QuantizedWeight) and adapter.weight.format == "nf4_torchao":
+            dtypes.add(adapter.weight.dtype)
         if len(dtypes) > 1:
             return f"x, base_layer and the adapter are {' and '.join(sorted(map(str, dtypes)))}; expected one dtype"
         return None
@@ -94,7 +95,7 @@ class DoraKernelsDORA(Structure):
         """As Structure.compute."""
         weight, bias = adapter.weight, adapter.bias
         if isinstance(weight, QuantizedWeight):
-            adapter = adapter._replace(weight=dataclasses.replace(weight, dtype=x.dtype))
+            adapter = adapter._replace(weight=weight.rounded_to(x.dtype))
         if bias is None:
             return self.linear(x, adapter)
         norm = self.norm(adapter)

@@ -36,7 +36,7 @@ def _bitsandbytes_decodes(K: int, blocksize: int) -> bool:
     codes = torch.arange(N * K) * 7 % 16
     packed = (codes[::2] << 4).to(torch.uint8)
     packed[: N * K // 2] |= codes[1::2].to(torch.uint8)
-    absmax = torch.arange(1.0, 1 - (-N * K // blocksize))
+    absmax = torch.arange(1, 1 - (-N * K // blocksize), dtype=torch.float32)
     state = functional.QuantState(absmax, (N, K), None, blocksize, "nf4", torch.float32)
     with torch.compiler.set_stance("force_eager"):  # some shapes go through torch.compile, seconds for one call
         theirs = functional.dequantize_4bit(packed[:, None], state)
@@ -75,8 +75,13 @@ def unpacked(packed: Tensor, N: int, K: int) -> Tensor:
     """The bytes of a weight that was repacked, in the layout of codebook4.
 
     32 rows are interleaved: byte b of (32 rows, 2 columns) has row b // 2 in its low nibble, row 16 + b // 2 in its
-    high one, and column b % 2.
+    high one, and column b % 2. Raises ValueError unless these are the bytes of whole tiles.
     """
+    if N % 32 or K % 2 or packed.numel() != N * K // 2:
+        raise ValueError(
+            f"read: the bitsandbytes weight was repacked and has {packed.numel()} bytes; "
+            f"expected {N * K // 2} for {(N, K)}, in tiles of 32 rows and 2 columns"
+        )
     tiles = packed.view(N // 32, K // 2, 16, 2)
     nibbles = torch.cat((tiles & 15, tiles >> 4), 2).transpose(1, 2)  # (N / 32, 32, K / 2, 2)
     return (nibbles[..., 0] << 4 | nibbles[..., 1]).flatten()

@@ -1,6 +1,7 @@
 """The container of a quantised weight, and what each storage format means, in plain PyTorch.
 
-`QuantizedWeight.dequantize` is the specification of the formats, and the CPU path.
+`QuantizedWeight.dequantize` is the specification of the formats, and the CPU path. parts.py has what a weight must be
+made of: the kernels trust it.
 
 Letters: N out features, K in features; e = n * K + k is the index of an element in the flat row-major weight.
 """
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dora_kernels.quant.parts import FLOATING, PAIR, check_parts
+
 # A block of rows is decoded at once: on a CPU one that stays in the cache, on a GPU one that is worth its launches. The
 # temporaries of a block are some four times as large as its result in bfloat16.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 24}
@@ -24,6 +27,9 @@ class QuantizedWeight:
 
     format: a key of FORMATS, which says what `tensors` and `numbers` are and how they are decoded.
     dtype: to which the library rounds a decoded value, the dtype that nn.Linear would see.
+
+    Raises ValueError, naming the part, unless all of these fit each other: a file may say anything, and a kernel would
+    read past the end of a part that is too short. They are looked at when the weight is made, and not again.
     """
 
     format: str
@@ -31,6 +37,14 @@ class QuantizedWeight:
     dtype: torch.dtype
     tensors: tuple[Tensor, ...]
     numbers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_parts(self.format, self.shape, self.dtype, self.tensors, self.numbers)
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """For pickle and deepcopy, which go past __init__."""
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def device(self) -> torch.device:
@@ -55,16 +69,29 @@ class QuantizedWeight:
         """As Tensor.new_empty."""
         return self.tensors[0].new_empty(shape, dtype=dtype or self.dtype)
 
+    def rounded_to(self, dtype: torch.dtype) -> QuantizedWeight:
+        """This weight as a library decodes it that rounds to `dtype`, which "nf4_torchao" stores and cannot change."""
+        if dtype is self.dtype:
+            return self
+        if self.format == "nf4_torchao" or dtype not in FLOATING:
+            expected = "that" if self.format == "nf4_torchao" else "a floating-point dtype"
+            raise ValueError(f"rounded_to: dtype is {dtype!r} but the weight is {self.dtype}; expected {expected}")
+        return _unchecked(self.format, self.shape, dtype, self.tensors, self.numbers)
+
     def __getitem__(self, rows: slice) -> Tensor:
         return self.dequantize(rows)
 
     def dequantize(self, rows: slice | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """weight[rows] (n, K), bit for bit what the library decodes, in `dtype` if given. rows: of step 1."""
         N, K = self.shape
+        if rows is not None and not isinstance(rows, slice):
+            raise ValueError(f"dequantize: rows is {type(rows).__name__}; expected a slice")
         start, stop, step = (rows or slice(None)).indices(N)
         if step != 1:
             raise ValueError(f"dequantize: rows has step {step}; expected 1")
-        decode, dtype = FORMATS[self.format], dtype or self.dtype
+        decode, dtype = FORMATS[self.format], self.dtype if dtype is None else dtype
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dequantize: dtype is {dtype!r}; expected a floating-point one")
         step = max(1, _BLOCK_ELEMENTS["cpu" if self.device.type == "cpu" else "gpu"] // max(K, 1))
         if stop - start <= step:
             stop = max(start, stop)
@@ -91,10 +118,17 @@ def parts(weight: Weight) -> tuple[list[Tensor], str, list[int], torch.dtype]:
 def whole(
     tensors: list[Tensor], weight_format: str, numbers: list[int], dtype: torch.dtype, shape: tuple[int, int]
 ) -> Weight:
-    """The weight (N, K) of which `parts` were taken."""
+    """The weight (N, K) of which `parts` were taken, and so with parts that were looked at."""
     if weight_format == DENSE:
         return tensors[0]
-    return QuantizedWeight(weight_format, shape, dtype, tuple(tensors), tuple(numbers))
+    return _unchecked(weight_format, shape, dtype, tuple(tensors), tuple(numbers))
+
+
+def _unchecked(*fields: object) -> QuantizedWeight:
+    """A QuantizedWeight of the parts of another: every call of an operator makes one."""
+    weight = object.__new__(QuantizedWeight)
+    weight.__dict__.update(zip(("format", "shape", "dtype", "tensors", "numbers"), fields, strict=True))
+    return weight
 
 
 # One function per format: the elements [first, last) of the flat weight, rounded to weight.dtype.
@@ -165,9 +199,6 @@ FORMATS: dict[str, Callable[[QuantizedWeight, int, int], Tensor]] = {
     "hqq4": _hqq4,
 }
 """Every format, and what it means."""
-
-
-PAIR = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
 
 
 def _decode_blocks(packed: Tensor, code: Tensor, scale: Tensor, blocksize: int, first: int, last: int) -> Tensor:

@@ -28,7 +28,13 @@ def read(source: nn.Module | Tensor) -> QuantizedWeight:
         reader, source = _reader(weight), weight
     if reader is None:
         raise ValueError(f"read: the weight is a {_class_name(source)}; expected one of {', '.join(_NAMES)}")
-    return reader(source)
+    try:
+        return reader(source)
+    except torch.OutOfMemoryError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:  # a file may lack anything
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise ValueError(f"read: the {_class_name(source)} is not as its library builds it: {reason}") from error
 
 
 def read_or_reason(source: nn.Module | Tensor) -> tuple[QuantizedWeight | None, str | None]:
@@ -56,10 +62,6 @@ def _bitsandbytes4(weight: Any) -> QuantizedWeight:
     else:
         packed, dtype = _bytes(weight), state.dtype
     absmax = flat_scales(state)
-    if packed.numel() != (N * K + 1) // 2:
-        raise ValueError(
-            f"read: the bitsandbytes weight has {packed.numel()} bytes; expected {(N * K + 1) // 2} for {(N, K)}"
-        )
     tensors, nested_blocksize = (packed, absmax, state.code), 0
     if state.nested:
         nested_blocksize = state.state2.blocksize
@@ -106,9 +108,9 @@ def _torchao_rows(weight: Any) -> QuantizedWeight:
         raise ValueError(
             f"read: the torchao weight is {q.dtype} {tuple(q.shape)}; expected int8 or float8_e4m3fn (N, K)"
         )
-    if scale.numel() not in (1, q.shape[0]):
+    if scale.numel() != 1 and (scale.dim() == 0 or scale.numel() != q.shape[0] or scale.shape[0] != q.shape[0]):
         raise ValueError(
-            f"read: the torchao weight has {scale.numel()} scales; expected one for each of {q.shape[0]} rows"
+            f"read: the torchao weight has scales {tuple(scale.shape)}; expected one for each of {q.shape[0]} rows"
         )
     return QuantizedWeight(
         "row8", tuple(q.shape), weight.dtype, (q, _made_of(scale, scale.float().flatten().expand(q.shape[0])))
@@ -143,7 +145,7 @@ def _hqq(layer: Any) -> QuantizedWeight:
     packed, scale, zero = (_differentiable(tensor) for tensor in (layer.W_q, meta["scale"], meta["zero"]))
     compute_dtype = meta.get("compute_dtype", torch.float16)
     dtype = torch.promote_types(torch.promote_types(compute_dtype, scale.dtype), zero.dtype)
-    tensors = (_bytes(packed), scale.view(-1), zero.view(-1))
+    tensors = (_bytes(packed), scale.flatten(), zero.flatten())
     return QuantizedWeight("hqq4", tuple(meta["shape"]), dtype, tensors, (meta["group_size"], meta["axis"]))
 
 

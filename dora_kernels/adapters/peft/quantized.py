@@ -9,7 +9,6 @@ layers of bitsandbytes multiply with the decoded weight everywhere, and not with
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -94,7 +93,10 @@ if is_bnb_4bit_available():
         @classmethod
         def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
             """As TakenOverLayer.read_base; what was repacked is unpacked, once."""
-            unpack(layer.base_layer)
+            try:
+                unpack(layer.base_layer)
+            except ValueError as error:
+                return None, str(error).removeprefix("read: ")
             return super().read_base(layer)
 
         @classmethod
@@ -139,5 +141,5 @@ def _operands(
     if x.dtype not in AUTOCAST_DTYPES:
         return x, weight, f"x is {x.dtype}"
     if torch.is_autocast_enabled(x.device.type):
-        return x, dataclasses.replace(weight, dtype=torch.get_autocast_dtype(x.device.type)), None
-    return x.to(compute_dtype), dataclasses.replace(weight, dtype=compute_dtype), None
+        return x, weight.rounded_to(torch.get_autocast_dtype(x.device.type)), None
+    return x.to(compute_dtype), weight.rounded_to(compute_dtype), None

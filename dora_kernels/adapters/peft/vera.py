@@ -215,6 +215,10 @@ def _reason_against(layer: VeraLayer, adapter: str) -> str | None:
             return f"the base layer is a {class_name(base)}; expected nn.Linear, or Conv1D with fan_in_fan_out"
         if base.weight.requires_grad:
             return "the base weight requires a gradient"
+    else:
+        reason = quant.read_or_reason(base)[1]
+        if reason is not None:
+            return reason
     if type(dropout) not in DROPOUT_LAYERS:
         return f"dropout is a {class_name(dropout)}"
     return bypass_reason("base_layer", base)

@@ -1,0 +1,183 @@
+"""What a quantised weight has to be made of, format by format: the kernels read as far as N, K and the numbers say.
+
+formats.py says what the parts mean. Letters as there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PAIR = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
+"""The dtypes of a codebook, and for each an integer as wide as two of them."""
+
+_STRIDED = torch.strided
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOAT32, _UINT8 = (torch.float32,), (torch.uint8,)
+_MOST_ELEMENTS = 2**63 - 1
+_LARGEST_NUMBER = 2**31 - 1
+"""A kernel has the numbers as literals of 32 bits, and no library makes a block of more elements."""
+
+
+class Part(NamedTuple):
+    """What one tensor of a weight has to be."""
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    shape: tuple[int, ...]
+    contiguous: bool = True
+    """Whether the kernels take it to be; a part that they read by its strides may have any."""
+
+
+def check_parts(
+    weight_format: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    tensors: tuple[Tensor, ...],
+    numbers: tuple[int, ...],
+) -> None:
+    """Raise ValueError unless these are the parts of a weight (N, K) of this format and dtype.
+
+    Fake and meta tensors pass as others do, all of them on one device: they have all that is looked at.
+    """
+    if not isinstance(shape, tuple) or not isinstance(numbers, tuple):
+        raise ValueError(
+            f"QuantizedWeight: shape is {shape!r} and numbers is {numbers!r}; expected (N, K) and a tuple of ints"
+        )
+    # torch.compile would trace through the cache; and what cannot be hashed is no format, size or dtype
+    expected_parts = _expected_parts if torch.compiler.is_compiling() else _expected_parts_cached
+    try:
+        parts = expected_parts(weight_format, dtype, shape, *shape, *numbers)
+    except TypeError:
+        parts = _expected_parts(weight_format, dtype, shape, *shape, *numbers)
+    if not isinstance(tensors, tuple) or len(tensors) != len(parts):
+        has = f"{len(tensors)} tensors" if isinstance(tensors, tuple) else f"a {type(tensors).__name__}"
+        names = ", ".join(part.name for part in parts)
+        raise ValueError(f"QuantizedWeight {weight_format}: tensors is {has}; expected a tuple of {names}")
+    device = getattr(tensors[0], "device", None)
+    for tensor, (name, dtypes, size, contiguous) in zip(tensors, parts, strict=True):
+        if not (
+            isinstance(tensor, Tensor)
+            and tensor.layout is _STRIDED
+            and not tensor.is_nested
+            and tensor.dtype in dtypes
+            and tensor.shape == size
+            and (not contiguous or tensor.is_contiguous())
+            and tensor.device == device
+            and not tensor.requires_grad
+        ):
+            why = _why_not(tensor, dtypes, size, device)
+            raise ValueError(f"QuantizedWeight {weight_format}: {name} {why} (shape {shape}, numbers {numbers})")
+
+
+def _why_not(tensor: object, dtypes: tuple[torch.dtype, ...], size: tuple[int, ...], device: torch.device) -> str:
+    """What is wrong with `tensor`, and what was expected of it."""
+    if not isinstance(tensor, Tensor):
+        return f"is {type(tensor).__name__}; expected a torch.Tensor"
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        return f"is {'nested' if tensor.is_nested else tensor.layout}; expected torch.strided"
+    if tensor.dtype not in dtypes:
+        return f"is {tensor.dtype}; expected {' or '.join(map(str, dtypes))}"
+    if tensor.shape != size:
+        return f"has shape {tuple(tensor.shape)}; expected {size}"
+    if tensor.device != device:
+        return f"is on {tensor.device} and the first part on {device}; expected one device"
+    if tensor.requires_grad:
+        return "requires a gradient; expected it frozen"
+    return f"has strides {tensor.stride()}; expected it contiguous"
+
+
+def _expected_parts(
+    weight_format: object, dtype: object, shape: tuple[object, ...], *sizes_and_numbers: object
+) -> tuple[Part, ...]:
+    """The parts of a weight (N, K). Raises ValueError unless the format is known, and these are its sizes."""
+    if not isinstance(weight_format, str) or weight_format not in _FORMATS:
+        raise ValueError(f"QuantizedWeight: format is {weight_format!r}; expected one of {', '.join(_FORMATS)}")
+    names, parts_of = _FORMATS[weight_format]
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
+        raise ValueError(f"QuantizedWeight {weight_format}: dtype is {dtype!r}; expected one of {FLOATING}")
+    names = ("N", "K", *names)
+    if len(shape) != 2 or len(sizes_and_numbers) != len(names):
+        raise ValueError(
+            f"QuantizedWeight {weight_format}: shape and numbers are {sizes_and_numbers}; expected {', '.join(names)}"
+        )
+    for name, value in zip(names, sizes_and_numbers, strict=True):
+        most = _MOST_ELEMENTS if name in ("N", "K") else _LARGEST_NUMBER
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+            raise ValueError(f"QuantizedWeight {weight_format}: {name} is {value!r}; expected an int from 0 to {most}")
+    N, K, *numbers = sizes_and_numbers
+    if N * K > _MOST_ELEMENTS:
+        raise ValueError(f"QuantizedWeight {weight_format}: shape is {(N, K)}; expected at most 2^63 - 1 elements")
+    return parts_of(N, K, dtype, *numbers)
+
+
+_expected_parts_cached = functools.lru_cache(1024, typed=True)(_expected_parts)
+
+
+def _codebook4(N: int, K: int, dtype: torch.dtype, blocksize: int, nested_blocksize: int) -> tuple[Part, ...]:
+    _check_blocksize("codebook4", "blocksize", blocksize)
+    blocks = -(-N * K // blocksize)
+    packed, code = Part("packed", _UINT8, (-(-N * K // 2),)), Part("code", _FLOAT32, (16,))
+    if not nested_blocksize:
+        return packed, Part("absmax", _FLOAT32, (blocks,)), code
+    nested = (
+        Part("nested_absmax", _FLOAT32, (-(-blocks // nested_blocksize),)),
+        Part("nested_code", _FLOAT32, (256,)),  # as many as a uint8 can ask for
+        Part("offset", _FLOAT32, ()),
+    )
+    return packed, Part("absmax", _UINT8, (blocks,)), code, *nested
+
+
+def _nf4_torchao(N: int, K: int, dtype: torch.dtype, block_size: int, scaler_block_size: int) -> tuple[Part, ...]:
+    _check_blocksize("nf4_torchao", "block_size", block_size)
+    if not scaler_block_size:
+        raise ValueError("QuantizedWeight nf4_torchao: scaler_block_size is 0; expected a positive int")
+    if dtype not in PAIR:
+        raise ValueError(f"QuantizedWeight nf4_torchao: dtype is {dtype}; expected float32, bfloat16 or float16")
+    blocks = -(-N * K // block_size)
+    return (
+        Part("packed", _UINT8, (-(-N * K // 2),)),
+        Part("scalers", (torch.int8,), (blocks,)),
+        Part("factor", (dtype,), (-(-blocks // scaler_block_size),)),
+        Part("mean", (dtype,), ()),
+        Part("lut", (dtype,), (16,)),
+    )
+
+
+def _row8(N: int, K: int, dtype: torch.dtype) -> tuple[Part, ...]:
+    q_dtypes = (torch.int8, torch.float8_e4m3fn)
+    return Part("q", q_dtypes, (N, K), contiguous=False), Part("scale", _FLOAT32, (N,), contiguous=False)
+
+
+def _hqq4(N: int, K: int, dtype: torch.dtype, group_size: int, axis: int) -> tuple[Part, ...]:
+    # the two halves of the elements share their bytes
+    if axis not in (0, 1) or not group_size or N * K % group_size or N * K % 2:
+        raise ValueError(
+            f"QuantizedWeight hqq4: group_size is {group_size}, axis {axis} and the shape {(N, K)}; "
+            "expected axis 0 or 1, and an even number of elements in whole groups"
+        )
+    groups = N * K // group_size
+    return (
+        Part("packed", _UINT8, (N * K // 2,)),
+        Part("scale", FLOATING, (groups,)),
+        Part("zero", FLOATING, (groups,)),
+    )
+
+
+def _check_blocksize(weight_format: str, name: str, blocksize: int) -> None:
+    """Raise ValueError unless a block is made of whole bytes."""
+    if not blocksize or blocksize % 2:
+        raise ValueError(f"QuantizedWeight {weight_format}: {name} is {blocksize}; expected an even, positive int")
+
+
+_FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[Part, ...]]]] = {
+    "codebook4": (("blocksize", "nested_blocksize"), _codebook4),
+    "nf4_torchao": (("block_size", "scaler_block_size"), _nf4_torchao),
+    "row8": ((), _row8),
+    "hqq4": (("group_size", "axis"), _hqq4),
+}
+"""Format -> the names of its numbers, and its parts for N, K, dtype and these."""
