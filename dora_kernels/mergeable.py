@@ -6,15 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dora_kernels import reuse
 from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.ops import without_autocast
-from dora_kernels.quant import Weight, is_quantized, read
+from dora_kernels.quant import Weight, is_quantized, read, read_or_reason
 from dora_kernels.reference import gain_ref
-from dora_kernels.validate import FLOATING
-
-DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+from dora_kernels.validate import check_row, check_tensor
 
 
 class MergeableLinear(nn.Module):
@@ -152,12 +151,30 @@ def read_linear(function: str, linear: nn.Module) -> tuple[Weight, Tensor | None
 
     Raises ValueError, in the name of `function`, where it is neither nn.Linear nor quantised by a library we read.
     """
-    quantized = is_quantized(linear)
+    quantized = isinstance(linear, nn.Module) and is_quantized(linear)
     if type(linear) is not nn.Linear and not quantized:
         raise ValueError(
             f"{function}: linear is {type(linear).__name__}; "
             "expected torch.nn.Linear, or a layer quantised by bitsandbytes, torchao or HQQ"
         )
-    if not quantized and linear.weight.dtype not in FLOATING:
-        raise ValueError(f"{function}: weight is {linear.weight.dtype}; expected one of {DTYPE_NAMES}")
-    return (read(linear), linear.bias, linear) if quantized else (linear.weight, linear.bias, None)
+    if quantized:
+        weight, reason = read_or_reason(linear)
+        if reason is not None:
+            raise ValueError(f"{function}: {reason}")
+    else:
+        weight = linear.weight
+        _check_parameter(function, "weight", weight)
+        check_tensor(function, "weight", weight, None)
+        if weight.dim() != 2:
+            raise ValueError(f"{function}: weight has shape {tuple(weight.shape)}; expected 2 dimensions")
+    if linear.bias is not None:
+        if not quantized:
+            _check_parameter(function, "bias", linear.bias)
+        check_row(function, "bias", linear.bias, weight)
+    return weight, linear.bias, linear if quantized else None
+
+
+def _check_parameter(function: str, name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a parameter: weight_norm and prune of nn.utils make it anew at each call."""
+    if not isinstance(value, nn.Parameter) or is_lazy(value):
+        raise ValueError(f"{function}: {name} is {type(value).__name__}; expected the layer's own nn.Parameter")

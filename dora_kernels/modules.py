@@ -6,8 +6,17 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.functional import weight_norm
-from dora_kernels.mergeable import DTYPE_NAMES, MergeableLinear, read_linear
-from dora_kernels.validate import DROPOUTS, FLOATING, check_number, check_probability
+from dora_kernels.mergeable import MergeableLinear, read_linear
+from dora_kernels.validate import (
+    DROPOUTS,
+    check_elements,
+    check_flag,
+    check_number,
+    check_placement,
+    check_probability,
+    check_scaling,
+    check_sizes,
+)
 
 
 class DoraLinear(MergeableLinear):
@@ -44,13 +53,17 @@ class DoraLinear(MergeableLinear):
         Raises ValueError unless the sizes are ints and rank is positive, alpha finite, dropout in [0, 1) and dropout_on
         one of the above, bias a bool, device one of torch's and the dtypes floating-point.
         """
-        _check_sizes(in_features, out_features, rank)
+        check_sizes("DoraLinear", 0, in_features=in_features, out_features=out_features)
+        check_sizes("DoraLinear", 1, rank=rank)
+        check_elements("DoraLinear", (out_features, in_features), (rank, in_features), (out_features, rank))
         check_number("DoraLinear", "alpha", alpha)
         check_probability("DoraLinear", "dropout", dropout)
         if dropout_on not in DROPOUTS:
             raise ValueError(f"DoraLinear: dropout_on is {dropout_on!r}; expected one of {', '.join(DROPOUTS)}")
-        _check_placement(bias, device, dtype, adapter_dtype)
+        check_flag("DoraLinear", "bias", bias)
+        check_placement("DoraLinear", device, dtype=dtype, adapter_dtype=adapter_dtype)
         dtype = dtype or torch.get_default_dtype()
+        check_scaling(f"DoraLinear: alpha is {alpha!r} and rank {rank}", alpha / rank, dtype)
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
         base = nn.Linear(in_features, out_features, bias, device, dtype)
@@ -139,25 +152,3 @@ class DoraLinear(MergeableLinear):
             f"alpha={self.alpha}, bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
             + (f", dropout_on={self.dropout_on!r}" if self.dropout_on != "adapter" else "")
         )
-
-
-def _check_sizes(in_features: int, out_features: int, rank: int) -> None:
-    """Raise ValueError unless in_features and out_features are ints from 0 on, rank from 1 on."""
-    for name, value, least in (("in_features", in_features, 0), ("out_features", out_features, 0), ("rank", rank, 1)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            expected = "a positive int" if least else "an int of at least 0"
-            raise ValueError(f"DoraLinear: {name} is {value!r}; expected {expected}")
-
-
-def _check_placement(bias: bool, device: object, dtype: object, adapter_dtype: object) -> None:
-    """Raise ValueError unless bias is a bool, device one of torch's or None, and the dtypes floating-point or None."""
-    if not isinstance(bias, bool):
-        raise ValueError(f"DoraLinear: bias is {bias!r}; expected True or False")
-    for name, value in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
-        if value is not None and (not isinstance(value, torch.dtype) or value not in FLOATING):
-            raise ValueError(f"DoraLinear: {name} is {value!r}; expected one of {DTYPE_NAMES}")
-    if device is not None:
-        try:
-            torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"DoraLinear: device is {device!r}; expected a device of torch") from error

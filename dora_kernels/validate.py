@@ -1,7 +1,5 @@
 """What every public function asks of its arguments: ValueError where shapes, dtypes, devices or scaling do not fit."""
 
-import sys
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -9,9 +7,15 @@ from torch.autograd import forward_ad
 from dora_kernels.quant import QuantizedWeight, Weight
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 DROPOUTS = ("adapter", "lora")
 """What dropout may fall on: all that an adapter adds, or its low-rank product alone."""
-_LARGEST = sys.float_info.max
+LARGEST = {dtype: torch.finfo(dtype).max for dtype in FLOATING}
+"""The largest finite number of each dtype."""
+_ZERO_IN_FLOAT32 = 2.0**-150
+"""What is no larger rounds to 0 in float32: half its smallest number."""
+_MOST_ELEMENTS = 2**60
+"""Of a matrix: of more, torch cannot say how many bytes they are."""
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
@@ -48,7 +52,7 @@ def check_adapter(function: str, weight: Weight, lora_A: Tensor, lora_B: Tensor,
     """Raise ValueError unless weight, lora_A, lora_B and scaling fit each other; scaling as a float."""
     check_transforms(function, weight, lora_A, lora_B)
     for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        if not isinstance(tensor, QuantizedWeight):
+        if name != "weight" or not isinstance(tensor, QuantizedWeight):
             check_tensor(function, name, tensor, weight)
         if tensor.dim() != 2:
             raise ValueError(f"{function}: {name} has shape {_shape(tensor)}; expected 2 dimensions")
@@ -67,19 +71,37 @@ def check_adapter(function: str, weight: Weight, lora_A: Tensor, lora_B: Tensor,
         )
     if lora_A.dtype != lora_B.dtype:
         raise ValueError(f"{function}: lora_A is {lora_A.dtype} but lora_B is {lora_B.dtype}; expected one dtype")
-    return check_scaling(function, scaling)
+    return check_scaling(function, scaling, weight.dtype)
 
 
-def check_scaling(function: str, scaling: float) -> float:
-    """scaling as a float. Raise ValueError unless it is a finite number."""
-    return check_number(function, "scaling", scaling)
+def check_scaling(function: str, scaling: float, dtype: torch.dtype) -> float:
+    """scaling as a float. Raise ValueError unless it is a number with which tensors of dtype can be multiplied.
+
+    They are in float32, in which it must be finite, or in float64. One too small for float32 is 0 there, and said to
+    be: a GEMM skips the product with it, and 0 * inf is NaN.
+    """
+    reason = scaling_reason(scaling, dtype)
+    if reason is not None:
+        raise ValueError(f"{function}: {reason}")
+    scaling = float(scaling)
+    if dtype != torch.float64 and -_ZERO_IN_FLOAT32 <= scaling <= _ZERO_IN_FLOAT32:
+        return 0.0
+    return scaling
 
 
-def check_number(function: str, name: str, value: float) -> float:
-    """`value` as a float. Raise ValueError unless it is a finite number."""
+def scaling_reason(scaling: object, dtype: torch.dtype) -> str | None:
+    """Why `scaling` is no number with which tensors of dtype can be multiplied; None if it is."""
+    largest = LARGEST[torch.float64 if dtype == torch.float64 else torch.float32]
     # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes
-    if not _is_number(value) or not -_LARGEST <= value <= _LARGEST:
-        raise ValueError(f"{function}: {name} is {value!r}; expected a finite Python number")
+    if _is_number(scaling) and -largest <= scaling <= largest:
+        return None
+    return f"scaling is {scaling!r}; expected a finite Python number, of at most {largest:.3g} over {dtype}"
+
+
+def check_number(function: str, name: str, value: float, dtype: torch.dtype = torch.float64) -> float:
+    """`value` as a float. Raise ValueError unless it is a number that is finite in dtype."""
+    if not _is_number(value) or not -LARGEST[dtype] <= value <= LARGEST[dtype]:
+        raise ValueError(f"{function}: {name} is {value!r}; expected a finite Python number, finite in {dtype}")
     return float(value)
 
 
@@ -125,10 +147,42 @@ def check_call(
         check_row(function, "norm", norm, weight)
 
 
+def check_sizes(function: str, least: int, **sizes: int) -> None:
+    """Raise ValueError unless each is an int, from `least` on."""
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            expected = "a positive int" if least else "an int of at least 0"
+            raise ValueError(f"{function}: {name} is {value!r}; expected {expected}")
+
+
+def check_elements(function: str, *shapes: tuple[int, int]) -> None:
+    """Raise ValueError unless torch can say how large matrices of these shapes are. Memory is the caller's to have."""
+    for rows, columns in shapes:
+        if max(rows, columns, rows * columns) > _MOST_ELEMENTS:
+            raise ValueError(f"{function}: a matrix would be {rows} x {columns}; expected at most 2^60 elements")
+
+
+def check_flag(function: str, name: str, value: bool) -> None:
+    """Raise ValueError unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{function}: {name} is {value!r}; expected True or False")
+
+
+def check_placement(function: str, device: object, **dtypes: object) -> None:
+    """Raise ValueError unless device is one of torch's or None, and the dtypes are floating-point or None."""
+    for name, value in dtypes.items():
+        if value is not None and (not isinstance(value, torch.dtype) or value not in FLOATING):
+            raise ValueError(f"{function}: {name} is {value!r}; expected one of {DTYPE_NAMES}")
+    if device is not None:
+        try:
+            torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"{function}: device is {device!r}; expected a device of torch") from error
+
+
 def check_norm_grad(function: str, norm_grad: bool, norm: Tensor | None) -> None:
     """Raise ValueError unless norm_grad is a bool, and False where norm is given."""
-    if not isinstance(norm_grad, bool):
-        raise ValueError(f"{function}: norm_grad is {norm_grad!r}; expected True or False")
+    check_flag(function, "norm_grad", norm_grad)
     if norm is not None and norm_grad:
         raise ValueError(
             f"{function}: norm_grad is True and norm is given; expected norm=None: a given norm is constant"
@@ -153,10 +207,35 @@ def check_tensor(function: str, name: str, tensor: Tensor, weight: Weight | None
         layout = "nested" if tensor.is_nested else tensor.layout
         raise ValueError(f"{function}: {name} is {layout}; expected a dense tensor (torch.strided)")
     if tensor.dtype not in FLOATING:
-        raise ValueError(f"{function}: {name} is {tensor.dtype}; expected one of float64, float32, bfloat16, float16")
+        raise ValueError(f"{function}: {name} is {tensor.dtype}; expected one of {DTYPE_NAMES}")
     if isinstance(weight, (Tensor, QuantizedWeight)) and tensor.device != weight.device:
         raise ValueError(
             f"{function}: {name} is on {tensor.device} but {called} is on {weight.device}; expected one device"
+        )
+
+
+def check_bank(lora_A: Tensor, lora_B: Tensor, gain: Tensor, scaling: Tensor) -> None:
+    """Raise ValueError unless these are the fields of a serving.AdapterBank."""
+    fields = {"lora_A": lora_A, "lora_B": lora_B, "gain": gain, "scaling": scaling}
+    for (name, tensor), dimensions in zip(fields.items(), (2, 3, 2, 1), strict=True):
+        check_tensor("AdapterBank", name, tensor, lora_B, "lora_B")
+        if tensor.dim() != dimensions:
+            raise ValueError(f"AdapterBank: {name} has shape {_shape(tensor)}; expected {dimensions} dimensions")
+    E, N, R = lora_B.shape
+    if E == 0:
+        raise ValueError(f"AdapterBank: lora_B has shape {_shape(lora_B)}; expected at least one adapter")
+    shapes = {"lora_A": (E * R, lora_A.shape[1]), "gain": (E, N), "scaling": (E,)}
+    for name, shape in shapes.items():
+        if _shape(fields[name]) != shape:
+            raise ValueError(
+                f"AdapterBank: {name} has shape {_shape(fields[name])} but lora_B has shape {_shape(lora_B)}; "
+                f"expected {shape}"
+            )
+    if lora_A.dtype != lora_B.dtype:
+        raise ValueError(f"AdapterBank: lora_A is {lora_A.dtype} but lora_B is {lora_B.dtype}; expected one dtype")
+    if gain.dtype not in (torch.float32, torch.float64) or scaling.dtype != gain.dtype:
+        raise ValueError(
+            f"AdapterBank: gain is {gain.dtype} and scaling {scaling.dtype}; expected both float32, or both float64"
         )
 
 
@@ -198,4 +277,4 @@ def check_rescale(
     for name, tensor in (("gain", gain), ("bias", bias)):
         if tensor is not None:
             check_row(function, name, tensor, lora_B, "lora_B")
-    return check_scaling(function, scaling)
+    return check_scaling(function, scaling, base.dtype)

@@ -506,8 +506,8 @@ def test_the_projection_stays_shared():
 
 def test_the_norm_is_kept_in_a_scope_and_by_checkpointing(layer, monkeypatch):
     made = []
-    norm = dvora.function.dvora_norm
-    monkeypatch.setattr(dvora.function, "dvora_norm", lambda *a, **k: made.append(None) or norm(*a, **k))
+    norm = dvora.function._norm
+    monkeypatch.setattr(dvora.function, "_norm", lambda *a, **k: made.append(None) or norm(*a, **k))
     x = torch.randn(5, 48, device=DEVICE)
     layer(x), layer(x)
     assert len(made) == 2

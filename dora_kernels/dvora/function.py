@@ -68,7 +68,9 @@ def dvora_linear(
     """
     _check(function, x, weight, vera_A, vera_B, lambda_d, lambda_b, magnitude, bias, x_dropped, norm, norm_grad)
     if norm is None:
-        norm = dvora_norm(weight, vera_A, vera_B, lambda_d, lambda_b, terms=terms, norm_grad=norm_grad)
+        if terms is not None:
+            _check_terms(function, terms, weight, vera_A)
+        norm = _norm(weight, vera_A, vera_B, lambda_d, lambda_b, terms, norm_grad)
     return _with_norm(x, weight, vera_A, vera_B, lambda_d, lambda_b, magnitude, bias, norm, x_dropped)
 
 
@@ -146,8 +148,26 @@ def dvora_norm(
 ) -> Tensor:
     """norm (N,) of dvora_linear, float32 (float64 for float64 weights); a constant unless norm_grad.
 
-    With terms it costs N R P instead of N R K, and reads (N, P + 1) instead of weight.
+    With terms it costs N R P instead of N R K, and reads (N, P + 1) instead of weight. Raises ValueError as
+    dvora_linear.
     """
+    _check_factors("dvora_norm", weight, vera_A, vera_B, lambda_d, lambda_b)
+    check_norm_grad("dvora_norm", norm_grad, None)
+    if terms is not None:
+        _check_terms("dvora_norm", terms, weight, vera_A)
+    return _norm(weight, vera_A, vera_B, lambda_d, lambda_b, terms, norm_grad)
+
+
+def _norm(
+    weight: Weight,
+    vera_A: Tensor,
+    vera_B: Tensor,
+    lambda_d: Tensor,
+    lambda_b: Tensor,
+    terms: NormTerms | None,
+    norm_grad: bool,
+) -> Tensor:
+    """dvora_norm of arguments that were looked at."""
     with torch.set_grad_enabled(norm_grad and torch.is_grad_enabled()):
         if terms is None:
             lora_A, lora_B = dvora_update(vera_A, vera_B, lambda_d, lambda_b)
@@ -169,7 +189,14 @@ def norm_terms(weight: Weight, vera_A: Tensor) -> NormTerms:
         ||weight_n + b vera_A||^2 = ||C_n + b L||^2 + ||rest_n||^2 = ||(C_n, |rest_n|) + b (L, 0)||^2
     for every b (R,): the norm of a narrower weight and a narrower vera_A. A sum of squares, where the expanded
     ||W_n||^2 + 2 b U_n + b G b^T would cancel for an update as large as the weight. Made once, so in float64.
+    Raises ValueError unless both are frozen matrices of one K.
     """
+    _check_frozen("norm_terms", weight=weight, vera_A=vera_A)
+    if vera_A.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"norm_terms: vera_A has shape {tuple(vera_A.shape)} but weight has shape {tuple(weight.shape)}; "
+            f"expected vera_A (R, K) with K = {weight.shape[1]}"
+        )
     dtype = accumulate_dtype(weight.dtype)
     basis, factor = torch.linalg.qr(vera_A.double().T)  # (K, P) and (P, R)
     N, P = weight.shape[0], basis.shape[1]
@@ -225,7 +252,7 @@ def dvora_linear_reusing(
         if layer.training and terms_are_small(weight, vera_A):
             frozen = (*stored, vera_A)
             terms = reuse.constant_reusing(layer, frozen, lambda: norm_terms(weight, vera_A))
-        return dvora_norm(weight, *factors, terms=terms)
+        return _norm(weight, *factors, terms, False)
 
     norm = reuse.norm_reusing(layer, (*stored, *factors), (storage, operand_dtypes(x, vera_A)), compute)
     return _with_norm(*arguments, norm, x_dropped)
@@ -246,23 +273,49 @@ def _check(
     norm_grad: bool,
 ) -> None:
     """Raise ValueError unless the arguments of dvora_linear fit each other."""
-    frozen = {"weight": weight, "vera_A": vera_A, "vera_B": vera_B}
-    for name, tensor in frozen.items():
-        if not isinstance(tensor, QuantizedWeight):
+    _check_factors(function, weight, vera_A, vera_B, lambda_d, lambda_b)
+    check_call(function, x, weight, magnitude, bias, x_dropped, norm)
+    check_norm_grad(function, norm_grad, norm)
+    check_dtypes(function, x, weight)
+
+
+def _check_terms(function: str, terms: NormTerms, weight: Weight, vera_A: Tensor) -> None:
+    """Raise ValueError unless `terms` has the sizes of norm_terms(weight, vera_A)."""
+    if not isinstance(terms, NormTerms):
+        raise ValueError(f"{function}: terms is {type(terms).__name__}; expected norm_terms(weight, vera_A)")
+    width, dtype = min(vera_A.shape) + 1, accumulate_dtype(weight.dtype)
+    for name, tensor, rows in (("weight", terms.weight, weight.shape[0]), ("vera_A", terms.vera_A, vera_A.shape[0])):
+        check_tensor(function, f"terms.{name}", tensor, weight)
+        if tuple(tensor.shape) != (rows, width) or tensor.dtype != dtype or tensor.requires_grad:
+            raise ValueError(
+                f"{function}: terms.{name} is {tensor.dtype} {tuple(tensor.shape)}, requires_grad "
+                f"{tensor.requires_grad}; expected {dtype} {(rows, width)}, frozen"
+            )
+
+
+def _check_frozen(function: str, weight: Weight, **factors: Tensor) -> None:
+    """Raise ValueError unless all of them are frozen matrices on the device of weight."""
+    for name, tensor in {"weight": weight, **factors}.items():
+        if name != "weight" or not isinstance(tensor, QuantizedWeight):
             check_tensor(function, name, tensor, weight)
         if tensor.dim() != 2:
             raise ValueError(f"{function}: {name} has shape {tuple(tensor.shape)}; expected 2 dimensions")
         if tensor.requires_grad:
             raise ValueError(f"{function}: {name}.requires_grad is True; expected False: DVoRA freezes it")
+
+
+def _check_factors(
+    function: str, weight: Weight, vera_A: Tensor, vera_B: Tensor, lambda_d: Tensor, lambda_b: Tensor
+) -> None:
+    """Raise ValueError unless what the norm is made of fits."""
+    _check_frozen(function, weight, vera_A=vera_A, vera_B=vera_B)
     (N, K), R = weight.shape, vera_A.shape[0]
     shapes = {"vera_A": (R, K), "vera_B": (N, R), "lambda_d": (R,), "lambda_b": (N,)}
     for name, tensor in (("vera_A", vera_A), ("vera_B", vera_B), ("lambda_d", lambda_d), ("lambda_b", lambda_b)):
-        check_tensor(function, name, tensor, weight)
+        if name.startswith("lambda"):
+            check_tensor(function, name, tensor, weight)
         if tuple(tensor.shape) != shapes[name]:
             raise ValueError(
                 f"{function}: {name} has shape {tuple(tensor.shape)} but weight has shape {tuple(weight.shape)} and "
                 f"vera_A {tuple(vera_A.shape)}; expected {name} {shapes[name]}"
             )
-    check_call(function, x, weight, magnitude, bias, x_dropped, norm)
-    check_norm_grad(function, norm_grad, norm)
-    check_dtypes(function, x, weight)

@@ -6,7 +6,14 @@ from torch import Tensor, nn
 
 from dora_kernels.dvora.function import dvora_linear_reusing, dvora_norm, dvora_update
 from dora_kernels.mergeable import MergeableLinear, read_linear
-from dora_kernels.validate import check_number, check_probability
+from dora_kernels.validate import (
+    check_elements,
+    check_flag,
+    check_number,
+    check_placement,
+    check_probability,
+    check_sizes,
+)
 
 
 class VeraProjection(nn.Module):
@@ -29,11 +36,15 @@ class VeraProjection(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Raises ValueError unless the sizes are positive ints."""
+        """Raises ValueError unless the sizes are positive ints, seed one of 64 bits, save a bool, device one of torch's
+        and dtype floating-point."""
         sizes = {"max_in_features": max_in_features, "max_out_features": max_out_features, "rank": rank}
-        for name, value in sizes.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"VeraProjection: {name} is {value!r}; expected a positive int")
+        check_sizes("VeraProjection", 1, **sizes)
+        check_elements("VeraProjection", (rank, max_in_features), (max_out_features, rank))
+        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"VeraProjection: seed is {seed!r}; expected an int of 64 bits")
+        check_flag("VeraProjection", "save", save)
+        check_placement("VeraProjection", device, dtype=dtype)
         super().__init__()
         self.rank, self.seed = rank, seed
         generator = torch.Generator().manual_seed(seed)
@@ -45,10 +56,11 @@ class VeraProjection(nn.Module):
     def of(self, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
         """vera_A (R, K) and vera_B (N, R) of a layer of that size, views. Raises ValueError where it is too large."""
         max_in, max_out = self.vera_A.shape[1], self.vera_B.shape[0]
-        if in_features > max_in or out_features > max_out:
+        are_ints = isinstance(in_features, int) and isinstance(out_features, int)
+        if not are_ints or not (0 <= in_features <= max_in and 0 <= out_features <= max_out):
             raise ValueError(
-                f"VeraProjection: the layer has {in_features} in and {out_features} out features; "
-                f"expected at most {max_in} and {max_out}"
+                f"VeraProjection: the layer has {in_features!r} in and {out_features!r} out features; "
+                f"expected at most {max_in} and {max_out}, ints from 0 on"
             )
         return self.vera_A[:, :in_features], self.vera_B[:out_features]
 
@@ -81,6 +93,10 @@ class DvoraLinear(MergeableLinear):
 
         adapter_dtype is that of the three vectors; None: float32 over a half-precision weight.
         """
+        check_sizes("DvoraLinear", 0, in_features=in_features, out_features=out_features)
+        check_elements("DvoraLinear", (out_features, in_features))
+        check_flag("DvoraLinear", "bias", bias)
+        check_placement("DvoraLinear", device, dtype=dtype, adapter_dtype=adapter_dtype)
         linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self._build("DvoraLinear", linear, projection, d_initial, dropout, adapter_dtype)
 
@@ -108,7 +124,6 @@ class DvoraLinear(MergeableLinear):
     ) -> None:
         if not isinstance(projection, VeraProjection):
             raise ValueError(f"{function}: projection is {type(projection).__name__}; expected a VeraProjection")
-        d_initial = check_number(function, "d_initial", d_initial)
         dropout = check_probability(function, "dropout", dropout)
         weight, bias, base_layer = read_linear(function, linear)
         N, K = weight.shape
@@ -120,6 +135,7 @@ class DvoraLinear(MergeableLinear):
             )
         if adapter_dtype is None:
             adapter_dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+        d_initial = check_number(function, "d_initial", d_initial, adapter_dtype)
         super().__init__(*((weight, bias) if base_layer is None else (None, None, base_layer)))
         self.in_features, self.out_features = K, N
         self.d_initial, self.dropout = d_initial, dropout
