@@ -201,6 +201,8 @@ def _add_norm_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA and dB with the gradient through the norm added; nothing (N, K) is made but of a quantised weight.
 
+    scaling is multiplied by twice, never its square: that of 2e19 is none of float32's.
+
     With d(loss)/dV = diag(c) V, V = weight + scaling * B A, U = weight A^T and G = A A^T:
         dB += scaling * c (U + scaling * B G)        dA += scaling * ((c B)^T weight + scaling * (c B)^T B A)
     """
@@ -215,7 +217,7 @@ def _add_norm_gradient(
         dB = dB + scale[:, None] * product
     if dA is not None:
         dA = dA + steps.outer_product(weighted_B.to(lora_A.dtype), weight, scaling, c.dtype)
-        dA = torch.addmm(dA, weighted_B.T @ B, A, alpha=scaling * scaling)
+        dA = torch.addmm(dA, (scaling * weighted_B).T @ B, A, alpha=scaling)
     return dA, dB
 
 

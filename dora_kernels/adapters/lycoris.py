@@ -38,7 +38,7 @@ from dora_kernels.adapters.taking import (
 from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
 from dora_kernels.reference import accumulate_dtype
 from dora_kernels.rescale import rescale
-from dora_kernels.validate import FLOATING
+from dora_kernels.validate import FLOATING, scaling_reason
 
 WRAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -229,6 +229,9 @@ def _layer_reason(layer: LoConModule) -> str | None:
         return "the base weight requires a gradient"
     if not isinstance(layer.multiplier, (int, float)) or not isinstance(layer.scale, (int, float)):
         return "multiplier or scale is a tensor"
+    reason = scaling_reason(layer.scale, wrapped.weight.dtype)
+    if reason is not None:
+        return reason
     factors = type(wrapped)
     for part in ("lora_up", "lora_down"):
         module = getattr(layer, part)

@@ -29,7 +29,7 @@ from dora_kernels.functional import dora_linear_core, merge_weight_and_norm, wei
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import dora_linear_lora_dropout
-from dora_kernels.validate import FLOATING
+from dora_kernels.validate import FLOATING, scaling_reason
 
 
 class Adapter(NamedTuple):
@@ -209,6 +209,9 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
             return None, f"{name} has shape {tuple(tensor.shape)}; expected {expected[name]}"
     if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
         return None, f"scaling is a {class_name(scaling)}"
+    reason = scaling_reason(scaling, weight.dtype)
+    if reason is not None:
+        return None, reason
     if weight.requires_grad:
         return None, "the base weight requires a gradient"
     if lora_A.dtype != lora_B.dtype:

@@ -31,7 +31,7 @@ from dora_kernels.functional import dora_linear_core, merge_weight_and_norm, wei
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_ref
 from dora_kernels.rescale import rescale
-from dora_kernels.validate import FLOATING
+from dora_kernels.validate import FLOATING, scaling_reason
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -137,6 +137,9 @@ def _layer_reason(layer: DoRALinear) -> str | None:
         return f"use_bias is {layer.use_bias}, which the bias does not agree with"
     if not isinstance(layer.scaling, (int, float)):
         return "scaling is a tensor"
+    reason = scaling_reason(layer.scaling, layer.weight.dtype)
+    if reason is not None:
+        return reason
     if isinstance(layer.dropout, nn.Dropout) and layer.dropout.inplace:
         return "the dropout works in place"
     for name, tensor in _tensors(layer).items():

@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
 from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, partition_reason  # noqa: E402
 from dora_kernels.adapters.taking import DROPOUT_LAYERS, PLAIN, bypass_reason, class_name, is_plain  # noqa: E402
+from dora_kernels.validate import scaling_reason  # noqa: E402
 
 _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")
 
@@ -112,6 +113,9 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
         return f"the adapter is a {class_name(adapter.variant)}"
     if not isinstance(adapter.scaling, (int, float)):
         return "scaling is a tensor"  # by prepare_model_for_compiled_hotswap; its value is on the device
+    reason = scaling_reason(adapter.scaling, torch.float32)  # over float64, too, such a one is rather PEFT's
+    if reason is not None:
+        return reason
     factors = family.factors
     known_parts = {"lora_A": factors, "lora_B": factors, "dropout": DROPOUT_LAYERS, "magnitude": (family.magnitude,)}
     for part, known in known_parts.items():
