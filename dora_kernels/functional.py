@@ -10,7 +10,7 @@ from dora_kernels.autograd import DoraLinear, Settings, WeightNorm, folded
 from dora_kernels.ops import is_autocast
 from dora_kernels.quant import QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
-from dora_kernels.validate import check_adapter, check_call, check_norm_grad, check_row
+from dora_kernels.validate import check_adapter, check_call, check_norm_grad, check_row, check_tensor
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 ROWS_SHOWN = 8
@@ -96,6 +96,8 @@ def dora_linear_core(
     exact = options.precision == "exact"
     base_dtype, dtype = operand_dtypes(x, lora_A)
     check_dtypes(function, x, weight)
+    if gain is not None or merged is not None:
+        _check_given(function, gain, merged, weight, base_dtype)
     if low is not None:
         _check_low(function, low, x, lora_A, dtype, alone=x_dropped is None and not norm_grad)
     grad = torch.is_grad_enabled()
@@ -131,8 +133,26 @@ def unfolded(y: Tensor, leading: torch.Size) -> Tensor:
     return y if len(leading) == 1 else _unsafe_view(y, [*leading, y.shape[1]])
 
 
+def _check_given(
+    function: str, gain: Tensor | None, merged: Tensor | None, weight: Weight, base_dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless gain and merged are what a call over this weight has made."""
+    if gain is not None:
+        check_row(function, "gain", gain, weight)
+        if gain.dtype != accumulate_dtype(base_dtype):
+            raise ValueError(f"{function}: gain is {gain.dtype}; expected {accumulate_dtype(base_dtype)}")
+    if merged is not None:
+        check_tensor(function, "merged", merged, weight)
+        if merged.shape != weight.shape or merged.dtype != base_dtype:
+            raise ValueError(
+                f"{function}: merged is {merged.dtype} {tuple(merged.shape)}; "
+                f"expected {base_dtype} {tuple(weight.shape)}"
+            )
+
+
 def _check_low(function: str, low: Tensor, x: Tensor, lora_A: Tensor, dtype: torch.dtype, alone: bool) -> None:
     """Raise ValueError unless `low` can stand for x lora_A^T."""
+    check_tensor(function, "low", low, lora_A, "lora_A")
     expected = (math.prod(x.shape[:-1]), lora_A.shape[0])
     if low.shape != expected or low.dtype != dtype or low.device != x.device:
         raise ValueError(

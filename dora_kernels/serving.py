@@ -20,7 +20,7 @@ from dora_kernels.adapters.taking import TakenOver, frozen_like
 from dora_kernels.functional import operand_dtypes, weight_norm
 from dora_kernels.mergeable import MergeableLinear
 from dora_kernels.reference import accumulate_dtype, gain_ref
-from dora_kernels.validate import check_adapter, check_call, check_row
+from dora_kernels.validate import check_adapter, check_bank, check_call, check_row
 
 
 @torch.no_grad()
@@ -108,6 +108,11 @@ class AdapterBank:
     """E adapters of one weight (N, K), each with its gain, which is computed once: in `of`.
 
     lora_A (E * R, K), lora_B (E, N, R), gain (E, N), scaling (E,); R is the largest rank, smaller ones end in zeros.
+    gain and scaling are float32, float64 over a float64 weight. Raises ValueError, naming the field, unless they fit
+    each other; made contiguous, as the kernels read them.
+
+    The gains are those of the weight that `of` was given. A bank does not know which that was: one of another weight of
+    the same sizes, or of this one after it was written to, gives another layer's output.
     """
 
     lora_A: Tensor
@@ -115,17 +120,35 @@ class AdapterBank:
     gain: Tensor
     scaling: Tensor
 
+    def __post_init__(self) -> None:
+        check_bank(self.lora_A, self.lora_B, self.gain, self.scaling)
+        for name in ("lora_B", "gain", "scaling"):
+            object.__setattr__(self, name, getattr(self, name).contiguous())
+
+    def __setstate__(self, state: dict[str, Tensor]) -> None:
+        """For pickle and deepcopy, which go past __init__."""
+        self.__dict__.update(state)
+        self.__post_init__()
+
     @classmethod
     @torch.no_grad()
     def of(cls, weight: Tensor, adapters: Sequence[Adapter]) -> AdapterBank:
         """The bank of `adapters`, in their order. Raises ValueError unless each fits weight, and all share a dtype."""
-        adapters = [Adapter(*adapter) for adapter in adapters]
+        if not isinstance(weight, Tensor):
+            raise ValueError(f"AdapterBank.of: weight is {type(weight).__name__}; expected a torch.Tensor")
+        try:
+            adapters = [Adapter(*adapter) for adapter in adapters]
+        except (RuntimeError, TypeError) as error:  # nothing to go through, or not of four parts; of some tensors, too
+            raise ValueError(
+                f"AdapterBank.of: adapters is {type(adapters).__name__}; expected a list of (lora_A, lora_B, magnitude "
+                f"or None, scaling): {error}"
+            ) from error
         if not adapters:
             raise ValueError("AdapterBank.of: adapters is empty; expected at least one")
-        gains = []
+        gains, scalings = [], []
         accumulate = accumulate_dtype(weight.dtype)
         for e, (lora_A, lora_B, magnitude, scaling) in enumerate(adapters):
-            check_adapter(f"AdapterBank.of: adapter {e}", weight, lora_A, lora_B, scaling)
+            scalings.append(check_adapter(f"AdapterBank.of: adapter {e}", weight, lora_A, lora_B, scaling))
             if lora_A.dtype != adapters[0].lora_A.dtype:
                 raise ValueError(
                     f"AdapterBank.of: adapter {e} is {lora_A.dtype} but adapter 0 is {adapters[0].lora_A.dtype}; "
@@ -141,7 +164,7 @@ class AdapterBank:
             torch.cat([F.pad(lora_A, (0, 0, 0, R - len(lora_A))) for lora_A, *_ in adapters]),
             torch.stack([F.pad(lora_B, (0, R - lora_B.shape[1])) for _, lora_B, *_ in adapters]),
             torch.stack(gains),
-            torch.tensor([adapter.scaling for adapter in adapters], dtype=accumulate, device=weight.device),
+            torch.tensor(scalings, dtype=accumulate, device=weight.device),
         )
 
     def __len__(self) -> int:
@@ -162,19 +185,30 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
 
     Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit, and where a gradient is wanted.
     """
-    N = weight.shape[0]
     if not isinstance(bank, AdapterBank):
         raise ValueError(f"bank_linear: bank is {type(bank).__name__}; expected an AdapterBank")
+    if not isinstance(weight, Tensor):
+        raise ValueError(f"bank_linear: weight is {type(weight).__name__}; expected a torch.Tensor")
     lora_A, lora_B = bank.lora_A, bank.lora_B
+    check_bank(lora_A, lora_B, bank.gain, bank.scaling)  # again: what a tensor holds may have been changed since
     R = lora_B.shape[2]
     check_adapter("bank_linear", weight, lora_A[:R], lora_B[0], 1.0)
     check_call("bank_linear", x, weight, bank.gain[0], bias, None, None)
+    N = weight.shape[0]
+    if bank.gain.dtype != accumulate_dtype(weight.dtype):
+        raise ValueError(
+            f"bank_linear: bank.gain is {bank.gain.dtype} but weight is {weight.dtype}; "
+            f"expected {accumulate_dtype(weight.dtype)}"
+        )
     if x.dtype != weight.dtype and not ops.is_autocast(x.device.type):
         raise ValueError(f"bank_linear: x is {x.dtype} but weight is {weight.dtype}; expected one dtype")
     if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, lora_A, lora_B, bias)
+        tensor is not None and tensor.requires_grad for tensor in (x, lora_A, lora_B, bank.gain, bank.scaling, bias)
     ):
         raise ValueError("bank_linear: a gradient is wanted; expected torch.no_grad(): it is forward only")
+    if not isinstance(index, Tensor) or index.layout is not torch.strided or index.is_nested:
+        what = index.layout if isinstance(index, Tensor) else type(index).__name__
+        raise ValueError(f"bank_linear: index is {what}; expected a dense torch.Tensor of integers")
     shapes = {x.shape[:-1]: None, x.shape[: min(1, x.dim() - 1)]: None}  # x (K,) is one row: an index ()
     if index.dtype not in (torch.int32, torch.int64) or index.shape not in shapes:
         raise ValueError(
@@ -193,7 +227,7 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
         bank.gain,
         bank.scaling,
         bias,
-        index.reshape(-1).to(torch.int64),
+        index.reshape(-1).to(torch.int64).contiguous(),  # of a column of a table, say: the kernel has no stride of it
         launch.current_options().backend,
     )
     return y.view(*x.shape[:-1], N)

@@ -13,6 +13,7 @@ from dora_kernels import launch, ops
 from dora_kernels.functional import operand_dtypes
 from dora_kernels.quant import Weight, parts
 from dora_kernels.reuse import store
+from dora_kernels.validate import check_adapter, check_row
 
 
 class Operands(NamedTuple):
@@ -93,6 +94,8 @@ class Scope:
             operands = layer.adapter_operands()
             if operands is None or not isinstance(operands.weight, Tensor) or operands.weight.device != x.device:
                 continue
+            if not _fit(operands):
+                continue  # the layer's own call says why: nobody has looked at what another layer is made of
             tensors, (base_dtype, dtype) = operands[:4], operand_dtypes(x, operands.lora_A)
             shareable = all(tensor.is_contiguous() for tensor in tensors) and operands.weight.dtype == base_dtype
             if not shareable or not store.can_keep(tensors, x.device):
@@ -113,6 +116,16 @@ class Scope:
                 layer, operands, fingerprint = member
                 store.keep(layer, IN_SCOPE, store.Kept.of(operands[:4], fingerprint, norm, gain), drops)
         return True
+
+
+def _fit(operands: Operands) -> bool:
+    """Whether the parts of a layer fit each other: the kernels read as far as the weight's sizes say."""
+    try:
+        check_adapter("frozen_adapters", *operands[:3], operands.scaling)
+        check_row("frozen_adapters", "magnitude", operands.magnitude, operands.weight)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
