@@ -7,7 +7,7 @@ import torch
 
 from dora_kernels import configs, launch, reference
 from dora_kernels.configs import Config
-from dora_kernels.quant import QuantizedWeight
+from tests.packed import quantized
 from tests.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
@@ -60,15 +60,13 @@ def test_what_a_norm_loads_ahead():
     def stages(weight):
         return kernels.quant.weight_stages(weight, Config(num_stages=3))
 
-    def stored(weight_format, *numbers):
-        return QuantizedWeight(
-            weight_format, (32, 96), torch.bfloat16, (torch.empty(32, 96, dtype=torch.int8),), numbers
-        )
+    def stored(kind):
+        return quantized(kind, 32, 96, torch.bfloat16)
 
     dense = torch.empty(32, 96)
-    assert stages(dense) == stages(stored("row8")) == stages(stored("nf4_torchao", 64, 256)) == 3
+    assert stages(dense) == stages(stored("int8")) == stages(stored("nf4_torchao")) == 3
     assert stages(dense.T) is stages(dense[:, :90].contiguous()) is None
-    assert stages(stored("codebook4", 64, 0)) is stages(stored("hqq4", 64, 1)) is None
+    assert stages(stored("codebook4")) is stages(stored("hqq4 axis 1")) is None
 
 
 @pytest.mark.parametrize("subtract_weight", (False, True))
