@@ -93,6 +93,8 @@ def spoilt(draw: random.Random, name: str, value: object) -> object:
         return tuple(parts)
     if isinstance(value, torch.dtype):
         return draw.choice((*DTYPES, torch.complex64, "float32", 32))
+    if name == "device":  # one that torch knows and the machine has not is torch's to refuse
+        return draw.choice(("cpu", "meta", "nowhere", "cpu:x", 2.5, [], torch.float32))
     if isinstance(value, (bool, str)) or value is None:
         return draw.choice((None, "no", "hqq4", "cpu", 1, True, [], torch.tensor(True)))
     if isinstance(value, (int, float)):

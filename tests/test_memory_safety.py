@@ -503,7 +503,7 @@ def test_all_layers_without_elements():
 
 @ON_CPU
 def test_wrong_parts_end_in_a_value_error():
-    assert "ok: " in in_a_process("tests.fuzz_containers", 0, 400)
+    assert "ok: " in in_a_process("tests.fuzz_containers", 0, 300)
 
 
 @ON_CPU
