@@ -143,6 +143,8 @@ def _hqq(layer: Any) -> QuantizedWeight:
     if meta.get("quant_zero") or meta.get("quant_scale") or "zero" not in meta or "scale" not in meta:
         raise ValueError("read: the HQQ layer has quantised scales or zeros; expected plain ones")
     packed, scale, zero = (_differentiable(tensor) for tensor in (layer.W_q, meta["scale"], meta["zero"]))
+    # of a layer that was quantised where gradients were on
+    scale, zero = (tensor.detach() if tensor.requires_grad else tensor for tensor in (scale, zero))
     compute_dtype = meta.get("compute_dtype", torch.float16)
     dtype = torch.promote_types(torch.promote_types(compute_dtype, scale.dtype), zero.dtype)
     tensors = (_bytes(packed), scale.flatten(), zero.flatten())
