@@ -248,11 +248,12 @@ def test_other_libraries_weights_whose_parts_do_not_fit():
     layer.weight.scale = layer.weight.scale.T  # (1, N): a scale for each column, of a square weight as many as rows
     with pytest.raises(ValueError, match="scales"):
         quant.read(layer)
-    nf4 = pytest.importorskip("torchao.dtypes.nf4tensor") if hasattr(torchao, "nf4") else None
-    if nf4 is not None:
-        weight = nf4.to_nf4(torch.randn(64, 256))
-        weight.quantized_scalers = weight.quantized_scalers[:2]
-        with pytest.raises(ValueError, match="scalers has shape"):
+    nf4 = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    for part, message in (("quantized_scalers", "scalers has shape"), ("quantization_factor", "factor has shape")):
+        weight = nf4.to_nf4(torch.randn(64, 256, requires_grad=True))
+        assert quant.read(weight).shape == (64, 256)
+        setattr(weight, part, getattr(weight, part)[:0])
+        with pytest.raises(ValueError, match=message):
             quant.read(weight)
     quantize = pytest.importorskip("hqq.core.quantize")
     settings = quantize.BaseQuantizeConfig(nbits=4, group_size=8, axis=1)
