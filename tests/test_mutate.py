@@ -1,7 +1,6 @@
 """The mutation check itself, on a toy: what it changes, what it calls killed, and when it is not content."""
 
 import ast
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+import mutate  # noqa: E402
+from mutation import subjects  # noqa: E402
+from mutation.changes import Finder  # noqa: E402
+from mutation.excluded import EXCLUDED, Excluded  # noqa: E402
+from mutation.running import Copy, those_that_run  # noqa: E402
+
 TOY = '''\
 """A toy; the 1 in a docstring stays."""
 
@@ -45,15 +52,6 @@ def test_down():
 """
 
 
-@pytest.fixture(scope="module")
-def mutate():
-    spec = importlib.util.spec_from_file_location("mutate_under_test", ROOT / "tools" / "mutate.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def toy(tmp_path):
     """The root of a checkout with one file and one test."""
@@ -66,16 +64,21 @@ def toy(tmp_path):
 SUBJECTS = {"dora_kernels/toy.py": ("tests/test_toy.py",)}
 
 
-def run(mutate, root, *arguments, excluded=()):
+def all_of_them(*arguments):
+    """In place of Copy.lines: one test, that runs in a process of its own."""
+    return {"tests/test_toy.py::test": (1.0, {})}
+
+
+def run(root, *arguments, excluded=()):
     """(exit status, report) of the tool on the toy."""
     path = root / "report.json"
-    status = mutate.main([*arguments, "--json", str(path)], root, SUBJECTS, excluded, patience=1)
+    status = mutate.main([*arguments, "--json", str(path)], root, SUBJECTS, excluded, patience=6)
     return status, json.loads(path.read_text())
 
 
-def test_what_is_changed(mutate):
+def test_what_is_changed():
     source = TOY.encode()
-    found = mutate.Finder("toy.py", source).found
+    found = Finder("toy.py", source).found
     assert [(mutant.function, mutant.change) for mutant in found] == [
         ("", "64 -> 65"),
         ("add", "0 -> 1"),
@@ -108,15 +111,16 @@ def test_what_is_changed(mutate):
         ("max(a, 1)", ["max(a, 1) -> min(a, 1)", "1 -> 0"]),
         ("tl.minimum(a, b)", ["tl.minimum(a, b) -> tl.maximum(a, b)"]),
         ("x.to(d).T", ["x.to(d) -> x"]),
+        ("zip(a, strict=True)", []),
         ("a if b else c", ["b -> (not b)"]),
         ("f(flag=True, scale=-1.0)", ["True -> False", "-1.0 -> (1.0)", "1.0 -> 0.0"]),
         ("0 + 0", ["0 + 0 -> (0 - 0)", "0 -> 1", "0 -> 1 (2)"]),
         ("'é' + x", ["'é' + x -> ('é' - x)"]),
     ),
 )  # fmt: skip
-def test_each_kind_of_change(expression, changes, mutate):
+def test_each_kind_of_change(expression, changes):
     source = f"é = {expression}\n".encode()  # ast counts bytes
-    found = mutate.Finder("toy.py", source).found
+    found = Finder("toy.py", source).found
     assert [mutant.change for mutant in found] == changes
     assert {mutant.apply(source).decode() for mutant in found}.isdisjoint({source.decode()})
     for mutant in found:
@@ -128,19 +132,19 @@ TRIED = ("a + b", "2 -> 3", "n -= 1")
 
 
 @pytest.fixture
-def few(mutate):
+def few():
     """Excludes the other mutants of the toy."""
-    found = mutate.Finder("dora_kernels/toy.py", TOY.encode()).found
+    found = Finder("dora_kernels/toy.py", TOY.encode()).found
     others = [mutant for mutant in found if not mutant.change.startswith(TRIED)]
-    return [mutate.Excluded(other.path, other.function, "", (other.change,), "only speed") for other in others]
+    return [Excluded(other.path, other.function, "", (other.change,), "only speed") for other in others]
 
 
-def test_killed_survived_and_excluded(mutate, toy, few, capsys):
+def test_killed_survived_and_excluded(toy, few, capsys):
     before = {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()}
-    status, report = run(mutate, toy, excluded=few)
-    outcome = [(row["original"], row["status"], row["by"]) for row in report["rows"]]
-    killed = ("a + b", "killed", "tests/test_toy.py::test_add")
-    assert outcome == [killed, ("2", "survived", None), ("n -= 1", "timeout", None)]
+    status, report = run(toy, excluded=few)
+    outcome = [(row["original"], row["status"], row["tests"], row["by"]) for row in report["rows"]]
+    killed = ("a + b", "killed", 1, "tests/test_toy.py::test_add")
+    assert outcome == [killed, ("2", "survived", 0, None), ("n -= 1", "timeout", 1, None)]
     assert len(report["excluded"]) == 9 and all(line.endswith(": only speed") for line in report["excluded"])
     assert status == 1 and report["rate"] == pytest.approx(2 / 3)
     assert "2 of 3 killed (66.7%; 1 by the time limit)" in capsys.readouterr().out
@@ -148,25 +152,25 @@ def test_killed_survived_and_excluded(mutate, toy, few, capsys):
 
 
 @pytest.mark.parametrize(("killed", "expected"), ((95, 0), (94, 1)))
-def test_95_of_100_are_enough(killed, expected, mutate, toy, monkeypatch):
+def test_95_of_100_are_enough(killed, expected, toy, monkeypatch):
     (toy / "dora_kernels" / "toy.py").write_text("".join(f"x = {number}\n" for number in range(2, 102)))
-    states = iter(["passed"] + ["failed"] * killed + ["passed"] * (100 - killed))
-    monkeypatch.setattr(mutate.Copy, "run", lambda *arguments: (next(states), 1.0, ""))
-    assert run(mutate, toy)[0] == expected
+    states = iter(["failed"] * killed + ["passed"] * (100 - killed))
+    monkeypatch.setattr(Copy, "lines", all_of_them)
+    monkeypatch.setattr(Copy, "run", lambda *arguments: (next(states), 1.0, ""))
+    assert run(toy)[0] == expected
 
 
-def test_a_drawn_sample_is_the_same_for_the_same_seed(mutate, toy, monkeypatch):
-    monkeypatch.setattr(mutate.Copy, "run", lambda *arguments: ("passed", 1.0, ""))
-    drawn = [
-        [row["start"] for row in run(mutate, toy, "--sample", "4", "--seed", seed)[1]["rows"]]
-        for seed in ("1", "1", "5")
-    ]
+def test_a_drawn_sample_is_the_same_for_the_same_seed(toy, monkeypatch):
+    monkeypatch.setattr(Copy, "lines", all_of_them)
+    monkeypatch.setattr(Copy, "run", lambda *arguments: ("passed", 1.0, ""))
+    drawn = [[row["start"] for row in run(toy, "--sample", "4", "--seed", seed)[1]["rows"]] for seed in ("1", "1", "5")]
     assert len(set(drawn[0])) == 4 and drawn[0] == drawn[1] != drawn[2]
 
 
-def test_out_of_time_and_a_list_run_nothing(mutate, toy, capsys, monkeypatch):
-    monkeypatch.setattr(mutate.Copy, "run", lambda *arguments: ("passed", 1.0, ""))
-    _, report = run(mutate, toy, "--seconds", "0", "--sample", "3")
+def test_out_of_time_and_a_list_run_nothing(toy, capsys, monkeypatch):
+    monkeypatch.setattr(Copy, "lines", all_of_them)
+    monkeypatch.setattr(Copy, "run", lambda *arguments: ("passed", 1.0, ""))
+    _, report = run(toy, "--seconds", "0", "--sample", "3")
     assert report["rows"] == [] and report["left_out"] == 3
     assert mutate.main(["--list", "--only", "(scale)"], toy, SUBJECTS, ()) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -174,15 +178,37 @@ def test_out_of_time_and_a_list_run_nothing(mutate, toy, capsys, monkeypatch):
     assert lines[-1].strip() == "dora_kernels/toy.py:13 (scale)  x - by -> (x + by)"
 
 
-def test_tests_that_fail_anyway_say_nothing_about_mutants(mutate, toy, capsys):
+def test_tests_that_fail_anyway_say_nothing_about_mutants(toy, capsys):
     (toy / "tests" / "test_toy.py").write_text("def test(): assert False\n")
     assert mutate.main(["--sample", "1"], toy, SUBJECTS, ()) == 2
     assert "the tests fail without a mutant" in capsys.readouterr().err
 
 
-def test_every_exclusion_still_excludes_something(mutate):
-    found = [mutant for path in mutate.SUBJECTS for mutant in mutate.Finder(path, (ROOT / path).read_bytes()).found]
+def test_every_exclusion_still_excludes_something():
+    found = [mutant for path in subjects.SUBJECTS for mutant in Finder(path, (ROOT / path).read_bytes()).found]
     assert len(found) > 500
-    for row in mutate.EXCLUDED:
+    for row in EXCLUDED:
         assert row.reason and any(row.covers(mutant) for mutant in found), row
-    assert all((ROOT / test.partition("::")[0]).exists() for tests in mutate.SUBJECTS.values() for test in tests)
+    assert all((ROOT / test.partition("::")[0]).exists() for tests in subjects.SUBJECTS.values() for test in tests)
+
+
+def test_which_tests_try_a_mutant(toy):
+    path = "dora_kernels/toy.py"
+    plus, constant = (
+        next(mutant for mutant in Finder(path, TOY.encode()).found if mutant.change.startswith(change))
+        for change in ("a + b", "64")
+    )
+    lines = {
+        "tests/test_a.py::slow": (9.0, {path: [7, 9]}),
+        "tests/test_a.py::raises": (1.0, {path: [7, 8]}),
+        "tests/test_a.py::quick": (2.0, {path: [7, 9]}),
+        "tests/test_a.py::process": (3.0, {}),
+        "tests/test_b.py::cheap[1]": (4.0, {path: [9]}),
+        "tests/test_c.py::compiles[1]": (5.0, {"dora_kernels/other.py": [9]}),
+        "tests/test_c.py::other": (5.0, {path: [9]}),
+    }
+    mapped = ("tests/test_a.py", "tests/test_b.py", "tests/test_c.py::compiles")
+    named = [name.partition("::")[2] for name in those_that_run(plus, mapped, lines)]
+    assert named == ["cheap[1]", "quick", "slow", "process", "compiles[1]"]
+    # a line of the top level is in every test
+    assert len(those_that_run(constant, mapped, lines)) == 6

@@ -1,0 +1,106 @@
+"""The mutants that no test can or should kill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mutation.changes import Mutant
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Mutants that no test can or should kill: in a function of a file ("" is the top level), on a line that holds
+    `source`, whose change is one of `changes`, or whose original or (with an arrow) change begins with one.
+    """
+
+    path: str
+    function: str
+    source: str
+    changes: tuple[str, ...]
+    reason: str
+
+    def covers(self, mutant: Mutant) -> bool:
+        """Whether it is this row that excludes a mutant."""
+        same = (self.path, self.function) == (mutant.path, mutant.function) and self.source in mutant.source
+        return same and (mutant.change in self.changes or mutant.original.startswith(self.changes))
+
+
+_BACKWARD, _COMMON, _FORWARD, _NORM, _WEIGHT = (
+    f"dora_kernels/kernels/{name}.py" for name in ("backward", "common", "forward", "norm", "weight")
+)
+_FUNCTIONAL, _REFERENCE = "dora_kernels/functional.py", "dora_kernels/reference.py"
+_MASKED = "what is loaded outside the mask is not stored, and not summed over"
+_NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
+_NO_TENSOR = "strides, a rank or a scaling of a tensor that is not there"
+_INT64 = "the other operand is int64 already; each of the two alone is enough"
+_CAST = "Triton promotes, and casts to what it stores to, by itself"
+_AUTOGRAD = "autograd casts a gradient to the dtype of what it is the gradient of, by itself"
+_TILES = "which of two tables of tiles, or a loop of one step: speed"
+_SPLITS = "into how many parts a sum is split: speed, and the order of the sum"
+_SPEED = "which of two ways to the same numbers: speed"
+_NO_STATISTICS = "a batch norm that takes no statistics leaves them and their momentum alone"
+_BETA = "beta times zeros"
+EXCLUDED = (
+    Excluded(_BACKWARD, "_token_sums_kernel", "tl.load(gain_ptr", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_FORWARD, "_project_kernel", "tl.load(scale_ptr", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_FORWARD, "_finish_project_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_FORWARD, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_NORM, "_finish_norm_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_WEIGHT, "_merge_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
+    Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
+    Excluded(_REFERENCE, "gain_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
+    Excluded(_REFERENCE, "token_sums_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
+    Excluded(_BACKWARD, "token_sums", "is None else", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
+    Excluded(_FORWARD, "epilogue", "(0, 0) if", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
+    Excluded(_FORWARD, "epilogue", "0 if bias is None else", ("0 -> 1",), _NO_TENSOR),
+    Excluded(_NORM, "norm", "0 if magnitude is None else", ("0 -> 1",), _NO_TENSOR),
+    Excluded(_WEIGHT, "merge", "(0, 0) if", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
+    Excluded(_WEIGHT, "merge", "R = 0 if lora_A is None else", ("0 -> 1",), _NO_TENSOR),
+    Excluded(_WEIGHT, "dense", "None, None, None, 0.0", ("0.0",), _NO_TENSOR),
+    Excluded(_BACKWARD, "_token_sums_kernel", "split = tl.", ("tl.program_id(2).to",), _INT64),
+    Excluded(_BACKWARD, "_token_sums_kernel", "offs_m = m +", ("tl.arange(0, BLOCK_M).to",), _INT64),
+    Excluded(_FORWARD, "_project_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
+    Excluded(_FORWARD, "_project_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_NORM, "_norm_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
+    Excluded(_WEIGHT, "direction_tile", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_WEIGHT, "_merge_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_WEIGHT, "_merge_kernel", "k = tl.", ("tl.program_id(1).to(tl.int64) -> tl.program_id(1)",), _INT64),
+    Excluded(_BACKWARD, "_token_sums_kernel", "dot +=", ("columns.to(ACC_DTYPE) -> columns",), _CAST),
+    Excluded(_BACKWARD, "_token_sums_kernel", "dot +=", ("kept.to(ACC_DTYPE) -> kept",), _CAST),
+    Excluded(_BACKWARD, "_token_sums_kernel", "scaled = gain", ("columns.to(ACC_DTYPE) -> columns",), _CAST),
+    Excluded(_BACKWARD, "_token_sums_kernel", "tl.store(", ("scaled.to(",), _CAST),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "low_rank_dot +=", ("lora_B.to(ACC_DTYPE) -> lora_B",), _CAST),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "tl.store(", ("(scaling * outer).to(",), _CAST),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "tl.store(", ("dmagnitude.to(", "total.to("), _CAST),
+    Excluded(_FORWARD, "_project_kernel", "factor = scale", ("factor.to(ACC_DTYPE) -> factor",), _CAST),
+    Excluded(_FORWARD, "_project_kernel", "tl.store(", ("acc.to(",), _CAST),
+    Excluded(_FORWARD, "_finish_project_kernel", "tl.store(", ("acc.to(",), _CAST),
+    Excluded(_FORWARD, "_epilogue_kernel", "y += tl.load(bias_ptr", ("tl.load(",), _CAST),
+    Excluded(_FORWARD, "_epilogue_kernel", "y += residual", ("residual.to(ACC_DTYPE) -> residual",), _CAST),
+    Excluded(_FORWARD, "_epilogue_kernel", "tl.store(", ("y.to(",), _CAST),
+    Excluded(_WEIGHT, "direction_tile", "w = weight_tile(", ("weight_tile(",), _CAST),
+    Excluded(_WEIGHT, "_merge_kernel", "tl.store(", ("merged.to(",), _CAST),
+    Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.x_dtype)", ("dx.view(",), _AUTOGRAD),
+    Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.view(",), _AUTOGRAD),
+    Excluded(_FORWARD, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
+    Excluded(_COMMON, "Launch.threads", "return", ("config.num_warps *", "self.facts", "64 ->", "32 ->"), _SPLITS),
+    Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_NORM, "norm", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_WEIGHT, "merge", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_BACKWARD, "_partial_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),
+    Excluded(_REFERENCE, "", "_BLOCK_BYTES_ELSEWHERE =", ("256",), "how large a block of rows is: memory"),
+    Excluded(
+        _REFERENCE,
+        "_scale_columns",
+        "if matrix.device.type",
+        ("matrix.device.type == \"cpu\" -> (matrix.device.type != 'cpu')",),
+        _SPEED,
+    ),
+    Excluded(_REFERENCE, "_column_sums", "if half and", ('columns.device.type == "cpu"',), _SPEED),
+    Excluded(_REFERENCE, "_column_sums", "wanted = [False", ("False",), "makes a gradient that is not used: speed"),
+    Excluded(_REFERENCE, "_scale_columns", "statistics =", ("0 -> 1", "0 -> 1 (2)"), _NO_STATISTICS),
+    Excluded(_REFERENCE, "_scale_columns", "torch.native_batch_norm(", ("0.0 -> 1.0",), _NO_STATISTICS),
+    Excluded(_REFERENCE, "product_onto_low_rank", "beta=0", ("0 -> 1",), _BETA),
+)
