@@ -116,6 +116,19 @@ def test_the_norm_from_its_terms_where_the_update_cancels_the_weight():
     assert not compare("expanded", square.clamp_min(0).sqrt(), direct, exact).ok
 
 
+@pytest.mark.parametrize("with_terms", (False, True))
+def test_the_norm_is_a_constant_unless_its_gradient_is_asked_for(with_terms):
+    problem = inputs(1, 19, 18, 7)
+    tensors = [problem[name] for name in ("weight", "vera_A", "vera_B", "lambda_d", "lambda_b")]
+    tensors[3].requires_grad_()
+    terms = norm_terms(*tensors[:2]) if with_terms else None
+    for norm_grad in (False, True):
+        assert dvora_norm(*tensors, terms=terms, norm_grad=norm_grad).requires_grad == norm_grad
+        with torch.no_grad():
+            assert not dvora_norm(*tensors, terms=terms, norm_grad=norm_grad).requires_grad
+    assert not dvora_norm(*tensors, terms=terms).requires_grad
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="float64 kernels run in the interpreter only")
 @pytest.mark.parametrize("with_terms", (False, True))
 def test_gradcheck_on_the_kernel_code(with_terms):

@@ -1,5 +1,6 @@
 """dora_linear and its gradients against float64, in every dtype, both ways, on both backends."""
 
+import dataclasses
 import gc
 import math
 import weakref
@@ -367,6 +368,44 @@ def test_autocast(weight_dtype, half, backend):
         assert error < 3 * torch.finfo(half).eps / 2, name
 
 
+def of_weight_norm(problem):
+    leaves = [tensor.detach().requires_grad_() for tensor in (problem.lora_A, problem.lora_B)]
+    norm = dora_kernels.weight_norm(problem.weight, *leaves, problem.scaling, norm_grad=True)
+    return norm.detach(), *torch.autograd.grad(norm, leaves, problem.magnitude)
+
+
+def of_merge_weight(problem):
+    names = ("weight", "lora_A", "lora_B", "magnitude", "scaling")
+    return (dora_kernels.merge_weight(*(getattr(problem, name) for name in names)),)
+
+
+def of_dora_linear(problem):
+    return tuple(problem.run(core).values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("function", "dropout", "names"),
+    (
+        (of_weight_norm, 0.0, ("lora_A", "lora_B")),
+        (of_merge_weight, 0.0, ("lora_A", "lora_B")),
+        (of_dora_linear, 0.0, ("x", "weight", "lora_A", "lora_B", "bias")),
+        (of_dora_linear, 0.4, ("x", "x_dropped", "weight", "lora_A", "lora_B", "bias")),
+    ),
+    ids=("weight_norm", "merge_weight", "dora_linear", "dropout"),
+)
+def test_autocast_takes_of_each_operand_what_its_dtype_holds(function, dropout, names, backend):
+    """The same bits for operands that were rounded before: none enters wider than the others."""
+    torch.manual_seed(0)
+    problem = Problem.random(17, 40, 36, 6, torch.float32, dropout=dropout)
+    rounded = dataclasses.replace(problem, **{name: getattr(problem, name).bfloat16().float() for name in names})
+    with torch.autocast(DEVICE, dtype=torch.bfloat16), launch.options(backend=backend):
+        results = [function(either) for either in (problem, rounded)]
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*results, strict=True))
+    wide = function(problem)
+    assert not any(torch.equal(actual.float(), other) for actual, other in zip(results[0], wide, strict=True))
+
+
 def test_backward_inside_autocast():
     problem = Problem.random(17, 40, 36, 6, torch.float32)
     expected = problem.ours("auto")
@@ -419,6 +458,8 @@ class TestErrors:
             ({"x": torch.zeros(5, 6, dtype=torch.int64)}, r"x is torch.int64; expected one of float64"),
             ({"x": torch.zeros(5, 6, dtype=torch.bfloat16)}, r"x is torch.bfloat16 but weight is torch.float32"),
             ({"x": [[1.0] * 6]}, r"x is list; expected a torch.Tensor"),
+            ({"x": torch.zeros(5, 6).to_sparse()}, r"x is torch.sparse_coo; expected a dense tensor"),
+            ({"x": torch.nested.nested_tensor([torch.zeros(2, 6)])}, r"x is nested; expected a dense tensor"),
             ({"x": torch.zeros(5, 6, device="meta")}, r"x is on meta but weight is on cpu; expected one device"),
             ({"weight": torch.zeros(8)}, r"weight has shape \(8,\); expected 2 dimensions"),
             ({"weight": torch.zeros(8, 6, requires_grad=True)}, r"weight.requires_grad is True; expected False"),

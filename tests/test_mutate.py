@@ -189,6 +189,7 @@ def test_every_exclusion_still_excludes_something():
     assert len(found) > 500
     for row in EXCLUDED:
         assert row.reason and any(row.covers(mutant) for mutant in found), row
+    assert len(set(EXCLUDED)) == len(EXCLUDED)
     assert all((ROOT / test.partition("::")[0]).exists() for tests in subjects.SUBJECTS.values() for test in tests)
 
 
@@ -212,3 +213,12 @@ def test_which_tests_try_a_mutant(toy):
     assert named == ["cheap[1]", "quick", "slow", "process", "compiles[1]"]
     # a line of the top level is in every test
     assert len(those_that_run(constant, mapped, lines)) == 6
+
+
+def test_every_file_is_mutated_or_it_says_why_not():
+    reasons = subjects.NOT_MUTATED
+    for path in (ROOT / "dora_kernels").rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        left_out = any(name == prefix or prefix.endswith("/") and name.startswith(prefix) for prefix in reasons)
+        assert (name in subjects.SUBJECTS) != left_out, name
+    assert all((ROOT / name).exists() for name in (*reasons, *subjects.SUBJECTS))

@@ -124,6 +124,11 @@ def test_a_zero_row_has_no_gradient_through_the_norm(backend):
     assert norm[4] == 0 and not dB[4].any()
 
 
+def test_one_token_without_a_dimension_for_it():
+    base, low, lora_B, gain = torch.randn(12), torch.randn(3), torch.randn(12, 3), torch.rand(12)
+    torch.testing.assert_close(rescale(base, low, lora_B, gain, 0.5), gain * (base + 0.5 * lora_B @ low))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens(backend):
     problem = Problem.random(0, 12, 10, 3)
@@ -156,6 +161,8 @@ def test_opcheck(dtypes, backend):
         ({"base": torch.zeros(3, 5)}, r"rescale: base has shape \(3, 5\) but lora_B has shape \(4, 2\); expected base"),
         ({"low": torch.zeros(3, 5)}, r"rescale: low has shape \(3, 5\) but lora_B has shape \(4, 2\); expected low"),
         ({"low": torch.zeros(2, 2)}, r"rescale: low has shape \(2, 2\) but base has shape \(3, 4\); expected the same"),
+        ({"base": torch.zeros(2, 3, 4), "low": torch.zeros(2, 5, 2)}, r"low has shape \(2, 5, 2\) but base has shape"),
+        ({"base": torch.zeros(())}, r"rescale: base has shape \(\) but lora_B has shape"),
         ({"gain": torch.ones(3)}, r"rescale: gain has shape \(3,\) but lora_B .* expected gain \(N,\) with N = 4"),
         ({"bias": torch.ones(4, 1)}, r"rescale: bias has shape \(4, 1\)"),
         ({"residual": torch.zeros(1, 4)}, r"rescale: residual is torch.float32 of shape \(1, 4\) but base is"),

@@ -1,6 +1,7 @@
 """Several adapters in one batch against a loop over them, and whole models merged against themselves unmerged."""
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,6 +104,43 @@ def test_one_row_and_a_bias_that_requires_grad():
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_takes_of_each_operand_what_its_dtype_holds(backend):
+    """Of x, the weight and the adapters; the bank has been made outside, as a server makes it."""
+    problem, adapters = bank_of(8, 40, 36)
+    index = torch.tensor([0, 1, 2, -1, 0, 1, 2, 2], device=DEVICE)
+    bank = AdapterBank.of(problem.weight, adapters)
+    rounded = [problem.x, problem.weight, bank.lora_A, bank.lora_B]
+    rounded = [tensor.bfloat16().float() for tensor in rounded]
+    with launch.options(backend=backend), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        actual = bank_linear(problem.x, problem.weight, bank, index, problem.bias)
+        narrow = replace(bank, lora_A=rounded[2], lora_B=rounded[3])
+        assert torch.equal(actual, bank_linear(*rounded[:2], narrow, index, problem.bias))
+        half = bank_linear(problem.x.bfloat16(), problem.weight, bank, index, problem.bias)
+    assert actual.dtype == torch.bfloat16 and torch.equal(actual, half)
+    exact = bank_linear(problem.x, problem.weight, bank, index, problem.bias)
+    torch.testing.assert_close(actual.float(), exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+
+
+def test_a_bank_of_one():
+    problem, adapters = bank_of(4, 40, 36)
+    index = torch.tensor([0, -1, 0, -1], device=DEVICE)
+    bank = AdapterBank.of(problem.weight, adapters[:1])
+    expected = loop(problem.x, problem.weight, adapters, index, None)
+    torch.testing.assert_close(bank_linear(problem.x, problem.weight, bank, index), expected)
+
+
+def test_a_gradient_is_refused_whatever_it_is_wanted_of():
+    problem, adapters = bank_of(4, 40, 36)
+    bank, index = AdapterBank.of(problem.weight, adapters), torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    for name in ("lora_A", "lora_B"):
+        wanted = replace(bank, **{name: getattr(bank, name).clone().requires_grad_()})
+        with pytest.raises(ValueError, match="bank_linear: a gradient is wanted"):
+            bank_linear(problem.x, problem.weight, wanted, index)
+        with torch.no_grad():
+            bank_linear(problem.x, problem.weight, wanted, index)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_no_rows(backend):
     problem, adapters = bank_of(3, 40, 36)
     with launch.options(backend=backend):
@@ -139,6 +177,7 @@ def test_opcheck(dtypes, backend):
             r"index is torch.int64 of shape \(7,\) but x has shape \(8, 36\)",
         ),
         ({"index": torch.zeros(8)}, "index is torch.float32"),
+        ({"index": torch.zeros(8, dtype=torch.int64, device="meta")}, "index is on meta but x is on cpu"),
         ({"x": torch.zeros(8, 35)}, r"x has shape \(8, 35\) but weight has shape \(40, 36\)"),
         ({"x": torch.zeros(8, 36).double()}, "x is torch.float64 but weight is torch.float32"),
         ({"x": torch.zeros(8, 36, requires_grad=True)}, "a gradient is wanted"),

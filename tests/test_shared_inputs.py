@@ -1,6 +1,7 @@
 """fuse_shared_inputs: the same function as without, by one product for siblings; the report, and the operators."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from tests.peft_problem import assert_as_good, enabled, exact_tensors, layers, t
 from tests.quantized_problem import FORMATS  # noqa: E402
 from tests.shared_problem import CLOSE, WIDTHS, Attention, attention, batch, net_of, pair, products, shared  # noqa: E402, F401
 
+ones = functools.partial(torch.ones, device=DEVICE)
 # weight and adapters, autocast, whether PEFT makes half-precision adapters float32
 PRECISIONS = {
     "fp32": (torch.float32, None, True),
@@ -211,13 +213,15 @@ class TestTheOperators:
     @pytest.mark.parametrize(
         "low, more, message",
         (
-            (torch.ones(5, 2), {}, r"low is torch.float32 \(5, 2\) on cpu; expected torch.float32 \(5, 3\)"),
-            (torch.ones(5, 3, dtype=torch.float64), {}, "low is torch.float64"),
-            (torch.ones(5, 3), {"norm_grad": True}, "low is given with x_dropped or norm_grad"),
+            (ones(5, 2), {}, r"low is torch.float32 \(5, 2\) on cpu; expected torch.float32 \(5, 3\)"),
+            (ones(5, 3, dtype=torch.float64), {}, "low is torch.float64"),
+            (ones(5, 3, device="meta"), {}, r"low is torch.float32 \(5, 3\) on meta; expected .* on cpu"),
+            (ones(5, 3), {"norm_grad": True}, "low is given with x_dropped or norm_grad"),
+            (ones(5, 3), {"x_dropped": ones(5, 10)}, "low is given with x_dropped or norm_grad"),
         ),
     )
     def test_a_low_that_does_not_fit(self, low, more, message):
         problem = Problem.random(5, 12, 10, 3, torch.float32)
         arguments = (problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 1.0)
         with pytest.raises(ValueError, match="dora_linear: " + message.replace(" on cpu", f" on {problem.x.device}")):
-            core(*arguments, low=low.to(DEVICE), **more)
+            core(*arguments, low=low, **more)

@@ -28,7 +28,7 @@ class Excluded:
 _BACKWARD, _COMMON, _FORWARD, _NORM, _WEIGHT = (
     f"dora_kernels/kernels/{name}.py" for name in ("backward", "common", "forward", "norm", "weight")
 )
-_FUNCTIONAL, _REFERENCE = "dora_kernels/functional.py", "dora_kernels/reference.py"
+_FUNCTIONAL, _REFERENCE, _SHARING = (f"dora_kernels/{name}.py" for name in ("functional", "reference", "sharing"))
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
 _NO_TENSOR = "strides, a rank or a scaling of a tensor that is not there"
@@ -40,6 +40,7 @@ _SPLITS = "into how many parts a sum is split: speed, and the order of the sum"
 _SPEED = "which of two ways to the same numbers: speed"
 _NO_STATISTICS = "a batch norm that takes no statistics leaves them and their momentum alone"
 _BETA = "beta times zeros"
+_NO_FEATURES = "layers without in features may share their lows or not: those are 0"
 EXCLUDED = (
     Excluded(_BACKWARD, "_token_sums_kernel", "tl.load(gain_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_BACKWARD, "_finish_sums_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
@@ -98,7 +99,10 @@ EXCLUDED = (
         ("matrix.device.type == \"cpu\" -> (matrix.device.type != 'cpu')",),
         _SPEED,
     ),
-    Excluded(_REFERENCE, "_column_sums", "if half and", ('columns.device.type == "cpu"',), _SPEED),
+    Excluded(_REFERENCE, "_column_sums", "if half and", ('columns.device.type == "cpu"', "0 -> 1 (2)"), _SPEED),
+    Excluded(_SHARING, "shared_low", "operand.shape[-1] == 0", ("operand.shape[-1]", "-1", "1", "0"), _NO_FEATURES),
+    Excluded(_SHARING, "_key", "cuda_stream if on_cuda", ("0 -> 1",), "any number, where there is no stream"),
+    Excluded(_SHARING, "_key", "stream_capturing", ("on_cuda and",), "nothing is captured where there is no GPU"),
     Excluded(_REFERENCE, "_column_sums", "wanted = [False", ("False",), "makes a gradient that is not used: speed"),
     Excluded(_REFERENCE, "_scale_columns", "statistics =", ("0 -> 1", "0 -> 1 (2)"), _NO_STATISTICS),
     Excluded(_REFERENCE, "_scale_columns", "torch.native_batch_norm(", ("0.0 -> 1.0",), _NO_STATISTICS),

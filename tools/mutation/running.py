@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
+
 from mutation import plugin, server
 from mutation.changes import Mutant
 
@@ -72,8 +74,11 @@ class Copy:
             if not ended:  # after Ctrl-C too
                 os.killpg(process, signal.SIGKILL)
             status = int(self.server.stdout.readline())
-        state = "timeout" if not ended else "passed" if status == 0 else "failed"
-        return state, time.monotonic() - start, "\n".join(output.read_text(errors="replace").splitlines()[-5:])
+        last = "\n".join(output.read_text(errors="replace").splitlines()[-5:])
+        if status in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
+            raise RuntimeError(last)  # says nothing about what is tested
+        passed = status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
+        return "passed" if passed else "failed" if ended else "timeout", time.monotonic() - start, last
 
     def lines(self, tests: Sequence[str], seconds: float = 3600) -> Lines:
         """What each of the tests runs. Raises RuntimeError, with pytest's last lines, unless they pass."""

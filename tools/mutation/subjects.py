@@ -1,7 +1,4 @@
-"""What is mutated, and the tests that must notice: what computes numbers, or refuses bad ones.
-
-Not plan.py, tuned/ and configs.py: they choose among ways that compute the same, and are held by tests of the choice.
-"""
+"""What is mutated, and the tests that must notice: what computes numbers, or refuses bad ones."""
 
 _KERNELS = (
     "tests/test_kernels.py",
@@ -76,4 +73,37 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/test_malformed.py",
         *_SERVING,
     ),
+}
+
+_CHOICE = "chooses among ways that compute the same: speed and memory, and tests of the choice itself"
+_LIBRARIES = (
+    "puts our calls under other libraries' layers: held by those libraries' own layers, too slow to run by the hundred"
+)
+_SHELL = "what a person runs and reads"
+# Files and folders of the package that are not mutated: every file is in one of the two tables
+NOT_MUTATED: dict[str, str] = {
+    "dora_kernels/__init__.py": "names",
+    "dora_kernels/__main__.py": _SHELL,
+    "dora_kernels/adapters/": _LIBRARIES,
+    "dora_kernels/analysis/": _SHELL,
+    "dora_kernels/checkpoints.py": _LIBRARIES,
+    "dora_kernels/cli.py": _SHELL,
+    "dora_kernels/configs.py": _CHOICE,
+    "dora_kernels/convert/": _LIBRARIES,
+    "dora_kernels/demo/": _SHELL,
+    "dora_kernels/dvora/__init__.py": "names",
+    "dora_kernels/dvora/module.py": "holds parameters for dvora/function.py",
+    "dora_kernels/interpreter.py": "of the tests: without it the kernels' own fail",
+    "dora_kernels/kernels/__init__.py": "names",
+    "dora_kernels/launch.py": _CHOICE,
+    "dora_kernels/mergeable.py": "holds parameters for functional.py",
+    "dora_kernels/modules.py": "holds parameters for functional.py",
+    "dora_kernels/parallel.py": "processes: too slow to run by the hundred",
+    "dora_kernels/plan.py": _CHOICE,
+    "dora_kernels/quant/__init__.py": "names",
+    "dora_kernels/quant/bitsandbytes_cpu.py": _LIBRARIES,
+    "dora_kernels/quant/readers.py": _LIBRARIES,
+    "dora_kernels/reuse/": "keeps what was computed: held by tests of when it must not, with other libraries' layers",
+    "dora_kernels/testing/": "of the tests",
+    "dora_kernels/trainer.py": _LIBRARIES,
 }
