@@ -143,14 +143,20 @@ def test_unmerge_refuses_a_row_that_float16_has_lost():
     assert layer.merged
 
 
-def test_unmerge_takes_a_row_that_was_subnormal_before():
+@pytest.mark.parametrize("gain", (1.5, 0.5, 0.4))
+def test_unmerge_takes_a_row_that_was_subnormal_before(gain):
+    """Unless a gain below a half has cost it more than a bit."""
     layer = DoraLinear(35, 21, 3, 5.0, device=DEVICE, dtype=torch.float16)
     with torch.no_grad():
         layer.weight[3] = 1e-5
         layer.reset_adapter()
-        layer.lora_magnitude_vector.mul_(1.5)
+        layer.lora_magnitude_vector.mul_(gain)
     before = layer.weight.clone()
     layer.merge()
+    if gain < 0.5:
+        with pytest.raises(ValueError, match=r"1 of 21 rows were merged with a gain too small for torch.float16"):
+            layer.unmerge()
+        return
     layer.unmerge()
     torch.testing.assert_close(layer.weight, before, rtol=0, atol=torch.finfo(torch.float16).eps)
     # a step of the subnormal numbers; a merged row is 5e-6 off

@@ -190,6 +190,33 @@ def test_an_outer_product_without_a_gain():
     close(reference.outer_product_ref(low, problem.dy, 0.75, EXACT_DTYPE), outer.T)
 
 
+def test_a_low_that_is_wider_than_the_columns_is_not_rounded_to_them():
+    problem = Problem.random(64, 40, 36, 6, torch.bfloat16, torch.float32)
+    low, gain = problem.x.float() @ problem.lora_A.T, torch.rand(40, device=DEVICE)
+    outer, scaled = torch.empty_like(problem.lora_B), torch.empty_like(problem.dy)
+    reference.token_sums_ref(problem.dy, low, 0.75, outer=outer, gain=gain, scaled=scaled)
+    exact = 0.75 * gain[:, None] * (problem.dy.double().T @ low.double())
+    assert (outer - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("operand", (0, 1), ids=("left", "right"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_a_scaling_of_0_does_not_hide_an_inf(dtype, operand):
+    """0 * inf is NaN, and a GEMM that is given an alpha of 0 skips the product."""
+    operands = torch.ones(5, 3, dtype=dtype, device=DEVICE), torch.ones(3, 7, dtype=dtype, device=DEVICE)
+    operands[operand][1, 2] = torch.inf
+    left, right = operands
+    expected = 0 * (left.double() @ right.double()).to(dtype)
+    assert 0 < expected.isnan().sum() < 35
+    nothing = left.new_zeros(5, 7), left.new_zeros(5, 4), left.new_zeros(7, 4)
+    for actual in (
+        reference.add_product(nothing[0], left, right, 0.0),
+        reference.product_onto_low_rank(*nothing[1:], left, right.T, 0.0),
+        reference.outer_product_ref(left.T.contiguous(), right, 0.0, dtype),
+    ):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("bias", (False, True))
 def test_the_definition_has_the_dtype_of_x(bias):
     """Also beside float32 adapters: it is what the error of ours is measured by."""
