@@ -89,6 +89,18 @@ def test_errors(dtypes, with_terms, backend):
         assert_as_good(problem, actual, norm_grad=norm_grad)
 
 
+@pytest.mark.parametrize("norm_grad", (False, True))
+def test_the_terms_of_the_norm_stay_float32_under_autocast(norm_grad):
+    """They are no weights of a GEMM."""
+    problem = inputs(1, 64, 48, 12, torch.float32)
+    tensors = [problem[name] for name in ("weight", "vera_A", "vera_B", "lambda_d", "lambda_b")]
+    terms = norm_terms(*tensors[:2])
+    expected = dvora_norm(*tensors, terms=terms, norm_grad=norm_grad)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert torch.equal(dvora_norm(*tensors, terms=terms, norm_grad=norm_grad), expected)
+        assert not torch.equal(dvora_norm(*tensors, norm_grad=norm_grad), dvora_norm(*tensors, terms=terms))
+
+
 @pytest.mark.parametrize("update", (0.0, 1e-3, 1.0, 1e3))
 def test_the_norm_from_its_terms_is_as_good_as_from_the_weight(update):
     problem = inputs(1, 64, 48, 12, torch.float32)

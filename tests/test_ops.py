@@ -103,6 +103,21 @@ def test_dtypes_and_layouts(dtypes, layout, backend):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_of_several_layers(backend):
+    """Of other N and K; and the adapters are taken in the dtype that is asked for, here a narrower one."""
+    problems = [Problem.random(1, N, K, 3, torch.float32, seed=N) for N, K in ((12, 10), (7, 18), (5, 4))]
+    names = ("weight", "lora_A", "lora_B", "magnitude")
+    arguments = [[getattr(problem, name) for problem in problems] for name in names]
+    scalings = [0.75, 1.5, 2.0]
+    torch.library.opcheck(ops.grouped_norm, (*arguments, scalings, torch.bfloat16, backend))
+    norm, gain = ops.grouped_norm(*arguments, scalings, torch.bfloat16, backend)
+    each = zip(problems, scalings, strict=True)
+    alone = [ops.norm(*parts(p.weight), p.lora_A, p.lora_B, s, torch.bfloat16, backend) for p, s in each]
+    assert torch.equal(norm, torch.cat(alone))
+    torch.testing.assert_close(gain, torch.cat(arguments[3]) / norm)
+
+
 def test_a_given_norm_is_not_aliased():
     problem = Problem.random(5, 12, 10, 3, torch.float32)
     norm = torch.ones(12, device=problem.x.device)

@@ -25,8 +25,8 @@ class Excluded:
         return same and (mutant.change in self.changes or mutant.original.startswith(self.changes))
 
 
-_BACKWARD, _COMMON, _FORWARD, _NORM, _WEIGHT = (
-    f"dora_kernels/kernels/{name}.py" for name in ("backward", "common", "forward", "norm", "weight")
+_BACKWARD, _BANK, _COMMON, _FORWARD, _NORM, _QUANT, _WEIGHT = (
+    f"dora_kernels/kernels/{name}.py" for name in ("backward", "bank", "common", "forward", "norm", "quant", "weight")
 )
 _FUNCTIONAL, _REFERENCE, _SHARING = (f"dora_kernels/{name}.py" for name in ("functional", "reference", "sharing"))
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
@@ -49,6 +49,7 @@ EXCLUDED = (
     Excluded(_FORWARD, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_NORM, "_finish_norm_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_WEIGHT, "_merge_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_BANK, "_bank_epilogue_kernel", "index = tl.load(", ("-1 -> (1)", "1 -> 0"), _MASKED),
     Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_REFERENCE, "gain_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
@@ -90,7 +91,16 @@ EXCLUDED = (
     Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_NORM, "norm", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_WEIGHT, "merge", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_QUANT, "weight_config", "", ("",), _TILES),
+    Excluded(_QUANT, "weight_stages", "", ("",), _TILES),
     Excluded(_BACKWARD, "_partial_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),
+    Excluded(
+        _FUNCTIONAL,
+        "unmerge_weight",
+        "if merged.numel() else gain == 0",
+        ("gain == 0 -> (gain != 0)", "0 -> 1"),
+        "without elements every norm is 0, and no row is lost",
+    ),
     Excluded(_REFERENCE, "", "_BLOCK_BYTES_ELSEWHERE =", ("256",), "how large a block of rows is: memory"),
     Excluded(
         _REFERENCE,
