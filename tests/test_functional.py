@@ -263,6 +263,17 @@ def test_a_strided_norm_and_gain(way, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=ids)
+def test_a_given_norm_of_another_dtype(dtype, backend):
+    """Is the same norm in float32."""
+    problem = Problem.random(17, 40, 36, 6, torch.float32)
+    given = (problem.magnitude + 1).to(dtype)
+    actual, expected = problem.ours(backend, norm=given), problem.ours(backend, norm=given.float())
+    for name in actual:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_an_expanded_gradient(backend):
     """y.sum() sends a gradient of stride 0 down."""
     problem = Problem.random(18, 40, 36, 6)

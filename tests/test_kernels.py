@@ -1,5 +1,6 @@
 """Each launcher of dora_kernels/kernels/ against the reference step of the same name, on the real kernel code."""
 
+import collections
 import dataclasses
 
 import pytest
@@ -52,6 +53,37 @@ def test_grouped_norm(shapes):
     ):
         close(actual, expected)
         assert actual[3] == 0 and actual.shape == (sum(problem.weight.shape[0] for problem in problems),)
+
+
+@pytest.mark.parametrize(
+    ("change", "aligned", "rank_multiple"),
+    (
+        (lambda layer: layer, True, 16),
+        (lambda layer: [*layer[:3], layer[3][1:]], True, 16),
+        (lambda layer: [shifted(layer[0]), *layer[1:]], False, 16),
+        (lambda layer: [layer[0], shifted(layer[1]), *layer[2:]], False, 16),
+        (lambda layer: [*layer[:2], shifted(layer[2]), layer[3]], False, 16),
+        (lambda layer: [layer[0][:, :40].contiguous(), layer[1][:, :40].contiguous(), *layer[2:]], False, 16),
+        (lambda layer: [layer[0], layer[1][:24], layer[2][:, :24].contiguous(), layer[3]], True, 8),
+    ),
+    ids=("all", "magnitude", "weight", "lora_A", "lora_B", "K", "R"),
+)
+def test_grouped_norm_tells_the_compiler_what_holds_of_every_layer(change, aligned, rank_multiple, monkeypatch):
+    """Of a hint that is false nothing shows but on a GPU, where the loads are in vectors."""
+    problem = Problem.random(1, 7, 48, 32, DTYPE)
+    layer = [problem.weight, problem.lora_A, problem.lora_B, problem.magnitude]
+    told = []
+    launcher = collections.defaultdict(lambda: lambda *arguments, **hints: told.append(hints))
+    monkeypatch.setattr(kernels.grouped, "_grouped_norm_kernel", launcher)
+    magnitude = problem.magnitude.new_ones(8)
+    kernels.grouped_norm(*map(list, zip(layer, change([*layer[:3], magnitude]), strict=True)), [0.75, 0.75])
+    assert (told[0]["ALIGNED"], told[0]["R_MULTIPLE"]) == (aligned, rank_multiple)
+
+
+def shifted(tensor):
+    """The same numbers, at an address that is no multiple of 16."""
+    other = tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape)
+    return other.copy_(tensor)
 
 
 def test_what_a_norm_loads_ahead():

@@ -111,17 +111,34 @@ def test_layouts_of_a_convolution(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_zero_row_has_no_gradient_through_the_norm(backend):
+@pytest.mark.parametrize("dnorm", (0.0, 1.0, torch.inf, torch.nan))
+def test_a_zero_row_has_no_gradient_through_the_norm(dnorm, backend):
+    """Whatever comes back to it: the derivative of magnitude / norm is infinite there."""
     problem = Problem.random(5, 12, 10, 3)
     problem.weight[4], problem.lora_B[4] = 0, 0
     lora_A, lora_B = problem.lora_A.requires_grad_(), problem.lora_B.requires_grad_()
     with launch.options(backend=backend):
         norm = weight_norm(problem.weight, lora_A, lora_B, 0.75, norm_grad=True)
-    dA, dB = torch.autograd.grad(norm.square().sum() / 2, (lora_A, lora_B))
+    dnorms = norm.detach().clone()
+    dnorms[4] = dnorm
+    dA, dB = torch.autograd.grad(norm, (lora_A, lora_B), dnorms)
     direction = problem.weight + 0.75 * lora_B @ lora_A
     expected = torch.autograd.grad(direction.square().sum() / 2, (lora_A, lora_B))
     torch.testing.assert_close((dA, dB), expected, **TOLERANCE)
     assert norm[4] == 0 and not dB[4].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_product_is_taken_in_the_dtype_of_low(backend):
+    """The same bits for a wider lora_B that was rounded to it before."""
+    problem = Problem.random(17, 40, 36, 6, torch.float32)
+    low = (problem.x @ problem.lora_A.T).bfloat16().requires_grad_()
+    results = []
+    for lora_B in (problem.lora_B, problem.lora_B.bfloat16().float()):
+        with launch.options(backend=backend):
+            y = rescale(problem.dy, low, lora_B.requires_grad_(), problem.magnitude, 0.75)
+        results.append((y, *torch.autograd.grad(y, (low, lora_B), problem.dy)))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*results, strict=True))
 
 
 def test_one_token_without_a_dimension_for_it():

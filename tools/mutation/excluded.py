@@ -25,9 +25,11 @@ class Excluded:
         return same and (mutant.change in self.changes or mutant.original.startswith(self.changes))
 
 
-_BACKWARD, _BANK, _COMMON, _FORWARD, _NORM, _QUANT, _WEIGHT = (
-    f"dora_kernels/kernels/{name}.py" for name in ("backward", "bank", "common", "forward", "norm", "quant", "weight")
+_BACKWARD, _BANK, _COMMON, _FORWARD, _GROUPED, _NORM, _QUANT, _WEIGHT = (
+    f"dora_kernels/kernels/{name}.py"
+    for name in ("backward", "bank", "common", "forward", "grouped", "norm", "quant", "weight")
 )
+_DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("dvora/function", "quant/formats", "ops"))
 _FUNCTIONAL, _REFERENCE, _SHARING = (f"dora_kernels/{name}.py" for name in ("functional", "reference", "sharing"))
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
@@ -40,6 +42,12 @@ _SPLITS = "into how many parts a sum is split: speed, and the order of the sum"
 _SPEED = "which of two ways to the same numbers: speed"
 _NO_STATISTICS = "a batch norm that takes no statistics leaves them and their momentum alone"
 _BETA = "beta times zeros"
+_BLOCKS = "how large a block of rows is: memory and speed"
+_HINT = "a hint to the compiler, which the interpreter does not read"
+_FEW = "there are fewer tiles than 2**30"
+_NO_REST = "beside a basis of the whole space there is only rounding"
+_NO_ROW = "walks an adapter that no row has, and changes no row"
+_PROMOTED = "another factor has the dtype already, and torch promotes"
 _NO_FEATURES = "layers without in features may share their lows or not: those are 0"
 EXCLUDED = (
     Excluded(_BACKWARD, "_token_sums_kernel", "tl.load(gain_ptr", ("0.0 -> 1.0",), _MASKED),
@@ -49,7 +57,34 @@ EXCLUDED = (
     Excluded(_FORWARD, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_NORM, "_finish_norm_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_WEIGHT, "_merge_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
-    Excluded(_BANK, "_bank_epilogue_kernel", "index = tl.load(", ("-1 -> (1)", "1 -> 0"), _MASKED),
+    Excluded(_BANK, "_bank_epilogue_kernel", "tl.load(bias_ptr", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_BANK, "_bank_epilogue_kernel", "last = tl.max(", ("-1 -> (1)", "1 -> 0"), _NO_ROW),
+    Excluded(_BANK, "_bank_epilogue_kernel", "axis=0) > 0", ("tl.max(mine.to(tl.int32), axis=0) > 0",), _NO_ROW),
+    Excluded(_BANK, "_bank_epilogue_kernel", "tl.load(bias_ptr", ("tl.load(bias_ptr",), _CAST),
+    Excluded(_BANK, "_bank_epilogue_kernel", "tl.store(", ("y.to(",), _CAST),
+    Excluded(_BANK, "bank_epilogue", "0 if bias is None else", ("0 -> 1",), _NO_TENSOR),
+    Excluded(_BANK, "bank_epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_GROUPED, "_grouped_norm_kernel", "magnitude = tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_GROUPED, "_grouped_norm_kernel", "magnitude = tl.load(", ("tl.load(",), _CAST),
+    Excluded(_GROUPED, "_grouped_norm_kernel", "tl.multiple_of(", ("16",), _HINT),
+    Excluded(_GROUPED, "_grouped_norm_kernel", "if ALIGNED:", ("ALIGNED",), _HINT),
+    Excluded(_GROUPED, "_grouped_norm_kernel", "tile = tl.", ("tl.program_id(0).to",), _FEW),
+    Excluded(_GROUPED, "grouped_norm", "ONE_CHUNK=", ("most_R <=",), _TILES),
+    Excluded(_GROUPED, "grouped_norm", "STAGES=", ("aligned",), _TILES),
+    Excluded(_GROUPED, "_to_device", "return", ("tensor.to(", "True"), "on a CPU the tensor is there already"),
+    Excluded(_QUANT, "_nibbles", "tl.multiple_of(", ("BLOCK_K // 2 -> (BLOCK_K * 2)", "2 -> 3 (2)"), _HINT),
+    Excluded(_QUANT, "_nf4_torchao_scale", "mask=mask, other=", ("0 -> 1", "1.0 -> 0.0"), _MASKED),
+    Excluded(_QUANT, "_nf4_torchao_scale", "return tl.where(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_QUANT, "_codebook4_scale", "mask=mask, other=", ("0 -> 1", "0.0 -> 1.0"), _MASKED),
+    Excluded(_QUANT, "_codebook4_scale", "scale = tl.where(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_DVORA, "dvora_update", "return", ("lambda_b.to(", "vera_B.to(", "lambda_d.to("), _PROMOTED),
+    Excluded(_DVORA, "", "_BLOCK_ROWS =", ("1024",), _BLOCKS),
+    Excluded(_DVORA, "norm_terms", "if P <", ("P < weight.shape[1]",), _NO_REST),
+    Excluded(_DVORA, "dvora_norm", "set_grad_enabled(", ("norm_grad and",), "weight_norm makes it a constant, too"),
+    Excluded(_FORMATS, "", "_BLOCK_ELEMENTS =", ("1", "18", "24"), _BLOCKS),
+    Excluded(_FORMATS, "QuantizedWeight.dequantize", "if stop - start <= step", ("stop - start <=",), _SPEED),
+    Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), "all are on one device"),
+    Excluded(_OPS, "_settled", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_REFERENCE, "gain_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
@@ -87,12 +122,15 @@ EXCLUDED = (
     Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.x_dtype)", ("dx.view(",), _AUTOGRAD),
     Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.view(",), _AUTOGRAD),
     Excluded(_FORWARD, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
-    Excluded(_COMMON, "Launch.threads", "return", ("config.num_warps *", "self.facts", "64 ->", "32 ->"), _SPLITS),
+    Excluded(_COMMON, "Launch.threads", "return", ("config.num_warps *", "self.facts", "64", "32"), _SPLITS),
     Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_NORM, "norm", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_WEIGHT, "merge", "ONE_CHUNK=", ("R <=",), _TILES),
+    Excluded(_FORWARD, "_epilogue_config", "", ("",), _TILES),
+    Excluded(_FORWARD, "_in_vectors", "", ("",), _TILES),
     Excluded(_QUANT, "weight_config", "", ("",), _TILES),
     Excluded(_QUANT, "weight_stages", "", ("",), _TILES),
+    Excluded(_BACKWARD, "_partial_sums", "rows_at_once =", ("16",), _SPLITS),
     Excluded(_BACKWARD, "_partial_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),
     Excluded(
         _FUNCTIONAL,
@@ -101,7 +139,7 @@ EXCLUDED = (
         ("gain == 0 -> (gain != 0)", "0 -> 1"),
         "without elements every norm is 0, and no row is lost",
     ),
-    Excluded(_REFERENCE, "", "_BLOCK_BYTES_ELSEWHERE =", ("256",), "how large a block of rows is: memory"),
+    Excluded(_REFERENCE, "", "_BLOCK_BYTES_ELSEWHERE =", ("256",), _BLOCKS),
     Excluded(
         _REFERENCE,
         "_scale_columns",

@@ -42,6 +42,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/test_passes.py",
         "tests/test_functional.py",
         "tests/test_frozen_adapters.py",
+        "tests/test_modules.py",
         *_COMPOSED,
     ),
     "dora_kernels/passes.py": (
