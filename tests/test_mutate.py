@@ -213,7 +213,7 @@ def test_which_tests_try_a_mutant(toy):
     }
     mapped = ("tests/test_a.py", "tests/test_b.py", "tests/test_c.py::compiles")
     named = [name.partition("::")[2] for name in those_that_run(plus, mapped, lines)]
-    assert named == ["cheap[1]", "quick", "slow", "process", "compiles[1]"]
+    assert named == ["quick", "cheap[1]", "slow", "process", "compiles[1]"]
     # a line of the top level is in every test
     assert len(those_that_run(constant, mapped, lines)) == 6
 

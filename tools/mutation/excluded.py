@@ -30,7 +30,9 @@ _BACKWARD, _BANK, _COMMON, _FORWARD, _GROUPED, _NORM, _QUANT, _WEIGHT = (
     for name in ("backward", "bank", "common", "forward", "grouped", "norm", "quant", "weight")
 )
 _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("dvora/function", "quant/formats", "ops"))
-_FUNCTIONAL, _REFERENCE, _SHARING = (f"dora_kernels/{name}.py" for name in ("functional", "reference", "sharing"))
+_FUNCTIONAL, _PASSES, _REFERENCE, _SHARING = (
+    f"dora_kernels/{name}.py" for name in ("functional", "passes", "reference", "sharing")
+)
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
 _NO_TENSOR = "strides, a rank or a scaling of a tensor that is not there"
@@ -43,6 +45,8 @@ _SPEED = "which of two ways to the same numbers: speed"
 _NO_STATISTICS = "a batch norm that takes no statistics leaves them and their momentum alone"
 _BETA = "beta times zeros"
 _BLOCKS = "how large a block of rows is: memory and speed"
+_GROUPS_OF_ONE = "a group of one weight, reshaped or not"
+_WHOLE_ROWS = "the general formula where a shorter one would do: speed"
 _HINT = "a hint to the compiler, which the interpreter does not read"
 _FEW = "there are fewer tiles than 2**30"
 _NO_REST = "beside a basis of the whole space there is only rounding"
@@ -128,7 +132,56 @@ EXCLUDED = (
     Excluded(_WEIGHT, "merge", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_FORWARD, "_epilogue_config", "", ("",), _TILES),
     Excluded(_FORWARD, "_in_vectors", "", ("",), _TILES),
+    Excluded(_COMMON, "Launch.config", "R <= configs.HIGH_RANK", ("R <=",), _TILES),
     Excluded(_QUANT, "weight_config", "", ("",), _TILES),
+    Excluded(_QUANT, "weight_tile", "scale = tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_QUANT, "_nibbles", "packed = tl.load(", ("0 -> 1",), _MASKED),
+    Excluded(_QUANT, "_hqq4", "packed = tl.load(", ("0 -> 1 (3)",), _MASKED),
+    Excluded(_QUANT, "_hqq4", "mask=mask, other=0.0", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_QUANT, "weight_tile", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_QUANT, "_nibbles", "offs_byte =", ("tl.arange(0, BLOCK_K // 2).to",), _INT64),
+    Excluded(_QUANT, "_nibbles", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(
+        _QUANT,
+        "_groups",
+        "offs_k = k +",
+        ("tl.arange(0, BLOCK_K // GROUP).to(tl.int64) -> tl.arange(0, BLOCK_K // GROUP)",),
+        _INT64,
+    ),
+    Excluded(_QUANT, "_wrapped", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_QUANT, "weight_tile", "scale = tl.load(", ("tl.load(",), _CAST),
+    Excluded(_QUANT, "weight_tile", "tile = scale", ("tile.to(",), _CAST),
+    Excluded(_QUANT, "weight_tile", "tile = _scaled(tl.load(pointers[4]", ("tl.load(pointers[4] + codes).to(",), _CAST),
+    Excluded(_QUANT, "_nibbles", "return codes", ("codes.to(",), _CAST),
+    Excluded(_QUANT, "_codebook4_scale", "code = tl.load(", ("scale.to(",), _CAST),
+    Excluded(_QUANT, "_nf4_torchao_scale", "quotient =", ("tl.div_rn(scaler, factor).to(DTYPE).to(",), _CAST),
+    Excluded(
+        _QUANT,
+        "_nf4_torchao_scale",
+        "scale = (quotient",
+        ("(quotient + tl.load(pointers[3]).to(tl.float32)).to(DTYPE).to(", "tl.load(pointers[3]).to("),
+        _CAST,
+    ),
+    Excluded(_QUANT, "_hqq4", "codes = tl.where(", ("tl.where(",), _CAST),
+    Excluded(
+        _QUANT,
+        "_hqq4",
+        "scale = tl.load(",
+        ("tl.load(pointers[1] + group, mask=mask, other=0.0).to(DTYPE).to(",),
+        _CAST,
+    ),
+    Excluded(
+        _QUANT, "_hqq4", "zero = tl.load(", ("tl.load(pointers[2] + group, mask=mask, other=0.0).to(DTYPE).to(",), _CAST
+    ),
+    Excluded(_QUANT, "_hqq4", "tile = (codes", ("(codes - zero).to(DTYPE).to(",), _CAST),
+    Excluded(_QUANT, "_float8", "value = 256.0", ("half.to(tl.float16, bitcast=True).to(",), "exact in float16, too"),
+    Excluded(_QUANT, "_scaled", "if GROUP > 1", ("GROUP > 1", "1"), _GROUPS_OF_ONE),
+    Excluded(_QUANT, "_hqq4", "if GROUP > 1", ("GROUP > 1", "1"), _GROUPS_OF_ONE),
+    Excluded(_QUANT, "arguments", "group = 1", ("1",), _GROUPS_OF_ONE),
+    Excluded(_QUANT, "arguments", "group = math.gcd(K, group_size", ("1 -> 0 (2)",), _GROUPS_OF_ONE),
+    Excluded(_QUANT, "arguments", "sizes = group_size", ("0 -> 1", "0 -> 1 (2)"), _WHOLE_ROWS),
+    Excluded(_PASSES, "norm_backward", "c = torch.where(", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
+    Excluded(_PASSES, "norm_backward", "c = torch.where(", ("0 -> 1 (2)",), "what c is multiplied by is that row, 0"),
     Excluded(_QUANT, "weight_stages", "", ("",), _TILES),
     Excluded(_BACKWARD, "_partial_sums", "rows_at_once =", ("16",), _SPLITS),
     Excluded(_BACKWARD, "_partial_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),

@@ -110,22 +110,21 @@ class Copy:
 
 
 def those_that_run(mutant: Mutant, tests: Sequence[str], lines: Lines) -> list[str]:
-    """Those of `tests` (files, or single ones) that run the mutant's statement: the cheapest file first, and test.
+    """Those of `tests` (files, or single ones) that run the mutant's statement, the quick ones first.
 
     Behind them single ones, which are named because they compile or read the file, and what runs no line of the
     package: it runs in a process of its own.
     """
-    seconds: dict[str, dict[str, float]] = {}
+    seconds: dict[str, float] = {}
     others = []
     for name, (took, ran) in lines.items():
         file = name.partition("::")[0]
         if file in tests:
             here = ran.get(mutant.path, ())
             if mutant.ran is None or any(mutant.ran[0] <= line <= mutant.ran[1] for line in here):
-                seconds.setdefault(file, {})[name] = took
+                seconds[name] = took
             elif not ran:
                 others.append(name)
         elif name.partition("[")[0] in tests:
             others.append(name)
-    files = sorted(seconds.values(), key=lambda of_file: sum(of_file.values()))
-    return [name for of_file in files for name in sorted(of_file, key=of_file.__getitem__)] + others
+    return sorted(seconds, key=seconds.__getitem__) + others
