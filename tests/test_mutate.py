@@ -62,7 +62,8 @@ def toy(tmp_path):
     return tmp_path
 
 
-SUBJECTS = {"dora_kernels/toy.py": ("tests/test_toy.py",)}
+TOY_PATH = "dora_kernels/toy.py"
+SUBJECTS = {TOY_PATH: ("tests/test_toy.py",)}
 
 
 def all_of_them(*arguments):
@@ -146,10 +147,18 @@ def test_killed_survived_and_excluded(toy, few, capsys):
     outcome = [(row["original"], row["status"], row["tests"], row["by"]) for row in report["rows"]]
     killed = ("a + b", "killed", 1, "tests/test_toy.py::test_add")
     assert outcome == [killed, ("2", "survived", 0, None), ("n -= 1", "timeout", 1, None)]
+    assert report["unrun"] == ["dora_kernels/toy.py:13 (scale)  2 -> 3"]
     assert len(report["excluded"]) == 9 and all(line.endswith(": only speed") for line in report["excluded"])
     assert status == 1 and report["rate"] == pytest.approx(2 / 3)
     assert "2 of 3 killed (66.7%; 1 by the time limit)" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in toy.rglob("*") if path.is_file() and path.suffix != ".json"}
+
+
+def test_what_no_test_runs_fails_without_being_drawn(toy, monkeypatch):
+    monkeypatch.setattr(Copy, "lines", lambda *arguments: {"tests/test_toy.py::test": (1.0, {TOY_PATH: [9]})})
+    status, report = run(toy, "--sample", "0")
+    assert status == 1 and report["rate"] == 1.0 and report["rows"] == []
+    assert {line.partition("(")[2].partition(")")[0] for line in report["unrun"]} == {"add", "scale", "down"}
 
 
 @pytest.mark.parametrize(("killed", "expected"), ((95, 0), (94, 1)))

@@ -5,7 +5,7 @@
     python tools/mutate.py --only passes.py:61                      # the mutants whose line in the list holds that text
 
 A mutant is killed where its tests fail, or do not end in time. Exit status 0 where at least 95% of the mutants tried
-were killed, 1 where fewer were, 2 where the tests fail without a mutant.
+were killed and some test runs each of the others, drawn or not; 1 where not; 2 where the tests fail without a mutant.
 
 The tests of a file are those that mutation/subjects.py names. They run once without a mutant, which shows the lines
 that each of them runs; a mutant is then tried by those that run its statement, the quick ones first, until one fails.
@@ -30,7 +30,7 @@ from pathlib import Path
 
 from mutation.changes import Finder, Mutant
 from mutation.excluded import EXCLUDED, Excluded
-from mutation.running import Copy, Lines
+from mutation.running import Copy, Lines, those_that_run
 from mutation.subjects import SUBJECTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,13 +77,14 @@ def main(
         for mutant in found:
             print(str(mutant) + (f"  [excluded: {reasons[mutant]}]" if reasons[mutant] else ""))
         return 0
+    paths = subjects if arguments.lines else {mutant.path for mutant in mutants}
+    every = mutants
     if arguments.sample is not None:
         mutants = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))
         print(f"drew {len(mutants)} with seed {arguments.seed}", flush=True)
 
     start, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="mutate_") as folder, Copy(root, Path(folder)) as tree:
-        paths = subjects if arguments.lines else {mutant.path for mutant in mutants}
         try:
             tests = sorted({test for path in paths for test in subjects[path]})
             lines = lines_run(tree, tests, arguments.lines)
@@ -91,6 +92,8 @@ def main(
             print(f"the tests fail without a mutant: {' '.join(tests)}\n{error}", file=sys.stderr)
             return 2
         print(f"{len(lines)} tests took {time.monotonic() - start:.0f} s without a mutant", flush=True)
+        unrun = [str(mutant) for mutant in every if not those_that_run(mutant, subjects[mutant.path], lines)]
+        print("".join(f"no test runs {mutant}\n" for mutant in unrun), end="", flush=True)
         for mutant in mutants:
             if time.monotonic() - start > arguments.seconds:
                 break
@@ -105,8 +108,8 @@ def main(
     if arguments.json:
         excluded = [str(mutant) + f": {reason}" for mutant, reason in reasons.items() if reason]
         report = {"seed": arguments.seed, "rate": rate, "left_out": len(mutants) - len(rows), "rows": rows}
-        arguments.json.write_text(json.dumps(report | {"excluded": excluded}, indent=1) + "\n")
-    return 0 if rate >= ENOUGH else 1
+        arguments.json.write_text(json.dumps(report | {"excluded": excluded, "unrun": unrun}, indent=1) + "\n")
+    return 0 if rate >= ENOUGH and not unrun else 1
 
 
 def _told(mutant: Mutant, row: Mapping[str, object]) -> str:

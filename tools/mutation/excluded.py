@@ -174,6 +174,7 @@ EXCLUDED = (
         _QUANT, "_hqq4", "zero = tl.load(", ("tl.load(pointers[2] + group, mask=mask, other=0.0).to(DTYPE).to(",), _CAST
     ),
     Excluded(_QUANT, "_hqq4", "tile = (codes", ("(codes - zero).to(DTYPE).to(",), _CAST),
+    Excluded(_QUANT, "_codebook4_scale", "if SIZES[1] > 0", ("0 -> 1",), "nobody nests blocks of one"),
     Excluded(_QUANT, "_float8", "value = 256.0", ("half.to(tl.float16, bitcast=True).to(",), "exact in float16, too"),
     Excluded(_QUANT, "_scaled", "if GROUP > 1", ("GROUP > 1", "1"), _GROUPS_OF_ONE),
     Excluded(_QUANT, "_hqq4", "if GROUP > 1", ("GROUP > 1", "1"), _GROUPS_OF_ONE),
