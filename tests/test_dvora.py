@@ -128,6 +128,28 @@ def test_the_norm_from_its_terms_where_the_update_cancels_the_weight():
     assert not compare("expanded", square.clamp_min(0).sqrt(), direct, exact).ok
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_narrower_than_x_are_widened(backend):
+    problem = inputs(17, 40, 36, 6, torch.float32, torch.bfloat16, zero_row=False)
+    problem["lambda_b"] = torch.ones_like(problem["lambda_b"])  # its product with vera_B is not rounded then
+    wide = problem | {name: problem[name].float() for name in ("vera_A", "vera_B", "lambda_d", "lambda_b", "magnitude")}
+    norm = wide["magnitude"] + 1
+    with launch.options(backend=backend):
+        actual, expected = run(dvora_linear, problem, norm=norm), run(dvora_linear, wide, norm=norm)
+    for name in ("y", "x", "bias"):
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_which_terms_are_small():
+    """N (P + 1) numbers of the norm's dtype in a quarter of the weight's bytes: K is 8 (P + 1), or 4, and one less."""
+    for dtype, R, K in ((torch.bfloat16, 3, 32), (torch.float32, 3, 16), (torch.float64, 1, 8)):
+        weight, vera_A = torch.empty(5, K, dtype=dtype), torch.empty(R, K)
+        assert dvora.function.terms_are_small(weight, vera_A)
+        assert not dvora.function.terms_are_small(weight[:, 1:].contiguous(), vera_A[:, 1:])
+        # more rows than columns are a basis of no more than the columns
+        assert not dvora.function.terms_are_small(weight, torch.empty(2 * K, K))
+
+
 @pytest.mark.parametrize("with_terms", (False, True))
 def test_the_norm_is_a_constant_unless_its_gradient_is_asked_for(with_terms):
     problem = inputs(1, 19, 18, 7)

@@ -417,6 +417,18 @@ def test_autocast_takes_of_each_operand_what_its_dtype_holds(function, dropout, 
     assert not any(torch.equal(actual.float(), other) for actual, other in zip(results[0], wide, strict=True))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout", (0.0, 0.4))
+def test_adapters_narrower_than_x_are_widened(dropout, backend):
+    """float32 over bfloat16 is PEFT's default; this is the other way round, and loses nothing."""
+    torch.manual_seed(0)
+    problem = Problem.random(17, 40, 36, 6, torch.float32, torch.bfloat16, dropout=dropout)
+    wide = dataclasses.replace(problem, lora_A=problem.lora_A.float(), lora_B=problem.lora_B.float())
+    actual, expected = problem.ours(backend), wide.ours(backend)
+    for name in actual:
+        assert torch.equal(actual[name], expected[name].to(actual[name].dtype)), name
+
+
 def test_backward_inside_autocast():
     problem = Problem.random(17, 40, 36, 6, torch.float32)
     expected = problem.ours("auto")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from dora_kernels import launch, ops, weight_norm
 from dora_kernels.quant import parts
 from dora_kernels.reference import dora_linear_ref
-from dora_kernels.rescale import rescale
+from dora_kernels.rescale import dora_linear_lora_dropout, rescale
 from tests.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem
 
 SHAPES = ((17, 40, 36, 6), (33, 70, 50, 20), (1, 12, 10, 1), (7, 9, 4, 13))
@@ -139,6 +139,28 @@ def test_the_product_is_taken_in_the_dtype_of_low(backend):
             y = rescale(problem.dy, low, lora_B.requires_grad_(), problem.magnitude, 0.75)
         results.append((y, *torch.autograd.grad(y, (low, lora_B), problem.dy)))
     assert all(torch.equal(actual, expected) for actual, expected in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operands_narrower_than_base_are_widened(backend):
+    """The gain, and for dropout on the low-rank branch alone the adapters."""
+    torch.manual_seed(0)
+    problem = Problem.random(17, 40, 36, 6, torch.float32, torch.bfloat16, dropout=0.4)
+    low, norm = problem.x[:, :6].contiguous(), problem.magnitude.float() + 1
+
+    def of_dropout(lora_A, lora_B):
+        more = (problem.magnitude, 0.75, problem.bias, norm)
+        return dora_linear_lora_dropout(problem.x, problem.x_dropped, problem.weight, lora_A, lora_B, *more)
+
+    def of_rescale(gain):
+        return rescale(problem.dy, low, problem.lora_B.float(), gain, 0.75)
+
+    with launch.options(backend=backend):
+        for function, narrow in (
+            (of_dropout, (problem.lora_A, problem.lora_B)),
+            (of_rescale, (problem.magnitude.bfloat16(),)),
+        ):
+            assert torch.equal(function(*narrow), function(*(tensor.float() for tensor in narrow)))
 
 
 def test_one_token_without_a_dimension_for_it():

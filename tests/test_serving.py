@@ -121,6 +121,17 @@ def test_autocast_takes_of_each_operand_what_its_dtype_holds(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_narrower_than_x_are_widened(backend):
+    problem, adapters = bank_of(8, 40, 36, torch.float32, torch.bfloat16)
+    index = torch.tensor([0, 1, 2, -1, 0, 1, 2, 2], device=DEVICE)
+    bank = AdapterBank.of(problem.weight, adapters)
+    wide = replace(bank, lora_A=bank.lora_A.float(), lora_B=bank.lora_B.float())
+    with launch.options(backend=backend):
+        actual, expected = (bank_linear(problem.x, problem.weight, either, index) for either in (bank, wide))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bank_of_one(backend):
     """And, of four tokens or one, an output of one element."""
     for M, N in ((4, 40), (1, 1)):

@@ -30,8 +30,8 @@ _BACKWARD, _BANK, _COMMON, _FORWARD, _GROUPED, _NORM, _QUANT, _WEIGHT = (
     for name in ("backward", "bank", "common", "forward", "grouped", "norm", "quant", "weight")
 )
 _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("dvora/function", "quant/formats", "ops"))
-_FUNCTIONAL, _PASSES, _REFERENCE, _SHARING = (
-    f"dora_kernels/{name}.py" for name in ("functional", "passes", "reference", "sharing")
+_FUNCTIONAL, _PASSES, _REFERENCE, _RESCALE, _SHARING = (
+    f"dora_kernels/{name}.py" for name in ("functional", "passes", "reference", "rescale", "sharing")
 )
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
@@ -45,6 +45,7 @@ _SPEED = "which of two ways to the same numbers: speed"
 _NO_STATISTICS = "a batch norm that takes no statistics leaves them and their momentum alone"
 _BETA = "beta times zeros"
 _BLOCKS = "how large a block of rows is: memory and speed"
+_LINEAR = "autocast casts the operands of torch's own linear by itself"
 _GROUPS_OF_ONE = "a group of one weight, reshaped or not"
 _WHOLE_ROWS = "the general formula where a shorter one would do: speed"
 _HINT = "a hint to the compiler, which the interpreter does not read"
@@ -87,6 +88,10 @@ EXCLUDED = (
     Excluded(_DVORA, "dvora_norm", "set_grad_enabled(", ("norm_grad and",), "weight_norm makes it a constant, too"),
     Excluded(_FORMATS, "", "_BLOCK_ELEMENTS =", ("1", "18", "24"), _BLOCKS),
     Excluded(_FORMATS, "QuantizedWeight.dequantize", "if stop - start <= step", ("stop - start <=",), _SPEED),
+    Excluded(
+        _FORMATS, "_nf4_torchao", "scale = (scalers", ("(scalers[block:last_block] / factor[outer]).to(",), _PROMOTED
+    ),
+    Excluded(_RESCALE, "dora_linear_lora_dropout", "base = frozen_product(", ("x.to(base_dtype)",), _LINEAR),
     Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), "all are on one device"),
     Excluded(_OPS, "_settled", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
