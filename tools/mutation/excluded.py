@@ -46,6 +46,7 @@ _NO_STATISTICS = "a batch norm that takes no statistics leaves them and their mo
 _BETA = "beta times zeros"
 _BLOCKS = "how large a block of rows is: memory and speed"
 _LINEAR = "autocast casts the operands of torch's own linear by itself"
+_MESSAGE = "how many rows a message names"
 _GROUPS_OF_ONE = "a group of one weight, reshaped or not"
 _WHOLE_ROWS = "the general formula where a shorter one would do: speed"
 _HINT = "a hint to the compiler, which the interpreter does not read"
@@ -92,6 +93,8 @@ EXCLUDED = (
         _FORMATS, "_nf4_torchao", "scale = (scalers", ("(scalers[block:last_block] / factor[outer]).to(",), _PROMOTED
     ),
     Excluded(_RESCALE, "dora_linear_lora_dropout", "base = frozen_product(", ("x.to(base_dtype)",), _LINEAR),
+    Excluded(_FUNCTIONAL, "", "ROWS_SHOWN =", ("8",), _MESSAGE),
+    Excluded(_FUNCTIONAL, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
     Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), "all are on one device"),
     Excluded(_OPS, "_settled", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
