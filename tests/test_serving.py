@@ -1,5 +1,6 @@
 """Several adapters in one batch against a loop over them, and whole models merged against themselves unmerged."""
 
+import sys
 import weakref
 from dataclasses import replace
 
@@ -307,6 +308,16 @@ def test_a_layer_is_let_go_before_the_next_is_merged(progress, monkeypatch):
     monkeypatch.setattr(serving, "frozen_like", lambda *a: alive.append(first() is not None) or frozen_like(*a))
     assert merge_model(model, progress=progress) == {}
     assert alive == [True, False]
+
+
+def test_a_bar_is_shown_on_request(monkeypatch):
+    """By default nothing is, and rich is not needed."""
+    model = two_layers()
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    for function in (norms_and_gains, merge_model):
+        with pytest.raises(ValueError, match=f"{function.__name__}: progress is True but .* expected rich"):
+            function(model, progress=True)
+        function(model)
 
 
 def test_merged_in_inference_mode():
