@@ -142,8 +142,8 @@ def test_the_product_is_taken_in_the_dtype_of_low(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_operands_narrower_than_base_are_widened(backend):
-    """The gain, and for dropout on the low-rank branch alone the adapters."""
+def test_operands_narrower_than_others_are_widened(backend):
+    """The gain, and for dropout on the low-rank branch alone the adapters, or what they see."""
     torch.manual_seed(0)
     problem = Problem.random(17, 40, 36, 6, torch.float32, torch.bfloat16, dropout=0.4)
     low, norm = problem.x[:, :6].contiguous(), problem.magnitude.float() + 1
@@ -161,6 +161,10 @@ def test_operands_narrower_than_base_are_widened(backend):
             (of_rescale, (problem.magnitude.bfloat16(),)),
         ):
             assert torch.equal(function(*narrow), function(*(tensor.float() for tensor in narrow)))
+        problem = Problem.random(17, 40, 36, 6, torch.bfloat16, torch.float32, dropout=0.4)
+        narrow = of_dropout(problem.lora_A, problem.lora_B)
+        problem.x_dropped = problem.x_dropped.float()
+        assert torch.equal(narrow, of_dropout(problem.lora_A, problem.lora_B))
 
 
 def test_one_token_without_a_dimension_for_it():

@@ -30,8 +30,8 @@ _BACKWARD, _BANK, _COMMON, _FORWARD, _GROUPED, _NORM, _QUANT, _WEIGHT = (
     for name in ("backward", "bank", "common", "forward", "grouped", "norm", "quant", "weight")
 )
 _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("dvora/function", "quant/formats", "ops"))
-_FUNCTIONAL, _PASSES, _REFERENCE, _RESCALE, _SHARING = (
-    f"dora_kernels/{name}.py" for name in ("functional", "passes", "reference", "rescale", "sharing")
+_FUNCTIONAL, _PASSES, _REFERENCE, _RESCALE, _SERVING, _SHARING = (
+    f"dora_kernels/{name}.py" for name in ("functional", "passes", "reference", "rescale", "serving", "sharing")
 )
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
@@ -95,6 +95,7 @@ EXCLUDED = (
     Excluded(_RESCALE, "dora_linear_lora_dropout", "base = frozen_product(", ("x.to(base_dtype)",), _LINEAR),
     Excluded(_FUNCTIONAL, "", "ROWS_SHOWN =", ("8",), _MESSAGE),
     Excluded(_FUNCTIONAL, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
+    Excluded(_SERVING, "bank_linear", "check_adapter(", ("1.0",), "a scaling that is checked, and used nowhere"),
     Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), "all are on one device"),
     Excluded(_OPS, "_settled", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
