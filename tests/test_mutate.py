@@ -74,7 +74,7 @@ def all_of_them(*arguments):
 def run(root, *arguments, excluded=()):
     """(exit status, report) of the tool on the toy."""
     path = root / "report.json"
-    status = mutate.main([*arguments, "--json", str(path)], root, SUBJECTS, excluded, patience=6)
+    status = mutate.main([*arguments, "--json", str(path)], root, SUBJECTS, excluded, patience=3)
     return status, json.loads(path.read_text())
 
 

@@ -95,6 +95,7 @@ EXCLUDED = (
     Excluded(_RESCALE, "dora_linear_lora_dropout", "base = frozen_product(", ("x.to(base_dtype)",), _LINEAR),
     Excluded(_FUNCTIONAL, "", "ROWS_SHOWN =", ("8",), _MESSAGE),
     Excluded(_FUNCTIONAL, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
+    Excluded(_SERVING, "bank_linear", "F.linear(rows.to(base_dtype)", ("rows.to(", "weight.to("), _LINEAR),
     Excluded(_SERVING, "bank_linear", "check_adapter(", ("1.0",), "a scaling that is checked, and used nowhere"),
     Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), "all are on one device"),
     Excluded(_OPS, "_settled", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),

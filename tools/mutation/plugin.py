@@ -5,7 +5,9 @@ It is copied to where the tests run, and imports nothing of the tool.
 
 from __future__ import annotations
 
+import faulthandler
 import json
+import os
 import sys
 import threading
 import time
@@ -16,15 +18,20 @@ from typing import Any
 
 import pytest
 
+_STDERR = os.dup(2)  # before pytest captures it
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-lines", type=Path, help="seconds of each test, and the lines of the package that it ran")
-    parser.addoption("--tests", type=Path, help="run these of the tests collected, in this order")
+    parser.addoption("--tests", type=Path, help="{test: seconds}: run these, in this order, and no longer")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--write-lines"):
         config.pluginmanager.register(Lines(config.rootpath, config.getoption("--write-lines")))
+
+    if config.getoption("--tests"):
+        config.pluginmanager.register(Limits(json.loads(config.getoption("--tests").read_text())))
 
 
 @pytest.hookimpl(trylast=True)
@@ -33,6 +40,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         collected = {item.nodeid: item for item in items}
         names = json.loads(config.getoption("--tests").read_text())
         items[:] = [collected[name] for name in names if name in collected]  # a mutant may change what is collected
+
+
+class Limits:
+    """Ends the process, as failed, where a test takes longer than its seconds."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        faulthandler.dump_traceback_later(self.seconds[item.nodeid], exit=True, file=_STDERR)
+        try:
+            return (yield)
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 class Lines:

@@ -74,7 +74,9 @@ class Copy:
             if not ended:  # after Ctrl-C too
                 os.killpg(process, signal.SIGKILL)
             status = int(self.server.stdout.readline())
-        last = "\n".join(output.read_text(errors="replace").splitlines()[-5:])
+        text = output.read_text(errors="replace")
+        last = "\n".join(text.splitlines()[-5:])
+        ended = ended and not re.search(r"^Timeout \(\d", text, re.MULTILINE)  # the plugin's
         if status in (pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR):
             raise RuntimeError(last)  # says nothing about what is tested
         passed = status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
@@ -93,14 +95,15 @@ class Copy:
         chosen = those_that_run(mutant, tests, lines)
         if not chosen:
             return asdict(mutant) | {"status": "survived", "seconds": 0.0, "tests": 0, "by": None}
-        (self.folder / "tests.json").write_text(json.dumps(chosen))
+        limits = {test: patience + 10 * lines[test][0] for test in chosen}
+        (self.folder / "tests.json").write_text(json.dumps(limits))
         files = dict.fromkeys(test.partition("::")[0] for test in chosen)
         path = self.folder / mutant.path
         source = path.read_bytes()
         path.write_bytes(mutant.apply(source))
         try:
-            allowed = patience + 3 * sum(lines[test][0] for test in chosen)
-            state, took, output = self.run(["--tests", str(self.folder / "tests.json"), *files], allowed)
+            arguments = ["--tests", str(self.folder / "tests.json"), *files]
+            state, took, output = self.run(arguments, 2 * patience + sum(limits.values()) / 3)
         finally:
             path.write_bytes(source)
         by = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
