@@ -57,7 +57,7 @@ def main(
     table: Sequence[Excluded] = EXCLUDED,
     patience: float = 30,
 ) -> int:
-    """See the module's docstring. A mutant's tests have `patience` seconds each, and ten times what they take without."""
+    """See the module's docstring. Under a mutant a test has `patience` seconds, and ten times what it takes without."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sample", type=int, help="how many, drawn from all of them (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw (default: %(default)s)")

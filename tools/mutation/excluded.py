@@ -50,6 +50,7 @@ _MESSAGE = "how many rows a message names"
 _GROUPS_OF_ONE = "a group of one weight, reshaped or not"
 _WHOLE_ROWS = "the general formula where a shorter one would do: speed"
 _HINT = "a hint to the compiler, which the interpreter does not read"
+_COLUMNS = "a part of a row has fewer than 2**31 columns"
 _FEW = "there are fewer tiles than 2**30"
 _NO_REST = "beside a basis of the whole space there is only rounding"
 _NO_ROW = "walks an adapter that no row has, and changes no row"
@@ -83,14 +84,23 @@ EXCLUDED = (
     Excluded(_QUANT, "_nf4_torchao_scale", "return tl.where(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_QUANT, "_codebook4_scale", "mask=mask, other=", ("0 -> 1", "0.0 -> 1.0"), _MASKED),
     Excluded(_QUANT, "_codebook4_scale", "scale = tl.where(", ("0.0 -> 1.0",), _MASKED),
-    Excluded(_DVORA, "dvora_update", "return", ("lambda_b.to(", "vera_B.to(", "lambda_d.to("), _PROMOTED),
+    Excluded(
+        _DVORA,
+        "dvora_update",
+        "return",
+        ("lambda_b.to(dtype) -> lambda_b", "vera_B.to(dtype) -> vera_B", "lambda_d.to("),
+        _PROMOTED,
+    ),
     Excluded(_DVORA, "", "_BLOCK_ROWS =", ("1024",), _BLOCKS),
     Excluded(_DVORA, "norm_terms", "if P <", ("P < weight.shape[1]",), _NO_REST),
-    Excluded(_DVORA, "dvora_norm", "set_grad_enabled(", ("norm_grad and",), "weight_norm makes it a constant, too"),
     Excluded(_FORMATS, "", "_BLOCK_ELEMENTS =", ("1", "18", "24"), _BLOCKS),
     Excluded(_FORMATS, "QuantizedWeight.dequantize", "if stop - start <= step", ("stop - start <=",), _SPEED),
     Excluded(
-        _FORMATS, "_nf4_torchao", "scale = (scalers", ("(scalers[block:last_block] / factor[outer]).to(",), _PROMOTED
+        _FORMATS,
+        "_nf4_torchao",
+        "scale = (scalers",
+        ("(scalers[block:last_block] / factor[outer]).to(weight.dtype) -> scalers[block:last_block] / factor[outer]",),
+        _PROMOTED,
     ),
     Excluded(_RESCALE, "dora_linear_lora_dropout", "base = frozen_product(", ("x.to(base_dtype)",), _LINEAR),
     Excluded(_FUNCTIONAL, "", "ROWS_SHOWN =", ("8",), _MESSAGE),
@@ -115,6 +125,7 @@ EXCLUDED = (
     Excluded(_FORWARD, "_project_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
     Excluded(_FORWARD, "_project_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_NORM, "_norm_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
+    Excluded(_NORM, "row_squares", "offs_k = start +", ("(step // chunks).to(tl.int64) -> step // chunks",), _COLUMNS),
     Excluded(_WEIGHT, "direction_tile", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_WEIGHT, "_merge_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_WEIGHT, "_merge_kernel", "k = tl.", ("tl.program_id(1).to(tl.int64) -> tl.program_id(1)",), _INT64),
@@ -183,7 +194,13 @@ EXCLUDED = (
     Excluded(
         _QUANT, "_hqq4", "zero = tl.load(", ("tl.load(pointers[2] + group, mask=mask, other=0.0).to(DTYPE).to(",), _CAST
     ),
-    Excluded(_QUANT, "_hqq4", "tile = (codes", ("(codes - zero).to(DTYPE).to(",), _CAST),
+    Excluded(
+        _QUANT,
+        "_hqq4",
+        "tile = (codes",
+        ("(codes - zero).to(DTYPE).to(tl.float32) -> (codes - zero).to(DTYPE)",),
+        _CAST,
+    ),
     Excluded(_QUANT, "_codebook4_scale", "if SIZES[1] > 0", ("0 -> 1",), "nobody nests blocks of one"),
     Excluded(_QUANT, "_float8", "value = 256.0", ("half.to(tl.float16, bitcast=True).to(",), "exact in float16, too"),
     Excluded(_QUANT, "_scaled", "if GROUP > 1", ("GROUP > 1", "1"), _GROUPS_OF_ONE),
@@ -191,6 +208,9 @@ EXCLUDED = (
     Excluded(_QUANT, "arguments", "group = 1", ("1",), _GROUPS_OF_ONE),
     Excluded(_QUANT, "arguments", "group = math.gcd(K, group_size", ("1 -> 0 (2)",), _GROUPS_OF_ONE),
     Excluded(_QUANT, "arguments", "sizes = group_size", ("0 -> 1", "0 -> 1 (2)"), _WHOLE_ROWS),
+    Excluded(
+        _PASSES, "_low_rank_first", "steps is REFERENCE", ("steps is REFERENCE -> (steps is not REFERENCE)",), _SPEED
+    ),
     Excluded(_PASSES, "norm_backward", "c = torch.where(", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
     Excluded(_PASSES, "norm_backward", "c = torch.where(", ("0 -> 1 (2)",), "what c is multiplied by is that row, 0"),
     Excluded(_QUANT, "weight_stages", "", ("",), _TILES),
@@ -212,7 +232,7 @@ EXCLUDED = (
         _SPEED,
     ),
     Excluded(_REFERENCE, "_column_sums", "if half and", ('columns.device.type == "cpu"', "0 -> 1 (2)"), _SPEED),
-    Excluded(_SHARING, "shared_low", "operand.shape[-1] == 0", ("operand.shape[-1]", "-1", "1", "0"), _NO_FEATURES),
+    Excluded(_SHARING, "shared_low", "operand.shape[-1] == 0", ("-1", "1", "0"), _NO_FEATURES),
     Excluded(_SHARING, "_key", "cuda_stream if on_cuda", ("0 -> 1",), "any number, where there is no stream"),
     Excluded(_SHARING, "_key", "stream_capturing", ("on_cuda and",), "nothing is captured where there is no GPU"),
     Excluded(_REFERENCE, "_column_sums", "wanted = [False", ("False",), "makes a gradient that is not used: speed"),
