@@ -183,7 +183,7 @@ def test_no_tokens(backend):
 # opcheck calls the bare operators, whose autograd lives in rescale.py
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtypes", ((torch.float32, torch.float32), (torch.bfloat16, torch.float32)), ids=str)
+@pytest.mark.parametrize("dtypes", (DTYPES[0], DTYPES[1], DTYPES[3]), ids=str)
 def test_opcheck(dtypes, backend):
     problem = Problem.random(5, 12, 10, 3, *dtypes)
     base, low = problem.dy + 1, F.linear(problem.x.to(dtypes[1]), problem.lora_A)
@@ -195,7 +195,8 @@ def test_opcheck(dtypes, backend):
         arguments = (problem.dy, base, low, problem.lora_B, gain, 0.75, residual, needs, torch.float32, backend)
         torch.library.opcheck(ops.rescale_backward, arguments)
     adapter = (*parts(problem.weight), problem.lora_A, problem.lora_B)
-    torch.library.opcheck(ops.norm_backward, (gain, *adapter, gain + 1, 0.75, dtypes[1], [True, False], backend))
+    for needs in ([True, False], [False, True]):
+        torch.library.opcheck(ops.norm_backward, (gain, *adapter, gain + 1, 0.75, dtypes[1], needs, backend))
 
 
 @pytest.mark.parametrize(
