@@ -214,6 +214,7 @@ EXCLUDED = (
     Excluded(_PASSES, "norm_backward", "c = torch.where(", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
     Excluded(_PASSES, "norm_backward", "c = torch.where(", ("0 -> 1 (2)",), "what c is multiplied by is that row, 0"),
     Excluded(_QUANT, "weight_stages", "", ("",), _TILES),
+    Excluded(_BACKWARD, "_partial_sums", "stages = min(", ("",), _TILES),
     Excluded(_BACKWARD, "_partial_sums", "rows_at_once =", ("16",), _SPLITS),
     Excluded(_BACKWARD, "_partial_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),
     Excluded(
