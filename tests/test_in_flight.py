@@ -86,7 +86,7 @@ def test_enabled_in_the_middle_of_a_call(name):
             break
         assert_same(y_and_gradients(y, model), expected)
         assert_same(model(x), expected[0])
-    assert line > 5
+    assert line > 2
 
 
 def test_siblings_are_disabled_one_after_the_other():
