@@ -352,6 +352,18 @@ def test_what_is_computed_while_the_last_scope_closes_is_not_kept(model, monkeyp
     assert not len(reuse.store.by_layer)
 
 
+def test_layers_disabled_inside_the_scope():
+    """One layer of two is enabled again: the launch for all of them leaves the other to PEFT."""
+    model = peft_problem.build(dtype=torch.float64)
+    x = torch.randn(3, 24, dtype=torch.float64, device=DEVICE)
+    expected = model(x)
+    dora_kernels.enable(model)
+    with frozen_adapters(model):
+        dora_kernels.disable(model)
+        dora_kernels.enable(peft_problem.layers(model)[0])
+        torch.testing.assert_close(model(x), expected)
+
+
 def test_an_error_inside_closes_the_scope(model):
     with pytest.raises(RuntimeError), frozen_adapters(model):
         raise RuntimeError

@@ -91,7 +91,8 @@ class Scope:
         self.filled.add(key)
         groups: dict[tuple[object, ...], list[tuple[nn.Module, Operands, tuple[object, ...]]]] = {}
         for layer in self.layers:
-            operands = layer.adapter_operands()
+            # a layer that was disabled inside the scope is its library's again
+            operands = layer.adapter_operands() if hasattr(layer, "adapter_operands") else None
             if operands is None or not isinstance(operands.weight, Tensor) or operands.weight.device != x.device:
                 continue
             if not _fit(operands):
