@@ -30,15 +30,16 @@ _BACKWARD, _BANK, _COMMON, _FORWARD, _GROUPED, _NORM, _QUANT, _WEIGHT = (
     for name in ("backward", "bank", "common", "forward", "grouped", "norm", "quant", "weight")
 )
 _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("dvora/function", "quant/formats", "ops"))
-_FUNCTIONAL, _PASSES, _REFERENCE, _RESCALE, _SERVING, _SHARING = (
-    f"dora_kernels/{name}.py" for name in ("functional", "passes", "reference", "rescale", "serving", "sharing")
+_AUTOGRAD, _FUNCTIONAL, _PASSES, _REFERENCE, _RESCALE, _SERVING, _SHARING = (
+    f"dora_kernels/{name}.py"
+    for name in ("autograd", "functional", "passes", "reference", "rescale", "serving", "sharing")
 )
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
 _NO_TENSOR = "strides, a rank or a scaling of a tensor that is not there"
 _INT64 = "the other operand is int64 already; each of the two alone is enough"
 _CAST = "Triton promotes, and casts to what it stores to, by itself"
-_AUTOGRAD = "autograd casts a gradient to the dtype of what it is the gradient of, by itself"
+_GRADIENT = "autograd casts a gradient to the dtype of what it is the gradient of, by itself"
 _TILES = "which of two tables of tiles, or a loop of one step: speed"
 _SPLITS = "into how many parts a sum is split: speed, and the order of the sum"
 _SPEED = "which of two ways to the same numbers: speed"
@@ -59,6 +60,7 @@ _NO_FEATURES = "layers without in features may share their lows or not: those ar
 EXCLUDED = (
     Excluded(_BACKWARD, "_token_sums_kernel", "tl.load(gain_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_BACKWARD, "_finish_sums_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_BACKWARD, "_outer_of_scaled", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_project_kernel", "tl.load(scale_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_finish_project_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_FORWARD, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
@@ -133,7 +135,12 @@ EXCLUDED = (
     Excluded(_BACKWARD, "_token_sums_kernel", "dot +=", ("kept.to(ACC_DTYPE) -> kept",), _CAST),
     Excluded(_BACKWARD, "_token_sums_kernel", "scaled = gain", ("columns.to(ACC_DTYPE) -> columns",), _CAST),
     Excluded(_BACKWARD, "_token_sums_kernel", "tl.store(", ("scaled.to(",), _CAST),
-    Excluded(_BACKWARD, "_finish_sums_kernel", "low_rank_dot +=", ("lora_B.to(ACC_DTYPE) -> lora_B",), _CAST),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "lora_B = lora_B", ("lora_B.to(ACC_DTYPE) -> lora_B",), _CAST),
+    Excluded(_BACKWARD, "_finish_sums_kernel", "any_infinite =", ("is_infinite.to(tl.int32) -> is_infinite",), _CAST),
+    Excluded(
+        _BACKWARD, "_finish_sums_kernel", "axis=0) > 0", ("tl.max(is_infinite.to(tl.int32), axis=0) > 0",), _SPEED
+    ),
+    Excluded(_BACKWARD, "_outer_of_scaled", "tl.load(", ("tl.load(",), _CAST),
     Excluded(_BACKWARD, "_finish_sums_kernel", "tl.store(", ("(scaling * outer).to(",), _CAST),
     Excluded(_BACKWARD, "_finish_sums_kernel", "tl.store(", ("dmagnitude.to(", "total.to("), _CAST),
     Excluded(_FORWARD, "_project_kernel", "factor = scale", ("factor.to(ACC_DTYPE) -> factor",), _CAST),
@@ -144,8 +151,7 @@ EXCLUDED = (
     Excluded(_FORWARD, "_epilogue_kernel", "tl.store(", ("y.to(",), _CAST),
     Excluded(_WEIGHT, "direction_tile", "w = weight_tile(", ("weight_tile(",), _CAST),
     Excluded(_WEIGHT, "_merge_kernel", "tl.store(", ("merged.to(",), _CAST),
-    Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.x_dtype)", ("dx.view(",), _AUTOGRAD),
-    Excluded(_FUNCTIONAL, "_DoraLinear.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.view(",), _AUTOGRAD),
+    Excluded(_AUTOGRAD, "DoraLinear.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.to(",), _GRADIENT),
     Excluded(_FORWARD, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
     Excluded(_COMMON, "Launch.threads", "return", ("config.num_warps *", "self.facts", "64", "32"), _SPLITS),
     Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
@@ -232,7 +238,7 @@ EXCLUDED = (
         ("matrix.device.type == \"cpu\" -> (matrix.device.type != 'cpu')",),
         _SPEED,
     ),
-    Excluded(_REFERENCE, "_column_sums", "if half and", ('columns.device.type == "cpu"', "0 -> 1 (2)"), _SPEED),
+    Excluded(_REFERENCE, "_column_sums", "if half and", ('columns.device.type == "cpu"',), _SPEED),
     Excluded(_SHARING, "shared_low", "operand.shape[-1] == 0", ("-1", "1", "0"), _NO_FEATURES),
     Excluded(_SHARING, "_key", "cuda_stream if on_cuda", ("0 -> 1",), "any number, where there is no stream"),
     Excluded(_SHARING, "_key", "stream_capturing", ("on_cuda and",), "nothing is captured where there is no GPU"),

@@ -10,23 +10,37 @@ _KERNELS = (
     "tests/test_compile_kernels.py::test_norm_and_gain_are_rounded_to_nearest",
     "tests/test_nonfinite.py",
     "tests/test_functional.py",
+    "tests/test_guard_pages.py",
 )
+_PARTS = ("tests/test_memory_safety.py",)
 _QUANTIZED = ("tests/test_quant.py", "tests/test_quantized.py")
 _RESCALE = ("tests/test_rescale.py", "tests/test_dvora.py")
 _SERVING = ("tests/test_serving.py",)
+_SECOND = ("tests/test_second_derivatives.py", "tests/test_second_derivatives_of_layers.py")
 _SHARED = ("tests/test_shared_calls.py", "tests/test_shared_inputs.py")
 _COMPOSED = (*_RESCALE, *_SERVING, *_SHARED)
 # Single tests, named with "::", run for every mutant of the file: they compile it, or read it
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/backward.py": (*_KERNELS, "tests/test_rescale.py"),
-    "dora_kernels/kernels/bank.py": (*_KERNELS, *_SERVING),
+    "dora_kernels/kernels/bank.py": (*_KERNELS, *_SERVING, *_PARTS),
     "dora_kernels/kernels/common.py": (*_KERNELS, *_SERVING),
     "dora_kernels/kernels/forward.py": (*_KERNELS, "tests/test_rescale.py"),
     "dora_kernels/kernels/grouped.py": (*_KERNELS, "tests/test_frozen_adapters.py"),
     "dora_kernels/kernels/norm.py": (*_KERNELS, "tests/test_quantized.py"),
-    "dora_kernels/kernels/quant.py": (*_KERNELS, "tests/test_quantized.py"),
+    "dora_kernels/kernels/quant.py": (*_KERNELS, *_PARTS, "tests/test_quantized.py"),
     "dora_kernels/kernels/weight.py": (*_KERNELS, "tests/test_quantized.py"),
-    "dora_kernels/dvora/function.py": ("tests/test_dvora.py", "tests/test_quantized.py"),
+    "dora_kernels/autograd.py": (
+        "tests/test_passes.py",
+        "tests/test_functional.py",
+        "tests/test_ops.py",
+        "tests/test_modules.py",
+        "tests/test_quantized.py",
+        "tests/test_unseen_writes.py",
+        *_SHARED,
+        *_SECOND,
+    ),
+    "dora_kernels/derivatives.py": _SECOND,
+    "dora_kernels/dvora/function.py": ("tests/test_dvora.py", "tests/test_quantized.py", "tests/test_scaling_range.py"),
     "dora_kernels/functional.py": (
         "tests/test_passes.py",
         "tests/test_functional.py",
@@ -35,6 +49,9 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/test_modules.py",
         "tests/test_reuse.py",
         "tests/test_quantized.py",
+        "tests/test_memory_safety.py",
+        "tests/test_scaling_range.py",
+        *_SECOND,
         *_SHARED,
     ),
     "dora_kernels/ops.py": (
@@ -51,9 +68,11 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/test_ops.py",
         "tests/test_reuse.py",
         "tests/test_nonfinite.py",
+        "tests/test_scaling_range.py",
         *_COMPOSED,
     ),
-    "dora_kernels/quant/formats.py": _QUANTIZED,
+    "dora_kernels/quant/formats.py": (*_QUANTIZED, *_PARTS),
+    "dora_kernels/quant/parts.py": (*_PARTS, *_QUANTIZED),
     "dora_kernels/quant/product.py": ("tests/test_dvora.py", *_QUANTIZED),
     "dora_kernels/reference.py": (
         "tests/test_reference.py",
@@ -61,20 +80,28 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/test_nonfinite.py",
         "tests/test_functional.py",
         "tests/test_kernels.py",
+        "tests/test_memory_safety.py",
+        "tests/test_scaling_range.py",
+        *_SECOND,
         *_COMPOSED,
     ),
     "dora_kernels/rescale.py": (*_RESCALE, "tests/test_dropout.py"),
     "dora_kernels/serving.py": (
         *_SERVING,
+        *_PARTS,
         "tests/test_merging.py::test_a_convolution_that_no_weight_can_stand_for_is_left",
     ),
-    "dora_kernels/sharing.py": _SHARED,
+    "dora_kernels/sharing.py": (*_SHARED, *_SECOND, "tests/test_tracing.py"),
+    "dora_kernels/tracing.py": ("tests/test_tracing.py", *_SECOND),
     "dora_kernels/validate.py": (
         "tests/test_functional.py",
         "tests/test_rescale.py",
         "tests/test_dvora.py",
         "tests/test_modules.py",
         "tests/test_malformed.py",
+        "tests/test_scaling_range.py",
+        *_SECOND,
+        *_PARTS,
         *_SERVING,
     ),
 }
