@@ -140,8 +140,8 @@ def test_peft_has_the_call(base, monkeypatch):
     model = peft.get_peft_model(nn.Sequential(modules[base]), peft.LoraConfig(r=2, use_dora=True, target_modules=["0"]))
     assert len(dora_kernels.enable(model).taken_over) == 1
     layer = model.base_model.model[0]
-    calls, peft_forward = [], type(layer).peft_forward
-    monkeypatch.setattr(type(layer), "peft_forward", lambda *a, **k: calls.append(1) or peft_forward(*a, **k))
+    calls, library_forward = [], type(layer).library_forward
+    monkeypatch.setattr(type(layer), "library_forward", lambda *a, **k: calls.append(1) or library_forward(*a, **k))
     model(x)
     assert not calls
     for scaling in (1e39, -1e39, math.inf, math.nan):

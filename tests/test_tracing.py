@@ -61,8 +61,11 @@ TRACERS = {
     "export": lambda model, x: exported(model, x, strict=False),
     "compile": compiled,
 }
-# what bitsandbytes' weights and PEFT's buffers, one for all VeRA layers, do not go through
+# what bitsandbytes' weights and PEFT's buffers, one for all VeRA layers, do not go through; nor does DVoRA, which PEFT,
+# whose every traced call is, does not compute: the call says so
 CANNOT = {
+    ("jit.trace", "peft, int8"),
+    ("jit.trace", "to_dvora"),
     ("export", "peft, int8"),
     ("compile", "peft, int8"),
     ("make_fx, fake", "peft, int8"),
