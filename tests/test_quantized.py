@@ -101,6 +101,19 @@ def test_every_float8_decodes():
     torch.testing.assert_close(kernels.dense(weight, torch.float32), q.float(), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=ids)
+@pytest.mark.parametrize("kind", HQQ_KINDS)
+def test_scales_of_hqq_in_another_dtype_are_rounded_to_that_of_the_weight(kind, dtype):
+    narrow = quantized(kind, 24, 32, dtype)
+    packed, *rest = quantized(kind, 24, 32, torch.float64).tensors
+    for stored in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        wide = dataclasses.replace(narrow, tensors=(packed, *(tensor.to(stored) for tensor in rest)))
+        rounded = (packed, *(tensor.to(stored).to(dtype) for tensor in rest))
+        expected = dataclasses.replace(narrow, tensors=rounded).dequantize()
+        assert torch.equal(wide.dequantize(), expected)
+        assert torch.equal(kernels.dense(wide, torch.float32), expected.float())
+
+
 @pytest.mark.parametrize("tiles", ({"BLOCK_K": 16}, {"BLOCK_N": 16}, {"BLOCK_K": 64, "BLOCK_N": 64}), ids=str)
 @pytest.mark.parametrize("kind", ("codebook4 nested", "nf4_torchao", "hqq4 axis 1"))
 def test_tile_sizes_do_not_change_the_values(kind, tiles, monkeypatch):

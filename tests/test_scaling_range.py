@@ -12,6 +12,7 @@ from dora_kernels.functional import dora_linear_core
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.rescale import rescale
 from dora_kernels.serving import AdapterBank
+from dora_kernels.validate import check_elements, check_number, check_probability, check_scaling
 from tests import structures
 from tests.problem import BACKENDS, DEVICE, Problem
 
@@ -77,6 +78,30 @@ def test_beyond_float32_is_right_in_float64(backend):
                 gradients = (torch.autograd.grad(y.square().sum(), leaves) for y in (actual, expected))
                 for ours, exact in zip(*gradients, strict=True):
                     torch.testing.assert_close(ours, exact, rtol=1e-7, atol=1e-7 * float(exact.abs().max()))
+
+
+def test_the_last_number_on_either_side():
+    for dtype in (torch.float64, *HALF_OR_FLOAT32):
+        largest = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+        for sign in (1, -1):
+            assert check_scaling("f", sign * largest, dtype) == sign * largest
+            assert check_number("f", "alpha", sign * torch.finfo(dtype).max, dtype) == sign * torch.finfo(dtype).max
+            with pytest.raises(ValueError, match="f: scaling is"):
+                check_scaling("f", math.nextafter(sign * largest, sign * math.inf), dtype)
+            with pytest.raises(ValueError, match="f: alpha is"):
+                check_number("f", "alpha", math.nextafter(sign * torch.finfo(dtype).max, sign * math.inf), dtype)
+            for scaling in (sign * 2.0**-150, math.nextafter(sign * 2.0**-150, sign)):
+                expected = scaling if dtype == torch.float64 else torch.tensor(scaling, dtype=torch.float64).float()
+                assert (check_scaling("f", scaling, dtype) == 0) == (expected == 0)
+    assert check_probability("f", "p", 0) == 0 and check_probability("f", "p", math.nextafter(1, 0)) < 1
+    for p in (1, math.nextafter(0, -1)):
+        with pytest.raises(ValueError, match="f: p is"):
+            check_probability("f", "p", p)
+    for shape in ((2**60, 1), (1, 2**60), (2**30, 2**30), (0, 2**60)):
+        check_elements("f", shape)
+    for shape in ((2**60 + 1, 1), (0, 2**60 + 1), (2**60 + 1, 0), (2**30, 2**30 + 1)):
+        with pytest.raises(ValueError, match="f: a matrix would be"):
+            check_elements("f", (1, 1), shape)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
