@@ -282,6 +282,23 @@ def test_bad_input(change, message):
         dvora_linear(**(good | change))
 
 
+def test_terms_that_do_not_fit():
+    tensors = tuple(
+        inputs(1, 6, 5, 2, torch.float32)[name] for name in ("weight", "vera_A", "vera_B", "lambda_d", "lambda_b")
+    )
+    terms = norm_terms(*tensors[:2])
+    dvora_norm(*tensors, terms=terms)
+    for name, tensor in terms._asdict().items():
+        for wrong in (tensor[:-1], tensor[:, :-1], tensor.flatten(), tensor.double(), tensor.clone().requires_grad_()):
+            with pytest.raises(ValueError, match=rf"dvora_norm: terms.{name} is torch.float"):
+                dvora_norm(*tensors, terms=terms._replace(**{name: wrong}))
+        for wrong in (None, tensor.int(), tensor.to("meta")):
+            with pytest.raises(ValueError, match=rf"dvora_norm: terms.{name} is "):
+                dvora_norm(*tensors, terms=terms._replace(**{name: wrong}))
+    with pytest.raises(ValueError, match="dvora_norm: terms is tuple; expected norm_terms"):
+        dvora_norm(*tensors, terms=tuple(terms))
+
+
 # the module
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.packed import KINDS, quantized
 from tests.problem import DEVICE, Problem
 from tests.test_bounds import OPERANDS, call, tensors_of
 
@@ -26,12 +27,16 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="kernels are compiled fo
 
 # ragged in every axis; whole vectors, and R in chunks; a rank of 8; one of everything
 SHAPES = ((33, 70, 90, 20), (5, 20, 80, 33), (7, 24, 10, 8), (1, 1, 1, 1))
-# K = 24 and 90 leave a block of 64 over the end of a row, at K = 9 a byte holds the last code alone
+# K = 24 and 90 leave a block of 64 over the end of a row; at K = 9 a byte holds the last code alone, or, of 4 rows, the
+# byte behind the last one holds the next
 FORMATS = {
     "nf4": (20, 24),
     "nf4 nested": (40, 90),
     "odd": (5, 9),
+    "odd, of whole bytes": (4, 9),
+    "nf4_torchao": (20, 24),
     "int8": (33, 34),
+    "float8": (33, 34),
     "hqq": (16, 24),
     "hqq axis 0": (8, 9),
 }
@@ -46,10 +51,10 @@ def quantised(name: str):
     from dora_kernels.quant import QuantizedWeight
 
     N, K = FORMATS[name]
+    if name in KINDS:
+        return quantized(name, N, K)
     packed = torch.randint(256, (-(-N * K // 2),), dtype=torch.uint8)
     blocks = -(-N * K // 64)
-    if name == "int8":
-        return QuantizedWeight("row8", (N, K), torch.float32, (torch.ones(N, K, dtype=torch.int8), torch.rand(N)))
     if name.startswith("hqq"):
         groups = N * K // 8
         parts = (packed, torch.rand(groups), torch.rand(groups))
