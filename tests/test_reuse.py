@@ -217,7 +217,7 @@ def test_what_a_call_leaves_is_no_later_call_s(layer):
         "plain": lambda: layer(x),
         "no gradients": lambda: torch.no_grad()(layer.eval().forward)(x),
         "counted": functools.partial(under_a_mode, layer, x),
-        "traced": lambda: torch.jit.trace(layer, x, check_trace=False),
+        "traced": lambda: torch.no_grad()(torch.jit.trace)(layer, x, check_trace=False),
     }
     for name, call in calls.items():
         layer.train()
