@@ -365,15 +365,22 @@ def test_what_is_given_must_fit(name, backend):
     norm = dora_kernels.weight_norm(problem.weight, problem.lora_A, problem.lora_B, problem.scaling)
     made = {"norm": norm, "gain": problem.magnitude / norm, "low": problem.x @ problem.lora_A.T}
     made["merged"] = made["gain"][:, None] * (problem.weight + problem.scaling * problem.lora_B @ problem.lora_A)
-    given = {key: made[key] for key in (("low",) if name == "low" else ("norm", "gain", "merged"))}
-    with launch.options(backend=backend):
-        torch.testing.assert_close(core(**arguments, **given), dora_linear_ref(**arguments))
-        tensor = made[name]
-        wrong = [3, tensor[:1], tensor[None], tensor.to(torch.int8), tensor.to_sparse()]
-        wrong += [] if name == "norm" else [tensor.bfloat16()]
-        for value in wrong:
-            with pytest.raises(ValueError, match=f"dora_linear: {name} "):
-                dora_linear_core(**arguments, **given | {name: value})
+    together = {
+        "norm": [("norm",), ("norm", "gain"), ("norm", "merged"), ("norm", "gain", "merged")],
+        "gain": [("norm", "gain"), ("norm", "gain", "merged")],
+        "merged": [("merged",), ("norm", "merged"), ("norm", "gain", "merged")],
+        "low": [("low",), ("low", "norm", "gain", "merged")],
+    }
+    tensor = made[name]
+    wrong = [3, tensor[:1], tensor[None], tensor.to(torch.int8), tensor.to_sparse()]
+    wrong += [] if name == "norm" else [tensor.bfloat16()]
+    for names in together[name]:
+        given = {key: made[key] for key in names}
+        with launch.options(backend=backend):
+            torch.testing.assert_close(core(**arguments, **given), dora_linear_ref(**arguments))
+            for value in wrong:
+                with pytest.raises(ValueError, match=f"dora_linear: {name} "):
+                    dora_linear_core(**arguments, **given | {name: value})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
