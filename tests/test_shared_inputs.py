@@ -213,9 +213,9 @@ class TestTheOperators:
     @pytest.mark.parametrize(
         "low, more, message",
         (
-            (ones(5, 2), {}, r"low is torch.float32 \(5, 2\) on cpu; expected torch.float32 \(5, 3\)"),
+            (ones(5, 2), {}, r"low is torch.float32 \(5, 2\); expected torch.float32 \(5, 3\)"),
             (ones(5, 3, dtype=torch.float64), {}, "low is torch.float64"),
-            (ones(5, 3, device="meta"), {}, r"low is torch.float32 \(5, 3\) on meta; expected .* on cpu"),
+            (ones(5, 3, device="meta"), {}, "low is on meta but lora_A is on .*; expected one device"),
             (ones(5, 3), {"norm_grad": True}, "low is given with x_dropped or norm_grad"),
             (ones(5, 3), {"x_dropped": ones(5, 10)}, "low is given with x_dropped or norm_grad"),
         ),
@@ -223,5 +223,5 @@ class TestTheOperators:
     def test_a_low_that_does_not_fit(self, low, more, message):
         problem = Problem.random(5, 12, 10, 3, torch.float32)
         arguments = (problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 1.0)
-        with pytest.raises(ValueError, match="dora_linear: " + message.replace(" on cpu", f" on {problem.x.device}")):
+        with pytest.raises(ValueError, match="dora_linear: " + message):
             core(*arguments, low=low, **more)
