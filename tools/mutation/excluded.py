@@ -55,6 +55,7 @@ _COLUMNS = "a part of a row has fewer than 2**31 columns"
 _FEW = "there are fewer tiles than 2**30"
 _NO_REST = "beside a basis of the whole space there is only rounding"
 _NO_ROW = "walks an adapter that no row has, and changes no row"
+_ONE_DEVICE = "all are on one device"
 _PROMOTED = "another factor has the dtype already, and torch promotes"
 _NO_FEATURES = "layers without in features may share their lows or not: those are 0"
 EXCLUDED = (
@@ -104,12 +105,13 @@ EXCLUDED = (
         ("(scalers[block:last_block] / factor[outer]).to(weight.dtype) -> scalers[block:last_block] / factor[outer]",),
         _PROMOTED,
     ),
+    Excluded(_FORMATS, "QuantizedWeight.new_empty", "return self.tensors", ("0 -> 1",), _ONE_DEVICE),
     Excluded(_RESCALE, "dora_linear_lora_dropout", "base = frozen_product(", ("x.to(base_dtype)",), _LINEAR),
     Excluded(_FUNCTIONAL, "", "ROWS_SHOWN =", ("8",), _MESSAGE),
     Excluded(_FUNCTIONAL, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
     Excluded(_SERVING, "bank_linear", "F.linear(rows.to(base_dtype)", ("rows.to(", "weight.to("), _LINEAR),
     Excluded(_SERVING, "bank_linear", "check_adapter(", ("1.0",), "a scaling that is checked, and used nowhere"),
-    Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), "all are on one device"),
+    Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), _ONE_DEVICE),
     Excluded(_OPS, "_settled", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
