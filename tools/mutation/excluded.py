@@ -129,6 +129,7 @@ EXCLUDED = (
     Excluded(_FORWARD, "_project_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
     Excluded(_FORWARD, "_project_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_NORM, "_norm_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
+    Excluded(_NORM, "row_squares", "STAGES is not None:", ("STAGES is not None",), _SPEED),
     Excluded(_NORM, "row_squares", "offs_k = start +", ("(step // chunks).to(tl.int64) -> step // chunks",), _COLUMNS),
     Excluded(_WEIGHT, "direction_tile", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_WEIGHT, "_merge_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
