@@ -55,7 +55,8 @@ def dora_linear(
     NaN and inf come out where the formula says in IEEE arithmetic: a gain or scaling of 0 does not hide an inf (NaN).
 
     Raises ValueError, naming the argument, where shapes, dtypes, devices or scaling do not fit, and where weight
-    requires a gradient; NotImplementedError under forward-mode AD and the transforms of torch.func.
+    requires a gradient; NotImplementedError under forward-mode AD, the transforms of torch.func and
+    torch.fx.symbolic_trace.
     """
     return dora_linear_core(x, weight, lora_A, lora_B, magnitude, scaling, bias, norm_grad=norm_grad)[0]
 

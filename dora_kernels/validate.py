@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
 
 from dora_kernels.quant import QuantizedWeight, Weight
 
@@ -23,12 +24,18 @@ def _shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def check_transforms(function: str, *tensors: Tensor | None) -> None:
-    """Raise NotImplementedError inside a transform of torch.func, and where a tensor is a dual one of forward-mode AD.
+    """Raise NotImplementedError inside a transform of torch.func, where a tensor is a dual one of forward-mode AD, and
+    where the first one is what torch.fx.symbolic_trace passes in a tensor's place.
 
     What is batched or dual passes by an opaque operator: its result would have no tangent, and nobody would be told.
     """
     if torch.compiler.is_compiling():
         return
+    if isinstance(tensors[0], Proxy):
+        raise NotImplementedError(
+            f"{function}: called inside torch.fx.symbolic_trace; expected make_fx, torch.export or torch.compile, "
+            "which know our operators"
+        )
     if torch._C._are_functorch_transforms_active():
         keys = {interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack()}
         if not torch.is_grad_enabled():

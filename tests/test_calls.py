@@ -215,6 +215,24 @@ def test_a_trace_can_be_saved_and_needs_none_of_us(tmp_path):
     assert_same(y_and_gradients(loaded, x), y_and_gradients(stock, x))
 
 
+@pytest.mark.parametrize("name", ("peft, embedding", "lycoris", "torchtune", "llm", "vl-t5", "automodel"))
+def test_a_symbolic_trace_is_the_library_s(name):
+    """Through the layer, whose parts are no tensors then; PEFT's linear layers and convolutions cannot be traced."""
+    stock, ours, x = pair(name)
+    traced = torch.fx.symbolic_trace(ours)
+    state = changed(stock)
+    stock.load_state_dict(state), ours.load_state_dict(state)  # whose parameters are the trace's
+    assert_same(traced(x), stock(x))
+
+
+@pytest.mark.parametrize("layer", ("DoraLinear", "DvoraLinear"))
+def test_a_symbolic_trace_of_a_layer_of_ours_says_what_does_trace_it(layer):
+    dora, dvora = dora_kernels.DoraLinear(8, 6, 2, 3.0), dora_kernels.DvoraLinear
+    made = dora if layer == "DoraLinear" else dvora(8, 6, dora_kernels.VeraProjection(8, 6, 2))
+    with pytest.raises(NotImplementedError, match="called inside torch.fx.symbolic_trace; expected make_fx"):
+        torch.fx.symbolic_trace(torch.nn.Sequential(made))
+
+
 MODES = ("real", "fake", pytest.param("symbolic", marks=pytest.mark.nightly))
 
 

@@ -1,8 +1,9 @@
 """Whose a call is by what surrounds it, whatever the layer: the one place where that is decided.
 
-What torch.func transforms, forward-mode AD and torch.jit.trace make of a call, no kernel and no operator of ours has a
-rule for, and the library's own forward has. torch.compile, torch.export and make_fx do know our operators. Global
-module hooks are called for the parts of a layer (base_layer, lora_A, dropout, ...) where the library calls those.
+What torch.func transforms, forward-mode AD, torch.jit.trace and torch.fx.symbolic_trace make of a call, no kernel and
+no operator of ours has a rule for, and the library's own forward has. torch.compile, torch.export and make_fx do know
+our operators. Global module hooks are called for the parts of a layer (base_layer, lora_A, dropout, ...) where the
+library calls those.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.fx import Proxy
 from torch.nn.modules import module as modules
 
 from dora_kernels import tracing
@@ -18,12 +20,16 @@ ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
 
 
-def reason() -> str | None:
-    """Why every call that is made now is its library's: 0.2 us to ask, and Dynamo can trace it."""
+def reason(x: Any) -> str | None:
+    """Why every call that is made now, or any with an x like this one, is its library's: 0.2 us to ask, and Dynamo can
+    trace it.
+    """
     if tracing.is_transformed():
         return "a transform of torch.func or forward-mode AD is at work"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
+    if isinstance(x, Proxy):  # make_fx has tensors; its tracer sets the same flag, so that cannot be asked
+        return "torch.fx.symbolic_trace is recording"
     if (
         modules._global_forward_hooks
         or modules._global_forward_pre_hooks

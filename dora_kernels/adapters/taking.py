@@ -103,7 +103,7 @@ class TakenOver:
         return library_class(self).forward(self, x, *args, **kwargs)
 
     def _forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        reason = calls.reason()
+        reason = calls.reason(x)
         if reason is None:
             parts, reason = self.read_call(x, bool(args or kwargs))
             if reason is None:

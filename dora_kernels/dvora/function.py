@@ -15,7 +15,7 @@ from dora_kernels.ops import is_autocast
 from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts, sources
 from dora_kernels.reference import accumulate_dtype, gain_ref, row_norms
 from dora_kernels.rescale import rescale
-from dora_kernels.validate import check_call, check_norm_grad, check_tensor
+from dora_kernels.validate import check_call, check_norm_grad, check_tensor, check_transforms
 
 TERMS_SHARE = 0.25
 """The largest part of the weight's bytes that the terms of its norm may take to be kept: memory is why one adapts."""
@@ -241,6 +241,7 @@ def dvora_linear_reusing(
     eval mode they are neither made nor used: a server would pay for them once and hold them for ever, where
     `frozen_adapters` keeps the norm itself.
     """
+    check_transforms(function, x)
     stored, *storage = parts(weight)
     stored = sources(stored)
     factors = (vera_A, vera_B, lambda_d, lambda_b)
