@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dora_kernels
 from dora_kernels import DoraLinear, weight_norm
 from dora_kernels.rescale import rescale
 from tests.problem import DEVICE
@@ -105,6 +106,23 @@ def test_a_transformers_model_with_free_batch_and_length():
     ids = torch.randint(64, (3, 11), device=DEVICE)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(ids), model(ids), rtol=0, atol=0)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the layers of structures.py are on the CPU")
+@pytest.mark.parametrize("strict", (False, True))
+def test_a_layer_that_may_be_quantised(strict):
+    """Dynamo can ask what its base weight is."""
+    from tests import structures
+
+    linear = torch.nn.Linear(24, 20)
+    model = torch.nn.Sequential(structures.DORA(linear, linear.weight.detach().norm(dim=1)))
+    model.requires_grad_(False).eval()
+    assert dora_kernels.enable(model).taken_over
+    x = torch.randn(2, 5, 24)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,), strict=strict)
+        assert torch.equal(program.module()(x), model(x))
+    assert sum(operators(program).values()) > 0
 
 
 @pytest.mark.parametrize("format", ("hqq", "torchao int8"))

@@ -165,6 +165,8 @@ _NAMES = tuple(".".join(names) for names in _READERS)
 
 def _reader(source: object) -> Callable[[Any], QuantizedWeight] | None:
     cls = type(source)
+    if cls is nn.Parameter or cls is Tensor:  # of which Dynamo, under a strict export, cannot take the name apart
+        return None
     return _READERS.get((cls.__module__.partition(".")[0], cls.__name__))
 
 
