@@ -32,11 +32,10 @@ OFF_DEVICE = tuple(
     f"test_{name}.py"
     for name in (
         "analysis", "analysis_checkpoints", "apart", "architecture", "bench", "bench_analysis", "bench_dropout",
-        "bench_evaluation", "bench_host", "bench_model", "bench_shared", "cli", "compile_kernels", "convert",
-        "convert_libraries",
-        "convert_refusals", "deepspeed", "demo_dvora", "distributed", "docs", "examples", "figures", "fit", "gluon",
-        "gpu_suite", "interpreter", "kernel_bench", "machine_code", "mutate", "parallel", "pretended_gpu", "probe",
-        "sanitizer", "scaling", "sharded_checkpoint", "structure_claims", "tune",
+        "bench_evaluation", "bench_host", "bench_model", "bench_shared", "cli", "compile_kernels", "constants",
+        "convert", "convert_libraries", "convert_refusals", "deepspeed", "demo_dvora", "distributed", "docs",
+        "examples", "figures", "fit", "gluon", "gpu_suite", "interpreter", "kernel_bench", "machine_code", "mutate",
+        "parallel", "pretended_gpu", "probe", "sanitizer", "scaling", "sharded_checkpoint", "structure_claims", "tune",
     )
 )  # fmt: skip
 # of the other files the first; then the rest of them by name
