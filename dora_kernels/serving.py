@@ -217,17 +217,19 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
         )
     if index.device != x.device:
         raise ValueError(f"bank_linear: index is on {index.device} but x is on {x.device}; expected one device")
-    index = index.reshape((*index.shape, *(1 for _ in range(x.dim() - 1 - index.dim())))).expand(x.shape[:-1])
+    if index.dim() < x.dim() - 1:
+        index = index.reshape((*index.shape, *(1 for _ in range(x.dim() - 1 - index.dim())))).expand(x.shape[:-1])
     base_dtype, dtype = operand_dtypes(x, lora_A)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     y = ops.bank_epilogue(
         F.linear(rows.to(base_dtype), weight.to(base_dtype)),
         F.linear(rows.to(dtype), lora_A.to(dtype)),
-        lora_B.to(dtype),
-        bank.gain,
-        bank.scaling,
+        # the kernel has no strides of these: what a bank holds may have others by now, an index is a column of a table
+        lora_B.to(dtype).contiguous(),
+        bank.gain.contiguous(),
+        bank.scaling.contiguous(),
         bias,
-        index.reshape(-1).to(torch.int64).contiguous(),  # of a column of a table, say: the kernel has no stride of it
+        index.reshape(-1).to(torch.int64).contiguous(),
         launch.current_options().backend,
     )
     return y.view(*x.shape[:-1], N)

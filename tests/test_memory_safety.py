@@ -325,6 +325,21 @@ def test_a_bank_of_other_strides_computes_the_same(name, backend):
             torch.testing.assert_close(bank_linear(problem.x, problem.weight, other, index), expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ("lora_A", "lora_B", "gain", "scaling"))
+def test_a_bank_that_has_other_strides_since(name, backend):
+    """Views into memory that is smaller than what their shape makes of it, and into larger, through .data."""
+    for view in (lambda tensor: tensor[:1].expand_as(tensor), lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2]):
+        problem, bank, index = a_bank()
+        changed = view(torch.rand_like(getattr(bank, name)))
+        expected = dataclasses.replace(bank, **{name: changed.contiguous()})
+        getattr(bank, name).data = changed
+        assert not getattr(bank, name).is_contiguous()
+        with launch.options(backend=backend):
+            y, expected = (bank_linear(problem.x, problem.weight, one, index) for one in (bank, expected))
+        torch.testing.assert_close(y, expected)
+
+
 def test_a_bank_that_was_changed_since_or_is_of_another_dtype():
     problem, bank, index = a_bank()
     with pytest.raises(ValueError, match=r"bank_linear: bank.gain is torch.float32 but weight is torch.float64"):
