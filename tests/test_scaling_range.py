@@ -42,11 +42,34 @@ def entries(dtype, scaling):
         "merge_weight": lambda: merge_weight(*adapter, a["magnitude"], scaling),
         "rescale": lambda: rescale(base, low, a["lora_B"], gain, scaling),
         "AdapterBank.of": lambda: AdapterBank.of(a["weight"], [(*adapter[1:], a["magnitude"], scaling)]).gain,
-        "DoraLinear": lambda: (
-            DoraLinear(K, N, R, R * scaling, dtype=dtype).weight
-            if abs(scaling) < 1e300
-            else DoraLinear(K, N, 1, scaling, dtype=dtype).weight
-        ),
+        "DoraLinear": lambda: layer_of(a)(a["x"]),
+    }
+
+
+def layer_of(a):
+    """A DoraLinear of these numbers."""
+    rank, alpha = (R, R * a["scaling"]) if abs(a["scaling"]) < 1e300 else (1, a["scaling"])
+    layer = DoraLinear(K, N, rank, alpha, dtype=a["weight"].dtype, device=DEVICE)
+    layer.load_state_dict(
+        {"weight": a["weight"], "bias": a["bias"], "lora_A.weight": a["lora_A"], "lora_B.weight": a["lora_B"]}
+        | {"lora_magnitude_vector": a["magnitude"]}
+    )
+    return layer
+
+
+def definitions(a):
+    """What each of `entries` is to give, written out in float64."""
+    update = a["weight"] + a["scaling"] * a["lora_B"] @ a["lora_A"]
+    norm = update.square().sum(1).sqrt()
+    gain = a["magnitude"] / norm
+    return {
+        "dora_linear": dora_linear_ref(**a),
+        "dora_linear, norm and dropout": a["x"] @ update.T + a["bias"],  # the norm given is the magnitude
+        "weight_norm": norm,
+        "merge_weight": gain[:, None] * update,
+        "rescale": a["magnitude"] * (a["x"] @ update.T),
+        "AdapterBank.of": gain[None],
+        "DoraLinear": dora_linear_ref(**a),
     }
 
 
@@ -68,9 +91,11 @@ def test_beyond_float32_is_right_in_float64(backend):
         pytest.skip("float64 kernels run in the interpreter only")
     for scaling in (1e39, -3.7e100):
         with launch.options(backend=backend):
-            for call in entries(torch.float64, scaling).values():
-                assert call().isfinite().all()
             a = arguments_of(torch.float64, scaling)
+            calls, exact = entries(torch.float64, scaling), definitions(a)
+            assert calls.keys() - exact.keys() == {"dora_linear, norm_grad"}  # here too, below
+            for name, expected in exact.items():
+                torch.testing.assert_close(calls[name](), expected, rtol=1e-9, atol=0, msg=name)
             leaves = [a[name].requires_grad_() for name in ("x", "lora_A", "lora_B", "magnitude", "bias")]
             for more in ({}, {"norm_grad": True}):
                 actual, expected = dora_linear(**a, **more), dora_linear_ref(**a, **more)
