@@ -18,6 +18,8 @@ from tests.problem import Problem
 SIZES = (2, 4)
 M, N, K, R = 7, 20, 24, 5
 GRADIENTS = ("x", "lora_A", "lora_B", "magnitude", "bias")
+SPLIT = {"column": ("weight", "lora_B", "magnitude", "bias"), "row": ("x", "x_dropped", "weight", "lora_A")}
+FUNCTIONS = {"column": parallel.columnwise_dora_linear, "row": parallel.rowwise_dora_linear}
 
 
 def problem(dtype, dropped):
@@ -44,17 +46,21 @@ def whole(made, dtype, norm_grad):
     }
 
 
-def functional(rank, size, split, dtype, norm_grad, dropped):
-    """This rank's y and gradients, by name, and how often our forward ran."""
-    made, dim = problem(dtype, dropped), {"column": 0, "row": -1}[split]
-    names = {"column": ("weight", "lora_B", "magnitude", "bias"), "row": ("x", "x_dropped", "weight", "lora_A")}[split]
-    shards = {}
+def shards_of(made, rank, size, split):
+    """This rank's tensors of a layer that is split, by name; all but the weight want a gradient."""
+    shards, dim = {}, {"column": 0, "row": -1}[split]
     for name in (*GRADIENTS, "x_dropped", "weight"):
         tensor = getattr(made, name)
         if tensor is not None:
-            shard = tensor.detach().chunk(size, dim)[rank] if name in names else tensor.detach()
+            shard = tensor.detach().chunk(size, dim)[rank] if name in SPLIT[split] else tensor.detach()
             shards[name] = shard.clone().requires_grad_(name != "weight")
-    function = parallel.columnwise_dora_linear if split == "column" else parallel.rowwise_dora_linear
+    return shards
+
+
+def functional(rank, size, split, dtype, norm_grad, dropped):
+    """This rank's y and gradients, by name, and how often our forward ran."""
+    made = problem(dtype, dropped)
+    shards, function = shards_of(made, rank, size, split), FUNCTIONS[split]
     ops.calls.clear()
     y = function(**shards, scaling=made.scaling, norm_grad=norm_grad)
     y.backward(made.dy.chunk(size, -1)[rank] if split == "column" else made.dy)
@@ -285,15 +291,8 @@ def orders(loss_of, tensors, split_names, group_sum):
 
 def higher(rank, size, split, norm_grad, dropped):
     """This rank's first, second and third derivatives; and what a batch of gradients says."""
-    made, dim = problem(torch.float64, dropped), {"column": 0, "row": -1}[split]
-    names = {"column": ("weight", "lora_B", "magnitude", "bias"), "row": ("x", "x_dropped", "weight", "lora_A")}[split]
-    shards = {}
-    for name in (*GRADIENTS, "x_dropped", "weight"):
-        tensor = getattr(made, name)
-        if tensor is not None:
-            shard = tensor.detach().chunk(size, dim)[rank] if name in names else tensor.detach()
-            shards[name] = shard.clone().requires_grad_(name != "weight")
-    function = parallel.columnwise_dora_linear if split == "column" else parallel.rowwise_dora_linear
+    made = problem(torch.float64, dropped)
+    shards, function = shards_of(made, rank, size, split), FUNCTIONS[split]
 
     def group_sum(tensor):
         return parallel._sum(tensor, None)
@@ -303,7 +302,7 @@ def higher(rank, size, split, norm_grad, dropped):
         return group_sum(total) if split == "column" else total
 
     leaves = {name: shard for name, shard in shards.items() if name != "weight"}
-    found = orders(loss, leaves, names, group_sum)
+    found = orders(loss, leaves, SPLIT[split], group_sum)
     y = function(**shards, scaling=made.scaling, norm_grad=norm_grad)
     with pytest.raises(NotImplementedError, match="has a batch of gradients .* expected one at a time"):
         torch.autograd.grad(y, list(leaves.values()), torch.stack([y, y]), is_grads_batched=True)

@@ -102,10 +102,14 @@ def stored(model):
     tensors = [p for p in model.parameters() if p.is_floating_point() and type(p) is nn.Parameter]
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
-        scales = [getattr(state, "offset", None), getattr(weight, "SCB", None), (getattr(module, "meta", 0) or {})]
-        scales[2] = scales[2].get("scale") if isinstance(scales[2], dict) else None
-        tensors += [scale for scale in scales if isinstance(scale, torch.Tensor) and not scale.is_inference()]
+        scales = []
+        if isinstance(getattr(module, "meta", None), dict):
+            scales.append(module.meta["scale"])  # HQQ's
+        elif hasattr(weight, "quant_state"):
+            scales.append(weight.quant_state.offset)  # NF4's: the scales themselves are packed
+        elif hasattr(weight, "SCB"):
+            scales.append(weight.SCB)  # int8's
+        tensors += [scale for scale in scales if not scale.is_inference()]
     return tensors
 
 
