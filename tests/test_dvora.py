@@ -150,6 +150,16 @@ def test_which_terms_are_small():
         assert not dvora.function.terms_are_small(weight, torch.empty(2 * K, K))
 
 
+def test_a_training_step_under_another_default_device():
+    """What reads the weight to keep the terms of its norm makes vectors of its own, where the weight is."""
+    layer = DvoraLinear(96, 80, VeraProjection(96, 80, 3, device=DEVICE), device=DEVICE)
+    x = torch.randn(5, 96, device=DEVICE)
+    expected = layer(x)
+    reuse.constants._vectors.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(layer(x), expected)
+
+
 @pytest.mark.parametrize("with_terms", (False, True))
 def test_the_norm_is_a_constant_unless_its_gradient_is_asked_for(with_terms):
     problem = inputs(1, 19, 18, 7)
