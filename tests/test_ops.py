@@ -119,6 +119,19 @@ def test_norms_of_several_layers(layers, backend):
     torch.testing.assert_close(gain, torch.cat(arguments[3]) / norm)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_the_norm_takes_the_adapters_in_the_dtype_that_is_asked_for(backend):
+    problem, dtype = Problem.random(1, 12, 10, 3, torch.float32), torch.bfloat16
+    norm = torch.linspace(0.5, 2.0, 12, device=problem.x.device)
+    stored, adapter, needs = parts(problem.weight), (problem.lora_A, problem.lora_B), [True, True]
+    wide, narrow = (
+        ops.norm_backward(norm - 1, *stored, *factors, norm, 0.75, dtype, needs, backend)
+        for factors in (adapter, [factor.to(dtype) for factor in adapter])
+    )
+    for one, other in zip(wide, narrow, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one.to(dtype), other)
+
+
 def test_a_given_norm_is_not_aliased():
     problem = Problem.random(5, 12, 10, 3, torch.float32)
     norm = torch.ones(12, device=problem.x.device)
