@@ -70,12 +70,14 @@ def measure(precision: str, M: int, seconds: float) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line per case: the least milliseconds of each way, and the two of ours over the frozen layer."""
-    lines = [f"| precision | M | {' | '.join(WAYS)} | alone, over frozen | in it, over frozen |", "| --- " * 7 + "|"]
-    cases: dict[tuple[str, int], list[float]] = {}
+    lines = [f"| precision | M | N x K | R | {' | '.join(WAYS)} | alone, over frozen | in it, over frozen |"]
+    lines.append("| --- " * 9 + "|")
+    cases: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
-        cases.setdefault((row["precision"], row["M"]), []).append(row["ms"]["minimum"])
-    for (precision, M), (frozen, alone, scope) in cases.items():
-        cells = (precision, M, *(f"{ms:.3g} ms" for ms in (frozen, alone, scope)))
+        case = (row["precision"], row["M"], f"{row['N']} x {row['K']}", row["R"])
+        cases.setdefault(case, []).append(row["ms"]["minimum"])
+    for case, (frozen, alone, scope) in cases.items():
+        cells = (*case, *(f"{ms:.3g} ms" for ms in (frozen, alone, scope)))
         lines.append(f"| {' | '.join(map(str, cells))} | {alone / frozen:.2f} | {scope / frozen:.2f} |")
     return "\n".join(lines)
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import dropout, scaling, shared
+from bench import dropout, evaluation, scaling, shared
 from bench.machine import ROOT
 from dora_kernels import analysis, plan
 from dora_kernels.testing import geometric_mean
@@ -385,12 +385,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     )
     texts[performance] = replaced(texts[performance], shared_inputs, "shared inputs")
-    tables = load(results, "dropout").items()
-    tables = [
-        f"{heading(device, data)}, threads: {data['meta']['threads']}:\n\n{dropout.table(data['rows'])}"
-        for device, data in tables
-    ]
-    texts[performance] = replaced(texts[performance], "\n\n".join(tables) or NOTHING, "dropout")
+    for name, table in {"dropout": dropout.table, "evaluation": evaluation.table}.items():
+        tables = [
+            f"{heading(device, data)}, threads: {data['meta']['threads']}:\n\n{table(data['rows'])}"
+            for device, data in load(results, name).items()
+        ]
+        texts[performance] = replaced(texts[performance], "\n\n".join(tables) or NOTHING, name)
     texts[folder / "layer.md"] = layer_page(results)
     if arguments.check:
         return int(any(not path.exists() or text != path.read_text() for path, text in texts.items()))
