@@ -12,7 +12,7 @@ _KERNELS = (
     "tests/test_functional.py",
     "tests/test_guard_pages.py",
 )
-_PARTS = ("tests/test_memory_safety.py",)
+_PARTS = ("tests/test_parts.py", "tests/test_memory_safety.py")
 _QUANTIZED = ("tests/test_quant.py", "tests/test_quantized.py")
 _RESCALE = ("tests/test_rescale.py", "tests/test_dvora.py")
 _SERVING = ("tests/test_serving.py",)
@@ -49,7 +49,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/test_modules.py",
         "tests/test_reuse.py",
         "tests/test_quantized.py",
-        "tests/test_memory_safety.py",
+        *_PARTS,
         "tests/test_scaling_range.py",
         *_SECOND,
         *_SHARED,
@@ -80,7 +80,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/test_nonfinite.py",
         "tests/test_functional.py",
         "tests/test_kernels.py",
-        "tests/test_memory_safety.py",
+        *_PARTS,
         "tests/test_scaling_range.py",
         *_SECOND,
         *_COMPOSED,
