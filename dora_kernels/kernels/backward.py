@@ -178,9 +178,8 @@ def _finish_sums_kernel(
 ):
     """scaled_outer = scaling * gain * outer; dmagnitude = dot / norm, 0 where norm is 0; dbias = total.
 
-    Where the kept tensor was base, the low-rank part of dot is scaling * sum_r outer[n, r] lora_B[n, r].
-    One program owns BLOCK_N rows; the splits are summed in a fixed order. An infinite gain may not leave the sum: that
-    of inf and -inf is NaN, and so is inf * 0. The programs that have one read columns and low for themselves.
+    Where the kept tensor was base, the low-rank part of dot is scaling * sum_r outer[n, r] lora_B[n, r]. The splits are
+    summed in order. An infinite gain stays in the sum (inf - inf and inf * 0 are NaN): columns and low are read for it.
     """
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
@@ -301,26 +300,21 @@ def token_sums(
     how = Launch.of(columns, columns.dtype if low is None else low.dtype)
     if N == 0:
         return
-    product = outer_partial = dot_partial = total_partial = None
     by_kernel = low is not None and plan.outer_by_kernel(R, same_dtype=low.dtype == columns.dtype)
-    if low is not None and not by_kernel:
-        product = matmul(columns.T, low, how.accumulate)
     want_dot, want_total = dmagnitude is not None, dbias is not None
+    partials = (None, None, None)  # of outer, dot and total
     if by_kernel or want_dot or want_total or scaled is not None:
-        outer_partial, dot_partial, total_partial = _partial_sums(
-            how, columns, low if by_kernel else None, gain, kept if want_dot else None, want_total, scaled
-        )
-    if product is not None:
-        outer_partial = product[None]
+        kept = kept if want_dot else None
+        partials = _partial_sums(how, columns, low if by_kernel else None, gain, kept, want_total, scaled)
+    if low is not None and not by_kernel:
+        partials = (matmul(columns.T, low, how.accumulate)[None], *partials[1:])
     if outer is None and dmagnitude is None and dbias is None:
         return
     finish = how.config("finish_sums")
     _finish_sums_kernel[ceil_div(N, finish.BLOCK_N),](
         columns,
         low,
-        outer_partial,
-        dot_partial,
-        total_partial,
+        *partials,
         lora_B,
         gain,
         norm,
@@ -330,13 +324,13 @@ def token_sums(
         M,
         N,
         R,
-        *(0 if partial is None else len(partial) for partial in (outer_partial, dot_partial, total_partial)),
+        *(0 if partial is None else len(partial) for partial in partials),
         *columns.stride(),
         *((0, 0) if low is None else low.stride()),
         *((0, 0) if lora_B is None else lora_B.stride()),
         *((0, 0) if outer is None else outer.stride()),
         scaling,
-        HAS_LOW=outer_partial is not None,
+        HAS_LOW=low is not None,
         WANT_OUTER=outer is not None,
         HAS_GAIN=gain is not None,
         HAS_DOT=want_dot,
