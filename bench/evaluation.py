@@ -1,6 +1,7 @@
 """Eval and decoding on a CPU: a layer by itself, which computes its norm at every call, and inside frozen_adapters.
 
-    python -m bench.evaluation    # bench/results/cpu/evaluation.json, about two minutes on one core
+    python -m bench.evaluation                          # bench/results/cpu/evaluation.json, two minutes on one core
+    python -m bench.evaluation --before FILE            # with a column of what the same command wrote on another commit
 
 One DoraLinear and the frozen linear layer, without gradients, on one thread, in process time, which other work on the
 machine changes least: read the minimum. Nothing is timed before y was held against the definition in float64. JSON
@@ -11,6 +12,7 @@ inference+frozen_adapters, and tools/gpu_suite.py runs it.
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import sys
 import time
@@ -69,17 +71,28 @@ def measure(precision: str, M: int, seconds: float) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line per case: the least milliseconds of each way, and the two of ours over the frozen layer."""
-    lines = [f"| precision | M | N x K | R | {' | '.join(WAYS)} | alone, over frozen | in it, over frozen |"]
-    lines.append("| --- " * 9 + "|")
+    """A line per case: the least milliseconds of each way, and ours over the frozen layer."""
+    ways = list(dict.fromkeys(row["way"] for row in rows))
+    lines = [f"| precision | M | N x K | R | frozen | {' | '.join(f'{way} | over frozen' for way in ways[1:])} |"]
+    lines.append("| --- " * (3 + 2 * len(ways)) + "|")
     cases: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
         case = (row["precision"], row["M"], f"{row['N']} x {row['K']}", row["R"])
         cases.setdefault(case, []).append(row["ms"]["minimum"])
-    for case, (frozen, alone, scope) in cases.items():
-        cells = (*case, *(f"{ms:.3g} ms" for ms in (frozen, alone, scope)))
-        lines.append(f"| {' | '.join(map(str, cells))} | {alone / frozen:.2f} | {scope / frozen:.2f} |")
+    for case, (frozen, *ours) in cases.items():
+        cells = (*case, f"{frozen:.3g} ms", *(cell for ms in ours for cell in (f"{ms:.3g} ms", f"{ms / frozen:.2f}")))
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
+
+
+def with_before(rows: list[dict[str, Any]], before: dict[str, Any]) -> list[dict[str, Any]]:
+    """`rows`, and behind each case's the one that another commit's file has of the layer alone."""
+    way = f"alone at {before['meta']['commit'][:10]}"
+    alone = [row | {"way": way} for row in before["rows"] if row["way"] == "alone"]
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in (*rows, *alone):
+        cases.setdefault((row["precision"], row["M"], row["N"], row["K"], row["R"]), []).append(row)
+    return [row for group in cases.values() for row in group]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 512], metavar="M")
     parser.add_argument("--seconds", type=float, default=16, help="timing per case (default: %(default)s)")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench" / "results" / "cpu" / "evaluation.json")
+    parser.add_argument("--before", type=pathlib.Path, metavar="FILE", help="what this wrote on another commit")
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -96,6 +110,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for precision in arguments.precision:
         for M in arguments.tokens:
             rows += measure(precision, M, arguments.seconds)
+    if arguments.before is not None:
+        rows = with_before(rows, json.loads(arguments.before.read_text()))
     write(arguments.out, where, rows)
     print(table(rows))
     return 0
