@@ -280,7 +280,7 @@ def test_a_recomputation_has_its_forward_pass_s_norm_whatever_a_scope_does(use_r
         patch.setattr(reuse.layers, "dora_linear_core", watching)
         with dora_kernels.frozen_adapters(layer) if opened == "before" else contextlib.nullcontext():
             y = checkpoint(layer, x, use_reentrant=use_reentrant)
-        of_the_first = reuse.store.last_calls[layer].norm
+        of_the_first = reuse.store.last_calls[layer].kept.norm
         with dora_kernels.frozen_adapters(layer) if opened == "between" else contextlib.nullcontext():
             if opened == "between":
                 reuse.store.scopes[layer][0].fill(x)

@@ -58,7 +58,7 @@ def dora_linear_reusing(
     found = kept
     if kept.merged is None and any(scope.keep_merged for scope in scopes):
         kept = _merge(kept, x, weight, lora_A, lora_B, scaling)
-    if kept is not found or call.may_run_again:
+    if kept is not found or call.region is not None:
         store.keep(layer, call, kept, drops)
     given = {"norm": kept.norm, "gain": kept.gain, "merged": kept.merged}
     return dora_linear_core(*arguments, x_dropped=x_dropped, low=low, **given, function=function)[0]
@@ -118,6 +118,6 @@ def norm_reusing(
     found = kept
     if kept is None:
         kept = store.Kept.of(tensors, fingerprint, compute())
-    if kept is not found or call.may_run_again:
+    if kept is not found or call.region is not None:
         store.keep(layer, call, kept, drops)
     return kept.norm

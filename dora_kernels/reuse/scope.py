@@ -26,7 +26,7 @@ class Operands(NamedTuple):
     scaling: float
 
 
-IN_SCOPE = store.Call(in_scope=True, is_again=False, may_run_again=False)
+IN_SCOPE = store.Call(in_scope=True, is_again=False, region=None)
 """The call for which a scope makes the norms of layers that are not being called."""
 
 # scopes are opened and closed by one thread at a time: each changes what a layer is in

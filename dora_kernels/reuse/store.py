@@ -5,7 +5,8 @@ optimizer or the replay of a CUDA graph. So by itself a layer keeps nothing from
 training. Two calls reuse what an earlier call of the same layer computed:
     a call inside `frozen_adapters`, where the caller promises that nothing is written to unseen (`by_layer`);
     a call that a backward pass runs once more, which is activation checkpointing: it may take what its own forward
-    pass computed, once, and computes with the very same bits (`last_calls`).
+    pass computed, once, and computes with the very same bits (`last_calls`). Its own is that of the same region
+    (regions.py), if that called the layer once. Of several regions that call a layer, the last is the one.
 
 What is kept is good only while its fingerprint is: which tensors there are, with address, version, dtype and layout,
 scaling, operand dtypes, the CUDA stream that computed it (another would have to wait for it, and for its memory), and
@@ -23,6 +24,8 @@ the shards in between would not be seen. What a backward pass recomputes had the
 inside a scope the caller promises it; but of FSDP1's flat weights and of ZeRO-3's nothing is kept ever.
 """
 
+import itertools
+import threading
 import weakref
 from typing import Any, NamedTuple
 
@@ -31,6 +34,7 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dora_kernels.reuse import regions
 from dora_kernels.tracing import is_traced, is_transformed
 
 try:  # the modules that fully_shard manages: there is no public way to ask
@@ -78,35 +82,48 @@ class Kept(NamedTuple):
 
 class Call(NamedTuple):
     """What a call has to do with what is kept: whether it is inside `frozen_adapters`, whether a backward pass runs it
-    again, and whether one may later.
+    again and the last call of its layer was the first run, and the region that may run it again, if one may.
     """
 
     in_scope: bool
     is_again: bool
-    may_run_again: bool
+    region: Any | None
+
+
+class LastCall(NamedTuple):
+    """What the last call that may run again has left, and for which region."""
+
+    region: weakref.ref[Any]
+    kept: Kept
 
 
 # beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
 by_layer: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
-last_calls: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
+last_calls: weakref.WeakKeyDictionary[nn.Module, LastCall] = weakref.WeakKeyDictionary()
+# the ids of the layers that each region has called; it calls one again for each time
+_called: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 constants: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 # the layers inside `frozen_adapters`, each with its scopes, scope.Scope, in the order in which they were opened
 scopes: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 _optimizer_steps = 0
 _counting = False
-# how often something was dropped: what another thread drops must not come back from a call that had begun before
+# changes whenever something is dropped: what another thread drops must not come back from a call that had begun before
 _drops = 0
+_numbers = itertools.count(1)
+# held where something is kept, so that it is before or after the drop of another thread; a finalizer may drop, too
+_keeping = threading.RLock()
 
 
 def drops() -> int:
-    """How often something was dropped so far: to be read before a computation whose result `keep` is given."""
+    """The number of the last drop: to be read before a computation whose result `keep` is given."""
     return _drops
 
 
 def count_drop() -> None:
-    """Let no call that has begun keep what it computes."""
+    """Let no call that has begun keep what it computes; what was kept is the caller's to drop, after this."""
     global _drops
-    _drops += 1
+    with _keeping:
+        _drops = next(_numbers)
 
 
 def optimizer_steps() -> int:
@@ -129,20 +146,16 @@ def can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
 def call_of(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device) -> Call | None:
     """What a call of `layer`, computing from `tensors`, has to do with what is kept. None: nothing, and then nothing is
     left of its last call either, for a backward pass to find.
-
-    A backward pass may run a call again that saves its tensors through hooks, as checkpoint(use_reentrant=False) has
-    it, or that saves none in training: use_reentrant=True.
     """
     if torch.compiler.is_compiling():
         return None
-    in_scope, grad = scope_of(layer) is not None, torch.is_grad_enabled()
-    if in_backward():
-        call = Call(in_scope, grad and layer in last_calls, False)
-    else:
-        call = Call(in_scope, False, has_saving_hooks() if grad else layer.training)
-    if any(call) and can_keep(tensors, device):
+    last = last_calls.get(layer) if last_calls.data else None
+    is_again = last is not None and regions.of_call_again(last.region())
+    region = None if is_again else regions.of_first_call(layer.training)
+    call = Call(scope_of(layer) is not None, is_again, region)
+    if (call.in_scope or is_again or region is not None) and can_keep(tensors, device):
         return call
-    if last_calls.data:  # without the cost of asking it for one layer
+    if last is not None:
         last_calls.pop(layer, None)
     return None
 
@@ -159,7 +172,8 @@ def scope_of(layer: nn.Module) -> Any | None:
 def find(layer: nn.Module, call: Call, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> Kept | None:
     """What is kept for `layer`, if this call may use it."""
     kept = by_layer.get(layer) if call.in_scope else None
-    first = last_calls.pop(layer, None) if call.is_again else None
+    last = last_calls.pop(layer, None) if call.is_again else None
+    first = None if last is None else last.kept
     if first is not None and first.is_of(tensors, fingerprint) and (kept is None or kept.norm is not first.norm):
         return first  # to the bit what the forward pass had, whatever a scope has made since
     if kept is None or not kept.is_of(tensors, fingerprint):
@@ -169,23 +183,24 @@ def find(layer: nn.Module, call: Call, tensors: tuple[Tensor, ...], fingerprint:
 
 def keep(layer: nn.Module, call: Call, kept: Kept, drops_before: int) -> None:
     """Keep `kept` for `layer`, unless something was dropped meanwhile."""
-    if drops_before != _drops:
+    is_first = call.region is not None and _is_first_call(layer, call.region)
+    with _keeping:
+        if drops_before == _drops and call.in_scope:
+            by_layer[layer] = kept
+        if drops_before == _drops and is_first:
+            last_calls[layer] = LastCall(weakref.ref(call.region), kept)
+        if drops_before != _drops:  # before, or in this thread while it was kept
+            by_layer.pop(layer, None)
+    if (call.region is not None and not is_first) or drops_before != _drops:
         last_calls.pop(layer, None)
-        return
-    if call.in_scope:
-        by_layer[layer] = kept
-    if call.may_run_again:
-        last_calls[layer] = kept
 
 
-def has_saving_hooks() -> bool:
-    """Whether what autograd saves goes through torch.autograd.graph.saved_tensors_hooks, as checkpointing has it."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def in_backward() -> bool:
-    """Whether autograd is running a backward pass, in which checkpointing runs forward passes once more."""
-    return torch._C._current_graph_task_id() != -1
+def _is_first_call(layer: nn.Module, region: Any) -> bool:
+    """Whether `region` has not called `layer` before: nobody can tell which of two calls it runs again."""
+    called = _called.setdefault(region, set())
+    is_first = id(layer) not in called
+    called.add(id(layer))
+    return is_first
 
 
 def weights_come_and_go() -> bool:

@@ -1,0 +1,69 @@
+"""Which region of activation checkpointing runs a call, for the first time or again.
+
+A region is what torch has once for every checkpoint() and holds as long as its graph: the frame that the hooks of
+use_reentrant=False share, and the node of autograd that use_reentrant=True makes. So what a call leaves for itself is
+found by its own recomputation, and by no other call. There is no public way to ask: where torch's hooks look otherwise,
+and in the checkpointing of other libraries, no region is seen, and nothing is reused.
+"""
+
+import inspect
+import sys
+from types import CodeType
+from typing import Any
+
+import torch
+from torch.utils import checkpoint
+
+_FORWARD = checkpoint.CheckpointFunction.forward.__code__
+_BACKWARD = checkpoint.CheckpointFunction.backward.__code__
+_FIRST, _AGAIN = "_checkpoint_hook.__init__.<locals>.pack_hook", "_recomputation_hook.__init__.<locals>.pack_hook"
+
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_current_node = torch._C._current_autograd_node
+
+
+def of_first_call(training: bool) -> Any | None:
+    """The region that runs the present call and may run it again, if there is one.
+
+    A reentrant region runs it without gradients, and is looked for in training alone: in the stack of Python's frames.
+    """
+    if not torch.is_grad_enabled():
+        return _context(_FORWARD) if training else None
+    # a region in what another one recomputes is not the one whose tensors were saved
+    return None if in_backward() else _in_hook(_FIRST, "frame")
+
+
+def of_call_again(region: Any | None) -> bool:
+    """Whether `region` runs the present call again."""
+    if region is None or not torch.is_grad_enabled():
+        return False
+    frame = _in_hook(_AGAIN, "target_frame_ref")
+    if frame is not None:
+        return frame() is region
+    # the node alone would not do: hooks of the node run as if in it
+    return _current_node() is region and _context(_BACKWARD) is region
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward pass, in which checkpointing runs forward passes once more."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _in_hook(name: str, variable: str) -> Any | None:
+    """A variable of the innermost hook on saved tensors, if it is torch.utils.checkpoint's of that name."""
+    hooks = _top_hooks(True)
+    if hooks is None:
+        return None
+    pack = inspect.unwrap(hooks[0])  # torch 2.13 wraps one
+    if getattr(pack, "__module__", "") != checkpoint.__name__ or getattr(pack, "__qualname__", "") != name:
+        return None
+    found = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)).get(variable)
+    return None if found is None else found.cell_contents
+
+
+def _context(code: CodeType) -> Any | None:
+    """The ctx of the innermost call of one of CheckpointFunction's functions that has not returned."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["ctx"]
