@@ -369,3 +369,31 @@ def test_a_fake_layer_keeps_nothing():
         with dora_kernels.frozen_adapters(layer):
             assert layer(torch.empty(5, 24)).shape == (5, 20)
             assert layer not in reuse.store.by_layer
+
+
+class Racing(weakref.WeakKeyDictionary):
+    """Runs act() as another thread would, right before something is kept."""
+
+    def __init__(self, act):
+        super().__init__()
+        self.act = act
+
+    def __setitem__(self, key, value):
+        act, self.act = self.act, lambda: None
+        act()
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("where", ("by_layer", "last_calls"))
+def test_what_is_dropped_while_it_is_being_kept_is_not_kept(where, frozen, monkeypatch):
+    def invalidated():
+        lora_of_ones(frozen)
+        dora_kernels.invalidate(frozen)
+
+    monkeypatch.setattr(reuse.store, where, Racing(invalidated))
+    x = torch.randn(5, 24, device=DEVICE, requires_grad=True)
+    y = checkpoint(frozen, x, use_reentrant=False)
+    assert frozen not in getattr(reuse.store, where)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx, *torch.autograd.grad(definition(frozen, x).sum(), x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(frozen(x), definition(frozen, x), rtol=1e-4, atol=1e-5)
