@@ -16,6 +16,7 @@ from dora_kernels.validate import (
     check_probability,
     check_scaling,
     check_sizes,
+    check_tracing,
 )
 
 
@@ -121,10 +122,7 @@ class DoraLinear(MergeableLinear):
         """x (..., in_features) -> (..., out_features). NotImplementedError under torch.jit.trace with gradients."""
         if self.merged:
             return self.merged_product(x)
-        if torch._C._get_tracing_state() is not None and torch.is_grad_enabled():
-            raise NotImplementedError(
-                "DoraLinear: torch.jit.trace cannot record our backward pass; expected torch.no_grad() around it"
-            )
+        check_tracing("DoraLinear")
         weight, bias = self.base()
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         return reuse.dora_linear_reusing(

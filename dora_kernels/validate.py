@@ -55,6 +55,18 @@ _INSTEAD = (
 )
 
 
+def check_tracing(function: str) -> None:
+    """Raise NotImplementedError where torch.jit.trace records a call with gradients.
+
+    It replays an autograd Function with the Python objects of the recorded call, which say what to save and hold x.
+    """
+    # of the questions, the one that Dynamo can trace
+    if torch._C._get_tracing_state() is not None and torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{function}: torch.jit.trace cannot record our backward pass; expected torch.no_grad() around it"
+        )
+
+
 def check_adapter(function: str, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> float:
     """Raise ValueError unless weight, lora_A, lora_B and scaling fit each other; scaling as a float."""
     check_transforms(function, weight, lora_A, lora_B)

@@ -1,6 +1,7 @@
 """A graph that somebody makes of a layer has in it what computes the norm, and nothing that was kept."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dora_kernels
 from dora_kernels import reuse
+from dora_kernels.dvora import dvora_linear
 from dora_kernels.tracing import is_traced, is_transformed
 
 pytest.importorskip("peft")
@@ -149,3 +151,48 @@ def test_who_is_asked(how):
     answers.clear()
     Asking()(torch.ones(3))
     assert answers == [(False, False)]
+
+
+def arguments(M, trained):
+    """x, lora_A, lora_B and magnitude of dora_linear over WEIGHT."""
+    shapes = {"x": (M, 6), "lora_A": (2, 6), "lora_B": (5, 2), "magnitude": (5,)}
+    return [torch.randn(shape, requires_grad=name in trained) for name, shape in shapes.items()]
+
+
+@pytest.mark.parametrize("trained", (("x", "lora_B", "magnitude"), ("x", "lora_A", "lora_B", "magnitude"), ("lora_B",)))
+def test_the_function_is_traced_without_gradients(trained):
+    """A recorded autograd Function is replayed with the Python objects of the recorded call: with its x."""
+    weight = torch.randn(5, 6)
+
+    def call(x, *adapter):
+        return dora_kernels.dora_linear(x, weight, *adapter, 0.5)
+
+    with pytest.raises(NotImplementedError, match="dora_linear: torch.jit.trace cannot record our backward pass"):
+        torch.jit.trace(call, arguments(3, trained), check_trace=False)
+    with torch.no_grad():
+        traced, others = torch.jit.trace(call, arguments(3, trained), check_trace=False), arguments(4, trained)
+        torch.testing.assert_close(traced(*others), call(*others))
+
+
+@pytest.mark.parametrize("name", ("weight_norm", "dvora_linear", "dvora_linear, frozen"))
+def test_the_other_functions_are_replayed_with_their_gradients(name):
+    weight, vera_A, vera_B = torch.randn(5, 6), torch.randn(2, 6), torch.randn(5, 2)
+    if name == "weight_norm":
+        shapes, frozen = [(2, 6), (5, 2)], ()
+        call = functools.partial(dora_kernels.weight_norm, weight, scaling=0.5, norm_grad=True)
+    else:
+        shapes, frozen = [(3, 6), (2,), (5,), (5,)], (3,) if "frozen" in name else ()
+        call = lambda x, *adapter: dvora_linear(x, weight, vera_A, vera_B, *adapter)  # noqa: E731
+    recorded, others = (
+        [torch.randn(shape, requires_grad=number not in frozen) for number, shape in enumerate(shapes)]
+        for _ in range(2)
+    )
+    traced = torch.jit.trace(lambda *tensors: call(*tensors), recorded, check_trace=False)
+
+    def first_and_second(function):
+        leaves = [tensor for tensor in others if tensor.requires_grad]
+        y = function(*others)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
+        return y, first, torch.autograd.grad(sum(one.square().sum() for one in first), leaves)
+
+    torch.testing.assert_close(first_and_second(traced), first_and_second(call))
