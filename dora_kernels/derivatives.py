@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dora_kernels.ops import without_autocast
+from dora_kernels.ops import refuse_create_graph, without_autocast
 
 
 def wanted(dy: Tensor) -> bool:
@@ -20,8 +20,11 @@ def wanted(dy: Tensor) -> bool:
     That is where autograd records it (create_graph=True), where dy is a batch of gradients (is_grads_batched=True,
     functional.jacobian(vectorize=True), torch.func.vmap over torch.autograd.grad), and where it is a dual tensor.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # which traces none of the questions below
-        return torch.is_grad_enabled()
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():  # which traces none of the questions below
+        refuse_create_graph(dy)
+        return False
     return is_batched(dy) or is_dual(dy)
 
 

@@ -426,3 +426,34 @@ def test_functionalize_takes_operators_as_they_are():
         torch.testing.assert_close(graph(x), layer(x), rtol=0, atol=0)
     with pytest.raises(NotImplementedError, match="DoraLinear: called inside a transform of torch.func .functionalize"):
         torch.func.functionalize(layer)(x)
+
+
+REFUSALS = {
+    "eager": (NotImplementedError, "dora_kernels: create_graph=True in a backward pass that torch.compile has traced"),
+    "aot_eager": (RuntimeError, "does not currently support double backward|requires create_graph=False"),
+}
+
+
+@pytest.mark.parametrize("backend", REFUSALS)
+@pytest.mark.parametrize("kind", ("DoraLinear", "dvora"))
+def test_of_a_compiled_layer_they_are_refused(kind, backend):
+    """Under backend="eager" Dynamo runs the traced backward pass without gradients: its result would be a constant."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layer = dora_kernels.DoraLinear(6, 5, 2, 4.0)
+    if kind == "dvora":
+        layer = DvoraLinear(6, 5, VeraProjection(6, 5, 2))
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(3, 6, requires_grad=True)
+    compiled = torch.compile(layer, backend=backend, fullgraph=True)
+
+    def gradient(call, create_graph):
+        return torch.autograd.grad(call(x).square().sum(), x, create_graph=create_graph)[0]
+
+    torch.testing.assert_close(gradient(compiled, False), gradient(layer, False))
+    error, message = REFUSALS[backend]
+    with pytest.raises(error, match=message):
+        gradient(compiled, True).sum().backward()
+    torch.testing.assert_close(gradient(compiled, False), gradient(layer, False))
+    torch._dynamo.reset()
