@@ -3,6 +3,7 @@
 Each returns the gradients of the definition instead where derivatives.py says so.
 """
 
+import functools
 import math
 import weakref
 from collections.abc import Sequence
@@ -102,11 +103,14 @@ class DoraLinear(torch.autograd.Function):
         if ctx is not None:
             shared = None if given_low is None else given_low.grad_fn
             ctx.shared = shared if getattr(shared, "_forward_cls", None) is SharedLow else None
-            saved = None
+            saved = held_version = None
             if ctx.shared is None and lora_A.requires_grad:  # dA is made from it
                 saved = x if x_dropped is None else x_dropped
             elif ctx.shared is None and (lora_B.requires_grad or magnitude.requires_grad) and held:
                 (saved,) = held
+                saved = saved.clone() if saved.is_inference() else saved  # which autograd does not save
+                held_version = saved._version
+            ctx.held_version = held_version
             ctx.save_for_backward(
                 saved,
                 lora_A,
@@ -148,6 +152,23 @@ class DoraLinear(torch.autograd.Function):
         return dx, dx_dropped, dA, dB, dmagnitude, dbias, None, None, None, dlow, *(None for _ in constants)
 
 
+def let_x_change(node: Any) -> None:
+    """Let what was `held` for a DoraLinear's node be changed in place, as long as no second derivative needs it.
+
+    A hook on that one saved tensor: what autograd saves through hooks it compares with no version, and frees as ever.
+    """
+    if getattr(node, "held_version", None) is None:
+        return
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # others', whose result counts
+        node.held_version = None
+    else:
+        node._raw_saved_tensors[0].register_hooks(_itself, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> Sequence[Tensor]:
     """The gradients of DoraLinear for dy (M, N), by one operator; empty where not needed."""
     saved, lora_A, lora_B, magnitude, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
@@ -180,6 +201,12 @@ def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> lis
     """The gradients of DoraLinear for dy (M, N), None where not needed, that can be differentiated again."""
     saved, lora_A, lora_B, magnitude, norm, _gain, _low, _kept, _merged, *tensors = ctx.saved_tensors
     settings = ctx.settings
+    if ctx.held_version is not None and saved._version != ctx.held_version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: x of a "
+            f"DoRA layer is at version {saved._version}; expected version {ctx.held_version}: its second derivatives "
+            "need it, though with a frozen lora_A the first do not"
+        )
     accumulate, scaling = norm.dtype, settings.scaling
     dense = _dense(tensors, settings.weight_format, settings.weight_numbers, settings.weight_dtype, lora_A, lora_B)
     rows = (dy.shape[0], lora_A.shape[1])
@@ -294,12 +321,21 @@ class SharedLow(torch.autograd.Function):
         now = torch._C._current_graph_task_id()
         if node.unpacked[0] != now:
             node.unpacked = now, *node.saved_tensors
+            # at the end of this backward pass, in which the node itself may not run
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(SharedLow.forget_rows, node))
         return node.unpacked[1]
 
     @staticmethod
+    def forget_rows(node: Any) -> None:
+        """Let go of what `rows_of` has unpacked."""
+        node.unpacked = -1, None
+
+    @staticmethod
     def backward(ctx: Any, *dlows: Tensor | None) -> tuple[Tensor | None, ...]:
-        rows = SharedLow.rows_of(ctx)
-        ctx.unpacked = -1, None
+        now, rows = ctx.unpacked
+        if now != torch._C._current_graph_task_id():
+            (rows,) = ctx.saved_tensors
+        SharedLow.forget_rows(ctx)
         lows = ctx.lows()
         if lows is not None:
             lows.waiting.clear()  # what this backward pass frees cannot be in another graph

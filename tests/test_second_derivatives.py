@@ -1,8 +1,11 @@
 """The second and third derivatives of the functions are those of their definition, which autograd makes in float64."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 import dora_kernels
 from dora_kernels import launch
@@ -225,3 +228,71 @@ def test_no_copy_of_x_is_held_for_it(trained, autocast):
     assert len(rows) == 1
     copied = autocast and trained == "lora_A"
     assert (rows[0].data_ptr() != x.data_ptr()) == copied and (rows[0].dtype == torch.bfloat16) == copied
+
+
+def changed(function, frozen=("lora_A",), create_graph=False, change=True):
+    """y and the gradients where x is changed in place after the call; and whether x is freed by the backward pass."""
+    problem = a_problem(dtype=torch.float32)
+    leaves = leaves_of(problem, [name for name in GRADIENTS if name not in frozen])
+    h = leaves["x"] * 1
+    y = function(**leaves | {"x": h}, weight=problem.weight, scaling=problem.scaling)
+    if change:
+        h.mul_(2)
+    alive = weakref.ref(h)
+    del h
+    trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+    first = torch.autograd.grad(y.square().sum(), trained, create_graph=create_graph)
+    if create_graph:
+        return torch.autograd.grad(sum(one.square().sum() for one in first), trained)
+    assert alive() is None, "held longer than its graph's other tensors"
+    return y, *first
+
+
+def test_x_may_change_in_place_where_lora_A_is_frozen():
+    """As with PEFT's formula over a frozen lora_A, which saves no x; a second derivative needs it, and says so."""
+    function = dora_kernels.dora_linear
+    torch.testing.assert_close(changed(function), changed(dora_linear_ref, change=False), rtol=1e-4, atol=1e-5)
+    expected = changed(dora_linear_ref, create_graph=True, change=False)
+    torch.testing.assert_close(changed(function, create_graph=True, change=False), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation: x of a DoRA layer is at version 1"):
+        changed(function, create_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        changed(function, frozen=())
+
+
+@pytest.mark.parametrize("use_reentrant", (False, True))
+def test_a_checkpointed_call_with_a_frozen_lora_A(use_reentrant):
+    def called(function):
+        def call(x, weight, scaling, **adapter):
+            return checkpoint(lambda x: function(x * 1, weight, **adapter, scaling=scaling), x, use_reentrant=False)
+
+        def reentrant(x, weight, scaling, **adapter):
+            return checkpoint(lambda x: function(x, weight, **adapter, scaling=scaling), x, use_reentrant=True)
+
+        return reentrant if use_reentrant else call
+
+    function = dora_kernels.dora_linear
+    if not use_reentrant:  # torch refuses autograd.grad through a reentrant region
+        for create_graph in (False, True):
+            expected = changed(dora_linear_ref, create_graph=create_graph, change=False)
+            found = changed(called(function), create_graph=create_graph, change=False)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        return
+    problem, gradients = a_problem(dtype=torch.float32), []
+    for one in (called(function), dora_linear_ref):
+        leaves = leaves_of(problem, [name for name in GRADIENTS if name != "lora_A"])
+        one(**leaves, weight=problem.weight, scaling=problem.scaling).square().sum().backward()
+        gradients.append([leaf.grad for leaf in leaves.values()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_an_x_of_inference_mode_where_lora_A_is_frozen():
+    problem = a_problem(dtype=torch.float32)
+    leaves = leaves_of(problem, ("lora_B", "magnitude"))
+    with torch.inference_mode():
+        leaves["x"] = leaves["x"] * 1
+    given = {"weight": problem.weight, "scaling": problem.scaling}
+    trained = [leaves["lora_B"], leaves["magnitude"]]
+    ours = torch.autograd.grad(dora_kernels.dora_linear(**leaves, **given).sum(), trained)
+    leaves["x"] = problem.x
+    torch.testing.assert_close(ours, torch.autograd.grad(dora_linear_ref(**leaves, **given).sum(), trained))

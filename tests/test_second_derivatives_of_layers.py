@@ -4,6 +4,8 @@ And what surrounds them: hooks, checkpointing, split backward passes, and that o
 """
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ pytest.importorskip("peft")
 
 import dora_kernels  # noqa: E402
 from dora_kernels import DoraLinear, DvoraLinear, VeraProjection, launch, ops  # noqa: E402
+from dora_kernels.autograd import SharedLow  # noqa: E402
 from dora_kernels.dvora import dvora_linear_ref  # noqa: E402
 from dora_kernels.reference import dora_linear_ref  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
@@ -457,3 +460,25 @@ def test_of_a_compiled_layer_they_are_refused(kind, backend):
         gradient(compiled, True).sum().backward()
     torch.testing.assert_close(gradient(compiled, False), gradient(layer, False))
     torch._dynamo.reset()
+
+
+def test_rows_that_a_checkpoint_unpacks_for_a_group_go_with_the_backward_pass(monkeypatch):
+    """Also where the gradient of lora_A is not asked for, and the node that they are shared through does not run."""
+    ours, rows, unpack = shared_problem.shared(shared_problem.attention(torch.float64)), [], SharedLow.rows_of
+
+    def watching(node):
+        unpacked = unpack(node)
+        rows.append(weakref.ref(unpacked))
+        return unpacked
+
+    monkeypatch.setattr(SharedLow, "rows_of", watching)
+    x = shared_problem.batch(torch.float64)[0].detach().requires_grad_()
+    y = checkpoint(lambda x: ours(x * 1), x, use_reentrant=False)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    rows.clear()
+    y = checkpoint(lambda x: ours(x * 1), x, use_reentrant=False)
+    (again,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    torch.testing.assert_close(again, dx)
+    del again
+    gc.collect()
+    assert y.requires_grad and len(rows) > 1 and not any(reference() is not None for reference in rows)
