@@ -50,12 +50,10 @@ def folded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype else x.to(dtype)  # which takes 2.5 us to do nothing
 
 
-class DoraLinear(torch.autograd.Function):
+class DoraLinearFunction(torch.autograd.Function):
     """y (M, N), norm (N,) and gain (N,), of x (M, K) in the dtype of the base GEMM and x_dropped (M, K).
 
-    norm and gain are empty where they are given: never themselves, because autograd would make a view of each, and
-    selective checkpointing, which counts operators, must see the same ones when the recomputed pass is given what the
-    first one made.
+    norm and gain are empty where they are given: never themselves, because autograd would make a view of each.
 
     held: a list of what the adapter saw before it was folded and cast, alone: no input to autograd, and saved with its
     graph where nothing but a second derivative may need it. It costs no copy.
@@ -153,7 +151,7 @@ class DoraLinear(torch.autograd.Function):
 
 
 def let_x_change(node: Any) -> None:
-    """Let what was `held` for a DoraLinear's node be changed in place, as long as no second derivative needs it.
+    """Let what was `held` for a node of DoraLinearFunction change in place, as long as no second derivative needs it.
 
     A hook on that one saved tensor: what autograd saves through hooks it compares with no version, and frees as ever.
     """
@@ -170,7 +168,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> Sequence[Tensor]:
-    """The gradients of DoraLinear for dy (M, N), by one operator; empty where not needed."""
+    """The gradients of DoraLinearFunction for dy (M, N), by one operator; empty where not needed."""
     saved, lora_A, lora_B, magnitude, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
     settings = ctx.settings
     return ops.backward(
@@ -198,7 +196,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> Sequence[Tensor]:
 
 
 def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
-    """The gradients of DoraLinear for dy (M, N), None where not needed, that can be differentiated again."""
+    """The gradients of DoraLinearFunction for dy (M, N), None where not needed, that can be differentiated again."""
     saved, lora_A, lora_B, magnitude, norm, _gain, _low, _kept, _merged, *tensors = ctx.saved_tensors
     settings = ctx.settings
     if ctx.held_version is not None and saved._version != ctx.held_version:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels import launch, ops, plan
-from dora_kernels.autograd import DoraLinear, Settings, WeightNorm, folded, let_x_change
+from dora_kernels.autograd import DoraLinearFunction, Settings, WeightNorm, folded, let_x_change
 from dora_kernels.ops import is_autocast
 from dora_kernels.quant import QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype, gain_ref
@@ -126,7 +126,8 @@ def dora_linear_core(
     held = [x if x_dropped is None else x_dropped] if grad and not torch.compiler.is_compiling() else []
     adapter = (lora_A, lora_B, magnitude, bias)
     arguments = (x_rows, dropped_rows, *adapter, norm, gain, merged, low, held, settings, *tensors)
-    y, new_norm, new_gain = DoraLinear.apply(*arguments) if grad else DoraLinear.forward(None, *arguments)
+    made = DoraLinearFunction.apply(*arguments) if grad else DoraLinearFunction.forward(None, *arguments)
+    y, new_norm, new_gain = made
     if held and not lora_A.requires_grad:
         let_x_change(y.grad_fn)
     y = unfolded(y, x.shape[:-1])

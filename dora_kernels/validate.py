@@ -18,6 +18,11 @@ _ZERO_IN_FLOAT32 = 2.0**-150
 _MOST_ELEMENTS = 2**60
 """Of a matrix: of more, torch cannot say how many bytes they are."""
 
+_INSTEAD = (
+    "; expected neither: use torch.autograd (grad with create_graph or is_grads_batched, functional in reverse mode), "
+    "or the definition in plain PyTorch, dora_kernels.reference.dora_linear_ref"
+)
+
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
@@ -47,12 +52,6 @@ def check_transforms(function: str, *tensors: Tensor | None) -> None:
         for tensor in tensors:
             if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError(f"{function}: called with a dual tensor of forward-mode AD{_INSTEAD}")
-
-
-_INSTEAD = (
-    "; expected neither: use torch.autograd (grad with create_graph or is_grads_batched, functional in reverse mode), "
-    "or the definition in plain PyTorch, dora_kernels.reference.dora_linear_ref"
-)
 
 
 def check_tracing(function: str) -> None:

@@ -11,7 +11,7 @@ from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_nor
 from dora_kernels.quant import Weight, parts, sources
 from dora_kernels.rescale import dora_linear_lora_dropout
 from dora_kernels.reuse import store
-from dora_kernels.validate import check_adapter, check_transforms
+from dora_kernels.validate import check_adapter
 
 
 def dora_linear_reusing(
@@ -35,7 +35,6 @@ def dora_linear_reusing(
         y = gain * (x weight^T + scaling * (x_dropped lora_A^T) lora_B^T) + bias
     low: as dora_linear_core's. Other arguments and errors as dora_linear_core.
     """
-    check_transforms(function, x, lora_A, lora_B, magnitude)  # before anything is asked of their storage
     arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
     if lora_dropout and x_dropped is not None:
         return _with_lora_dropout(layer, *arguments, x_dropped, function)

@@ -154,7 +154,7 @@ EXCLUDED = (
     Excluded(_FORWARD, "_epilogue_kernel", "tl.store(", ("y.to(",), _CAST),
     Excluded(_WEIGHT, "direction_tile", "w = weight_tile(", ("weight_tile(",), _CAST),
     Excluded(_WEIGHT, "_merge_kernel", "tl.store(", ("merged.to(",), _CAST),
-    Excluded(_AUTOGRAD, "DoraLinear.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.to(",), _GRADIENT),
+    Excluded(_AUTOGRAD, "DoraLinearFunction.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.to(",), _GRADIENT),
     Excluded(_FORWARD, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
     Excluded(_COMMON, "Launch.threads", "return", ("config.num_warps *", "self.facts", "64", "32"), _SPLITS),
     Excluded(_FORWARD, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
