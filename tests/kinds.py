@@ -106,3 +106,22 @@ def pair(name, dtype=torch.float64):
 def taken_over(model):
     """The first layer of `model` that is ours."""
     return next(module for module in model.modules() if isinstance(module, TakenOver))
+
+
+def leaves(value):
+    """The tensors of a result, in order."""
+    return torch.utils._pytree.tree_leaves(value)
+
+
+def assert_same(actual, expected):
+    """In float64 to 1e-9 of the largest number, in float32 (quantised weights have no other) to 1e-5."""
+    actual, expected = leaves(actual), leaves(expected)
+    assert len(actual) == len(expected) > 0
+    for ours, stock in zip(actual, expected, strict=True):
+        tolerance = 1e-9 if stock.dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(ours, stock, rtol=tolerance, atol=tolerance * stock.abs().max().item())
+
+
+def some(names, *every_run):
+    """The names, of which those not among every_run are for the night."""
+    return [pytest.param(name, marks=() if name in every_run else pytest.mark.nightly) for name in names]

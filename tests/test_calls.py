@@ -14,7 +14,7 @@ import dora_kernels
 from dora_kernels import ops
 from dora_kernels.adapters.taking import TakenOver
 from tests import test_structures
-from tests.kinds import KINDS, QUANTISED, pair, peft
+from tests.kinds import KINDS, QUANTISED, assert_same, leaves, pair, peft, some
 
 pytest.importorskip("peft")
 
@@ -126,20 +126,6 @@ COMBINATIONS = [
 ]
 
 
-def leaves(value):
-    """The tensors of a result, in order."""
-    return torch.utils._pytree.tree_leaves(value)
-
-
-def assert_same(actual, expected):
-    """In float64 to 1e-9 of the largest number, in float32 (quantised weights have no other) to 1e-5."""
-    actual, expected = leaves(actual), leaves(expected)
-    assert len(actual) == len(expected) > 0
-    for ours, stock in zip(actual, expected, strict=True):
-        tolerance = 1e-9 if stock.dtype == torch.float64 else 1e-5
-        torch.testing.assert_close(ours, stock, rtol=tolerance, atol=tolerance * stock.abs().max().item())
-
-
 @pytest.mark.parametrize("name, transform", COMBINATIONS)
 def test_transforms(name, transform):
     """In eval mode by a model that has kept its norms, too; and the next call without a transform is ours again."""
@@ -170,11 +156,6 @@ def y_and_gradients(model, x):
     inputs = [p for _, p in model.named_parameters() if p.requires_grad]
     y = model(x)
     return y.detach(), torch.autograd.grad(y.pow(2).sum(), inputs)
-
-
-def some(names, *every_run):
-    """The names, of which those not among every_run are for the night."""
-    return [pytest.param(name, marks=() if name in every_run else pytest.mark.nightly) for name in names]
 
 
 @pytest.mark.parametrize("name", some(KINDS, "peft", "peft, conv2d", "peft, embedding", "lycoris", "torchtune", "llm"))
@@ -246,8 +227,8 @@ def test_make_fx_keeps_our_operators(name, mode):
         graph = make_fx(lambda p, x: functional_call(ours, p, (x,)), tracing_mode=mode)(tensors, x)
         assert "dora_kernels." in graph.code
         with torch.no_grad():
-            for name in trained(stock):
-                stock.get_parameter(name).mul_(1.5)
+            for key in trained(stock):
+                stock.get_parameter(key).mul_(1.5)
         tensors = dict([*stock.named_parameters(), *stock.named_buffers()])
         assert_same(graph(tensors, x), stock(x))
 
@@ -268,17 +249,19 @@ def events(model, x, register):
             handle.remove()
 
 
-def forward_hook(register):
+def on_every_module(register):
     return lambda model, see: [register(lambda module, *_: see(module))]
 
 
 GLOBAL_HOOKS = {
-    "forward": forward_hook(modules.register_module_forward_hook),
-    "forward, always": forward_hook(lambda hook: modules.register_module_forward_hook(hook, always_call=True)),
-    "forward, with keywords": forward_hook(lambda hook: modules.register_module_forward_hook(hook, with_kwargs=True)),
-    "forward pre": forward_hook(modules.register_module_forward_pre_hook),
-    "backward": forward_hook(modules.register_module_full_backward_hook),
-    "backward pre": forward_hook(modules.register_module_full_backward_pre_hook),
+    "forward": on_every_module(modules.register_module_forward_hook),
+    "forward, always": on_every_module(lambda hook: modules.register_module_forward_hook(hook, always_call=True)),
+    "forward, with keywords": on_every_module(
+        lambda hook: modules.register_module_forward_hook(hook, with_kwargs=True)
+    ),
+    "forward pre": on_every_module(modules.register_module_forward_pre_hook),
+    "backward": on_every_module(modules.register_module_full_backward_hook),
+    "backward pre": on_every_module(modules.register_module_full_backward_pre_hook),
 }
 
 
