@@ -113,6 +113,14 @@ def leave(layer: Any) -> None:
     vars(layer).pop(ATTRIBUTE, None)
 
 
+def siblings(layer: Any) -> list[Sharer]:
+    """The other layers of its group, which look at it in their calls."""
+    member = vars(layer).get(ATTRIBUTE)
+    members = [] if member is None else [reference() for reference in member.group.members]
+    layers = [other.layer() for other in members if other is not None and other is not member]
+    return [other for other in layers if other is not None]
+
+
 def shared_low(layer: Sharer, x: Tensor, operand: Tensor, lora_A: Tensor) -> tuple[Tensor | None, Lows | None]:
     """low (M, R) of a call of `layer`, if it shares; and, where this call made it for others, what to `live_with`.
 

@@ -6,17 +6,22 @@ The other thread is played by a trace function: it acts between two lines, where
 import contextlib
 import copy
 import itertools
+import math
 import sys
 import threading
 
 import pytest
 import torch
+from torch import nn
 
 import dora_kernels
 from dora_kernels.adapters import taking
 from tests import shared_problem
-from tests.kinds import KINDS, pair, taken_over
-from tests.test_calls import assert_same, some
+from tests.kinds import KINDS, assert_same, pair, peft, randomise, some, taken_over
+
+pytest.importorskip("peft")
+
+from peft import VeraConfig, get_peft_model  # noqa: E402
 
 OURS = ("dora_kernels/adapters/", "dora_kernels/reuse/", "dora_kernels/sharing")
 THEIRS = ("peft/tuners/lora/", "torchtune/modules/peft/", "lycoris/", "tests/structures.py")
@@ -110,17 +115,67 @@ def test_siblings_are_disabled_one_after_the_other():
     assert line > 20
 
 
-def test_a_call_that_fails_in_the_middle_of_a_switch_is_computed_again(monkeypatch):
-    """The class is changed, and nothing says so yet."""
-    _, ours, x = pair("peft")
-    y = ours(x)
-    monkeypatch.setattr(taking, "_begun", taking._begun + 1)
+def failing(monkeypatch, model, meanwhile, times=1):
+    """Make the first so many computations of the model's layer fail, after meanwhile()."""
+    cls, left = type(taken_over(model)), [None] * times
+    compute = cls.compute
 
     def fail(*arguments):
+        if not left:
+            return compute(*arguments)
+        left.pop()
+        meanwhile()
         raise AttributeError("no method of ours")
 
-    monkeypatch.setattr(type(taken_over(ours)), "compute", fail)
+    monkeypatch.setattr(cls, "compute", fail)
+
+
+def test_a_call_that_fails_in_the_middle_of_a_switch_is_computed_again(monkeypatch):
+    """The class is changed, and nothing says yet that it was."""
+    _, ours, x = pair("peft")
+    y = ours(x)
+    monkeypatch.setitem(taking._last_switch, taken_over(ours), math.inf)
+    failing(monkeypatch, ours, lambda: None)
     assert_same(ours(x), y)
+
+
+def test_a_call_that_is_computed_again_may_be_switched_again(monkeypatch):
+    _, ours, x = pair("peft")
+    y = ours(x)
+    failing(monkeypatch, ours, lambda: disable_and_enable(ours), times=3)
+    assert_same(ours(x), y)
+    assert_same(ours(x), y)
+
+
+def dvora():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
+    return randomise(dora_kernels.to_dvora(model)), torch.randn(3, 8)
+
+
+def lora_dropout():
+    model, x = peft(lambda: nn.Linear(8, 6), 3, 8, lora_dropout=0.5)(torch.float32)
+    dora_kernels.enable(randomise(model).train(), dropout="lora")
+    return model, x
+
+
+@pytest.mark.parametrize("make", (dvora, lora_dropout, lambda: pair("peft")[1:]))
+@pytest.mark.parametrize("others", (dora_kernels.disable, disable_and_enable))
+def test_another_model_s_switch_hides_no_error(monkeypatch, make, others):
+    """Least of all by the library's forward of a layer whose function the library does not have."""
+    ours, x = make()
+    _, other, _ = pair("peft")
+    failing(monkeypatch, ours, lambda: others(other))
+    with pytest.raises(AttributeError, match="no method of ours"):
+        ours(x)
+    ours(x)
+
+
+def test_a_layer_that_the_library_cannot_compute_is_never_given_to_it(monkeypatch):
+    """Disabled, which leaves it alone, while an error of somebody's code is on its way."""
+    ours, x = dvora()
+    failing(monkeypatch, ours, lambda: disable_and_enable(ours))
+    with pytest.raises(AttributeError, match="no method of ours"):
+        ours(x)
 
 
 def test_an_error_of_somebody_s_code_is_not_hidden():

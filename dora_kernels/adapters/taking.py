@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import threading
 import weakref
 from collections.abc import Iterator
@@ -31,8 +32,9 @@ PLAIN = (nn.Parameter, Tensor, FakeTensor)
 DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
 """The classes of dropout whose meaning we know."""
 
-# how often a class was about to be changed, and was, for calls that are in flight meanwhile
-_begun = _ended = 0
+# how many classes were changed, and which change was a layer's last, for calls that are in flight meanwhile
+_switches = 0
+_last_switch: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
 _switching = threading.Lock()
 
 
@@ -89,17 +91,19 @@ class TakenOver:
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """What the library's forward returns, by our kernels where the call is known to mean what they compute.
 
-        It may be disabled meanwhile, by another thread: then its library's forward has the call. Raises ValueError
-        where a call is the library's that would compute another function (`difference`).
+        Another thread may disable it meanwhile: then its library's forward has the call. Where it is enabled again,
+        the call is made anew. Raises ValueError where a call is the library's that would compute another function
+        (`difference`).
         """
         if torch.compiler.is_compiling():  # Dynamo would guard on the number, and cannot resume inside a try
             return self._forward(x, *args, **kwargs)
-        ended = _ended
-        try:
-            return self._forward(x, *args, **kwargs)
-        except (AttributeError, TypeError):  # what is no longer ours, a sibling too, has no method of ours, nor super()
-            if isinstance(self, TakenOver) and ended == _ended == _begun:
-                raise
+        while isinstance(self, TakenOver):
+            before = _switches
+            try:
+                return self._forward(x, *args, **kwargs)
+            except (AttributeError, TypeError):  # what is no longer ours has no method of ours, nor our super()
+                if isinstance(self, TakenOver) and not _is_switched_since(self, before):
+                    raise
         return library_class(self).forward(self, x, *args, **kwargs)
 
     def _forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -235,8 +239,8 @@ def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str | None = None
 def give_back(layer: nn.Module) -> None:
     """Make `layer` its library's again; nothing happens to one that is, or that its library could not compute."""
     if isinstance(layer, TakenOver) and layer.reversible:
-        sharing.leave(layer)
         _set_class(layer, library_class(layer))
+        sharing.leave(layer)
         layer.__dict__.pop("dora_dropout", None)
 
 
@@ -250,14 +254,23 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
         # fully_shard(layer) has made a class over ours: what it added stays
         members = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
         cls = type(outer)(outer.__name__, (*outer.__bases__[:-1], cls), members)
-    global _begun, _ended
+    global _switches
+    seen_by = (layer, *sharing.siblings(layer))
     with _switching:
-        _begun += 1
-        layer.__class__ = cls
-        _ended += 1
+        _last_switch.update(dict.fromkeys(seen_by, math.inf))  # until it is over
+        try:
+            layer.__class__ = cls
+        finally:
+            _switches += 1
+            _last_switch.update(dict.fromkeys(seen_by, _switches))
     reuse.forget(layer)
     for holder, name in bound:
         setattr(holder, name, MethodType(cls.forward, layer))
+
+
+def _is_switched_since(layer: nn.Module, before: int) -> bool:
+    """Whether the class of `layer`, or of one that it shares with, was changed after the first `before` changes."""
+    return _last_switch.get(layer, 0) > before
 
 
 def bypass_reason(part: str, module: nn.Module) -> str | None:
