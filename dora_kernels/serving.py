@@ -43,11 +43,14 @@ def merge_model(model: nn.Module, *, progress: bool = False) -> dict[str, str]:
     several names stays one. Returns what was left as it is: the name of a layer, and why no frozen layer can stand in
     its place.
 
-    A PEFT model that is merged is good for inference, and its merge_and_unload() returns the base model, to be saved.
-    What it would save itself is an adapter without these layers: that, disable_adapter and load_adapter raise
-    ValueError from now on, on every module of which these layers are a part, and however the rest was left.
+    A PEFT model that is merged is good for inference, and its merge_and_unload() returns the base model, to be saved;
+    unload() returns the same, with the merged weights. What it would save itself is an adapter without these layers:
+    that, disable_adapter, load_adapter and what else loads these layers' parts raise ValueError from now on, of the
+    wrapper, its tuner and its base model, and however the rest was left. The forks of NVlabs/DoRA the same, of those
+    that have a peft_config in `model`: give the wrapper.
 
-    progress: show a bar (needs rich). Raises ValueError where the model has no layer to merge, or is one itself.
+    progress: show a bar (needs rich). Raises ValueError, and merges nothing, where the model has no layer to merge, is
+    one itself, or is a part of a PEFT model without the peft_config, which a wrapper could not be told of.
     """
     if isinstance(model, (TakenOver, MergeableLinear)):
         raise ValueError(f"merge_model: model is a {type(model).__name__} itself; expected the model that holds it")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +10,22 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels import serving
+from tests import test_structures
 from tests.kinds import randomise
 
 peft = pytest.importorskip("peft")
 
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict  # noqa: E402
+from peft import (  # noqa: E402
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+
+LORA = {"use_dora": True, "r": 2, "target_modules": ["0.0", "0.1"]}
+KEY = "base_model.model.0.0.lora_A.weight"
 
 
 def base(convolution=False):
@@ -24,7 +36,7 @@ def base(convolution=False):
 
 def trained(mixed=False, convolution=False, config=None, **more):
     """(an enabled PEFT model, an x, its y)."""
-    settings = {"use_dora": True, "r": 2, "target_modules": ["0.0", "0.1", *(["1"] if convolution else [])]} | more
+    settings = LORA | {"target_modules": ["0.0", "0.1", *(["1"] if convolution else [])]} | more
     model = get_peft_model(base(convolution), config or LoraConfig(**settings), mixed=mixed)
     randomise(model).eval()
     x = torch.randn(2, 4, 8)
@@ -42,7 +54,6 @@ PARTS = {
     "the wrapper": lambda model: model,
     "its tuner": lambda model: model.base_model,
     "its base model": lambda model: model.base_model.model,
-    "a part of that": lambda model: model.base_model.model[0],
     "what holds it": lambda model: nn.ModuleDict({"policy": model}),
 }
 COPIES = {
@@ -56,6 +67,8 @@ COPIES = {
 @pytest.mark.parametrize("part", PARTS)
 def test_no_adapter_is_saved(part, made, tmp_path):
     model, x, y = trained(modules_to_save=["1"])
+    saved = tmp_path / "before"
+    model.save_pretrained(saved)
     assert serving.merge_model(PARTS[part](model)) == {}
     model = COPIES[made](model)
     torch.testing.assert_close(model(x), y)
@@ -65,6 +78,8 @@ def test_no_adapter_is_saved(part, made, tmp_path):
     refused(lambda: get_peft_model_state_dict(model.get_base_model()))
     refused(lambda: model.peft_config["default"].save_pretrained(tmp_path))
     refused(lambda: model.disable_adapter().__enter__())
+    refused(lambda: model.load_adapter(saved, "default"))
+    refused(lambda: set_peft_model_state_dict(model, load_peft_weights(saved)))
     refused(lambda: model.add_adapter("more", LoraConfig(r=2, target_modules=["0.0"])))
     assert not [*tmp_path.glob("adapter*")]
     assert "LoraConfig" in repr(model.peft_config["default"])
@@ -74,6 +89,77 @@ def test_no_adapter_is_saved(part, made, tmp_path):
     assert unloaded.state_dict().keys() == plain.state_dict().keys()
     plain.load_state_dict(unloaded.state_dict())
     torch.testing.assert_close(plain(x), y)
+    again = get_peft_model(
+        unloaded, LoraConfig(use_dora=True, r=2, target_modules=["0.0", "0.1"], modules_to_save=["1"])
+    )
+    again.load_adapter(saved, "default")  # its parts are there again
+    assert torch.equal(again.base_model.model[0][0].lora_A["default"].weight, load_peft_weights(saved)[KEY])
+
+
+def test_unload_returns_the_merged_weights_too():
+    model, x, y = trained()
+    serving.merge_model(model)
+    torch.testing.assert_close(model.unload()(x), y)
+
+
+@pytest.mark.parametrize("part", (lambda model: model.base_model.model[0], lambda model: beside(model)))
+def test_a_part_whose_wrapper_could_not_be_told_is_left(part, tmp_path):
+    model, x, y = trained()
+    with pytest.raises(ValueError, match=r"0(\.0)? is part of a PEFT model whose peft_config is out of reach"):
+        serving.merge_model(part(model))
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path).eval()(x), y)
+
+
+def beside(model):
+    """A bare part of `model` beside another model that has its configs."""
+    other, _, _ = trained()
+    return nn.ModuleList([other, model.base_model.model[0]])
+
+
+def test_a_state_dict_of_the_merged_model_and_of_other_layers_can_be_loaded():
+    model, x, y = trained(convolution=True)
+    serving.merge_model(model)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    nn.init.zeros_(model.base_model.model[0][0].weight)
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(x), y)
+    left = {name: value for name, value in state.items() if "lora_" in name}
+    assert left
+    model.load_state_dict(left, strict=False)
+
+
+class Fork(nn.Module):
+    """As the wrappers in NVlabs/DoRA: one config or a dict, whose bias saving asks for first."""
+
+    def __init__(self, model, by_name):
+        super().__init__()
+        self.base_model = model
+        config = SimpleNamespace(bias="none", r=4)
+        self.peft_config = {"default": config} if by_name else config
+
+    def config(self):
+        return self.peft_config["default"] if isinstance(self.peft_config, dict) else self.peft_config
+
+    def state_to_save(self):
+        bias = self.config().bias
+        return {name: value for name, value in self.state_dict().items() if "lora_" in name or bias in name}
+
+
+@pytest.mark.parametrize("made", COPIES)
+@pytest.mark.parametrize("name", ("llm", "llm, magnitude alone", "vl-t5", "llava"))
+def test_the_forks_of_nvlabs(name, made):
+    layer, x = test_structures.CASES[name].make(0, torch.float32)
+    model = Fork(nn.Sequential(layer), by_name=name == "llava").eval()
+    state, y = {**model.state_dict()}, model.base_model(x)
+    model.state_to_save()
+    assert dora_kernels.enable(model).left_alone == []
+    assert serving.merge_model(model) == {}
+    model = COPIES[made](model)
+    refused(model.state_to_save)
+    refused(lambda: model.load_state_dict(state, strict=False))
+    assert model.config().r == 4
+    torch.testing.assert_close(model.base_model(x), y)
 
 
 def test_a_mixed_model():
@@ -142,7 +228,7 @@ def test_transformers_own_saving(tmp_path):
     wrapper = get_peft_model(LlamaForCausalLM(config), LoraConfig(task_type="CAUSAL_LM", **lora))
     dora_kernels.enable(wrapper)
     trainer = Trainer(wrapper, TrainingArguments(tmp_path / "trainer", report_to=[], use_cpu=True))
-    serving.merge_model(wrapper.base_model.model.model)
+    serving.merge_model(wrapper.base_model.model)
     refused(lambda: trainer.save_model(tmp_path / "saved"))
     assert not [*tmp_path.glob("saved/adapter*")]
     wrapper.generate(input_ids=torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
