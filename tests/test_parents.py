@@ -1,5 +1,8 @@
 """The report names the layers whose weight a parent reads past them, and no others."""
 
+import functools
+from types import MethodType
+
 import pytest
 import torch
 from torch import nn
@@ -94,6 +97,112 @@ def test_somebody_s_own_parent():
     _, layers = reported(Functional(), "deep", "called", "inner")
     assert layers["holder.deep"].reason.startswith("Functional.product can read this weight past the layer")
     assert [layers[name].reason for name in ("called", "proj.inner")] == ["", ""]
+
+
+class Asks(nn.Module):
+    """Wants no number of the weights that it names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        x = x.to(self.a.weight.data.dtype).to(self.b.weight).type_as(self.c.weight)
+        if self.a.weight is None or None is not self.b.weight.detach():
+            return x
+        assert getattr(self.a.weight, "dtype", None) == x.dtype and len(self.b.weight) == 8
+        assert torch.zeros_like(self.c.weight).shape == self.c.weight.detach().shape
+        return self.c(self.b(self.a(x)))
+
+
+class Uses(Asks):
+    """The same words, for numbers."""
+
+    def forward(self, x):
+        x = x @ self.a.weight.data.to(x.dtype)
+        x = x + getattr(self.b.weight, "T") * (self.c.weight.detach() == 0)  # noqa: B009
+        return x
+
+
+def test_facts_about_a_weight_are_no_use_of_it():
+    assert parents.reads(Asks) == {}
+    assert parents.reads(Uses).keys() == {"a", "b", "c"}
+
+
+def own_method(parent):
+    def forward(self, x):
+        return nn.functional.linear(x, self.c.weight)
+
+    return MethodType(forward, parent)
+
+
+def own_function(parent):
+    return lambda x: nn.functional.linear(x, parent.c.weight)
+
+
+def own_function_of_lines(parent):
+    def forward(x):
+        return nn.functional.linear(x, parent.c.weight)
+
+    return forward
+
+
+def around_it(parent):
+    before = own_method(parent)
+
+    def forward(*arguments):
+        return before(*arguments)
+
+    return forward
+
+
+def partial(parent):
+    def forward(module, x):
+        return nn.functional.linear(x, module.c.weight)
+
+    return functools.partial(forward, parent)
+
+
+def through_another(parent):
+    parent.product = own_method(parent)
+    return MethodType(lambda self, x: self.product(x), parent)
+
+
+PATCHES = (own_method, own_function, own_function_of_lines, around_it, partial, through_another)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.__name__)
+def test_a_forward_on_the_instance(patch):
+    parent = Asks()
+    parent.forward = patch(parent)
+    model, layers = reported(nn.ModuleDict({"parent": parent, "other": Asks()}), "c")
+    assert "Asks." in layers["parent.c"].reason and "past the layer" in layers["parent.c"].reason
+    assert layers["other.c"].reason == ""
+    del parent.forward
+    assert not any(layer.reason for layer in dora_kernels.enable(model).layers)
+
+
+def test_a_class_that_is_patched_after_the_first_enable():
+    cls = type("Patched", (Asks,), {})
+    model, layers = reported(cls(), "c")
+    assert layers["c"].reason == ""
+    cls.forward = Uses.forward
+    (layer,) = dora_kernels.enable(model).layers
+    assert layer.reason.startswith("Patched.forward can read")
+
+
+def test_lycoris_wraps_what_the_parent_holds():
+    locon = pytest.importorskip("lycoris.modules.locon")
+    model = nn.Module()
+    model.layer = encoder_layer()
+    wraps = {"one": model.layer.linear1, "two": model.layer.linear2}
+    for name, wrapped in wraps.items():
+        setattr(model, name, locon.LoConModule(name, wrapped, lora_dim=2, weight_decompose=True))
+        getattr(model, name).apply_to()
+    model.layer.requires_grad_(False)
+    report = dora_kernels.enable(model)
+    assert len(report.taken_over) == 2
+    assert all("TransformerEncoderLayer.forward can read" in layer.reason for layer in report.layers)
 
 
 def test_parents_in_transformers():

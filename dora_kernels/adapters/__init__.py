@@ -6,9 +6,11 @@ holds a module of that library. Each offers two functions:
     layers(model)    (name, layer) of every DoRA layer of the library's in a model
     judge(layer)     the class that takes the layer over (a TakenOver: taking.py), or None; and a reason or a remark
 
-A library's file may offer one more, for `enable(model, fuse_shared_inputs=True)`:
+A library's file may offer more: the first for `enable(model, fuse_shared_inputs=True)`, the second where a layer stands
+beside the module that it wraps:
 
     groups(model)    (name, layer) of taken over layers that are called with the same x, a list for each x
+    held(layer)      the module that the layer's parent holds for it
 
 Libraries whose layers live in their users' code are known by structure, and their files import nothing of them.
 A further library is one more file, and one more name in PACKAGES or STRUCTURES.
@@ -120,7 +122,8 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
         raise ValueError(f"enable: fuse_shared_inputs is {fuse_shared_inputs!r}; expected True or False")
     reports = []
     found = _dora_layers(model)
-    past = parents.remarks(model, [layer for _, layer, _, _ in found])
+    held = [(adapter.held(layer) if hasattr(adapter, "held") else layer, layer) for _, layer, _, adapter in found]
+    past = parents.remarks(model, held)
     for name, layer, library, adapter in found:
         cls, reason = adapter.judge(layer)
         if cls is None:

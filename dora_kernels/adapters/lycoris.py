@@ -50,6 +50,11 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def held(layer: nn.Module) -> nn.Module:
+    """The module that `layer` wraps, which a parent of that holds."""
+    return layer.org_module[0]
+
+
 def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     """The class that takes `layer` over, or None; and why."""
     if library_class(layer) is not LoConModule:

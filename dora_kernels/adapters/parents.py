@@ -1,95 +1,183 @@
 """Parents that read a layer's weight past the layer: where they do, no adapter is applied, the library's or ours.
 
 torch's nn.TransformerEncoderLayer hands linear1.weight to a fast path in eval mode, nn.MultiheadAttention never calls
-its out_proj, WavLM's attention passes q_proj.weight to a function. Such code says so, and is looked at here: `forward`
-and the methods that it calls on self, for `self.name.weight` or a longer path of names; `weight.dtype` and the like are
-no use of its numbers. A weight that is handed on under another name is not seen.
+its out_proj, WavLM's attention passes q_proj.weight to a function. Such code says so, and is looked at here: `forward`,
+of the class or put on the instance, what that wraps, and the methods that it calls on self, for `self.name.weight` or a
+longer path of names; `weight.dtype` and the like are no use of its numbers. A weight that is handed on under another
+name is not seen.
 """
 
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import textwrap
 import weakref
-from types import FunctionType
+from collections.abc import Iterable, Iterator
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from dora_kernels.adapters.taking import forward_is_the_class_s
-
 FACTS = frozenset(
-    {"device", "dim", "dtype", "element_size", "is_cuda", "is_meta", "layout", "ndim", "numel", "requires_grad"}
-    | {"shape", "size", "stride"}
+    {"device", "dim", "dtype", "element_size", "get_device", "is_complex", "is_contiguous", "is_cpu", "is_cuda"}
+    | {"is_floating_point", "is_leaf", "is_meta", "is_sparse", "itemsize", "layout", "nbytes", "ndim", "nelement"}
+    | {"numel", "requires_grad", "shape", "size", "stride"}
 )
 """What may be asked of a weight without using its numbers."""
 
-_known: weakref.WeakKeyDictionary[type, dict[str, str]] = weakref.WeakKeyDictionary()
+ASKING = frozenset(
+    {"empty_like", "expand_as", "full_like", "hasattr", "id", "is_floating_point", "is_tensor", "isinstance", "len"}
+    | {"ones_like", "rand_like", "randn_like", "reshape_as", "to", "type", "type_as", "view_as", "zeros_like"}
+)
+"""The names of functions and methods that ask no more of their arguments: x.to(weight) is x in its dtype."""
+
+CALLABLE = (FunctionType, MethodType, functools.partial)
+"""What is called where it is put on an instance."""
 
 
-def remarks(model: nn.Module, layers: list[nn.Module]) -> dict[nn.Module, str]:
-    """What the report says of each of the layers whose weight a module of `model` reads past it."""
+def remarks(model: nn.Module, layers: Iterable[tuple[nn.Module, nn.Module]]) -> dict[nn.Module, str]:
+    """What the report says of each layer whose weight a module of `model` reads past it.
+
+    layers: (what a parent holds, the layer), the same module but where a library's layer stands beside the wrapped one.
+    """
     found: dict[nn.Module, list[str]] = {}
-    wanted = set(layers)
+    held: dict[nn.Module, list[nn.Module]] = {}
+    for module, layer in layers:
+        held.setdefault(module, []).append(layer)
+    of_class: dict[type, dict[str, str]] = {}
     for parent in model.modules():
-        if not parent._modules or not forward_is_the_class_s(parent):
+        if not parent._modules:
             continue
-        for path, function in reads(type(parent)).items():
-            child = _at(parent, path)
-            if child in wanted:
-                found.setdefault(child, []).append(f"{type(parent).__name__}.{function}")
+        cls = type(parent)
+        if not any(isinstance(value, CALLABLE) for value in vars(parent).values()):
+            if cls not in of_class:
+                of_class[cls] = reads(cls)
+            read = of_class[cls]
+        else:
+            read = reads(cls, parent)
+        for path, function in read.items():
+            for layer in held.get(_at(parent, path), ()):
+                found.setdefault(layer, []).append(f"{cls.__name__}.{function}")
     consequence = "this weight past the layer, and no adapter is applied where that is done"
     return {layer: f"{' and '.join(dict.fromkeys(readers))} can read {consequence}" for layer, readers in found.items()}
 
 
-def reads(cls: type[nn.Module]) -> dict[str, str]:
-    """The paths of submodules whose weight code of `cls` reads when it is called, each with the name of a method."""
-    known = _known.get(cls)
-    if known is None:
-        known = _known[cls] = _reads(cls)
-    return known
+def reads(cls: type[nn.Module], parent: nn.Module | None = None) -> dict[str, str]:
+    """The paths of submodules whose weight code of `cls` reads when it is called, each with the name of a method.
 
-
-def _reads(cls: type[nn.Module]) -> dict[str, str]:
+    parent: the module itself, where it has functions of its own that stand before those of its class.
+    """
     found: dict[str, str] = {}
     # the names of methods, each with the first place in the order of bases where it may be defined
     waiting, seen = [("forward", 0)], {("forward", 0)}
     while waiting:
         name, first = waiting.pop()
+        own = () if parent is None or first else tuple(_functions(vars(parent).get(name), parent))
         bases = cls.__mro__[first:]
         place = next((first + i for i, base in enumerate(bases) if name in vars(base)), None)
-        tree = None if place is None else _source(cls.__mro__[place], name)
-        for node in () if tree is None else ast.walk(tree):
-            path = _path(node)
-            if len(path) > 1 and path[-1] == "weight" and not getattr(node, "is_asked", False):
-                found.setdefault(".".join(path[:-1]), name)
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                called = (node.func.attr, 0 if len(_path(node.func)) == 1 else place + 1)
-                if (called[1] == 0 or _is_super(node.func.value)) and called not in seen:
+        if not own and place is not None and cls.__mro__[place] is not nn.Module:
+            own = tuple(_functions(vars(cls.__mro__[place])[name], parent))
+        for function, names in own:
+            weights, calls = _code(function)
+            for root, path in weights:
+                if root in names:
+                    found.setdefault(path, name)
+            for root, method in calls:
+                if root is None and place is not None:
+                    called = (method, place + 1)
+                elif root in names:
+                    called = (method, 0)
+                else:
+                    continue
+                if called not in seen:
                     seen.add(called)
                     waiting.append(called)
     return found
 
 
-def _source(cls: type, name: str) -> ast.AST | None:
-    """The code of a method, with `is_asked` at every expression of which it wants facts alone.
+def _functions(value: Any, parent: nn.Module | None) -> Iterator[tuple[FunctionType, set[str]]]:
+    """The functions that are called where `value` is, and what wraps it and what it wraps; each with the names that
+    `parent` has in it: the first parameter's, and those of closures."""
+    waiting, seen = [value], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, functools.partial):
+            waiting += [value.func, vars(value).get("__wrapped__")]
+        elif isinstance(value, MethodType):
+            if value.__self__ is parent:
+                waiting.append(value.__func__)
+        elif isinstance(value, FunctionType) and value not in seen:
+            seen.add(value)
+            cells = dict(zip(value.__code__.co_freevars, map(_content, value.__closure__ or ()), strict=True))
+            names = {name for name, content in cells.items() if parent is not None and content is parent}
+            yield value, names | {*value.__code__.co_varnames[: min(1, value.__code__.co_argcount)]}
+            waiting += [vars(value).get("__wrapped__"), *cells.values()]
 
-    None of torch's nn.Module, and where there is none to be had.
-    """
-    method = vars(cls)[name]
-    if cls is nn.Module or not isinstance(method, FunctionType):
-        return None
+
+def _content(cell: Any) -> Any:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
-    except (OSError, SyntaxError, TypeError, ValueError):
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
         return None
+
+
+class _Code(NamedTuple):
+    """What a function says: (root, path) of every root.path.weight whose numbers it may use, and (root, method) of its
+    calls root.method(); the root of super() is None."""
+
+    weights: set[tuple[str, str]]
+    calls: set[tuple[str | None, str]]
+
+
+_known: weakref.WeakKeyDictionary[FunctionType, _Code] = weakref.WeakKeyDictionary()
+
+
+def _code(function: FunctionType) -> _Code:
+    """Empty where there is no source to be had."""
+    known = _known.get(function)
+    if known is None:
+        known = _known[function] = _Code(set(), set())
+        for node in _nodes(function):
+            root, *path = _path(node) or (None,)
+            if len(path) > 1 and path[-1] == "weight" and not getattr(node, "is_asked", False):
+                known.weights.add((root, ".".join(path[:-1])))
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                root, *path = _path(node.func) or (None,)
+                if len(path) == 1 or _is_super(node.func.value):
+                    known.calls.add((root, node.func.attr))
+    return known
+
+
+def _nodes(function: FunctionType) -> Iterable[ast.AST]:
+    """The code of a function, with `is_asked` at every expression of which it wants facts alone."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
+    except (OSError, SyntaxError, TypeError, ValueError):
+        return ()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in FACTS:
-            node.value.is_asked = True
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "hasattr"):
-            for argument in node.args:
-                argument.is_asked = True
-    return tree
+            _ask(node.value)
+        elif isinstance(node, ast.Compare) and all(isinstance(how, (ast.Is, ast.IsNot)) for how in node.ops):
+            for operand in (node.left, *node.comparators):
+                _ask(operand)
+        elif isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            is_fact = name == "getattr" and len(node.args) > 1 and getattr(node.args[1], "value", None) in FACTS
+            if name in ASKING or is_fact:
+                for argument in node.args:
+                    _ask(argument)
+    return ast.walk(tree)
+
+
+def _ask(node: ast.AST) -> None:
+    """Mark an expression, and what it only shows: weight.data and weight.detach()."""
+    node.is_asked = True
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "detach":
+        _ask(node.func.value)
+    elif isinstance(node, ast.Attribute) and node.attr == "data":
+        _ask(node.value)
 
 
 def _is_super(node: ast.AST) -> bool:
@@ -97,12 +185,12 @@ def _is_super(node: ast.AST) -> bool:
 
 
 def _path(node: ast.AST) -> tuple[str, ...]:
-    """("a", "b") of the expression self.a.b; () of any other."""
+    """("self", "a", "b") of the expression self.a.b; () of any that does not begin with a name."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
         node = node.value
-    return tuple(reversed(names)) if isinstance(node, ast.Name) and node.id == "self" else ()
+    return (node.id, *reversed(names)) if isinstance(node, ast.Name) else ()
 
 
 def _at(module: nn.Module | None, path: str) -> nn.Module | None:
