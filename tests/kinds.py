@@ -14,7 +14,7 @@ from tests.problem import DEVICE
 
 pytest.importorskip("peft")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft import LoraConfig, VeraConfig, get_peft_model  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from tests import libraries, quantized_problem, test_structures  # noqa: E402
@@ -125,3 +125,26 @@ def assert_same(actual, expected):
 def some(names, *every_run):
     """The names, of which those not among every_run are for the night."""
     return [pytest.param(name, marks=() if name in every_run else pytest.mark.nightly) for name in names]
+
+
+def y_and_gradients(model, x):
+    """y, and what autograd gives of it for x and every trained parameter."""
+    inputs = [p for _, p in model.named_parameters() if p.requires_grad]
+    y = model(x)
+    return y.detach(), torch.autograd.grad(y.pow(2).sum(), inputs)
+
+
+def lora_dropout(name):
+    """A model enabled with dropout="lora" that drops, and an x."""
+    if name == "llm":
+        model, x = test_structures.CASES["llm, dropout"].make(0, torch.float64)
+    else:
+        make = (lambda: nn.Linear(8, 6)) if name == "peft" else (lambda: nn.Conv1d(4, 6, 1))
+        model, x = peft(make, *((3, 8) if name == "peft" else (2, 4, 5)), lora_dropout=0.5)(torch.float64)
+    dora_kernels.enable(model.train(), dropout="lora")
+    return model, x
+
+
+def dvora():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"])).double()
+    return dora_kernels.to_dvora(model).base_model.model, torch.randn(3, 8, dtype=torch.float64)

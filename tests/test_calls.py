@@ -8,13 +8,10 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn.modules import module as modules
 
 import dora_kernels
 from dora_kernels import ops
-from dora_kernels.adapters.taking import TakenOver
-from tests import test_structures
-from tests.kinds import KINDS, QUANTISED, assert_same, leaves, pair, peft, some
+from tests.kinds import KINDS, assert_same, leaves, lora_dropout, pair, some, y_and_gradients
 
 pytest.importorskip("peft")
 
@@ -151,13 +148,6 @@ def changed(model):
     return {name: value * 1.5 if name in names else value for name, value in model.state_dict().items()}
 
 
-def y_and_gradients(model, x):
-    """y, and what autograd gives of it for x and every trained parameter."""
-    inputs = [p for _, p in model.named_parameters() if p.requires_grad]
-    y = model(x)
-    return y.detach(), torch.autograd.grad(y.pow(2).sum(), inputs)
-
-
 @pytest.mark.parametrize("name", some(KINDS, "peft", "peft, conv2d", "peft, embedding", "lycoris", "torchtune", "llm"))
 def test_a_trace_follows_the_weights_that_are_loaded_into_it(name):
     """torch.jit.trace, which checks itself, of a model that has been called and of one that has not."""
@@ -233,106 +223,10 @@ def test_make_fx_keeps_our_operators(name, mode):
         assert_same(graph(tensors, x), stock(x))
 
 
-LAYERS = [*KINDS, *QUANTISED]
-ONE_OF_EACH = ("peft", "peft, conv2d", "peft, embedding", "lycoris", "torchtune", "llm", "llava", "megatron", "nf4")
-
-
-def events(model, x, register):
-    """The names of the modules for which hooks ran, in order, and y with the gradients."""
-    seen = []
-    names = {module: name for name, module in model.named_modules()}
-    handles = register(model, lambda module: seen.append(names.get(module, type(module).__name__)))
-    try:
-        return seen, y_and_gradients(model, x)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def on_every_module(register):
-    return lambda model, see: [register(lambda module, *_: see(module))]
-
-
-GLOBAL_HOOKS = {
-    "forward": on_every_module(modules.register_module_forward_hook),
-    "forward, always": on_every_module(lambda hook: modules.register_module_forward_hook(hook, always_call=True)),
-    "forward, with keywords": on_every_module(
-        lambda hook: modules.register_module_forward_hook(hook, with_kwargs=True)
-    ),
-    "forward pre": on_every_module(modules.register_module_forward_pre_hook),
-    "backward": on_every_module(modules.register_module_full_backward_hook),
-    "backward pre": on_every_module(modules.register_module_full_backward_pre_hook),
-}
-
-
-@pytest.mark.parametrize("kind", some(GLOBAL_HOOKS, "forward pre", "backward"))
-@pytest.mark.parametrize("name", some(LAYERS, *ONE_OF_EACH))
-def test_global_hooks_see_the_parts_that_the_library_calls(name, kind):
-    stock, ours, x = pair(name)
-    seen, expected = events(stock, x, GLOBAL_HOOKS[kind])
-    by_ours, actual = events(ours, x, GLOBAL_HOOKS[kind])
-    assert by_ours == seen
-    assert_same(actual, expected)
-    ops.calls.clear()
-    ours(x)
-    assert ops.calls  # ours again
-
-
-@pytest.mark.parametrize("kind", some(("forward", "forward_pre", "full_backward", "full_backward_pre"), "forward"))
-@pytest.mark.parametrize("name", LAYERS)
-def test_hooks_on_every_part_are_run_as_the_library_runs_them(name, kind):
-    """On one part at a time: each of them alone has to be seen."""
-    stock, ours, x = pair(name)
-    layer = next(key for key, module in ours.named_modules() if isinstance(module, TakenOver))
-    parts = [key for key, _ in stock.get_submodule(layer).named_modules() if key]
-    assert parts or name.startswith("vl-t5")
-    for part in parts:
-        path = f"{layer}.{part}"
-
-        def register(model, see, path=path):
-            return [getattr(model.get_submodule(path), f"register_{kind}_hook")(lambda module, *_: see(module))]
-
-        seen, expected = events(stock, x, register)
-        by_ours, actual = events(ours, x, register)
-        assert by_ours == seen, part
-        assert_same(actual, expected)
-
-
-def test_a_global_hook_that_changes_what_a_part_sees_does(caplog):
-    stock, ours, x = pair("peft")
-    before = stock(x)
-    hook = modules.register_module_forward_pre_hook(
-        lambda module, arguments: (arguments[0] * 2,) if type(module) is nn.Linear else None
-    )
-    with hook:
-        expected = stock(x)
-        assert not torch.allclose(expected, before)
-        assert_same(ours(x), expected)
-    assert "there is a global module hook, tests.test_calls.test_a_global_hook" in caplog.text
-    assert_same(ours(x), before)
-
-
-def lora_dropout(name):
-    """A model enabled with dropout="lora" that drops, and an x."""
-    if name == "llm":
-        model, x = test_structures.CASES["llm, dropout"].make(0, torch.float64)
-    else:
-        make = (lambda: nn.Linear(8, 6)) if name == "peft" else (lambda: nn.Conv1d(4, 6, 1))
-        model, x = peft(make, *((3, 8) if name == "peft" else (2, 4, 5)), lora_dropout=0.5)(torch.float64)
-    dora_kernels.enable(model.train(), dropout="lora")
-    return model, x
-
-
-def under_a_global_hook(model, x):
-    with modules.register_module_forward_hook(lambda *_: None):
-        return model(x)
-
-
 SURROUNDINGS = {
     "vmap": lambda model, x: vmap(model, randomness="different")(x[None]),
     "a dual level": dual,
     "torch.jit.trace": lambda model, x: torch.jit.trace(model, x, check_trace=False),
-    "a global hook": under_a_global_hook,
 }
 
 
@@ -379,17 +273,3 @@ def test_transforms_inside_a_compiled_function(transform):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: transform(ours, x), backend="eager")
     assert_same(compiled(x), expected)
-
-
-def test_a_model_compiled_under_a_global_hook():
-    """What comes or goes after compiling is not seen, of stock either: torch.compile does not guard on hooks."""
-    stock, ours, x = pair("peft")
-    torch._dynamo.reset()
-    before = stock(x)
-    double = modules.register_module_forward_pre_hook(
-        lambda module, arguments: (arguments[0] * 2,) if type(module) is nn.Linear else None
-    )
-    with double:
-        expected = stock(x)
-        assert_same(torch.compile(ours, backend="eager")(x), expected)
-    assert not torch.allclose(expected, before)

@@ -12,16 +12,11 @@ import threading
 
 import pytest
 import torch
-from torch import nn
 
 import dora_kernels
 from dora_kernels.adapters import taking
 from tests import shared_problem
-from tests.kinds import KINDS, assert_same, pair, peft, randomise, some, taken_over
-
-pytest.importorskip("peft")
-
-from peft import VeraConfig, get_peft_model  # noqa: E402
+from tests.kinds import KINDS, assert_same, dvora, lora_dropout, pair, some, taken_over
 
 OURS = ("dora_kernels/adapters/", "dora_kernels/reuse/", "dora_kernels/sharing")
 THEIRS = ("peft/tuners/lora/", "torchtune/modules/peft/", "lycoris/", "tests/structures.py")
@@ -147,18 +142,7 @@ def test_a_call_that_is_computed_again_may_be_switched_again(monkeypatch):
     assert_same(ours(x), y)
 
 
-def dvora():
-    model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"]))
-    return randomise(dora_kernels.to_dvora(model)), torch.randn(3, 8)
-
-
-def lora_dropout():
-    model, x = peft(lambda: nn.Linear(8, 6), 3, 8, lora_dropout=0.5)(torch.float32)
-    dora_kernels.enable(randomise(model).train(), dropout="lora")
-    return model, x
-
-
-@pytest.mark.parametrize("make", (dvora, lora_dropout, lambda: pair("peft")[1:]))
+@pytest.mark.parametrize("make", (dvora, lambda: lora_dropout("peft"), lambda: pair("peft")[1:]))
 @pytest.mark.parametrize("others", (dora_kernels.disable, disable_and_enable))
 def test_another_model_s_switch_hides_no_error(monkeypatch, make, others):
     """Least of all by the library's forward of a layer whose function the library does not have."""

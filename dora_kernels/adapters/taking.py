@@ -107,7 +107,7 @@ class TakenOver:
         return library_class(self).forward(self, x, *args, **kwargs)
 
     def _forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        reason = calls.reason(x)
+        reason = calls.reason(x) or self._hook_reason()
         if reason is None:
             parts, reason = self.read_call(x, bool(args or kwargs))
             if reason is None:
@@ -118,6 +118,16 @@ class TakenOver:
             if difference is not None:
                 raise ValueError(f"forward: {reason}, so the call is {self.library}'s, {difference}")
         return self.library_forward(x, *args, **kwargs)
+
+    def _hook_reason(self) -> str | None:
+        """Why a hook on every module gets this call for its library; None where that would compute another function."""
+        reason = calls.hook_reason()
+        if reason is None or self.difference() is None:
+            return reason
+        launch.log_once(
+            f"dora_kernels: {reason}, which sees no parts of a layer that {self.library} would compute otherwise"
+        )
+        return None
 
     def own_dropout(self) -> str | None:
         """What dropout falls on under dropout="lora" too, because the library means neither that nor what PEFT does."""
