@@ -212,11 +212,12 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
     if not isinstance(index, Tensor) or index.layout is not torch.strided or index.is_nested:
         what = index.layout if isinstance(index, Tensor) else type(index).__name__
         raise ValueError(f"bank_linear: index is {what}; expected a dense torch.Tensor of integers")
-    shapes = {x.shape[:-1]: None, x.shape[: min(1, x.dim() - 1)]: None}  # x (K,) is one row: an index ()
-    if index.dtype not in (torch.int32, torch.int64) or index.shape not in shapes:
+    shapes = [x.shape[:-1], x.shape[: min(1, x.dim() - 1)]]  # x (K,) is one row: an index ()
+    # compared, and not looked for in a set: torch.jit.trace has tensors for sizes
+    if index.dtype not in (torch.int32, torch.int64) or all(index.shape != shape for shape in shapes):
         raise ValueError(
             f"bank_linear: index is {index.dtype} of shape {tuple(index.shape)} but x has shape {tuple(x.shape)}; "
-            f"expected integers of shape {' or '.join(str(tuple(shape)) for shape in shapes)}"
+            f"expected integers of shape {' or '.join(dict.fromkeys(str(tuple(shape)) for shape in shapes))}"
         )
     if index.device != x.device:
         raise ValueError(f"bank_linear: index is on {index.device} but x is on {x.device}; expected one device")

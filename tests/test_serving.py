@@ -414,3 +414,16 @@ def test_nothing_to_merge():
             function(nn.Linear(3, 3))
     with pytest.raises(ValueError, match="merge_model: model is a DoraLinear itself"):
         merge_model(two_layers()[0][0])
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("rows", ((3,), (2, 3)))
+def test_a_bank_in_a_trace(rows):
+    weight, x = torch.randn(6, 8), torch.randn(*rows, 8)
+    adapters = [(torch.randn(2, 8), torch.randn(6, 2), torch.rand(6), 1.0) for _ in range(2)]
+    bank, index = serving.AdapterBank.of(weight, adapters), torch.arange(rows[0]) % 2
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x, index: serving.bank_linear(x, weight, bank, index), (x, index))
+        assert torch.equal(traced(2 * x, 1 - index), serving.bank_linear(2 * x, weight, bank, 1 - index))
+        with pytest.raises(ValueError, match="index is torch.int64 of shape"):
+            torch.jit.trace(lambda x, index: serving.bank_linear(x, weight, bank, index), (x, index[:1]))
