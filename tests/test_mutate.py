@@ -234,3 +234,22 @@ def test_every_file_is_mutated_or_it_says_why_not():
         left_out = any(name == prefix or prefix.endswith("/") and name.startswith(prefix) for prefix in reasons)
         assert (name in subjects.SUBJECTS) != left_out, name
     assert all((ROOT / name).exists() for name in (*reasons, *subjects.SUBJECTS))
+
+
+ANSWERS_AT_ONCE = """
+import json, os, sys
+os.setsid()
+for line in sys.stdin:
+    open(json.loads(line)[1], "w").close()
+    sys.stdout.write(f"{os.getpid()}\\n0\\n")
+    sys.stdout.flush()
+"""
+
+
+def test_a_run_that_ends_before_it_is_waited_for_has_ended(toy, tmp_path):
+    """Its process and its status come in one piece."""
+    tree = Copy(toy, tmp_path / "copy")
+    (tree.folder / "mutation_server.py").write_text(ANSWERS_AT_ONCE)
+    with tree:
+        state, seconds, _ = tree.run([], seconds=5)
+    assert state == "passed" and seconds < 5

@@ -10,7 +10,7 @@ from mutation.changes import Mutant
 @dataclass(frozen=True)
 class Excluded:
     """Mutants that no test can or should kill: in a function of a file ("" is the top level), on a line that holds
-    `source`, whose change is one of `changes`, or whose original or (with an arrow) change begins with one.
+    `source`, whose change is one of `changes`, or whose original begins with one. "" is every change of the function.
     """
 
     path: str

@@ -44,7 +44,7 @@ class Copy:
         # bytecode is known by size and second, which two mutants of one file may share
         environment = os.environ | {"PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(
-            [sys.executable, "mutation_server.py"], cwd=self.folder, env=environment, text=True,
+            [sys.executable, "mutation_server.py"], cwd=self.folder, env=environment, bufsize=0,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         return self
@@ -66,7 +66,8 @@ class Copy:
         command = ["-x", "-q", "--tb=line", "-p", "no:cacheprovider", "-p", "mutation_plugin"]
         command += ["--rootdir", str(self.folder), *arguments]
         start = time.monotonic()
-        print(json.dumps([command, str(output)]), file=self.server.stdin, flush=True)
+        self.server.stdin.write(json.dumps([command, str(output)]).encode() + b"\n")
+        # not buffered here: select sees what the pipe holds, and not a line that was read beside the first
         process, ended = int(self.server.stdout.readline()), False
         try:
             ended = bool(select.select([self.server.stdout], [], [], seconds)[0])
