@@ -3,7 +3,10 @@
 Asked in the calls of layers, so of torch's C++ state: 0.5 us and 0.15 us.
 """
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _is_key_included = torch._C._dispatch_tls_is_dispatch_key_included
@@ -32,6 +35,21 @@ def is_traced() -> bool:
 def is_transformed() -> bool:
     """Whether torch.func (grad, vmap, jvp, functionalize) or forward-mode AD gives tensors another meaning now.
 
-    Dynamo can trace this, with the transforms inside a compiled function.
+    Dynamo can trace this, with the transforms inside a compiled function. Forward-mode AD is for all threads: what
+    another one has begun is seen here, too, and whether it means this call its tensors say (`may_carry_tangents`).
     """
     return _transformed() or forward_ad._current_level >= 0
+
+
+def may_carry_tangents(tensors: Iterable[object]) -> bool:
+    """Whether what is transformed now means a call with these tensors: 5 us for each, where forward-mode AD is at work.
+
+    True where that cannot be asked: inside torch.func, while torch.compile traces, of subclasses of tensors.
+    """
+    if _transformed() or torch.compiler.is_compiling():
+        return True
+    floats = (tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point())
+    return any(
+        type(tensor) not in (Tensor, nn.Parameter) or forward_ad.unpack_dual(tensor).tangent is not None
+        for tensor in floats
+    )

@@ -1,6 +1,7 @@
 """Calls that are the library's whatever the layer: what surrounds them, against a stock twin. calls.py says which."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -273,3 +274,23 @@ def test_transforms_inside_a_compiled_function(transform):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: transform(ours, x), backend="eager")
     assert_same(compiled(x), expected)
+
+
+@pytest.mark.parametrize("name", ("peft", "conv1d", "llm"))
+def test_another_thread_s_forward_mode_is_not_ours(name):
+    """torch has one level for all threads; a tangent is a tensor's."""
+    model, x = lora_dropout(name)
+    results = []
+    thread = threading.Thread(target=lambda: results.append(y_and_gradients(model, x)))
+    with forward_ad.dual_level():
+        thread.start()
+        thread.join()
+    assert len(results) == 1
+    for call in (dual, dual_input):
+        with pytest.raises(ValueError, match="forward-mode AD is at work"):
+            call(model, x)
+
+
+def dual_input(model, x):
+    with forward_ad.dual_level():
+        model(forward_ad.make_dual(x, x))

@@ -88,6 +88,11 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         for wrapper in wrapped.__dict__.get("_lycoris_wrappers", ()):
             yield wrapper, "org_forward"
 
+    def tensors(self) -> Iterator[Tensor]:
+        """As TakenOver.tensors."""
+        yield from super().tensors()
+        yield from self.org_module[0].parameters()
+
     def own_dropout(self) -> str | None:
         """As TakenOver.own_dropout."""
         return "rows of B A, or the whole adapter" if self.rank_dropout or self.module_dropout else None

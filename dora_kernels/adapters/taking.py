@@ -107,7 +107,7 @@ class TakenOver:
         return library_class(self).forward(self, x, *args, **kwargs)
 
     def _forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        reason = calls.reason(x) or self._hook_reason()
+        reason = calls.reason(self, x) or self._hook_reason()
         if reason is None:
             parts, reason = self.read_call(x, bool(args or kwargs))
             if reason is None:
@@ -128,6 +128,11 @@ class TakenOver:
             f"dora_kernels: {reason}, which sees no parts of a layer that {self.library} would compute otherwise"
         )
         return None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """What a call reads beside x."""
+        yield from self.parameters()
+        yield from self.buffers()
 
     def own_dropout(self) -> str | None:
         """What dropout falls on under dropout="lora" too, because the library means neither that nor what PEFT does."""
