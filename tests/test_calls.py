@@ -91,6 +91,21 @@ def dual(model, x):
         return tuple(forward_ad.unpack_dual(functional_call(model, duals, (x,))))
 
 
+def dual_attributes(model, x):
+    """As torch's tutorial has it: a tensor with a tangent in the place of each parameter, on the module."""
+    parameters = [(m, n, p) for m in model.modules() for n, p in m._parameters.items() if p is not None]
+    with forward_ad.dual_level():
+        for module, name, parameter in parameters:
+            delattr(module, name)
+            setattr(module, name, forward_ad.make_dual(parameter.detach(), parameter.detach().cos()))
+        try:
+            return tuple(forward_ad.unpack_dual(model(x)))
+        finally:
+            for module, name, parameter in parameters:
+                delattr(module, name)
+                module.register_parameter(name, parameter)
+
+
 def forward_mode_jacobian(model, x):
     (name, parameter), *_ = trained(model).items()
     return torch.autograd.functional.jacobian(
@@ -110,11 +125,12 @@ TRANSFORMS = (
     batched,
     ensemble,
     dual,
+    dual_attributes,
     forward_mode_jacobian,
 )
 
 
-FEW = (per_sample_gradients, hessian_vector, batched, ensemble, dual)
+FEW = (per_sample_gradients, hessian_vector, batched, ensemble, dual, dual_attributes)
 """Those that every kind of layer is tried with in every run; the other kinds have the rest at night."""
 
 COMBINATIONS = [

@@ -12,9 +12,11 @@ operators they would see nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as modules
 
@@ -33,6 +35,13 @@ def reason(layer: Any, x: Any) -> str | None:
     if isinstance(x, Proxy):  # make_fx has tensors; its tracer sets the same flag, so that cannot be asked
         return "torch.fx.symbolic_trace is recording"
     return None
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters, buffers and other tensors of a module and its submodules."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers, vars(part)):
+            yield from (value for value in held.values() if isinstance(value, Tensor))
 
 
 def hook_reason() -> str | None:

@@ -27,6 +27,7 @@ from lycoris.modules.locon import LoConModule
 from torch import Tensor, nn
 
 from dora_kernels import reuse
+from dora_kernels.adapters import calls
 from dora_kernels.adapters.taking import (
     TakenOver,
     class_name,
@@ -91,7 +92,7 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
     def tensors(self) -> Iterator[Tensor]:
         """As TakenOver.tensors."""
         yield from super().tensors()
-        yield from self.org_module[0].parameters()
+        yield from calls.tensors_of(self.org_module[0])
 
     def own_dropout(self) -> str | None:
         """As TakenOver.own_dropout."""

@@ -130,9 +130,8 @@ class TakenOver:
         return None
 
     def tensors(self) -> Iterator[Tensor]:
-        """What a call reads beside x."""
-        yield from self.parameters()
-        yield from self.buffers()
+        """What a call reads beside x, and attributes: a tensor may stand in a parameter's place."""
+        yield from calls.tensors_of(self)
 
     def own_dropout(self) -> str | None:
         """What dropout falls on under dropout="lora" too, because the library means neither that nor what PEFT does."""
