@@ -312,6 +312,17 @@ def test_merged_weights_go_with_the_scope_that_wanted_them(keeps_first, model):
         assert all(a.norm is b for a, b in zip(kept(model), norms, strict=True))
 
 
+def test_a_region_that_is_never_run_again_holds_no_merged_weight(model):
+    """As after an error in the forward pass: its regions are gone, and nothing asks for what they have left."""
+    x = batches(1)[0].requires_grad_()
+    with launch.options(way="merged"), frozen_adapters(model, keep_merged=True):
+        y = checkpoint(model, x, use_reentrant=False)
+        assert all(one.merged is not None for one in kept(model))
+        left = list(reuse.store.last_calls.values())
+        assert len(left) == 2 and all(one.kept.merged is None and one.kept.norm is not None for one in left)
+        y.sum().backward()
+
+
 def test_an_error_in_the_inner_scope(model):
     x = batches(1)[0]
     with frozen_adapters(model):

@@ -173,7 +173,8 @@ def find(layer: nn.Module, call: Call, tensors: tuple[Tensor, ...], fingerprint:
     """What is kept for `layer`, if this call may use it."""
     kept = by_layer.get(layer) if call.in_scope else None
     last = last_calls.pop(layer, None) if call.is_again else None
-    first = None if last is None else last.kept
+    # asked once more of what was taken: another thread's region may have called the layer meanwhile
+    first = last.kept if last is not None and regions.of_call_again(last.region()) else None
     if first is not None and first.is_of(tensors, fingerprint) and (kept is None or kept.norm is not first.norm):
         return first  # to the bit what the forward pass had, whatever a scope has made since
     if kept is None or not kept.is_of(tensors, fingerprint):
@@ -188,7 +189,8 @@ def keep(layer: nn.Module, call: Call, kept: Kept, drops_before: int) -> None:
         if drops_before == _drops and call.in_scope:
             by_layer[layer] = kept
         if drops_before == _drops and is_first:
-            last_calls[layer] = LastCall(weakref.ref(call.region), kept)
+            # no merged weight: a region that is never run again would hold it
+            last_calls[layer] = LastCall(weakref.ref(call.region), kept._replace(merged=None))
         if drops_before != _drops:  # before, or in this thread while it was kept
             by_layer.pop(layer, None)
     if (call.region is not None and not is_first) or drops_before != _drops:
