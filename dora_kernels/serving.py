@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -224,7 +225,8 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
     if index.dim() < x.dim() - 1:
         index = index.reshape((*index.shape, *(1 for _ in range(x.dim() - 1 - index.dim())))).expand(x.shape[:-1])
     base_dtype, dtype = operand_dtypes(x, lora_A)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    # math.prod and not Size.numel(), which makes a symbolic or traced size a number
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = ops.bank_epilogue(
         F.linear(rows.to(base_dtype), weight.to(base_dtype)),
         F.linear(rows.to(dtype), lora_A.to(dtype)),

@@ -425,5 +425,7 @@ def test_a_bank_in_a_trace(rows):
     with torch.no_grad():
         traced = torch.jit.trace(lambda x, index: serving.bank_linear(x, weight, bank, index), (x, index))
         assert torch.equal(traced(2 * x, 1 - index), serving.bank_linear(2 * x, weight, bank, 1 - index))
+        more, which = torch.cat((x, -x, x)), torch.cat((index, 1 - index, index))
+        torch.testing.assert_close(traced(more, which), serving.bank_linear(more, weight, bank, which))
         with pytest.raises(ValueError, match="index is torch.int64 of shape"):
             torch.jit.trace(lambda x, index: serving.bank_linear(x, weight, bank, index), (x, index[:1]))
