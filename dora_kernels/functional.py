@@ -46,7 +46,7 @@ def dora_linear(
 
     Second derivatives and higher ones (create_graph=True), and gradients in a batch (is_grads_batched=True), are those
     of the formula as norm_grad has it, in plain PyTorch, at PyTorch's cost. Inside torch.compile they are refused, by
-    AOTAutograd or by us.
+    AOTAutograd, by torch.func ("Batching rule not implemented") or by us.
 
     Bits: the same call gives the same ones, in y and in every gradient. norm, gain and the merged weight do not see x,
     and the kernels make a row of y from that row of base and low alone, at every M; but base and low come from GEMMs,
@@ -56,8 +56,8 @@ def dora_linear(
     NaN and inf come out where the formula says in IEEE arithmetic: a gain or scaling of 0 does not hide an inf (NaN).
 
     Raises ValueError, naming the argument, where shapes, dtypes, devices or scaling do not fit, and where weight
-    requires a gradient; NotImplementedError under forward-mode AD, the transforms of torch.func,
-    torch.fx.symbolic_trace and, with gradients, torch.jit.trace.
+    requires a gradient; NotImplementedError where a tensor is dual (forward-mode AD), under the transforms of
+    torch.func, torch.fx.symbolic_trace and, with gradients, torch.jit.trace.
     """
     return dora_linear_core(x, weight, lora_A, lora_B, magnitude, scaling, bias, norm_grad=norm_grad)[0]
 
@@ -90,7 +90,7 @@ def dora_linear_core(
     through low alone, x all of its own from this call. Not with x_dropped or norm_grad.
     function: the name that error messages give.
     """
-    check_tracing(function)
+    check_tracing(function, x)
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
     check_call(function, x, weight, magnitude, bias, x_dropped, norm)
     check_norm_grad(function, norm_grad, norm)

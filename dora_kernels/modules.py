@@ -122,7 +122,7 @@ class DoraLinear(MergeableLinear):
         """x (..., in_features) -> (..., out_features). NotImplementedError under torch.jit.trace with gradients."""
         if self.merged:
             return self.merged_product(x)
-        check_tracing("DoraLinear")
+        check_tracing("DoraLinear", x)
         weight, bias = self.base()
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         return reuse.dora_linear_reusing(

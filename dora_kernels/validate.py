@@ -36,11 +36,7 @@ def check_transforms(function: str, *tensors: Tensor | None) -> None:
     """
     if torch.compiler.is_compiling():
         return
-    if isinstance(tensors[0], Proxy):
-        raise NotImplementedError(
-            f"{function}: called inside torch.fx.symbolic_trace; expected make_fx, torch.export or torch.compile, "
-            "which know our operators"
-        )
+    _check_proxy(function, tensors[0])
     if torch._C._are_functorch_transforms_active():
         keys = {interpreter.key().name for interpreter in torch._C._functorch.get_interpreter_stack()}
         if not torch.is_grad_enabled():
@@ -54,11 +50,22 @@ def check_transforms(function: str, *tensors: Tensor | None) -> None:
                 raise NotImplementedError(f"{function}: called with a dual tensor of forward-mode AD{_INSTEAD}")
 
 
-def check_tracing(function: str) -> None:
-    """Raise NotImplementedError where torch.jit.trace records a call with gradients.
+def _check_proxy(function: str, x: object) -> None:
+    if isinstance(x, Proxy):
+        raise NotImplementedError(
+            f"{function}: called inside torch.fx.symbolic_trace; expected make_fx, torch.export or torch.compile, "
+            "which know our operators"
+        )
 
-    It replays an autograd Function with the Python objects of the recorded call, which say what to save and hold x.
+
+def check_tracing(function: str, x: Tensor) -> None:
+    """Raise NotImplementedError where torch.jit.trace records a call with gradients, and where x is what
+    torch.fx.symbolic_trace passes.
+
+    torch.jit.trace replays an autograd Function with the Python objects of the recorded call, which say what to save
+    and hold x.
     """
+    _check_proxy(function, x)
     # of the questions, the one that Dynamo can trace
     if torch._C._get_tracing_state() is not None and torch.is_grad_enabled():
         raise NotImplementedError(

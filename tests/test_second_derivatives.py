@@ -260,6 +260,20 @@ def test_x_may_change_in_place_where_lora_A_is_frozen():
         changed(function, frozen=())
 
 
+def test_a_frozen_lora_A_under_hooks_that_copy_what_is_saved():
+    """The copy of an x that was written to before the call is at another version than x."""
+    problem, found = a_problem(dtype=torch.float32), []
+    for function in (dora_kernels.dora_linear, dora_linear_ref):
+        leaves = leaves_of(problem, ("x", "lora_B", "magnitude"))
+        trained = [leaf for leaf in leaves.values() if leaf.requires_grad]
+        leaves["x"] = (leaves["x"] * 1).mul_(2).mul_(0.5)
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda saved: saved):
+            y = function(**leaves, weight=problem.weight, scaling=problem.scaling)
+        first = torch.autograd.grad(y.square().sum(), trained, create_graph=True)
+        found.append(torch.autograd.grad(sum(one.square().sum() for one in first), trained))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("use_reentrant", (False, True))
 def test_a_checkpointed_call_with_a_frozen_lora_A(use_reentrant):
     def called(function):
