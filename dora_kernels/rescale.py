@@ -33,8 +33,8 @@ def rescale(
     Shapes: base (..., N), low (..., R), lora_B (N, R), gain (N,), bias (N,), residual as base -> (..., N) in
     base.dtype, rounded once. The product is taken in low's dtype, everything else in float32 (float64 for float64).
     residual is the base of x itself where base and low are those of dropout(x) (PEFT's meaning of dropout).
-    Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit; NotImplementedError and higher
-    derivatives as dora_linear.
+    Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit; NotImplementedError (but for
+    torch.jit.trace, which replays it) and higher derivatives as dora_linear.
     """
     scaling = check_rescale("rescale", base, low, lora_B, gain, scaling, bias, residual)
     N, R = lora_B.shape

@@ -1,7 +1,7 @@
 """norm and gain of a layer, kept while nothing that they depend on can have changed, and used again.
 
-store.py says when that is safe, layers.py is what layers call, scope.py is `frozen_adapters`; constants.py keeps what
-is computed of frozen tensors alone.
+store.py says when that is safe, regions.py which checkpoint runs a call again, layers.py is what layers call, scope.py
+is `frozen_adapters`; constants.py keeps what is computed of frozen tensors alone.
 """
 
 from dora_kernels.reuse.constants import constant_reusing
