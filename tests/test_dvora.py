@@ -128,6 +128,13 @@ def test_the_norm_from_its_terms_where_the_update_cancels_the_weight():
     assert not compare("expanded", square.clamp_min(0).sqrt(), direct, exact).ok
 
 
+def test_the_terms_of_fewer_rows_than_the_rank():
+    """What lies outside the space of vera_A belongs to a row, however few there are."""
+    problem = inputs(1, 3, 19, 7, torch.float64, zero_row=False)
+    tensors = [problem[name] for name in ("weight", "vera_A", "vera_B", "lambda_d", "lambda_b")]
+    torch.testing.assert_close(dvora_norm(*tensors, terms=norm_terms(*tensors[:2])), dvora_norm(*tensors))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_adapters_narrower_than_x_are_widened(backend):
     problem = inputs(17, 40, 36, 6, torch.float32, torch.bfloat16, zero_row=False)

@@ -12,7 +12,7 @@ from dora_kernels import launch
 from dora_kernels.dvora import dvora_linear, dvora_linear_ref, norm_terms
 from dora_kernels.quant import QuantizedWeight, frozen_product
 from dora_kernels.reference import dora_linear_ref, row_norms
-from dora_kernels.rescale import dora_linear_lora_dropout
+from dora_kernels.rescale import dora_linear_lora_dropout, rescale
 from tests.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, Problem, core
 from tests.second_derivatives import assert_equal, derivatives, grad, squares
 
@@ -258,6 +258,23 @@ def test_x_may_change_in_place_where_lora_A_is_frozen():
         changed(function, create_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         changed(function, frozen=())
+
+
+@pytest.mark.parametrize("function", ("dora_linear", "rescale"))
+def test_the_bias_alone_is_trained(function):
+    """Its gradient is dy's sum, and dy has a derivative."""
+    problem = a_problem(dtype=torch.float32)
+    leaves = leaves_of(problem, ("bias",))
+    if function == "dora_linear":
+        y = dora_kernels.dora_linear(**leaves, weight=problem.weight, scaling=problem.scaling)
+    else:
+        base, low = leaves["x"] @ problem.weight.T, leaves["x"] @ leaves["lora_A"].T
+        y = rescale(base, low, leaves["lora_B"], leaves["magnitude"], 1.5, leaves["bias"])
+    (first,) = torch.autograd.grad(y.pow(3).sum(), leaves["bias"], create_graph=True)
+    (again,) = torch.autograd.grad(first.sum(), leaves["bias"])
+    flat = y.detach().reshape(-1, y.shape[-1])
+    torch.testing.assert_close(first, 3 * flat.square().sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(again, 6 * flat.sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_a_frozen_lora_A_under_hooks_that_copy_what_is_saved():

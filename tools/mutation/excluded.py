@@ -242,6 +242,7 @@ EXCLUDED = (
         ("matrix.device.type == \"cpu\" -> (matrix.device.type != 'cpu')",),
         _SPEED,
     ),
+    Excluded(_REFERENCE, "epilogue_ref", "if low is None and", ("base.dtype == out_dtype",), _SPEED),
     Excluded(_REFERENCE, "_column_sums", "if half and", ('columns.device.type == "cpu"',), _SPEED),
     Excluded(_SHARING, "shared_low", "operand.shape[-1] == 0", ("-1", "1", "0"), _NO_FEATURES),
     Excluded(_SHARING, "_key", "cuda_stream if on_cuda", ("0 -> 1",), "any number, where there is no stream"),

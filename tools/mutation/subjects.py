@@ -10,7 +10,9 @@ _KERNELS = (
     "tests/test_compile_kernels.py::test_norm_and_gain_are_rounded_to_nearest",
     "tests/test_nonfinite.py",
     "tests/test_functional.py",
-    "tests/test_guard_pages.py",
+    # in processes of their own, where nobody sees which lines they run
+    "tests/test_guard_pages.py::test_every_launcher_stays_inside",
+    "tests/test_guard_pages.py::test_every_quantised_weight_is_read_inside",
 )
 _PARTS = ("tests/test_parts.py", "tests/test_memory_safety.py")
 _QUANTIZED = ("tests/test_quant.py", "tests/test_quantized.py")
@@ -85,7 +87,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         *_SECOND,
         *_COMPOSED,
     ),
-    "dora_kernels/rescale.py": (*_RESCALE, "tests/test_dropout.py"),
+    "dora_kernels/rescale.py": (*_RESCALE, "tests/test_dropout.py", *_SECOND),
     "dora_kernels/serving.py": (
         *_SERVING,
         *_PARTS,
