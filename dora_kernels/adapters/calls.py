@@ -28,7 +28,7 @@ ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 
 def reason(layer: Any, x: Any) -> str | None:
     """Why this call of `layer` is its library's, by what surrounds it: 0.1 us to ask, and Dynamo can trace it."""
-    if tracing.is_transformed() and tracing.may_carry_tangents((x, *layer.tensors())):
+    if tracing.is_transformed() and tracing.may_carry_tangents(x, layer.tensors):
         return "a transform of torch.func or forward-mode AD is at work"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace is recording"
