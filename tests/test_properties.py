@@ -29,7 +29,7 @@ TENSORS = ("x", "weight", "lora_A", "lora_B", "magnitude", "bias", "dy")
 LAYOUTS = ("contiguous", "transposed", "every_other", "offset", "expanded", "reversed_strides")
 # fixed, so that a push is not refused for what another one left; nightly looks further, at the same places every night
 FAST = settings(
-    derandomize=True, max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    derandomize=True, max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 SLOW = settings(FAST, max_examples=1000)
 

@@ -93,6 +93,7 @@ def test_tests_that_die_are_a_failure_and_no_refusal(tool, run):
     assert not row["ok"] and row["errors"] == [] and "skipped" not in row and row["reason"] == "exit status 139"
 
 
+@pytest.mark.nightly  # it waits for ten seconds
 def test_a_probe_that_does_not_end_is_no_refusal(run):
     """It may have had too little time."""
     row = run("memcheck", "sleep 60", say("Killed", status=137), seconds=sanitizer.GRACE_SECONDS + 1)
