@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dora_kernels.ops import refuse_create_graph, without_autocast
+from dora_kernels.ops import without_autocast
 
 
 def wanted(dy: Tensor) -> bool:
@@ -23,7 +23,7 @@ def wanted(dy: Tensor) -> bool:
     if torch.is_grad_enabled():
         return True
     if torch.compiler.is_compiling():  # which traces none of the questions below
-        refuse_create_graph(dy)
+        _refuse_create_graph(dy)
         return False
     return is_batched(dy) or is_dual(dy)
 
@@ -62,3 +62,33 @@ def gradients(
 def absent(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Zeros in the place of an input whose value no gradient depends on, and which was not saved."""
     return like.new_zeros(()).expand(shape).requires_grad_()
+
+
+_library = torch.library.Library("dora_kernels", "FRAGMENT")
+_library.define("first_derivatives_only(Tensor dy) -> Tensor")
+
+
+@torch.library.impl(_library, "first_derivatives_only", "CompositeImplicitAutograd")
+def _first_derivatives_only(dy: Tensor) -> Tensor:
+    """Nothing; raises NotImplementedError at the end of a backward pass that is run with create_graph=True."""
+    if torch._C._current_graph_task_id() != -1:  # not while Dynamo asks for shapes
+        torch.autograd.Variable._execution_engine.queue_callback(_raise_if_recorded)
+    return dy.new_empty(0)
+
+
+def _raise_if_recorded() -> None:
+    # Callbacks see the state of the backward pass. What Dynamo has traced does not: it turns gradients off first
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "dora_kernels: create_graph=True in a backward pass that torch.compile has traced; expected a layer that "
+            "is not compiled: there its second derivatives are right"
+        )
+
+
+def _refuse_create_graph(dy: Tensor) -> None:
+    """Have the backward pass that Dynamo traces now raise where it is recorded itself.
+
+    Under backend="eager" its gradients would be constants, and nobody would be told. AOTAutograd has a line of its own
+    for it, and drops this operator, whose result nobody takes: it is in no graph that AOTAutograd compiles.
+    """
+    torch.ops.dora_kernels.first_derivatives_only(dy)

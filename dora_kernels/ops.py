@@ -88,35 +88,6 @@ def _whole(
     return whole(tensors, weight_format, weight_numbers, weight_dtype, (lora_B.shape[0], lora_A.shape[1]))
 
 
-_library.define("first_derivatives_only(Tensor dy) -> Tensor")
-
-
-@torch.library.impl(_library, "first_derivatives_only", "CompositeImplicitAutograd")
-def _first_derivatives_only(dy: Tensor) -> Tensor:
-    """Nothing; raises NotImplementedError at the end of a backward pass that is run with create_graph=True."""
-    if torch._C._current_graph_task_id() != -1:  # not while Dynamo asks for shapes
-        torch.autograd.Variable._execution_engine.queue_callback(_refuse_create_graph)
-    return dy.new_empty(0)
-
-
-def _refuse_create_graph() -> None:
-    # Callbacks see the state of the backward pass. What Dynamo has traced does not: it turns gradients off first
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "dora_kernels: create_graph=True in a backward pass that torch.compile has traced; expected a layer that "
-            "is not compiled: there its second derivatives are right"
-        )
-
-
-def refuse_create_graph(dy: Tensor) -> None:
-    """Have the backward pass that Dynamo traces now raise where it is recorded itself.
-
-    Under backend="eager" its gradients would be constants, and nobody would be told. AOTAutograd has a line of its own
-    for it, and drops this operator, whose result nobody takes: it is in no graph that AOTAutograd compiles.
-    """
-    torch.ops.dora_kernels.first_derivatives_only(dy)
-
-
 _library.define(
     "norm(Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, Tensor lora_A, "
     "Tensor lora_B, float scaling, ScalarType dtype, str backend) -> Tensor"
