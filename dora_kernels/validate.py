@@ -6,8 +6,8 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 from dora_kernels.quant import QuantizedWeight, Weight
+from dora_kernels.quant.parts import FLOATING
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 DROPOUTS = ("adapter", "lora")
 """What dropout may fall on: all that an adapter adds, or its low-rank product alone."""

@@ -15,7 +15,6 @@ from torch import Tensor
 PAIR = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
 """The dtypes of a codebook, and for each an integer as wide as two of them."""
 
-_STRIDED = torch.strided
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32, _UINT8 = (torch.float32,), (torch.uint8,)
 _MOST_ELEMENTS = 2**63 - 1
@@ -62,7 +61,7 @@ def check_parts(
     for tensor, (name, dtypes, size, contiguous) in zip(tensors, parts, strict=True):
         if not (
             isinstance(tensor, Tensor)
-            and tensor.layout is _STRIDED
+            and tensor.layout is torch.strided
             and not tensor.is_nested
             and tensor.dtype in dtypes
             and tensor.shape == size
