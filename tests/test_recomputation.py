@@ -16,7 +16,7 @@ from tests.problem import DEVICE
 
 pytest.importorskip("peft")
 
-from tests.test_unseen_writes import KINDS  # noqa: E402
+from tests.enabled_kinds import KINDS  # noqa: E402
 
 REENTRANT = pytest.mark.parametrize("use_reentrant", (False, True))
 

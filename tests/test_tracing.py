@@ -18,7 +18,7 @@ from dora_kernels.tracing import is_traced, is_transformed
 
 pytest.importorskip("peft")
 
-from tests.test_unseen_writes import KINDS, call  # noqa: E402
+from tests.enabled_kinds import KINDS, call  # noqa: E402
 
 # not over 4 bits: their libraries' layers cannot be traced, nor have their state dicts
 TRACED = [kind for kind in KINDS if kind not in ("peft, nf4", "peft, hqq")]

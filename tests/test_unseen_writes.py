@@ -1,63 +1,19 @@
 """Whatever way a tensor is written to, the next call is right: nothing is kept from call to call without a promise."""
 
 import copy
-import functools
 
 import pytest
 import torch
 from torch import nn
 
 import dora_kernels
-from dora_kernels import DoraLinear, DvoraLinear, VeraProjection, launch
+from dora_kernels import launch
 from tests.problem import DEVICE
 
 pytest.importorskip("peft")
 
-from tests import quantized_problem, test_dvora_peft, test_peft_conv, test_peft_embedding  # noqa: E402
+from tests.enabled_kinds import KINDS, batch, call  # noqa: E402
 from tests.peft_problem import build, enabled  # noqa: E402
-
-
-def batch(features=24):
-    return torch.randn(5, features, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-
-
-def dora():
-    torch.manual_seed(0)
-    layer = DoraLinear(24, 20, rank=4, alpha=6.0, device=DEVICE)
-    nn.init.normal_(layer.lora_B.weight)
-    return layer, batch()
-
-
-def dvora():
-    """With small terms of the norm, kept through training."""
-    torch.manual_seed(0)
-    layer = DvoraLinear(48, 40, VeraProjection(48, 40, 6, device=DEVICE), device=DEVICE)
-    nn.init.normal_(layer.vera_lambda_b)
-    return layer, batch(48)
-
-
-def conv():
-    model, x = test_peft_conv.build()
-    return enabled(model), x
-
-
-def quantized(format):
-    return enabled(quantized_problem.build(format, sizes=quantized_problem.ALIGNED)), batch(64)
-
-
-KINDS = {
-    "DoraLinear": dora,
-    "DvoraLinear": dvora,
-    "peft": lambda: (enabled(build()), batch()),
-    "peft, Conv1D": lambda: (enabled(build(conv1d=True)), batch()),
-    "peft, two adapters": lambda: (enabled(build(adapters=2)), batch()),
-    "peft, convolution": conv,
-    "peft, embedding": lambda: (enabled(test_peft_embedding.build()), torch.arange(13, device=DEVICE)),
-    "peft, nf4": functools.partial(quantized, "nf4"),
-    "peft, int8": functools.partial(quantized, "int8"),
-    "peft, hqq": functools.partial(quantized, "hqq"),
-    "to_dvora": lambda: (test_dvora_peft.dvora_model(), batch()),
-}
 
 
 def alias_of_numpy(tensor):
@@ -89,12 +45,6 @@ WRITES = {
     "a swap": swap_in,
     "a fused step": fused_step,
 }
-
-
-@torch.no_grad()
-def call(model, x):
-    torch.manual_seed(1)
-    return model(x)
 
 
 def stored(model):
