@@ -17,11 +17,15 @@ TRITONS := 3.8.0 3.9.0
 CORETYPES = Prescott $(call if_cpu_has,avx2,Haswell Zen) $(call if_cpu_has,avx512vl,SkylakeX)
 if_cpu_has = $(shell grep -qsw $(1) /proc/cpuinfo && echo $(2))
 # The tests that run kernels: through NumPy in the interpreter.
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,\
-	bounds functional interpreter kernels nonfinite ops passes promises quantized serving))
+KERNEL_TESTS := tests/test_ops.py tests/test_passes.py $(foreach test,\
+	kernels/bounds functional/functional kernels/interpreter kernels/kernels functional/nonfinite \
+	functional/promises quant/quantized extras/serving,\
+	tests/$(dir $(test))test_$(notdir $(test)).py)
 # Those, and what else hands tensors to kernels.
-GUARDED_TESTS := $(KERNEL_TESTS) $(addprefix tests/test_,$(addsuffix .py,\
-	accumulation addresses autocast dropout dvora parity peft_conv peft_embedding properties quant rescale shared_calls))
+GUARDED_TESTS := $(KERNEL_TESTS) $(foreach test,\
+	kernels/accumulation kernels/addresses runtime/autocast functional/dropout extras/dvora functional/parity \
+	adapters/peft_conv adapters/peft_embedding functional/properties quant/quant functional/rescale reuse/shared_calls,\
+	tests/$(dir $(test))test_$(notdir $(test)).py)
 # Which mutants the night draws; it is printed, and make nightly MUTANTS_SEED=20261125 draws the same again.
 MUTANTS_SEED ?= $(shell date +%Y%m%d)
 
@@ -62,7 +66,7 @@ bench: $(VENV)/installed
 nightly: $(VENV)/installed $(VENV_OLDEST_PEFT)/installed test-oldest test-tritons test-processors test-pretended-gpu test-guarded
 	$(VENV)/bin/python -m pytest -m nightly
 	$(VENV)/bin/python tools/peft_suite.py
-	$(VENV_OLDEST_PEFT)/bin/python -m pytest tests/test_peft*.py
+	$(VENV_OLDEST_PEFT)/bin/python -m pytest tests/adapters/test_peft*.py
 	$(VENV_OLDEST_PEFT)/bin/python tools/peft_suite.py
 	$(VENV)/bin/python tools/mutate.py --sample 250 --seed $(MUTANTS_SEED) --seconds 5400
 
@@ -87,7 +91,7 @@ test-processors: $(VENV)/installed
 	ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR="$$cache" $(VENV)/bin/python -m pytest
 
 # $(call install,folder,constraints): setuptools comes first, so that the build backend is the pinned one too.
-# Of torchtune the tests import one file (tests/libraries.py says how): none of what its data sets require is installed.
+# Of torchtune the tests import one file (tests/support/libraries.py says how): none of what its data sets require is installed.
 define install
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) setuptools
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) --no-build-isolation -e '.[dev]'

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from bench.layer import DEFAULT_CPU, DEFAULT_GPU, grid
-from bench.measure import Flush, Gate, Timing, failure
-from bench.problem import PASSES, TRAINING, Problem
-from bench.providers import PROVIDERS
-from bench.shapes import Case, layer_names
-from bench.steps import Row
+from bench.lib.measure import Flush, Gate, Timing, failure
+from bench.lib.problem import PASSES, TRAINING, Problem
+from bench.lib.providers import PROVIDERS
+from bench.lib.shapes import Case, layer_names
+from bench.lib.steps import Row
 
 GPU = torch.cuda.is_available()
 DEFAULT = DEFAULT_GPU if GPU else DEFAULT_CPU

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.report import problems, table
+from bench.lib.report import problems, table
 
 # what bench_layer.py has measured, as rows of a layer.json
 rows: pytest.StashKey[list[dict]] = pytest.StashKey()

@@ -4,7 +4,7 @@
     python -m bench.figures --check    # exit status 1 where the text is not what the results say
 
 Every measured number comes from bench/results/<device>/*.json; a device or a benchmark without a file has no figure.
-The predictions in docs/performance.md come from the cost model of dora_kernels/plan.py.
+The predictions in docs/performance.md come from the cost model of dora_kernels/planning/plan.py.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import dropout, evaluation, scaling, shared
-from bench.machine import ROOT
-from dora_kernels import analysis, plan
+from bench.lib.machine import ROOT
+from bench.studies import dropout, evaluation, scaling, shared
+from dora_kernels.extras import analysis
+from dora_kernels.planning import plan
 from dora_kernels.testing import geometric_mean
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"

@@ -22,8 +22,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from bench import host_driver
-from bench.machine import ROOT
+from bench.lib import host_driver
+from bench.lib.machine import ROOT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # before PEFT and the libraries that it imports look for a GPU, and load NVIDIA's driver where there is one
     driver = host_driver.loaded()
-    from bench import host_layers as layers
+    from bench.lib import host_layers as layers
 
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120, help="for all that is timed (default: %(default)s)")

@@ -25,13 +25,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from bench.machine import ROOT, conditions, device_folder, meta
-from bench.measure import Timing, interleave, stopwatch_of
-from bench.problem import SCALING
-from bench.report import write
-from bench.roof import DTYPES, Roof, floor_seconds, roof_for, work
-from bench.shapes import Case, layer_names, sizes_of
-from dora_kernels import launch, plan
+from bench.lib.machine import ROOT, conditions, device_folder, meta
+from bench.lib.measure import Timing, interleave, stopwatch_of
+from bench.lib.problem import SCALING
+from bench.lib.report import write
+from bench.lib.roof import DTYPES, Roof, floor_seconds, roof_for, work
+from bench.lib.shapes import Case, layer_names, sizes_of
+from dora_kernels.planning import devices, plan
 from dora_kernels.reference import REFERENCE, Steps, accumulate_dtype, project_ref
 from dora_kernels.testing import WORST_RATIO, Comparison, compare
 
@@ -143,7 +143,7 @@ LIBRARY: dict[str, Callable[[Operands], Tensor]] = {
     "dx": lambda o: o.dy @ o.weight,
 }
 
-# What these calls do is less than the kernel of that name does: of bench.roof.work
+# What these calls do is less than the kernel of that name does: of bench.lib.roof.work
 LIBRARY_WORK = {"token_sums": "dB"}
 
 
@@ -200,7 +200,7 @@ def failure(comparisons: Iterable[Comparison]) -> str | None:
 
 def steps_for(case: Case) -> tuple[Steps, str]:
     """(KERNELS, "triton") where the kernels can take the case on its device, else (REFERENCE, "reference")."""
-    if launch.why_not_triton(torch.device(case.device), DTYPES[case.precision]):
+    if devices.why_not_triton(torch.device(case.device), DTYPES[case.precision]):
         return REFERENCE, "reference"
     from dora_kernels.kernels import KERNELS
 
@@ -244,7 +244,7 @@ def measure_case(
                 calls[key] = call
         checker = None  # the float64 copies: gigabytes
         for key, timing in interleave(calls, stopwatch_of(device), seconds, rounds).items():
-            precision = launch.dot_precision(launch.device_facts(device), operand, base)
+            precision = devices.dot_precision(devices.device_facts(device), operand, base)
             row = rows[key]
             done = LIBRARY_WORK.get(row["kernel"]) if row["by"] == "library" else None
             row |= figures(done or row["kernel"], case, timing, roof, precision)

@@ -31,14 +31,14 @@ from typing import Any
 
 import torch
 
-from bench import shared
-from bench.machine import ROOT, conditions, device_folder, meta
-from bench.problem import FROZEN_INFERENCE, PASSES
-from bench.providers import PROVIDERS, providers_of
-from bench.report import memory, problems, table, write
-from bench.shapes import GRIDS, PRECISIONS, QUANTIZED, Case, dropout_case, sizes_of
-from bench.steps import HOST_TOKENS, Found, Row, count_launches, measure_case, measure_shared
-from dora_kernels import plan
+from bench.lib.machine import ROOT, conditions, device_folder, meta
+from bench.lib.problem import FROZEN_INFERENCE, PASSES
+from bench.lib.providers import PROVIDERS, providers_of
+from bench.lib.report import memory, problems, table, write
+from bench.lib.shapes import GRIDS, PRECISIONS, QUANTIZED, Case, dropout_case, sizes_of
+from bench.lib.steps import HOST_TOKENS, Found, Row, count_launches, measure_case, measure_shared
+from bench.studies import shared
+from dora_kernels.planning import plan
 
 # without --grid: what is not named of --shape, --tokens, --rank and --precision (a GPU without any: the core grid)
 DEFAULT_GPU = {"shape": [(4096, 4096)], "tokens": [8192, 512], "rank": [64, 16], "precision": ["bf16", "bf16-autocast"]}

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import dora_kernels
-from bench import machine
-from bench.machine import ROOT, device_folder, meta
-from bench.problem import SCALING
-from bench.report import write
+from bench.lib import machine
+from bench.lib.machine import ROOT, device_folder, meta
+from bench.lib.problem import SCALING
+from bench.lib.report import write
 from dora_kernels import ops
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -100,7 +100,7 @@ class ModelRow:
 
     seconds: median time of a repeat; loss and gradient_norm: of the warm-up micro-step, which is the same for every
     variant, the norm over everything that is trained; peak_bytes: device memory at the peak, weights and all;
-    conditions: the device's at the end (bench.machine).
+    conditions: the device's at the end (bench.lib.machine).
     """
 
     variant: str

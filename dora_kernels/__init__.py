@@ -4,11 +4,14 @@
 that a model already has. README.md has the map of the rooms.
 """
 
-from dora_kernels.adapters import disable, enable, to_dvora
-from dora_kernels.dvora import DvoraLinear, VeraProjection, dvora_linear
-from dora_kernels.functional import dora_linear, merge_weight, weight_norm
-from dora_kernels.launch import options
+import importlib
+from typing import Any
+
+from dora_kernels.adapters import disable, enable
+from dora_kernels.functional.linear import dora_linear
+from dora_kernels.functional.weight import merge_weight, weight_norm
 from dora_kernels.modules import DoraLinear
+from dora_kernels.planning.options import options
 from dora_kernels.reuse import frozen_adapters, invalidate
 
 __version__ = "0.1.0"
@@ -28,3 +31,29 @@ __all__ = [
     "to_dvora",
     "weight_norm",
 ]
+
+_DVORA = "dora_kernels.extras.dvora"
+# Names of the extras, imported when they are first asked for -> where they are; the folders themselves are names, too
+_EXTRAS = {
+    "DvoraLinear": _DVORA,
+    "VeraProjection": _DVORA,
+    "dvora_linear": _DVORA,
+    "to_dvora": f"{_DVORA}.peft",
+}
+_EXTRA_MODULES = ("analysis", "convert", "demo", "dvora", "parallel", "serving", "trainer")
+
+
+def __getattr__(name: str) -> Any:
+    """A name of the extras: `dora_kernels.serving`, `dora_kernels.DvoraLinear`."""
+    if name in _EXTRA_MODULES:
+        value: Any = importlib.import_module(f"dora_kernels.extras.{name}")
+    elif name in _EXTRAS:
+        value = getattr(importlib.import_module(_EXTRAS[name]), name)
+    else:
+        raise AttributeError(f"module 'dora_kernels' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXTRAS, *_EXTRA_MODULES})

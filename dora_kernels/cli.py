@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 
-from dora_kernels import __version__, launch
+from dora_kernels import __version__
+from dora_kernels.planning import devices
+from dora_kernels.planning.options import BACKENDS, WAYS, current_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,10 +40,10 @@ def _add_info(commands: Any) -> None:
 def _info(arguments: argparse.Namespace) -> int:
     rows = [("dora_kernels", __version__), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in ("torch", "triton", "peft")]
-    rows.append(("requested backend", launch.current_options().backend))
+    rows.append(("requested backend", current_options().backend))
     devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in [*devices, torch.device("cpu")]:
-        facts = launch.device_facts(device)
+        facts = devices.device_facts(device)
         name = str(device) if facts.name == str(device) else f"{device} ({facts.name})"
         rows.append(("device", name))
         rows.append(("  target", facts.target or "none"))
@@ -54,10 +56,10 @@ def _info(arguments: argparse.Namespace) -> int:
 
 def _auto_picks(device: torch.device) -> str:
     """The backend that "auto" takes for bfloat16 tensors on `device`, and why."""
-    backend = launch.backend_for("auto", device, torch.bfloat16)
+    backend = devices.backend_for("auto", device, torch.bfloat16)
     if backend == "triton":
         return "triton: the kernels are built for this device"
-    reason = launch.why_not_triton(device, (torch.bfloat16,))
+    reason = devices.why_not_triton(device, (torch.bfloat16,))
     return f"reference: {reason or 'Triton would interpret its kernels here, for tests only'}"
 
 
@@ -76,7 +78,7 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("--method", default="dora", help="dora, dvora (DoRA on VeRA) (default: %(default)s)")
     parser.add_argument("--base", default="dense", help="frozen weights: dense, nf4 (QDoRA) (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: %(default)s)")
-    parser.add_argument("--backend", default="auto", choices=launch.BACKENDS, help="default: %(default)s")
+    parser.add_argument("--backend", default="auto", choices=BACKENDS, help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="fine-tuning steps of each run (default: the preset's)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     parser.add_argument("--out", default="demo.png", help="where the chart goes (default: %(default)s)")
@@ -85,7 +87,7 @@ def _add_demo(commands: Any) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     try:
-        from dora_kernels import demo
+        from dora_kernels.extras import demo
     except ModuleNotFoundError as error:
         print(f"demo: {error}; expected the demo extra: pip install 'dora-kernels[demo]'", file=sys.stderr)
         return 2
@@ -106,8 +108,8 @@ def _add_check(commands: Any) -> None:
     add("--layer", nargs="+", default=["function"], choices=("function", "module", "peft"), help="default: function")
     add("--shape", nargs="+", metavar="MxNxKxR", help="tokens, out and in features, rank (default: a few ragged ones)")
     add("--dtype", nargs="+", help="float32, bfloat16, float16, bfloat16-float32: weight and adapter (default: all)")
-    add("--backend", nargs="+", choices=launch.BACKENDS, help="default: reference, and triton where there is one")
-    add("--way", default="auto", choices=launch.WAYS, help="default: %(default)s")
+    add("--backend", nargs="+", choices=BACKENDS, help="default: reference, and triton where there is one")
+    add("--way", default="auto", choices=WAYS, help="default: %(default)s")
     add("--dropout", type=float, default=0.0, help="of module and peft (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda or auto; on a CPU Triton interprets its kernels (default: auto)")
     add("--seed", type=int, default=0, help="of the random inputs (default: %(default)s)")
@@ -120,10 +122,10 @@ def _check(arguments: argparse.Namespace) -> int:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    backends = arguments.backend or ["reference", "triton"][: 1 + launch.has_triton()]
+    backends = arguments.backend or ["reference", "triton"][: 1 + devices.has_triton()]
     try:
         if device == "cpu" and "triton" in backends:
-            launch.interpret_on_cpu()  # before anything that imports triton, as peft does
+            devices.interpret_on_cpu()  # before anything that imports triton, as peft does
         from dora_kernels.testing import suite
 
         cases = suite.cases(
@@ -161,7 +163,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
         import matplotlib  # noqa: F401  (before the work, not after it)
         import safetensors  # noqa: F401
 
-        from dora_kernels import analysis
+        from dora_kernels.extras import analysis
     except ModuleNotFoundError as error:
         print(f"analyze: {error}; expected the demo extra: pip install 'dora-kernels[demo]'", file=sys.stderr)
         return 2
@@ -218,7 +220,7 @@ def _add_convert(commands: Any) -> None:
 
 def _convert(arguments: argparse.Namespace) -> int:
     try:
-        from dora_kernels.convert import convert_checkpoint, table
+        from dora_kernels.extras.convert import convert_checkpoint, table
     except ModuleNotFoundError as error:
         print(f"convert: {error}; expected the convert extra: pip install 'dora-kernels[convert]'", file=sys.stderr)
         return 2

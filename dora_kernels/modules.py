@@ -5,9 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.functional import weight_norm
-from dora_kernels.mergeable import MergeableLinear, read_linear
-from dora_kernels.validate import (
+from dora_kernels.functional.validate import (
     DROPOUTS,
     check_elements,
     check_flag,
@@ -18,6 +16,8 @@ from dora_kernels.validate import (
     check_sizes,
     check_tracing,
 )
+from dora_kernels.functional.weight import weight_norm
+from dora_kernels.mergeable import MergeableLinear, read_linear
 
 
 class DoraLinear(MergeableLinear):

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels import launch, passes
+from dora_kernels import passes
+from dora_kernels.planning import devices
 from dora_kernels.quant import QuantizedWeight, Weight, whole
 from dora_kernels.reference import REFERENCE, Needs, Steps, accumulate_dtype
 
@@ -26,7 +27,7 @@ _library = torch.library.Library("dora_kernels", "DEF")
 def _steps(operator: str, requested: str, *arguments: object) -> Steps:
     """The steps of the backend that takes the tensors among `arguments`; counts the call."""
     tensors = [argument for argument in arguments if isinstance(argument, (Tensor, QuantizedWeight))]
-    backend = launch.backend_for(requested, tensors[0].device, *(tensor.dtype for tensor in tensors))
+    backend = devices.backend_for(requested, tensors[0].device, *(tensor.dtype for tensor in tensors))
     calls[operator, backend] += 1
     if backend == "reference":
         return REFERENCE
@@ -53,7 +54,7 @@ _NOTHING_TO_SETTLE = contextlib.nullcontext()
 
 
 def _settled(tensor: Weight) -> contextlib.AbstractContextManager:
-    """The state in which an operator's code runs: what surrounds the call has been accounted for in functional.py.
+    """The state in which an operator's code runs: what surrounds the call has been accounted for in functional/.
 
     No autograd (the Functions are in autograd.py), no autocast (which would still convert the operands), and
     tensor's device as the current one, where kernels launch: a model may be spread over several.

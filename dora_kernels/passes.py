@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_kernels import launch, plan
+from dora_kernels.planning import devices, plan
 from dora_kernels.quant import Weight
 from dora_kernels.reference import REFERENCE, Needs, Steps, add_product, base_product, gain_ref, product_onto_low_rank
 
@@ -13,7 +13,7 @@ from dora_kernels.reference import REFERENCE, Needs, Steps, add_product, base_pr
 def _device_model(tensor: Tensor) -> plan.Device:
     if tensor.device.type == "cpu":
         return plan.DEVICES["cpu"]
-    return plan.device_model(launch.device_facts(tensor.device))
+    return plan.device_model(devices.device_facts(tensor.device))
 
 
 def _low_rank_first(steps: Steps, base: torch.dtype, low_rank: torch.dtype, tensor: Tensor, must_split: bool) -> bool:

@@ -17,8 +17,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import dora_kernels
-from dora_kernels.demo import standard_library
-from dora_kernels.trainer import FrozenAdaptersCallback
+from dora_kernels.extras.demo import standard_library
+from dora_kernels.extras.trainer import FrozenAdaptersCallback
 
 TEXT = ("json/*.py",)
 

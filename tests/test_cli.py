@@ -11,8 +11,9 @@ from functools import partial
 import pytest
 import torch
 
-from dora_kernels import adapters, demo, reference
+from dora_kernels import adapters, reference
 from dora_kernels.cli import main
+from dora_kernels.extras import demo
 
 # 7 linear layers, 12 steps
 MICRO = demo.Preset(
@@ -177,7 +178,7 @@ def test_demo_names_the_extra_it_needs(monkeypatch, capsys):
     import dora_kernels
 
     monkeypatch.delattr(dora_kernels, "demo")
-    for name in [name for name in sys.modules if name.startswith("dora_kernels.demo")]:
+    for name in [name for name in sys.modules if name.startswith("dora_kernels.extras.demo")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setitem(sys.modules, "rich.console", None)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from dora_kernels import DoraLinear, launch
+from dora_kernels import DoraLinear, options
 from dora_kernels.reference import dora_linear_ref
-from tests.problem import BACKENDS, DEVICE
+from tests.support.problem import BACKENDS, DEVICE
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_merge_and_unmerge(layer, dtype, backend):
     layer.bias.data = layer.bias.data.to(dtype)
     x = torch.randn(5, 24, dtype=dtype, device=DEVICE)
     before, y = layer.weight.clone(), layer(x)
-    with launch.options(backend=backend):
+    with options(backend=backend):
         layer.merge()
         layer.merge()
     assert layer.merged and not torch.allclose(layer.weight, before)
@@ -96,7 +96,7 @@ def test_merge_and_unmerge(layer, dtype, backend):
     torch.testing.assert_close(layer(x), y, rtol=error, atol=error * y.abs().max().item())
     with pytest.raises(ValueError, match="the layer is merged"):
         layer.reset_adapter()
-    with launch.options(backend=backend):
+    with options(backend=backend):
         layer.unmerge()
         layer.unmerge()
     # one rounding of the merged weight, whose entries are up to |W'|/gain from zero
@@ -110,7 +110,7 @@ def test_merge_and_unmerge(layer, dtype, backend):
 def test_a_merge_does_not_see_autocast(layer, backend):
     """A float32 weight comes back as it was: adapters that autocast had rounded would stay in it in part."""
     plain, cast, before = layer, copy.deepcopy(layer), layer.weight.clone()
-    with launch.options(backend=backend):
+    with options(backend=backend):
         plain.merge()
         with torch.autocast(DEVICE, torch.bfloat16):
             standing_for_it, _ = cast.merged_weight_and_bias()

@@ -5,7 +5,7 @@ import torch
 
 from dora_kernels import ops
 from dora_kernels.quant import parts
-from tests.problem import BACKENDS, EXACT_DTYPE, Problem
+from tests.support.problem import BACKENDS, EXACT_DTYPE, Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
 # opcheck calls the bare operators, whose autograd lives in autograd.py

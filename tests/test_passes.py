@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import dora_kernels
-from dora_kernels import functional, ops, passes, plan, reference
+from dora_kernels import ops, passes, reference
+from dora_kernels.functional import linear
+from dora_kernels.planning import plan
 from dora_kernels.quant import parts
 from dora_kernels.reference import REFERENCE, Steps
-from tests.problem import DEVICE, GRADIENTS, TOLERANCE, Problem
+from tests.support.problem import DEVICE, GRADIENTS, TOLERANCE, Problem
 
 
 @pytest.fixture
@@ -82,13 +84,13 @@ def test_a_forward_pass_keeps_what_the_backward_pass_needs_and_no_more(way, norm
         return forward(*arguments)
 
     forward = ops.forward
-    monkeypatch.setattr(functional.ops, "forward", recorded)
+    monkeypatch.setattr(linear.ops, "forward", recorded)
     for grad, needs_A, needs_B, needs_magnitude in itertools.product((False, True), repeat=4):
         problem.lora_A.requires_grad_(needs_A)
         problem.lora_B.requires_grad_(needs_B)
         problem.magnitude.requires_grad_(needs_magnitude)
         with torch.set_grad_enabled(grad), dora_kernels.options(backend="reference", way=way):
-            functional.dora_linear_core(
+            linear.dora_linear_core(
                 problem.x.requires_grad_(), problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75,
                 norm_grad=norm_grad,
             )  # fmt: skip
@@ -251,6 +253,6 @@ def test_what_is_given_is_not_returned():
 
 def _and_check(arguments, norm, given, gain, way):
     with dora_kernels.options(backend="reference", way=way):
-        y, new_norm, new_gain = functional.dora_linear_core(*arguments, norm=norm, gain=given)
+        y, new_norm, new_gain = linear.dora_linear_core(*arguments, norm=norm, gain=given)
     torch.testing.assert_close((new_norm, new_gain), (norm, gain), **TOLERANCE)
     return y

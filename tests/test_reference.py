@@ -6,7 +6,7 @@ import torch
 
 from dora_kernels import reference
 from dora_kernels.reference import dora_linear_ref
-from tests.problem import DEVICE, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem
+from tests.support.problem import DEVICE, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from dora_kernels.configs import Config
+from dora_kernels.planning.configs import Config
 
 ACCUMULATORS = 128  # float32 values of a tile for each thread; above it the tile spills
 # bytes of a low-rank operand -> of bench.kernels

@@ -40,7 +40,7 @@ from specializations import (
 from targets import TARGETS, Target
 from triton.compiler import ASTSource
 
-from dora_kernels import configs
+from dora_kernels.planning import configs
 
 # ptxas spills a few addresses of its own accord, around the loops in the machine code: at 168 or 128 registers it buys
 # the next step of occupancy with them (36 to 48 bytes in the kernels here, 64 at the most). A tile that does not fit

@@ -49,8 +49,8 @@ from gpu_stages.device_tests import tests_core, tests_failed  # noqa: E402
 from gpu_stages.running import Stage, Suite, finished_before, run_stages  # noqa: E402
 from gpu_stages.sanitizer import sanitizer  # noqa: E402
 
-from bench import machine  # noqa: E402
-from bench.machine import ROOT  # noqa: E402
+from bench.lib import machine  # noqa: E402
+from bench.lib.machine import ROOT  # noqa: E402
 
 # bench.layer: the square layer, a larger one, a wide one at a high rank, one token, 512 tokens, a trainer's autocast
 HEAD = ("--case", "1-4", "6", "10", "--step-seconds", "0.25", "--no-launches")

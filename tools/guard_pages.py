@@ -1,7 +1,7 @@
 """Run kernels in Triton's interpreter with every tensor between two pages of memory that nobody may touch.
 
-    python -m pytest -p tools.guard_pages tests/test_kernels.py                          # tensors end at a guard page
-    python -m pytest -p tools.guard_pages --guard-pages=begin tests/test_kernels.py      # they begin behind one
+    python -m pytest -p tools.guard_pages tests/kernels/test_kernels.py                    # tensors end at a guard page
+    python -m pytest -p tools.guard_pages --guard-pages=begin tests/kernels/test_kernels.py # they begin behind one
 
 For a launch each tensor argument, and each tensor that `grouped_norm` hands over as an address, is copied to memory of
 its own, its strides kept, and copied back afterwards. A read or a write one element past the end (or before the
@@ -230,7 +230,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    from dora_kernels.launch import interpreting
+    from dora_kernels.planning.devices import interpreting
 
     if not interpreting():
         raise pytest.UsageError("guard pages: kernels are compiled for a GPU here; expected Triton's interpreter")

@@ -3,8 +3,8 @@
     python tools/measure_errors.py --seed 2468 --configurations 200
     python -m bench.figures                                  # the table in docs/correctness.md, from that file
 
-Random layers, lora_B not zero and gains spread over 0.5 to 1.5 (tests/parity.py). On a CPU the kernels run in Triton's
-interpreter.
+Random layers, lora_B not zero and gains spread over 0.5 to 1.5 (tests/support/parity.py). On a CPU the kernels run in
+Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from dora_kernels import launch  # noqa: E402
+from dora_kernels.planning import devices  # noqa: E402
 
 if not torch.cuda.is_available():
-    launch.interpret_on_cpu()  # before anything that imports triton, as peft does
+    devices.interpret_on_cpu()  # before anything that imports triton, as peft does
 
-from bench import machine, report  # noqa: E402
+from bench.lib import machine, report  # noqa: E402
 from dora_kernels.testing import compare, geometric_mean  # noqa: E402
-from tests.parity import NAMES, configurations, peft_dora  # noqa: E402
-from tests.problem import DEVICE  # noqa: E402
+from tests.support.parity import NAMES, configurations, peft_dora  # noqa: E402
+from tests.support.problem import DEVICE  # noqa: E402
 
 
 def measure(seed: int, count: int, dtypes: tuple[torch.dtype, torch.dtype]) -> list[dict[str, object]]:

@@ -8,7 +8,7 @@ Exits 1 if a test that passes on stock PEFT does not pass enabled, or if dora_li
 no network; the few that want a model from the hub fail on stock PEFT too, and are counted as such.
 
 Necessary and far from enough: none of these tests looks at the value of a gradient of a linear DoRA layer,
-and none runs one with dropout. tests/test_peft.py does.
+and none runs one with dropout. tests/adapters/test_peft.py does.
 """
 
 import argparse

@@ -17,11 +17,11 @@ from specializations import TARGETS, Specialization, Target
 from triton.compiler import ASTSource
 
 from bench import kernels
-from bench.shapes import Case
-from dora_kernels import configs
+from bench.lib.shapes import Case
 from dora_kernels.kernels import KERNELS
+from dora_kernels.planning import configs
 
-# of bench/shapes.py and bench/roof.py, and of the whole model (a layer under autocast) -> of tools/specializations.py
+# of shapes.py and roof.py in bench/lib, and of the whole model (a layer under autocast) -> of tools/specializations.py
 VARIANTS = {
     "bf16": "bf16",
     "fp16": "fp16",

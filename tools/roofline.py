@@ -19,8 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench import figures, machine, report, roof  # noqa: E402
-from dora_kernels import launch, plan  # noqa: E402
+from bench import figures  # noqa: E402
+from bench.lib import machine, report, roof  # noqa: E402
+from dora_kernels.planning import (
+    devices,  # noqa: E402
+    plan,  # noqa: E402
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     information = machine.meta(device, arguments.commit)
     report.write(out, information | {"conditions": machine.conditions(device)}, rows)
     print(information["device"])
-    model = plan.device_model(launch.device_facts(device))
+    model = plan.device_model(devices.device_facts(device))
     constants = {"copy": model.bandwidth, "bf16": model.matmul, "fp16": model.matmul, "fp32": model.matmul_float32}
     for row in rows:
         planned = constants[row["dtype"] or row["what"]]

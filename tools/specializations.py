@@ -19,10 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 import dora_kernels
-from dora_kernels import configs, functional, launch, ops
+from dora_kernels import ops
+from dora_kernels.extras.serving import AdapterBank, bank_linear
+from dora_kernels.functional import linear, weight
+from dora_kernels.functional.rescale import rescale
+from dora_kernels.planning import configs, devices
 from dora_kernels.quant import QuantizedWeight, Weight
-from dora_kernels.rescale import rescale
-from dora_kernels.serving import AdapterBank, bank_linear
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def step(inputs: Inputs, *, scaling: float = 0.5, bias: bool = True, drop: bool 
     """One forward and backward pass. arguments: norm_grad of dora_linear, way and precision of options."""
     norm_grad = arguments.pop("norm_grad", False)
     with dora_kernels.options(**arguments):
-        y = functional.dora_linear_core(
+        y = linear.dora_linear_core(
             inputs.x,
             inputs.weight,
             *inputs.adapter(),
@@ -119,7 +121,7 @@ def _unmerge(inputs: Inputs) -> None:
     norm = torch.empty(len(inputs.lora_B), dtype=_FP32, device="meta")
     # which rows have lost their weights cannot be asked of meta tensors: none
     with mock.patch.object(Tensor, "nonzero", lambda rows: torch.empty(0, dtype=torch.int64)):
-        functional.unmerge_weight("unmerge", inputs.weight, inputs.lora_A, inputs.lora_B, norm, norm, 0.5)
+        weight.unmerge_weight("unmerge", inputs.weight, inputs.lora_A, inputs.lora_B, norm, norm, 0.5)
 
 
 def _rescale(inputs: Inputs) -> None:
@@ -141,7 +143,7 @@ def _bank(inputs: Inputs) -> None:
 def _grouped(inputs: Inputs) -> None:
     """The norms of two layers."""
     tensors = ([tensor, tensor] for tensor in (inputs.weight, *inputs.adapter()))
-    _, dtype = functional.operand_dtypes(inputs.weight, inputs.lora_A)
+    _, dtype = linear.operand_dtypes(inputs.weight, inputs.lora_A)
     ops.grouped_norm(*tensors, [0.5, 0.5], dtype, "auto")
 
 
@@ -295,7 +297,7 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
 
     overrides: kernel -> fields of configs.Config to replace.
     """
-    if launch.interpreting():
+    if devices.interpreting():
         raise RuntimeError("recording: TRITON_INTERPRET is set, which leaves nothing to compile; expected it unset")
     recorded: list[Specialization] = []
     grids: list[tuple[int, ...]] = []  # of the launches under way
@@ -314,12 +316,12 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
     def config_with_overrides(kernel, facts, operand):
         return dataclasses.replace(config_for(kernel, facts, operand), **(overrides or {}).get(kernel, {}))
 
-    facts = launch.DeviceFacts(target.name, target.family, target.multiprocessors)
+    facts = devices.DeviceFacts(target.name, target.family, target.multiprocessors)
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
             (JITFunction, "run", run_warmup),
             (JITFunction, "_do_compile", record),
-            (launch, "device_facts", lambda device: facts),
+            (devices, "device_facts", lambda device: facts),
             (configs, "config_for", config_with_overrides),
             # meta tensors would take the fake implementations, and autocast does not know the meta device
             *((ops, name, getattr(ops, f"_{name}")) for name in ops.OPERATORS),

@@ -1,4 +1,4 @@
-"""Measure tile configurations on this GPU and keep what wins, in dora_kernels/tuned/<gpu>.json.
+"""Measure tile configurations on this GPU and keep what wins, in dora_kernels/planning/tuned/<gpu>.json.
 
     python tools/tune.py --seconds 120
     python tools/tune.py --kernel norm merge --operand-bytes 4      # float32 adapters over a bf16 weight
@@ -35,11 +35,12 @@ import precompile  # noqa: E402
 import torch  # noqa: E402
 from candidates import PRECISIONS, SUBJECTS, candidates  # noqa: E402
 
-from bench import kernels, machine  # noqa: E402
-from bench.measure import interleave, stopwatch_of  # noqa: E402
-from bench.shapes import Case  # noqa: E402
-from dora_kernels import configs, launch  # noqa: E402
-from dora_kernels.configs import Config  # noqa: E402
+from bench import kernels  # noqa: E402
+from bench.lib import machine  # noqa: E402
+from bench.lib.measure import interleave, stopwatch_of  # noqa: E402
+from bench.lib.shapes import Case  # noqa: E402
+from dora_kernels.planning import configs, devices  # noqa: E402
+from dora_kernels.planning.configs import Config  # noqa: E402
 from dora_kernels.testing import geometric_mean  # noqa: E402
 
 WIN = 0.97
@@ -156,7 +157,7 @@ def _overriding() -> Iterator[dict[str, Config]]:
     """Inside, config_for gives what is in the dict yielded, else configs.CONFIGS: never the table of an earlier run."""
     overrides: dict[str, Config] = {}
 
-    def config_for(kernel: str, facts: launch.DeviceFacts, operand: torch.dtype) -> Config:
+    def config_for(kernel: str, facts: devices.DeviceFacts, operand: torch.dtype) -> Config:
         return overrides.get(kernel) or configs.CONFIGS[facts.target, operand.itemsize][kernel]
 
     with mock.patch.object(configs, "config_for", config_for):
@@ -235,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernel", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--operand-bytes", type=int, choices=PRECISIONS, default=2)
     parser.add_argument("--seconds", type=float, default=120, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="default: dora_kernels/tuned/<gpu>.json")
+    parser.add_argument("--out", type=Path, help="default: dora_kernels/planning/tuned/<gpu>.json")
     parser.add_argument("--fresh", action="store_true", help="do not skip what this commit has finished")
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     arguments = parser.parse_args(argv)

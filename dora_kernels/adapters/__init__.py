@@ -25,10 +25,10 @@ from types import ModuleType
 
 from torch import nn
 
-from dora_kernels import sharing
 from dora_kernels.adapters import parents
 from dora_kernels.adapters.taking import give_back, take_over
-from dora_kernels.validate import DROPOUTS
+from dora_kernels.functional.validate import DROPOUTS
+from dora_kernels.reuse import sharing
 
 PACKAGES = ("peft", "torchtune", "lycoris")
 """Top-level packages whose DoRA layers we know; package p is handled by dora_kernels.adapters.p."""
@@ -106,7 +106,7 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
     A library that means something else (dropout of rows of B A, say) keeps its own meaning, and the report says so.
 
     fuse_shared_inputs: in training, layers that are called with the same x (q, k and v of an attention, gate and up of
-    an MLP; PEFT's alone, known by their names) make x lora_A^T and dlora_A together: sharing.py has the conditions.
+    an MLP; PEFT's alone, known by their names) make x lora_A^T and dlora_A together (reuse/sharing.py).
     Calls in which an adapter drops, or several are active, share nothing. The same function to rounding.
 
     Parameters, buffers and the state dict stay as they are; no class of the other library is patched. A layer
@@ -165,13 +165,6 @@ def disable(model: nn.Module) -> Report:
     return Report(tuple(reports))
 
 
-def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
-    """Make the VeRA adapter `adapter` of a PEFT model a DVoRA adapter, in place: adapters/peft/vera.py has the rest."""
-    from dora_kernels.adapters.peft import vera  # needs PEFT
-
-    return vera.to_dvora(model, adapter)
-
-
 def _dora_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, ModuleType]]:
     """(name, layer, library, its adapter) of every DoRA layer, each found by one library, in the order of the model."""
     found: dict[nn.Module, tuple[str, nn.Module, str, ModuleType]] = {}
@@ -186,5 +179,8 @@ def _adapters(model: nn.Module) -> Iterator[tuple[str, ModuleType]]:
     structure."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     packages = {cls.__module__.partition(".")[0] for cls in classes}
-    for library in (*(package for package in PACKAGES if package in packages), *STRUCTURES):
-        yield library, importlib.import_module(f"{__name__}.{library}")
+    for library in PACKAGES:
+        if library in packages:
+            yield library, importlib.import_module(f"{__name__}.{library}")
+    for library in STRUCTURES:
+        yield library, importlib.import_module(f"{__name__}.copied.{library}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules import module as modules
 
-from dora_kernels import tracing
+from dora_kernels.functional import tracing
 
 ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from dora_kernels import launch, reuse, sharing
+from dora_kernels import reuse
 from dora_kernels.adapters import calls
+from dora_kernels.planning import devices
+from dora_kernels.reuse import sharing
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What autocast casts; it leaves float64 alone."""
@@ -113,7 +115,7 @@ class TakenOver:
             if reason is None:
                 return self.compute(x, parts)
         if reason:
-            launch.log_once(f"dora_kernels: a call went to {self.library}: {reason}")
+            devices.log_once(f"dora_kernels: a call went to {self.library}: {reason}")
             difference = self.difference()
             if difference is not None:
                 raise ValueError(f"forward: {reason}, so the call is {self.library}'s, {difference}")
@@ -124,7 +126,7 @@ class TakenOver:
         reason = calls.hook_reason()
         if reason is None or self.difference() is None:
             return reason
-        launch.log_once(
+        devices.log_once(
             f"dora_kernels: {reason}, which sees no parts of a layer that {self.library} would compute otherwise"
         )
         return None

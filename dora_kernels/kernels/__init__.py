@@ -1,6 +1,6 @@
 """Device code and its launchers. Importing this package needs triton; only ops.py imports it."""
 
-from dora_kernels import interpreter
+from dora_kernels.kernels import interpreter
 
 interpreter.repair()  # before the first kernel runs; does nothing outside TRITON_INTERPRET=1
 

@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels import plan
-from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, known_multiple, load_tile, rank_multiple
+from dora_kernels.planning import plan
+from dora_kernels.planning.configs import ceil_div
 from dora_kernels.reference import matmul, outer_product_ref
 
 

@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.configs import ceil_div
 from dora_kernels.kernels.common import Launch, block_offsets, known_multiple, load_tile, low_rank_tile, rank_multiple
+from dora_kernels.planning.configs import ceil_div
 
 
 @triton.jit(do_not_specialize=["M", "E"])

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels import configs, launch
-from dora_kernels.configs import ceil_div
+from dora_kernels.planning import configs, devices
+from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
 from dora_kernels.reference import accumulate_dtype
 
@@ -131,7 +131,7 @@ def rank_multiple(R: int, *factors: torch.Tensor | None) -> int:
 class Launch:
     """How the kernels of one call are launched: device facts, dtypes and the precision of their dots."""
 
-    facts: launch.DeviceFacts
+    facts: devices.DeviceFacts
     operand: torch.dtype
     accumulate: torch.dtype
     precision: str
@@ -139,14 +139,14 @@ class Launch:
     @classmethod
     def of(cls, weight: Weight, operand: torch.dtype) -> "Launch":
         """The launch for low-rank operands of dtype `operand` beside `weight`, or beside other numbers."""
-        facts = launch.device_facts(weight.device)
+        facts = devices.device_facts(weight.device)
         # a quantised weight has 8 bits at the most, whatever dtype its library decodes it to
         beside = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
         return cls(
             facts=facts,
             operand=operand,
             accumulate=accumulate_dtype(weight.dtype),
-            precision=launch.dot_precision(facts, operand, beside),
+            precision=devices.dot_precision(facts, operand, beside),
         )
 
     def config(self, kernel: str, R: int = 0) -> configs.Config:

@@ -5,8 +5,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from dora_kernels import plan
-from dora_kernels.configs import HIGH_RANK, Config, ceil_div
 from dora_kernels.kernels.common import (
     TL_DTYPE,
     Launch,
@@ -18,6 +16,8 @@ from dora_kernels.kernels.common import (
 )
 from dora_kernels.kernels.norm import norm
 from dora_kernels.kernels.weight import merge
+from dora_kernels.planning import plan
+from dora_kernels.planning.configs import HIGH_RANK, Config, ceil_div
 from dora_kernels.quant import Weight
 from dora_kernels.reference import project_ref
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import launch, ops
-from dora_kernels.functional import dora_linear_core, operand_dtypes, weight_norm
+from dora_kernels import ops
+from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
+from dora_kernels.functional.rescale import dora_linear_lora_dropout
+from dora_kernels.functional.validate import check_adapter
+from dora_kernels.functional.weight import weight_norm
+from dora_kernels.planning.options import current_options
 from dora_kernels.quant import Weight, parts, sources
-from dora_kernels.rescale import dora_linear_lora_dropout
 from dora_kernels.reuse import store
-from dora_kernels.validate import check_adapter
 
 
 def dora_linear_reusing(
@@ -88,7 +90,7 @@ def _merge(kept: store.Kept, x: Tensor, weight: Weight, lora_A: Tensor, lora_B: 
     base_dtype, dtype = operand_dtypes(x, lora_A)
     if weight.dtype != base_dtype or not x.requires_grad:
         return kept
-    backend = launch.current_options().backend
+    backend = current_options().backend
     return kept._replace(merged=ops.merge(*parts(weight), lora_A, lora_B, kept.gain, scaling, dtype, backend))
 
 

@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import launch, ops
-from dora_kernels.functional import operand_dtypes
+from dora_kernels import ops
+from dora_kernels.functional.linear import operand_dtypes
+from dora_kernels.functional.validate import check_adapter, check_row
+from dora_kernels.planning.options import current_options
 from dora_kernels.quant import Weight, parts
 from dora_kernels.reuse import store
-from dora_kernels.validate import check_adapter, check_row
 
 
 class Operands(NamedTuple):
@@ -111,7 +112,7 @@ class Scope:
                 *(operands for _, operands, _ in members), strict=True
             )
             tensors = map(list, (weights, lora_As, lora_Bs, magnitudes, scalings))
-            norms, gains = ops.grouped_norm(*tensors, dtype, launch.current_options().backend)
+            norms, gains = ops.grouped_norm(*tensors, dtype, current_options().backend)
             sizes = [weight.shape[0] for weight in weights]
             for member, norm, gain in zip(members, norms.split(sizes), gains.split(sizes), strict=True):
                 layer, operands, fingerprint = member

@@ -34,8 +34,8 @@ from torch import Tensor, distributed, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dora_kernels.functional.tracing import is_traced, is_transformed
 from dora_kernels.reuse import regions
-from dora_kernels.tracing import is_traced, is_transformed
 
 try:  # the modules that fully_shard manages: there is no public way to ask
     from torch.distributed._composable_state import _module_state_mapping as _managed_modules

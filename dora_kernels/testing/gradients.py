@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import functional
+from dora_kernels.functional import linear
 from dora_kernels.modules import DoraLinear
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing.measure import compare
@@ -71,7 +71,7 @@ def check_gradients(
 
 
 def _known_reference(function: Callable[..., Tensor] | nn.Module) -> Callable[..., Tensor] | nn.Module:
-    if function is functional.dora_linear:
+    if function is linear.dora_linear:
         return dora_linear_ref
     if isinstance(function, DoraLinear):
         definition = copy.deepcopy(function)
@@ -111,7 +111,7 @@ def _with_constant_norm(function: Callable[..., Tensor] | nn.Module, inputs: dic
     with torch.no_grad():
         direction = double["weight"] + double["scaling"] * double["lora_B"] @ double["lora_A"]
     norm = torch.linalg.vector_norm(direction, dim=1)
-    return lambda **arguments: functional.dora_linear_core(**arguments, norm=norm)[0]
+    return lambda **arguments: linear.dora_linear_core(**arguments, norm=norm)[0]
 
 
 def _call(function: Callable[..., Tensor] | nn.Module) -> Call:

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from dora_kernels import launch
-from dora_kernels.functional import dora_linear
+from dora_kernels.functional.linear import dora_linear
 from dora_kernels.modules import DoraLinear
+from dora_kernels.planning.options import options
 from dora_kernels.testing.gradients import check_gradients
 from dora_kernels.testing.layers import check_layer
 from dora_kernels.testing.problem import random_inputs
@@ -51,7 +51,7 @@ class Case:
     def check(self) -> Report:
         """Run it; an error in it is a failure. Raises ValueError where the backend cannot take it."""
         try:
-            with launch.options(backend=self.backend, way=self.way):
+            with options(backend=self.backend, way=self.way):
                 return LAYERS[self.layer](self)
         except (ValueError, ImportError):
             raise

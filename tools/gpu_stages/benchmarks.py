@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import report
-from dora_kernels import configs
+from bench.lib import report
+from dora_kernels.planning import configs
 from gpu_stages import saving
 from gpu_stages.running import GRACE_SECONDS, Suite
 
@@ -25,7 +25,7 @@ KERNEL_CASES = (
 # a GPU that is pretended interprets kernels; these are compiled for it
 COMPILING = {"TRITON_INTERPRET": "0"}
 WINNERS_SECONDS = 10.0  # of the tuning: for starting, recording and compiling what the layer and the model launch
-COMPILED = ("peft_dora_compiled", "factored_compose_compiled")  # of bench/providers.py
+COMPILED = ("peft_dora_compiled", "factored_compose_compiled")  # of bench/lib/providers.py
 COMPILED_SECONDS = 25.0  # an estimate: 6 of starting, 10 of compiling two graphs, the gate and the timing
 ROOFLINE = "roofline.json"
 LINE = 240  # characters of a line that are shown

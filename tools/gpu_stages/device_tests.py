@@ -12,11 +12,11 @@ import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT
+from bench.lib.machine import ROOT
 from gpu_stages.running import Suite
 
 # Every kernel and operator, and the promises that a GPU can break: graphs, streams, reuse, faults.
@@ -41,7 +41,7 @@ OFF_DEVICE = tuple(
 # of the other files the first; then the rest of them by name
 NEXT = ("test_functional.py", "test_quantized.py", "test_compile.py", "test_properties.py", "test_dropout.py")
 # 40 GB and ten seconds of drawing numbers, the last test of its file: at the end, when the other workers are done
-HUGE_FILE, HUGE = "test_addresses.py", "tests/test_addresses.py::test_more_than_2_to_the_31_elements_on_a_gpu"
+HUGE_FILE, HUGE = "test_addresses.py", "tests/kernels/test_addresses.py::test_more_than_2_to_the_31_elements_on_a_gpu"
 # -v: where pytest is killed its log still tells the counts. What a missing package keeps from being collected must not
 # hide the rest.
 PYTEST = (sys.executable, "-m", "pytest", "-v", "--continue-on-collection-errors", "-p", "no:cacheprovider")
@@ -56,8 +56,14 @@ TEST_SECONDS = 60
 
 def files() -> list[str]:
     """The test files of the device that are not CORE, those of NEXT first."""
-    names = {path.name for path in (ROOT / "tests").glob("test_*.py")} - set(CORE) - set(OFF_DEVICE)
+    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")} - set(CORE) - set(OFF_DEVICE)
     return [*NEXT, *sorted(names - set(NEXT))]
+
+
+def paths(names: Iterable[str]) -> list[str]:
+    """The files of these names, wherever they lie under tests/."""
+    found = {path.name: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
+    return [found[name] for name in names]
 
 
 def command(seconds: float, xml: Path, tests: Sequence[str]) -> list[str]:
@@ -76,7 +82,7 @@ def command(seconds: float, xml: Path, tests: Sequence[str]) -> list[str]:
 
 def tests_core(suite: Suite, seconds: float) -> dict[str, Any]:
     """The files of CORE, but for the tensors of 2^31 elements."""
-    return _run(suite, seconds, "tests_core", [*(f"tests/{name}" for name in CORE), f"--deselect={HUGE}"])
+    return _run(suite, seconds, "tests_core", [*paths(CORE), f"--deselect={HUGE}"])
 
 
 def tests_failed(suite: Suite, seconds: float) -> dict[str, Any]:
@@ -93,7 +99,7 @@ def tests_failed(suite: Suite, seconds: float) -> dict[str, Any]:
     path = suite.work / "passed_before.json"
     path.write_text(json.dumps(sorted(passed)))
     names = [name for name in CORE if name in again - {HUGE_FILE}] + files() + [HUGE_FILE]
-    return _run(suite, seconds, "tests_failed", [f"--passed={path}", *(f"tests/{name}" for name in names)]) | note
+    return _run(suite, seconds, "tests_failed", [f"--passed={path}", *paths(names)]) | note
 
 
 def passed_before(path: Path) -> tuple[set[str], set[str]]:
@@ -150,4 +156,4 @@ def pytest_outcome(xml: Path, log: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(*(f"tests/{name}" for name in (*CORE, *files()) if name not in sys.argv[1:]))
+    print(*paths(name for name in (*CORE, *files()) if name not in sys.argv[1:]))

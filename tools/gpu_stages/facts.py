@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.runtime.cache import triton_key
 
-from bench import machine, report, roof
+from bench.lib import machine, report, roof
 from gpu_stages import card
 
 DISTRIBUTIONS = (

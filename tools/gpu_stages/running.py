@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import report
-from bench.machine import ROOT
+from bench.lib import report
+from bench.lib.machine import ROOT
 from gpu_stages import card
 
 # what a command gets to end by itself, interrupted as by Ctrl-C: benchmarks are complete after every case

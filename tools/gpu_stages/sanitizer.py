@@ -38,7 +38,7 @@ def sanitizer(suite: Suite, seconds: float, tool: str) -> dict[str, Any]:
     # without PyTorch's cache every tensor is an allocation with an end
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # memory that the tests have filled with NaN counts as initialised
-    tests = ("--error-exitcode", "86", *PYTEST, "--no-poison", "-x", "tests/test_kernels.py", "-k", SANITIZED)
+    tests = ("--error-exitcode", "86", *PYTEST, "--no-poison", "-x", "tests/kernels/test_kernels.py", "-k", SANITIZED)
     done = suite.run(tool, command + tests, seconds, GRACE_SECONDS, variables)
     errors = re.findall(SUMMARY[tool], done.log.read_text(errors="replace"))
     outcome: dict[str, Any] = {"ok": done.status == 0 and errors == ["0"], "errors": errors}

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import report
+from bench.lib import report
 from gpu_stages.benchmarks import COMPILED, read
 
 FAILURES_SHOWN = 12

@@ -25,7 +25,7 @@ import precompile
 import specializations
 import torch
 
-from bench import machine, report
+from bench.lib import machine, report
 from gpu_stages import workload
 
 SPILLS_SHOWN = 8

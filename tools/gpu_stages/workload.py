@@ -18,12 +18,14 @@ from precompile import VARIANTS
 from specializations import Inputs, Specialization, Target, recording, step
 
 import dora_kernels
-from bench import beside, fused, kernels, shapes
-from bench.gluon import gemm
-from bench.problem import SCALING
-from bench.shapes import Case
-from dora_kernels import configs
+from bench import kernels
+from bench.lib import shapes
+from bench.lib.problem import SCALING
+from bench.lib.shapes import Case
+from bench.studies import beside, fused
+from bench.studies.gluon import gemm
 from dora_kernels.kernels import KERNELS
+from dora_kernels.planning import configs
 from gpu_stages.benchmarks import KERNEL_CASES
 
 MODEL = ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288))

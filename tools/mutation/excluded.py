@@ -29,10 +29,12 @@ _BACKWARD, _BANK, _COMMON, _FORWARD, _GROUPED, _NORM, _QUANT, _WEIGHT = (
     f"dora_kernels/kernels/{name}.py"
     for name in ("backward", "bank", "common", "forward", "grouped", "norm", "quant", "weight")
 )
-_DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("dvora/function", "quant/formats", "ops"))
-_AUTOGRAD, _FUNCTIONAL, _PASSES, _REFERENCE, _RESCALE, _SERVING, _SHARING = (
-    f"dora_kernels/{name}.py"
-    for name in ("autograd", "functional", "passes", "reference", "rescale", "serving", "sharing")
+_DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("extras/dvora/function", "quant/formats", "ops"))
+_AUTOGRAD, _RESCALE, _WEIGHT_FUNCTIONS = (
+    f"dora_kernels/functional/{name}.py" for name in ("autograd", "rescale", "weight")
+)
+_PASSES, _REFERENCE, _SERVING, _SHARING = (
+    f"dora_kernels/{name}.py" for name in ("passes", "reference", "extras/serving", "reuse/sharing")
 )
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
@@ -107,8 +109,8 @@ EXCLUDED = (
     ),
     Excluded(_FORMATS, "QuantizedWeight.new_empty", "return self.tensors", ("0 -> 1",), _ONE_DEVICE),
     Excluded(_RESCALE, "dora_linear_lora_dropout", "base = frozen_product(", ("x.to(base_dtype)",), _LINEAR),
-    Excluded(_FUNCTIONAL, "", "ROWS_SHOWN =", ("8",), _MESSAGE),
-    Excluded(_FUNCTIONAL, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
+    Excluded(_WEIGHT_FUNCTIONS, "", "ROWS_SHOWN =", ("8",), _MESSAGE),
+    Excluded(_WEIGHT_FUNCTIONS, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
     Excluded(_SERVING, "bank_linear", "F.linear(rows.to(base_dtype)", ("rows.to(", "weight.to("), _LINEAR),
     Excluded(_SERVING, "bank_linear", "check_adapter(", ("1.0",), "a scaling that is checked, and used nowhere"),
     Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), _ONE_DEVICE),
@@ -227,7 +229,7 @@ EXCLUDED = (
     Excluded(_BACKWARD, "_partial_sums", "rows_at_once =", ("16",), _SPLITS),
     Excluded(_BACKWARD, "_partial_sums", "how.split(", ("blocks_r * blocks_n",), _SPLITS),
     Excluded(
-        _FUNCTIONAL,
+        _WEIGHT_FUNCTIONS,
         "unmerge_weight",
         "if merged.numel() else gain == 0",
         ("gain == 0 -> (gain != 0)", "0 -> 1"),

@@ -105,7 +105,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     after: dict[str, Callable[[ModuleType], None]] = {
         "torch": _torch_imported,
         "triton.runtime.interpreter": _interpreter_imported,
-        "dora_kernels.launch": _launch_imported,
+        "dora_kernels.planning.devices": _launch_imported,
     }
 
     def find_spec(self, name, path=None, target=None):

@@ -8,7 +8,6 @@
     embedding.py   `lora.Embedding`
     siblings.py    the linear layers that read the same x
     quantized.py   PEFT's layers over quantised weights; imported only for a model that has such layers
-    vera.py        `vera.Linear` made DVoRA; imported by to_dvora
     bitsandbytes_cpu.py   what is refused, or undone first, of bitsandbytes on a CPU
 
 Adapter management stays PEFT's code, and so does merging into a quantised weight. Each call decides anew whether it is

@@ -21,7 +21,7 @@ from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
 from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, partition_reason  # noqa: E402
 from dora_kernels.adapters.taking import DROPOUT_LAYERS, PLAIN, bypass_reason, class_name, is_plain  # noqa: E402
-from dora_kernels.validate import scaling_reason  # noqa: E402
+from dora_kernels.functional.validate import scaling_reason  # noqa: E402
 
 _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")
 

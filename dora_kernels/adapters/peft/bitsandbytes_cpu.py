@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from dora_kernels import launch, quant
+from dora_kernels import quant
+from dora_kernels.planning import devices
 from dora_kernels.quant import Weight
 
 
@@ -12,7 +13,7 @@ def unpack(base: nn.Module) -> None:
     """Undo what bitsandbytes did to the weight of a base layer in eval mode, if it did."""
     weight = getattr(base, "weight", None)
     if quant.is_packed_for_cpu(weight):
-        launch.log_once(
+        devices.log_once(
             "dora_kernels: bitsandbytes had repacked a weight for inference on this CPU; it is unpacked, but its "
             "scales stay rounded to bfloat16: load the model again for the exact ones"
         )

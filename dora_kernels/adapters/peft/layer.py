@@ -13,9 +13,9 @@ from dora_kernels.adapters.peft.adapter import Adapter, Family, adapter_reason, 
 from dora_kernels.adapters.peft.merging import Merging
 from dora_kernels.adapters.sharded import enable_first, partition_reason, requires_grad
 from dora_kernels.adapters.taking import class_name, is_plain
-from dora_kernels.functional import operand_dtypes
+from dora_kernels.functional.linear import operand_dtypes
+from dora_kernels.functional.validate import FLOATING
 from dora_kernels.quant import Weight, parts, sources
-from dora_kernels.validate import FLOATING
 
 
 class TakenOverLayer(Merging):

@@ -14,7 +14,7 @@ from torch import Tensor
 from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import Adapter, adapter_reason, read_adapter
 from dora_kernels.adapters.taking import TakenOver
-from dora_kernels.functional import merge_weight_and_norm, unmerge_weight, weight_norm
+from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.reference import accumulate_dtype, gain_ref
 

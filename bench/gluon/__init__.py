@@ -1,1 +1,0 @@
-"""A GEMM of our own for Hopper in Gluon: an experiment of bench.probe, no part of the package."""

@@ -1,0 +1,1 @@
+"""Benchmarks that answer one question each."""

@@ -1,0 +1,1 @@
+"""Layers without a library to import: copied from repositories, known by their structure."""

@@ -1,0 +1,90 @@
+"""NeMo Automodel: LinearLoRA(use_dora=True), a Linear that has its adapter on itself, known by structure.
+
+Dropout before the adapter ("pre") is of x, and the base product sees it with gain - 1; after it ("post") it is of
+x A^T B^T. The norm is constant. Where a row of W + scaling * B A is zero, the library's gain is NaN; ours is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_kernels.adapters.copied import structure
+from dora_kernels.adapters.copied.probe import DROPOUT
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
+from dora_kernels.reference import gain_ref
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every DoRA layer of Automodel's in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "LinearLoRA" in class_names(module):
+            has_parts = all(hasattr(module, part) for part in ("lora_A", "lora_B", "scale"))
+            if getattr(module, "use_dora", False) and has_parts and hasattr(module, "lora_magnitude"):
+                yield name, module
+
+
+def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The class that takes `layer` over, or None and why."""
+    return structure.judge(layer, DoraKernelsLinearLoRA)
+
+
+class DoraKernelsLinearLoRA(Structure):
+    """Over LinearLoRA."""
+
+    library = "Automodel"
+    formula = "gain * (x W^T + scaling * dropout(x A^T B^T)) + bias, or with dropout of x"
+
+    @classmethod
+    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+        """As Structure.read."""
+        if getattr(layer, "super_fwd", None) is not None:
+            return None, "super_fwd is set: the base product is another class's"
+        reasons = [part_reason(part, getattr(layer, part)) for part in ("lora_A", "lora_B")]
+        if layer.dropout_position not in ("pre", "post") or not isinstance(layer.dropout_p, (int, float)):
+            reasons.append(f"dropout_position is {layer.dropout_position!r} and dropout_p {layer.dropout_p!r}")
+        if layer.lora_magnitude is None:
+            reasons.append("lora_magnitude was not initialised")
+        reason = first_reason(reasons)
+        if reason is not None:
+            return None, reason
+        bias = layer.bias if layer.bias is not None and layer.bias.numel() else None
+        weights = (layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude)
+        return checked(Adapter(*weights, layer.scale, bias))
+
+    @classmethod
+    def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
+        """As Structure.stand_ins."""
+        super().stand_ins(twin, small)
+        twin.dropout_p = DROPOUT
+
+    def has_dropout(self) -> bool:
+        """As Structure.has_dropout."""
+        return self.dropout_p > 0
+
+    def own_dropout(self) -> str | None:
+        """As TakenOver.own_dropout."""
+        return "x A^T B^T" if self.dropout_position == "post" and self.dropout_p > 0 else None
+
+    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
+        """As Structure.x_reason."""
+        if x.dtype != adapter.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
+            return f"x is {x.dtype} and lora_A is {adapter.lora_A.dtype}, without autocast"
+        return None
+
+    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """As Structure.compute; as wide as x under autocast too."""
+        if not (self.training and self.dropout_p > 0):
+            y = self.linear(x, adapter)
+        elif self.dropout_position == "pre":
+            y = self.linear(x, adapter, F.dropout(x, self.dropout_p))
+        else:  # dropout of (..., N) stands between B and the gain: no product to fuse them with
+            weight, lora_A, lora_B, _, scaling, bias, _ = adapter
+            base = F.linear(x, weight)
+            low_rank = F.dropout(F.linear(F.linear(x, lora_A), lora_B), self.dropout_p)
+            y = gain_ref(adapter.magnitude, self.norm(adapter)) * (base + scaling * low_rank)
+            y = (y if bias is None else y + bias).to(base.dtype)
+        return y.to(torch.promote_types(y.dtype, x.dtype))

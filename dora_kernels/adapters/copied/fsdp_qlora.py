@@ -1,0 +1,103 @@
+"""fsdp_qlora: DORA (BNBDORA and HQQDORA before), over bitsandbytes 4-bit, HQQ or nn.Linear, known by structure.
+
+    y = gain * (base_layer(x) + x A^T B^T)        base_layer's bias is in it; no alpha, no dropout, the norm is constant
+
+The weight is read as it is stored and never decoded whole. Where a row of W + B A is zero, the library's gain is NaN;
+ours is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels import quant
+from dora_kernels.adapters.copied import structure
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
+from dora_kernels.adapters.taking import bypass_reason, class_name
+from dora_kernels.functional.linear import dora_linear_core
+from dora_kernels.quant import QuantizedWeight
+from dora_kernels.reference import gain_ref
+
+CLASSES = {"DORA", "BNBDORA", "HQQDORA"}
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every DoRA layer of fsdp_qlora's in `model`."""
+    for name, module in model.named_modules():
+        parts = ("base_layer", "magnitude_layer", "dora_layer")
+        if class_names(module) & CLASSES and all(isinstance(getattr(module, part, None), nn.Module) for part in parts):
+            dora, magnitude = module.dora_layer, module.magnitude_layer
+            if all(hasattr(dora, part) for part in ("lora_A", "lora_B")) and hasattr(magnitude, "magnitude"):
+                yield name, module
+
+
+def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The class that takes `layer` over, or None and why."""
+    return structure.judge(layer, DoraKernelsDORA)
+
+
+class DoraKernelsDORA(Structure):
+    """Over DORA."""
+
+    library = "fsdp_qlora"
+    formula = "gain * (x W^T + bias + x A^T B^T)"
+    opaque = ("base_layer",)
+    bias_is_scaled = True
+
+    @classmethod
+    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+        """As Structure.read."""
+        base, dora = layer.base_layer, layer.dora_layer
+        reasons = [part_reason(part, getattr(dora, part)) for part in ("lora_A", "lora_B")]
+        modules = {"base_layer": base, "dora_layer": dora, "magnitude_layer": layer.magnitude_layer}
+        reasons += [bypass_reason(part, module) for part, module in modules.items()]
+        # by FSDP, for which the library makes them modules: outside its own forward such a module has no storage
+        reasons += [
+            f"{part} is wrapped" for part, module in modules.items() if "_fsdp_wrapped_module" in module._modules
+        ]
+        weight = getattr(base, "weight", None)
+        if quant.is_quantized(base):
+            weight, reason = quant.read_or_reason(base)
+            reasons.append(reason)
+        elif type(base) is not nn.Linear:
+            reasons.append(f"base_layer is a {class_name(base)}; expected nn.Linear or a quantised one")
+        reason = first_reason(reasons)
+        if reason is not None:
+            return None, reason
+        magnitude = layer.magnitude_layer.magnitude
+        return checked(Adapter(weight, dora.lora_A.weight, dora.lora_B.weight, magnitude, 1.0, base.bias))
+
+    @classmethod
+    def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
+        """As Structure.stand_ins."""
+        twin.base_layer = nn.Linear(1, 1, bias=False, device="cpu")
+        twin.base_layer.weight = small.weight
+        twin.base_layer.bias = small.bias
+
+    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
+        """As Structure.x_reason: in one dtype there is no question what the library returns."""
+        if x.dim() != 3:
+            return f"x has {x.dim()} dimensions; expected 3"
+        if torch.is_autocast_enabled(x.device.type):
+            return "autocast is on, in which the library returns float32"
+        compute_dtype = getattr(self.base_layer, "compute_dtype", None) or x.dtype
+        dtypes = {x.dtype, compute_dtype, adapter.lora_A.dtype, adapter.magnitude.dtype}
+        if isinstance(adapter.weight, QuantizedWeight) and adapter.weight.format == "nf4_torchao":
+            dtypes.add(adapter.weight.dtype)
+        if len(dtypes) > 1:
+            return f"x, base_layer and the adapter are {' and '.join(sorted(map(str, dtypes)))}; expected one dtype"
+        return None
+
+    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """As Structure.compute."""
+        weight, bias = adapter.weight, adapter.bias
+        if isinstance(weight, QuantizedWeight):
+            adapter = adapter._replace(weight=weight.rounded_to(x.dtype))
+        if bias is None:
+            return self.linear(x, adapter)
+        norm = self.norm(adapter)
+        bias = (gain_ref(adapter.magnitude, norm) * bias).to(x.dtype)
+        return dora_linear_core(x, *adapter[:5], bias, norm=norm)[0]

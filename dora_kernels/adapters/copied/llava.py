@@ -1,0 +1,69 @@
+"""NVlabs/DoRA, LLaVA's tree: Linear(nn.Linear, LoraLayer) with its adapters by name, known by structure.
+
+lora_A, lora_B, lora_dropout and weight_m_wdecomp are ModuleDicts, r and scaling dicts, and one adapter is active. The
+norm is constant. Where a row of W + scaling * B A is zero, the library's gain is NaN; ours is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from dora_kernels.adapters.copied import structure
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
+from dora_kernels.adapters.taking import bypass_reason, drops
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every DoRA layer of LLaVA's tree in `model`."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and {"Linear", "LoraLayer"} <= class_names(module):
+            magnitudes = getattr(module, "weight_m_wdecomp", None)
+            if isinstance(magnitudes, nn.ModuleDict) and len(magnitudes) and hasattr(module, "active_adapter"):
+                yield name, module
+
+
+def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The class that takes `layer` over, or None and why."""
+    return structure.judge(layer, DoraKernelsLinear)
+
+
+class DoraKernelsLinear(Structure):
+    """Over LLaVA's Linear."""
+
+    library = "NVlabs/DoRA (LLaVA)"
+    formula = "x W^T + (gain - 1) * xd W^T + gain * scaling * xd A^T B^T + bias, xd = dropout(x),"
+
+    @classmethod
+    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+        """As Structure.read, of the active adapter."""
+        name, N = layer.active_adapter, layer.weight.shape[0]
+        if getattr(layer, "fan_in_fan_out", False):
+            return None, "fan_in_fan_out is set, with which the library adds B A to the transposed weight"
+        if layer.Wdecompose:
+            return None, "Wdecompose is set, with which the library's forward is the base layer's"
+        parts = ("lora_A", "lora_B", "lora_dropout", "weight_m_wdecomp", "scaling")
+        missing = [part for part in parts if name not in getattr(layer, part)]
+        if missing:
+            return None, f"the active adapter {name!r} has no {missing[0]}"
+        lora_A, lora_B, dropout, magnitude, scaling = (getattr(layer, part)[name] for part in parts)
+        reasons = [
+            part_reason("weight_m_wdecomp", magnitude, (N, 1)),
+            part_reason("lora_A", lora_A),
+            part_reason("lora_B", lora_B),
+        ]
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            reasons.append(f"lora_dropout is a {type(dropout).__name__}")
+        else:
+            reasons.append(bypass_reason("lora_dropout", dropout))
+        reason = first_reason(reasons)
+        if reason is not None:
+            return None, reason
+        weights = (layer.weight, lora_A.weight, lora_B.weight, magnitude.weight.squeeze(1))
+        return checked(Adapter(*weights, scaling, layer.bias))
+
+    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """As Structure.compute; of x's dtype under autocast too."""
+        dropout = self.lora_dropout[self.active_adapter]
+        return self.linear(x, adapter, dropout(x) if drops(dropout) else None).to(x.dtype)

@@ -1,0 +1,154 @@
+"""Megatron-Bridge: DoRALinear, a parallel linear layer in `to_wrap` and its adapter in `adapter`, known by structure.
+
+    base, bias, xn = to_wrap(x)     xn = x, or what the layer norm in to_wrap made of it; bias is not added
+    y = gain * (base + scaling * dropout(xn) A^T B^T) + (gain - 1) * to_wrap(dropout(xn) - xn)
+
+The two dropouts are drawn apart. to_wrap and linear_in are called, so whatever they are stays theirs; the norm, B, the
+gain and the sum are ours. Only without tensor parallelism: the library's own norm is of a shard of the columns for a
+row-parallel layer. The norm is constant. Where a row of W + scaling * B A is zero, the library's gain is NaN, ours 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_kernels.adapters.copied import structure
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason
+from dora_kernels.adapters.taking import bypass_reason, drops
+from dora_kernels.functional.rescale import rescale
+from dora_kernels.functional.weight import merge_weight_and_norm
+from dora_kernels.reference import gain_ref
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every DoRA layer of Megatron-Bridge's in `model`."""
+    for name, module in model.named_modules():
+        adapter = getattr(module, "adapter", None)
+        if "DoRALinear" in class_names(module) and isinstance(getattr(module, "to_wrap", None), nn.Module):
+            parts = ("linear_in", "linear_out", "weight_magnitude", "alpha", "dim")
+            if hasattr(module, "base_linear_forward") and all(hasattr(adapter, part) for part in parts):
+                yield name, module
+
+
+def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The class that takes `layer` over, or None and why."""
+    return structure.judge(layer, DoraKernelsDoRALinear)
+
+
+class DoraKernelsDoRALinear(Structure):
+    """Over DoRALinear."""
+
+    library = "Megatron-Bridge"
+    formula = "gain * (base + scaling * dropout(x) A^T B^T) + (gain - 1) * (dropout(x) - x) W^T"
+    opaque = ("to_wrap", "adapter.linear_in", "adapter.linear_out")
+
+    @classmethod
+    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+        """As Structure.read. Sharded weights do not fit each other, whatever the adapter says of its group."""
+        adapter, to_wrap = layer.adapter, layer.to_wrap
+        weights = {
+            "to_wrap": getattr(to_wrap, "weight", None),
+            "linear_in": getattr(adapter.linear_in, "weight", None),
+            "linear_out": getattr(adapter.linear_out, "weight", None),
+        }
+        reasons = [f"{part} has no weight" for part, weight in weights.items() if not isinstance(weight, Tensor)]
+        reasons += [_parallel_reason(adapter), bypass_reason("linear_out", adapter.linear_out)]
+        reasons += [bypass_reason("adapter", adapter)]
+        for part in ("activation", "dropout"):
+            module = getattr(adapter, part, None)
+            reasons.append(bypass_reason(part, module) if isinstance(module, nn.Module) else None)
+        if any(getattr(part, "bias", None) is not None for part in (adapter.linear_in, adapter.linear_out)):
+            reasons.append("linear_in or linear_out has a bias")
+        if type(getattr(adapter, "activation", None)) not in (nn.Identity, type(None)):
+            reasons.append(f"the adapter has an activation, {type(adapter.activation).__name__}")
+        if type(adapter.dropout) not in (nn.Dropout, nn.Identity, type(None)):
+            reasons.append(f"its dropout is a {type(adapter.dropout).__name__}")
+        if adapter.dropout_position != "pre":
+            reasons.append(f"dropout_position is {adapter.dropout_position!r}; expected 'pre'")
+        reason = first_reason(reasons)
+        if reason is not None:
+            return None, reason
+        scaling = adapter.alpha / adapter.dim
+        if getattr(layer, "scaling", scaling) != scaling:
+            return None, f"the norm has scaling {layer.scaling} and the adapter {scaling}"
+        return checked(Adapter(*weights.values(), adapter.weight_magnitude, scaling, None))
+
+    @classmethod
+    def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
+        """As Structure.stand_ins."""
+        if "_adapter_enabled" in vars(twin):
+            twin._adapter_enabled = True
+        twin.to_wrap = _Plain(small.weight)
+        twin.adapter.linear_in = _Plain(small.lora_A)
+        twin.adapter.linear_out = _Plain(small.lora_B)
+
+    def state_reason(self) -> str | None:
+        """As Structure.state_reason."""
+        return None if getattr(self, "_adapter_enabled", True) else "its adapters are disabled"
+
+    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
+        """As Structure.x_reason."""
+        return None if x.dim() == 3 else f"x has {x.dim()} dimensions; expected 3"
+
+    def compute(self, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
+        """As Structure.compute: the output and to_wrap's bias."""
+        base, bias, xn = self.base_linear_forward(x)
+        dropout = self.adapter.dropout
+        dropped = dropout(xn) if drops(dropout) else xn
+        low, _ = self.adapter.linear_in(dropped.contiguous())
+        gain = gain_ref(adapter.magnitude, self.norm(adapter))
+        y = rescale(base, low, adapter.lora_B, gain, adapter.scaling)
+        if self.training and isinstance(dropout, nn.Dropout) and self.dora_dropout != "lora":
+            correction, *_ = self.base_linear_forward(dropout(xn) - xn)
+            y = (y + (gain - 1) * correction).to(y.dtype)
+        wide = torch.promote_types(adapter.weight.dtype, adapter.magnitude.dtype)
+        return y.to(torch.promote_types(base.dtype, wide)), bias
+
+    @torch.no_grad()
+    def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """As TakenOver's, of to_wrap: its bias is scaled where to_wrap adds it, and not where it returns it."""
+        weight, _, gain = merge_weight_and_norm(*self._unmerged("merged_weight_and_bias")[:5])
+        bias = getattr(self.to_wrap, "bias", None)
+        if bias is None or not bias.numel():
+            return weight, None
+        _, returned, _ = self.base_linear_forward(self.to_wrap.weight.new_zeros(1, 1, weight.shape[1]))
+        if returned is not None:
+            return weight, bias.detach().clone()
+        return weight, (gain * bias).to(bias.dtype)
+
+    def frozen_layer(self) -> nn.Module:
+        """ValueError: what calls the layer expects output and bias apart, which no frozen layer of torch's returns."""
+        raise ValueError("frozen_layer: the layer returns its bias apart; expected Megatron-Bridge's own merge")
+
+
+def _parallel_reason(adapter: nn.Module) -> str | None:
+    """Why more than the four tensors of `adapter` is at work."""
+    config = getattr(adapter, "config", None)
+    size = getattr(getattr(adapter, "tp_group", None), "size", None)
+    sizes = getattr(config, "tensor_model_parallel_size", 1), size() if callable(size) else size
+    if any(size not in (1, None) for size in sizes):
+        return "the layer is tensor-parallel"
+    if getattr(config, "sequence_parallel", False) or not getattr(adapter, "disable_sequence_parallel_comm", True):
+        return "the layer is sequence-parallel"
+    if getattr(adapter, "is_expert", False):
+        return "it is an expert's layer, whose tokens the library pads"
+    if getattr(config, "cpu_offloading", False):
+        return "activations are offloaded"
+    if getattr(adapter, "_external_tp_reduce_scale", 1.0) != 1.0:
+        return "the adapter's output is scaled for a sum over ranks"
+    return None
+
+
+class _Plain(nn.Module):
+    """What a parallel layer is to a twin of one that is not sharded: the product, and no bias."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return F.linear(x, self.weight), None

@@ -1,0 +1,134 @@
+"""NVlabs/DoRA: the layers of its two trees that have one adapter, known by structure.
+
+    LLM tree      Linear(nn.Linear, LoraLayer): lora_A, lora_B and weight_m_wdecomp, each an nn.Linear; dora_simple
+                  holds the norm constant, and Wdecompose learns the magnitude alone
+    VL-T5 tree    DoraLinear_simple (the norm is constant) and DoraLinear: weight_v, weight_m, lora_A, lora_B, bias
+
+The third tree, LLaVA's, is in llava.py. Where a row of W + scaling * B A is zero, the library's gain is NaN; ours is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels import reuse
+from dora_kernels.adapters.copied import structure
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
+from dora_kernels.adapters.taking import bypass_reason, drops
+from dora_kernels.functional.linear import dora_linear_core
+from dora_kernels.functional.weight import weight_norm
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every DoRA layer of NVlabs' in `model`."""
+    for name, module in model.named_modules():
+        if _structure_of(module) is not None:
+            yield name, module
+
+
+def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The class that takes `layer` over, or None and why."""
+    return structure.judge(layer, _structure_of(layer))
+
+
+def _structure_of(module: nn.Module) -> type[Structure] | None:
+    names = class_names(module)
+    if isinstance(module, nn.Linear) and {"Linear", "LoraLayer"} <= names:
+        is_dora = isinstance(getattr(module, "weight_m_wdecomp", None), nn.Linear)
+        return DoraKernelsLinear if is_dora and hasattr(module, "Wdecompose") else None
+    parameters = (getattr(module, name, None) for name in ("weight_v", "weight_m", "lora_A", "lora_B"))
+    if names & {"DoraLinear", "DoraLinear_simple"} and all(isinstance(each, nn.Parameter) for each in parameters):
+        return DoraKernelsVisionLinear
+    return None
+
+
+class DoraKernelsLinear(Structure):
+    """Over the LLM tree's Linear. What its merging eval() has merged stays merged, and is the library's."""
+
+    library = "NVlabs/DoRA"
+    formula = "x W^T + (gain - 1) * xd W^T + gain * scaling * xd A^T B^T + bias, xd = dropout(x),"
+
+    @classmethod
+    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+        """As Structure.read. A layer that learns the magnitude alone has an A and a B of zeros."""
+        if getattr(layer, "fan_in_fan_out", False):
+            return None, "fan_in_fan_out is set, with which the library adds B A to the transposed weight"
+        magnitude, weight, dropout = layer.weight_m_wdecomp, layer.weight, layer.lora_dropout
+        N, _ = weight.shape
+        reasons = [part_reason("weight_m_wdecomp", magnitude, (N, 1))]
+        if type(dropout) not in (nn.Dropout, nn.Identity, FunctionType):
+            reasons.append(f"lora_dropout is a {type(dropout).__name__}")
+        elif isinstance(dropout, nn.Module):
+            reasons.append(bypass_reason("lora_dropout", dropout))
+        if layer.Wdecompose:
+            (lora_A, lora_B), scaling, norm_grad = _zeros(weight), 1.0, False
+        elif not all(isinstance(getattr(layer, part, None), nn.Linear) for part in ("lora_A", "lora_B")):
+            return None, "it has no lora_A and lora_B"
+        else:
+            reasons += [part_reason(part, getattr(layer, part)) for part in ("lora_A", "lora_B")]
+            lora_A, lora_B, scaling = layer.lora_A.weight, layer.lora_B.weight, layer.scaling
+            norm_grad = not layer.dora_simple
+        reason = first_reason(reasons)
+        if reason is not None:
+            return None, reason
+        return checked(Adapter(weight, lora_A, lora_B, magnitude.weight.squeeze(1), scaling, layer.bias, norm_grad))
+
+    def adapter_operands(self) -> reuse.Operands | None:
+        """As TakenOver.adapter_operands; None for the magnitude alone, whose norm never changes."""
+        return None if self.Wdecompose else super().adapter_operands()
+
+    def own_dropout(self) -> str | None:
+        """As TakenOver.own_dropout."""
+        can_drop = isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.p > 0
+        return "the x of (gain - 1) * x W^T, as there is no low-rank product" if self.Wdecompose and can_drop else None
+
+    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """As Structure.compute; of the weight's dtype under autocast too."""
+        dropout = self.lora_dropout  # the library's stand-in for none is a function
+        x_dropped = dropout(x) if isinstance(dropout, FunctionType) or drops(dropout) else None
+        x_dropped = None if x_dropped is x else x_dropped
+        if self.Wdecompose:
+            weight, *others = adapter[:5]
+            norm = reuse.norm_reusing(self, (weight,), (), lambda: weight_norm(weight, *others[:2], 0.0))
+            y = dora_linear_core(x, weight, *others, adapter.bias, x_dropped=x_dropped, norm=norm)[0]
+        else:
+            y = self.linear(x, adapter, x_dropped)
+        return y.to(self.weight.dtype)
+
+
+def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """An A (1, K) and a B (N, 1) for a layer without."""
+    N, K = weight.shape
+    return weight.new_zeros(1, K), weight.new_zeros(N, 1)
+
+
+class DoraKernelsVisionLinear(Structure):
+    """Over the VL-T5 tree's DoraLinear_simple and DoraLinear, which have no dropout, and whose bias is trained."""
+
+    library = "NVlabs/DoRA"
+
+    @classmethod
+    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+        """As Structure.read."""
+        if layer.weight_m.dim() != 2 or layer.weight_m.shape[1] != 1:
+            return None, f"weight_m has shape {tuple(layer.weight_m.shape)}; expected (N, 1)"
+        norm_grad = "DoraLinear_simple" not in class_names(layer)
+        magnitude = layer.weight_m.squeeze(1)
+        return checked(
+            Adapter(layer.weight_v, layer.lora_A, layer.lora_B, magnitude, layer.scaling, layer.bias, norm_grad)
+        )
+
+    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
+        """As Structure.x_reason: the library multiplies with one dense weight."""
+        dtypes = {adapter.weight.dtype, adapter.lora_A.dtype, adapter.magnitude.dtype}
+        if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
+            return f"its parameters are {' and '.join(sorted(map(str, dtypes)))}, without autocast"
+        return None
+
+    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
+        """As Structure.compute."""
+        return self.linear(x, adapter)

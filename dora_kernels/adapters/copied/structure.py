@@ -1,0 +1,233 @@
+"""Layers that live in their users' code, known by their attributes: what the files of these libraries share.
+
+Each has a `Structure` that reads a layer and says what its forward means, and is two functions beside it: `layers`,
+which claims nothing but what has the names and shapes of the library's own layer, and `judge`. As anybody may have
+edited a copy, judge also runs a shrunk twin of each kind of layer against ours (probe.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels import reuse
+from dora_kernels.adapters.copied import probe
+from dora_kernels.adapters.taking import (
+    TakenOver,
+    bypass_reason,
+    class_name,
+    class_over,
+    dtype_reason,
+    forward_is_the_class_s,
+    is_plain,
+    library_class,
+)
+from dora_kernels.functional.linear import dora_linear_core
+from dora_kernels.functional.rescale import dora_linear_lora_dropout
+from dora_kernels.functional.validate import FLOATING, scaling_reason
+from dora_kernels.functional.weight import merge_weight_and_norm, weight_norm
+from dora_kernels.quant import QuantizedWeight, Weight
+from dora_kernels.reference import gain_ref
+
+
+class Adapter(NamedTuple):
+    """What a layer is made of. Read at each call: parameters and scaling may be replaced between calls."""
+
+    weight: Weight
+    lora_A: Tensor
+    lora_B: Tensor
+    magnitude: Tensor
+    scaling: float
+    bias: Tensor | None = None
+    norm_grad: bool = False
+
+
+class Structure(TakenOver):
+    """A layer known by its structure. Subclasses say how it is read and, where it is not `linear`, what it computes."""
+
+    formula: ClassVar[str] = "gain * (x W^T + scaling * x A^T B^T) + bias"
+    """What judge says that a layer does not compute, where it does not."""
+    opaque: ClassVar[tuple[str, ...]] = ()
+    """Submodules that may have parameters of their own, and are called or read by others' code."""
+    bias_is_scaled: ClassVar[bool] = False
+
+    @classmethod
+    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+        """The parts of `layer`, or None and why it is not ours."""
+        raise NotImplementedError
+
+    @classmethod
+    def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
+        """Finish a shrunk twin of a layer (probe.py): make it adapt and drop out, with plain opaque submodules."""
+        for name in ("merged", "disable_adapters"):
+            if name in vars(twin):
+                setattr(twin, name, False)
+
+    def state_reason(self) -> str | None:
+        """Why a layer that is ours is not, as things stand."""
+        if getattr(self, "merged", False):
+            return "the layer is merged"
+        return "its adapters are disabled" if getattr(self, "disable_adapters", False) else None
+
+    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
+        """Why this x is the library's affair."""
+        return None
+
+    def read_call(self, x: Tensor, has_more: bool) -> tuple[Adapter | None, str | None]:
+        """As TakenOver.read_call."""
+        adapter, reason = self.read(self)
+        reason = reason or self.state_reason() or _call_reason(x, adapter, has_more)
+        return adapter, reason or self.x_reason(x, adapter)
+
+    def drops_otherwise(self) -> bool:
+        """As TakenOver.drops_otherwise."""
+        as_asked = self.dora_dropout == "lora" and self.own_dropout() is None and self.state_reason() is None
+        return as_asked and self.training and self.has_dropout()
+
+    def has_dropout(self) -> bool:
+        """Whether it drops in train mode."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
+
+    def linear(self, x: Tensor, adapter: Adapter, x_dropped: Tensor | None = None) -> Tensor:
+        """dora_linear of x (..., K), with norm and gain of an earlier call where reuse/ says.
+
+        x_dropped falls on all that the adapter adds or, enabled with dropout="lora", on the low-rank product alone.
+        """
+        *operands, bias, norm_grad = adapter
+        lora_dropout = self.dora_dropout == "lora"
+        if norm_grad and torch.is_grad_enabled() and (adapter.lora_A.requires_grad or adapter.lora_B.requires_grad):
+            if lora_dropout and x_dropped is not None:
+                norm = weight_norm(*operands[:3], adapter.scaling, norm_grad=True)
+                return dora_linear_lora_dropout(x, x_dropped, *operands, bias, norm)
+            return dora_linear_core(x, *operands, bias, x_dropped=x_dropped, norm_grad=True)[0]
+        return reuse.dora_linear_reusing(self, x, *operands, bias, x_dropped=x_dropped, lora_dropout=lora_dropout)
+
+    def adapter_operands(self) -> reuse.Operands | None:
+        """As TakenOver.adapter_operands."""
+        adapter, reason = self.read(self)
+        if reason is not None or self.state_reason() is not None or adapter.norm_grad:
+            return None
+        return reuse.Operands(*adapter[:5])
+
+    def norm(self, adapter: Adapter) -> Tensor:
+        """norm (N,), a constant, as `linear`."""
+        return reuse.weight_norm_reusing(self, *adapter[:3], adapter.scaling)
+
+    @torch.no_grad()
+    def norm_and_gain(self) -> tuple[Tensor, Tensor]:
+        """As TakenOver.norm_and_gain."""
+        weight, lora_A, lora_B, magnitude, scaling, *_ = self._unmerged("norm_and_gain")
+        norm = weight_norm(weight, lora_A, lora_B, scaling)
+        return norm, gain_ref(magnitude, norm)
+
+    @torch.no_grad()
+    def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """As TakenOver.merged_weight_and_bias."""
+        adapter = self._unmerged("merged_weight_and_bias")
+        (weight, _, gain), bias = merge_weight_and_norm(*adapter[:5]), adapter.bias
+        if bias is None:
+            return weight, None
+        if self.bias_is_scaled:
+            return weight, (gain * bias).to(bias.dtype)
+        return weight, bias.detach().clone()
+
+    def _unmerged(self, function: str) -> Adapter:
+        adapter, reason = self.read(self)
+        reason = reason or self.state_reason()
+        if reason is not None:
+            raise ValueError(f"{function}: the {library_class(self).__name__} has no adapter to read: {reason}")
+        return adapter
+
+
+def judge(layer: nn.Module, computed_by: type[Structure]) -> tuple[type[nn.Module] | None, str]:
+    """As adapters/__init__.py says of each library's."""
+    try:
+        adapter, reason = computed_by.read(layer)
+    except (AttributeError, KeyError, TypeError) as error:  # somebody's code may lack anything
+        return None, f"it is not built as the library builds it: {error}"
+    if reason is None and not forward_is_the_class_s(layer):
+        reason = "the layer's forward was replaced on the instance"
+    if reason is None:
+        reason = _name_reason(layer, computed_by)
+    if reason is None:
+        reason = probe.reason(layer, adapter, computed_by)
+    return (class_over(library_class(layer), computed_by), "") if reason is None else (None, reason)
+
+
+def _name_reason(layer: nn.Module, computed_by: type[Structure]) -> str | None:
+    """Why the class that takes `layer` over would hide a part of it from the library's own code."""
+    ours = {name for cls in computed_by.__mro__ if issubclass(cls, TakenOver) for name in vars(cls)}
+    theirs = {*dir(library_class(layer)), *vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
+    if isinstance(layer, TakenOver):
+        theirs.discard("dora_dropout")  # set by take_over
+    hidden = sorted(name for name in ours & theirs - set(dir(nn.Module)) if not name.startswith("__"))
+    return f"it has an attribute that would be hidden: {', '.join(hidden)}" if hidden else None
+
+
+def class_names(layer: nn.Module) -> set[str]:
+    """The names of the class of `layer` and of its bases."""
+    return {cls.__name__ for cls in type(layer).__mro__}
+
+
+def part_reason(part: str, module: object, shape: tuple[int, ...] | None = None) -> str | None:
+    """Why `module` is not the nn.Linear without a bias whose weight, of this shape, we may read instead."""
+    if type(module) is not nn.Linear:
+        return f"{part} is a {class_name(module)}; expected nn.Linear"
+    if module.bias is not None:
+        return f"{part} has a bias"
+    if shape is not None and tuple(module.weight.shape) != shape:
+        return f"{part} has shape {tuple(module.weight.shape)}; expected {shape}"
+    return bypass_reason(part, module)
+
+
+def first_reason(reasons: Iterable[str | None]) -> str | None:
+    """The first that is not None."""
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
+    """`adapter`, or why its tensors do not fit each other or cannot be read; what Structure.read returns."""
+    weight, lora_A, lora_B, magnitude, scaling, bias, _ = adapter
+    named = {"lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude}
+    if not isinstance(weight, QuantizedWeight):
+        named["weight"] = weight
+    if bias is not None:
+        named["bias"] = bias
+    for name, tensor in named.items():
+        if not is_plain(tensor):
+            return None, f"{name} is a {class_name(tensor)}, not a plain tensor"
+        if tensor.dtype not in FLOATING:
+            return None, f"{name} is {tensor.dtype}"
+    if weight.dim() != 2 or lora_A.dim() != 2:
+        return None, f"weight and lora_A have {weight.dim()} and {lora_A.dim()} dimensions; expected 2"
+    (N, K), R = weight.shape, lora_A.shape[0]
+    expected = {"lora_A": (R, K), "lora_B": (N, R), "magnitude": (N,), "bias": (N,)}
+    for name, tensor in named.items():
+        if tuple(tensor.shape) != expected.get(name, (N, K)):
+            return None, f"{name} has shape {tuple(tensor.shape)}; expected {expected[name]}"
+    if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
+        return None, f"scaling is a {class_name(scaling)}"
+    reason = scaling_reason(scaling, weight.dtype)
+    if reason is not None:
+        return None, reason
+    if weight.requires_grad:
+        return None, "the base weight requires a gradient"
+    if lora_A.dtype != lora_B.dtype:
+        return None, f"lora_A is {lora_A.dtype} and lora_B is {lora_B.dtype}"
+    return adapter, None
+
+
+def _call_reason(x: object, adapter: Adapter, has_more: bool) -> str | None:
+    """Why this call has to go to the library, whichever that is."""
+    if has_more:
+        return "the call has arguments beyond x"
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        return "x has fewer than two dimensions"
+    weight, device = adapter.weight, x.device
+    for tensor in (weight, adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.bias):
+        if tensor is not None and (tensor.device != device or device.type == "meta"):
+            return f"x is on {device} and a weight of the layer is on {tensor.device}"
+    return None if isinstance(weight, QuantizedWeight) else dtype_reason(x, weight)

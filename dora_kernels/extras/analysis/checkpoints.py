@@ -1,0 +1,226 @@
+"""Checkpoints on disk: what of a model changed, from dense ones and from PEFT's adapter folders.
+
+Headers are read first, so that what does not fit is refused before anything is computed; a layer's tensors are read
+when it is measured. What an adapter means is PEFT's: scaling = alpha / r, or alpha / sqrt(r) if rank-stabilised, with
+the layer's own r and alpha where a pattern names it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dora_kernels.extras.analysis.layers import Analysis, Layer, LeftOut, Track, measure
+from dora_kernels.extras.analysis.measure import adapter_change, weight_change
+from dora_kernels.extras.checkpoint_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_KEPT,
+    PREFIX,
+    TensorFiles,
+    lora_scaling,
+    model_files,
+    pattern_value,
+    read_json,
+)
+
+FLOATS = ("F16", "BF16", "F32", "F64")
+"""safetensors' names of the dtypes of a dense weight."""
+
+UNKNOWN_MEANINGS = (
+    "target_parameters",
+    "layer_replication",
+    "use_qalora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+)
+"""Options of LoraConfig under which the tuned weight is not W + scaling * B A, or is not one."""
+
+MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+"""How a magnitude's key ends: as save_pretrained writes it, and as a state dict of one adapter has it."""
+
+
+def analyze(
+    base: str | Path,
+    tuned: Sequence[str | Path],
+    targets: str | None = None,
+    fan_in_fan_out: bool = False,
+    track: Track = iter,
+) -> Analysis:
+    """The change of every layer of each checkpoint in `tuned`, several of one run or of many, against `base`.
+
+    base: a safetensors file, or a folder with model.safetensors or its shards. tuned: PEFT's adapter folders (LoRA,
+    DoRA), and dense checkpoints of which every 2-D weight is compared. targets: a regular expression that is searched
+    for in a layer's name. fan_in_fan_out: dense weights are (K, N), as GPT-2's; an adapter's own config says it of
+    that adapter. Only one layer is in memory at a time.
+
+    Raises ValueError, before anything is computed, where a checkpoint cannot be read, does not fit the base, or means
+    something else than W + scaling * B A; what is left out is named in the result.
+    """
+    if not tuned:
+        raise ValueError("analyze: tuned is empty; expected one checkpoint or more")
+    try:
+        wanted = re.compile(targets or "")
+    except re.error as error:
+        raise ValueError(f"analyze: targets is {targets!r}: {error}; expected a regular expression") from error
+    pretrained = _model(Path(base))
+    layers: list[Layer] = []
+    left_out: list[LeftOut] = []
+    for path in map(Path, tuned):
+        if (path / ADAPTER_CONFIG).exists():
+            found, skipped = adapter_layers(pretrained, path)
+        else:
+            found, skipped = dense_layers(pretrained, _model(path), fan_in_fan_out)
+        found, skipped = ([entry for entry in group if wanted.search(entry.name)] for group in (found, skipped))
+        if not found:
+            expected = "a layer" if targets is None else f"a layer in whose name {targets!r} is found"
+            reasons = "; ".join(dict.fromkeys(entry.reason for entry in skipped)) or "no such layer"
+            raise ValueError(f"analyze: {path} has nothing to compare with {base} ({reasons}); expected {expected}")
+        layers += found
+        left_out += skipped
+    return measure(layers, left_out, track)
+
+
+def _model(path: Path) -> TensorFiles:
+    return TensorFiles("analyze", path, model_files("analyze", path))
+
+
+def dense_layers(base: TensorFiles, tuned: TensorFiles, fan_in_fan_out: bool) -> tuple[list[Layer], list[LeftOut]]:
+    """Every 2-D weight that both have."""
+    adapters = [key for key in tuned.shapes if ".lora_A." in key]
+    if adapters:
+        raise ValueError(
+            f"analyze: {tuned} holds {adapters[0]}; expected an adapter as its folder with {ADAPTER_CONFIG}"
+        )
+    layers, left_out = [], []
+    for key, shape in tuned.shapes.items():
+        name = key.removesuffix(".weight")
+        if len(shape) != 2:
+            reason = f"{len(shape)}-D tensors are not compared"
+        elif key not in base:
+            reason = f"not in {base}"
+        elif base.shapes[key] != shape:
+            reason = f"the shape is {shape}, the base's is {base.shapes[key]}"
+        else:
+            reason = _why_not_dense(base, key) or _why_not_dense(tuned, key)
+        if reason:
+            left_out.append(LeftOut(name, str(tuned), reason))
+            continue
+
+        def change(key: str = key) -> Any:
+            pair = base[key], tuned[key]
+            return weight_change(*(w.T if fan_in_fan_out else w for w in pair))
+
+        layers.append(Layer(name, str(tuned), "full", change))
+    left_out += [
+        LeftOut(key.removesuffix(".weight"), str(tuned), "only in the base")
+        for key, shape in base.shapes.items()
+        if len(shape) == 2 and key not in tuned
+    ]
+    return layers, left_out
+
+
+def adapter_layers(base: TensorFiles, folder: Path) -> tuple[list[Layer], list[LeftOut]]:
+    """Every linear layer that the adapter in `folder` changes."""
+    config = _adapter_config(folder)
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise ValueError(f"analyze: {folder} has no {ADAPTER_WEIGHTS}; expected the adapter as safetensors")
+    adapter = TensorFiles("analyze", folder / ADAPTER_WEIGHTS, [folder / ADAPTER_WEIGHTS])
+    known, layers, left_out = set(), [], []
+    for key_A, shape_A in adapter.shapes.items():
+        if not key_A.endswith(".lora_A.weight"):
+            continue
+        stem = key_A.removesuffix(".lora_A.weight")
+        name, key_B = stem.removeprefix(PREFIX), f"{stem}.lora_B.weight"
+        magnitudes = [stem + end for end in MAGNITUDES if stem + end in adapter]
+        known |= {key_A, key_B, *magnitudes}
+        if len(shape_A) != 2:
+            left_out.append(LeftOut(name, str(folder), f"a convolution: lora_A has shape {shape_A}"))
+            continue
+        shape_B = adapter.shapes.get(key_B)
+        key = _base_key(base, f"{name}.weight")
+        if key is None:
+            raise ValueError(
+                f"analyze: {base} has no {name}.weight, which {folder} changes; expected the adapter's base"
+            )
+        if reason := _why_not_dense(base, key):
+            raise ValueError(f"analyze: {key} of {base}: {reason}; expected a base that is not quantised")
+        N, K = base.shapes[key][:: -1 if config["fan_in_fan_out"] else 1]
+        R, scaling = _rank_and_scaling(config, name)
+        if shape_A != (R, K) or shape_B != (N, R):
+            raise ValueError(
+                f"analyze: {name} of {folder} has lora_A {shape_A} and lora_B {shape_B}; "
+                f"expected {(R, K)} and {(N, R)} for rank {R} over the base's weight {(N, K)}"
+            )
+        if bool(magnitudes) != config["use_dora"]:
+            has = "a magnitude" if magnitudes else "no magnitude"
+            raise ValueError(
+                f"analyze: {name} of {folder} has {has}; expected use_dora={config['use_dora']} to be right"
+            )
+        if magnitudes and math.prod(adapter.shapes[magnitudes[0]]) != N:
+            shape = adapter.shapes[magnitudes[0]]
+            raise ValueError(f"analyze: {name} of {folder} has a magnitude of shape {shape}; expected {(N,)}")
+
+        def change(key: str = key, keys: tuple[str, ...] = (key_A, key_B, *magnitudes), s: float = scaling) -> Any:
+            weight = base[key].T if config["fan_in_fan_out"] else base[key]
+            lora_A, lora_B, *magnitude = (adapter[k] for k in keys)
+            return adapter_change(weight, lora_A, lora_B, s, *(m.flatten() for m in magnitude))
+
+        layers.append(Layer(name, str(folder), "DoRA" if magnitudes else "LoRA", change))
+    for key in adapter.shapes.keys() - known:
+        stem = key.removesuffix(".lora_magnitude_vector").partition(".lora_embedding_")[0]
+        embedding = f"{stem}.lora_embedding_A" in adapter
+        reason = "an embedding" if embedding else "not lora_A, lora_B or magnitude of a linear layer"
+        left_out.append(LeftOut(key.removeprefix(PREFIX), str(folder), reason))
+    return layers, sorted(left_out, key=lambda entry: entry.name)
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json with PEFT's defaults; ValueError where the adapter is not W + scaling * B A."""
+    read = read_json("analyze", folder / ADAPTER_CONFIG)
+    if read.get("peft_type") != "LORA":
+        raise ValueError(
+            f"analyze: {folder} has peft_type {read.get('peft_type')!r}; expected 'LORA', with or without DoRA"
+        )
+    initial = read.get("init_lora_weights", True)
+    if initial not in BASE_KEPT:
+        raise ValueError(
+            f"analyze: {folder} has init_lora_weights {initial!r}, which changes the base weight; expected an adapter "
+            "converted to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for option in UNKNOWN_MEANINGS:
+        if read.get(option):
+            raise ValueError(f"analyze: {folder} has {option} {read[option]!r}; expected plain LoRA or DoRA")
+    flags = {name: bool(read.get(name)) for name in ("use_dora", "use_rslora", "fan_in_fan_out")}
+    patterns = {name: read.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    return {"r": read.get("r", 8), "lora_alpha": read.get("lora_alpha", 8), **flags, **patterns}
+
+
+def _rank_and_scaling(config: dict[str, Any], name: str) -> tuple[int, float]:
+    """r and scaling of one layer."""
+    R = pattern_value("analyze", config, "rank_pattern", name, config["r"])
+    alpha = pattern_value("analyze", config, "alpha_pattern", name, config["lora_alpha"])
+    return R, lora_scaling(alpha, R, config["use_rslora"])
+
+
+def _base_key(base: TensorFiles, key: str) -> str | None:
+    """`key`, or the one key that is it but for a prefix: a model with a head has one that the bare model lacks."""
+    if key in base:
+        return key
+    found = [other for other in base.shapes if other.endswith(f".{key}") or key.endswith(f".{other}")]
+    return found[0] if len(found) == 1 else None
+
+
+def _why_not_dense(checkpoint: TensorFiles, key: str) -> str | None:
+    """Why a tensor is not the weight itself."""
+    if checkpoint.dtypes[key] not in FLOATS:
+        return f"it is stored as {checkpoint.dtypes[key]}"
+    if len(checkpoint.shapes[key]) != 2:
+        return f"its shape is {checkpoint.shapes[key]}"
+    return None

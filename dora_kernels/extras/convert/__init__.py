@@ -1,0 +1,21 @@
+"""DoRA checkpoints from one library's format to another's: `python -m dora_kernels convert`.
+
+adapter.py is the neutral form, scaling.py where alpha is kept, formats.py the table of formats, files.py the disk,
+checkpoint.py the conversion. Needs safetensors.
+"""
+
+from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable
+from dora_kernels.extras.convert.checkpoint import convert_checkpoint, table
+from dora_kernels.extras.convert.formats import FORMATS, Checkpoint, Format, decode, encode
+
+__all__ = [
+    "FORMATS",
+    "Checkpoint",
+    "DoraAdapter",
+    "Format",
+    "Unrepresentable",
+    "convert_checkpoint",
+    "decode",
+    "encode",
+    "table",
+]

@@ -1,0 +1,188 @@
+"""convert_checkpoint: one file or folder in, one out, and nothing written unless all of it can be kept."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dora_kernels.extras.convert import files
+from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable
+from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format, decode, encode
+from dora_kernels.extras.convert.scaling import One
+
+# the layers whose rows torchtune keeps in another order than Hugging Face's models do
+_ROTARY = ("q_proj", "k_proj")
+
+
+def convert_checkpoint(
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    source_format: str,
+    target_format: str,
+    *,
+    alpha: float | None = None,
+    base: str | PathLike[str] | None = None,
+    no_bias: bool = False,
+    fold: bool = False,
+    rename: Sequence[tuple[str, str]] = (),
+    heads: tuple[int, int] | None = None,
+    same_rows: bool = False,
+    adapter_name: str = "default",
+) -> list[DoraAdapter]:
+    """Write the adapters of `source` to `out` in another format, and return them as they are written.
+
+    Tensors and scaling are the same to the last bit, and what is written decodes to them: else ValueError, and nothing
+    is written. So it is for a layer, a setting or a key that the target has no counterpart of.
+
+    alpha: for a source that does not state it. base: the model beneath (safetensors), or no_bias: the caller's word
+    that no adapted layer has a bias; one of them is needed between formats that treat a bias differently. fold: where
+    the target cannot hold scaling exactly, round scaling * lora_B to lora_B's dtype. rename: (pattern, replacement)
+    pairs for re.sub, applied to each module's name in turn. heads (query, key and value): between torchtune and the
+    others, reorder the rows of q_proj and k_proj as torchtune does for Llama's rotary embedding; same_rows: the
+    caller's word that this model's rows need none. adapter_name: written by llava.
+    """
+    source, out = Path(source), Path(out)
+    reader, writer = _format(source_format), _format(target_format)
+    if not re.fullmatch(r"[^.]+", adapter_name):
+        raise ValueError(f"convert: adapter_name is {adapter_name!r}; expected a name without dots")
+    if heads is not None and same_rows:
+        raise ValueError("convert: heads and same_rows are both given; expected one of them")
+    files.check_out(out)
+    before = decode(reader, files.load(reader, source), alpha)
+    adapters = _renamed(before, rename)
+    if reader.bias != writer.bias and not no_bias:
+        differ = f"{reader.name} {BIAS[reader.bias]} and {writer.name} {BIAS[writer.bias]}"
+        _check_bias(differ, before, adapters, base)
+    if (reader.name == "torchtune") != (writer.name == "torchtune"):
+        adapters = _reordered(adapters, to_torchtune=writer.name == "torchtune", heads=heads, same_rows=same_rows)
+    adapters = _fitted(writer, adapters, fold)
+    checkpoint = encode(writer, adapters, adapter_name)
+    again = decode(writer, checkpoint)
+    if len(again) != len(adapters) or not all(a.same(b) for a, b in zip(adapters, again, strict=True)):
+        raise RuntimeError(f"convert: what is written as {writer.name} does not read back as what it was made of")
+    files.save(writer, checkpoint, out)
+    return adapters
+
+
+def table(adapters: Sequence[DoraAdapter]) -> str:
+    """One line for each kind of layer: how many, their sizes, scaling and dtypes."""
+    rows = [("layers", "N", "K", "R", "scaling", "lora_A, lora_B", "magnitude")]
+    kinds = Counter(
+        (
+            str(adapter.N),
+            "x".join(map(str, adapter.lora_A.shape[1:])),
+            str(adapter.R),
+            f"{adapter.scaling:.6g}",
+            _dtypes(adapter.lora_A, adapter.lora_B),
+            _dtypes(adapter.magnitude),
+        )
+        for adapter in adapters
+    )
+    rows += [(str(count), *kind) for kind, count in kinds.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _dtypes(*tensors: Tensor) -> str:
+    return ", ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
+
+
+def _format(name: str) -> Format:
+    if name not in FORMATS:
+        raise ValueError(f"convert: format is {name!r}; expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def _renamed(adapters: Sequence[DoraAdapter], rename: Sequence[tuple[str, str]]) -> list[DoraAdapter]:
+    """In the order of their new names. Raises ValueError where two get the same one, or one gets none."""
+    renamed: dict[str, DoraAdapter] = {}
+    for adapter in adapters:
+        module = adapter.module
+        for pattern, replacement in rename:
+            try:
+                module = re.sub(pattern, replacement, module)
+            except (re.error, IndexError) as error:
+                raise ValueError(
+                    f"convert: rename is {pattern!r}, {replacement!r}: {error}; expected what re.sub takes"
+                ) from error
+        if not module or module in renamed:
+            raise ValueError(
+                f"convert: rename makes {module!r} of {adapter.module}, "
+                f"{'a name that another module has too' if module else 'no name'}; expected one name each"
+            )
+        renamed[module] = replace(adapter, module=module)
+    return [renamed[module] for module in sorted(renamed)]
+
+
+def _check_bias(
+    differ: str, before: Sequence[DoraAdapter], after: Sequence[DoraAdapter], base: str | PathLike[str] | None
+) -> None:
+    """Raise ValueError unless the model beneath, by either's names, has no bias in any adapted layer."""
+    if base is None:
+        raise ValueError(
+            f"convert: {differ}, and adapters do not tell whether there is one; "
+            "expected --no-bias where no adapted layer has a bias, or --base, the model's safetensors, to look"
+        )
+    keys = files.keys_of(Path(base))
+    names = {adapter.module for adapter in before}, {adapter.module for adapter in after}
+    known = max(names, key=lambda modules: sum(f"{module}.weight" in keys for module in modules))
+    for module in sorted(known):
+        if f"{module}.weight" not in keys:
+            raise ValueError(
+                f"convert: {base} has no {module}.weight; expected the model beneath the adapters, or --no-bias"
+            )
+        if f"{module}.bias" in keys:
+            raise ValueError(f"convert: {module} has a bias in {base}; expected none, for {differ}")
+
+
+def _reordered(
+    adapters: Sequence[DoraAdapter], to_torchtune: bool, heads: tuple[int, int] | None, same_rows: bool
+) -> list[DoraAdapter]:
+    """lora_B and magnitude of q_proj and k_proj with their rows in the target's order.
+
+    A head's rows are D / 2 rotary pairs: Hugging Face has their first halves and then their second ones, torchtune
+    each pair together.
+    """
+    result = []
+    for adapter in adapters:
+        kind = next((kind for kind in _ROTARY if adapter.module.endswith(kind)), None)
+        if kind is None or same_rows:
+            result.append(adapter)
+            continue
+        if heads is None:
+            raise ValueError(
+                f"convert: {adapter.module}: torchtune keeps the rows of {kind} in another order for Llama and its "
+                "like; expected --heads, the numbers of query and of key and value heads, to reorder them, "
+                "or --same-rows where this model's need none"
+            )
+        count = heads[_ROTARY.index(kind)]
+        if count < 1 or adapter.N % (2 * count):
+            raise ValueError(
+                f"convert: {adapter.module} has {adapter.N} rows but {count} heads; expected a multiple of 2 * heads"
+            )
+        half = adapter.N // (2 * count)
+        shape = (count, 2, half) if to_torchtune else (count, half, 2)
+        rows = torch.arange(adapter.N).view(shape).transpose(1, 2).reshape(-1)
+        result.append(replace(adapter, lora_B=adapter.lora_B[rows], magnitude=adapter.magnitude[rows]))
+    return result
+
+
+def _fitted(writer: Format, adapters: Sequence[DoraAdapter], fold: bool) -> list[DoraAdapter]:
+    """The adapters with a scaling that the format can hold, folded into lora_B where it has to be."""
+    if isinstance(writer.scaling, One):
+        return [adapter.folded(rounding=fold) for adapter in adapters]
+    try:
+        writer.scaling.write(adapters)
+    except Unrepresentable:
+        if not fold:
+            raise
+        return [adapter.folded(rounding=True) for adapter in adapters]
+    return list(adapters)

@@ -1,0 +1,102 @@
+"""Checkpoints on disk: read with safetensors or torch.load(weights_only=True), written with safetensors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import tempfile
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dora_kernels.extras.checkpoint_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    TensorFiles,
+    open_safetensors,
+    read_json,
+)
+from dora_kernels.extras.convert.formats import Checkpoint, Format
+
+# what torch.save made; everything else is taken for safetensors
+_PICKLES = (".bin", ".pt", ".pth")
+
+
+def load(row: Format, source: Path) -> Checkpoint:
+    """The checkpoint in a folder, one of row.files and adapter_config.json, or in a file.
+
+    A file by one of row.files' names brings the adapter_config.json beside it. Raises ValueError where there is none,
+    or it cannot be read.
+    """
+    if source.is_dir():
+        path = next((source / name for name in row.files if (source / name).is_file()), None)
+        if path is None:
+            raise ValueError(f"convert: {source} holds none of {', '.join(row.files)}; expected a {row.name} folder")
+    elif source.is_file():
+        path = source
+    else:
+        raise ValueError(f"convert: {source} does not exist; expected a {row.name} file or folder")
+    tensors, header = _tensors(path)
+    config_path = path.parent / ADAPTER_CONFIG
+    has_config = path.name in row.files and config_path.is_file()
+    return Checkpoint(tensors, read_json("convert", config_path) if has_config else {}, header)
+
+
+def save(row: Format, checkpoint: Checkpoint, out: Path) -> None:
+    """Write a folder, or one file, as the format has it. Under a name of its own at first: `out` is whole or not there.
+
+    Raises ValueError where `out` exists already or the folder that it should be in does not.
+    """
+    # beside `out`, so that the last step is a rename
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        made = work / "made"
+        if row.folder:
+            made.mkdir()
+            (made / ADAPTER_CONFIG).write_text(json.dumps(checkpoint.config, indent=2) + "\n")
+        # safetensors takes neither views nor tensors that share memory
+        tensors = {
+            key: tensor.detach().clone(memory_format=torch.contiguous_format)
+            for key, tensor in checkpoint.tensors.items()
+        }
+        save_file(tensors, made / ADAPTER_WEIGHTS if row.folder else made, {"format": "pt", **checkpoint.header})
+        check_out(out)
+        made.rename(out)
+    finally:
+        shutil.rmtree(work)
+
+
+def check_out(out: Path) -> None:
+    """Raise ValueError unless `out` can be made: nothing there, and a folder above it."""
+    if out.exists() or out.is_symlink():
+        raise ValueError(f"convert: {out} exists; expected a name that is free")
+    if not out.parent.is_dir():
+        raise ValueError(f"convert: {out.parent} is no folder; expected OUT in a folder that exists")
+
+
+def keys_of(base: Path) -> Collection[str]:
+    """The names of all tensors of a model: one .safetensors file, or a folder of them. Reads no tensor."""
+    paths = sorted(base.glob("*.safetensors")) if base.is_dir() else [base]
+    if not paths or not all(path.is_file() for path in paths):
+        raise ValueError(f"convert: {base} holds no .safetensors; expected the model beneath the adapters")
+    return TensorFiles("convert", base, paths).shapes.keys()
+
+
+def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if path.suffix not in _PICKLES:
+        with open_safetensors("convert", path) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        # torch's own words advise weights_only=False, which would run what the file says
+        raise ValueError(
+            f"convert: {path} cannot be read; expected a state dict of tensors and nothing else"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"convert: {path} does not hold tensors by name; expected a state dict")
+    return tensors, {}

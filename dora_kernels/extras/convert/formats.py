@@ -1,0 +1,275 @@
+"""The formats: how each library names an adapter's tensors on disk, and what its layer means by them.
+
+A format is one row of FORMATS; `decode` and `encode` serve them all, through DoraAdapter. What a row does not say a
+file may not contain: a key that nothing accounts for is an error, and so is a plain LoRA without a magnitude.
+
+What differs between libraries and is no part of an adapter is not converted: dropout, whether the gradient goes
+through the norm, and LyCORIS' eps: its gain is magnitude / (norm + finfo.eps), 1.2e-7 in float32, which is below
+rounding for every norm over 4. A module keeps its name (`rename` changes it): kohya's lora_unet_... names have
+underscores for dots, from which dots cannot be told.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from dora_kernels.extras.checkpoint_files import PREFIX
+from dora_kernels.extras.convert.adapter import DoraAdapter, check_shapes
+from dora_kernels.extras.convert.scaling import InConfig, InHeader, InPeftConfig, InTensor, One
+
+Scaling = InConfig | InHeader | InPeftConfig | InTensor | One
+# what becomes of the bias beneath an adapter
+BIAS = {
+    "unscaled": "leaves a layer's bias as it is",
+    "scaled": "multiplies a layer's bias by the gain",
+    "either": "multiplies a layer's bias by the gain or not, layer by layer",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is on disk: tensors, the safetensors header, adapter_config.json ({} where there is none)."""
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    header: Mapping[str, str] = field(default_factory=dict)
+
+
+# shape of the magnitude for each norm axis, of a layer with an ndim-dimensional weight (N, K, ...)
+Shapes = Callable[[int, int, int], dict[str, tuple[int, ...]]]
+
+
+def _flat(ndim: int, N: int, K: int) -> dict[str, tuple[int, ...]]:
+    return {"out": (N,)}
+
+
+def _column(ndim: int, N: int, K: int) -> dict[str, tuple[int, ...]]:
+    return {"out": (N, 1)}
+
+
+def _peft(ndim: int, N: int, K: int) -> dict[str, tuple[int, ...]]:
+    return {"out": (N,) if ndim == 2 else (1, N, *(1,) * (ndim - 2))}
+
+
+def _lycoris(ndim: int, N: int, K: int) -> dict[str, tuple[int, ...]]:
+    ones = (1,) * (ndim - 2)
+    return {"out": (N, 1, *ones), "in": (1, K, *ones)}
+
+
+@dataclass(frozen=True)
+class Format:
+    """One library's adapters on disk.
+
+    lora_A, lora_B, magnitude: what follows `<module>.` in a key; {adapter} stands for an adapter's name.
+    prefix: what is written before every module, and read where every key has it.
+    folder: written as a folder of adapter_model.safetensors and adapter_config.json, else as one file.
+    bias: one of BIAS. refused: patterns of keys, and why they are refused.
+    """
+
+    name: str
+    lora_A: str
+    lora_B: str
+    magnitude: str
+    scaling: Scaling
+    alpha: str | None = None
+    prefix: str = ""
+    folder: bool = False
+    files: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin")
+    shapes: Shapes = _flat
+    conv: bool = False
+    bias: str = "unscaled"
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def parts(self) -> dict[str, str]:
+        parts = {"lora_A": self.lora_A, "lora_B": self.lora_B, "magnitude": self.magnitude}
+        return parts if self.alpha is None else parts | {"alpha": self.alpha}
+
+
+_ROWS = (
+    # Automodel writes this format too over a dense base, and torchtune beside its own, where it leaves use_dora out
+    # and the magnitudes of q_proj and k_proj in torchtune's order: that one is refused, for use_dora is not set
+    Format(
+        "peft",
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_magnitude_vector",
+        InPeftConfig(),
+        prefix=PREFIX,
+        folder=True,
+        shapes=_peft,
+        conv=True,
+        refused={
+            r"lora_embedding_[AB]": "an embedding's adapter has no counterpart elsewhere",
+            r"lora_B\.bias": "a lora_bias has no counterpart elsewhere",
+        },
+    ),
+    Format(
+        "torchtune",
+        "lora_a.weight",
+        "lora_b.weight",
+        "magnitude",
+        InConfig(),
+        folder=True,
+        # adapter_model.safetensors beside the .pt holds PEFT's names
+        files=("adapter_model.pt", "adapter_model.safetensors"),
+        bias="scaled",
+    ),
+    # its own loader takes adapter_model.bin, which torch.save makes of the same tensors
+    Format(
+        "nvlabs",
+        "lora_A.weight",
+        "lora_B.weight",
+        "weight_m_wdecomp.weight",
+        InConfig("DORA"),
+        prefix=PREFIX,
+        folder=True,
+        shapes=_column,
+    ),
+    # a state dict of NVlabs' LLaVA tree; what that saves with save_pretrained is nvlabs
+    Format(
+        "llava",
+        "lora_A.{adapter}.weight",
+        "lora_B.{adapter}.weight",
+        "weight_m_wdecomp.{adapter}.weight",
+        InConfig("DORA"),
+        prefix=PREFIX,
+        folder=True,
+        shapes=_column,
+    ),
+    Format(
+        "fsdp_qlora",
+        "dora_layer.lora_A.weight",
+        "dora_layer.lora_B.weight",
+        "magnitude_layer.magnitude",
+        One(),
+        bias="scaled",
+    ),
+    Format(
+        "lycoris",
+        "lora_down.weight",
+        "lora_up.weight",
+        "dora_scale",
+        InTensor(),
+        alpha="alpha",
+        shapes=_lycoris,
+        conv=True,
+        refused={r"lora_mid\.weight": "a Tucker decomposition has no counterpart elsewhere"},
+    ),
+    # a linear layer of Megatron's returns its bias beside its output or within it, and the gain multiplies the output
+    Format(
+        "megatron-bridge",
+        "adapter.linear_in.weight",
+        "adapter.linear_out.weight",
+        "adapter.weight_magnitude",
+        InHeader(uniform=True),
+        bias="either",
+    ),
+    # the names of its modules, which it writes over a quantised base; over a dense one it writes peft
+    Format("automodel", "lora_A.weight", "lora_B.weight", "lora_magnitude", InConfig(), folder=True),
+    Format("dora_kernels", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", InHeader()),
+)
+FORMATS = {row.name: row for row in _ROWS}
+
+
+def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> list[DoraAdapter]:
+    """The adapters of a checkpoint, by module name; `alpha` where the checkpoint has none.
+
+    Raises ValueError for a key that is not the format's, a tensor that is missing or of another shape, an adapter
+    without a magnitude, and whatever the format's scaling refuses.
+    """
+    modules = _sort_keys(row, checkpoint.tensors)
+    if not modules:
+        raise ValueError(f"convert: the source has no tensors; expected {row.name} adapters")
+    for module, tensors in modules.items():
+        for part in ("lora_A", "lora_B", "magnitude"):
+            if part not in tensors:
+                plain = " (a plain LoRA is not converted)" if part == "magnitude" else ""
+                key = getattr(row, part)
+                raise ValueError(f"convert: {module} has no {part}; expected a {module}.{key}{plain}")
+        check_shapes(module, tensors["lora_A"], tensors["lora_B"])
+    ranks = {module: tensors["lora_A"].shape[0] for module, tensors in modules.items()}
+    alphas = {module: tensors.get("alpha") for module, tensors in modules.items()}
+    scaling = row.scaling.read(alphas, ranks, checkpoint.config, checkpoint.header, alpha)
+    adapters = []
+    for module, tensors in sorted(modules.items()):
+        lora_A, lora_B, magnitude = tensors["lora_A"], tensors["lora_B"], tensors["magnitude"]
+        _check_conv(row, module, lora_A.ndim)
+        shapes = row.shapes(lora_A.ndim, lora_B.shape[0], lora_A.shape[1])
+        axis = next((axis for axis, shape in shapes.items() if shape == tuple(magnitude.shape)), None)
+        if axis is None:
+            expected = " or ".join(map(str, shapes.values()))
+            raise ValueError(
+                f"convert: {module}: {row.magnitude} has shape {tuple(magnitude.shape)}; expected {expected}"
+            )
+        adapters.append(DoraAdapter(module, lora_A, lora_B, magnitude.reshape(-1), float(scaling[module]), axis))
+    return adapters
+
+
+def encode(row: Format, adapters: Sequence[DoraAdapter], adapter_name: str = "default") -> Checkpoint:
+    """The checkpoint that decodes to exactly these adapters.
+
+    Raises ValueError where the format has no such layer, and Unrepresentable where it cannot hold the scaling.
+    """
+    alphas, config, header = row.scaling.write(adapters)
+    tensors = {}
+    for adapter in adapters:
+        _check_conv(row, adapter.module, adapter.ndim)
+        shapes = row.shapes(adapter.ndim, adapter.N, adapter.K)
+        if adapter.norm_axis not in shapes:
+            raise ValueError(
+                f"convert: {adapter.module}: its norm is over each input column (LyCORIS with wd_on_out=False), which "
+                f"{row.name} does not know; expected one over each output row"
+            )
+        parts = {
+            "lora_A": adapter.lora_A,
+            "lora_B": adapter.lora_B,
+            "magnitude": adapter.magnitude.reshape(shapes[adapter.norm_axis]),
+            "alpha": alphas.get(adapter.module),
+        }
+        for part, suffix in row.parts().items():
+            tensors[f"{row.prefix}{adapter.module}.{suffix.format(adapter=adapter_name)}"] = parts[part]
+    return Checkpoint(tensors, config, header)
+
+
+def _check_conv(row: Format, module: str, ndim: int) -> None:
+    if ndim > 2 and not row.conv:
+        raise ValueError(
+            f"convert: {module}: lora_A has {ndim} dimensions, a convolution's, which {row.name} does not know; "
+            "expected (R, K)"
+        )
+
+
+def _sort_keys(row: Format, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """{module: {part: tensor}}; every key is accounted for, or ValueError."""
+    prefix = row.prefix if row.prefix and all(key.startswith(row.prefix) for key in tensors) else ""
+    modules: dict[str, dict[str, Tensor]] = {}
+    names: dict[str, str] = {}
+    for key in sorted(tensors):
+        name = key.removeprefix(prefix)
+        for pattern, reason in row.refused.items():
+            if re.fullmatch(rf".+\.{pattern}", name):
+                raise ValueError(f"convert: {key}: {reason}")
+        module, part, adapter = _match(row, name)
+        if module is None:
+            expected = ", ".join(f"<module>.{suffix}" for suffix in row.parts().values())
+            raise ValueError(f"convert: {key} is no key of {row.name}; expected only {expected}")
+        names.setdefault(adapter, key)
+        if len(names) > 1:
+            raise ValueError(f"convert: the source holds adapters {sorted(names)}; expected one")
+        modules.setdefault(module, {})[part] = tensors[key]
+    return modules
+
+
+def _match(row: Format, name: str) -> tuple[str | None, str, str]:
+    """(module, part, adapter's name) of a key; module is None where it is no key of the format."""
+    for part, suffix in row.parts().items():
+        pattern = re.escape(suffix).replace(r"\{adapter\}", r"(?P<adapter>[^.]+)")
+        match = re.fullmatch(rf"(?P<module>.+)\.{pattern}", name)
+        if match:
+            return match["module"], part, match.groupdict().get("adapter", "")
+    return None, "", ""

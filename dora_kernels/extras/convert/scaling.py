@@ -1,0 +1,261 @@
+"""Where a format keeps alpha, and what it makes of it: one small class for each way.
+
+read(module -> alpha tensor or None, module -> R, config, header, alpha) gives each module's scaling; `alpha` is what
+the caller says beside the file. write(adapters) gives tensors by module, config and header. Both raise ValueError, and
+write raises Unrepresentable where the format computes no alpha / R that is exactly the scaling.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dora_kernels.extras.checkpoint_files import BASE_KEPT, lora_scaling, pattern_value
+from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable, alpha_of
+
+Written = tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]
+_HEADER = "dora_alpha"
+# fields of adapter_config.json that say nothing of what a trained adapter computes
+_SILENT = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "dora_simple",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+}
+_READ = {"peft_type", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+
+
+@dataclass(frozen=True)
+class One:
+    """No alpha at all: scaling is 1."""
+
+    def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
+        if alpha is not None:
+            raise ValueError(f"convert: alpha is {alpha}; expected none, for in this format scaling is always 1")
+        return dict.fromkeys(ranks, 1.0)
+
+    def write(self, adapters: Sequence[DoraAdapter]) -> Written:
+        for adapter in adapters:
+            if adapter.scaling != 1:
+                raise Unrepresentable(f"convert: {adapter.module}: scaling is {adapter.scaling!r}; expected 1")
+        return {}, {}, {}
+
+
+@dataclass(frozen=True)
+class InTensor:
+    """A 0-d tensor `alpha` beside each module's weights, float32 as LyCORIS makes it; its 0 means R."""
+
+    def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
+        scaling = {}
+        for module, rank in ranks.items():
+            tensor = tensors[module]
+            if tensor is not None and tensor.numel() != 1:
+                raise ValueError(f"convert: {module}: alpha has shape {tuple(tensor.shape)}; expected one number")
+            value = _stated(None if tensor is None else float(tensor), alpha, f"{module}.alpha")
+            scaling[module] = (value or rank) / rank
+        return scaling
+
+    def write(self, adapters: Sequence[DoraAdapter]) -> Written:
+        tensors = {}
+        for adapter in adapters:
+            tensor = torch.tensor(adapter.scaling * adapter.R, dtype=torch.float64).float()
+            if float(tensor) / adapter.R != adapter.scaling:
+                raise Unrepresentable(
+                    f"convert: {adapter.module}: no float32 alpha makes alpha / {adapter.R} exactly "
+                    f"{adapter.scaling!r}; expected such a scaling, or --fold to round it into lora_B"
+                )
+            tensors[adapter.module] = tensor
+        return tensors, {}, {}
+
+
+@dataclass(frozen=True)
+class InHeader:
+    """Nothing in the library's own state dict. Files written here carry {module: alpha} in the safetensors header."""
+
+    uniform: bool = False
+
+    def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
+        alphas = _loads(header.get(_HEADER, "{}"))
+        unknown = sorted(set(alphas) - set(ranks))
+        if unknown:
+            raise ValueError(f"convert: the header has an alpha for {unknown}, which have no adapter in the file")
+        return {module: _stated(alphas.get(module), alpha, f"{module}.alpha") / rank for module, rank in ranks.items()}
+
+    def write(self, adapters: Sequence[DoraAdapter]) -> Written:
+        if self.uniform:
+            _uniform(adapters)
+        return {}, {}, {_HEADER: json.dumps({adapter.module: _alpha_of(adapter) for adapter in adapters})}
+
+
+@dataclass(frozen=True)
+class InConfig:
+    """r and lora_alpha of adapter_config.json, the same for every layer; scaling = lora_alpha / r."""
+
+    peft_type: str = "LORA"
+
+    def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
+        _check_config(config, self.peft_type, ("rank_pattern", "alpha_pattern", "use_rslora", "fan_in_fan_out"))
+        _check_ranks(ranks, dict.fromkeys(ranks, config.get("r")))
+        value = _stated(config.get("lora_alpha"), alpha, "lora_alpha")
+        return {module: value / rank for module, rank in ranks.items()}
+
+    def write(self, adapters: Sequence[DoraAdapter]) -> Written:
+        rank, alpha = _uniform(adapters)
+        config = {"peft_type": self.peft_type, "use_dora": True, "r": rank, "lora_alpha": alpha, "bias": "none"}
+        return {}, config | {"target_modules": [adapter.module for adapter in adapters]}, {}
+
+
+@dataclass(frozen=True)
+class InPeftConfig:
+    """PEFT's adapter_config.json: lora_alpha / r or, with use_rslora, / sqrt(r); patterns name layers of their own."""
+
+    def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
+        if not config:
+            raise ValueError("convert: there is no adapter_config.json; expected PEFT's folder")
+        if not config.get("use_dora"):
+            raise ValueError(f"convert: use_dora is {config.get('use_dora')} in adapter_config.json; expected true")
+        _check_config(config, "LORA")
+        # PEFT's own defaults
+        r, lora_alpha = config.get("r", 8), _stated(config.get("lora_alpha", 8), alpha, "lora_alpha")
+        _check_ranks(ranks, {module: pattern_value("convert", config, "rank_pattern", module, r) for module in ranks})
+        alphas = {module: pattern_value("convert", config, "alpha_pattern", module, lora_alpha) for module in ranks}
+        use_rslora = bool(config.get("use_rslora"))
+        return {module: lora_scaling(alphas[module], rank, use_rslora) for module, rank in ranks.items()}
+
+    def write(self, adapters: Sequence[DoraAdapter]) -> Written:
+        use_rslora = False
+        alphas = [alpha_of(adapter.scaling, adapter.R) for adapter in adapters]
+        if None in alphas:
+            use_rslora = True
+            alphas = [alpha_of(adapter.scaling, math.sqrt(adapter.R)) for adapter in adapters]
+        if None in alphas:
+            first = next(adapter for adapter in adapters if alpha_of(adapter.scaling, adapter.R) is None)
+            raise Unrepresentable(
+                f"convert: {first.module}: no lora_alpha makes lora_alpha / {first.R} exactly {first.scaling!r}, and "
+                "none for every layer / sqrt(r); expected such a scaling, or --fold to round it into lora_B"
+            )
+        r = Counter(adapter.R for adapter in adapters).most_common(1)[0][0]
+        lora_alpha = Counter(alphas).most_common(1)[0][0]
+        config = {
+            "peft_type": "LORA",
+            "use_dora": True,
+            "r": r,
+            "lora_alpha": lora_alpha,
+            "use_rslora": use_rslora,
+            # PEFT reads a key as a pattern for the end of a name: ^ makes it the whole name
+            "rank_pattern": {_whole(adapter.module): adapter.R for adapter in adapters if adapter.R != r},
+            "alpha_pattern": {
+                _whole(adapter.module): alpha
+                for adapter, alpha in zip(adapters, alphas, strict=True)
+                if alpha != lora_alpha
+            },
+            "target_modules": [adapter.module for adapter in adapters],
+            "bias": "none",
+            "lora_dropout": 0.0,
+            "inference_mode": True,
+        }
+        return {}, config, {}
+
+
+def _loads(text: str) -> dict[str, Any]:
+    try:
+        alphas = json.loads(text)
+    except ValueError:
+        alphas = None
+    if not isinstance(alphas, dict):
+        raise ValueError(f"convert: {_HEADER} is {text!r} in the header; expected JSON, {{module: alpha}}")
+    return alphas
+
+
+def _stated(stated: float | None, given: float | None, name: str) -> float:
+    """The alpha that the file states or the caller gives; ValueError where neither does, or they differ."""
+    if stated is None and given is None:
+        raise ValueError(f"convert: the source has no {name}; expected --alpha, the value it was trained with")
+    if stated is not None and given is not None and stated != given:
+        raise ValueError(f"convert: {name} is {stated} in the source but --alpha is {given}; expected no --alpha")
+    value = given if stated is None else stated
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"convert: {name} is {value!r}; expected a number")
+    return value
+
+
+def _check_config(config: Mapping[str, Any], peft_type: str, never: Sequence[str] = ()) -> None:
+    """Raise ValueError for a field of adapter_config.json that changes what an adapter computes, and is not read here.
+
+    fan_in_fan_out says how the base stores its weight, and the adapter's tensors are the same either way.
+    """
+    if config.get("peft_type", peft_type) != peft_type:
+        raise ValueError(f"convert: peft_type is {config['peft_type']} in adapter_config.json; expected {peft_type}")
+    if config.get("use_dora") is False:
+        raise ValueError("convert: use_dora is false in adapter_config.json; expected a DoRA adapter")
+    allowed = {
+        "bias": ("none",),
+        "fan_in_fan_out": (True, False),
+        "init_lora_weights": BASE_KEPT,
+    }
+    for field, value in config.items():
+        read = field in _SILENT or (field in _READ and field not in never)
+        if read or value in allowed.get(field, ()) and field not in never:
+            continue
+        if value not in (None, False, [], {}):
+            raise ValueError(
+                f"convert: {field} is {value!r} in adapter_config.json, which a conversion cannot keep; "
+                f"expected {' or '.join(map(repr, allowed[field])) if field in allowed else 'it unset'}"
+            )
+
+
+def _check_ranks(ranks: Mapping[str, int], stated: Mapping[str, int | None]) -> None:
+    for module, rank in ranks.items():
+        if stated[module] not in (None, rank):
+            raise ValueError(
+                f"convert: {module}: lora_A has rank {rank} but adapter_config.json says {stated[module]}; "
+                "expected the same"
+            )
+
+
+def _whole(module: str) -> str:
+    return "^" + re.escape(module)
+
+
+def _alpha_of(adapter: DoraAdapter) -> int | float:
+    alpha = alpha_of(adapter.scaling, adapter.R)
+    if alpha is None:
+        raise Unrepresentable(
+            f"convert: {adapter.module}: no alpha makes alpha / {adapter.R} exactly {adapter.scaling!r}; "
+            "expected such a scaling, or --fold to round it into lora_B"
+        )
+    return alpha
+
+
+def _uniform(adapters: Sequence[DoraAdapter]) -> tuple[int, int | float]:
+    """The one rank and the one alpha of all layers."""
+    first = adapters[0]
+    for adapter in adapters:
+        if (adapter.R, adapter.scaling) != (first.R, first.scaling):
+            raise Unrepresentable(
+                f"convert: {adapter.module} has rank {adapter.R} and scaling {adapter.scaling!r} but {first.module} "
+                f"{first.R} and {first.scaling!r}; expected the same, for the target has one of each for all layers"
+            )
+    return first.R, _alpha_of(first)

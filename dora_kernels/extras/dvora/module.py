@@ -1,0 +1,187 @@
+"""DvoraLinear: the DVoRA layer as a module, with PEFT VeRA's parameter names; and the matrices that layers share."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dora_kernels.extras.dvora.function import dvora_linear_reusing, dvora_norm, dvora_update
+from dora_kernels.functional.validate import (
+    check_elements,
+    check_flag,
+    check_number,
+    check_placement,
+    check_probability,
+    check_sizes,
+)
+from dora_kernels.mergeable import MergeableLinear, read_linear
+
+
+class VeraProjection(nn.Module):
+    """vera_A (rank, max_in_features) and vera_B (max_out_features, rank): random, frozen, one pair for all layers.
+
+    A layer uses the first of their columns and rows. They are PEFT's for projection_prng_key = seed and the same sizes:
+    Kaiming-uniform, drawn on the CPU in float32. Other sizes make other matrices.
+
+    save: whether they are in the state dict, of every layer that holds them; without it they are drawn again from the
+    seed, which gives the same numbers only where torch's generator does.
+    """
+
+    def __init__(
+        self,
+        max_in_features: int,
+        max_out_features: int,
+        rank: int,
+        seed: int = 0,
+        save: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Raises ValueError unless the sizes are positive ints, seed one of 64 bits, save a bool, device one of torch's
+        and dtype floating-point."""
+        sizes = {"max_in_features": max_in_features, "max_out_features": max_out_features, "rank": rank}
+        check_sizes("VeraProjection", 1, **sizes)
+        check_elements("VeraProjection", (rank, max_in_features), (max_out_features, rank))
+        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+            raise ValueError(f"VeraProjection: seed is {seed!r}; expected an int of 64 bits")
+        check_flag("VeraProjection", "save", save)
+        check_placement("VeraProjection", device, dtype=dtype)
+        super().__init__()
+        self.rank, self.seed = rank, seed
+        generator = torch.Generator().manual_seed(seed)
+        for name, shape in (("vera_A", (rank, max_in_features)), ("vera_B", (max_out_features, rank))):
+            matrix = torch.empty(shape, dtype=torch.float32, device="cpu")
+            nn.init.kaiming_uniform_(matrix, generator=generator)
+            self.register_buffer(name, matrix.to(device or torch.get_default_device(), dtype), persistent=save)
+
+    def of(self, in_features: int, out_features: int) -> tuple[Tensor, Tensor]:
+        """vera_A (R, K) and vera_B (N, R) of a layer of that size, views. Raises ValueError where it is too large."""
+        max_in, max_out = self.vera_A.shape[1], self.vera_B.shape[0]
+        are_ints = isinstance(in_features, int) and isinstance(out_features, int)
+        if not are_ints or not (0 <= in_features <= max_in and 0 <= out_features <= max_out):
+            raise ValueError(
+                f"VeraProjection: the layer has {in_features!r} in and {out_features!r} out features; "
+                f"expected at most {max_in} and {max_out}, ints from 0 on"
+            )
+        return self.vera_A[:, :in_features], self.vera_B[:out_features]
+
+
+class DvoraLinear(MergeableLinear):
+    """y = gain * (x weight^T + lambda_b * (lambda_d * (x vera_A^T)) vera_B^T) + bias (see `dvora_linear`).
+
+    Trained are vera_lambda_d (R,), vera_lambda_b (N,) and vera_magnitude_vector (N,). With dropout p > 0, in training
+    the adapter sees dropout(x) and the base layer x, as in PEFT's DoRA.
+
+    State dict: weight, bias (as nn.Linear, not over a quantised layer: that is the submodule base_layer), the three
+    above, and projection.vera_A, projection.vera_B if the projection is saved.
+
+    projection is a submodule, the same object in every layer: moves, casts and deepcopy of a model keep it shared.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        projection: VeraProjection,
+        d_initial: float = 0.1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        """A layer over a new nn.Linear; the arguments as those of DoraLinear and `from_linear`.
+
+        adapter_dtype is that of the three vectors; None: float32 over a half-precision weight.
+        """
+        check_sizes("DvoraLinear", 0, in_features=in_features, out_features=out_features)
+        check_elements("DvoraLinear", (out_features, in_features))
+        check_flag("DvoraLinear", "bias", bias)
+        check_placement("DvoraLinear", device, dtype=dtype, adapter_dtype=adapter_dtype)
+        linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        self._build("DvoraLinear", linear, projection, d_initial, dropout, adapter_dtype)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Module, projection: VeraProjection, d_initial: float = 0.1, dropout: float = 0.0
+    ) -> "DvoraLinear":
+        """A layer that computes what `linear` does and shares its weight and bias, which it freezes.
+
+        A layer that bitsandbytes, torchao or HQQ has quantised becomes the submodule base_layer. Raises ValueError for
+        other layers, for one that is larger than the projection or elsewhere, and for numbers that make no sense.
+        """
+        layer = cls.__new__(cls)
+        layer._build("DvoraLinear.from_linear", linear, projection, d_initial, dropout, None)
+        return layer.train(linear.training)
+
+    def _build(
+        self,
+        function: str,
+        linear: nn.Module,
+        projection: VeraProjection,
+        d_initial: float,
+        dropout: float,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        if not isinstance(projection, VeraProjection):
+            raise ValueError(f"{function}: projection is {type(projection).__name__}; expected a VeraProjection")
+        dropout = check_probability(function, "dropout", dropout)
+        weight, bias, base_layer = read_linear(function, linear)
+        N, K = weight.shape
+        projection.of(K, N)
+        if weight.device != projection.vera_A.device:
+            raise ValueError(
+                f"{function}: the weight is on {weight.device} but projection is on {projection.vera_A.device}; "
+                "expected one device"
+            )
+        if adapter_dtype is None:
+            adapter_dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+        d_initial = check_number(function, "d_initial", d_initial, adapter_dtype)
+        super().__init__(*((weight, bias) if base_layer is None else (None, None, base_layer)))
+        self.in_features, self.out_features = K, N
+        self.d_initial, self.dropout = d_initial, dropout
+        self.projection = projection
+        for name, size in (("vera_lambda_d", projection.rank), ("vera_lambda_b", N), ("vera_magnitude_vector", N)):
+            empty = torch.empty(size, device=weight.device, dtype=adapter_dtype)
+            self.register_parameter(name, nn.Parameter(empty))
+        self.reset_adapter()
+
+    @torch.no_grad()
+    def reset_adapter(self) -> None:
+        """lambda_d to d_initial, lambda_b to zero, the magnitude to the row norms of weight."""
+        self._refuse_while_merged("reset_adapter")
+        self.vera_lambda_d.fill_(self.d_initial)
+        self.vera_lambda_b.zero_()
+        weight, _ = self.base()
+        if weight.device.type != "meta":
+            self.vera_magnitude_vector.copy_(dvora_norm(weight, *self._vera()))
+
+    def _vera(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """vera_A (R, K), vera_B (N, R), lambda_d (R,), lambda_b (N,)."""
+        return *self.projection.of(self.in_features, self.out_features), self.vera_lambda_d, self.vera_lambda_b
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """As MergeableLinear.factors."""
+        return *dvora_update(*self._vera()), self.vera_magnitude_vector, 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        if self.merged:
+            return self.merged_product(x)
+        weight, bias = self.base()
+        x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
+        return dvora_linear_reusing(
+            self,
+            x,
+            weight,
+            *self._vera(),
+            self.vera_magnitude_vector,
+            bias,
+            x_dropped=x_dropped,
+            function="DvoraLinear",
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.projection.rank}, "
+            f"bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
+        )

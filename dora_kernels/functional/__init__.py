@@ -1,0 +1,1 @@
+"""The public functions, what they ask of their arguments, and their gradients."""

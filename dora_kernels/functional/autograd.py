@@ -1,0 +1,349 @@
+"""The autograd Functions of linear.py, weight.py and reuse/sharing.py, over the operators of ops.py.
+
+Each returns the gradients of the definition instead where derivatives.py says so.
+"""
+
+import functools
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dora_kernels import ops
+from dora_kernels.functional import derivatives
+from dora_kernels.quant import DENSE, parts, whole
+from dora_kernels.reference import Needs, accumulate_dtype, dense_ref, dora_linear_ref, gain_ref, row_norms
+
+
+class Settings(NamedTuple):
+    """What a call has settled beside its tensors; passes.py says what each is."""
+
+    scaling: float
+    base_dtype: torch.dtype
+    dtype: torch.dtype
+    way: str
+    keep: str
+    keep_low: bool
+    exact: bool
+    norm_grad: bool
+    dropped: bool
+    backend: str
+    weight_format: str
+    weight_numbers: list[int]
+    weight_dtype: torch.dtype
+
+    def weight(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], str, list[int], torch.dtype]:
+        """The weight's arguments of an operator; a dense one in the dtype of the base GEMM."""
+        if self.weight_format == DENSE:
+            return parts(tensors[0].to(self.base_dtype))
+        return list(tensors), self.weight_format, self.weight_numbers, self.weight_dtype
+
+
+def folded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., K) as rows (M, K) in dtype, differentiable."""
+    if x.dim() != 2:
+        # math.prod and not Size.numel(), which makes a symbolic size a number: torch.export would fix M; and not -1,
+        # which an x without elements leaves open
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.dtype == dtype else x.to(dtype)  # which takes 2.5 us to do nothing
+
+
+class DoraLinearFunction(torch.autograd.Function):
+    """y (M, N), norm (N,) and gain (N,), of x (M, K) in the dtype of the base GEMM and x_dropped (M, K).
+
+    norm and gain are empty where they are given: never themselves, because autograd would make a view of each.
+
+    held: a list of what the adapter saw before it was folded and cast, alone: no input to autograd, and saved with its
+    graph where nothing but a second derivative may need it. It costs no copy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_dropped: Tensor | None,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        magnitude: Tensor,
+        bias: Tensor | None,
+        norm: Tensor | None,
+        gain: Tensor | None,
+        merged: Tensor | None,
+        given_low: Tensor | None,
+        held: list[Tensor],
+        settings: Settings,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        base_dtype = settings.base_dtype
+        # not rounded to a narrower weight's dtype: the low-rank products see it as the adapter does
+        dropped = None if x_dropped is None else x_dropped.to(settings.dtype)
+        y, new_norm, new_gain, low, kept = ops.forward(
+            x,
+            dropped,
+            *settings.weight(tensors),
+            lora_A,
+            lora_B,
+            magnitude,
+            None if bias is None else bias.to(base_dtype),
+            norm,
+            gain,
+            settings.scaling,
+            settings.dtype,
+            settings.way,
+            settings.keep,
+            settings.keep_low,
+            settings.exact,
+            settings.backend,
+            **({} if given_low is None else {"given_low": given_low}),
+        )
+        if ctx is not None:
+            shared = None if given_low is None else given_low.grad_fn
+            ctx.shared = shared if getattr(shared, "_forward_cls", None) is SharedLow else None
+            saved = held_version = None
+            if ctx.shared is None and lora_A.requires_grad:  # dA is made from it
+                saved = x if x_dropped is None else x_dropped
+            elif ctx.shared is None and (lora_B.requires_grad or magnitude.requires_grad) and held:
+                (saved,) = held
+                saved = saved.clone() if saved.is_inference() else saved  # which autograd does not save
+                held_version = saved._version
+            ctx.held_version = held_version
+            ctx.save_for_backward(
+                saved,
+                lora_A,
+                lora_B,
+                magnitude,
+                new_norm if norm is None else norm,
+                new_gain if gain is None else gain,
+                (low if given_low is None else given_low) if settings.keep_low else None,
+                kept if settings.keep else None,
+                merged if x.requires_grad else None,
+                *tensors,
+            )
+            ctx.mark_non_differentiable(new_norm, new_gain)
+            # or autograd makes zeros for norm and gain, two launches in every backward pass
+            ctx.set_materialize_grads(False)
+            ctx.settings = settings
+            ctx.low_given = given_low is not None
+            ctx.dropped_dtype = None if x_dropped is None else x_dropped.dtype
+            ctx.bias_dtype = magnitude.dtype if bias is None else bias.dtype
+        return y, new_norm, new_gain
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # what y went into gave it no gradient
+            return (None,) * len(ctx.needs_input_grad)
+        needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, *others = ctx.needs_input_grad
+        _norm, _gain, _merged, needs_low, *constants = others
+        needs_A = needs_A and not ctx.low_given
+        needs = [needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, needs_low]
+        if derivatives.wanted(dy):
+            gradients = _gradients_of_the_definition(ctx, dy, needs)
+        else:
+            gradients = _gradients(ctx, dy, needs)
+        dx, dx_dropped, dA, dB, dmagnitude, dbias, dlow = (
+            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
+        )
+        if dx_dropped is not None:
+            dx_dropped = dx_dropped.to(ctx.dropped_dtype)
+        return dx, dx_dropped, dA, dB, dmagnitude, dbias, None, None, None, dlow, *(None for _ in constants)
+
+
+def let_x_change(node: Any) -> None:
+    """Let what was `held` for a node of DoraLinearFunction change in place, as long as no second derivative needs it.
+
+    A hook on that one saved tensor: what autograd saves through hooks it compares with no version, and frees as ever.
+    """
+    if getattr(node, "held_version", None) is None:
+        return
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:  # others', whose result counts
+        node.held_version = None
+    else:
+        node._raw_saved_tensors[0].register_hooks(_itself, _itself)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> Sequence[Tensor]:
+    """The gradients of DoraLinearFunction for dy (M, N), by one operator; empty where not needed."""
+    saved, lora_A, lora_B, magnitude, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
+    settings = ctx.settings
+    return ops.backward(
+        dy,
+        saved if Needs(*needs).lora_A else None,
+        *settings.weight(tensors),
+        lora_A,
+        lora_B,
+        norm,
+        gain,
+        low,
+        kept,
+        merged,
+        settings.scaling,
+        settings.dtype,
+        settings.way,
+        settings.keep,
+        settings.dropped,
+        settings.norm_grad,
+        needs,
+        magnitude.dtype,
+        ctx.bias_dtype,
+        settings.backend,
+    )
+
+
+def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+    """The gradients of DoraLinearFunction for dy (M, N), None where not needed, that can be differentiated again."""
+    saved, lora_A, lora_B, magnitude, norm, _gain, _low, _kept, _merged, *tensors = ctx.saved_tensors
+    settings = ctx.settings
+    if ctx.held_version is not None and saved._version != ctx.held_version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: x of a "
+            f"DoRA layer is at version {saved._version}; expected version {ctx.held_version}: its second derivatives "
+            "need it, though with a frozen lora_A the first do not"
+        )
+    accumulate, scaling = norm.dtype, settings.scaling
+    dense = _dense(tensors, settings.weight_format, settings.weight_numbers, settings.weight_dtype, lora_A, lora_B)
+    rows = (dy.shape[0], lora_A.shape[1])
+    if ctx.shared is not None:
+        seen = SharedLow.rows_of(ctx.shared)
+    else:
+        seen = derivatives.absent(dense, rows) if saved is None else folded(saved, saved.dtype)
+    # under dropout x meets the frozen weight alone
+    x, x_dropped = (derivatives.absent(dense, rows), seen) if settings.dropped else (seen, None)
+
+    def definition(x: Tensor, x_dropped: Tensor | None, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
+        x, lora_A, lora_B, magnitude = (one.to(accumulate) for one in (x, lora_A, lora_B, magnitude))
+        return dora_linear_ref(
+            x,
+            dense,
+            lora_A,
+            lora_B,
+            magnitude,
+            scaling,
+            x_dropped=None if x_dropped is None else x_dropped.to(accumulate),
+            norm=None if settings.norm_grad else norm,
+            norm_grad=settings.norm_grad,
+        )
+
+    *needs_definition, needs_bias, needs_low = needs
+    inputs = (x, x_dropped, lora_A, lora_B, magnitude)
+    made = derivatives.gradients(definition, inputs, needs_definition, dy)
+    dbias = dlow = None
+    with ops.without_autocast(dy.device.type):
+        if needs_bias:
+            dbias = dy.to(accumulate).sum(0).to(ctx.bias_dtype)
+        if needs_low:
+            gain = gain_ref(magnitude, norm)
+            dlow = (scaling * ((dy.to(accumulate) * gain) @ lora_B.to(accumulate))).to(settings.dtype)
+    return [*made, dbias, dlow]
+
+
+def _dense(
+    tensors: Sequence[Tensor],
+    weight_format: str,
+    weight_numbers: list[int],
+    weight_dtype: torch.dtype,
+    lora_A: Tensor,
+    lora_B: Tensor,
+) -> Tensor:
+    """weight (N, K) in the accumulate dtype."""
+    shape = (lora_B.shape[0], lora_A.shape[1])
+    weight = whole(list(tensors), weight_format, weight_numbers, weight_dtype, shape)
+    with torch.no_grad():
+        return dense_ref(weight, accumulate_dtype(weight_dtype)).to(accumulate_dtype(weight_dtype))
+
+
+class WeightNorm(torch.autograd.Function):
+    """norm, with the gradient of lora_A and lora_B through it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        scaling: float,
+        dtype: torch.dtype,
+        backend: str,
+        storage: list[Any],
+        *tensors: Tensor,
+    ) -> Tensor:
+        norm = ops.norm(list(tensors), *storage, lora_A, lora_B, scaling, dtype, backend)
+        ctx.save_for_backward(lora_A, lora_B, norm, *tensors)
+        ctx.settings = (scaling, dtype, backend, storage)
+        return norm
+
+    @staticmethod
+    def backward(ctx: Any, dnorm: Tensor) -> tuple[Tensor | None, ...]:
+        lora_A, lora_B, norm, *tensors = ctx.saved_tensors
+        scaling, dtype, backend, storage = ctx.settings
+        needs_A, needs_B, *constants = ctx.needs_input_grad
+        needs = [needs_A, needs_B]
+        if derivatives.wanted(dnorm):
+            dense = _dense(tensors, *storage, lora_A, lora_B)
+
+            def definition(lora_A: Tensor, lora_B: Tensor) -> Tensor:
+                return row_norms(dense + scaling * lora_B.to(dense.dtype) @ lora_A.to(dense.dtype))
+
+            dA, dB = derivatives.gradients(definition, (lora_A, lora_B), needs, dnorm)
+        else:
+            dA, dB = ops.norm_backward(dnorm, tensors, *storage, lora_A, lora_B, norm, scaling, dtype, needs, backend)
+        return dA if needs_A else None, dB if needs_B else None, *(None for _ in constants)
+
+
+class SharedLow(torch.autograd.Function):
+    """low (M, R) of each lora_A; x gets no gradient here, its layers have it.
+
+    rows: a list of x (M, K) alone, which so is no input to autograd, and yet saved with its graph: the second
+    derivatives, of the layers too, need it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: list[Tensor], dtype: torch.dtype, backend: str, lows: Any, *lora_As: Tensor
+    ) -> tuple[Tensor, ...]:
+        low = ops.shared_low(rows[0], list(lora_As), dtype, backend)
+        ctx.save_for_backward(rows[0])
+        ctx.set_materialize_grads(False)
+        ctx.settings = lora_As[0].dtype, backend
+        ctx.lows = weakref.ref(lows)
+        ctx.unpacked = -1, None
+        return low.split([lora_A.shape[0] for lora_A in lora_As], 1)
+
+    @staticmethod
+    def rows_of(node: Any) -> Tensor:
+        """x (M, K) of a node of this Function: several ask, and a checkpoint unpacks once in a backward pass."""
+        now = torch._C._current_graph_task_id()
+        if node.unpacked[0] != now:
+            node.unpacked = now, *node.saved_tensors
+            # at the end of this backward pass, in which the node itself may not run
+            torch.autograd.Variable._execution_engine.queue_callback(functools.partial(SharedLow.forget_rows, node))
+        return node.unpacked[1]
+
+    @staticmethod
+    def forget_rows(node: Any) -> None:
+        """Let go of what `rows_of` has unpacked."""
+        node.unpacked = -1, None
+
+    @staticmethod
+    def backward(ctx: Any, *dlows: Tensor | None) -> tuple[Tensor | None, ...]:
+        now, rows = ctx.unpacked
+        if now != torch._C._current_graph_task_id():
+            (rows,) = ctx.saved_tensors
+        SharedLow.forget_rows(ctx)
+        lows = ctx.lows()
+        if lows is not None:
+            lows.waiting.clear()  # what this backward pass frees cannot be in another graph
+        present = [dlow for dlow in dlows if dlow is not None]
+        if any(derivatives.wanted(dlow) for dlow in present):
+            accumulate = accumulate_dtype(rows.dtype)
+            with ops.without_autocast(rows.device.type):
+                products = [dlow.to(accumulate).T @ rows.to(accumulate) for dlow in present]
+            made = iter([product.to(ctx.settings[0]) for product in products])
+        else:
+            made = iter(ops.shared_low_backward(rows, present, *ctx.settings) if present else ())
+        return None, None, None, None, *(None if dlow is None else next(made) for dlow in dlows)

@@ -1,0 +1,1 @@
+"""Everything decided before a call runs: the user's options, the device, the way, the tile configurations."""

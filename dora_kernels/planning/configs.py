@@ -1,0 +1,209 @@
+"""The tile configuration of each kernel: the defaults by target, and what was measured to be faster on a GPU."""
+
+import functools
+import json
+import pathlib
+import re
+from dataclasses import dataclass
+
+import torch
+
+from dora_kernels.planning.devices import DeviceFacts, logger
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and schedule of one kernel. A tile size that the kernel does not have is None."""
+
+    BLOCK_M: int | None = None
+    BLOCK_N: int | None = None
+    BLOCK_K: int | None = None
+    BLOCK_R: int | None = None
+    num_warps: int = 4
+    num_stages: int = 2
+    # programs that should be in flight per multiprocessor; sets how far a reduction is split
+    waves: int = 1
+
+    def tiles(self, R: int | None = None) -> dict[str, int]:
+        """Keyword arguments of the launch; BLOCK_R shrinks to a small R (tl.dot needs at least 16)."""
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R", "num_warps", "num_stages")
+        sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if R is not None and self.BLOCK_R is not None:
+            sizes["BLOCK_R"] = min(self.BLOCK_R, max(16, 1 << max(R - 1, 0).bit_length()))
+        return sizes
+
+
+def ceil_div(number: int, by: int) -> int:
+    """number / by, rounded up. triton.cdiv takes 1.4 us for it on the host, and a step divides 25 times."""
+    return -(-number // by)
+
+
+# What a part of a split sum takes beside its own steps, in steps: to fill the pipeline before the first, and to write
+# partial sums that another kernel reads (a prediction: at 64 x 128 x 64 they are as many bytes as 1.6 steps load).
+PART_STEPS = 2
+# Programs one after the other on a multiprocessor, where a sum is split further than to fill the device once: they
+# bound the partial sums to 35 MB on 132 multiprocessors.
+MOST_ROUNDS = 8
+
+
+def splits(blocks: int, steps: int, facts: DeviceFacts, config: Config) -> int:
+    """Into how many parts a reduction of `steps` steps is split so that `blocks` output tiles take the least time.
+
+    Programs run in rounds of as many as `waves` says that the device holds; the last round takes as long as a full one,
+    however few it has. 112 tiles are one round on 132 multiprocessors, 85% full; in seven parts they are 784 programs
+    in six, 99%. waves is 1 for all of token_sums, whose sum for dA fits a multiprocessor three times, and the one for
+    R = 64 once (docs/performance.md): where more fit, there are fewer rounds than counted here.
+    Depends on shapes and device only, so that the order of summation is the same in every call.
+    """
+    return _fastest_split(max(blocks, 1), steps, facts.multiprocessors * config.waves)
+
+
+# kept: a training step asks up to four times, for 1.3 us each where it is worked out and 0.2 where it is known
+@functools.lru_cache(maxsize=4096)
+def _fastest_split(blocks: int, steps: int, at_once: int) -> int:
+    """`splits` from numbers alone."""
+    best, least = 1, ceil_div(blocks, at_once) * (steps + PART_STEPS)
+    for rounds in range(1, MOST_ROUNDS + 1):
+        parts = min(rounds * at_once // blocks, steps)
+        time = rounds * (ceil_div(steps, parts) + PART_STEPS) if parts > 1 else least
+        if time < least:
+            best, least = parts, time
+    return best
+
+
+# Starting points for sm_90 from ahead-of-time compilation (registers and shared memory: tools/compile_kernels.py);
+# their speed has not been measured yet.
+_HALF = {
+    "norm": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=3, waves=2),
+    # lora_A is read once per block of rows and lora_B once per block of columns: at 8192 x 8192, R = 384, tiles of
+    # 128 x 128 move 0.8 GB through the L2 cache, tiles of 64 x 128 move 1.2
+    "norm_high_rank": Config(BLOCK_N=128, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=3),
+    "merge": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    "merge_high_rank": Config(BLOCK_N=128, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=3),
+    "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=4),
+    # 128 registers, and two programs a multiprocessor; under dropout 128 x 128 spills 120 bytes a thread on sm_90
+    "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    # where there is nothing but base, low and lora_B, in whole vectors, and the device is filled (kernels/forward.py)
+    "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
+    "finish_norm": Config(BLOCK_N=128, num_warps=4, num_stages=1),
+    "finish_sums": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
+    "finish_project": Config(BLOCK_M=1024, num_warps=4, num_stages=1),
+}
+# 4-byte operands: the same tiles would need twice the shared memory and registers.
+_FLOAT = _HALF | {
+    "norm": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2, waves=2),
+    "norm_high_rank": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2, waves=2),
+    "merge": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2),
+    "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2),
+    "project": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
+    "epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+    "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+    "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+    "token_sums": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=64, num_warps=8, num_stages=2),
+}
+# low is read once per block of columns and lora_B once per block of rows: at 8192 x 14336, R = 384, tiles of 128 x 256
+# move 1.3 GB through the L2 cache, tiles of 64 x 128 2.3. 255 registers, and none spilled; sm_80 spills 312 bytes.
+_HALF_SM90 = _HALF | {
+    "epilogue_high_rank": Config(BLOCK_M=128, BLOCK_N=256, BLOCK_R=64, num_warps=8, num_stages=2),
+}
+# Half of sm_90's shared memory: the tiles of 128 x 128 spill.
+_HALF_SM120 = _HALF | {
+    "norm_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2, waves=2),
+    "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
+}
+# 64 KB of shared memory, and a wavefront of 64: fewer stages.
+_HALF_GFX = _HALF | {
+    "norm": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=2, waves=2),
+    "norm_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=2, waves=2),
+    "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
+    "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+}
+# The interpreter pays per tile operation; tiles of 32 leave ragged edges and several steps at test shapes.
+_INTERPRETER = {
+    "norm": Config(BLOCK_N=32, BLOCK_K=32, BLOCK_R=16, waves=4),
+    "norm_high_rank": Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=16, waves=4),
+    "merge": Config(BLOCK_N=32, BLOCK_K=32, BLOCK_R=16),
+    "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=16),
+    "project": Config(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16, waves=4),
+    "epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
+    "epilogue_high_rank": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16),
+    "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
+    "token_sums": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16, waves=4),
+    "finish_norm": Config(BLOCK_N=32),
+    "finish_sums": Config(BLOCK_N=16, BLOCK_R=16),
+    "finish_project": Config(BLOCK_M=256),
+}
+# Above this rank the products over R outweigh reading the weight: larger tiles.
+HIGH_RANK = 64
+
+# (target, bytes of an operand) -> kernel -> Config
+CONFIGS: dict[tuple[str, int], dict[str, Config]] = {
+    ("sm_80", 2): _HALF,
+    ("sm_80", 4): _FLOAT,
+    ("sm_90", 2): _HALF_SM90,
+    ("sm_90", 4): _FLOAT,
+    ("sm_100", 2): _HALF,
+    ("sm_100", 4): _FLOAT,
+    ("sm_120", 2): _HALF_SM120,
+    ("sm_120", 4): _FLOAT,
+    ("gfx942", 2): _HALF_GFX,
+    ("gfx942", 4): _FLOAT,
+    ("interpreter", 2): _INTERPRETER,
+    ("interpreter", 4): _INTERPRETER,
+    ("interpreter", 8): _INTERPRETER,
+}
+
+
+TUNED_FOLDER = pathlib.Path(__file__).with_name("tuned")
+
+
+def tuned_path(name: str) -> pathlib.Path:
+    """Where tools/tune.py keeps the configurations measured on the GPU of that name: tuned/nvidia-h200.json."""
+    return TUNED_FOLDER / (re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+@functools.cache
+def tuned_configs(name: str, target: str) -> dict[tuple[int, str], Config]:
+    """(bytes of an operand, kernel) -> what was measured to be faster than CONFIGS on the GPU of that name.
+
+    Empty where the file is missing; where anything in it is not a configuration of its kernel: logged once.
+    """
+    path = tuned_path(name)
+    try:
+        table = json.loads(path.read_text())["configs"]
+        return {
+            (int(itemsize), kernel): _checked(fields, CONFIGS[target, int(itemsize)][kernel])
+            for itemsize, kernels in table.items()
+            for kernel, fields in kernels.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("dora_kernels ignores %s, default configurations are used: %r", path, error)
+        return {}
+
+
+def _checked(fields: dict[str, int], default: Config) -> Config:
+    """Config(**fields); raises ValueError where a launch with it could be wrong (TypeError for an unknown field)."""
+    config = Config(**fields)
+    for name, least, most in (("num_warps", 1, 16), ("num_stages", 1, 8), ("waves", 1, 64)):
+        value = getattr(config, name)
+        power = name != "num_warps" or (type(value) is int and value & (value - 1) == 0)
+        if type(value) is not int or not least <= value <= most or not power:
+            raise ValueError(f"tuned: {name} is {value!r}; expected {least} to {most}, num_warps a power of two")
+    for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R"):
+        value, tile = getattr(config, name), getattr(default, name) is not None
+        if (value is not None) != tile:
+            raise ValueError(f"tuned: {name} is {value!r}; expected {'a size' if tile else 'none'}")
+        if tile and (type(value) is not int or value < 16 or value & (value - 1)):
+            raise ValueError(f"tuned: {name} is {value!r}; expected a power of two of at least 16")
+    return config
+
+
+def config_for(kernel: str, facts: DeviceFacts, operand: torch.dtype) -> Config:
+    """The configuration of `kernel` for low-rank operands of dtype `operand`: tuned on this GPU, or the default."""
+    tuned = tuned_configs(facts.name, facts.target).get((operand.itemsize, kernel))
+    return tuned or CONFIGS[facts.target, operand.itemsize][kernel]

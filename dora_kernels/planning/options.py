@@ -1,0 +1,106 @@
+"""The user's choices: backend, way and precision, and the one environment switch, DORA_KERNELS_BACKEND."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+BACKENDS = ("auto", "triton", "reference")
+WAYS = ("auto", "split", "merged")
+PRECISIONS = ("auto", "exact")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The user's choices; see `options`."""
+
+    backend: str = "auto"
+    way: str = "auto"
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("backend", BACKENDS), ("way", WAYS), ("precision", PRECISIONS)):
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise ValueError(f"options: {name} is {value!r}; expected one of {', '.join(allowed)}")
+
+
+def _from_environment() -> Options:
+    """DORA_KERNELS_BACKEND; unset and empty mean auto."""
+    backend = os.environ.get("DORA_KERNELS_BACKEND") or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"DORA_KERNELS_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    return Options(backend=backend)
+
+
+# A module global and neither thread-local nor a ContextVar: torch.compile guards on a global, silently ignores
+# changes of a thread-local and refuses a ContextVar (torch 2.13).
+_default = _from_environment()
+_current = _default
+# what each open `options` block asked for, in the order in which they were entered
+_asked: list[dict[str, str]] = []
+_asking = threading.Lock()
+_own = threading.local()
+
+
+def current_options() -> Options:
+    """The options in force: this thread's own, where it has any, else the process'."""
+    return _current if torch.compiler.is_compiling() else getattr(_own, "options", _current)
+
+
+@contextlib.contextmanager
+def own_options(**named: str) -> Iterator[None]:
+    """Inside a `with` block, options of this thread alone; torch.compile does not see them.
+
+    For what enable() computes while other threads may be in forward passes of their own.
+    """
+    before = vars(_own).copy()
+    _own.options = replace(current_options(), **named)
+    try:
+        yield
+    finally:
+        vars(_own).clear()
+        vars(_own).update(before)
+
+
+@contextlib.contextmanager
+def options(backend: str | None = None, way: str | None = None, precision: str | None = None) -> Iterator[Options]:
+    """Set options inside a `with` block, for the whole process; what is not named stays as it is.
+
+    backend: "triton" (never falls back: a call that the kernels cannot take is a ValueError), "reference"
+        (plain PyTorch), or "auto" (Triton on a GPU that the kernels are built for, else the reference).
+    way: "split", "merged" or "auto" (the planner chooses); see plan.py.
+    precision: "exact" keeps x @ weight.T in float32 until the single rounding of the output.
+
+    A backward pass uses the options that were in force in its forward pass.
+    """
+    named = {"backend": backend, "way": way, "precision": precision}
+    asked = {name: value for name, value in named.items() if value is not None}
+    replace(_current, **asked)  # raises ValueError before anything is changed
+    with _alone():
+        _asked.append(asked)
+        _settle()
+    try:
+        yield _current
+    finally:
+        # not simply what it was before: threads may leave their blocks in another order than they entered them
+        with _alone():
+            _asked[:] = [other for other in _asked if other is not asked]
+            _settle()
+
+
+def _settle() -> None:
+    """The options in force from what the open blocks asked for: the block entered last has the last word."""
+    global _current
+    settled = _default
+    for asked in _asked:
+        settled = replace(settled, **asked)
+    _current = settled
+
+
+def _alone() -> contextlib.AbstractContextManager:
+    """One thread at a time; torch.compile, which cannot trace a lock, traces alone anyway."""
+    return contextlib.nullcontext() if torch.compiler.is_compiling() else _asking

@@ -1,0 +1,233 @@
+"""Which way a call takes: a cost model of bytes, FLOPs and launches, as pure functions of shape and device.
+
+split:  base = x @ weight.T by cuBLAS, then one epilogue kernel adds the low-rank part and applies the gain.
+merged: the merged weight W' = gain * (weight + scaling * lora_B @ lora_A) is built for one GEMM and dropped.
+
+The constants of `DEVICES` are predictions where nothing else is said; their use is to rank two ways of doing the
+same thing, so what matters is the ratio of bandwidth to FLOPs to launch cost.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """bandwidth in bytes/s, matmul in FLOP/s (half precision; float32 beside it), launch in seconds."""
+
+    bandwidth: float
+    matmul: float
+    matmul_float32: float
+    launch: float
+
+
+# 790 TFLOP/s is a published cuBLAS measurement on random data; 4 us is the gap between two kernels on the device, not
+# the host's time for a launch (about 17 us, hidden from M of about 2000 on). Copies: 4.3 TB/s published for an H200,
+# 3.0 for an H100 SXM, whose HBM3 has 3.35 by its data sheet where the H200's HBM3e has 4.8.
+_H200 = Device(bandwidth=4.3e12, matmul=790e12, matmul_float32=50e12, launch=4e-6)
+_H100 = replace(_H200, bandwidth=3.0e12)
+# by the name that the driver gives a card, and for all other cards by target (devices.py)
+DEVICES = {
+    "NVIDIA H200": _H200,
+    "NVIDIA H100 80GB HBM3": _H100,
+    "sm_80": Device(bandwidth=1.5e12, matmul=250e12, matmul_float32=18e12, launch=4e-6),
+    "sm_90": _H200,
+    "sm_100": Device(bandwidth=6.5e12, matmul=1500e12, matmul_float32=60e12, launch=4e-6),
+    "sm_120": Device(bandwidth=1.5e12, matmul=350e12, matmul_float32=80e12, launch=4e-6),
+    "gfx942": Device(bandwidth=4.0e12, matmul=600e12, matmul_float32=100e12, launch=8e-6),
+    # two cores of a current server; torch's own dispatch is the launch
+    "cpu": Device(bandwidth=20e9, matmul=150e9, matmul_float32=150e9, launch=5e-6),
+}
+
+
+class Named(Protocol):
+    """What launch.DeviceFacts tells of a device."""
+
+    name: str
+    target: str
+
+
+def device_model(facts: Named) -> Device:
+    """The constants of a card by its name, else by its target; the H200's for a GPU that is not listed."""
+    return DEVICES.get(facts.name) or DEVICES.get(facts.target, _H200)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call: M tokens, N out features, K in features, rank R, bytes of an element of the base GEMM.
+
+    packed: bytes of an element of a quantised weight, scales and all; 0 for a dense one.
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int
+    itemsize: int
+    packed: float = 0.0
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> "Shape":
+        """The shape of a call with `rows` (M, ...) of x or dy; weight may be a QuantizedWeight."""
+        N, K = weight.shape
+        packed = 0.0 if isinstance(weight, torch.Tensor) else weight.nbytes / max(N * K, 1)
+        return cls(rows.shape[0], N, K, lora_A.shape[0], rows.itemsize, packed)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kernel, GEMM or elementwise pass: elements moved, FLOPs, launches, elements read of the stored weight."""
+
+    elements: float
+    flops: float
+    launches: int = 1
+    stored: float = 0
+
+    def bytes(self, shape: Shape) -> float:
+        """The bytes moved."""
+        return self.elements * shape.itemsize + self.stored * (shape.packed or shape.itemsize)
+
+    def seconds(self, shape: Shape, device: Device) -> float:
+        """The larger of the time to move the bytes and to do the FLOPs, plus the launches."""
+        rate = device.matmul if shape.itemsize == 2 else device.matmul_float32
+        work = max(self.bytes(shape) / device.bandwidth, self.flops / rate)
+        return work + self.launches * device.launch
+
+
+def gemm(m: int, n: int, k: int) -> Step:
+    """(m, k) @ (k, n)."""
+    return Step(m * k + k * n + m * n, 2 * m * n * k)
+
+
+def dense_steps(shape: Shape) -> dict[str, Step]:
+    """What a product with the weight itself needs before it: a quantised one is decoded into a dense temporary."""
+    elements = shape.N * shape.K
+    return {"dense": Step(elements, 0, stored=elements)} if shape.packed else {}
+
+
+def forward_steps(shape: Shape, way: str, norm_given: bool = False) -> dict[str, Step]:
+    """The steps of one forward pass, by name."""
+    M, N, K, R = shape.M, shape.N, shape.K, shape.R
+    steps = {} if norm_given else {"norm": Step(0, 2 * N * K * R, launches=2, stored=N * K)}
+    if way == "split":
+        low = Step(M * K, 2 * M * K * R)
+        steps |= dense_steps(shape) | {"base": gemm(M, N, K), "low": low}
+        return steps | {"epilogue": Step(2 * M * N, 2 * M * N * R)}
+    return steps | {"merge": Step(N * K, 2 * N * K * R, stored=N * K), "y": gemm(M, N, K)}
+
+
+def dx_steps(shape: Shape, way: str) -> dict[str, Step]:
+    """The steps that make dx; P = dy @ (gain * lora_B) is made for dA in any case."""
+    M, N, K, R = shape.M, shape.N, shape.K, shape.R
+    if way == "merged":
+        return {"merge": Step(N * K, 2 * N * K * R, stored=N * K), "dx": gemm(M, K, N)}
+    # dz costs one write: the kernel that sums dy over the tokens has it in registers
+    steps = dense_steps(shape) | {"dz": Step(M * N, 0, launches=0), "dx": gemm(M, K, N)}
+    return steps | {"addmm": Step(2 * M * K, 2 * M * K * R)}
+
+
+def backward_steps(shape: Shape, dx: str) -> dict[str, Step]:
+    """The steps of one backward pass in which every gradient is wanted, of adapters in the dtype of the base GEMM."""
+    M, N, K, R = shape.M, shape.N, shape.K, shape.R
+    # a sum that is split to fill the device takes a second launch, to finish it: P's, too, up to some 8000 tokens. For
+    # the GEMM library lora_B is scaled and rounded first; it makes dA at once
+    P_launches = 2 if project_by_kernel(R, scaled=True, same_dtype=True) else 3
+    by_kernel = outer_by_kernel(R, same_dtype=True)
+    steps = {
+        "P": Step(M * N, 2 * M * N * R, launches=P_launches),
+        "dA": Step(M * K, 2 * M * K * R, launches=2 if by_kernel else 1),
+    }
+    if by_kernel:
+        steps["token_sums"] = Step(2 * M * N, 2 * M * N * R, launches=2)
+    else:  # dB by the GEMM library, which reads dy for itself
+        steps |= {"dB": Step(M * N, 2 * M * N * R), "token_sums": Step(2 * M * N, 0, launches=2)}
+    return steps | dx_steps(shape, dx)
+
+
+def seconds(steps: dict[str, Step], shape: Shape, device: Device) -> float:
+    """The time of the steps one after another."""
+    return sum(step.seconds(shape, device) for step in steps.values())
+
+
+def _faster(steps_of, shape: Shape, device: Device, names: tuple[str, str]) -> str:
+    """The name whose steps take less time; the first one in a tie."""
+    return min(names, key=lambda name: seconds(steps_of(shape, name), shape, device))
+
+
+def forward_way(
+    asked: str, keep: str, norm_given: bool, shape: Shape, device: Device, *, must_split: bool, wide: bool
+) -> str:
+    """ "split" or "merged" for a forward pass.
+
+    What is kept for the backward pass decides where something is (see `kept_tensor`). must_split: dropout needs both x
+    and dropout(x) times the weight, and precision="exact" an unrounded base. wide as in `kept_tensor`.
+    """
+    if keep or must_split:
+        return "merged" if keep == "z" else "split"
+    if asked != "auto":
+        return asked
+    if wide or (device is DEVICES["cpu"] and shape.itemsize == 2):
+        return "split"
+    if device is DEVICES["cpu"] and not norm_given:
+        # the reference makes weight + scaling * B @ A for the norm anyway, block by block, in float32: merging it is
+        # nearly free where it needs no conversion
+        return "merged"
+    return _faster(lambda s, way: forward_steps(s, way, norm_given), shape, device, ("split", "merged"))
+
+
+def dx_way(asked: str, shape: Shape, device: Device) -> str:
+    """How dx is made: "merged" through W' rebuilt with the known gain, "dz" through gain * dy."""
+    if asked != "auto":
+        return "merged" if asked == "merged" else "dz"
+    if device is DEVICES["cpu"] and shape.itemsize == 2:
+        # measured on two cores, R 8 to 64: W' costs 1.0 to 2.0 ns an element, dz 0.3 and the sum onto dx 0.3 to 0.7
+        M, N, K = shape.M, shape.N, shape.K
+        return "dz" if M * (N + K) <= 4 * N * K else "merged"
+    return _faster(dx_steps, shape, device, ("merged", "dz"))
+
+
+def low_rank_first(dtype: torch.dtype, device: Device, *, must_split: bool, wide: bool) -> bool:
+    """Whether base is added onto the low-rank term by its own GEMM, and not the low-rank term to base by the epilogue.
+
+    On a CPU in bfloat16: its GEMM is twice as fast there as the epilogue's in float32, more with AMX. The low-rank term
+    is rounded, so adapters that are wide or may not be rounded do without. must_split, wide as in `kept_tensor`.
+    """
+    return device is DEVICES["cpu"] and dtype == torch.bfloat16 and not must_split and not wide
+
+
+def kept_tensor(dtype: torch.dtype, asked: str, *, must_split: bool, wide: bool) -> str:
+    """What a forward pass keeps for dmagnitude: "base" (and so goes split) or "z" (and so goes merged).
+
+    Does not see the number of tokens, so that a training step's numerics do not change with it.
+
+    wide: the adapters' dtype is wider than that of the base GEMM (float32 over bfloat16). A merged weight would round
+    them: against PyTorch in the same dtypes the error is 1.29 times as large in y and 1.68 in dmagnitude, split 1.00.
+    Half precision keeps base: on a GPU the epilogue reads it once anyway, and on a CPU split took 0.91 of merged's time
+    for a step. float32 merges: rounding the merged weight costs 6e-8 there.
+    """
+    if must_split:
+        return "base"
+    if asked != "auto":
+        return "base" if asked == "split" else "z"
+    return "base" if wide or dtype.itemsize == 2 else "z"
+
+
+# cuBLAS reaches 40-70% of its roof on skinny GEMMs up to this rank, and its own speed from here on (a prediction from
+# published figures, to be measured per shape).
+SKINNY_RANK = 128
+
+
+def project_by_kernel(R: int, scaled: bool, same_dtype: bool) -> bool:
+    """Whether rows @ (factor * scale).T goes through the Triton kernel: it folds a scale in and mixes dtypes."""
+    return not same_dtype or (scaled and R < SKINNY_RANK)
+
+
+def outer_by_kernel(R: int, same_dtype: bool) -> bool:
+    """Whether a product summed over the tokens, dA or dB, goes through the Triton kernel.
+
+    For dB the kernel needs no read of dy beyond that of the other sums, but one from the L2 cache for every 64 of R: at
+    8192 x 14336, R = 384, a prediction of 470 us for all of them, against 160 in the library and 120 for the others.
+    """
+    return not same_dtype or R < SKINNY_RANK

@@ -1,0 +1,164 @@
+"""bench.host: every row has a time and its launches, counted over a driver that launches nothing; plan.py's are those.
+
+In processes of their own: there Triton compiles, where the other tests interpret.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import host
+from bench.lib import host_driver, host_layers
+from dora_kernels.planning import devices, plan
+
+ROOT = Path(__file__).parents[2]
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc builds the driver")
+
+COUNT = """
+import json, sys
+import dora_kernels
+from bench import host
+from bench.lib import host_driver
+
+assert host.main(["--seconds", "1", "--out", sys.argv[1]]) == 0
+
+from bench.lib import host_layers  # the driver is loaded before PEFT is imported
+
+driver, counts = host_driver.loaded(), {}
+for way in ("split", "merged"):
+    problem = host_layers.problem_of("bf16")
+    layer = host_layers.function(problem)
+    with host_driver.pretended_gpu(host_layers.PLANNED["training"]), dora_kernels.options(way=way):
+        for name in ("inference", "forward", "forward+backward"):
+            step = host_layers.step_of(layer, problem, name)
+            step()
+            counts[f"{way} {name}"] = driver.launches(step), len(host_layers.library_launches(step))
+
+from bench.lib.problem import Problem
+from bench.lib.shapes import Case
+
+for R in (16, 128):
+    problem = Problem.random(Case(host_layers.M, host_layers.N, host_layers.K, R, "bf16"))
+    step = host_layers.step_of(host_layers.function(problem), problem, "forward+backward")
+    with host_driver.pretended_gpu(host_layers.PLANNED["training"]):
+        step()
+        counts[f"launchers, R = {R}"] = [
+            (name, driver.launches(launcher), host_layers.library_launches(launcher))
+            for name, launcher in host_layers._launchers(step)
+        ]
+print(json.dumps(counts))
+"""
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What one run writes, and the launches of dora_linear each way: of Triton's, of the library's."""
+    out = tmp_path_factory.mktemp("host") / "host.json"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COUNT, str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(out.read_text()) | {"printed": done.stdout, "ways": json.loads(done.stdout.splitlines()[-1])}
+
+
+@needs_gcc
+def test_every_row_has_a_time(measured):
+    rows = {(row["precision"], row["provider"], row["step"]): row for row in measured["rows"]}
+    assert len(rows) == len(measured["rows"])
+    expected = {
+        (precision, provider, step)
+        for precision in host_layers.PRECISIONS
+        for provider in host_layers.PROVIDERS
+        for step in ("forward", "forward+backward", "inference", "inference in frozen_adapters")
+        if step != "inference in frozen_adapters" or provider in ("DoraLinear", "enabled PEFT layer")
+    }
+    assert set(rows) == expected
+    for key, row in rows.items():
+        assert 0 < row["least_us"] <= row["us"] < 1e6 and row["readings"] >= 5, key
+        assert (row["triton"] > 0) == (row["provider"] in host_layers.OURS), key
+    # a table of the same rows
+    assert sum(line.lstrip().startswith(host_layers.PRECISIONS) for line in measured["printed"].splitlines()) >= len(
+        rows
+    )
+
+
+@needs_gcc
+@pytest.mark.parametrize("provider", host_layers.OURS)
+def test_launches_of_a_training_step(measured, provider):
+    """bf16: norm 2, low, base, epilogue; token_sums 2, P 2, dA 2, W', dx. autocast: lora_A, lora_B cast twice."""
+    counts = {
+        row["precision"]: (row["triton"], sorted(row["library"]))
+        for row in measured["rows"]
+        if row["provider"] == provider and row["step"] == "forward+backward"
+    }
+    assert counts == {"bf16": (10, ["mm"] * 3), "bf16-autocast": (10, ["_to_copy"] * 4 + ["mm"] * 3)}
+
+
+@needs_gcc
+def test_the_launchers_of_a_training_step(measured):
+    launchers = [row for row in measured["meta"]["launchers"] if row["precision"] == "bf16"]
+    counts = {row["launcher"]: row["launches"] for row in launchers}
+    assert counts == {"norm": 2, "epilogue": 1, "token_sums": 2, "project": 2, "outer_product": 2, "merge": 1}
+    for row in launchers:
+        assert 0 < row["kernel_us"] < row["jit_us"] and 0 < row["us"], row
+
+
+@needs_gcc
+@pytest.mark.parametrize(("way", "dx"), (("split", "dz"), ("merged", "merged")))
+def test_the_planner_counts_the_launches(measured, way, dx):
+    def launches(steps: dict[str, plan.Step]) -> int:
+        return sum(step.launches for step in steps.values())
+
+    shape, ways = host_layers.PLANNED["training"], ("split", "merged")
+    counted = {name: sum(both) for name, both in measured["ways"].items() if name.startswith(ways)}
+    assert counted[f"{way} inference"] == launches(plan.forward_steps(shape, way))
+    backward = counted[f"{way} forward+backward"] - counted[f"{way} forward"]
+    assert backward == launches(plan.backward_steps(shape, dx))
+    reused = [row for row in measured["rows"] if row["step"] == "inference in frozen_adapters"]
+    assert reused and all(
+        row["triton"] + row["library"].count("mm") == launches(plan.forward_steps(shape, "split", norm_given=True))
+        for row in reused
+    )
+
+
+@needs_gcc
+@pytest.mark.parametrize("R", (16, 128))
+def test_the_planner_counts_the_launches_of_each_step(measured, R):
+    """By the kernels, and from R = 128 on by the GEMM library."""
+    counted: dict[str, list[int]] = {}
+    for name, by_kernel, library in measured["ways"][f"launchers, R = {R}"]:
+        # on a GPU the library rounds what it sums for token_sums to float32 by itself
+        library = [one for one in library if name != "token_sums" or one != "_to_copy"]
+        counted.setdefault(name, []).append(by_kernel + len(library))
+    steps = plan.backward_steps(plan.Shape(8192, 4096, 4096, R, 2), "merged")
+    planned = {name: step.launches for name, step in steps.items()}
+    assert ("dB" in planned) == (R == 128)
+    assert counted["project"][1:] == [planned["P"]]  # the first is low, of the forward pass
+    assert counted["outer_product"] == [planned["dA"]]
+    assert counted["token_sums"] == [planned["token_sums"] + planned.get("dB", 0)]
+
+
+def test_what_counts_as_a_launch():
+    x, factor = torch.ones(4, 4), torch.ones(4)
+
+    def step():
+        torch.promote_types(x.dtype, torch.bfloat16)
+        y = torch.empty_like(x).copy_(x).T[1:].detach()
+        return torch.addmm(factor, y, x).sum(0), x.to(x.dtype), x.to(torch.bfloat16)
+
+    assert host_layers.library_launches(step) == ["copy_", "addmm", "sum", "_to_copy"]
+
+
+@pytest.mark.parametrize("lacking", ("gcc", "compiler"))
+def test_what_is_lacking_is_said_in_one_line(lacking, monkeypatch, capsys):
+    monkeypatch.setattr(host_driver.shutil, "which", lambda name: None if lacking == "gcc" else f"/usr/bin/{name}")
+    monkeypatch.setattr(devices, "interpreting", lambda: lacking == "compiler")
+    assert host.main([]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("gcc" if lacking == "gcc" else "TRITON_INTERPRET") in said

@@ -1,0 +1,289 @@
+"""More than 2^31 elements: no offset of any kernel wraps in 32 bits.
+
+A kernel's offset is a sum of index * stride. Here every stride of every argument in turn is 2^30 elements, and every
+output that a kernel writes through sizes of its own has rows of 2^30 elements, so that index 2 is 2^31 away. Nothing
+of that size is touched: the memory is reserved and never committed, but for the few pages that are read and written.
+"""
+
+import mmap
+import sys
+
+import pytest
+import torch
+
+from dora_kernels import reference
+from dora_kernels.planning import configs, devices
+from tests.support.problem import DEVICE, Problem
+
+kernels = pytest.importorskip("dora_kernels.kernels")
+from dora_kernels.kernels import backward, common, forward, quant, weight  # noqa: E402
+from dora_kernels.kernels.norm import _norm_kernel  # noqa: E402
+
+on_cpu = pytest.mark.skipif(
+    DEVICE != "cpu" or sys.platform != "linux", reason="reads uncommitted pages, which only host memory has"
+)
+FAR = 2**30
+MAP_NORESERVE = 0x4000  # named in Python's mmap from 3.13 on
+
+
+@pytest.fixture(scope="module")
+def memory():
+    """2^32 + 2^31 float32 zeros, 24 GiB of addresses and no memory.
+
+    `far` puts its views 2^31 elements after the beginning: an offset that wraps stays inside, and reads zeros.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, 4 * (2**32 + 2**31), flags=flags), dtype=torch.float32)
+
+
+def far(memory: torch.Tensor, shape: tuple[int, ...], axis: int) -> torch.Tensor:
+    """A view of that shape whose elements are FAR apart along `axis`."""
+    strides = [1] * len(shape)
+    if len(shape) == 2:
+        strides[1 - axis] = 7  # not 1, and no multiple of a vector
+    strides[axis] = FAR
+    return memory.as_strided(shape, strides, 2**31)
+
+
+def moved(memory: torch.Tensor, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    """The same numbers FAR apart along `axis`."""
+    return far(memory, tuple(tensor.shape), axis).copy_(tensor)
+
+
+def same(actual, expected):
+    """Bitwise: the same kernel on the same tiles, whatever the strides."""
+    for one, other in zip(actual, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert not one.isnan().any() and other.count_nonzero() > 0
+            assert torch.equal(one, other)
+
+
+def run_norm(weight, lora_A, lora_B, magnitude):
+    return kernels.norm(weight, lora_A, lora_B, 0.75, magnitude)
+
+
+def run_merge(weight, lora_A, lora_B):
+    return (kernels.merge(weight, lora_A, lora_B, torch.arange(1.0, 4.0), 0.75),)
+
+
+def run_project(rows, factor):
+    return (kernels.project(rows, factor, torch.arange(1.0, 4.0)),)
+
+
+def run_epilogue(base, low, lora_B, bias, residual):
+    return (kernels.epilogue(base, low, lora_B, torch.arange(1.0, 4.0), bias, 0.75, torch.float32, residual),)
+
+
+def run_token_sums(columns, low, kept, lora_B, outer=None):
+    outer = columns.new_empty(3, 3) if outer is None else outer
+    dmagnitude, dbias, scaled = columns.new_empty(3), columns.new_empty(3), columns.new_empty(3, 3)
+    kernels.token_sums(
+        columns,
+        low,
+        0.75,
+        outer=outer,
+        gain=torch.arange(1.0, 4.0),
+        kept=kept,
+        norm=torch.arange(2.0, 5.0),
+        lora_B=lora_B,
+        dmagnitude=dmagnitude,
+        dbias=dbias,
+        scaled=scaled,
+    )
+    return outer, dmagnitude, dbias, scaled
+
+
+# every argument that a launcher takes with its strides; all are 3 long in every axis
+STRIDED = {
+    run_norm: {"weight": 2, "lora_A": 2, "lora_B": 2, "magnitude": 1},
+    run_merge: {"weight": 2, "lora_A": 2, "lora_B": 2},
+    run_project: {"rows": 2, "factor": 2},
+    run_epilogue: {"base": 2, "low": 2, "lora_B": 2, "bias": 1, "residual": 2},
+    run_token_sums: {"columns": 2, "low": 2, "kept": 2, "lora_B": 2, "outer": 2},
+}
+CASES = [(run, name, axis) for run, names in STRIDED.items() for name, axes in names.items() for axis in range(axes)]
+
+
+@on_cpu
+@pytest.mark.parametrize(("run", "name", "axis"), CASES, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_a_stride_of_2_to_the_30(run, name, axis, memory, monkeypatch):
+    monkeypatch.setattr("dora_kernels.planning.plan.project_by_kernel", lambda *arguments, **keywords: True)
+    generator = torch.Generator().manual_seed(0)
+    arguments = {
+        other: torch.randn((3,) * axes, generator=generator) for other, axes in STRIDED[run].items() if other != "outer"
+    }
+    expected = run(**arguments)
+    if name == "outer":  # an output
+        arguments["outer"] = far(memory, (3, 3), axis)
+    else:
+        arguments[name] = moved(memory, arguments[name], axis)
+    same(run(**arguments), expected)
+
+
+# In the norm's one loop over K and R, which it has where the weight is loaded in whole vectors and R is in chunks: of
+# the weight only the rows can be far apart, of the adapters the columns too, of which there are more than 3.
+WALKED = {"weight": ((3, 80), (0,)), "lora_A": ((33, 80), (0, 1)), "lora_B": ((3, 33), (0, 1))}
+
+
+@on_cpu
+@pytest.mark.parametrize(("name", "axis"), [(name, axis) for name, (_, axes) in WALKED.items() for axis in axes])
+def test_a_long_stride_in_the_loop_over_both(name, axis, memory):
+    generator = torch.Generator().manual_seed(0)
+    arguments = {other: torch.randn(shape, generator=generator) for other, (shape, _) in WALKED.items()}
+    expected = run_norm(**arguments, magnitude=torch.ones(3))
+    size = arguments[name].shape[axis]
+    strides = [1, 1]
+    strides[axis] = 2 ** (31 - (size - 1).bit_length() + 1)
+    assert 2**31 <= (size - 1) * strides[axis] < 2**32
+    arguments[name] = memory.as_strided(arguments[name].shape, strides, 2**31).copy_(arguments[name])
+    config = configs.config_for("norm", devices.device_facts(memory.device), torch.float32)
+    assert quant.weight_stages(arguments["weight"], config) and config.BLOCK_R < 33
+    same(run_norm(**arguments, magnitude=torch.ones(3)), expected)
+
+
+# Outputs are contiguous: their rows are as long as a size says. These launch the first program (or, for partial sums,
+# the first of each split) of what would be a huge grid.
+
+
+def tiles(kernel: str) -> dict[str, object]:
+    how = common.Launch.of(torch.empty(0), torch.float32)
+    return how.dtypes() | how.config(kernel).tiles(3)
+
+
+def corner(memory: torch.Tensor, rows: int = 3, columns: int = 3) -> torch.Tensor:
+    """The first columns of a contiguous (rows, FAR) matrix, zeroed."""
+    return memory.as_strided((rows, columns), (FAR, 1), 2**31).zero_()
+
+
+@on_cpu
+def test_merge_writes_rows_of_2_to_the_30(memory):
+    problem = Problem.random(3, 3, 3, 3, torch.float32)
+    merged, huge = corner(memory), memory[2**31 :]
+    far_weight = moved(memory[2**20 :], problem.weight, 0)  # 2^20 further on: beside the output, not on it
+    lora_A = torch.zeros(3, 64)
+    lora_A[:, :3] = problem.lora_A
+    expected = reference.merge_ref(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
+    pointers, numbers, constexprs = quant.arguments(far_weight, 32)
+    weight._merge_kernel[1, 1](
+        pointers, numbers, lora_A, problem.lora_B, problem.magnitude, huge, 3, FAR, 3,
+        *lora_A.stride(), *problem.lora_B.stride(), 0.75, **constexprs,
+        HAS_ADAPTER=True, HAS_GAIN=True, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("merge"),
+    )  # fmt: skip
+    torch.testing.assert_close(merged, expected)
+
+
+@on_cpu
+def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
+    """`split * N` with N = 2^30: more rows than any weight has, but the offset must hold."""
+    problem = Problem.random(3, 32, 96, 3, torch.float32)
+    partial = corner(memory, columns=32)
+    pointers, numbers, constexprs = quant.arguments(problem.weight, 32)
+    _norm_kernel[1, 3](
+        pointers, numbers, problem.lora_A, problem.lora_B, memory[2**31 :], FAR, 96, 3,
+        *problem.lora_A.stride(), *problem.lora_B.stride(), 32, 0.75, **constexprs,
+        ONE_CHUNK=True, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
+    )  # fmt: skip
+    norm, _ = reference.norm_ref(problem.weight, problem.lora_A, problem.lora_B, 0.75)
+    assert (partial > 0).all()
+    torch.testing.assert_close(partial.sum(0).sqrt(), norm)
+
+
+@on_cpu
+def test_project_writes_rows_of_2_to_the_30(memory):
+    problem = Problem.random(3, 3, 32, 16, torch.float32)
+    projected = corner(memory, columns=16)
+    forward._project_kernel[1, 1](
+        problem.x, problem.lora_A, None, memory[2**31 :], 3, 32, FAR,
+        *problem.x.stride(), *problem.lora_A.stride(), 32, HAS_SCALE=False, R_MULTIPLE=1, **tiles("project"),
+    )  # fmt: skip
+    torch.testing.assert_close(projected, problem.x @ problem.lora_A.T)
+
+
+@on_cpu
+def test_project_writes_partial_sums_2_to_the_30_apart(memory):
+    """`(split * M + m) * R` with M = 2^30."""
+    problem = Problem.random(32, 3, 96, 1, torch.float32)
+    projected = corner(memory, columns=32)
+    forward._project_kernel[1, 3](
+        problem.x, problem.lora_A, None, memory[2**31 :], FAR, 96, 1,
+        *problem.x.stride(), *problem.lora_A.stride(), 32, HAS_SCALE=False, R_MULTIPLE=1, **tiles("project"),
+    )  # fmt: skip
+    assert (projected != 0).all()
+    torch.testing.assert_close(projected.sum(0)[:, None], problem.x @ problem.lora_A.T)
+
+
+@on_cpu
+def test_epilogue_writes_rows_of_2_to_the_30(memory):
+    problem = Problem.random(3, 32, 40, 3, torch.float32)
+    base, low = problem.x @ problem.weight.T, problem.x @ problem.lora_A.T
+    y = corner(memory, columns=32)
+    forward._epilogue_kernel[1, 1](
+        base, low, problem.lora_B, problem.magnitude, problem.bias, None, memory[2**31 :], 3, FAR, 3,
+        *base.stride(), *low.stride(), *problem.lora_B.stride(), 1, 0, 0, 0.75,
+        HAS_LOW=True, HAS_BIAS=True, HAS_RESIDUAL=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("epilogue"),
+    )  # fmt: skip
+    arguments = (base, low, problem.lora_B, problem.magnitude, problem.bias, 0.75, torch.float32)
+    torch.testing.assert_close(y, reference.epilogue_ref(*arguments))
+
+
+@on_cpu
+@pytest.mark.parametrize("output", ("outer", "dot", "total", "scaled"))
+def test_token_sums_writes_2_to_the_30_apart(output, memory):
+    """`split * N` with N = 2^30 for the partial sums, and rows of gain * dy that long."""
+    problem = Problem.random(96, 32, 40, 1, torch.float32)
+    low, kept = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
+    huge, splits = memory[2**31 :], 1 if output == "scaled" else 3
+    out = {name: huge if name == output else None for name in ("outer", "dot", "total", "scaled")}
+    rows = 3 if output == "scaled" else 96
+    written = corner(memory, columns=32)
+    backward._token_sums_kernel[1, 1, splits](
+        problem.dy, low, kept, problem.magnitude, *out.values(), rows, FAR, 1,
+        *problem.dy.stride(), *low.stride(), *kept.stride(), 32,
+        HAS_LOW=output == "outer", HAS_KEPT=output == "dot", WANT_TOTAL=output == "total",
+        WANT_SCALED=output == "scaled", R_MULTIPLE=1, SUM_ROWS=16, STAGES=2, **tiles("token_sums"),
+    )  # fmt: skip
+    expected = {
+        "outer": lambda: (problem.dy.T @ low)[:, 0],
+        "dot": lambda: (problem.dy * kept).sum(0),
+        "total": lambda: problem.dy.sum(0),
+        "scaled": lambda: (problem.magnitude * problem.dy)[:3],
+    }[output]()
+    assert (written != 0).all()
+    torch.testing.assert_close(written if output == "scaled" else written.sum(0), expected)
+
+
+@pytest.mark.parametrize("kernel", ("norm", "norm_high_rank", "project", "token_sums"))
+@pytest.mark.parametrize("key", configs.CONFIGS, ids=str)
+def test_split_sums_stay_small(key, kernel):
+    """The kernels that add partial sums up may compute `split * size` in 32 bits: only a small output is split.
+
+    `configs.splits` makes programs enough to fill the device eight times and no more, here one of 1000 multiprocessors.
+    """
+    facts, config = devices.DeviceFacts("large", key[0], 1000), configs.CONFIGS[key][kernel]
+    tile = (config.BLOCK_M * config.BLOCK_R) if kernel == "project" else config.BLOCK_N
+    for blocks in (1, 2, 3, 10, 100, 999, 1000, 1001, 2**20, 2**31):
+        splits = configs.splits(blocks, 2**31, facts, config)
+        assert splits == 1 or splits * blocks * tile < 2**31, (blocks, splits)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+def test_more_than_2_to_the_31_elements_on_a_gpu():
+    """x, base, y and dy all have more; the last rows alone have a gradient, and a small call says what it is."""
+    free, _ = torch.cuda.mem_get_info()
+    if free < 48 * 2**30:
+        pytest.skip("needs 48 GiB of free GPU memory")
+    M, tail = 2**31 // 16000 + 129, 128
+    small = Problem.random(tail, 16000, 16001, 8, torch.bfloat16)
+    problem = Problem(**vars(small))
+    problem.x = torch.zeros(M, 16001, dtype=torch.bfloat16, device=DEVICE)
+    problem.dy = torch.zeros(M, 16000, dtype=torch.bfloat16, device=DEVICE)
+    problem.x[-tail:], problem.dy[-tail:] = small.x, small.dy
+    assert problem.x.numel() > 2**31 and problem.dy.numel() > 2**31
+    for way in ("split", "merged"):
+        actual = problem.ours("triton", way)
+        assert torch.equal(actual["y"][0], problem.bias)  # x is zero there
+        assert actual["x"][:-tail].count_nonzero() == 0
+        actual |= {name: actual[name][-tail:] for name in ("y", "x")}
+        assert all(comparison.ok for comparison in small.comparisons(actual)), way

@@ -1,0 +1,86 @@
+"""Imports go one way, and what must not appear in the package does not."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "dora_kernels"
+# The order in which the package is read and imported: a file may import from its own room and those above it
+ORDER = (
+    "reference",
+    "quant",
+    "planning",
+    "kernels",
+    "passes",
+    "ops",
+    "functional",
+    "reuse",
+    "mergeable",
+    "modules",
+    "adapters",
+    "testing",
+    "extras",
+    "cli",
+    "__init__",
+    "__main__",
+)
+# ops.py hands the kernels to passes.py, which must not know them; and a user may have no extras in memory
+FORBIDDEN_PAIRS = {("passes", "kernels"), ("__init__", "extras")}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_modules(tree: ast.AST) -> set[str]:
+    """Everything that is imported from the package, as dotted names below it; a name may be that of a module."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dora_kernels":
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.removeprefix("dora_kernels.") for name in names if name.startswith("dora_kernels.")}
+
+
+def imported_rooms(tree: ast.AST) -> set[str]:
+    return {name.split(".")[0] for name in imported_modules(tree)} & set(ORDER)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    room, tree = room_of(path), ast.parse(path.read_text())
+    assert room in ORDER, f"{room} has no place in the order of rooms"
+    assert not any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(tree)), "relative import"
+    for other in imported_rooms(tree) - {room}:
+        assert ORDER.index(other) < ORDER.index(room), f"{room} imports {other}"
+        assert (room, other) not in FORBIDDEN_PAIRS, f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_what_must_not_appear(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        name = ast.unparse(node) if isinstance(node, ast.Attribute) else ""
+        # autotune cannot run without a GPU and corrupts in-place kernels; make_block_ptr is gone from Triton's main
+        # triton.cdiv takes 1.4 us on the host, where configs.ceil_div takes 0.02
+        assert name not in ("triton.autotune", "tl.make_block_ptr", "triton.cdiv"), f"{name} at line {node.lineno}"
+        if name in ("os.environ", "os.getenv"):
+            assert path.name in ("options.py", "devices.py"), f"{name} at line {node.lineno}"
+
+
+def test_the_order_has_no_empty_rooms():
+    assert {room_of(path) for path in MODULES} == set(ORDER)
+
+
+@pytest.mark.parametrize(
+    "library",
+    ("peft", "torchtune", "lycoris", "transformers", "matplotlib", "rich", "safetensors", "dora_kernels.extras"),
+)
+def test_importing_the_package_does_not_import(library):
+    code = f"import sys, dora_kernels; print({library!r} in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

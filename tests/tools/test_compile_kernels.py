@@ -1,0 +1,177 @@
+"""The kernels compile for GPUs that are not here, and compile once: no shape of x and no scaling asks for another.
+
+All of it runs in subprocesses: in this one Triton may be interpreting, which leaves nothing to compile.
+"""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = pathlib.Path(__file__).parents[2]
+TOKENS = (1, 16, 100, 1000, 4096, 65536)
+SCALINGS = (0.5, 1.0, 2.0)
+
+
+def _run(*command: str) -> subprocess.CompletedProcess:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")])
+    return subprocess.run([sys.executable, *command], env=env, text=True, capture_output=True)
+
+
+def _compile(*arguments: str) -> subprocess.CompletedProcess:
+    return _run(str(ROOT / "tools" / "compile_kernels.py"), *arguments)
+
+
+def _kernels() -> set[str]:
+    """The names of the kernels of the package, helpers that kernels call apart."""
+    return {
+        node.name
+        for path in (ROOT / "dora_kernels" / "kernels").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
+    }
+
+
+@pytest.fixture(scope="module")
+def fast() -> subprocess.CompletedProcess:
+    return _compile("--fast", "--loops", f"--jobs={min(4, os.cpu_count() or 1)}")
+
+
+# what is complained of in hot_loops.py and not in compile_kernels.py
+LOADS = re.compile(r"is loaded|not in the PTX|EXEMPTIONS")
+
+
+def test_every_kernel_compiles(fast):
+    complaints = [line for line in fast.stderr.splitlines() if not LOADS.search(line)]
+    assert not complaints
+    compiled = {line.split()[0] for line in fast.stdout.splitlines()}
+    assert _kernels()
+    assert not _kernels() - compiled, "kernels that no call of the tool launches"
+
+
+def test_what_loops_stream_is_loaded_ahead_in_16_bytes_a_thread(fast):
+    assert not [line for line in fast.stderr.splitlines() if LOADS.search(line)]
+    assert fast.returncode == 0 and "0 complaints" in fast.stdout
+
+
+UNMERGED = """
+import compile_kernels as tool
+found = [job.specialization for job in tool.fast_jobs() if job.specialization.name == "_merge_kernel"]
+print({(*one.signature["weight_ptrs"], one.signature["lora_A_ptr"]) for one in found if one.target.name == "sm_90"})
+"""
+
+
+def test_a_layer_taken_apart_again_is_compiled_for():
+    """unmerge divides by the gain in float32: the kernel sees such a weight beside adapters in half precision."""
+    done = _run("-c", UNMERGED)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == {("*bf16", "*bf16"), ("*fp32", "*bf16")}
+
+
+def test_a_loop_that_waits_for_its_loads_is_rejected():
+    """With one stage, and in a plain `range`, which pipelines a dot's operands alone, W is loaded where it is used."""
+    only = "--target=sm_90", "--variant=bf16", "--rank=64", "--call=train", "--kernel=_norm"
+    done = _compile("--loops", *only, "--set", "norm:num_stages=1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "on sm_90: weight_ptrs[0] is loaded synchronously" in done.stderr
+
+
+@pytest.mark.nightly  # about 1800 compilations, ten minutes of one core
+def test_every_config_compiles_for_every_target():
+    done = _compile(f"--jobs={os.cpu_count()}", "--loops")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "override, complaint",
+    [
+        ("project:num_stages=8", "over the limit"),  # eight stages of 24 KiB; sm_120 has 99 KiB
+        ("project:num_warps=1", "spills"),  # a [128, 64] float32 tile is 256 registers of each of 32 threads
+        ("project:BLOCK_K=48", "does not compile"),  # not a power of 2
+    ],
+)
+def test_a_config_that_does_not_fit_is_rejected(override, complaint):
+    done = _compile(
+        "--target=sm_120", "--variant=bf16", "--rank=64", "--call=train", "--kernel=project", "--set", override
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert complaint in done.stderr
+
+
+def specialization_keys() -> dict[str, dict[str, dict[str, list[str]]]]:
+    """way -> call -> kernel -> keys of the specialisations; run where Triton compiles."""
+    import specializations as tool
+
+    import dora_kernels
+
+    def keys(variant: str, M: int, scaling: float) -> dict[str, list[str]]:
+        found: dict[str, set[str]] = {}
+        inputs = tool.Inputs.of(tool.VARIANTS[variant], M, N=4096, K=4096, R=64)
+        target = tool.TARGETS["sm_90"]
+        with tool.recording(target, tool.VARIANTS[variant]) as recorded:
+            tool.step(inputs, scaling=scaling)
+        for specialization in recorded:
+            found.setdefault(specialization.name, set()).add(str(specialization.key))
+        return {name: sorted(found[name]) for name in found}
+
+    results = {}
+    for way in ("split", "merged"):
+        with dora_kernels.options(way=way):
+            results[way] = {f"M={M} s={scaling}": keys("bf16", M, scaling) for M in TOKENS for scaling in SCALINGS}
+            results[way]["fp16"] = keys("fp16", TOKENS[-1], SCALINGS[-1])
+    return results
+
+
+@pytest.fixture(scope="module")
+def recorded_keys() -> dict:
+    done = _run("-c", "import json, test_compile_kernels as t; print(json.dumps(t.specialization_keys()))")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+# Kernels that are launched in more than one way as M changes, and why.
+LAUNCHED_IN_WAYS = {
+    "_project_kernel": 2,  # few tokens: float32 partial sums of several splits; many: the result in its own dtype
+}
+
+
+@pytest.mark.parametrize("way", ["split", "merged"])
+def test_tokens_and_scaling_recompile_nothing(recorded_keys, way):
+    """A kernel may be launched for some M only (one that adds up splits), but never with another key."""
+    other_dtype = recorded_keys[way].pop("fp16")
+    keys: dict[str, set[tuple[str, ...]]] = {}
+    for call in recorded_keys[way].values():
+        for kernel, found in call.items():
+            keys.setdefault(kernel, set()).add(tuple(found))
+    ways = {kernel: len(found) for kernel, found in keys.items() if len(found) > 1}
+    assert ways == LAUNCHED_IN_WAYS, "kernels with more than one set of specialisations"
+    # another dtype is another specialisation of whatever touches the inputs: the keys do tell calls apart
+    for kernel in ("_norm_kernel", "_epilogue_kernel", "_token_sums_kernel"):
+        assert not set(other_dtype[kernel]) & {key for found in keys[kernel] for key in found}
+
+
+ROUNDING = """
+import re, specializations as tool, triton
+from triton.compiler import ASTSource
+inputs = tool.Inputs.of(tool.VARIANTS["bf16"], 64, N=4096, K=4096, R=64)
+with tool.recording(tool.TARGETS["sm_90"], tool.VARIANTS["bf16"]) as recorded:
+    tool.step(inputs, scaling=0.5)
+found = next(one for one in recorded if one.name == "_finish_norm_kernel")
+source = ASTSource(found.kernel, found.signature, found.constexprs, found.attrs)
+kernel = triton.compile(source, target=found.target.gpu, options=found.options.__dict__)
+print(sorted(set(re.findall(r"\\b(?:sqrt|rsqrt|div|rcp)\\.[a-z0-9.]+", kernel.asm["ptx"]))))
+"""
+
+
+def test_norm_and_gain_are_rounded_to_nearest():
+    """tl.sqrt and "/" would be approximate, which no interpreter shows."""
+    done = _run("-c", ROUNDING)
+    assert done.stdout.strip() == "['div.rn.f32', 'sqrt.rn.f32']", done.stdout + done.stderr
