@@ -61,6 +61,21 @@ def test_imports_go_one_way(path):
         assert (room, other) not in FORBIDDEN_PAIRS, f"{room} imports {other}"
 
 
+def test_no_two_modules_import_each_other():
+    """Inside of a room, too."""
+    dotted = {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path for path in MODULES
+    }
+    imports = {}
+    for name, path in dotted.items():
+        found = imported_modules(ast.parse(path.read_text()))
+        imports[name] = {one if one in dotted else one.rpartition(".")[0] for one in found} & set(dotted) - {name}
+    while imports:
+        leaves = {name for name, others in imports.items() if not others & set(imports)}
+        assert leaves, f"a circle among {sorted(imports)}"
+        imports = {name: others for name, others in imports.items() if name not in leaves}
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_what_must_not_appear(path):
     for node in ast.walk(ast.parse(path.read_text())):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied import structure
+from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.probe import DROPOUT
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
 from dora_kernels.reference import gain_ref
@@ -29,7 +29,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """The class that takes `layer` over, or None and why."""
-    return structure.judge(layer, DoraKernelsLinearLoRA)
+    return judge_structure(layer, DoraKernelsLinearLoRA)
 
 
 class DoraKernelsLinearLoRA(Structure):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import quant
-from dora_kernels.adapters.copied import structure
+from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
 from dora_kernels.adapters.taking import bypass_reason, class_name
 from dora_kernels.functional.linear import dora_linear_core
@@ -36,7 +36,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """The class that takes `layer` over, or None and why."""
-    return structure.judge(layer, DoraKernelsDORA)
+    return judge_structure(layer, DoraKernelsDORA)
 
 
 class DoraKernelsDORA(Structure):

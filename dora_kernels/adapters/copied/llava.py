@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied import structure
+from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
 from dora_kernels.adapters.taking import bypass_reason, drops
 
@@ -26,7 +26,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """The class that takes `layer` over, or None and why."""
-    return structure.judge(layer, DoraKernelsLinear)
+    return judge_structure(layer, DoraKernelsLinear)
 
 
 class DoraKernelsLinear(Structure):

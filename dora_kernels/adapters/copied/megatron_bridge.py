@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied import structure
+from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason
 from dora_kernels.adapters.taking import bypass_reason, drops
 from dora_kernels.functional.rescale import rescale
@@ -36,7 +36,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
     """The class that takes `layer` over, or None and why."""
-    return structure.judge(layer, DoraKernelsDoRALinear)
+    return judge_structure(layer, DoraKernelsDoRALinear)
 
 
 class DoraKernelsDoRALinear(Structure):
