@@ -32,7 +32,7 @@ from bench.lib.report import write
 from bench.lib.roof import DTYPES, Roof, floor_seconds, roof_for, work
 from bench.lib.shapes import Case, layer_names, sizes_of
 from dora_kernels.planning import devices, plan
-from dora_kernels.reference import REFERENCE, Steps, accumulate_dtype, project_ref
+from dora_kernels.pytorch import REFERENCE, Steps, accumulate_dtype, project_ref
 from dora_kernels.testing import WORST_RATIO, Comparison, compare
 
 # M, N, K, R; what says most comes first

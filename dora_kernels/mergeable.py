@@ -12,8 +12,8 @@ from dora_kernels import reuse
 from dora_kernels.functional.validate import check_row, check_tensor
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.ops import without_autocast
+from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import Weight, is_quantized, read, read_or_reason
-from dora_kernels.reference import gain_ref
 
 
 class MergeableLinear(nn.Module):

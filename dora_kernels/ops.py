@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dora_kernels import passes
 from dora_kernels.planning import devices
+from dora_kernels.pytorch import REFERENCE, Needs, Steps, accumulate_dtype
 from dora_kernels.quant import QuantizedWeight, Weight, whole
-from dora_kernels.reference import REFERENCE, Needs, Steps, accumulate_dtype
 
 # (operator, backend) -> how often it ran in this process; tests and the demo read it to know what really ran
 calls: collections.Counter[tuple[str, str]] = collections.Counter()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dora_kernels.planning import devices, plan
+from dora_kernels.pytorch import REFERENCE, Needs, Steps, add_product, base_product, gain_ref, product_onto_low_rank
 from dora_kernels.quant import Weight
-from dora_kernels.reference import REFERENCE, Needs, Steps, add_product, base_product, gain_ref, product_onto_low_rank
 
 
 def _device_model(tensor: Tensor) -> plan.Device:

@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from dora_kernels import adapters, reference
+from dora_kernels import adapters, pytorch
 from dora_kernels.cli import main
 from dora_kernels.extras import demo
 
@@ -222,8 +222,8 @@ class TestCheck:
         assert row["tensor"] == "y" and 0 < row["error"] <= row["limit"] < 1e-6
 
     def test_a_wrong_result_is_status_1_and_shows_a_table(self, monkeypatch, capsys):
-        gain_ref = reference.gain_ref
-        monkeypatch.setattr(reference, "gain_ref", lambda *arguments: gain_ref(*arguments) * 1.001)
+        gain_ref = pytorch.gain_ref
+        monkeypatch.setattr(pytorch, "gain_ref", lambda *arguments: gain_ref(*arguments) * 1.001)
         assert main(["check", "--layer", "function", *self.SMALL[:3], "float32", "--backend", "reference"]) == 1
         printed = capsys.readouterr().out
         assert "rms error above" in printed and printed.rstrip().endswith("0 of 1 cases ok")
@@ -234,7 +234,7 @@ class TestCheck:
         def gain_ref(magnitude, norm):
             raise RuntimeError("mask has unsupported dtype")
 
-        monkeypatch.setattr(reference, "gain_ref", gain_ref)
+        monkeypatch.setattr(pytorch, "gain_ref", gain_ref)
         backends = ("--backend", "reference", "triton")
         assert main(["check", "--layer", "function", *self.SMALL[:3], "float32", *backends]) == 1
         printed = capsys.readouterr().out

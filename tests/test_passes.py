@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import dora_kernels
-from dora_kernels import ops, passes, reference
+from dora_kernels import ops, passes, pytorch
 from dora_kernels.functional import linear
 from dora_kernels.planning import plan
+from dora_kernels.pytorch import REFERENCE, Steps
 from dora_kernels.quant import parts
-from dora_kernels.reference import REFERENCE, Steps
 from tests.support.problem import DEVICE, GRADIENTS, TOLERANCE, Problem
 
 
@@ -194,7 +194,7 @@ def test_a_product_of_the_reference_on_a_cpu(dtype, out_dtype):
     expected = (left @ right).to(out_dtype or dtype)
     if dtype == torch.float16 and out_dtype == torch.float32:
         expected = left.float() @ right.float()
-    assert torch.equal(reference.matmul(left, right, out_dtype or dtype), expected)
+    assert torch.equal(pytorch.matmul(left, right, out_dtype or dtype), expected)
 
 
 def test_a_product_of_the_reference_on_a_gpu(monkeypatch):
@@ -208,11 +208,11 @@ def test_a_product_of_the_reference_on_a_gpu(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         for dtype, out_dtype in itertools.product((torch.bfloat16, torch.float16, torch.float32), repeat=2):
             left = torch.empty(4, 4, device="cuda", dtype=dtype)
-            assert reference.matmul(left, left, out_dtype).dtype == out_dtype
+            assert pytorch.matmul(left, left, out_dtype).dtype == out_dtype
             half = dtype != torch.float32 and out_dtype == torch.float32
             assert unrounded == ([{"out_dtype": out_dtype}] if half else []), (dtype, out_dtype)
             unrounded.clear()
-            base = reference.base_product(left, left, exact=dtype == out_dtype)
+            base = pytorch.base_product(left, left, exact=dtype == out_dtype)
             assert base.dtype == (torch.float32 if dtype == out_dtype else dtype)
             unrounded.clear()
 

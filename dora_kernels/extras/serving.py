@@ -23,7 +23,7 @@ from dora_kernels.functional.validate import check_adapter, check_bank, check_ca
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.mergeable import MergeableLinear
 from dora_kernels.planning.options import current_options
-from dora_kernels.reference import accumulate_dtype, gain_ref
+from dora_kernels.pytorch import accumulate_dtype, gain_ref
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dora_kernels import ops
 from dora_kernels.functional import derivatives
+from dora_kernels.pytorch import Needs, accumulate_dtype, dense_ref, dora_linear_ref, gain_ref, row_norms
 from dora_kernels.quant import DENSE, parts, whole
-from dora_kernels.reference import Needs, accumulate_dtype, dense_ref, dora_linear_ref, gain_ref, row_norms
 
 
 class Settings(NamedTuple):

@@ -16,8 +16,8 @@ from dora_kernels.functional import derivatives
 from dora_kernels.functional.linear import check_dtypes, operand_dtypes, unfolded
 from dora_kernels.functional.validate import check_adapter, check_call, check_rescale
 from dora_kernels.planning.options import current_options
+from dora_kernels.pytorch import accumulate_dtype, gain_ref
 from dora_kernels.quant import Weight, frozen_product
-from dora_kernels.reference import accumulate_dtype, gain_ref
 
 
 def rescale(

@@ -8,8 +8,8 @@ from dora_kernels.functional.autograd import WeightNorm
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_norm_grad, check_row
 from dora_kernels.planning.options import current_options
+from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import Weight, parts
-from dora_kernels.reference import gain_ref
 
 ROWS_SHOWN = 8
 """How many rows an error names."""

@@ -7,7 +7,7 @@ import triton.language as tl
 from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, known_multiple, load_tile, rank_multiple
 from dora_kernels.planning import plan
 from dora_kernels.planning.configs import ceil_div
-from dora_kernels.reference import matmul, outer_product_ref
+from dora_kernels.pytorch import matmul, outer_product_ref
 
 
 @triton.jit

@@ -18,8 +18,8 @@ from dora_kernels.kernels.norm import norm
 from dora_kernels.kernels.weight import merge
 from dora_kernels.planning import plan
 from dora_kernels.planning.configs import HIGH_RANK, Config, ceil_div
+from dora_kernels.pytorch import project_ref
 from dora_kernels.quant import Weight
-from dora_kernels.reference import project_ref
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -22,7 +22,7 @@ from bench.lib.shapes import Case
 from bench.studies import decisive
 from dora_kernels.kernels import KERNELS, backward
 from dora_kernels.planning import devices, plan
-from dora_kernels.reference import REFERENCE
+from dora_kernels.pytorch import REFERENCE
 
 ROOT = Path(__file__).parents[2]
 H200 = Roof(4e12, {"bf16": 800e12, "fp16": 800e12, "fp32": 50e12})

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dora_kernels
 from dora_kernels import DoraLinear, reuse
 from dora_kernels.functional import linear
-from dora_kernels.reference import REFERENCE, dora_linear_ref
+from dora_kernels.pytorch import REFERENCE, dora_linear_ref
 from tests.support.problem import DEVICE
 
 

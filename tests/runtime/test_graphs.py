@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_kernels import DoraLinear, options, passes
-from dora_kernels.reference import REFERENCE
+from dora_kernels.pytorch import REFERENCE
 from tests.functional.test_rescale import layer as two_pieces
 from tests.support.problem import BACKENDS, DEVICE, Problem, core
 

@@ -44,7 +44,7 @@ ANSWERED = """
 import torch
 from dora_kernels.planning import devices
 from dora_kernels import kernels
-from dora_kernels.reference import norm_ref
+from dora_kernels.pytorch import norm_ref
 from dora_kernels.testing import nan_filled_memory
 facts = devices.device_facts(torch.device("cuda", 0))
 assert facts.target == "sm_90" and facts.multiprocessors == 132 and facts.name.startswith("Pretended")

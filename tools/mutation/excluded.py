@@ -34,7 +34,7 @@ _AUTOGRAD, _RESCALE, _WEIGHT_FUNCTIONS = (
     f"dora_kernels/functional/{name}.py" for name in ("autograd", "rescale", "weight")
 )
 _PASSES, _REFERENCE, _SERVING, _SHARING = (
-    f"dora_kernels/{name}.py" for name in ("passes", "reference", "extras/serving", "reuse/sharing")
+    f"dora_kernels/{name}.py" for name in ("passes", "pytorch", "extras/serving", "reuse/sharing")
 )
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"

@@ -89,7 +89,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/quant/formats.py": (*_QUANTIZED, *_PARTS),
     "dora_kernels/quant/parts.py": (*_PARTS, *_QUANTIZED),
     "dora_kernels/quant/product.py": ("tests/extras/test_dvora.py", *_QUANTIZED),
-    "dora_kernels/reference.py": (
+    "dora_kernels/pytorch.py": (
         "tests/test_reference.py",
         "tests/test_passes.py",
         "tests/functional/test_nonfinite.py",

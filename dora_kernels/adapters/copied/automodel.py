@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.probe import DROPOUT
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.reference import gain_ref
+from dora_kernels.pytorch import gain_ref
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

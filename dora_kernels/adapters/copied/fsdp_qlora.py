@@ -18,8 +18,8 @@ from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
 from dora_kernels.adapters.taking import bypass_reason, class_name
 from dora_kernels.functional.linear import dora_linear_core
+from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import QuantizedWeight
-from dora_kernels.reference import gain_ref
 
 CLASSES = {"DORA", "BNBDORA", "HQQDORA"}
 

@@ -21,7 +21,7 @@ from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, 
 from dora_kernels.adapters.taking import bypass_reason, drops
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm
-from dora_kernels.reference import gain_ref
+from dora_kernels.pytorch import gain_ref
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -26,8 +26,8 @@ from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import dora_linear_lora_dropout
 from dora_kernels.functional.validate import FLOATING, scaling_reason
 from dora_kernels.functional.weight import merge_weight_and_norm, weight_norm
+from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import QuantizedWeight, Weight
-from dora_kernels.reference import gain_ref
 
 
 class Adapter(NamedTuple):

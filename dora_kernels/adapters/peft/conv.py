@@ -15,7 +15,7 @@ from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, Adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, nests_apart, read_weight
 from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
 from dora_kernels.functional.rescale import rescale
-from dora_kernels.reference import accumulate_dtype, gain_ref
+from dora_kernels.pytorch import accumulate_dtype, gain_ref
 
 
 class TakenOverConv(TakenOverLayer):

@@ -13,7 +13,7 @@ from dora_kernels.adapters.peft.adapter import EMBEDDING, Adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, read_weight
 from dora_kernels.adapters.taking import class_name
 from dora_kernels.functional.rescale import rescale
-from dora_kernels.reference import gain_ref
+from dora_kernels.pytorch import gain_ref
 
 
 class DoraKernelsEmbedding(TakenOverLayer, Embedding):

@@ -13,8 +13,8 @@ from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, 
 from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, nests_apart, read_weight
 from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
+from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import Weight, frozen_product
-from dora_kernels.reference import gain_ref
 from dora_kernels.reuse import sharing
 
 

@@ -15,8 +15,8 @@ from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import Adapter, adapter_reason, read_adapter
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
+from dora_kernels.pytorch import accumulate_dtype, gain_ref
 from dora_kernels.quant import QuantizedWeight, Weight
-from dora_kernels.reference import accumulate_dtype, gain_ref
 
 
 class Merging(TakenOver):

@@ -15,8 +15,8 @@ from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import check_call, check_norm_grad, check_tensor, check_transforms
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.ops import is_autocast
+from dora_kernels.pytorch import accumulate_dtype, gain_ref, row_norms
 from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts, sources
-from dora_kernels.reference import accumulate_dtype, gain_ref, row_norms
 
 TERMS_SHARE = 0.25
 """The largest part of the weight's bytes that the terms of its norm may take to be kept: memory is why one adapts."""

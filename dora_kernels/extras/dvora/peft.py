@@ -31,8 +31,8 @@ from dora_kernels.adapters.taking import (
 )
 from dora_kernels.extras.dvora import dvora_linear_reusing, dvora_norm, dvora_update
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
+from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import Weight
-from dora_kernels.reference import gain_ref
 
 
 def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
