@@ -31,9 +31,12 @@ from bench.lib.problem import SCALING
 from bench.lib.report import write
 from bench.lib.roof import DTYPES, Roof, floor_seconds, roof_for, work
 from bench.lib.shapes import Case, layer_names, sizes_of
+from dora_kernels import gemm
 from dora_kernels.planning import devices, plan
-from dora_kernels.pytorch import REFERENCE, Steps, accumulate_dtype, project_ref
+from dora_kernels.pytorch import PYTORCH
+from dora_kernels.reference import accumulate_dtype
 from dora_kernels.testing import WORST_RATIO, Comparison, compare
+from dora_kernels.types import Steps
 
 # M, N, K, R; what says most comes first
 GPU_CASES = (
@@ -134,7 +137,7 @@ LIBRARY: dict[str, Callable[[Operands], Tensor]] = {
     "norm": lambda o: torch.linalg.vector_norm(_added(o), dim=1, dtype=o.norm.dtype),
     "merge": lambda o: _added(o),
     "low": lambda o: o.x.to(o.lora_A.dtype) @ o.lora_A.T,
-    "project": lambda o: project_ref(o.dy, o.lora_B.T, o.gain),
+    "project": lambda o: gemm.project(o.dy, o.lora_B.T, o.gain),
     "epilogue": lambda o: torch.addmm(o.base, o.low.to(o.base.dtype), o.lora_B.T.to(o.base.dtype), alpha=SCALING),
     "token_sums": lambda o: o.dy.T.to(o.low.dtype) @ o.low,
     "column_sums": lambda o: torch.sum(o.dy * o.base, dim=0, dtype=o.norm.dtype),
@@ -185,7 +188,7 @@ class Checker:
         """Each tensor that the kernel writes."""
         if kernel not in self._known:
             self._double = self._double or self.operands.double()
-            self._known[kernel] = CALLS[kernel](self.operands, REFERENCE), CALLS[kernel](self._double, REFERENCE)
+            self._known[kernel] = CALLS[kernel](self.operands, PYTORCH), CALLS[kernel](self._double, PYTORCH)
         yardstick, exact = self._known[kernel]
         with _poisoned():
             results = CALLS[kernel](self.operands, steps)
@@ -199,9 +202,9 @@ def failure(comparisons: Iterable[Comparison]) -> str | None:
 
 
 def steps_for(case: Case) -> tuple[Steps, str]:
-    """(KERNELS, "triton") where the kernels can take the case on its device, else (REFERENCE, "reference")."""
+    """(KERNELS, "triton") where the kernels can take the case on its device, else (PYTORCH, "reference")."""
     if devices.why_not_triton(torch.device(case.device), DTYPES[case.precision]):
-        return REFERENCE, "reference"
+        return PYTORCH, "reference"
     from dora_kernels.kernels import KERNELS
 
     return KERNELS, "triton"

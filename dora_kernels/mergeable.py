@@ -12,8 +12,8 @@ from dora_kernels import reuse
 from dora_kernels.functional.validate import check_row, check_tensor
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.ops import without_autocast
-from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import Weight, is_quantized, read, read_or_reason
+from dora_kernels.reference import gain_of
 
 
 class MergeableLinear(nn.Module):
@@ -71,7 +71,7 @@ class MergeableLinear(nn.Module):
             return norm, gain
         lora_A, lora_B, magnitude, scaling = self.factors()
         norm = weight_norm(self.base()[0], lora_A, lora_B, scaling)
-        return norm, gain_ref(magnitude, norm)
+        return norm, gain_of(magnitude, norm)
 
     @torch.no_grad()
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:

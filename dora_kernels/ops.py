@@ -15,8 +15,10 @@ from torch import Tensor
 
 from dora_kernels import passes
 from dora_kernels.planning import devices
-from dora_kernels.pytorch import REFERENCE, Needs, Steps, accumulate_dtype
+from dora_kernels.pytorch import PYTORCH
 from dora_kernels.quant import QuantizedWeight, Weight, whole
+from dora_kernels.reference import accumulate_dtype
+from dora_kernels.types import Needs, Steps
 
 # (operator, backend) -> how often it ran in this process; tests and the demo read it to know what really ran
 calls: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -30,7 +32,7 @@ def _steps(operator: str, requested: str, *arguments: object) -> Steps:
     backend = devices.backend_for(requested, tensors[0].device, *(tensor.dtype for tensor in tensors))
     calls[operator, backend] += 1
     if backend == "reference":
-        return REFERENCE
+        return PYTORCH
     from dora_kernels.kernels import KERNELS  # needs triton
 
     return KERNELS

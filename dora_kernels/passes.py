@@ -1,13 +1,15 @@
-"""The forward and the backward pass, composed of steps; the steps are Triton kernels or the reference (see `Steps`)."""
+"""The forward and the backward pass, composed of steps; the steps are Triton kernels or PyTorch's (see `Steps`)."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from dora_kernels.gemm import add_product, base_product, product_onto_low_rank
 from dora_kernels.planning import devices, plan
-from dora_kernels.pytorch import REFERENCE, Needs, Steps, add_product, base_product, gain_ref, product_onto_low_rank
 from dora_kernels.quant import Weight
+from dora_kernels.reference import gain_of, over_norm
+from dora_kernels.types import Needs, Steps
 
 
 def _device_model(tensor: Tensor) -> plan.Device:
@@ -19,7 +21,7 @@ def _device_model(tensor: Tensor) -> plan.Device:
 def _low_rank_first(steps: Steps, base: torch.dtype, low_rank: torch.dtype, tensor: Tensor, must_split: bool) -> bool:
     """Whether a split pass makes z, and keeps it, where otherwise it makes and keeps base."""
     device = _device_model(tensor)
-    return steps is REFERENCE and plan.low_rank_first(base, device, must_split=must_split, wide=low_rank != base)
+    return steps.low_rank_first and plan.low_rank_first(base, device, must_split=must_split, wide=low_rank != base)
 
 
 def forward(
@@ -62,7 +64,7 @@ def forward(
     new_low = low if keep_low and given_low is None else None
     norm = gain = None
     if norm_given:
-        gain = gain_ref(magnitude, given_norm) if given_gain is None else given_gain
+        gain = gain_of(magnitude, given_norm) if given_gain is None else given_gain
     if way == "merged":
         y, norm, gain, z = steps.merged_forward(x, weight, lora_A, lora_B, magnitude, bias, gain, scaling, keep == "z")
         return y, norm, None if given_gain is not None else gain, new_low, z
@@ -283,7 +285,7 @@ def norm_backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA (R, K) and dB (N, R) of the row norms of weight + scaling * lora_B @ lora_A; 0 where norm is 0."""
-    c = torch.where(norm == 0, 0, dnorm / torch.where(norm == 0, 1, norm))
+    c = over_norm(dnorm, norm)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     dA, dB = (norm.new_zeros(tensor.shape) if needed else None for tensor, needed in zip((A, B), needs, strict=True))
     dA, dB = _add_norm_gradient(steps, dA, dB, c, weight, A, B, scaling)

@@ -1,85 +1,25 @@
-"""THE SPEC: every op in plain PyTorch, any dtype up to float64. It is also the CPU path, so it wastes nothing.
+"""The steps in PyTorch, tuned for CPUs: backend="reference". reference.py defines them.
 
-`dora_linear_ref` is the definition, in one screen, differentiable by autograd. Each of the other `..._ref` functions
-defines one step, and has the arguments of the kernel launcher of the same name in dora_kernels/kernels/; passes.py
-composes either into the forward and the backward pass.
-
-The low-rank operands of a step have one dtype, that of lora_A and lora_B: passes.py has settled it.
-
-A weight may be quantised (quant/): it is read through weight[rows], a block of its rows in weight.dtype.
-
-Letters: M tokens, N out features, K in features, R rank. norm and gain are float32 (float64 for float64 inputs).
+Where a step would hold a whole matrix in float32 it goes through blocks of rows, and where it scales or sums columns of
+half precision it is a batch norm, which does so in one pass. A weight may be quantised (quant/): it is read through
+weight[rows], a block of its rows in weight.dtype. The low-rank operands of a step have one dtype, that of lora_A and
+lora_B: passes.py has settled it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_kernels.gemm import add_product, matmul, outer_product, project
+from dora_kernels.reference import accumulate_dtype, dense, gain_of, over_norm
+from dora_kernels.types import Steps
+
 # A block of rows in float32. On a CPU it stays in the caches, and yet is worth waking the threads for: a training step
 # in bf16 wakes them 30 times with 4 MiB and 54 times with 1 MiB (64 tokens, 3072 x 1280). Elsewhere it bounds memory.
 _BLOCK_BYTES = {"cpu": 4 << 20}
 _BLOCK_BYTES_ELSEWHERE = 256 << 20
-
-
-def dora_linear_ref(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
-    bias: Tensor | None = None,
-    *,
-    x_dropped: Tensor | None = None,
-    norm: Tensor | None = None,
-    norm_grad: bool = False,
-) -> Tensor:
-    """The definition (DoRA, arXiv 2402.09353, equation 5; the norm is a constant unless norm_grad, section 4.3).
-
-    x, x_dropped (..., K), weight (N, K), lora_A (R, K), lora_B (N, R), magnitude, bias, norm (N,) -> (..., N):
-        gain = magnitude / norm;  norm_n = ||(weight + scaling * lora_B @ lora_A)_n||_2, gain 0 where norm is 0
-        y = gain * (x weight^T + scaling * x lora_A^T lora_B^T) + bias
-    With dropout, where x_dropped = dropout(x):
-        y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * x_dropped lora_A^T lora_B^T + bias
-    """
-    if norm is None:
-        norm = row_norms(weight + scaling * lora_B @ lora_A)
-        norm = norm if norm_grad else norm.detach()
-    gain = torch.where(norm == 0, 0, magnitude / torch.where(norm == 0, 1, norm))
-    adapter_input = x if x_dropped is None else x_dropped
-    base = F.linear(adapter_input, weight)
-    low = F.linear(adapter_input.to(lora_A.dtype), lora_A)
-    y = gain * (base + scaling * F.linear(low, lora_B))
-    if x_dropped is not None:
-        y = y + F.linear(x, weight) - base
-    return (y if bias is None else y + bias).to(x.dtype)
-
-
-def row_norms(matrix: Tensor) -> Tensor:
-    """norm (N,) of the rows of matrix (N, K); every derivative is 0 where the norm is, and torch's second one NaN."""
-    zero = torch.linalg.vector_norm(matrix.detach(), dim=1) == 0
-    return torch.where(zero, 0, torch.linalg.vector_norm(torch.where(zero[:, None], 1, matrix), dim=1))
-
-
-class Needs(NamedTuple):
-    """Which gradients a backward pass has to compute."""
-
-    x: bool
-    x_dropped: bool
-    lora_A: bool
-    lora_B: bool
-    magnitude: bool
-    bias: bool
-    low: bool = False
-    """Where the forward pass was given low: dA falls out of dlow, elsewhere."""
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norm, gain and every sum: float32, or float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _row_blocks(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
@@ -102,13 +42,6 @@ def _accumulate_blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[sli
         yield rows, buffer[: rows.stop - rows.start].copy_(matrix[rows])
 
 
-def add_product(block: Tensor, left: Tensor, right: Tensor, scaling: float) -> Tensor:
-    """block += scaling * left @ right, in place."""
-    if scaling == 0:  # a GEMM would skip the product, and 0 * inf is NaN
-        return block.addmm_(scaling * left, right)
-    return block.addmm_(left, right, alpha=scaling)
-
-
 def _direction_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Iterator[tuple[slice, Tensor]]:
     """(rows, (weight + scaling * lora_B @ lora_A)[rows] in the accumulate dtype), as `_accumulate_blocks`."""
     accumulate = accumulate_dtype(weight.dtype)
@@ -117,17 +50,7 @@ def _direction_blocks(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: f
         yield rows, add_product(block, lora_B[rows], lora_A, scaling)
 
 
-def gain_ref(magnitude: Tensor, norm: Tensor) -> Tensor:
-    """gain (N,) = magnitude / norm in norm's dtype; 0 where norm is 0 (a zero row stays zero)."""
-    return torch.where(norm == 0, 0, magnitude.to(norm.dtype) / torch.where(norm == 0, 1, norm))
-
-
-def dense_ref(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight (N, K) itself or, of a quantised one, a dense copy in dtype."""
-    return weight if isinstance(weight, Tensor) else weight.dequantize(dtype=dtype)
-
-
-def norm_ref(
+def norm(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -138,10 +61,10 @@ def norm_ref(
     norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
     for rows, direction in _direction_blocks(weight, lora_A, lora_B, scaling):
         norm[rows] = torch.linalg.vector_norm(direction, dim=1)
-    return norm, None if magnitude is None else gain_ref(magnitude, norm)
+    return norm, None if magnitude is None else gain_of(magnitude, norm)
 
 
-def grouped_norm_ref(
+def grouped_norm(
     weights: Sequence[Tensor],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
@@ -150,11 +73,11 @@ def grouped_norm_ref(
 ) -> tuple[Tensor, Tensor]:
     """norm and gain of many layers, (sum of N,), one after the other."""
     layers = zip(weights, lora_As, lora_Bs, scalings, magnitudes, strict=True)
-    norms, gains = zip(*(norm_ref(*layer) for layer in layers), strict=True)
+    norms, gains = zip(*(norm(*layer) for layer in layers), strict=True)
     return torch.cat(norms), torch.cat(gains)
 
 
-def merge_ref(
+def merge(
     weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -174,50 +97,7 @@ def merge_ref(
     return merged
 
 
-def project_ref(
-    rows: Tensor, factor: Tensor, scale: Tensor | None = None, out_dtype: torch.dtype | None = None
-) -> Tensor:
-    """rows (M, K) @ (factor (R, K) * scale (K,)).T -> (M, R): low = x @ A.T and P = dy @ (gain * B).
-
-    In factor's dtype, which out_dtype may widen.
-    """
-    dtype = factor.dtype
-    if scale is not None:
-        factor = (factor * scale).to(dtype)
-    return matmul(rows.to(dtype), factor.T, out_dtype or dtype)
-
-
-def base_product(x: Tensor, weight: Tensor, exact: bool) -> Tensor:
-    """base (M, N) = x @ weight.T in x.dtype, or rounded to float32 only if `exact` (the GEMM's accumulator)."""
-    if not exact or x.dtype not in (torch.bfloat16, torch.float16):
-        return F.linear(x, weight)
-    if x.device.type == "cpu":
-        return F.linear(x.float(), weight.float())
-    return matmul(x, weight.T, torch.float32)
-
-
-def product_onto_low_rank(x: Tensor, weight: Tensor, low: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """z (M, N) = x @ weight.T + scaling * low @ lora_B.T, all of x.dtype: the GEMM adds its sums onto the second term.
-
-    z is rounded once, as base is; the second term, too, on its way, which is of no account where it is the smaller.
-    """
-    if scaling == 0:  # as in `add_product`
-        low, scaling = scaling * low, 1.0
-    z = torch.addmm(x.new_zeros(1), low, lora_B.T, beta=0, alpha=scaling)
-    return z.addmm_(x, weight.T)
-
-
-def matmul(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
-    """left @ right in out_dtype, without rounding to half precision on the way where the GEMM library can."""
-    half = left.dtype in (torch.bfloat16, torch.float16)
-    if left.device.type == "cuda" and half and out_dtype == torch.float32:
-        return torch.mm(left, right, out_dtype=out_dtype)
-    if left.dtype == torch.float16 and out_dtype == torch.float32:
-        return left.float() @ right.float()  # a sum over the tokens overflows float16 before scaling brings it back
-    return (left @ right).to(out_dtype)
-
-
-def epilogue_ref(
+def epilogue(
     base: Tensor,
     low: Tensor | None,
     lora_B: Tensor,
@@ -245,7 +125,7 @@ def epilogue_ref(
     return y
 
 
-def bank_epilogue_ref(
+def bank_epilogue(
     base: Tensor,
     low: Tensor,
     lora_B: Tensor,
@@ -321,7 +201,7 @@ def _outer_of_scaled(scale: Tensor, product: Tensor, columns: Tensor, low: Tenso
     return outer
 
 
-def token_sums_ref(
+def token_sums(
     columns: Tensor,
     low: Tensor | None,
     scaling: float,
@@ -345,7 +225,7 @@ def token_sums_ref(
     if scaled is not None:
         _scale_columns(columns, gain, None, scaled)
     if outer is not None and lora_B is None and scaled is not None and scaled.dtype == low.dtype:
-        outer.copy_(outer_product_ref(scaled, low, scaling, outer.dtype))
+        outer.copy_(outer_product(scaled, low, scaling, outer.dtype))
     elif low is not None:
         product = matmul(columns.to(low.dtype).T, low, accumulate)
         if outer is not None:
@@ -356,21 +236,12 @@ def token_sums_ref(
         if lora_B is not None:
             # nor may an infinite lora_B leave the sum over the tokens: NaN, as its norm makes of it anyway
             dot += scaling * (product * torch.where(lora_B.isinf(), torch.nan, lora_B)).sum(1)
-        dmagnitude.copy_(torch.where(norm == 0, 0, dot / torch.where(norm == 0, 1, norm)))
+        dmagnitude.copy_(over_norm(dot, norm))
     if dbias is not None:
         dbias.copy_(total)
 
 
-def outer_product_ref(left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype) -> Tensor:
-    """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype: dA. In left's dtype."""
-    # the GEMM scales what it has summed, and then rounds; a scaling of 0 as in `add_product`
-    if left.dtype == out_dtype != torch.float16 and scaling != 0:
-        return torch.addmm(left.new_empty(1), left.T, right.to(left.dtype), beta=0, alpha=scaling)
-    product = matmul(left.T, right.to(left.dtype), accumulate_dtype(left.dtype))
-    return product.mul_(scaling).to(out_dtype)
-
-
-def merged_forward_ref(
+def merged_forward(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
@@ -394,7 +265,7 @@ def merged_forward_ref(
     for rows, direction in _direction_blocks(weight, lora_A, lora_B, scaling):
         if norm is not None:
             norm[rows] = torch.linalg.vector_norm(direction, dim=1)
-            gain[rows] = gain_ref(magnitude[rows], norm[rows])
+            gain[rows] = gain_of(magnitude[rows], norm[rows])
         if z is None:
             block_bias = None if bias is None else bias[rows]
             y[:, rows] = F.linear(x, direction.mul_(gain[rows, None]).to(x.dtype), block_bias)
@@ -405,30 +276,16 @@ def merged_forward_ref(
     return y, norm, gain, z
 
 
-class Steps(NamedTuple):
-    """The steps that passes.py composes; `REFERENCE` here, `KERNELS` in dora_kernels/kernels/."""
-
-    dense: Callable[..., Tensor]
-    norm: Callable[..., tuple[Tensor, Tensor | None]]
-    grouped_norm: Callable[..., tuple[Tensor, Tensor]]
-    merge: Callable[..., Tensor]
-    project: Callable[..., Tensor]
-    epilogue: Callable[..., Tensor]
-    merged_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor | None]]
-    token_sums: Callable[..., None]
-    outer_product: Callable[..., Tensor]
-    bank_epilogue: Callable[..., Tensor]
-
-
-REFERENCE = Steps(
-    dense=dense_ref,
-    norm=norm_ref,
-    grouped_norm=grouped_norm_ref,
-    merge=merge_ref,
-    project=project_ref,
-    epilogue=epilogue_ref,
-    merged_forward=merged_forward_ref,
-    token_sums=token_sums_ref,
-    outer_product=outer_product_ref,
-    bank_epilogue=bank_epilogue_ref,
+PYTORCH = Steps(
+    dense=dense,
+    norm=norm,
+    grouped_norm=grouped_norm,
+    merge=merge,
+    project=project,
+    epilogue=epilogue,
+    merged_forward=merged_forward,
+    token_sums=token_sums,
+    outer_product=outer_product,
+    bank_epilogue=bank_epilogue,
+    low_rank_first=True,
 )

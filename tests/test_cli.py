@@ -222,8 +222,8 @@ class TestCheck:
         assert row["tensor"] == "y" and 0 < row["error"] <= row["limit"] < 1e-6
 
     def test_a_wrong_result_is_status_1_and_shows_a_table(self, monkeypatch, capsys):
-        gain_ref = pytorch.gain_ref
-        monkeypatch.setattr(pytorch, "gain_ref", lambda *arguments: gain_ref(*arguments) * 1.001)
+        gain_of = pytorch.gain_of
+        monkeypatch.setattr(pytorch, "gain_of", lambda *arguments: gain_of(*arguments) * 1.001)
         assert main(["check", "--layer", "function", *self.SMALL[:3], "float32", "--backend", "reference"]) == 1
         printed = capsys.readouterr().out
         assert "rms error above" in printed and printed.rstrip().endswith("0 of 1 cases ok")
@@ -231,10 +231,10 @@ class TestCheck:
     def test_an_error_in_a_case_is_a_failure_of_one_line(self, monkeypatch, capsys):
         """As of a kernel that the installed Triton cannot run; the other cases are checked all the same."""
 
-        def gain_ref(magnitude, norm):
+        def gain_of(magnitude, norm):
             raise RuntimeError("mask has unsupported dtype")
 
-        monkeypatch.setattr(pytorch, "gain_ref", gain_ref)
+        monkeypatch.setattr(pytorch, "gain_of", gain_of)
         backends = ("--backend", "reference", "triton")
         assert main(["check", "--layer", "function", *self.SMALL[:3], "float32", *backends]) == 1
         printed = capsys.readouterr().out

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dora_kernels import DoraLinear, options
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from tests.support.problem import BACKENDS, DEVICE
 
 

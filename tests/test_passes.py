@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import dora_kernels
-from dora_kernels import ops, passes, pytorch
+from dora_kernels import gemm, ops, passes
 from dora_kernels.functional import linear
 from dora_kernels.planning import plan
-from dora_kernels.pytorch import REFERENCE, Steps
+from dora_kernels.pytorch import PYTORCH
 from dora_kernels.quant import parts
 from tests.support.problem import DEVICE, GRADIENTS, TOLERANCE, Problem
 
@@ -84,7 +84,7 @@ def test_a_forward_pass_keeps_what_the_backward_pass_needs_and_no_more(way, norm
         return forward(*arguments)
 
     forward = ops.forward
-    monkeypatch.setattr(linear.ops, "forward", recorded)
+    monkeypatch.setattr(ops, "forward", recorded)
     for grad, needs_A, needs_B, needs_magnitude in itertools.product((False, True), repeat=4):
         problem.lora_A.requires_grad_(needs_A)
         problem.lora_B.requires_grad_(needs_B)
@@ -159,8 +159,9 @@ def test_under_autocast_every_operand_is_in_autocasts_dtype(norm_grad, dropout, 
 
         return step
 
-    steps = Steps(**{name: recorded(name, function) for name, function in REFERENCE._asdict().items()})
-    monkeypatch.setattr(ops, "REFERENCE", steps)
+    functions = {name: function for name, function in PYTORCH._asdict().items() if callable(function)}
+    steps = PYTORCH._replace(**{name: recorded(name, function) for name, function in functions.items()})
+    monkeypatch.setattr(ops, "PYTORCH", steps)
     problem = Problem.random(5, 12, 10, 3, torch.float32, dropout=dropout)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         results = problem.ours("reference", way, norm_grad=norm_grad)
@@ -194,7 +195,7 @@ def test_a_product_of_the_reference_on_a_cpu(dtype, out_dtype):
     expected = (left @ right).to(out_dtype or dtype)
     if dtype == torch.float16 and out_dtype == torch.float32:
         expected = left.float() @ right.float()
-    assert torch.equal(pytorch.matmul(left, right, out_dtype or dtype), expected)
+    assert torch.equal(gemm.matmul(left, right, out_dtype or dtype), expected)
 
 
 def test_a_product_of_the_reference_on_a_gpu(monkeypatch):
@@ -208,11 +209,11 @@ def test_a_product_of_the_reference_on_a_gpu(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         for dtype, out_dtype in itertools.product((torch.bfloat16, torch.float16, torch.float32), repeat=2):
             left = torch.empty(4, 4, device="cuda", dtype=dtype)
-            assert pytorch.matmul(left, left, out_dtype).dtype == out_dtype
+            assert gemm.matmul(left, left, out_dtype).dtype == out_dtype
             half = dtype != torch.float32 and out_dtype == torch.float32
             assert unrounded == ([{"out_dtype": out_dtype}] if half else []), (dtype, out_dtype)
             unrounded.clear()
-            base = pytorch.base_product(left, left, exact=dtype == out_dtype)
+            base = gemm.base_product(left, left, exact=dtype == out_dtype)
             assert base.dtype == (torch.float32 if dtype == out_dtype else dtype)
             unrounded.clear()
 
@@ -224,8 +225,8 @@ def test_the_planner_decides_between_the_kernel_and_the_library(answer, other, s
     kernels = pytest.importorskip("dora_kernels.kernels")
     problem = Problem.random(5, 12, 10, 3, torch.bfloat16, torch.float32 if other else torch.bfloat16)
     asked, used = [], []
-    for module, name in ((kernels.forward, "project_ref"), (kernels.backward, "outer_product_ref")):
-        monkeypatch.setattr(module, name, lambda *_, name=name: used.append(name))
+    for name in ("project", "outer_product"):
+        monkeypatch.setattr(gemm, name, lambda *_, name=name: used.append(name))
     for name in ("project_by_kernel", "outer_by_kernel"):
         monkeypatch.setattr(plan, name, lambda *ranks, **keywords: asked.append((*ranks, keywords)) or answer)
     kernels.project(problem.x, problem.lora_A, torch.ones(10, device=DEVICE) if scaled else None)
@@ -233,7 +234,7 @@ def test_the_planner_decides_between_the_kernel_and_the_library(answer, other, s
     # the kernel is launched by the sums over the tokens, which ask again
     questions = [(3, {"scaled": scaled, "same_dtype": not other})] + (1 + answer) * [(3, {"same_dtype": not other})]
     assert asked == questions
-    assert used == ([] if answer else ["project_ref", "outer_product_ref"])
+    assert used == ([] if answer else ["project", "outer_product"])
 
 
 def test_what_is_given_is_not_returned():

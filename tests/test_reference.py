@@ -4,8 +4,8 @@ and what the CPU path does beyond them: a batch norm's one pass in place of conv
 import pytest
 import torch
 
-from dora_kernels import pytorch
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels import gemm, pytorch, reference
+from dora_kernels.reference import dora_linear_ref
 from tests.support.problem import DEVICE, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -36,14 +36,12 @@ def direction(problem):
 def test_norm_and_merge(problem):
     adapter = (problem.lora_A, problem.lora_B)
     norm = direction(problem).norm(dim=1)
-    close(pytorch.norm_ref(problem.weight, *adapter, 0.75, problem.magnitude), (norm, problem.magnitude / norm))
+    close(pytorch.norm(problem.weight, *adapter, 0.75, problem.magnitude), (norm, problem.magnitude / norm))
     gain = problem.magnitude[:, None]
     for with_gain in (False, True):
         for subtract in (False, True):
             expected = (gain if with_gain else 1) * direction(problem) - subtract * problem.weight
-            actual = pytorch.merge_ref(
-                problem.weight, *adapter, problem.magnitude if with_gain else None, 0.75, subtract
-            )
+            actual = pytorch.merge(problem.weight, *adapter, problem.magnitude if with_gain else None, 0.75, subtract)
             close(actual, expected)
 
 
@@ -54,7 +52,7 @@ def test_epilogue(problem, with_low, with_bias, with_residual):
     base, low = problem.x @ problem.weight.T, problem.x @ problem.lora_A.T
     expected = problem.magnitude * (base + with_low * 0.75 * low @ problem.lora_B.T) + with_bias * problem.bias
     expected = expected + with_residual * (problem.dy - base)
-    actual = pytorch.epilogue_ref(
+    actual = pytorch.epilogue(
         base, low if with_low else None, problem.lora_B, problem.magnitude, problem.bias if with_bias else None,
         0.75, EXACT_DTYPE, problem.dy if with_residual else None,
     )  # fmt: skip
@@ -68,7 +66,7 @@ def test_merged_forward(problem, gain_given, with_bias, keep):
     norm = direction(problem).norm(dim=1)
     gain = 2 * problem.magnitude if gain_given else problem.magnitude / norm
     z = problem.x @ direction(problem).T
-    actual = pytorch.merged_forward_ref(
+    actual = pytorch.merged_forward(
         problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.magnitude,
         problem.bias if with_bias else None, gain if gain_given else None, 0.75, keep,
     )  # fmt: skip
@@ -87,7 +85,7 @@ def test_token_sums(problem):
         "dbias": torch.empty_like(norm),
         "scaled": torch.empty_like(problem.dy),
     }
-    pytorch.token_sums_ref(
+    pytorch.token_sums(
         problem.dy, low, 0.75, gain=problem.magnitude, kept=base, norm=norm, lora_B=problem.lora_B, **outputs
     )
     product = problem.dy.T @ low
@@ -138,7 +136,7 @@ def test_the_size_of_a_block_is_the_device_s():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scaled_columns_are_exact_and_rounded_once(dtype, shape, layout):
     matrix = LAYOUTS[layout](*shape).to(DEVICE, dtype)
-    gain, bias = torch.randn(2, shape[1], device=DEVICE, dtype=pytorch.accumulate_dtype(dtype))
+    gain, bias = torch.randn(2, shape[1], device=DEVICE, dtype=reference.accumulate_dtype(dtype))
     for added in (None, bias, bias.to(dtype)):
         out = torch.empty(shape, dtype=dtype, device=DEVICE)
         pytorch._scale_columns(matrix, gain, added, out)
@@ -153,7 +151,7 @@ def test_scaled_columns_are_exact_and_rounded_once(dtype, shape, layout):
 @pytest.mark.parametrize("wider", (False, True), ids=("same", "wider"))
 def test_column_sums(wider, dtype, shape, layout):
     columns = LAYOUTS[layout](*shape).to(DEVICE, dtype)
-    accumulate = pytorch.accumulate_dtype(dtype)
+    accumulate = reference.accumulate_dtype(dtype)
     kept = torch.randn(shape, device=DEVICE).to(accumulate if wider else dtype)
     dot, total = pytorch._column_sums(columns, kept, True, accumulate)
     assert dot.dtype == total.dtype == accumulate
@@ -174,7 +172,7 @@ def test_many_tokens_in_float32_are_summed_as_exactly_as_by_torch():
 def test_the_product_onto_the_low_rank_term_is_rounded_as_base_is(rank):
     x, weight = torch.randn(65, 130, device=DEVICE).bfloat16(), torch.randn(70, 130, device=DEVICE).bfloat16()
     low, lora_B = torch.randn(65, rank, device=DEVICE).bfloat16(), torch.randn(70, rank, device=DEVICE).bfloat16()
-    z = pytorch.product_onto_low_rank(x, weight, low, lora_B, 0.25)
+    z = gemm.product_onto_low_rank(x, weight, low, lora_B, 0.25)
     base = x.double() @ weight.double().T
     exact = base + 0.25 * low.double() @ lora_B.double().T
     error, base_error = ((z - exact).norm() / exact.norm()), ((x @ weight.T - base).norm() / base.norm())
@@ -185,16 +183,16 @@ def test_an_outer_product_without_a_gain():
     """What dA is made of: the sum over the tokens, scaled."""
     problem = Problem.random(9, 40, 36, 6)
     low, outer = problem.x @ problem.lora_A.T, torch.empty_like(problem.lora_B)
-    pytorch.token_sums_ref(problem.dy, low, 0.75, outer=outer)
+    pytorch.token_sums(problem.dy, low, 0.75, outer=outer)
     close(outer, 0.75 * problem.dy.T @ low)
-    close(pytorch.outer_product_ref(low, problem.dy, 0.75, EXACT_DTYPE), outer.T)
+    close(gemm.outer_product(low, problem.dy, 0.75, EXACT_DTYPE), outer.T)
 
 
 def test_a_low_that_is_wider_than_the_columns_is_not_rounded_to_them():
     problem = Problem.random(64, 40, 36, 6, torch.bfloat16, torch.float32)
     low, gain = problem.x.float() @ problem.lora_A.T, torch.rand(40, device=DEVICE)
     outer, scaled = torch.empty_like(problem.lora_B), torch.empty_like(problem.dy)
-    pytorch.token_sums_ref(problem.dy, low, 0.75, outer=outer, gain=gain, scaled=scaled)
+    pytorch.token_sums(problem.dy, low, 0.75, outer=outer, gain=gain, scaled=scaled)
     exact = 0.75 * gain[:, None] * (problem.dy.double().T @ low.double())
     assert (outer - exact).norm() < 1e-6 * exact.norm()
 
@@ -210,9 +208,9 @@ def test_a_scaling_of_0_does_not_hide_an_inf(dtype, operand):
     assert 0 < expected.isnan().sum() < 35
     nothing = left.new_zeros(5, 7), left.new_zeros(5, 4), left.new_zeros(7, 4)
     for actual in (
-        pytorch.add_product(nothing[0], left, right, 0.0),
-        pytorch.product_onto_low_rank(*nothing[1:], left, right.T, 0.0),
-        pytorch.outer_product_ref(left.T.contiguous(), right, 0.0, dtype),
+        gemm.add_product(nothing[0], left, right, 0.0),
+        gemm.product_onto_low_rank(*nothing[1:], left, right.T, 0.0),
+        gemm.outer_product(left.T.contiguous(), right, 0.0, dtype),
     ):
         torch.testing.assert_close(actual, expected, equal_nan=True)
 

@@ -29,7 +29,7 @@ from bench.lib.report import aligned, write
 from bench.lib.shapes import Case
 from dora_kernels import kernels, ops
 from dora_kernels.planning import plan
-from dora_kernels.pytorch import Steps
+from dora_kernels.types import Steps
 
 # N = 128 is two steps of the kernel of P, so that it splits its sum as at real sizes; K = 64 keeps PEFT's product with
 # an identity matrix of K x K small

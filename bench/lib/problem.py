@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import dora_kernels
 from bench.lib.shapes import PRECISIONS, QUANTIZED, Case, Precision
 from dora_kernels import quant
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 
 # 2 * alpha / R is common, but a power of two would make the product exact and hide a scaling in the wrong place
 SCALING = 0.7

@@ -27,7 +27,7 @@ from bench.lib.measure import failure, interleave, peak_bytes, saved_bytes, stop
 from bench.lib.problem import lora_dropout_ref
 from bench.lib.report import write
 from dora_kernels import DoraLinear
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import compare
 
 WAYS = {"none": (0.0, "adapter"), "adapter": (0.1, "adapter"), "lora": (0.1, "lora")}

@@ -28,7 +28,7 @@ from bench.lib.machine import ROOT, meta
 from bench.lib.measure import failure, interleave
 from bench.lib.report import write
 from dora_kernels import DoraLinear
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import compare
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

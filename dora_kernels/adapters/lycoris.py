@@ -40,7 +40,7 @@ from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import FLOATING, scaling_reason
 from dora_kernels.functional.weight import weight_norm
-from dora_kernels.pytorch import accumulate_dtype
+from dora_kernels.reference import accumulate_dtype
 
 WRAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -31,8 +31,8 @@ from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import FLOATING, scaling_reason
 from dora_kernels.functional.weight import merge_weight_and_norm, weight_norm
-from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import Weight
+from dora_kernels.reference import gain_of
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -61,7 +61,7 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
         """As TakenOver.norm_and_gain."""
         *operands, magnitude, scaling = _adapter(self, self._known_weight("norm_and_gain"))
         norm = weight_norm(*operands, scaling)
-        return norm, gain_ref(magnitude.detach(), norm)
+        return norm, gain_of(magnitude.detach(), norm)
 
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver.merged_weight_and_bias; the bias is the library's times the gain."""
@@ -93,7 +93,7 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
             return reuse.dora_linear_reusing(self, x, *arguments, None)
         _, lora_A, lora_B, magnitude, scaling = arguments
         norm = reuse.weight_norm_reusing(self, weight, lora_A, lora_B, scaling)
-        gain = gain_ref(magnitude, norm)
+        gain = gain_of(magnitude, norm)
         bias = None if bias is None else gain * bias
         if not drops(dropout):
             return dora_linear_core(x, *arguments, bias, norm=norm)[0]

@@ -30,6 +30,7 @@ from dora_kernels.functional.validate import check_adapter, check_call, check_no
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.modules import DoraLinear
 from dora_kernels.quant import Weight
+from dora_kernels.reference import over_norm
 
 
 def columnwise_dora_linear(
@@ -91,8 +92,7 @@ def rowwise_dora_linear(
     if norm is None:
         norm = _sum_squares(weight_norm(weight, lora_A, lora_B, scaling, norm_grad=norm_grad), group)
     if norm_grad:  # the gain carries the norm's gradient, over a norm of 1
-        zero = norm == 0
-        magnitude = torch.where(zero, 0, magnitude / torch.where(zero, 1, norm))
+        magnitude = over_norm(magnitude, norm)
         norm = torch.ones_like(norm)
     arguments = (x, weight, lora_A, lora_B, _sum_gradient(magnitude, group), scaling)
     y = _sum(dora_linear_core(*arguments, x_dropped=x_dropped, norm=norm, function=function)[0], group)

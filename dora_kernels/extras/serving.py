@@ -23,7 +23,7 @@ from dora_kernels.functional.validate import check_adapter, check_bank, check_ca
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.mergeable import MergeableLinear
 from dora_kernels.planning.options import current_options
-from dora_kernels.pytorch import accumulate_dtype, gain_ref
+from dora_kernels.reference import accumulate_dtype, gain_of
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ class AdapterBank:
                 gains.append(weight.new_ones(weight.shape[0], dtype=accumulate))
             else:
                 check_row(f"AdapterBank.of: adapter {e}", "magnitude", magnitude, weight)
-                gains.append(gain_ref(magnitude, weight_norm(weight, lora_A, lora_B, scaling)))
+                gains.append(gain_of(magnitude, weight_norm(weight, lora_A, lora_B, scaling)))
         R = max(adapter.lora_A.shape[0] for adapter in adapters)
         return cls(
             torch.cat([F.pad(lora_A, (0, 0, 0, R - len(lora_A))) for lora_A, *_ in adapters]),

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dora_kernels import ops
 from dora_kernels.functional import derivatives
-from dora_kernels.pytorch import Needs, accumulate_dtype, dense_ref, dora_linear_ref, gain_ref, row_norms
 from dora_kernels.quant import DENSE, parts, whole
+from dora_kernels.reference import accumulate_dtype, dense, dora_linear_ref, gain_of, row_norms
+from dora_kernels.types import Needs
 
 
 class Settings(NamedTuple):
@@ -238,7 +239,7 @@ def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> lis
         if needs_bias:
             dbias = dy.to(accumulate).sum(0).to(ctx.bias_dtype)
         if needs_low:
-            gain = gain_ref(magnitude, norm)
+            gain = gain_of(magnitude, norm)
             dlow = (scaling * ((dy.to(accumulate) * gain) @ lora_B.to(accumulate))).to(settings.dtype)
     return [*made, dbias, dlow]
 
@@ -255,7 +256,7 @@ def _dense(
     shape = (lora_B.shape[0], lora_A.shape[1])
     weight = whole(list(tensors), weight_format, weight_numbers, weight_dtype, shape)
     with torch.no_grad():
-        return dense_ref(weight, accumulate_dtype(weight_dtype)).to(accumulate_dtype(weight_dtype))
+        return dense(weight, accumulate_dtype(weight_dtype)).to(accumulate_dtype(weight_dtype))
 
 
 class WeightNorm(torch.autograd.Function):

@@ -17,8 +17,8 @@ from dora_kernels.functional.validate import (
 from dora_kernels.ops import is_autocast
 from dora_kernels.planning import plan
 from dora_kernels.planning.options import current_options
-from dora_kernels.pytorch import accumulate_dtype
 from dora_kernels.quant import QuantizedWeight, Weight, parts
+from dora_kernels.reference import accumulate_dtype
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 

@@ -16,8 +16,8 @@ from dora_kernels.functional import derivatives
 from dora_kernels.functional.linear import check_dtypes, operand_dtypes, unfolded
 from dora_kernels.functional.validate import check_adapter, check_call, check_rescale
 from dora_kernels.planning.options import current_options
-from dora_kernels.pytorch import accumulate_dtype, gain_ref
 from dora_kernels.quant import Weight, frozen_product
+from dora_kernels.reference import accumulate_dtype, gain_of
 
 
 def rescale(
@@ -73,7 +73,7 @@ def dora_linear_lora_dropout(
     base_dtype, dtype = operand_dtypes(x, lora_A)
     base = frozen_product(x.to(base_dtype), weight)
     low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
-    return rescale(base, low, lora_B, gain_ref(magnitude, norm), scaling, bias)
+    return rescale(base, low, lora_B, gain_of(magnitude, norm), scaling, bias)
 
 
 class _Rescale(torch.autograd.Function):

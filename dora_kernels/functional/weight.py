@@ -8,8 +8,8 @@ from dora_kernels.functional.autograd import WeightNorm
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_norm_grad, check_row
 from dora_kernels.planning.options import current_options
-from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import Weight, parts
+from dora_kernels.reference import gain_of
 
 ROWS_SHOWN = 8
 """How many rows an error names."""
@@ -57,7 +57,7 @@ def merge_weight_and_norm(
     with torch.no_grad():
         stored = parts(weight)
         norm = ops.norm(*stored, lora_A, lora_B, scaling, dtype, backend) if norm is None else norm
-        gain = gain_ref(magnitude, norm)
+        gain = gain_of(magnitude, norm)
         return ops.merge(*stored, lora_A, lora_B, gain, scaling, dtype, backend), norm, gain
 
 

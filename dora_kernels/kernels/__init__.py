@@ -10,7 +10,7 @@ from dora_kernels.kernels.forward import epilogue, merged_forward, project  # no
 from dora_kernels.kernels.grouped import grouped_norm  # noqa: E402
 from dora_kernels.kernels.norm import norm  # noqa: E402
 from dora_kernels.kernels.weight import dense, merge  # noqa: E402
-from dora_kernels.pytorch import Steps  # noqa: E402
+from dora_kernels.types import Steps  # noqa: E402
 
 KERNELS = Steps(
     dense=dense,

@@ -9,8 +9,8 @@ import triton.language as tl
 
 from dora_kernels.planning import configs, devices
 from dora_kernels.planning.configs import ceil_div
-from dora_kernels.pytorch import accumulate_dtype
 from dora_kernels.quant import Weight
+from dora_kernels.reference import accumulate_dtype
 
 TL_DTYPE = {
     torch.bfloat16: tl.bfloat16,

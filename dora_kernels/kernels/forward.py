@@ -5,6 +5,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from dora_kernels import gemm
 from dora_kernels.kernels.common import (
     TL_DTYPE,
     Launch,
@@ -18,7 +19,6 @@ from dora_kernels.kernels.norm import norm
 from dora_kernels.kernels.weight import merge
 from dora_kernels.planning import plan
 from dora_kernels.planning.configs import HIGH_RANK, Config, ceil_div
-from dora_kernels.pytorch import project_ref
 from dora_kernels.quant import Weight
 
 
@@ -110,7 +110,7 @@ def project(
     M, K = rows.shape
     R = factor.shape[0]
     if not plan.project_by_kernel(R, scaled=scale is not None, same_dtype=rows.dtype == dtype):
-        return project_ref(rows, factor, scale, out_dtype)
+        return gemm.project(rows, factor, scale, out_dtype)
     how = Launch.of(rows, dtype)
     config = how.config("project")
     tiles = config.tiles(R)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dora_kernels.functional import linear
 from dora_kernels.modules import DoraLinear
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing.measure import compare
 from dora_kernels.testing.report import Report, Row
 from dora_kernels.testing.run import Call, Result, random_like, run, same, shared_dropout

@@ -22,7 +22,7 @@ from bench.lib.shapes import Case
 from bench.studies import decisive
 from dora_kernels.kernels import KERNELS, backward
 from dora_kernels.planning import devices, plan
-from dora_kernels.pytorch import REFERENCE
+from dora_kernels.pytorch import PYTORCH
 
 ROOT = Path(__file__).parents[2]
 H200 = Roof(4e12, {"bf16": 800e12, "fp16": 800e12, "fp32": 50e12})
@@ -120,7 +120,7 @@ def test_the_figures_of_a_row():
 def test_the_reference_passes_its_own_check(precision):
     checker = kernels.Checker(Operands.random(small(precision)))
     for kernel in kernels.CALLS:
-        assert kernels.failure(checker.comparisons(kernel, REFERENCE)) is None, kernel
+        assert kernels.failure(checker.comparisons(kernel, PYTORCH)) is None, kernel
 
 
 STEP = {"norm": "norm", "merge": "merge", "low": "project", "project": "project", "epilogue": "epilogue"}
@@ -131,11 +131,11 @@ STEP = {"norm": "norm", "merge": "merge", "low": "project", "project": "project"
 @pytest.mark.parametrize("kernel", STEP)
 def test_a_wrong_kernel_is_found(kernel, wrong, precision):
     def step(*arguments, **keywords):
-        results = getattr(REFERENCE, STEP[kernel])(*arguments, **keywords)
+        results = getattr(PYTORCH, STEP[kernel])(*arguments, **keywords)
         return tuple(wrong * t for t in results) if isinstance(results, tuple) else wrong * results
 
     checker = kernels.Checker(Operands.random(small(precision)))
-    reason = kernels.failure(checker.comparisons(kernel, REFERENCE._replace(**{STEP[kernel]: step})))
+    reason = kernels.failure(checker.comparisons(kernel, PYTORCH._replace(**{STEP[kernel]: step})))
     assert reason and "error" in reason
 
 
@@ -143,10 +143,10 @@ def test_a_wrong_kernel_is_found(kernel, wrong, precision):
 def test_sums_over_the_tokens_that_are_left_unwritten_are_found(part):
     def step(*arguments, **keywords):
         keywords.pop(part)
-        REFERENCE.token_sums(*arguments, **keywords)
+        PYTORCH.token_sums(*arguments, **keywords)
 
     checker = kernels.Checker(Operands.random(SMALL))
-    reason = kernels.failure(checker.comparisons("token_sums", REFERENCE._replace(token_sums=step)))
+    reason = kernels.failure(checker.comparisons("token_sums", PYTORCH._replace(token_sums=step)))
     assert reason == f"{'dB' if part == 'outer' else part}: error inf, yardstick {reason.split()[-1]}"
 
 
@@ -155,14 +155,14 @@ def test_an_update_that_is_lost_is_found():
     checker = kernels.Checker(operands)
     for kernel in ("norm", "merge", "epilogue"):
         without = replace(operands, lora_B=torch.zeros_like(operands.lora_B))
-        checker.comparisons(kernel, REFERENCE)  # of the right operands
+        checker.comparisons(kernel, PYTORCH)  # of the right operands
         checker.operands = without
-        assert kernels.failure(checker.comparisons(kernel, REFERENCE)), kernel
+        assert kernels.failure(checker.comparisons(kernel, PYTORCH)), kernel
         checker.operands = operands
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch):
-    monkeypatch.setattr(kernels, "steps_for", lambda case: (REFERENCE._replace(norm=lambda *a: 1 / 0), "triton"))
+    monkeypatch.setattr(kernels, "steps_for", lambda case: (PYTORCH._replace(norm=lambda *a: 1 / 0), "triton"))
     monkeypatch.setattr(kernels, "SUMMATION", -1.0)  # nothing is good enough
     rows = kernels.measure_case(SMALL, H200, ("norm", "merge"), seconds=0, rounds=(1, 1))
     by_key = {(row["kernel"], row["by"]): row for row in rows}

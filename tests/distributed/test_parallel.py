@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from dora_kernels import DoraLinear, ops
 from dora_kernels.extras import parallel, serving
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import compare
 from tests.support.distributed import world
 from tests.support.problem import Problem

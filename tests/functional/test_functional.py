@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dora_kernels
 from dora_kernels import ops, options
 from dora_kernels.planning import devices
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import MEAN_RATIO, geometric_mean, rms_error
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, core
 

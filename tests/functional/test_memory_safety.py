@@ -19,7 +19,7 @@ from dora_kernels import DoraLinear, options
 from dora_kernels.extras.dvora import DvoraLinear, VeraProjection
 from dora_kernels.extras.serving import AdapterBank, bank_linear
 from dora_kernels.functional.linear import dora_linear_core
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from tests.support.packed import quantized
 from tests.support.problem import BACKENDS, DEVICE, Problem, core
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import dora_kernels
-from dora_kernels import ops, options, pytorch
+from dora_kernels import ops, options, reference
 from dora_kernels.planning import configs, devices
 from dora_kernels.quant import parts
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, core
@@ -245,7 +245,7 @@ class TestDerivatives:
         left = 0.1 if dtypes[0] == torch.bfloat16 else 1e-3
         problem.weight[::2] = (-adapter * (1 + left * noise.to(DEVICE)))[::2].to(problem.weight.dtype)
         problem.weight[3] = problem.lora_B[3] = 0
-        problem.magnitude = pytorch.norm_ref(problem.weight, problem.lora_A, problem.lora_B, 0.75)[0]
+        problem.magnitude = reference.norm(problem.weight, problem.lora_A, problem.lora_B, 0.75)[0]
         problem.magnitude = (1.1 * problem.magnitude).to(problem.lora_A.dtype)
         actual = problem.ours(backend, way, norm_grad=True)
         assert (actual["lora_B"][3] == 0).all() and actual["magnitude"][3] == 0

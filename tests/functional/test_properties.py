@@ -21,7 +21,7 @@ from torch import Tensor
 import dora_kernels
 from dora_kernels import options
 from dora_kernels.planning.options import WAYS
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import WORST_RATIO
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, Problem, Results
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from dora_kernels import ops, options, weight_norm
 from dora_kernels.functional.rescale import dora_linear_lora_dropout, rescale
-from dora_kernels.pytorch import dora_linear_ref
 from dora_kernels.quant import parts
+from dora_kernels.reference import dora_linear_ref
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem
 
 SHAPES = ((17, 40, 36, 6), (33, 70, 50, 20), (1, 12, 10, 1), (7, 9, 4, 13))

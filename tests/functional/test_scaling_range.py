@@ -12,7 +12,7 @@ from dora_kernels.extras.serving import AdapterBank
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import check_elements, check_number, check_probability, check_scaling
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from tests.support import structures
 from tests.support.problem import BACKENDS, DEVICE, Problem
 

@@ -11,8 +11,8 @@ import dora_kernels
 from dora_kernels import options
 from dora_kernels.extras.dvora import dvora_linear, dvora_linear_ref, norm_terms
 from dora_kernels.functional.rescale import dora_linear_lora_dropout, rescale
-from dora_kernels.pytorch import dora_linear_ref, row_norms
 from dora_kernels.quant import QuantizedWeight, frozen_product
+from dora_kernels.reference import dora_linear_ref, row_norms
 from tests.support.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, Problem, core
 from tests.support.second_derivatives import assert_equal, derivatives, grad, squares
 

@@ -26,7 +26,7 @@ from dora_kernels import (  # noqa: E402
 )
 from dora_kernels.extras.dvora import dvora_linear_ref  # noqa: E402
 from dora_kernels.functional.autograd import SharedLow  # noqa: E402
-from dora_kernels.pytorch import dora_linear_ref  # noqa: E402
+from dora_kernels.reference import dora_linear_ref  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
 from tests.adapters import test_peft_conv, test_peft_embedding  # noqa: E402
 from tests.adapters.test_structures import CASES as STRUCTURES  # noqa: E402

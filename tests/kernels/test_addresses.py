@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from dora_kernels import pytorch
+from dora_kernels import reference
 from dora_kernels.planning import configs, devices
 from tests.support.problem import DEVICE, Problem
 
@@ -163,7 +163,7 @@ def test_merge_writes_rows_of_2_to_the_30(memory):
     far_weight = moved(memory[2**20 :], problem.weight, 0)  # 2^20 further on: beside the output, not on it
     lora_A = torch.zeros(3, 64)
     lora_A[:, :3] = problem.lora_A
-    expected = pytorch.merge_ref(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
+    expected = reference.merge(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
     pointers, numbers, constexprs = quant.arguments(far_weight, 32)
     weight._merge_kernel[1, 1](
         pointers, numbers, lora_A, problem.lora_B, problem.magnitude, huge, 3, FAR, 3,
@@ -184,7 +184,7 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
         *problem.lora_A.stride(), *problem.lora_B.stride(), 32, 0.75, **constexprs,
         ONE_CHUNK=True, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
     )  # fmt: skip
-    norm, _ = pytorch.norm_ref(problem.weight, problem.lora_A, problem.lora_B, 0.75)
+    norm, _ = reference.norm(problem.weight, problem.lora_A, problem.lora_B, 0.75)
     assert (partial > 0).all()
     torch.testing.assert_close(partial.sum(0).sqrt(), norm)
 
@@ -224,7 +224,7 @@ def test_epilogue_writes_rows_of_2_to_the_30(memory):
         HAS_LOW=True, HAS_BIAS=True, HAS_RESIDUAL=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("epilogue"),
     )  # fmt: skip
     arguments = (base, low, problem.lora_B, problem.magnitude, problem.bias, 0.75, torch.float32)
-    torch.testing.assert_close(y, pytorch.epilogue_ref(*arguments))
+    torch.testing.assert_close(y, reference.epilogue(*arguments))
 
 
 @on_cpu

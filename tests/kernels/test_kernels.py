@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 
-from dora_kernels import pytorch
+from dora_kernels import reference
 from dora_kernels.planning import configs, devices
 from dora_kernels.planning.configs import Config
 from tests.support.packed import quantized
@@ -33,7 +33,7 @@ def close(actual, expected):
 
 def test_norm(problem):
     arguments = (problem.weight, problem.lora_A, problem.lora_B, 0.75, problem.magnitude)
-    for actual, expected in zip(kernels.norm(*arguments), pytorch.norm_ref(*arguments), strict=True):
+    for actual, expected in zip(kernels.norm(*arguments), reference.norm(*arguments), strict=True):
         close(actual, expected)
     assert kernels.norm(*arguments[:-1])[1] is None
 
@@ -50,7 +50,7 @@ def test_grouped_norm(shapes):
     tensors[0][0][3] = tensors[2][0][3] = 0  # a zero row
     scalings = [0.5 + seed for seed in range(len(problems))]
     for actual, expected in zip(
-        kernels.grouped_norm(*tensors, scalings), pytorch.grouped_norm_ref(*tensors, scalings), strict=True
+        kernels.grouped_norm(*tensors, scalings), reference.grouped_norm(*tensors, scalings), strict=True
     ):
         close(actual, expected)
         assert actual[3] == 0 and actual.shape == (sum(problem.weight.shape[0] for problem in problems),)
@@ -107,7 +107,7 @@ def test_what_a_norm_loads_ahead():
 def test_merge(problem, with_gain, subtract_weight):
     gain = problem.magnitude if with_gain else None
     arguments = (problem.weight, problem.lora_A, problem.lora_B, gain, 0.75, subtract_weight)
-    close(kernels.merge(*arguments), pytorch.merge_ref(*arguments))
+    close(kernels.merge(*arguments), reference.merge(*arguments))
 
 
 @pytest.mark.parametrize("scaled", (False, True))
@@ -116,7 +116,7 @@ def test_project(problem, scaled, monkeypatch):
     monkeypatch.setattr("dora_kernels.planning.plan.project_by_kernel", lambda *arguments, **keywords: True)
     scale = problem.magnitude if scaled else None
     for rows, factor in ((problem.dy, problem.lora_B.T), (problem.dy.T.contiguous().T, problem.lora_B.T.contiguous())):
-        close(kernels.project(rows, factor, scale), pytorch.project_ref(rows, factor, scale))
+        close(kernels.project(rows, factor, scale), reference.project(rows, factor, scale))
 
 
 @pytest.mark.parametrize("with_low", (False, True))
@@ -128,7 +128,7 @@ def test_epilogue(problem, with_low, with_bias, with_residual):
     residual = problem.dy.T.contiguous().T if with_residual else None
     base = problem.x @ problem.weight.T
     arguments = (base, low, problem.lora_B, problem.magnitude, bias, 0.75, DTYPE, residual)
-    close(kernels.epilogue(*arguments), pytorch.epilogue_ref(*arguments))
+    close(kernels.epilogue(*arguments), reference.epilogue(*arguments))
 
 
 def _in_rows_of(tensor, width, offset=0):
@@ -178,7 +178,7 @@ def test_the_large_tile_of_a_high_rank_is_for_what_fits_its_registers(N, R, othe
     elif change:
         operands[name] = _in_rows_of(operands[name], *(int(word) for word in change.split() if word.isdigit()))
     arguments = (*operands.values(), problem.magnitude, problem.bias, 0.75, dtype, residual)
-    torch.testing.assert_close(kernels.epilogue(*arguments), pytorch.epilogue_ref(*arguments), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kernels.epilogue(*arguments), reference.epilogue(*arguments), rtol=1e-4, atol=1e-4)
     assert used[-1] == expected
 
 
@@ -198,7 +198,7 @@ def test_the_large_tile_of_a_high_rank_is_for_what_fills_the_device(M, N, multip
     monkeypatch.setattr(devices, "device_facts", lambda device: facts)
     monkeypatch.setattr(configs, "config_for", lambda kernel, *rest: used.append(kernel) or config)
     arguments = (problem.dy, problem.x @ problem.lora_A.T, problem.lora_B, problem.magnitude, None, 0.75, torch.float32)
-    torch.testing.assert_close(kernels.epilogue(*arguments), pytorch.epilogue_ref(*arguments), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(kernels.epilogue(*arguments), reference.epilogue(*arguments), rtol=1e-4, atol=1e-4)
     assert used[-1] == expected
 
 
@@ -228,7 +228,7 @@ def test_token_sums(problem, by_kernel, wanted, keep, monkeypatch):
         )
         return outputs
 
-    actual, expected = run(kernels.token_sums), run(pytorch.token_sums_ref)
+    actual, expected = run(kernels.token_sums), run(reference.token_sums)
     assert actual
     for name in actual:
         close(actual[name], expected[name])
@@ -252,7 +252,7 @@ def test_a_high_rank_sums_its_product_in_the_gemm_library(R, adapter, expected, 
 def test_outer_product(problem):
     projected = problem.x @ problem.lora_A.T
     arguments = (projected, problem.x, 0.75, DTYPE)
-    close(kernels.outer_product(*arguments), pytorch.outer_product_ref(*arguments))
+    close(kernels.outer_product(*arguments), reference.outer_product(*arguments))
 
 
 @pytest.mark.parametrize("keep", (False, True))
@@ -261,7 +261,7 @@ def test_merged_forward(problem, keep):
         problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.bias,
         None, 0.75, keep,
     )  # fmt: skip
-    actual, expected = kernels.merged_forward(*arguments), pytorch.merged_forward_ref(*arguments)
+    actual, expected = kernels.merged_forward(*arguments), reference.merged_forward(*arguments)
     for one, other in zip(actual, expected, strict=True):
         assert one is other is None or torch.allclose(one, other, **TOLERANCE)
 
@@ -312,7 +312,7 @@ def test_a_rank_of_8_in_rows_of_another_width(width):
 def test_tile_sizes_do_not_change_the_result(tiles, monkeypatch):
     problem = Problem.random(33, 70, 90, 20, DTYPE)
     arguments = (problem.weight, problem.lora_A, problem.lora_B, 0.75)
-    expected = pytorch.norm_ref(*arguments)[0]
+    expected = reference.norm(*arguments)[0]
     facts = devices.device_facts(problem.x.device)
     config = configs.config_for("norm", facts, DTYPE)
     changed = Config(**(vars(config) | tiles))

@@ -12,7 +12,7 @@ from torch import nn
 import dora_kernels
 from dora_kernels import DoraLinear, options, quant
 from dora_kernels.extras.dvora import DvoraLinear, VeraProjection
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from tests.support import structures
 from tests.support.packed import KINDS, quantized
 from tests.support.problem import BACKENDS, DEVICE

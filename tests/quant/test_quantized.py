@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dora_kernels
-from dora_kernels import DoraLinear, ops, options, passes, pytorch, quant
+from dora_kernels import DoraLinear, ops, options, passes, pytorch, quant, reference
 from dora_kernels.planning import configs, devices, plan
 from dora_kernels.quant import QuantizedWeight, parts
 from tests.support.packed import HQQ_KINDS, KINDS, quantized
@@ -81,16 +81,16 @@ def test_norm_and_merge(kind, shape):
     tolerance = {"rtol": 1e-10, "atol": 1e-10} if weight.dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-6}
     for actual, expected in zip(
         kernels.norm(weight, *adapter, 0.75, problem.magnitude),
-        pytorch.norm_ref(weight, *adapter, 0.75, problem.magnitude),
+        reference.norm(weight, *adapter, 0.75, problem.magnitude),
         strict=True,
     ):
         torch.testing.assert_close(actual, expected, **tolerance)
     for gain in (None, problem.magnitude):
         for subtract_weight in (False, True):
             arguments = (weight, *adapter, gain, 0.75, subtract_weight)
-            torch.testing.assert_close(kernels.merge(*arguments), pytorch.merge_ref(*arguments), **tolerance)
+            torch.testing.assert_close(kernels.merge(*arguments), reference.merge(*arguments), **tolerance)
     merged = kernels.merge(weight, *adapter, None, 0.75, out_dtype=torch.bfloat16)
-    expected = pytorch.merge_ref(weight, *adapter, None, 0.75, out_dtype=torch.bfloat16)
+    expected = reference.merge(weight, *adapter, None, 0.75, out_dtype=torch.bfloat16)
     assert merged.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(merged, expected, rtol=2**-7, atol=1e-6)
 
@@ -252,13 +252,13 @@ class DenseTensors(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("steps", (kernels.KERNELS, pytorch.REFERENCE), ids=("kernels", "reference"))
+@pytest.mark.parametrize("steps", (kernels.KERNELS, pytorch.PYTORCH), ids=("kernels", "reference"))
 @pytest.mark.parametrize("way", ("split", "merged"))
 @pytest.mark.parametrize("dropped", (False, True))
 @pytest.mark.parametrize("kind", ("codebook4 nested", "int8", "hqq4 axis 0"))
 def test_one_dense_temporary_at_a_time(kind, dropped, way, steps, monkeypatch):
     """None in the norm; M is small, so that nothing else has N * K elements. The reference works in blocks of 256."""
-    N, K, R, M = 600 if steps is pytorch.REFERENCE else 72, 40, 4, 3
+    N, K, R, M = 600 if steps is pytorch.PYTORCH else 72, 40, 4, 3
     monkeypatch.setattr(pytorch, "_BLOCK_BYTES", {"cpu": 1})
     monkeypatch.setattr(pytorch, "_BLOCK_BYTES_ELSEWHERE", 1)
     monkeypatch.setattr(quant.formats, "_BLOCK_ELEMENTS", {"cpu": 64 * K, "gpu": 64 * K})
@@ -274,7 +274,7 @@ def test_one_dense_temporary_at_a_time(kind, dropped, way, steps, monkeypatch):
             way, keep, True, False,
         )  # fmt: skip
     # the reference merges block by block, and multiplies each block
-    assert counted.most == (0 if steps is pytorch.REFERENCE and keep == "z" else 1)
+    assert counted.most == (0 if steps is pytorch.PYTORCH and keep == "z" else 1)
     with DenseTensors(N * K) as counted:
         passes.backward(
             steps, problem.dy, problem.x, weight, *adapter, norm, gain, low, kept, None, 0.75, dtype, way, keep,
@@ -388,7 +388,7 @@ def test_a_module_over_a_quantised_layer(layer):
     assert {name for name, parameter in layer.named_parameters() if parameter.grad is not None} == {
         "lora_A.weight", "lora_B.weight", "lora_magnitude_vector",
     }  # fmt: skip
-    expected = pytorch.dora_linear_ref(
+    expected = reference.dora_linear_ref(
         x, dense, layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector, layer.scaling, linear.bias
     )
     torch.testing.assert_close(y, expected)

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import dora_kernels
 from dora_kernels import DoraLinear, reuse
 from dora_kernels.functional import linear
-from dora_kernels.pytorch import REFERENCE, dora_linear_ref
+from dora_kernels.pytorch import PYTORCH
+from dora_kernels.reference import dora_linear_ref
 from tests.support.problem import DEVICE
 
 
@@ -50,11 +51,11 @@ def norms(monkeypatch):
 
         return wrapped
 
-    steps = REFERENCE._replace(
-        norm=counting(REFERENCE.norm, "norm"),
-        merged_forward=counting(REFERENCE.merged_forward, "merged_forward"),
+    steps = PYTORCH._replace(
+        norm=counting(PYTORCH.norm, "norm"),
+        merged_forward=counting(PYTORCH.merged_forward, "merged_forward"),
     )
-    monkeypatch.setattr("dora_kernels.ops.REFERENCE", steps)
+    monkeypatch.setattr("dora_kernels.ops.PYTORCH", steps)
     with dora_kernels.options(backend="reference"):
         yield made
 

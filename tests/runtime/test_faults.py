@@ -25,7 +25,7 @@ import dora_kernels
 from dora_kernels import DoraLinear, ops, options, reuse
 from dora_kernels.planning import configs, devices
 from dora_kernels.planning.options import Options, current_options
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from tests.support.problem import BACKENDS, DEVICE, GRADIENTS, Problem, core
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_kernels import DoraLinear, options, passes
-from dora_kernels.pytorch import REFERENCE
+from dora_kernels.pytorch import PYTORCH
 from tests.functional.test_rescale import layer as two_pieces
 from tests.support.problem import BACKENDS, DEVICE, Problem, core
 
@@ -129,7 +129,7 @@ def test_the_reference_waits_for_nothing_off_the_cpu(way, precision, dtype, norm
         if isinstance(value, torch.Tensor):
             setattr(problem, name, value.to("meta"))
     with NoSync() as mode, torch.no_grad():
-        run_steps(REFERENCE, problem, way, precision == "exact", norm_grad)
+        run_steps(PYTORCH, problem, way, precision == "exact", norm_grad)
     assert mode.seen > 20
 
 

@@ -25,7 +25,7 @@ from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.planning.options import current_options
-from dora_kernels.pytorch import accumulate_dtype, dora_linear_ref
+from dora_kernels.reference import accumulate_dtype, dora_linear_ref
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, FP32), (FP64, FP64))

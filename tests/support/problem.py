@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dora_kernels import options
 from dora_kernels.functional import linear
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import SCALING, Comparison, compare, random_inputs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,7 +9,7 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels import dora_linear, options
-from dora_kernels.pytorch import dora_linear_ref
+from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import (
     check_gradients,
     check_layer,

@@ -24,7 +24,7 @@ with pytest.raises(RuntimeError, match="same device"):
     torch.nn.functional.linear(x, weight)
 with pytest.raises(RuntimeError, match="same device"):
     torch.mm(x.half(), weight.T.half(), out_dtype=torch.float32)
-from dora_kernels import kernels
+from dora_kernels import kernels, reference
 A, B = torch.randn(4, 24), torch.randn(20, 4, device="cuda")
 with pytest.raises(ValueError, match="cannot be accessed from Triton"):
     kernels.norm(weight.cuda(), A, B, 1.0)
@@ -43,14 +43,13 @@ with pytest.raises(torch.OutOfMemoryError):
 ANSWERED = """
 import torch
 from dora_kernels.planning import devices
-from dora_kernels import kernels
-from dora_kernels.pytorch import norm_ref
+from dora_kernels import kernels, reference
 from dora_kernels.testing import nan_filled_memory
 facts = devices.device_facts(torch.device("cuda", 0))
 assert facts.target == "sm_90" and facts.multiprocessors == 132 and facts.name.startswith("Pretended")
 weight, A, B = (torch.randn(shape, device="cuda") for shape in ((40, 90), (6, 90), (40, 6)))
 norm, _ = kernels.norm(weight, A, B, 0.75)
-torch.testing.assert_close(norm, norm_ref(weight, A, B, 0.75)[0])
+torch.testing.assert_close(norm, reference.norm(weight, A, B, 0.75)[0])
 with nan_filled_memory():
     assert torch.empty(3, device="cuda").isnan().all()
 with torch.autocast("cuda", dtype=torch.bfloat16):

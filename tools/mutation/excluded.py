@@ -33,9 +33,10 @@ _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("extras/dvora/f
 _AUTOGRAD, _RESCALE, _WEIGHT_FUNCTIONS = (
     f"dora_kernels/functional/{name}.py" for name in ("autograd", "rescale", "weight")
 )
-_PASSES, _REFERENCE, _SERVING, _SHARING = (
-    f"dora_kernels/{name}.py" for name in ("passes", "pytorch", "extras/serving", "reuse/sharing")
+_GEMM, _PASSES, _PYTORCH, _REFERENCE = (
+    f"dora_kernels/{name}.py" for name in ("gemm", "passes", "pytorch", "reference")
 )
+_SERVING, _SHARING = (f"dora_kernels/{name}.py" for name in ("extras/serving", "reuse/sharing"))
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
 _NO_TENSOR = "strides, a rank or a scaling of a tensor that is not there"
@@ -117,8 +118,7 @@ EXCLUDED = (
     Excluded(_OPS, "_settled", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_BACKWARD, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
-    Excluded(_REFERENCE, "gain_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
-    Excluded(_REFERENCE, "token_sums_ref", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
+    Excluded(_REFERENCE, "over_norm", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)",), _NO_QUOTIENT),
     Excluded(_BACKWARD, "token_sums", "is None else", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
     Excluded(_FORWARD, "epilogue", "(0, 0) if", ("0 -> 1", "0 -> 1 (2)"), _NO_TENSOR),
     Excluded(_FORWARD, "epilogue", "0 if bias is None else", ("0 -> 1",), _NO_TENSOR),
@@ -219,11 +219,7 @@ EXCLUDED = (
     Excluded(_QUANT, "arguments", "group = 1", ("1",), _GROUPS_OF_ONE),
     Excluded(_QUANT, "arguments", "group = math.gcd(K, group_size", ("1 -> 0 (2)",), _GROUPS_OF_ONE),
     Excluded(_QUANT, "arguments", "sizes = group_size", ("0 -> 1", "0 -> 1 (2)"), _WHOLE_ROWS),
-    Excluded(
-        _PASSES, "_low_rank_first", "steps is REFERENCE", ("steps is REFERENCE -> (steps is not REFERENCE)",), _SPEED
-    ),
-    Excluded(_PASSES, "norm_backward", "c = torch.where(", ("0 -> 1 (3)", "1 -> 0"), _NO_QUOTIENT),
-    Excluded(_PASSES, "norm_backward", "c = torch.where(", ("0 -> 1 (2)",), "what c is multiplied by is that row, 0"),
+    Excluded(_PASSES, "_low_rank_first", "steps.low_rank_first", ("",), _SPEED),
     Excluded(_QUANT, "weight_stages", "", ("",), _TILES),
     Excluded(_BACKWARD, "_partial_sums", "stages = min(", ("",), _TILES),
     Excluded(_BACKWARD, "_partial_sums", "rows_at_once =", ("16",), _SPLITS),
@@ -235,22 +231,22 @@ EXCLUDED = (
         ("gain == 0 -> (gain != 0)", "0 -> 1"),
         "without elements every norm is 0, and no row is lost",
     ),
-    Excluded(_REFERENCE, "bank_epilogue_ref", "y = base", ("base.to(",), _PROMOTED),
-    Excluded(_REFERENCE, "", "_BLOCK_BYTES_ELSEWHERE =", ("256",), _BLOCKS),
+    Excluded(_PYTORCH, "bank_epilogue", "y = base", ("base.to(",), _PROMOTED),
+    Excluded(_PYTORCH, "", "_BLOCK_BYTES_ELSEWHERE =", ("256",), _BLOCKS),
     Excluded(
-        _REFERENCE,
+        _PYTORCH,
         "_scale_columns",
         "if matrix.device.type",
         ("matrix.device.type == \"cpu\" -> (matrix.device.type != 'cpu')",),
         _SPEED,
     ),
-    Excluded(_REFERENCE, "epilogue_ref", "if low is None and", ("base.dtype == out_dtype",), _SPEED),
-    Excluded(_REFERENCE, "_column_sums", "if half and", ('columns.device.type == "cpu"',), _SPEED),
+    Excluded(_PYTORCH, "epilogue", "if low is None and", ("base.dtype == out_dtype",), _SPEED),
+    Excluded(_PYTORCH, "_column_sums", "if half and", ('columns.device.type == "cpu"',), _SPEED),
     Excluded(_SHARING, "shared_low", "operand.shape[-1] == 0", ("-1", "1", "0"), _NO_FEATURES),
     Excluded(_SHARING, "_key", "cuda_stream if on_cuda", ("0 -> 1",), "any number, where there is no stream"),
     Excluded(_SHARING, "_key", "stream_capturing", ("on_cuda and",), "nothing is captured where there is no GPU"),
-    Excluded(_REFERENCE, "_column_sums", "wanted = [False", ("False",), "makes a gradient that is not used: speed"),
-    Excluded(_REFERENCE, "_scale_columns", "statistics =", ("0 -> 1", "0 -> 1 (2)"), _NO_STATISTICS),
-    Excluded(_REFERENCE, "_scale_columns", "torch.native_batch_norm(", ("0.0 -> 1.0",), _NO_STATISTICS),
-    Excluded(_REFERENCE, "product_onto_low_rank", "beta=0", ("0 -> 1",), _BETA),
+    Excluded(_PYTORCH, "_column_sums", "wanted = [False", ("False",), "makes a gradient that is not used: speed"),
+    Excluded(_PYTORCH, "_scale_columns", "statistics =", ("0 -> 1", "0 -> 1 (2)"), _NO_STATISTICS),
+    Excluded(_PYTORCH, "_scale_columns", "torch.native_batch_norm(", ("0.0 -> 1.0",), _NO_STATISTICS),
+    Excluded(_GEMM, "product_onto_low_rank", "beta=0", ("0 -> 1",), _BETA),
 )

@@ -21,6 +21,17 @@ _SERVING = ("tests/extras/test_serving.py",)
 _SECOND = ("tests/functional/test_second_derivatives.py", "tests/functional/test_second_derivatives_of_layers.py")
 _SHARED = ("tests/reuse/test_shared_calls.py", "tests/reuse/test_shared_inputs.py")
 _COMPOSED = (*_RESCALE, *_SERVING, *_SHARED)
+_STEPS = (
+    "tests/test_reference.py",
+    "tests/test_passes.py",
+    "tests/functional/test_nonfinite.py",
+    "tests/functional/test_functional.py",
+    "tests/kernels/test_kernels.py",
+    *_PARTS,
+    "tests/functional/test_scaling_range.py",
+    *_SECOND,
+    *_COMPOSED,
+)
 # Single tests, named with "::", run for every mutant of the file: they compile it, or read it
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/backward.py": (*_KERNELS, "tests/functional/test_rescale.py"),
@@ -89,17 +100,9 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/quant/formats.py": (*_QUANTIZED, *_PARTS),
     "dora_kernels/quant/parts.py": (*_PARTS, *_QUANTIZED),
     "dora_kernels/quant/product.py": ("tests/extras/test_dvora.py", *_QUANTIZED),
-    "dora_kernels/pytorch.py": (
-        "tests/test_reference.py",
-        "tests/test_passes.py",
-        "tests/functional/test_nonfinite.py",
-        "tests/functional/test_functional.py",
-        "tests/kernels/test_kernels.py",
-        *_PARTS,
-        "tests/functional/test_scaling_range.py",
-        *_SECOND,
-        *_COMPOSED,
-    ),
+    "dora_kernels/gemm.py": _STEPS,
+    "dora_kernels/pytorch.py": _STEPS,
+    "dora_kernels/reference.py": _STEPS,
     "dora_kernels/functional/rescale.py": (*_RESCALE, "tests/functional/test_dropout.py", *_SECOND),
     "dora_kernels/extras/serving.py": (
         *_SERVING,
@@ -157,4 +160,5 @@ NOT_MUTATED: dict[str, str] = {
     "dora_kernels/reuse/scope.py": _KEEPS,
     "dora_kernels/reuse/store.py": _KEEPS,
     "dora_kernels/testing/": "of the tests",
+    "dora_kernels/types.py": "names",
 }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.probe import DROPOUT
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.pytorch import gain_ref
+from dora_kernels.reference import gain_of
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -85,6 +85,6 @@ class DoraKernelsLinearLoRA(Structure):
             weight, lora_A, lora_B, _, scaling, bias, _ = adapter
             base = F.linear(x, weight)
             low_rank = F.dropout(F.linear(F.linear(x, lora_A), lora_B), self.dropout_p)
-            y = gain_ref(adapter.magnitude, self.norm(adapter)) * (base + scaling * low_rank)
+            y = gain_of(adapter.magnitude, self.norm(adapter)) * (base + scaling * low_rank)
             y = (y if bias is None else y + bias).to(base.dtype)
         return y.to(torch.promote_types(y.dtype, x.dtype))

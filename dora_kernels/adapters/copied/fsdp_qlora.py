@@ -18,8 +18,8 @@ from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
 from dora_kernels.adapters.taking import bypass_reason, class_name
 from dora_kernels.functional.linear import dora_linear_core
-from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import QuantizedWeight
+from dora_kernels.reference import gain_of
 
 CLASSES = {"DORA", "BNBDORA", "HQQDORA"}
 
@@ -99,5 +99,5 @@ class DoraKernelsDORA(Structure):
         if bias is None:
             return self.linear(x, adapter)
         norm = self.norm(adapter)
-        bias = (gain_ref(adapter.magnitude, norm) * bias).to(x.dtype)
+        bias = (gain_of(adapter.magnitude, norm) * bias).to(x.dtype)
         return dora_linear_core(x, *adapter[:5], bias, norm=norm)[0]

@@ -21,7 +21,7 @@ from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, 
 from dora_kernels.adapters.taking import bypass_reason, drops
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm
-from dora_kernels.pytorch import gain_ref
+from dora_kernels.reference import gain_of
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -100,7 +100,7 @@ class DoraKernelsDoRALinear(Structure):
         dropout = self.adapter.dropout
         dropped = dropout(xn) if drops(dropout) else xn
         low, _ = self.adapter.linear_in(dropped.contiguous())
-        gain = gain_ref(adapter.magnitude, self.norm(adapter))
+        gain = gain_of(adapter.magnitude, self.norm(adapter))
         y = rescale(base, low, adapter.lora_B, gain, adapter.scaling)
         if self.training and isinstance(dropout, nn.Dropout) and self.dora_dropout != "lora":
             correction, *_ = self.base_linear_forward(dropout(xn) - xn)

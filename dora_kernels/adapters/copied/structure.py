@@ -26,8 +26,8 @@ from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import dora_linear_lora_dropout
 from dora_kernels.functional.validate import FLOATING, scaling_reason
 from dora_kernels.functional.weight import merge_weight_and_norm, weight_norm
-from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import QuantizedWeight, Weight
+from dora_kernels.reference import gain_of
 
 
 class Adapter(NamedTuple):
@@ -118,7 +118,7 @@ class Structure(TakenOver):
         """As TakenOver.norm_and_gain."""
         weight, lora_A, lora_B, magnitude, scaling, *_ = self._unmerged("norm_and_gain")
         norm = weight_norm(weight, lora_A, lora_B, scaling)
-        return norm, gain_ref(magnitude, norm)
+        return norm, gain_of(magnitude, norm)
 
     @torch.no_grad()
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:

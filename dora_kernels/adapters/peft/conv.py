@@ -15,7 +15,7 @@ from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, Adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, nests_apart, read_weight
 from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
 from dora_kernels.functional.rescale import rescale
-from dora_kernels.pytorch import accumulate_dtype, gain_ref
+from dora_kernels.reference import accumulate_dtype, gain_of
 
 
 class TakenOverConv(TakenOverLayer):
@@ -70,7 +70,7 @@ class TakenOverConv(TakenOverLayer):
                 product = self.conv_fn(lora_x.to(weight.dtype), weight, None, *settings)
                 result, residual = product.movedim(1, -1).to(result.dtype), result
             low = adapter.lora_A(lora_x).movedim(1, -1)
-            gain = gain_ref(magnitude.flatten(), norms[i])
+            gain = gain_of(magnitude.flatten(), norms[i])
             arguments = (low, self._channel_product(lora_B), gain, scaling, bias if i == last else None)
             result = rescale(result, *arguments, residual=residual)
         result = result.to(dtype).movedim(-1, 1)

@@ -13,7 +13,7 @@ from dora_kernels.adapters.peft.adapter import EMBEDDING, Adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, read_weight
 from dora_kernels.adapters.taking import class_name
 from dora_kernels.functional.rescale import rescale
-from dora_kernels.pytorch import gain_ref
+from dora_kernels.reference import gain_of
 
 
 class DoraKernelsEmbedding(TakenOverLayer, Embedding):
@@ -57,7 +57,7 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
             low = self._embed(x, lora_A.T)
             if embed_scale is not None:
                 low = low * embed_scale.to(low.dtype)
-            result = rescale(result, low, lora_B, gain_ref(magnitude, norms[i]), scaling)
+            result = rescale(result, low, lora_B, gain_of(magnitude, norms[i]), scaling)
         return result.to(base.dtype)
 
     def drops_otherwise(self) -> bool:

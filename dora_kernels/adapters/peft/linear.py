@@ -13,8 +13,8 @@ from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, 
 from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, nests_apart, read_weight
 from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
-from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import Weight, frozen_product
+from dora_kernels.reference import gain_of
 from dora_kernels.reuse import sharing
 
 
@@ -139,7 +139,7 @@ def _nest(
     apart: bool,
 ) -> Tensor:
     """One more adapter over `result` (..., N), the output with the adapters before it, as dora_forward says."""
-    gain = gain_ref(magnitude, norm)
+    gain = gain_of(magnitude, norm)
     lora_x = x if x_dropped is None else x_dropped
     lora = F.linear(F.linear(lora_x.to(lora_A.dtype), lora_A), lora_B) * scaling
     if apart:

@@ -15,8 +15,8 @@ from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import Adapter, adapter_reason, read_adapter
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
-from dora_kernels.pytorch import accumulate_dtype, gain_ref
 from dora_kernels.quant import QuantizedWeight, Weight
+from dora_kernels.reference import accumulate_dtype, gain_of
 
 
 class Merging(TakenOver):
@@ -89,7 +89,7 @@ class Merging(TakenOver):
             raise ValueError(f"norm_and_gain: {state}; expected one active adapter, not merged")
         adapter = read_adapter(self, names[0], self.family)
         norm = self.norm(self._base_weight(), adapter)
-        return norm, gain_ref(adapter.magnitude.weight.detach().flatten(), norm)
+        return norm, gain_of(adapter.magnitude.weight.detach().flatten(), norm)
 
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver.merged_weight_and_bias; several active adapters nest, as in the forward pass.
@@ -164,7 +164,7 @@ class Merging(TakenOver):
             adapter = read_adapter(self, name, self.family)
             rows, A, B = self.matrices(weight, adapter)
             norm = self._caches[_norm_key(name)].to(weight.device, accumulate_dtype(weight.dtype)).flatten()
-            gain = gain_ref(adapter.magnitude.weight.detach().flatten(), norm)
+            gain = gain_of(adapter.magnitude.weight.detach().flatten(), norm)
             weight = self.shaped(unmerge_weight(function, rows, A, B, norm, gain, adapter.scaling))
         return weight
 

@@ -15,8 +15,8 @@ from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import check_call, check_norm_grad, check_tensor, check_transforms
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.ops import is_autocast
-from dora_kernels.pytorch import accumulate_dtype, gain_ref, row_norms
 from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts, sources
+from dora_kernels.reference import accumulate_dtype, gain_of, over_norm, row_norms
 
 TERMS_SHARE = 0.25
 """The largest part of the weight's bytes that the terms of its norm may take to be kept: memory is why one adapts."""
@@ -89,7 +89,7 @@ def _with_norm(
 ) -> Tensor:
     """dvora_linear of arguments that `_check` has seen."""
     base_dtype, dtype = operand_dtypes(x, vera_A)
-    gain = gain_ref(magnitude, norm.to(accumulate_dtype(base_dtype)))
+    gain = gain_of(magnitude, norm.to(accumulate_dtype(base_dtype)))
 
     x_adapter = x if x_dropped is None else x_dropped
     low = F.linear(x_adapter.to(dtype), vera_A.to(dtype))
@@ -115,7 +115,7 @@ def dvora_linear_ref(
     """The definition of dvora_linear in plain PyTorch, dense, by autograd, in any dtype up to float64."""
     norm = row_norms(weight + (lambda_b[:, None] * vera_B) @ (lambda_d[:, None] * vera_A))
     norm = norm if norm_grad else norm.detach()
-    gain = torch.where(norm == 0, 0, magnitude / torch.where(norm == 0, 1, norm))
+    gain = over_norm(magnitude, norm)
     x_adapter = x if x_dropped is None else x_dropped
     base = F.linear(x_adapter, weight)
     low = lambda_d * F.linear(x_adapter.to(vera_A.dtype), vera_A)

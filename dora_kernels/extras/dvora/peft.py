@@ -31,8 +31,8 @@ from dora_kernels.adapters.taking import (
 )
 from dora_kernels.extras.dvora import dvora_linear_reusing, dvora_norm, dvora_update
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
-from dora_kernels.pytorch import gain_ref
 from dora_kernels.quant import Weight
+from dora_kernels.reference import gain_of
 
 
 def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
@@ -103,7 +103,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
         """As TakenOver.norm_and_gain."""
         lora_A, lora_B, magnitude = self._factors("norm_and_gain")
         norm = weight_norm(_read_base(self)[0], lora_A, lora_B, 1.0)
-        return norm, gain_ref(magnitude.detach(), norm)
+        return norm, gain_of(magnitude.detach(), norm)
 
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver.merged_weight_and_bias."""

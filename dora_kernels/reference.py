@@ -1,0 +1,218 @@
+"""THE SPECIFICATION: the layer and each of its steps in plain PyTorch, for any dtype up to float64.
+
+`dora_linear_ref` is the layer, differentiable by autograd. Each function after it is one step of a forward or backward
+pass: pytorch.py (tuned for CPUs) and kernels/ (Triton) have the same steps with the same names and parameters, and
+tests/test_steps.py holds both to these. A step computes in `accumulate_dtype` and rounds once, to its result's dtype.
+
+Letters: M tokens, N out features, K in features, R rank.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dora_linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    x_dropped: Tensor | None = None,
+    norm: Tensor | None = None,
+    norm_grad: bool = False,
+) -> Tensor:
+    """The definition (DoRA, arXiv 2402.09353, equation 5; the norm is a constant unless norm_grad, section 4.3).
+
+    x, x_dropped (..., K), weight (N, K), lora_A (R, K), lora_B (N, R), magnitude, bias, norm (N,) -> (..., N):
+        gain = magnitude / norm;  norm_n = ||(weight + scaling * lora_B @ lora_A)_n||_2, gain 0 where norm is 0
+        y = gain * (x weight^T + scaling * x lora_A^T lora_B^T) + bias
+    With dropout, where x_dropped = dropout(x):
+        y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * x_dropped lora_A^T lora_B^T + bias
+    """
+    if norm is None:
+        norm = row_norms(weight + scaling * lora_B @ lora_A)
+        norm = norm if norm_grad else norm.detach()
+    gain = over_norm(magnitude, norm)
+    adapter_input = x if x_dropped is None else x_dropped
+    base = F.linear(adapter_input, weight)
+    low = F.linear(adapter_input.to(lora_A.dtype), lora_A)
+    y = gain * (base + scaling * F.linear(low, lora_B))
+    if x_dropped is not None:
+        y = y + F.linear(x, weight) - base
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def row_norms(matrix: Tensor) -> Tensor:
+    """norm (N,) of the rows of matrix (N, K); every derivative is 0 where the norm is, and torch's second one NaN."""
+    zero = torch.linalg.vector_norm(matrix.detach(), dim=1) == 0
+    return torch.where(zero, 0, torch.linalg.vector_norm(torch.where(zero[:, None], 1, matrix), dim=1))
+
+
+def over_norm(dividend: Tensor, norm: Tensor) -> Tensor:
+    """dividend / norm, 0 where norm is 0: a zero row stays zero, and autograd meets no division by 0."""
+    return torch.where(norm == 0, 0, dividend / torch.where(norm == 0, 1, norm))
+
+
+def gain_of(magnitude: Tensor, norm: Tensor) -> Tensor:
+    """gain (N,) = magnitude / norm in norm's dtype; 0 where norm is 0."""
+    return over_norm(magnitude.to(norm.dtype), norm)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norm, gain and every sum: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight (N, K) itself or, of a quantised one (quant/), a dense copy in dtype."""
+    return weight if isinstance(weight, Tensor) else weight.dequantize(dtype=dtype)
+
+
+def direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """weight + scaling * lora_B @ lora_A, (N, K) in the accumulate dtype: what norm, merge and merged_forward share."""
+    accumulate = accumulate_dtype(weight.dtype)
+    return dense(weight, weight.dtype).to(accumulate) + scaling * lora_B.to(accumulate) @ lora_A.to(accumulate)
+
+
+def norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """norm (N,) = row norms of weight + scaling * lora_B @ lora_A and, with a magnitude, gain (N,)."""
+    norm = row_norms(direction(weight, lora_A, lora_B, scaling))
+    return norm, None if magnitude is None else gain_of(magnitude, norm)
+
+
+def grouped_norm(
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    magnitudes: Sequence[Tensor],
+    scalings: Sequence[float],
+) -> tuple[Tensor, Tensor]:
+    """norm and gain of many layers, (sum of N,), one after the other."""
+    norms, gains = zip(*map(norm, weights, lora_As, lora_Bs, scalings, magnitudes), strict=True)
+    return torch.cat(norms), torch.cat(gains)
+
+
+def merge(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    gain: Tensor | None,
+    scaling: float,
+    subtract_weight: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """gain * (weight + scaling * lora_B @ lora_A) [- weight], (N, K) in out_dtype or weight.dtype."""
+    merged = direction(weight, lora_A, lora_B, scaling)
+    if gain is not None:
+        merged = gain[:, None] * merged
+    if subtract_weight:
+        merged = merged - dense(weight, weight.dtype)
+    return merged.to(out_dtype or weight.dtype)
+
+
+def project(rows: Tensor, factor: Tensor, scale: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    """rows (M, K) @ (factor (R, K) * scale (K,)).T -> (M, R) in out_dtype or factor.dtype: x @ A.T, dy @ (gain * B)."""
+    accumulate = accumulate_dtype(factor.dtype)
+    scaled = factor if scale is None else factor * scale
+    return (rows.to(accumulate) @ scaled.to(accumulate).T).to(out_dtype or factor.dtype)
+
+
+def epilogue(
+    base: Tensor,
+    low: Tensor | None,
+    lora_B: Tensor,
+    gain: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    out_dtype: torch.dtype,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base], (M, N) in out_dtype."""
+    z = base.to(gain.dtype)
+    if low is not None:
+        z = z + scaling * low.to(gain.dtype) @ lora_B.to(gain.dtype).T
+    y = gain * z if bias is None else gain * z + bias
+    return (y if residual is None else y + residual - base).to(out_dtype)
+
+
+def bank_epilogue(
+    base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor, scaling: Tensor, bias: Tensor | None, index: Tensor
+) -> Tensor:
+    """The epilogue with an adapter for each row, (M, N) in base's dtype; base + bias where index (M,) is -1.
+
+    y_m = gain_e * (base_m + scaling_e * low_m,e @ lora_B_e^T) + bias, e = index_m
+    low (M, E * R) has the low-rank products with every adapter; lora_B (E, N, R), gain (E, N), scaling (E,).
+    """
+    y = base.to(gain.dtype)
+    for e, low_of_e in enumerate(low.split(lora_B.shape[2], dim=1)):
+        product = low_of_e.to(gain.dtype) @ lora_B[e].to(gain.dtype).T
+        y = torch.where((index == e)[:, None], gain[e] * (y + scaling[e] * product), y)
+    return (y if bias is None else y + bias).to(base.dtype)
+
+
+def merged_forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    magnitude: Tensor,
+    bias: Tensor | None,
+    given_gain: Tensor | None,
+    scaling: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """(y, norm unless the gain is given, gain, z if keep) through the merged weight; z is y before gain and bias."""
+    norm, gain, merged = None, given_gain, direction(weight, lora_A, lora_B, scaling)
+    if gain is None:
+        norm = row_norms(merged)
+        gain = gain_of(magnitude, norm)
+    z = x.to(merged.dtype) @ merged.T
+    y = gain * z if bias is None else gain * z + bias
+    return y.to(x.dtype), norm, gain, z.to(x.dtype) if keep else None
+
+
+def token_sums(
+    columns: Tensor,
+    low: Tensor | None,
+    scaling: float,
+    *,
+    outer: Tensor | None = None,
+    gain: Tensor | None = None,
+    kept: Tensor | None = None,
+    norm: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    dmagnitude: Tensor | None = None,
+    dbias: Tensor | None = None,
+    scaled: Tensor | None = None,
+) -> None:
+    """Sums over the tokens of columns (M, N), written into the tensors given.
+
+    outer (N, R) = scaling * gain * columns^T low;  dbias (N,) = sum_m columns;  scaled (M, N) = gain * columns;
+    dmagnitude (N,) = (sum_m columns * kept + scaling * rowsum((columns^T low) * lora_B)) / norm, 0 where norm is 0,
+    without the low-rank term where lora_B is None (kept then is gain-free z and not base).
+    """
+    columns = columns.to(accumulate_dtype(columns.dtype))
+    gained = columns if gain is None else gain * columns
+    if outer is not None:
+        outer.copy_(scaling * gained.T @ low.to(columns.dtype))
+    if scaled is not None:
+        scaled.copy_(gained)
+    if dbias is not None:
+        dbias.copy_(columns.sum(0))
+    if dmagnitude is not None:
+        z = kept if lora_B is None else kept + scaling * low.to(columns.dtype) @ lora_B.to(columns.dtype).T
+        dmagnitude.copy_(over_norm((columns * z).sum(0), norm))
+
+
+def outer_product(left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype) -> Tensor:
+    """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype: dA."""
+    accumulate = accumulate_dtype(left.dtype)
+    return (scaling * left.to(accumulate).T @ right.to(accumulate)).to(out_dtype)
