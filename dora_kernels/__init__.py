@@ -1,7 +1,7 @@
 """dora_kernels: DoRA linear layers at the cost of the frozen linear layer beneath them.
 
 `dora_linear` is the layer as a function, `DoraLinear` as a module, and `enable(model)` puts it under the DoRA layers
-that a model already has. README.md has the map of the rooms.
+that a model already has. docs/internals.md has the map.
 """
 
 import importlib
