@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,17 @@ from dora_kernels.testing import geometric_mean
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 COMPARED = ("peft_lora", "peft_dora", "ours")
 INFERENCE = ("inference", "inference+frozen_adapters")
+HEADLINE_PRECISION = "bf16"
+COLUMNS = 110  # of the README
 NOTHING = "Nothing has been measured yet: `bench/results/` is empty."
 NO_GPU = (
     "No GPU has run this yet: there is no measured GPU figure, and the constants in `plan.py` and the tile sizes in\n"
     "`configs.py` are predictions from bytes, FLOPs and ahead-of-time compilation."
+)
+STATUS = (
+    "**No GPU has run the kernels yet.** They run in Triton's interpreter, in the tests, and compile ahead of time for "
+    "every GPU that has a configuration, without spills; on a CPU the package runs plain PyTorch. What is said of "
+    "speed on a GPU is a prediction, and marked as one."
 )
 
 # plan.DEVICES has the constants of these under the driver's names
@@ -89,6 +97,36 @@ def heading(device: str, data: dict[str, Any]) -> str:
     )
 
 
+def headline(results: Path) -> str:
+    """The README's table: a training step in bf16 over the frozen linear layer, on GPUs alone where there are any."""
+    layers = load(results, "layer")
+    parts = []
+    for device, data in ({name: data for name, data in layers.items() if name != "cpu"} or layers).items():
+        groups: dict[int, list[dict[str, float]]] = {}
+        for (precision, _, _, _, M), times in cases(data["rows"], "forward+backward").items():
+            if precision == HEADLINE_PRECISION and set(COMPARED) <= times.keys():
+                groups.setdefault(M, []).append(times)
+        lines = [
+            "| tokens | frozen layer | PEFT LoRA | PEFT DoRA | dora_kernels | over PEFT DoRA |",
+            "| --- " * 6 + "|",
+        ]
+        for M, group in groups.items():
+            means = [geometric_mean([times[name] / times["frozen"] for times in group]) for name in COMPARED]
+            ratio = geometric_mean([times["ours"] / times["peft_dora"] for times in group])
+            lines.append("| " + " | ".join((str(M), "1", *(f"{number:.2f}" for number in (*means, ratio)))) + " |")
+        meta, counts = data["meta"], {len(group) for group in groups.values()}
+        caption = (
+            f"Time of forward and backward of one layer over that of the frozen linear layer beneath it, in "
+            f"{HEADLINE_PRECISION}: geometric means of {' or '.join(map(str, sorted(counts)))} shapes and ranks on "
+            f"**{meta['device']}** ({device}), torch {meta['torch']}, PEFT {meta['peft']}, {meta['date'][:10]} "
+            "([all cases and precisions](docs/performance.md#one-layer))."
+        )
+        parts.append("\n".join([textwrap.fill(caption, COLUMNS), "", *lines]))
+    if all(device == "cpu" for device in layers):
+        parts.append(textwrap.fill(STATUS, COLUMNS))
+    return "\n\n".join(parts)
+
+
 def layer_summary(device: str, data: dict[str, Any]) -> str:
     """One layer's training step over the frozen linear layer: geometric means by precision and number of tokens."""
     groups: dict[tuple[str, int], list[dict[str, float]]] = {}
@@ -96,7 +134,7 @@ def layer_summary(device: str, data: dict[str, Any]) -> str:
         groups.setdefault((precision, M), []).append(times)
     lines = [
         f"{heading(device, data)}: forward and backward of one layer, time over the frozen linear layer's, geometric "
-        "means over shapes and ranks ([each of them](docs/figures/layer.md)).",
+        "means over shapes and ranks ([each of them](figures/layer.md)).",
         "",
         "| precision | M | cases | PEFT LoRA | PEFT DoRA | ours | ours over PEFT DoRA | at its worst |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -219,17 +257,17 @@ def analysis_summary(device: str, data: dict[str, Any]) -> str:
         f"{checkpoints} checkpoints a method. The line of the change of magnitude (delta M) over that of direction "
         f"(delta D) slopes {', '.join(found)}. In the paper, on large models, it slopes up for LoRA and down for full "
         f"fine-tuning and DoRA; the sign here is the paper's for: {', '.join(agrees) or 'none of them'}.\n\n"
-        f"![{device}: change of magnitude against change of direction](docs/figures/{device}-analysis.png)"
+        f"![{device}: change of magnitude against change of direction](figures/{device}-analysis.png)"
     )
 
 
 def figures(results: Path) -> str:
-    """The Markdown between the markers."""
+    """Layers, models and the analysis: the Markdown of docs/performance.md."""
     layers, models = load(results, "layer"), load(results, "model")
     parts = [layer_summary(device, data) for device, data in layers.items()]
     parts += [model_table(device, data) for device, data in models.items()]
     if layers:
-        parts += [f"![{title}](docs/figures/{name}.png)" for name, title in plot_names(results).items()]
+        parts += [f"![{title}](figures/{name}.png)" for name, title in plot_names(results).items()]
     parts += [analysis_summary(device, data) for device, data in load(results, "analysis").items()]
     if all(device == "cpu" for device in layers):
         parts.insert(0, NO_GPU)
@@ -372,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = ROOT / "bench" / "results"
     folder = ROOT / "docs" / "figures"
     contents = {
-        ROOT / "README.md": figures(results),
+        ROOT / "README.md": headline(results),
         ROOT / "docs" / "performance.md": predictions(),
         ROOT / "docs" / "correctness.md": error_tables(results),
         ROOT / "docs" / "scaling.md": scaling.section(),
@@ -386,6 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
     )
     texts[performance] = replaced(texts[performance], shared_inputs, "shared inputs")
+    texts[performance] = replaced(texts[performance], figures(results), "one layer")
     for name, table in {"dropout": dropout.table, "evaluation": evaluation.table}.items():
         tables = [
             f"{heading(device, data)}, threads: {data['meta']['threads']}:\n\n{table(data['rows'])}"

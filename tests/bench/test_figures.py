@@ -1,4 +1,4 @@
-"""The README's figures are what the results say, and nothing else."""
+"""The figures of README.md and docs/ are what the results say, and nothing else."""
 
 import json
 
@@ -42,6 +42,24 @@ def test_the_summary_holds_geometric_means(results):
     # 1.5 and 6 over the frozen layer; 4 and 4; 1.25 and 5; ours over PEFT DoRA 0.3125 and 1.25
     assert "| bf16 | 64 | 2 | 3.00 | 4.00 | 2.50 | 0.62 | 1.25 |" in text
     assert figures.NO_GPU not in text
+
+
+def test_the_readme_has_the_means_of_bf16_and_its_card(results):
+    path = results / "card" / "layer.json"
+    data = json.loads(path.read_text())
+    data["rows"] += [row("frozen", 1.0) | {"N": 48}, row("peft_lora", 6.0) | {"N": 48}]
+    data["rows"] += [row("peft_dora", 4.0) | {"N": 48}, row("ours", 5.0) | {"N": 48}]
+    data["rows"] += [entry | {"precision": "fp32"} for entry in data["rows"]]
+    path.write_text(json.dumps(data))
+    text = figures.headline(results)
+    assert [line for line in text.splitlines() if line.startswith("| 64")] == ["| 64 | 1 | 3.00 | 4.00 | 2.50 | 0.62 |"]
+    assert "**Card** (card)" in text and "No GPU" not in text
+    (results / "cpu").mkdir()
+    (results / "cpu" / "layer.json").write_text(json.dumps(data))
+    assert figures.headline(results) == text  # where a GPU has run it, a CPU's figures are for another page
+    (results / "card" / "layer.json").unlink()
+    assert "(cpu)" in figures.headline(results) and figures.headline(results).count("No GPU") == 1
+    assert max(map(len, text.splitlines())) <= figures.COLUMNS
 
 
 def test_the_cpu_alone_says_that_no_gpu_ran(results):
@@ -133,7 +151,7 @@ def test_the_analysis_says_what_was_found(tmp_path):
     assert "2 linear layers" in text and "2 checkpoints a method" in text
     assert "down for full fine-tuning (correlation -0.80; 1.00 within the last checkpoint)" in text
     assert "up for LoRA (correlation 1.00; 1.00 within" in text and "up for DoRA (correlation 0.80; 1.00 w" in text
-    assert "the paper's for: full fine-tuning, LoRA." in text and "docs/figures/card-analysis.png" in text
+    assert "the paper's for: full fine-tuning, LoRA." in text and "(figures/card-analysis.png" in text
     (plot,) = figures.draw(tmp_path, tmp_path / "one")
     (again,) = figures.draw(tmp_path, tmp_path / "two")
     assert plot.name == "card-analysis.png" and plot.read_bytes() == again.read_bytes()

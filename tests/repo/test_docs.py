@@ -10,7 +10,7 @@ import dora_kernels
 import dora_kernels.testing
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def names_in(file: Path) -> set[str]:
@@ -25,6 +25,12 @@ def test_tests_that_are_named_exist(page):
         path = next((ROOT / "tests").rglob(file), None)
         assert path is not None, f"{page.name} names {file}"
         assert not name or name in names_in(path), f"{page.name} names {file}::{name}"
+
+
+def test_the_readme_is_for_ten_minutes():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 110
+    assert max(map(len, lines)) <= 110, max(lines, key=len)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
