@@ -79,9 +79,9 @@ FIRST = (
     Stage("kernels", 20, 35, 50, KERNELS, "kernels.json"),
     Stage("tests_core", 40, 60, 85, tests_core, "tests_core.xml"),
     Stage("head", 26, 34, 45, _layer("head", *HEAD, *EAGER, *STEPS), "head.json"),
-    Stage("decisive", 30, 50, 70, _bench("decisive", roof=True), "decisive.json"),
+    Stage("decisive", 30, 50, 70, _bench("decisive", module="studies.decisive", roof=True), "decisive.json"),
     # keeps its own time, and kills what hangs
-    Stage("probe", 40, 52, 60, _bench("probe", show=12, spare=6), "probe.json"),
+    Stage("probe", 40, 52, 60, _bench("probe", module="studies.probe", show=12, spare=6), "probe.json"),
     SAVE,
 )
 SECOND = (

@@ -19,8 +19,6 @@ if not triton.knobs.runtime.interpret:
 import triton.language as tl  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder  # noqa: E402
 
-from dora_kernels.kernels import interpreter  # noqa: E402
-
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 INF, NAN = float("inf"), float("nan")
 NEGATES = hasattr(InterpreterBuilder, "create_fneg")  # from Triton 3.8 on; -a is 0 - a before
@@ -248,9 +246,16 @@ def right_without_repair() -> list[str]:
     return right
 
 
+def _interpreter():
+    """The module; importing its package repairs, which is too early for what is shown without."""
+    from dora_kernels.kernels import interpreter
+
+    return interpreter
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _repaired():
-    assert interpreter.repair()
+    assert _interpreter().repair()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy on inf, NaN and division by zero in float32
@@ -306,7 +311,7 @@ def test_what_upstream_does_right_stays_right(dtype):
 
 def test_repair_is_idempotent():
     before = InterpreterBuilder.cast_impl
-    assert interpreter.repair()
+    assert _interpreter().repair()
     assert InterpreterBuilder.cast_impl is before
 
 
@@ -316,7 +321,7 @@ def test_repair_leaves_others_alone(environment):
     hide = "sys.modules.update(triton=None, numpy=None); importlib.util.find_spec = lambda name: None"
     code = f"""
 import importlib.util, sys
-spec = importlib.util.spec_from_file_location("alone", {os.path.abspath(interpreter.__file__)!r})
+spec = importlib.util.spec_from_file_location("alone", {os.path.abspath(_interpreter().__file__)!r})
 {hide if environment == "no triton" else ""}
 alone = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(alone)
