@@ -22,7 +22,7 @@ _SECOND = ("tests/functional/test_second_derivatives.py", "tests/functional/test
 _SHARED = ("tests/reuse/test_shared_calls.py", "tests/reuse/test_shared_inputs.py")
 _COMPOSED = (*_RESCALE, *_SERVING, *_SHARED)
 _STEPS = (
-    "tests/test_reference.py",
+    "tests/test_pytorch.py",
     "tests/test_passes.py",
     "tests/functional/test_nonfinite.py",
     "tests/functional/test_functional.py",
