@@ -1,8 +1,8 @@
 """THE SPECIFICATION: the layer and each of its steps in plain PyTorch, for any dtype up to float64.
 
-`dora_linear_ref` is the layer, differentiable by autograd. Each function after it is one step of a forward or backward
-pass: pytorch.py (tuned for CPUs) and kernels/ (Triton) have the same steps with the same names and parameters, and
-tests/test_steps.py holds both to these. A step computes in `accumulate_dtype` and rounds once, to its result's dtype.
+`dora_linear_ref` is the layer, differentiable by autograd; then come the steps of its forward and backward pass.
+pytorch.py (tuned for CPUs) and kernels/ (Triton) have the same steps with the same names and parameters, and
+tests/kernels/test_steps.py holds both to these. A step computes in `accumulate_dtype` and rounds each result once.
 
 Letters: M tokens, N out features, K in features, R rank.
 """

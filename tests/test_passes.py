@@ -186,38 +186,6 @@ def test_a_scaling_of_minus_infinity_is_refused():
             dora_kernels.weight_norm(problem.weight, problem.lora_A, problem.lora_B, scaling)
 
 
-@pytest.mark.parametrize("out_dtype", (None, torch.float32), ids=str)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-def test_a_product_of_the_reference_on_a_cpu(dtype, out_dtype):
-    """Rounded by the GEMM, but for float16, whose sums could overflow."""
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(40, 40, generator=generator).to(dtype) for _ in range(2))
-    expected = (left @ right).to(out_dtype or dtype)
-    if dtype == torch.float16 and out_dtype == torch.float32:
-        expected = left.float() @ right.float()
-    assert torch.equal(gemm.matmul(left, right, out_dtype or dtype), expected)
-
-
-def test_a_product_of_the_reference_on_a_gpu(monkeypatch):
-    """torch.mm gives the accumulator out, where it is wanted and where it is half precision that would round it."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    unrounded, mm = [], torch.mm
-    monkeypatch.setattr(
-        torch, "mm", lambda *arguments, **keywords: unrounded.append(keywords) or mm(*arguments, **keywords)
-    )
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for dtype, out_dtype in itertools.product((torch.bfloat16, torch.float16, torch.float32), repeat=2):
-            left = torch.empty(4, 4, device="cuda", dtype=dtype)
-            assert gemm.matmul(left, left, out_dtype).dtype == out_dtype
-            half = dtype != torch.float32 and out_dtype == torch.float32
-            assert unrounded == ([{"out_dtype": out_dtype}] if half else []), (dtype, out_dtype)
-            unrounded.clear()
-            base = gemm.base_product(left, left, exact=dtype == out_dtype)
-            assert base.dtype == (torch.float32 if dtype == out_dtype else dtype)
-            unrounded.clear()
-
-
 @pytest.mark.parametrize("scaled", (False, True))
 @pytest.mark.parametrize("other", (False, True), ids=("one dtype", "two dtypes"))
 @pytest.mark.parametrize("answer", (False, True), ids=("library", "kernel"))

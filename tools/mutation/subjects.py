@@ -2,6 +2,7 @@
 
 _KERNELS = (
     "tests/kernels/test_kernels.py",
+    "tests/kernels/test_steps.py",
     "tests/kernels/test_bounds.py",
     "tests/kernels/test_accumulation.py",
     "tests/test_passes.py",
@@ -22,7 +23,10 @@ _SECOND = ("tests/functional/test_second_derivatives.py", "tests/functional/test
 _SHARED = ("tests/reuse/test_shared_calls.py", "tests/reuse/test_shared_inputs.py")
 _COMPOSED = (*_RESCALE, *_SERVING, *_SHARED)
 _STEPS = (
+    "tests/kernels/test_steps.py",
+    "tests/test_reference.py",
     "tests/test_pytorch.py",
+    "tests/test_gemm.py",
     "tests/test_passes.py",
     "tests/functional/test_nonfinite.py",
     "tests/functional/test_functional.py",
@@ -102,7 +106,13 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/quant/product.py": ("tests/extras/test_dvora.py", *_QUANTIZED),
     "dora_kernels/gemm.py": _STEPS,
     "dora_kernels/pytorch.py": _STEPS,
-    "dora_kernels/reference.py": _STEPS,
+    "dora_kernels/reference.py": (
+        "tests/kernels/test_steps.py",
+        "tests/test_reference.py",
+        "tests/functional/test_functional.py",
+        "tests/functional/test_second_derivatives.py",
+        "tests/quant/test_quantized.py",
+    ),
     "dora_kernels/functional/rescale.py": (*_RESCALE, "tests/functional/test_dropout.py", *_SECOND),
     "dora_kernels/extras/serving.py": (
         *_SERVING,
