@@ -77,7 +77,7 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
 def direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """weight + scaling * lora_B @ lora_A, (N, K) in the accumulate dtype: what norm, merge and merged_forward share."""
     accumulate = accumulate_dtype(weight.dtype)
-    return dense(weight, weight.dtype).to(accumulate) + scaling * lora_B.to(accumulate) @ lora_A.to(accumulate)
+    return dense(weight, weight.dtype) + scaling * lora_B.to(accumulate) @ lora_A.to(accumulate)
 
 
 def norm(
@@ -136,9 +136,7 @@ def epilogue(
     residual: Tensor | None = None,
 ) -> Tensor:
     """gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base], (M, N) in out_dtype."""
-    z = base.to(gain.dtype)
-    if low is not None:
-        z = z + scaling * low.to(gain.dtype) @ lora_B.to(gain.dtype).T
+    z = base if low is None else base + scaling * low.to(gain.dtype) @ lora_B.to(gain.dtype).T
     y = gain * z if bias is None else gain * z + bias
     return (y if residual is None else y + residual - base).to(out_dtype)
 
@@ -151,7 +149,7 @@ def bank_epilogue(
     y_m = gain_e * (base_m + scaling_e * low_m,e @ lora_B_e^T) + bias, e = index_m
     low (M, E * R) has the low-rank products with every adapter; lora_B (E, N, R), gain (E, N), scaling (E,).
     """
-    y = base.to(gain.dtype)
+    y = base
     for e, low_of_e in enumerate(low.split(lora_B.shape[2], dim=1)):
         product = low_of_e.to(gain.dtype) @ lora_B[e].to(gain.dtype).T
         y = torch.where((index == e)[:, None], gain[e] * (y + scaling[e] * product), y)
