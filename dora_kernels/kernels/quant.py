@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.common import TL_DTYPE, Launch, load_tile
+from dora_kernels.kernels.tile import TL_DTYPE, Launch, load_tile
 from dora_kernels.planning import configs
 from dora_kernels.quant import DENSE, Weight, parts
 

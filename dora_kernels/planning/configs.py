@@ -83,7 +83,7 @@ _HALF = {
     "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=4),
     # 128 registers, and two programs a multiprocessor; under dropout 128 x 128 spills 120 bytes a thread on sm_90
     "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
-    # where there is nothing but base, low and lora_B, in whole vectors, and the device is filled (kernels/forward.py)
+    # where there is nothing but base, low and lora_B, in whole vectors, and the device is filled (kernels/epilogue.py)
     "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),

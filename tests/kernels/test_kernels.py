@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -240,8 +241,9 @@ def test_token_sums(problem, by_kernel, wanted, keep, monkeypatch):
 )
 def test_a_high_rank_sums_its_product_in_the_gemm_library(R, adapter, expected, monkeypatch):
     problem, used = Problem.random(33, 24, 10, R, torch.bfloat16, adapter), []
-    matmul, dB = kernels.backward.matmul, torch.empty_like(problem.lora_B)
-    monkeypatch.setattr(kernels.backward, "matmul", lambda *arguments: used.append(arguments) or matmul(*arguments))
+    module = sys.modules["dora_kernels.kernels.token_sums"]  # kernels.token_sums is the function
+    matmul, dB = module.matmul, torch.empty_like(problem.lora_B)
+    monkeypatch.setattr(module, "matmul", lambda *arguments: used.append(arguments) or matmul(*arguments))
     low = problem.x.to(adapter) @ problem.lora_A.T
     kernels.token_sums(problem.dy, low, 0.75, outer=dB)
     assert len(used) == expected
@@ -268,13 +270,13 @@ def test_merged_forward(problem, keep):
 
 def test_what_the_rank_and_the_strides_are_multiples_of():
     def multiple(R, *widths):
-        return kernels.common.rank_multiple(R, *(torch.empty(3, width)[:, :R] for width in widths))
+        return kernels.tile.rank_multiple(R, *(torch.empty(3, width)[:, :R] for width in widths))
 
     assert [multiple(R) for R in (1, 2, 4, 8, 20, 24, 33)] == [1, 2, 4, 8, 4, 8, 1]
     assert [multiple(R, R) for R in (16, 64, 384)] == [1, 1, 1]  # the JIT's own
     assert [multiple(8, width) for width in (8, 9, 10, 12, 16, 24)] == [8, 1, 2, 4, 8, 8]
     assert multiple(16, 24) == 8 and multiple(8, 8, 12) == 4 and multiple(8, 8, 9) == 1
-    assert kernels.common.rank_multiple(8, torch.empty(8, 16).T) == 1 and kernels.common.rank_multiple(8, None) == 8
+    assert kernels.tile.rank_multiple(8, torch.empty(8, 16).T) == 1 and kernels.tile.rank_multiple(8, None) == 8
 
 
 @pytest.mark.parametrize("width", (8, 9, 12, 24))

@@ -91,9 +91,9 @@ def memory_for(steps: int) -> Iterator[Exhausted]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "_settled", settled_and_exhausted)
         if devices.has_triton():
-            from dora_kernels.kernels import common
+            from dora_kernels.kernels import tile
 
-            kernel = type(common.block_offsets)  # compiled or interpreted
+            kernel = type(tile.block_offsets)  # compiled or interpreted
             run = kernel.run
 
             @functools.wraps(run)

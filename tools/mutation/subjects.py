@@ -38,10 +38,10 @@ _STEPS = (
 )
 # Single tests, named with "::", run for every mutant of the file: they compile it, or read it
 SUBJECTS: dict[str, tuple[str, ...]] = {
-    "dora_kernels/kernels/backward.py": (*_KERNELS, "tests/functional/test_rescale.py"),
-    "dora_kernels/kernels/bank.py": (*_KERNELS, *_SERVING, *_PARTS),
-    "dora_kernels/kernels/common.py": (*_KERNELS, *_SERVING),
-    "dora_kernels/kernels/forward.py": (*_KERNELS, "tests/functional/test_rescale.py"),
+    "dora_kernels/kernels/token_sums.py": (*_KERNELS, "tests/functional/test_rescale.py"),
+    "dora_kernels/kernels/bank_epilogue.py": (*_KERNELS, *_SERVING, *_PARTS),
+    "dora_kernels/kernels/tile.py": (*_KERNELS, *_SERVING),
+    "dora_kernels/kernels/epilogue.py": (*_KERNELS, "tests/functional/test_rescale.py"),
     "dora_kernels/kernels/grouped.py": (*_KERNELS, "tests/reuse/test_frozen_adapters.py"),
     "dora_kernels/kernels/norm.py": (*_KERNELS, "tests/quant/test_quantized.py"),
     "dora_kernels/kernels/quant.py": (*_KERNELS, *_PARTS, "tests/quant/test_quantized.py"),

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.common import Launch, block_offsets, known_multiple, load_tile, low_rank_tile, rank_multiple
+from dora_kernels.kernels.tile import Launch, block_offsets, known_multiple, load_tile, low_rank_tile, rank_multiple
 from dora_kernels.planning.configs import ceil_div
 
 

@@ -6,7 +6,8 @@ import triton
 import triton.language as tl
 
 from dora_kernels import gemm
-from dora_kernels.kernels.common import (
+from dora_kernels.kernels.norm import norm
+from dora_kernels.kernels.tile import (
     TL_DTYPE,
     Launch,
     block_offsets,
@@ -15,7 +16,6 @@ from dora_kernels.kernels.common import (
     low_rank_tile,
     rank_multiple,
 )
-from dora_kernels.kernels.norm import norm
 from dora_kernels.kernels.weight import merge
 from dora_kernels.planning import plan
 from dora_kernels.planning.configs import HIGH_RANK, Config, ceil_div

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from dora_kernels import gemm
 from dora_kernels.gemm import matmul
-from dora_kernels.kernels.common import TL_DTYPE, Launch, block_offsets, known_multiple, load_tile, rank_multiple
+from dora_kernels.kernels.tile import TL_DTYPE, Launch, block_offsets, known_multiple, load_tile, rank_multiple
 from dora_kernels.planning import plan
 from dora_kernels.planning.configs import ceil_div
 
