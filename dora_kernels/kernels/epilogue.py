@@ -12,9 +12,15 @@ from dora_kernels.kernels.tile import (
     Launch,
     block_offsets,
     known_multiple,
+    known_rows,
+    load,
     load_tile,
-    low_rank_tile,
+    load_vector,
+    low_rank,
+    matrix,
     rank_multiple,
+    transposed,
+    vector,
 )
 from dora_kernels.kernels.weight import merge
 from dora_kernels.planning import plan
@@ -146,79 +152,48 @@ def project(
 
 @triton.jit(do_not_specialize=["M"])
 def _epilogue_kernel(
-    base_ptr,  # (M, N)
-    low_ptr,  # (M, R)
-    lora_B_ptr,  # (N, R)
-    gain_ptr,  # (N,) in ACC_DTYPE
-    bias_ptr,  # (N,)
-    residual_ptr,  # (M, N)
+    base,  # (M, N)
+    low,  # (M, R) or None
+    lora_B,  # (N, R)
+    gain_ptr,  # (N,) in DTYPES.accumulate, contiguous
+    bias,  # (N,) or None
+    residual,  # (M, N) or None
     y_ptr,  # (M, N), contiguous
     M,
     N,
     R,
-    stride_base_m,
-    stride_base_n,
-    stride_lm,
-    stride_lr,
-    stride_bn,
-    stride_br,
-    stride_bias,
-    stride_residual_m,
-    stride_residual_n,
     scaling,
-    HAS_LOW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
     R_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
-    OPERAND_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    DTYPES: tl.constexpr,
 ):
     """y = gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base].
 
     One program owns a [BLOCK_M, BLOCK_N] tile.
     """
-    R, stride_lm = known_multiple(R, R_MULTIPLE), known_multiple(stride_lm, R_MULTIPLE)
-    stride_bn = known_multiple(stride_bn, R_MULTIPLE)
+    if low is not None:
+        R, low, lora_B = known_multiple(R, R_MULTIPLE), known_rows(low, R_MULTIPLE), known_rows(lora_B, R_MULTIPLE)
     offs_m = block_offsets(tl.program_id(0), BLOCK_M)
     offs_n = block_offsets(tl.program_id(1), BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
-    base = load_tile(base_ptr, offs_m, offs_n, mask_m, mask_n, stride_base_m, stride_base_n).to(ACC_DTYPE)
-    gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
-    y = base
-    if HAS_LOW:
-        y += scaling * low_rank_tile(
-            low_ptr,
-            lora_B_ptr,
-            offs_m,
-            offs_n,
-            mask_m,
-            mask_n,
-            R,
-            stride_lm,
-            stride_lr,
-            stride_bn,
-            stride_br,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_R,
-            ONE_CHUNK,
-            OPERAND_DTYPE,
-            ACC_DTYPE,
-            DOT_PRECISION,
-        )
+    base_tile = load(base, offs_m, offs_n, mask_m, mask_n).to(DTYPES.accumulate)  # [BLOCK_M, BLOCK_N]
+    gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
+    y = base_tile
+    if low is not None:
+        product = low_rank(
+            low, transposed(lora_B), offs_m, offs_n, mask_m, mask_n, R, BLOCK_R, ONE_CHUNK, DTYPES
+        )  # fmt: skip
+        y += scaling * product
     y = gain[None, :] * y
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(ACC_DTYPE)[None, :]
-    if HAS_RESIDUAL:
-        residual = load_tile(residual_ptr, offs_m, offs_n, mask_m, mask_n, stride_residual_m, stride_residual_n)
-        y += residual.to(ACC_DTYPE) - base
+    if bias is not None:
+        y += load_vector(bias, offs_n, mask_n).to(DTYPES.accumulate)[None, :]
+    if residual is not None:
+        y += load(residual, offs_m, offs_n, mask_m, mask_n).to(DTYPES.accumulate) - base_tile
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -272,28 +247,20 @@ def epilogue(
     if y.numel() == 0:
         return y
     _epilogue_kernel[ceil_div(M, config.BLOCK_M), ceil_div(N, config.BLOCK_N)](
-        base,
-        low,
-        lora_B,
+        matrix(base),
+        matrix(low),
+        matrix(lora_B),
         gain,
-        bias,
-        residual,
+        vector(bias),
+        matrix(residual),
         y,
         M,
         N,
         R,
-        *base.stride(),
-        *((0, 0) if low is None else low.stride()),
-        *lora_B.stride(),
-        0 if bias is None else bias.stride(0),
-        *((0, 0) if residual is None else residual.stride()),
         scaling,
-        HAS_LOW=low is not None,
-        HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None,
         R_MULTIPLE=rank_multiple(R, low, lora_B),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
-        **how.dtypes(),
+        DTYPES=how.tl_dtypes,
         **tiles,
     )
     return y

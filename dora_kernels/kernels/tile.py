@@ -1,7 +1,9 @@
-"""Pieces that several kernels share, on the device and on the host."""
+"""What the kernels are written in: matrices and vectors as arguments, tiles of them, the low-rank product; Launch."""
 
+import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +22,39 @@ TL_DTYPE = {
 }
 
 
+class Matrix(NamedTuple):
+    """A 2-D tensor as one argument of a kernel."""
+
+    ptr: torch.Tensor
+    stride_0: int
+    stride_1: int
+
+
+class Vector(NamedTuple):
+    """A 1-D tensor as one argument of a kernel."""
+
+    ptr: torch.Tensor
+    stride: int
+
+
+class Dtypes(NamedTuple):
+    """The dtypes that a kernel works in, and the precision of its dots: one constexpr, DTYPES."""
+
+    operand: tl.dtype
+    accumulate: tl.dtype
+    precision: str
+
+
+def matrix(tensor: torch.Tensor | None) -> Matrix | None:
+    """A 2-D tensor as an argument; None where there is none, which a kernel tests by `is not None` as it compiles."""
+    return None if tensor is None else Matrix(tensor, *tensor.stride())
+
+
+def vector(tensor: torch.Tensor | None) -> Vector | None:
+    """A 1-D tensor as an argument; None where there is none."""
+    return None if tensor is None else Vector(tensor, *tensor.stride())
+
+
 @triton.jit
 def block_offsets(pid, BLOCK: tl.constexpr):
     """The int64 offsets of block `pid`: they are multiplied by strides, and 2^31 elements is one large activation."""
@@ -32,6 +67,85 @@ def known_multiple(number, OF: tl.constexpr):
     if OF > 1:
         number = number // OF * OF
     return number
+
+
+@triton.jit
+def known_rows(matrix, OF: tl.constexpr):
+    """matrix, of which the compiler then knows that its rows are a multiple of OF elements apart."""
+    return Matrix(matrix.ptr, known_multiple(matrix.stride_0, OF), matrix.stride_1)
+
+
+@triton.jit
+def transposed(matrix):
+    """matrix.T"""
+    return Matrix(matrix.ptr, matrix.stride_1, matrix.stride_0)
+
+
+@triton.jit
+def load(matrix, offs_0, offs_1, mask_0, mask_1):
+    """matrix[offs_0, offs_1], 0 outside the masks."""
+    pointers = matrix.ptr + offs_0[:, None] * matrix.stride_0 + offs_1[None, :] * matrix.stride_1
+    return tl.load(pointers, mask=mask_0[:, None] & mask_1[None, :], other=0.0)
+
+
+@triton.jit
+def store(matrix, offs_0, offs_1, mask_0, mask_1, tile):
+    """matrix[offs_0, offs_1] = tile, inside the masks."""
+    pointers = matrix.ptr + offs_0[:, None] * matrix.stride_0 + offs_1[None, :] * matrix.stride_1
+    tl.store(pointers, tile.to(matrix.ptr.dtype.element_ty), mask=mask_0[:, None] & mask_1[None, :])
+
+
+@triton.jit
+def load_vector(vector, offs, mask):
+    """vector[offs], 0 outside the mask."""
+    return tl.load(vector.ptr + offs * vector.stride, mask=mask, other=0.0)
+
+
+@triton.jit
+def add_product(
+    acc,  # [BLOCK_0, BLOCK_1]
+    left,  # (rows, R)
+    right,  # (R, columns)
+    r,
+    offs_0,
+    offs_1,
+    mask_0,
+    mask_1,
+    R,
+    BLOCK_R: tl.constexpr,
+    DTYPES: tl.constexpr,
+):
+    """acc + left[offs_0, r : r + BLOCK_R] @ right[r : r + BLOCK_R, offs_1]"""
+    offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+    mask_r = offs_r < R
+    a = load(left, offs_0, offs_r, mask_0, mask_r)  # [BLOCK_0, BLOCK_R]
+    b = load(right, offs_r, offs_1, mask_r, mask_1)  # [BLOCK_R, BLOCK_1]
+    return tl.dot(
+        a.to(DTYPES.operand), b.to(DTYPES.operand), acc, input_precision=DTYPES.precision, out_dtype=DTYPES.accumulate
+    )
+
+
+@triton.jit
+def low_rank(
+    left,  # (rows, R)
+    right,  # (R, columns)
+    offs_0,
+    offs_1,
+    mask_0,
+    mask_1,
+    R,
+    BLOCK_R: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    DTYPES: tl.constexpr,
+):
+    """(left @ right)[offs_0, offs_1] in DTYPES.accumulate, R walked in chunks of BLOCK_R."""
+    acc = tl.zeros([offs_0.shape[0], offs_1.shape[0]], dtype=DTYPES.accumulate)
+    if ONE_CHUNK:  # no loop: Triton pipelines innermost loops only, and then that is the caller's
+        acc = add_product(acc, left, right, 0, offs_0, offs_1, mask_0, mask_1, R, BLOCK_R, DTYPES)
+    else:
+        for r in range(0, R, BLOCK_R):
+            acc = add_product(acc, left, right, r, offs_0, offs_1, mask_0, mask_1, R, BLOCK_R, DTYPES)
+    return acc
 
 
 @triton.jit
@@ -167,6 +281,11 @@ class Launch:
         per_split = ceil_div(steps, configs.splits(blocks, steps, self.facts, config)) * block
         return per_split, max(1, ceil_div(size, max(per_split, 1)))
 
+    @property
+    def tl_dtypes(self) -> Dtypes:
+        """The kernels' constexpr DTYPES."""
+        return _tl_dtypes(self.operand, self.accumulate, self.precision)
+
     def dtypes(self) -> dict[str, object]:
         """The constexpr arguments that say in which dtypes a kernel works."""
         return {
@@ -174,3 +293,9 @@ class Launch:
             "ACC_DTYPE": TL_DTYPE[self.accumulate],
             "DOT_PRECISION": self.precision,
         }
+
+
+@functools.cache  # few, and each would take as long to make as three to look up
+def _tl_dtypes(operand: torch.dtype, accumulate: torch.dtype, precision: str) -> Dtypes:
+    """Of torch's dtypes, Triton's."""
+    return Dtypes(TL_DTYPE[operand], TL_DTYPE[accumulate], precision)
