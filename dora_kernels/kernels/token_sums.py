@@ -4,7 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels import gemm
 from dora_kernels.gemm import matmul
 from dora_kernels.kernels.tile import TL_DTYPE, Launch, block_offsets, known_multiple, load_tile, rank_multiple
 from dora_kernels.planning import plan
@@ -340,12 +339,3 @@ def token_sums(
         ACC_DTYPE=TL_DTYPE[how.accumulate],
         **finish.tiles(R),
     )
-
-
-def outer_product(left: torch.Tensor, right: torch.Tensor, scaling: float, out_dtype: torch.dtype) -> torch.Tensor:
-    """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype; as `reference.outer_product_ref`."""
-    if not plan.outer_by_kernel(left.shape[1], same_dtype=right.dtype == left.dtype):
-        return gemm.outer_product(left, right, scaling, out_dtype)
-    result = right.new_empty((left.shape[1], right.shape[1]), dtype=out_dtype)
-    token_sums(right, left, scaling, outer=result.T)
-    return result

@@ -25,9 +25,9 @@ class Excluded:
         return same and (mutant.change in self.changes or mutant.original.startswith(self.changes))
 
 
-_TOKEN_SUMS, _BANK, _TILE, _EPILOGUE, _GROUPED, _NORM, _QUANT, _WEIGHT = (
+_BANK, _EPILOGUE, _GROUPED, _NORM, _PROJECT, _QUANT, _TILE, _TOKEN_SUMS, _WEIGHT = (
     f"dora_kernels/kernels/{name}.py"
-    for name in ("token_sums", "bank_epilogue", "tile", "epilogue", "grouped", "norm", "quant", "weight")
+    for name in ("bank_epilogue", "epilogue", "grouped", "norm", "project", "quant", "tile", "token_sums", "weight")
 )
 _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("extras/dvora/function", "quant/formats", "ops"))
 _AUTOGRAD, _RESCALE, _WEIGHT_FUNCTIONS = (
@@ -65,8 +65,8 @@ EXCLUDED = (
     Excluded(_TOKEN_SUMS, "_token_sums_kernel", "tl.load(gain_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_TOKEN_SUMS, "_outer_of_scaled", "tl.load(", ("0.0 -> 1.0",), _MASKED),
-    Excluded(_EPILOGUE, "_project_kernel", "tl.load(scale_ptr", ("0.0 -> 1.0",), _MASKED),
-    Excluded(_EPILOGUE, "_finish_project_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_PROJECT, "_project_kernel", "tl.load(scale_ptr", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_PROJECT, "_finish_project_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_EPILOGUE, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_NORM, "_finish_norm_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_WEIGHT, "_merge_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
@@ -128,8 +128,8 @@ EXCLUDED = (
     Excluded(_WEIGHT, "dense", "None, None, None, 0.0", ("0.0",), _NO_TENSOR),
     Excluded(_TOKEN_SUMS, "_token_sums_kernel", "split = tl.", ("tl.program_id(2).to",), _INT64),
     Excluded(_TOKEN_SUMS, "_token_sums_kernel", "offs_m = m +", ("tl.arange(0, BLOCK_M).to",), _INT64),
-    Excluded(_EPILOGUE, "_project_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
-    Excluded(_EPILOGUE, "_project_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
+    Excluded(_PROJECT, "_project_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
+    Excluded(_PROJECT, "_project_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_NORM, "_norm_kernel", "split = tl.", ("tl.program_id(1).to",), _INT64),
     Excluded(_NORM, "row_squares", "STAGES is not None:", ("STAGES is not None",), _SPEED),
     Excluded(_NORM, "row_squares", "offs_k = start +", ("(step // chunks).to(tl.int64) -> step // chunks",), _COLUMNS),
@@ -148,16 +148,16 @@ EXCLUDED = (
     Excluded(_TOKEN_SUMS, "_outer_of_scaled", "tl.load(", ("tl.load(",), _CAST),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "tl.store(", ("(scaling * outer).to(",), _CAST),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "tl.store(", ("dmagnitude.to(", "total.to("), _CAST),
-    Excluded(_EPILOGUE, "_project_kernel", "factor = scale", ("factor.to(ACC_DTYPE) -> factor",), _CAST),
-    Excluded(_EPILOGUE, "_project_kernel", "tl.store(", ("acc.to(",), _CAST),
-    Excluded(_EPILOGUE, "_finish_project_kernel", "tl.store(", ("acc.to(",), _CAST),
+    Excluded(_PROJECT, "_project_kernel", "factor = scale", ("factor.to(ACC_DTYPE) -> factor",), _CAST),
+    Excluded(_PROJECT, "_project_kernel", "tl.store(", ("acc.to(",), _CAST),
+    Excluded(_PROJECT, "_finish_project_kernel", "tl.store(", ("acc.to(",), _CAST),
     Excluded(_EPILOGUE, "_epilogue_kernel", "y += tl.load(bias_ptr", ("tl.load(",), _CAST),
     Excluded(_EPILOGUE, "_epilogue_kernel", "y += residual", ("residual.to(ACC_DTYPE) -> residual",), _CAST),
     Excluded(_EPILOGUE, "_epilogue_kernel", "tl.store(", ("y.to(",), _CAST),
     Excluded(_WEIGHT, "direction_tile", "w = weight_tile(", ("weight_tile(",), _CAST),
     Excluded(_WEIGHT, "_merge_kernel", "tl.store(", ("merged.to(",), _CAST),
     Excluded(_AUTOGRAD, "DoraLinearFunction.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.to(",), _GRADIENT),
-    Excluded(_EPILOGUE, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
+    Excluded(_PROJECT, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
     Excluded(_TILE, "Launch.threads", "return", ("config.num_warps *", "self.facts", "64", "32"), _SPLITS),
     Excluded(_EPILOGUE, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
     Excluded(_NORM, "norm", "ONE_CHUNK=", ("R <=",), _TILES),

@@ -1,0 +1,31 @@
+"""The forward pass through a merged weight."""
+
+import torch
+import torch.nn.functional as F
+
+from dora_kernels.kernels.epilogue import epilogue
+from dora_kernels.kernels.norm import norm
+from dora_kernels.kernels.weight import merge
+from dora_kernels.quant import Weight
+
+
+def merged_forward(
+    x: torch.Tensor,
+    weight: Weight,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    magnitude: torch.Tensor,
+    bias: torch.Tensor | None,
+    given_gain: torch.Tensor | None,
+    scaling: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    """(y, norm unless the gain is given, gain, z if keep) through a merged weight; as `merged_forward_ref`."""
+    row_norm, gain = None, given_gain
+    if gain is None:
+        row_norm, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
+    if not keep:
+        merged = merge(weight, lora_A, lora_B, gain, scaling, out_dtype=x.dtype)
+        return F.linear(x, merged, bias), row_norm, gain, None
+    z = F.linear(x, merge(weight, lora_A, lora_B, None, scaling, out_dtype=x.dtype))
+    return epilogue(z, None, lora_B, gain, bias, scaling, x.dtype), row_norm, gain, z
