@@ -4,82 +4,70 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.tile import Launch, block_offsets, known_multiple, load_tile, low_rank_tile, rank_multiple
+from dora_kernels.kernels.tile import (
+    Launch,
+    Matrix,
+    block_offsets,
+    known_multiple,
+    known_rows,
+    load,
+    load_vector,
+    low_rank,
+    matrix,
+    rank_multiple,
+    transposed,
+    vector,
+)
 from dora_kernels.planning.configs import ceil_div
 
 
 @triton.jit(do_not_specialize=["M", "E"])
 def _bank_epilogue_kernel(
-    base_ptr,  # (M, N)
-    low_ptr,  # (M, E * R)
+    base,  # (M, N)
+    low,  # (M, E * R)
     lora_B_ptr,  # (E, N, R), contiguous
-    gain_ptr,  # (E, N) in ACC_DTYPE, contiguous
-    scaling_ptr,  # (E,) in ACC_DTYPE, contiguous
-    bias_ptr,  # (N,)
+    gain_ptr,  # (E, N) in DTYPES.accumulate, contiguous
+    scaling_ptr,  # (E,) in DTYPES.accumulate, contiguous
+    bias,  # (N,) or None
     index_ptr,  # (M,) int64, contiguous
     y_ptr,  # (M, N), contiguous
     M,
     N,
     R,
     E,
-    stride_base_m,
-    stride_base_n,
-    stride_lm,
-    stride_lr,
-    stride_bias,
-    HAS_BIAS: tl.constexpr,
     R_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
-    OPERAND_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    DTYPES: tl.constexpr,
 ):
     """y[m] = gain[e] * (base[m] + scaling[e] * low[m, e * R :] @ lora_B[e].T) + bias, e = index[m]; base + bias for -1.
 
     One program owns a [BLOCK_M, BLOCK_N] tile, and walks the adapters between the least and the largest of its rows.
     """
-    R, stride_lm = known_multiple(R, R_MULTIPLE), known_multiple(stride_lm, R_MULTIPLE)
+    R, low = known_multiple(R, R_MULTIPLE), known_rows(low, R_MULTIPLE)
     offs_m = block_offsets(tl.program_id(0), BLOCK_M)
     offs_n = block_offsets(tl.program_id(1), BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < N
-    index = tl.load(index_ptr + offs_m, mask=mask_m, other=-1)
+    index = tl.load(index_ptr + offs_m, mask=mask_m, other=-1)  # [BLOCK_M]
     adapted = (index >= 0) & (index < E)
     first = tl.min(tl.where(adapted, index, E), axis=0)
     last = tl.max(tl.where(adapted, index, -1), axis=0)
-    y = load_tile(base_ptr, offs_m, offs_n, mask_m, mask_n, stride_base_m, stride_base_n).to(ACC_DTYPE)
+    y = load(base, offs_m, offs_n, mask_m, mask_n).to(DTYPES.accumulate)  # [BLOCK_M, BLOCK_N]
     for e in range(first, last + 1):
         mine = adapted & (index == e)
         if tl.max(mine.to(tl.int32), axis=0) > 0:
-            product = low_rank_tile(
-                low_ptr + e * R * stride_lr,
-                lora_B_ptr + e * N * R,
-                offs_m,
-                offs_n,
-                mine,
-                mask_n,
-                R,
-                stride_lm,
-                stride_lr,
-                R,
-                1,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_R,
-                ONE_CHUNK,
-                OPERAND_DTYPE,
-                ACC_DTYPE,
-                DOT_PRECISION,
-            )
+            low_e = Matrix(low.ptr + e * R * low.stride_1, low.stride_0, low.stride_1)  # (M, R)
+            lora_B_e = Matrix(lora_B_ptr + e * N * R, R, 1)  # (N, R)
+            product = low_rank(low_e, transposed(lora_B_e), offs_m, offs_n, mine, mask_n, R, BLOCK_R, ONE_CHUNK, DTYPES)
             # not a sum for all rows: 0 * inf of another row's adapter is NaN
             y = tl.where(mine[:, None], y + tl.load(scaling_ptr + e) * product, y)
     gain_pointers = gain_ptr + index[:, None] * N + offs_n[None, :]
     y *= tl.load(gain_pointers, mask=adapted[:, None] & mask_n[None, :], other=1.0)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + offs_n * stride_bias, mask=mask_n, other=0.0).to(ACC_DTYPE)[None, :]
+    if bias is not None:
+        y += load_vector(bias, offs_n, mask_n).to(DTYPES.accumulate)[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -96,32 +84,28 @@ def bank_epilogue(
     """y (M, N) of rows with an adapter each; as `reference.bank_epilogue_ref`."""
     M, N = base.shape
     E, _, R = lora_B.shape
-    how = Launch.of(base, lora_B.dtype)
-    config = how.config("bank_epilogue")
+    launch = Launch.of(base, lora_B.dtype)
+    config = launch.config("bank_epilogue")
     tiles = config.tiles(R)
     y = base.new_empty((M, N))
     if y.numel() == 0:
         return y
     _bank_epilogue_kernel[ceil_div(M, config.BLOCK_M), ceil_div(N, config.BLOCK_N)](
-        base,
-        low,
+        matrix(base),
+        matrix(low),
         lora_B,
         gain,
         scaling,
-        bias,
+        vector(bias),
         index,
         y,
         M,
         N,
         R,
         E,
-        *base.stride(),
-        *low.stride(),
-        0 if bias is None else bias.stride(0),
-        HAS_BIAS=bias is not None,
         R_MULTIPLE=rank_multiple(R, low),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
-        **how.dtypes(),
+        DTYPES=launch.tl_dtypes,
         **tiles,
     )
     return y

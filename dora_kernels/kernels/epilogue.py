@@ -55,9 +55,7 @@ def _epilogue_kernel(
     gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
     y = base_tile
     if low is not None:
-        product = low_rank(
-            low, transposed(lora_B), offs_m, offs_n, mask_m, mask_n, R, BLOCK_R, ONE_CHUNK, DTYPES
-        )  # fmt: skip
+        product = low_rank(low, transposed(lora_B), offs_m, offs_n, mask_m, mask_n, R, BLOCK_R, ONE_CHUNK, DTYPES)
         y += scaling * product
     y = gain[None, :] * y
     if bias is not None:
@@ -68,7 +66,7 @@ def _epilogue_kernel(
 
 
 def _epilogue_config(
-    how: Launch,
+    launch: Launch,
     base: torch.Tensor,
     low: torch.Tensor | None,
     lora_B: torch.Tensor,
@@ -82,12 +80,12 @@ def _epilogue_config(
     M, N = base.shape
     R = lora_B.shape[1]
     if R > HIGH_RANK and low is not None and residual is None and base.dtype == low.dtype:
-        large = how.config("epilogue", R)
-        fills = ceil_div(M, large.BLOCK_M) * ceil_div(N, large.BLOCK_N) >= how.facts.multiprocessors
+        large = launch.config("epilogue", R)
+        fills = ceil_div(M, large.BLOCK_M) * ceil_div(N, large.BLOCK_N) >= launch.facts.multiprocessors
         # 16 is what the JIT sees by itself, 8 what rank_multiple tells it
         if fills and _in_vectors(base, 16) and _in_vectors(low, 8) and _in_vectors(lora_B, 8):
             return large
-    return how.config("epilogue")
+    return launch.config("epilogue")
 
 
 def _in_vectors(matrix: torch.Tensor, multiple: int) -> bool:
@@ -110,8 +108,8 @@ def epilogue(
     """y (M, N) in out_dtype from base in one read and one write; as `reference.epilogue_ref`."""
     M, N = base.shape
     R = lora_B.shape[1]
-    how = Launch.of(base, lora_B.dtype)
-    config = _epilogue_config(how, base, low, lora_B, residual)
+    launch = Launch.of(base, lora_B.dtype)
+    config = _epilogue_config(launch, base, low, lora_B, residual)
     tiles = config.tiles(R)
     y = base.new_empty((M, N), dtype=out_dtype)
     if y.numel() == 0:
@@ -130,7 +128,7 @@ def epilogue(
         scaling,
         R_MULTIPLE=rank_multiple(R, low, lora_B),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
-        DTYPES=how.tl_dtypes,
+        DTYPES=launch.tl_dtypes,
         **tiles,
     )
     return y

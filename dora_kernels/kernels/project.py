@@ -5,39 +5,42 @@ import triton
 import triton.language as tl
 
 from dora_kernels import gemm
-from dora_kernels.kernels.tile import TL_DTYPE, Launch, block_offsets, known_multiple, load_tile, rank_multiple
+from dora_kernels.kernels.tile import (
+    Launch,
+    add_dot,
+    add_splits,
+    block_offsets,
+    known_multiple,
+    known_rows,
+    load,
+    matrix,
+    rank_multiple,
+)
 from dora_kernels.planning import plan
 from dora_kernels.planning.configs import ceil_div
 
 
 @triton.jit(do_not_specialize=["M"])
 def _project_kernel(
-    rows_ptr,  # (M, K)
-    factor_ptr,  # (R, K) through its strides
-    scale_ptr,  # (K,) in ACC_DTYPE
+    rows,  # (M, K)
+    factor,  # (K, R)
+    scale_ptr,  # (K,) in DTYPES.accumulate, contiguous, or None
     partial_ptr,  # (splits, M, R), contiguous
     M,
     K,
     R,
-    stride_rm,
-    stride_rk,
-    stride_fr,
-    stride_fk,
     columns_per_split,
-    HAS_SCALE: tl.constexpr,
     R_MULTIPLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    OPERAND_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    DTYPES: tl.constexpr,
 ):
-    """partial[split, m, r] = sum over the split's k of rows[m, k] * scale[k] * factor[r, k].
+    """partial[split, m, r] = sum over the split's k of rows[m, k] * scale[k] * factor[k, r].
 
     One program owns a [BLOCK_M, BLOCK_R] tile of one split; those that read the same rows start one after the other.
     """
-    R, stride_fk = known_multiple(R, R_MULTIPLE), known_multiple(stride_fk, R_MULTIPLE)
+    R, factor = known_multiple(R, R_MULTIPLE), known_rows(factor, R_MULTIPLE)
     blocks_r = tl.cdiv(R, BLOCK_R)
     offs_r = block_offsets(tl.program_id(0) % blocks_r, BLOCK_R)
     # not on an axis of its own: CUDA's second and third end at 65535 programs
@@ -47,43 +50,34 @@ def _project_kernel(
     mask_r = offs_r < R
     start = split * columns_per_split
     end = tl.minimum(start + columns_per_split, K)
-    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=ACC_DTYPE)
+    acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=DTYPES.accumulate)
     for k in range(start, end, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
         mask_k = offs_k < end
-        rows = load_tile(rows_ptr, offs_m, offs_k, mask_m, mask_k, stride_rm, stride_rk)  # [BLOCK_M, BLOCK_K]
-        factor = load_tile(factor_ptr, offs_k, offs_r, mask_k, mask_r, stride_fk, stride_fr)  # [BLOCK_K, BLOCK_R]
-        if HAS_SCALE:
-            scale = tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)
-            factor = scale[:, None] * factor.to(ACC_DTYPE)
-        acc = tl.dot(
-            rows.to(OPERAND_DTYPE),
-            factor.to(OPERAND_DTYPE),
-            acc,
-            input_precision=DOT_PRECISION,
-            out_dtype=ACC_DTYPE,
-        )
+        rows_tile = load(rows, offs_m, offs_k, mask_m, mask_k)  # [BLOCK_M, BLOCK_K]
+        factor_tile = load(factor, offs_k, offs_r, mask_k, mask_r)  # [BLOCK_K, BLOCK_R]
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + offs_k, mask=mask_k, other=0.0)  # [BLOCK_K]
+            factor_tile = scale[:, None] * factor_tile.to(DTYPES.accumulate)
+        acc = add_dot(acc, rows_tile, factor_tile, DTYPES)
     pointers = partial_ptr + (split * M + offs_m)[:, None] * R + offs_r[None, :]
     tl.store(pointers, acc.to(partial_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
 @triton.jit(do_not_specialize=["size", "splits"])
 def _finish_project_kernel(
-    partial_ptr,  # (splits, size)
-    result_ptr,  # (size,)
+    partial_ptr,  # (splits, size), contiguous
+    result_ptr,  # (size,), contiguous
     size,
     splits,
-    ACC_DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """result = sum of the partial products, in a fixed order. One program owns BLOCK_M elements."""
-    offsets = block_offsets(tl.program_id(0), BLOCK_M)
-    mask = offsets < size
-    acc = tl.zeros([BLOCK_M], dtype=ACC_DTYPE)
-    for split in range(0, splits):
-        # no int64 needed: there are several splits only where the output is small (configs.splits)
-        acc += tl.load(partial_ptr + split * size + offsets, mask=mask, other=0.0)
-    tl.store(result_ptr + offsets, acc.to(result_ptr.dtype.element_ty), mask=mask)
+    offs = block_offsets(tl.program_id(0), BLOCK_M)
+    mask = offs < size
+    acc = tl.zeros([BLOCK_M], dtype=partial_ptr.dtype.element_ty)
+    acc = add_splits(acc, partial_ptr, splits, size, offs, mask)
+    tl.store(result_ptr + offs, acc.to(result_ptr.dtype.element_ty), mask=mask)
 
 
 def project(
@@ -99,34 +93,30 @@ def project(
     R = factor.shape[0]
     if not plan.project_by_kernel(R, scaled=scale is not None, same_dtype=rows.dtype == dtype):
         return gemm.project(rows, factor, scale, out_dtype)
-    how = Launch.of(rows, dtype)
-    config = how.config("project")
+    launch = Launch.of(rows, dtype)
+    config = launch.config("project")
     tiles = config.tiles(R)
     blocks = ceil_div(R, tiles["BLOCK_R"]) * ceil_div(M, config.BLOCK_M)
-    columns_per_split, splits = how.split(blocks, K, config.BLOCK_K, config)
+    columns_per_split, splits = launch.split(blocks, K, config.BLOCK_K, config)
     result = rows.new_empty((M, R), dtype=out_dtype)
     if M == 0:
         return result
-    partial = result if splits == 1 else rows.new_empty((splits, M, R), dtype=how.accumulate)
+    partial = result if splits == 1 else rows.new_empty((splits, M, R), dtype=launch.accumulate)
+    factor_T = factor.T
     _project_kernel[blocks, splits](
-        rows,
-        factor,
+        matrix(rows),
+        matrix(factor_T),
         scale,
         partial,
         M,
         K,
         R,
-        *rows.stride(),
-        *factor.stride(),
         columns_per_split,
-        HAS_SCALE=scale is not None,
-        R_MULTIPLE=rank_multiple(R, factor.T),
-        **how.dtypes(),
+        R_MULTIPLE=rank_multiple(R, factor_T),
+        DTYPES=launch.tl_dtypes,
         **tiles,
     )
     if splits > 1:
-        finish = how.config("finish_project")
-        _finish_project_kernel[ceil_div(M * R, finish.BLOCK_M),](
-            partial, result, M * R, splits, ACC_DTYPE=TL_DTYPE[how.accumulate], **finish.tiles()
-        )
+        finish = launch.config("finish_project")
+        _finish_project_kernel[ceil_div(M * R, finish.BLOCK_M),](partial, result, M * R, splits, **finish.tiles())
     return result

@@ -102,6 +102,18 @@ def load_vector(vector, offs, mask):
 
 
 @triton.jit
+def add_dot(acc, left, right, DTYPES: tl.constexpr):
+    """acc + left @ right, of tiles"""
+    return tl.dot(
+        left.to(DTYPES.operand),
+        right.to(DTYPES.operand),
+        acc,
+        input_precision=DTYPES.precision,
+        out_dtype=DTYPES.accumulate,
+    )
+
+
+@triton.jit
 def add_product(
     acc,  # [BLOCK_0, BLOCK_1]
     left,  # (rows, R)
@@ -120,9 +132,7 @@ def add_product(
     mask_r = offs_r < R
     a = load(left, offs_0, offs_r, mask_0, mask_r)  # [BLOCK_0, BLOCK_R]
     b = load(right, offs_r, offs_1, mask_r, mask_1)  # [BLOCK_R, BLOCK_1]
-    return tl.dot(
-        a.to(DTYPES.operand), b.to(DTYPES.operand), acc, input_precision=DTYPES.precision, out_dtype=DTYPES.accumulate
-    )
+    return add_dot(acc, a, b, DTYPES)
 
 
 @triton.jit
@@ -145,6 +155,15 @@ def low_rank(
     else:
         for r in range(0, R, BLOCK_R):
             acc = add_product(acc, left, right, r, offs_0, offs_1, mask_0, mask_1, R, BLOCK_R, DTYPES)
+    return acc
+
+
+@triton.jit
+def add_splits(acc, partial_ptr, splits, size, offs, mask):
+    """acc + partial[0, offs] + partial[1, offs] + ..., in this order, for partial sums (splits, size)."""
+    for split in range(0, splits):
+        # no int64 needed: there are several splits only where the output is small (configs.splits)
+        acc += tl.load(partial_ptr + split * size + offs, mask=mask, other=0.0)
     return acc
 
 
