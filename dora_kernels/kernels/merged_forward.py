@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from dora_kernels.kernels.epilogue import epilogue
+from dora_kernels.kernels.merge import merge
 from dora_kernels.kernels.norm import norm
-from dora_kernels.kernels.weight import merge
 from dora_kernels.quant import Weight
 
 

@@ -16,7 +16,8 @@ from dora_kernels.planning import configs, devices
 from tests.support.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
-from dora_kernels.kernels import backward, common, forward, quant, weight  # noqa: E402
+from dora_kernels.kernels import backward, common, forward, stored_weight  # noqa: E402
+from dora_kernels.kernels.merge import _merge_kernel  # noqa: E402
 from dora_kernels.kernels.norm import _norm_kernel  # noqa: E402
 
 on_cpu = pytest.mark.skipif(
@@ -138,7 +139,7 @@ def test_a_long_stride_in_the_loop_over_both(name, axis, memory):
     assert 2**31 <= (size - 1) * strides[axis] < 2**32
     arguments[name] = memory.as_strided(arguments[name].shape, strides, 2**31).copy_(arguments[name])
     config = configs.config_for("norm", devices.device_facts(memory.device), torch.float32)
-    assert quant.weight_stages(arguments["weight"], config) and config.BLOCK_R < 33
+    assert stored_weight.weight_stages(arguments["weight"], config) and config.BLOCK_R < 33
     same(run_norm(**arguments, magnitude=torch.ones(3)), expected)
 
 
@@ -164,8 +165,8 @@ def test_merge_writes_rows_of_2_to_the_30(memory):
     lora_A = torch.zeros(3, 64)
     lora_A[:, :3] = problem.lora_A
     expected = reference.merge(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
-    pointers, numbers, constexprs = quant.arguments(far_weight, 32)
-    weight._merge_kernel[1, 1](
+    pointers, numbers, constexprs = stored_weight.arguments(far_weight, 32)
+    _merge_kernel[1, 1](
         pointers, numbers, lora_A, problem.lora_B, problem.magnitude, huge, 3, FAR, 3,
         *lora_A.stride(), *problem.lora_B.stride(), 0.75, **constexprs,
         HAS_ADAPTER=True, HAS_GAIN=True, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("merge"),
@@ -178,7 +179,7 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
     """`split * N` with N = 2^30: more rows than any weight has, but the offset must hold."""
     problem = Problem.random(3, 32, 96, 3, torch.float32)
     partial = corner(memory, columns=32)
-    pointers, numbers, constexprs = quant.arguments(problem.weight, 32)
+    pointers, numbers, constexprs = stored_weight.arguments(problem.weight, 32)
     _norm_kernel[1, 3](
         pointers, numbers, problem.lora_A, problem.lora_B, memory[2**31 :], FAR, 96, 3,
         *problem.lora_A.stride(), *problem.lora_B.stride(), 32, 0.75, **constexprs,

@@ -76,7 +76,7 @@ def test_grouped_norm_tells_the_compiler_what_holds_of_every_layer(change, align
     layer = [problem.weight, problem.lora_A, problem.lora_B, problem.magnitude]
     told = []
     launcher = collections.defaultdict(lambda: lambda *arguments, **hints: told.append(hints))
-    monkeypatch.setattr(kernels.grouped, "_grouped_norm_kernel", launcher)
+    monkeypatch.setitem(kernels.grouped_norm.__globals__, "_grouped_norm_kernel", launcher)
     magnitude = problem.magnitude.new_ones(8)
     kernels.grouped_norm(*map(list, zip(layer, change([*layer[:3], magnitude]), strict=True)), [0.75, 0.75])
     assert (told[0]["ALIGNED"], told[0]["R_MULTIPLE"]) == (aligned, rank_multiple)
@@ -92,7 +92,7 @@ def test_what_a_norm_loads_ahead():
     """Nothing where the weight is not loaded in whole vectors, or is looked up number by number."""
 
     def stages(weight):
-        return kernels.quant.weight_stages(weight, Config(num_stages=3))
+        return kernels.stored_weight.weight_stages(weight, Config(num_stages=3))
 
     def stored(kind):
         return quantized(kind, 32, 96, torch.bfloat16)

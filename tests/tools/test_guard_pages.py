@@ -131,11 +131,11 @@ FAULTS = {
     "a sum too late": ("token_sums.py", "tl.store(dmagnitude_ptr +", "tl.store(dmagnitude_ptr + 1 +", "token_sums"),
     "a column too many": ("project.py", "mask_k = offs_k < end", "mask_k = offs_k <= end", "project"),
     "a bias unmasked": ("tile.py", "vector.stride, mask=mask, other=0.0)", "vector.stride)", "epilogue"),
-    "a write too far": ("weight.py", "(offs_k < K)[None, :])", "(offs_k <= K)[None, :])", "merge"),
+    "a write too far": ("merge.py", "(offs_k < K)[None, :])", "(offs_k <= K)[None, :])", "merge"),
     "an index unmasked": ("bank_epilogue.py", "offs_m, mask=mask_m, other=-1)", "offs_m)", "bank_epilogue"),
-    "a row of another layer": ("grouped.py", "mask_n = offs_n < N", "mask_n = offs_n <= N", "grouped_norm"),
-    "a byte too many": ("quant.py", "offs_byte < row_bytes", "offs_byte <= row_bytes", "nf4"),
-    "a scale too far": ("quant.py", "pointers[1] + block, mask", "pointers[1] + block + 1, mask", "nf4"),
+    "a row of another layer": ("grouped_norm.py", "mask_n = offs_n < N", "mask_n = offs_n <= N", "grouped_norm"),
+    "a byte too many": ("stored_weight.py", "offs_byte < row_bytes", "offs_byte <= row_bytes", "nf4"),
+    "a scale too far": ("stored_weight.py", "pointers[1] + block, mask", "pointers[1] + block + 1, mask", "nf4"),
 }
 UNWRITTEN = ("norm.py", "ACC_DTYPE), mask=mask_n)", "ACC_DTYPE), mask=mask_n & (offs_n > 0))", "norm")
 

@@ -40,15 +40,15 @@ _STEPS = (
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/bank_epilogue.py": (*_KERNELS, *_SERVING, *_PARTS),
     "dora_kernels/kernels/epilogue.py": (*_KERNELS, "tests/functional/test_rescale.py"),
-    "dora_kernels/kernels/grouped.py": (*_KERNELS, "tests/reuse/test_frozen_adapters.py"),
+    "dora_kernels/kernels/grouped_norm.py": (*_KERNELS, "tests/reuse/test_frozen_adapters.py"),
     "dora_kernels/kernels/merged_forward.py": _KERNELS,
     "dora_kernels/kernels/norm.py": (*_KERNELS, "tests/quant/test_quantized.py"),
     "dora_kernels/kernels/outer_product.py": _KERNELS,
     "dora_kernels/kernels/project.py": _KERNELS,
-    "dora_kernels/kernels/quant.py": (*_KERNELS, *_PARTS, "tests/quant/test_quantized.py"),
+    "dora_kernels/kernels/stored_weight.py": (*_KERNELS, *_PARTS, "tests/quant/test_quantized.py"),
     "dora_kernels/kernels/tile.py": (*_KERNELS, *_SERVING),
     "dora_kernels/kernels/token_sums.py": (*_KERNELS, "tests/functional/test_rescale.py"),
-    "dora_kernels/kernels/weight.py": (*_KERNELS, "tests/quant/test_quantized.py"),
+    "dora_kernels/kernels/merge.py": (*_KERNELS, "tests/quant/test_quantized.py"),
     "dora_kernels/functional/autograd.py": (
         "tests/test_passes.py",
         "tests/functional/test_functional.py",

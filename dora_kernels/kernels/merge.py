@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.quant import arguments, weight_config, weight_tile
+from dora_kernels.kernels.stored_weight import arguments, weight_config, weight_tile
 from dora_kernels.kernels.tile import Launch, block_offsets, known_multiple, low_rank_tile, rank_multiple
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels.kernels.norm import gain_of, root, row_squares
-from dora_kernels.kernels.quant import weight_config
+from dora_kernels.kernels.stored_weight import weight_config
 from dora_kernels.kernels.tile import TL_DTYPE, Launch, block_offsets, known_multiple
 from dora_kernels.planning.configs import ceil_div
 
