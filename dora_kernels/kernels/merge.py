@@ -7,69 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.stored_weight import arguments, weight_config, weight_tile
-from dora_kernels.kernels.tile import Launch, block_offsets, known_multiple, low_rank_tile, rank_multiple
+from dora_kernels.kernels.stored_weight import arguments, direction_tile, weight_config
+from dora_kernels.kernels.tile import Launch, block_offsets, known_multiple, rank_multiple
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
-
-
-@triton.jit
-def direction_tile(
-    weight_ptrs,  # (N, K), in the storage of its format
-    weight_numbers,
-    lora_A_ptr,  # (R, K)
-    lora_B_ptr,  # (N, R)
-    offs_n,
-    mask_n,
-    k,
-    K,
-    R,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    scaling,
-    FORMAT: tl.constexpr,
-    SIZES: tl.constexpr,
-    GROUP: tl.constexpr,
-    WEIGHT_DTYPE: tl.constexpr,
-    HAS_ADAPTER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    OPERAND_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
-):
-    """weight and weight + scaling * lora_B @ lora_A at offs_n and the BLOCK_K columns from k, a multiple of BLOCK_K."""
-    w = weight_tile(
-        weight_ptrs, weight_numbers, offs_n, mask_n, k, K, FORMAT, SIZES, GROUP, WEIGHT_DTYPE, BLOCK_N, BLOCK_K
-    ).to(ACC_DTYPE)
-    direction = w
-    if HAS_ADAPTER:
-        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-        direction += scaling * low_rank_tile(
-            lora_B_ptr,
-            lora_A_ptr,
-            offs_n,
-            offs_k,
-            mask_n,
-            offs_k < K,
-            R,
-            stride_bn,
-            stride_br,
-            stride_ak,
-            stride_ar,
-            BLOCK_N,
-            BLOCK_K,
-            BLOCK_R,
-            ONE_CHUNK,
-            OPERAND_DTYPE,
-            ACC_DTYPE,
-            DOT_PRECISION,
-        )
-    return w, direction
 
 
 @triton.jit

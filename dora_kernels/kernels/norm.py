@@ -8,8 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.merge import direction_tile
-from dora_kernels.kernels.stored_weight import arguments, weight_config, weight_stages
+from dora_kernels.kernels.stored_weight import arguments, direction_tile, weight_config, weight_stages
 from dora_kernels.kernels.tile import Launch, add_chunk, block_offsets, known_multiple, load_tile, rank_multiple
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.tile import TL_DTYPE, Launch, load_tile
+from dora_kernels.kernels.tile import TL_DTYPE, Launch, load_tile, low_rank_tile
 from dora_kernels.planning import configs
 from dora_kernels.quant import DENSE, Weight, parts
 
@@ -176,6 +176,65 @@ def _hqq4(
         scale, zero = scale[:, :, None], zero[:, :, None]
     tile = (codes - zero).to(DTYPE).to(tl.float32) * scale
     return tl.reshape(tile, [BLOCK_N, BLOCK_K])
+
+
+@triton.jit
+def direction_tile(
+    weight_ptrs,  # (N, K), in the storage of its format
+    weight_numbers,
+    lora_A_ptr,  # (R, K)
+    lora_B_ptr,  # (N, R)
+    offs_n,
+    mask_n,
+    k,
+    K,
+    R,
+    stride_ar,
+    stride_ak,
+    stride_bn,
+    stride_br,
+    scaling,
+    FORMAT: tl.constexpr,
+    SIZES: tl.constexpr,
+    GROUP: tl.constexpr,
+    WEIGHT_DTYPE: tl.constexpr,
+    HAS_ADAPTER: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    OPERAND_DTYPE: tl.constexpr,
+    ACC_DTYPE: tl.constexpr,
+    DOT_PRECISION: tl.constexpr,
+):
+    """weight and weight + scaling * lora_B @ lora_A at offs_n and the BLOCK_K columns from k, a multiple of BLOCK_K."""
+    w = weight_tile(
+        weight_ptrs, weight_numbers, offs_n, mask_n, k, K, FORMAT, SIZES, GROUP, WEIGHT_DTYPE, BLOCK_N, BLOCK_K
+    ).to(ACC_DTYPE)
+    direction = w
+    if HAS_ADAPTER:
+        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
+        direction += scaling * low_rank_tile(
+            lora_B_ptr,
+            lora_A_ptr,
+            offs_n,
+            offs_k,
+            mask_n,
+            offs_k < K,
+            R,
+            stride_bn,
+            stride_br,
+            stride_ak,
+            stride_ar,
+            BLOCK_N,
+            BLOCK_K,
+            BLOCK_R,
+            ONE_CHUNK,
+            OPERAND_DTYPE,
+            ACC_DTYPE,
+            DOT_PRECISION,
+        )
+    return w, direction
 
 
 def weight_config(how: Launch, kernel: str, weight: Weight, R: int) -> configs.Config:
