@@ -11,19 +11,19 @@ import triton
 import triton.language as tl
 
 from dora_kernels.kernels.norm import gain_of, root, row_squares
-from dora_kernels.kernels.stored_weight import weight_config
-from dora_kernels.kernels.tile import TL_DTYPE, Launch, block_offsets, known_multiple
+from dora_kernels.kernels.stored_weight import StoredWeight, Update, weight_arguments, weight_config
+from dora_kernels.kernels.tile import TL_DTYPE, Launch, Matrix, block_offsets, known_multiple
 from dora_kernels.planning.configs import ceil_div
 
 
 @triton.jit
 def _grouped_norm_kernel(
     layers_ptr,  # (layers, 8) int64: addresses of weight, lora_A, lora_B and magnitude, N, K, R, offset in norm
-    scaling_ptr,  # (layers,) in ACC_DTYPE
+    scaling_ptr,  # (layers,) in DTYPES.accumulate
     tiles_ptr,  # (tiles, 2) int64: layer, block of its rows
-    norm_ptr,  # (sum of N,) in ACC_DTYPE
-    gain_ptr,  # (sum of N,)
-    WEIGHT_DTYPE: tl.constexpr,
+    norm_ptr,  # (sum of N,) in DTYPES.accumulate
+    gain_ptr,  # (sum of N,) as norm
+    FORMAT: tl.constexpr,
     ADAPTER_DTYPE: tl.constexpr,
     MAGNITUDE_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -32,9 +32,7 @@ def _grouped_norm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
-    OPERAND_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    DTYPES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """norm = row norms of weight + scaling * lora_B @ lora_A, gain = magnitude / norm, of every layer.
@@ -44,7 +42,7 @@ def _grouped_norm_kernel(
     tile = tl.program_id(0).to(tl.int64)
     layer = tl.load(tiles_ptr + 2 * tile)
     row = layers_ptr + 8 * layer
-    weight_ptr = tl.load(row).to(tl.pointer_type(WEIGHT_DTYPE))
+    weight_ptr = tl.load(row).to(tl.pointer_type(FORMAT.dtype))
     lora_A_ptr = tl.load(row + 1).to(tl.pointer_type(ADAPTER_DTYPE))
     lora_B_ptr = tl.load(row + 2).to(tl.pointer_type(ADAPTER_DTYPE))
     magnitude_ptr = tl.load(row + 3).to(tl.pointer_type(MAGNITUDE_DTYPE))
@@ -59,40 +57,16 @@ def _grouped_norm_kernel(
     offs_n = block_offsets(tl.load(tiles_ptr + 2 * tile + 1), BLOCK_N)
     mask_n = offs_n < N
     scaling = tl.load(scaling_ptr + layer)
+    weight = StoredWeight((weight_ptr,), (K, 1))
+    update = Update(Matrix(lora_A_ptr, K, 1), Matrix(lora_B_ptr, R, 1), R, scaling)
     squares = row_squares(
-        (weight_ptr,),
-        (K, 1),
-        lora_A_ptr,
-        lora_B_ptr,
-        offs_n,
-        mask_n,
-        0,
-        K,
-        K,
-        R,
-        K,
-        1,
-        R,
-        1,
-        scaling,
-        "dense",
-        (),
-        1,
-        WEIGHT_DTYPE,
-        BLOCK_N,
-        BLOCK_K,
-        BLOCK_R,
-        ONE_CHUNK,
-        OPERAND_DTYPE,
-        ACC_DTYPE,
-        DOT_PRECISION,
-        STAGES,
+        weight, update, offs_n, mask_n, 0, K, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, ONE_CHUNK, DTYPES, STAGES
     )
-    magnitude = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(ACC_DTYPE)
-    norm = root(squares, ACC_DTYPE)
+    magnitude = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(DTYPES.accumulate)
+    norm = root(squares)
     out = tl.load(row + 7) + offs_n
     tl.store(norm_ptr + out, norm, mask=mask_n)
-    tl.store(gain_ptr + out, gain_of(magnitude, norm, ACC_DTYPE), mask=mask_n)
+    tl.store(gain_ptr + out, gain_of(magnitude, norm), mask=mask_n)
 
 
 def grouped_norm(
@@ -103,10 +77,11 @@ def grouped_norm(
     scalings: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """norm and gain of the layers, one after the other; as `reference.grouped_norm_ref`."""
-    how = Launch.of(weights[0], lora_As[0].dtype)
+    launch = Launch.of(weights[0], lora_As[0].dtype)
     most_R = max(lora_A.shape[0] for lora_A in lora_As)
-    config = weight_config(how, "norm", weights[0], most_R)
+    config = weight_config(launch, "norm", weights[0], most_R)
     tiles = config.tiles(most_R)
+    _, weight_format = weight_arguments(weights[0], config.BLOCK_K)
     layers, blocks, total = [], [], 0
     for layer, (weight, *adapter) in enumerate(zip(weights, lora_As, lora_Bs, magnitudes, strict=True)):
         N, K = weight.shape
@@ -114,25 +89,25 @@ def grouped_norm(
         layers.append([*addresses, N, K, adapter[0].shape[0], total])
         blocks += [(layer, block) for block in range(ceil_div(N, config.BLOCK_N))]
         total += N
-    norm = weights[0].new_empty(total, dtype=how.accumulate)
+    norm = weights[0].new_empty(total, dtype=launch.accumulate)
     gain = torch.empty_like(norm)
     if not blocks:
         return norm, gain
     aligned = all(number % 16 == 0 for row in layers for number in (*row[:3], row[5]))
     _grouped_norm_kernel[len(blocks),](
         _to_device(layers, torch.int64, norm.device),
-        _to_device(list(scalings), how.accumulate, norm.device),
+        _to_device(list(scalings), launch.accumulate, norm.device),
         _to_device(blocks, torch.int64, norm.device),
         norm,
         gain,
-        WEIGHT_DTYPE=TL_DTYPE[weights[0].dtype],
+        FORMAT=weight_format,
         ADAPTER_DTYPE=TL_DTYPE[lora_As[0].dtype],
         MAGNITUDE_DTYPE=TL_DTYPE[magnitudes[0].dtype],
         ALIGNED=aligned,
         R_MULTIPLE=math.gcd(16, *(row[6] for row in layers)),
         STAGES=config.num_stages if aligned else None,
         ONE_CHUNK=most_R <= tiles["BLOCK_R"],
-        **how.dtypes(),
+        DTYPES=launch.tl_dtypes,
         **tiles,
     )
     return norm, gain

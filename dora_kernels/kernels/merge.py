@@ -1,4 +1,4 @@
-"""weight + scaling * lora_B @ lora_A, a tile at a time, and the merged weight.
+"""The merged weight: gain * (weight + scaling * lora_B @ lora_A).
 
 lora_B @ lora_A is formed in registers and never stands in device memory.
 """
@@ -7,78 +7,39 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.stored_weight import arguments, direction_tile, weight_config
-from dora_kernels.kernels.tile import Launch, block_offsets, known_multiple, rank_multiple
+from dora_kernels.kernels.stored_weight import direction_tile, known_rank, update, weight_arguments, weight_config
+from dora_kernels.kernels.tile import Launch, block_offsets, rank_multiple
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
 
 
 @triton.jit
 def _merge_kernel(
-    weight_ptrs,  # (N, K), in the storage of its format
-    weight_numbers,
-    lora_A_ptr,  # (R, K)
-    lora_B_ptr,  # (N, R)
-    gain_ptr,  # (N,) in ACC_DTYPE
+    weight,  # (N, K) as stored
+    update,  # (N, K) or None
+    gain_ptr,  # (N,) in DTYPES.accumulate, contiguous, or None
     merged_ptr,  # (N, K), contiguous
     N,
     K,
-    R,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    scaling,
     FORMAT: tl.constexpr,
-    SIZES: tl.constexpr,
-    GROUP: tl.constexpr,
-    WEIGHT_DTYPE: tl.constexpr,
-    HAS_ADAPTER: tl.constexpr,
-    HAS_GAIN: tl.constexpr,
     SUBTRACT_WEIGHT: tl.constexpr,
     R_MULTIPLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
-    OPERAND_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    DTYPES: tl.constexpr,
 ):
     """merged = gain * (weight + scaling * lora_B @ lora_A) [- weight]. One program owns a [BLOCK_N, BLOCK_K] tile."""
-    R, stride_bn = known_multiple(R, R_MULTIPLE), known_multiple(stride_bn, R_MULTIPLE)
+    if update is not None:
+        update = known_rank(update, R_MULTIPLE)
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     k = tl.program_id(1).to(tl.int64) * BLOCK_K
     mask_n = offs_n < N
     w, merged = direction_tile(
-        weight_ptrs,
-        weight_numbers,
-        lora_A_ptr,
-        lora_B_ptr,
-        offs_n,
-        mask_n,
-        k,
-        K,
-        R,
-        stride_ar,
-        stride_ak,
-        stride_bn,
-        stride_br,
-        scaling,
-        FORMAT,
-        SIZES,
-        GROUP,
-        WEIGHT_DTYPE,
-        HAS_ADAPTER,
-        BLOCK_N,
-        BLOCK_K,
-        BLOCK_R,
-        ONE_CHUNK,
-        OPERAND_DTYPE,
-        ACC_DTYPE,
-        DOT_PRECISION,
-    )
-    if HAS_GAIN:
+        weight, update, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, ONE_CHUNK, DTYPES
+    )  # [BLOCK_N, BLOCK_K], both
+    if gain_ptr is not None:
         merged = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[:, None] * merged
     if SUBTRACT_WEIGHT:
         merged -= w
@@ -99,33 +60,25 @@ def merge(
     """The merged weight (N, K); as `reference.merge_ref`, and without an adapter weight itself."""
     N, K = weight.shape
     R = 0 if lora_A is None else lora_A.shape[0]
-    how = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
-    config = weight_config(how, "merge", weight, R)
+    launch = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
+    config = weight_config(launch, "merge", weight, R)
     tiles = config.tiles(R)
-    weight_ptrs, numbers, constexprs = arguments(weight, config.BLOCK_K)
+    stored, weight_format = weight_arguments(weight, config.BLOCK_K)
     merged = weight.new_empty((N, K), dtype=out_dtype or weight.dtype)
     if merged.numel() == 0:
         return merged
     _merge_kernel[ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K)](
-        weight_ptrs,
-        numbers,
-        lora_A,
-        lora_B,
+        stored,
+        update(lora_A, lora_B, scaling),
         gain,
         merged,
         N,
         K,
-        R,
-        *((0, 0) if lora_A is None else lora_A.stride()),
-        *((0, 0) if lora_B is None else lora_B.stride()),
-        scaling,
-        HAS_ADAPTER=lora_A is not None,
-        HAS_GAIN=gain is not None,
+        FORMAT=weight_format,
         SUBTRACT_WEIGHT=subtract_weight,
         R_MULTIPLE=rank_multiple(R, lora_B),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
-        **constexprs,
-        **how.dtypes(),
+        DTYPES=launch.tl_dtypes,
         **tiles,
     )
     return merged

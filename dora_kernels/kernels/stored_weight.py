@@ -1,58 +1,109 @@
 """How the kernels read a weight: one decode function per storage format (see dora_kernels/quant/formats.py).
 
-A weight reaches a kernel as a tuple of pointers, a tuple of run-time numbers and a few constexprs (`arguments`). It is
-decoded in registers to what its library decodes it to, rounding included.
+A weight reaches a kernel as one argument, a StoredWeight, and one constexpr, its Format (`weight_arguments`). It is
+decoded in registers to what its library decodes it to, rounding included. The update of it is an argument, too.
 """
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.tile import TL_DTYPE, Launch, load_tile, low_rank_tile
+from dora_kernels.kernels.tile import (
+    TL_DTYPE,
+    Launch,
+    Matrix,
+    Vector,
+    known_multiple,
+    known_rows,
+    load,
+    load_vector,
+    low_rank,
+    matrix,
+)
 from dora_kernels.planning import configs
 from dora_kernels.quant import DENSE, Weight, parts
 
 
+class StoredWeight(NamedTuple):
+    """A weight (N, K) in the storage of its format, as one argument of a kernel."""
+
+    pointers: tuple[torch.Tensor, ...]  # to its parts, in the order of quant/formats.py
+    numbers: tuple[int, ...]  # strides, or sizes that follow from N and K
+
+
+class Format(NamedTuple):
+    """How a stored weight is read: one constexpr, FORMAT."""
+
+    name: str  # a key of quant.FORMATS, but "row8" is "int8" or "float8"; or "dense"
+    sizes: tuple[int, ...]  # the numbers of the QuantizedWeight; of "hqq4", two flags behind them
+    group: int  # columns from one multiple of it to the next share a scale in every row
+    dtype: tl.dtype  # what it is decoded to
+
+
+class Update(NamedTuple):
+    """The low-rank update scaling * lora_B @ lora_A of a weight (N, K), as one argument of a kernel."""
+
+    lora_A: Matrix  # (R, K)
+    lora_B: Matrix  # (N, R)
+    R: int
+    scaling: float
+
+
+def update(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, scaling: float) -> Update | None:
+    """The update as an argument; None where there is no adapter."""
+    return None if lora_A is None else Update(matrix(lora_A), matrix(lora_B), lora_A.shape[0], scaling)
+
+
+@triton.jit
+def known_rank(update, MULTIPLE: tl.constexpr):
+    """update, of which the compiler then knows that R, and the distance of lora_B's rows, is a multiple of MULTIPLE."""
+    R, lora_B = known_multiple(update.R, MULTIPLE), known_rows(update.lora_B, MULTIPLE)
+    return Update(update.lora_A, lora_B, R, update.scaling)
+
+
 @triton.jit
 def weight_tile(
-    pointers,
-    numbers,
+    weight,  # (N, K) as stored
     offs_n,
     mask_n,
     k,
     K,
     FORMAT: tl.constexpr,
-    SIZES: tl.constexpr,
-    GROUP: tl.constexpr,
-    WEIGHT_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """weight[offs_n, k : k + BLOCK_K] in WEIGHT_DTYPE, 0 outside; k is a multiple of BLOCK_K."""
+    """weight[offs_n, k : k + BLOCK_K] in FORMAT.dtype, 0 outside; k is a multiple of BLOCK_K."""
     offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-    if FORMAT == "dense":
-        tile = load_tile(pointers[0], offs_n, offs_k, mask_n, offs_k < K, numbers[0], numbers[1])
-    elif FORMAT == "int8" or FORMAT == "float8":
-        tile = load_tile(pointers[0], offs_n, offs_k, mask_n, offs_k < K, numbers[0], numbers[1])
-        scale = tl.load(pointers[1] + offs_n * numbers[2], mask=mask_n, other=0.0).to(tl.float32)
-        if FORMAT == "float8":
+    if FORMAT.name == "dense":
+        tile = load(elements(weight), offs_n, offs_k, mask_n, offs_k < K)  # [BLOCK_N, BLOCK_K]
+    elif FORMAT.name == "int8" or FORMAT.name == "float8":
+        tile = load(elements(weight), offs_n, offs_k, mask_n, offs_k < K)
+        scale = load_vector(Vector(weight.pointers[1], weight.numbers[2]), offs_n, mask_n).to(tl.float32)  # [BLOCK_N]
+        if FORMAT.name == "float8":
             tile = _float8(tile)
         tile = scale[:, None] * tile.to(tl.float32)
-    elif FORMAT == "codebook4":
-        codes = _nibbles(pointers[0], numbers[0], offs_n, mask_n, k, K, GROUP, BLOCK_K)
-        scale = _codebook4_scale(pointers, offs_n, mask_n, k, K, SIZES, GROUP, BLOCK_K)
-        tile = _scaled(tl.load(pointers[2] + codes), scale, GROUP, BLOCK_N, BLOCK_K)
-    elif FORMAT == "nf4_torchao":
-        codes = _nibbles(pointers[0], numbers[0], offs_n, mask_n, k, K, GROUP, BLOCK_K)
-        scale = _nf4_torchao_scale(pointers, offs_n, mask_n, k, K, SIZES, GROUP, WEIGHT_DTYPE, BLOCK_K)
-        tile = _scaled(tl.load(pointers[4] + codes).to(tl.float32), scale, GROUP, BLOCK_N, BLOCK_K)
+    elif FORMAT.name == "codebook4":
+        codes = _nibbles(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_K)
+        scale = _codebook4_scale(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_K)
+        tile = _scaled(tl.load(weight.pointers[2] + codes), scale, FORMAT.group, BLOCK_N, BLOCK_K)
+    elif FORMAT.name == "nf4_torchao":
+        codes = _nibbles(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_K)
+        scale = _nf4_torchao_scale(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_K)
+        tile = _scaled(tl.load(weight.pointers[4] + codes).to(tl.float32), scale, FORMAT.group, BLOCK_N, BLOCK_K)
     else:
-        tl.static_assert(FORMAT == "hqq4")
-        tile = _hqq4(pointers, numbers, offs_n, mask_n, k, K, SIZES, GROUP, WEIGHT_DTYPE, BLOCK_N, BLOCK_K)
-    return tile.to(WEIGHT_DTYPE)
+        tl.static_assert(FORMAT.name == "hqq4")
+        tile = _hqq4(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K)
+    return tile.to(FORMAT.dtype)
+
+
+@triton.jit
+def elements(weight):
+    """The matrix (N, K) of a weight that is stored one element after the other: of a dense one, or in 8 bits each."""
+    return Matrix(weight.pointers[0], weight.numbers[0], weight.numbers[1])
 
 
 @triton.jit
@@ -65,18 +116,20 @@ def _float8(bits):
 
 
 @triton.jit
-def _nibbles(packed_ptr, row_bytes, offs_n, mask_n, k, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The 4-bit codes of weight[offs_n, k : k + BLOCK_K], the high nibble first, 0 outside."""
-    if GROUP % 2 == 0:
+def _nibbles(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The 4-bit codes of weight[offs_n, k : k + BLOCK_K], the high nibble first, 0 outside; [BLOCK_N, BLOCK_K]."""
+    if FORMAT.group % 2 == 0:
         # K is even, so that the codes of a byte are neighbours in a row and each byte is loaded once: 2 instructions of
         # 16 bytes for the 64 codes that a thread has of a tile of 64 x 128. A byte for each code would take 64
+        row_bytes = weight.numbers[0]
         offs_byte = tl.multiple_of(k // 2, BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2).to(tl.int64)
-        packed = load_tile(packed_ptr, offs_n, offs_byte, mask_n, offs_byte < row_bytes, row_bytes, 1)
+        rows = Matrix(weight.pointers[0], row_bytes, 1)
+        packed = load(rows, offs_n, offs_byte, mask_n, offs_byte < row_bytes)  # [BLOCK_N, BLOCK_K // 2]
         codes = tl.interleave(packed >> 4, packed & 15)
     else:
         offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
         element = offs_n[:, None] * K + offs_k[None, :]
-        packed = tl.load(packed_ptr + element // 2, mask=mask_n[:, None] & (offs_k < K)[None, :], other=0)
+        packed = tl.load(weight.pointers[0] + element // 2, mask=mask_n[:, None] & (offs_k < K)[None, :], other=0)
         codes = tl.where(element % 2 == 0, packed >> 4, packed & 15)
     return codes.to(tl.int32)
 
@@ -100,37 +153,27 @@ def _scaled(values, scale, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: 
 
 
 @triton.jit
-def _codebook4_scale(pointers, offs_n, mask_n, k, K, SIZES: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """absmax, [BLOCK_N, BLOCK_K // GROUP] in float32, 0 outside."""
-    element, mask = _groups(offs_n, mask_n, k, K, GROUP, BLOCK_K)
-    block = element // SIZES[0]
-    scale = tl.load(pointers[1] + block, mask=mask, other=0)
-    if SIZES[1] > 0:
-        code = tl.load(pointers[4] + scale.to(tl.int32))
-        nested_absmax = tl.load(pointers[3] + block // SIZES[1], mask=mask, other=0.0)
-        scale = tl.where(mask, code * nested_absmax + tl.load(pointers[5]), 0.0)
+def _codebook4_scale(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """absmax, [BLOCK_N, BLOCK_K // FORMAT.group] in float32, 0 outside."""
+    element, mask = _groups(offs_n, mask_n, k, K, FORMAT.group, BLOCK_K)
+    block = element // FORMAT.sizes[0]
+    scale = tl.load(weight.pointers[1] + block, mask=mask, other=0)
+    if FORMAT.sizes[1] > 0:
+        code = tl.load(weight.pointers[4] + scale.to(tl.int32))
+        nested_absmax = tl.load(weight.pointers[3] + block // FORMAT.sizes[1], mask=mask, other=0.0)
+        scale = tl.where(mask, code * nested_absmax + tl.load(weight.pointers[5]), 0.0)
     return scale
 
 
 @triton.jit
-def _nf4_torchao_scale(
-    pointers,
-    offs_n,
-    mask_n,
-    k,
-    K,
-    SIZES: tl.constexpr,
-    GROUP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """scaler / factor + mean, each rounded to DTYPE, [BLOCK_N, BLOCK_K // GROUP] in float32, 0 outside."""
-    element, mask = _groups(offs_n, mask_n, k, K, GROUP, BLOCK_K)
-    block = element // SIZES[0]
-    scaler = tl.load(pointers[1] + block, mask=mask, other=0).to(tl.float32)
-    factor = tl.load(pointers[2] + block // SIZES[1], mask=mask, other=1.0).to(tl.float32)
-    quotient = tl.div_rn(scaler, factor).to(DTYPE).to(tl.float32)
-    scale = (quotient + tl.load(pointers[3]).to(tl.float32)).to(DTYPE).to(tl.float32)
+def _nf4_torchao_scale(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """scaler / factor + mean, each rounded to FORMAT.dtype; a float32 for each run of FORMAT.group, 0 outside."""
+    element, mask = _groups(offs_n, mask_n, k, K, FORMAT.group, BLOCK_K)
+    block = element // FORMAT.sizes[0]
+    scaler = tl.load(weight.pointers[1] + block, mask=mask, other=0).to(tl.float32)
+    factor = tl.load(weight.pointers[2] + block // FORMAT.sizes[1], mask=mask, other=1.0).to(tl.float32)
+    quotient = tl.div_rn(scaler, factor).to(FORMAT.dtype).to(tl.float32)
+    scale = (quotient + tl.load(weight.pointers[3]).to(tl.float32)).to(FORMAT.dtype).to(tl.float32)
     return tl.where(mask, scale, 0.0)
 
 
@@ -146,110 +189,66 @@ def _wrapped(offs_n, k, K, period, WHOLE_ROWS: tl.constexpr, BLOCK_K: tl.constex
 
 
 @triton.jit
-def _hqq4(
-    pointers,
-    numbers,
-    offs_n,
-    mask_n,
-    k,
-    K,
-    SIZES: tl.constexpr,
-    GROUP: tl.constexpr,
-    DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """(code - zero) * scale, each rounded to DTYPE, [BLOCK_N, BLOCK_K] in float32, 0 outside."""
+def _hqq4(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(code - zero) * scale, each rounded to FORMAT.dtype, [BLOCK_N, BLOCK_K] in float32, 0 outside."""
     # a byte serves two distant rows, which two programs load: one byte a weight, half of them from the L2 cache
+    half, groups = weight.numbers[0], weight.numbers[1]
     element, mask = _groups(offs_n, mask_n, k, K, 1, BLOCK_K)
-    packed = tl.load(pointers[0] + _wrapped(offs_n, k, K, numbers[0], SIZES[2], BLOCK_K), mask=mask, other=0)
-    codes = tl.where(element < numbers[0], packed >> 4, packed & 15).to(tl.float32)
-    if SIZES[1] == 1:
-        element, mask = _groups(offs_n, mask_n, k, K, GROUP, BLOCK_K)
-        group = element // SIZES[0]
+    packed = tl.load(weight.pointers[0] + _wrapped(offs_n, k, K, half, FORMAT.sizes[2], BLOCK_K), mask=mask, other=0)
+    codes = tl.where(element < half, packed >> 4, packed & 15).to(tl.float32)
+    if FORMAT.sizes[1] == 1:
+        element, mask = _groups(offs_n, mask_n, k, K, FORMAT.group, BLOCK_K)
+        group = element // FORMAT.sizes[0]
     else:
-        group = _wrapped(offs_n, k, K, numbers[1], SIZES[3], BLOCK_K)
-    scale = tl.load(pointers[1] + group, mask=mask, other=0.0).to(DTYPE).to(tl.float32)
-    zero = tl.load(pointers[2] + group, mask=mask, other=0.0).to(DTYPE).to(tl.float32)
-    if GROUP > 1:
-        codes = tl.reshape(codes, [BLOCK_N, BLOCK_K // GROUP, GROUP])
+        group = _wrapped(offs_n, k, K, groups, FORMAT.sizes[3], BLOCK_K)
+    scale = tl.load(weight.pointers[1] + group, mask=mask, other=0.0).to(FORMAT.dtype).to(tl.float32)
+    zero = tl.load(weight.pointers[2] + group, mask=mask, other=0.0).to(FORMAT.dtype).to(tl.float32)
+    if FORMAT.group > 1:
+        codes = tl.reshape(codes, [BLOCK_N, BLOCK_K // FORMAT.group, FORMAT.group])
         scale, zero = scale[:, :, None], zero[:, :, None]
-    tile = (codes - zero).to(DTYPE).to(tl.float32) * scale
+    tile = (codes - zero).to(FORMAT.dtype).to(tl.float32) * scale
     return tl.reshape(tile, [BLOCK_N, BLOCK_K])
 
 
 @triton.jit
 def direction_tile(
-    weight_ptrs,  # (N, K), in the storage of its format
-    weight_numbers,
-    lora_A_ptr,  # (R, K)
-    lora_B_ptr,  # (N, R)
+    weight,  # (N, K) as stored
+    update,  # (N, K) or None
     offs_n,
     mask_n,
     k,
     K,
-    R,
-    stride_ar,
-    stride_ak,
-    stride_bn,
-    stride_br,
-    scaling,
     FORMAT: tl.constexpr,
-    SIZES: tl.constexpr,
-    GROUP: tl.constexpr,
-    WEIGHT_DTYPE: tl.constexpr,
-    HAS_ADAPTER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     ONE_CHUNK: tl.constexpr,
-    OPERAND_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
+    DTYPES: tl.constexpr,
 ):
     """weight and weight + scaling * lora_B @ lora_A at offs_n and the BLOCK_K columns from k, a multiple of BLOCK_K."""
-    w = weight_tile(
-        weight_ptrs, weight_numbers, offs_n, mask_n, k, K, FORMAT, SIZES, GROUP, WEIGHT_DTYPE, BLOCK_N, BLOCK_K
-    ).to(ACC_DTYPE)
+    w = weight_tile(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K).to(DTYPES.accumulate)  # [BLOCK_N, BLOCK_K]
     direction = w
-    if HAS_ADAPTER:
+    if update is not None:
         offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-        direction += scaling * low_rank_tile(
-            lora_B_ptr,
-            lora_A_ptr,
-            offs_n,
-            offs_k,
-            mask_n,
-            offs_k < K,
-            R,
-            stride_bn,
-            stride_br,
-            stride_ak,
-            stride_ar,
-            BLOCK_N,
-            BLOCK_K,
-            BLOCK_R,
-            ONE_CHUNK,
-            OPERAND_DTYPE,
-            ACC_DTYPE,
-            DOT_PRECISION,
+        direction += update.scaling * low_rank(
+            update.lora_B, update.lora_A, offs_n, offs_k, mask_n, offs_k < K, update.R, BLOCK_R, ONE_CHUNK, DTYPES
         )
     return w, direction
 
 
-def weight_config(how: Launch, kernel: str, weight: Weight, R: int) -> configs.Config:
+def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> configs.Config:
     """The configuration of the norm or merge kernel: fewer rows where decoding would spill registers."""
-    config = how.config(kernel, R)
+    config = launch.config(kernel, R)
     if isinstance(weight, torch.Tensor):
         return config
     share = 1
     if weight.format != "row8" and weight.shape[1] % 2:
         share = 4  # each code of 4 bits has an address of its own: 1256 bytes a thread on sm_120 otherwise
-    elif weight.format in ("codebook4", "nf4_torchao") and how.operand.itemsize == 4:
+    elif weight.format in ("codebook4", "nf4_torchao") and launch.operand.itemsize == 4:
         share = 2  # 400 bytes a thread on sm_120 otherwise
     elif weight.format == "codebook4" and weight.shape[1] % 64:
         share = 2  # a scale for every 16 codes and not for 64: 136 bytes a thread on sm_100 otherwise
-    elif weight.format == "codebook4" and R > configs.HIGH_RANK and how.facts.target == "sm_80":
+    elif weight.format == "codebook4" and R > configs.HIGH_RANK and launch.facts.target == "sm_80":
         share = 2  # 88 bytes a thread otherwise
     return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
 
@@ -270,21 +269,20 @@ def weight_stages(weight: Weight, config: configs.Config) -> int | None:
     return config.num_stages
 
 
-def arguments(weight: Weight, BLOCK_K: int) -> tuple[tuple, tuple, dict[str, object]]:
-    """(pointers, numbers, constexprs): a weight's arguments of a kernel whose tiles have BLOCK_K columns."""
+def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, Format]:
+    """A weight's argument and its FORMAT, for a kernel whose tiles have BLOCK_K columns."""
     N, K = weight.shape
-    pointers, weight_format, sizes, _ = parts(weight)
+    pointers, name, sizes, dtype = parts(weight)
     numbers: tuple[int, ...] = ()
-    # columns from one multiple of GROUP to the next share a scale in every row: 64 where K is a multiple of 64
-    group = 1
-    if weight_format == DENSE:
+    group = 1  # 64 where K is a multiple of 64
+    if name == DENSE:
         numbers = pointers[0].stride()
-    elif weight_format == "row8":
+    elif name == "row8":
         q, scale = pointers
-        weight_format = "int8" if q.dtype == torch.int8 else "float8"
-        pointers = q.view(torch.int8 if weight_format == "int8" else torch.uint8), scale
+        name = "int8" if q.dtype == torch.int8 else "float8"
+        pointers = q.view(torch.int8 if name == "int8" else torch.uint8), scale
         numbers = (*q.stride(), *scale.stride())
-    elif weight_format == "hqq4":
+    elif name == "hqq4":
         group_size, axis = sizes
         half, groups = N * K // 2, N * K // group_size
         numbers = half, groups
@@ -293,5 +291,4 @@ def arguments(weight: Weight, BLOCK_K: int) -> tuple[tuple, tuple, dict[str, obj
     else:
         numbers = (K // 2,)
         group = math.gcd(K, sizes[0], BLOCK_K)
-    constexprs = {"FORMAT": weight_format, "SIZES": tuple(sizes), "GROUP": group}
-    return tuple(pointers), numbers, constexprs | {"WEIGHT_DTYPE": TL_DTYPE[weight.dtype]}
+    return StoredWeight(tuple(pointers), numbers), Format(name, tuple(sizes), group, TL_DTYPE[dtype])
