@@ -165,11 +165,10 @@ def test_merge_writes_rows_of_2_to_the_30(memory):
     lora_A = torch.zeros(3, 64)
     lora_A[:, :3] = problem.lora_A
     expected = reference.merge(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
-    pointers, numbers, constexprs = stored_weight.arguments(far_weight, 32)
+    stored, weight_format = stored_weight.weight_arguments(far_weight, 32)
     _merge_kernel[1, 1](
-        pointers, numbers, lora_A, problem.lora_B, problem.magnitude, huge, 3, FAR, 3,
-        *lora_A.stride(), *problem.lora_B.stride(), 0.75, **constexprs,
-        HAS_ADAPTER=True, HAS_GAIN=True, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("merge"),
+        stored, stored_weight.update(lora_A, problem.lora_B, 0.75), problem.magnitude, huge, 3, FAR,
+        FORMAT=weight_format, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("merge"),
     )  # fmt: skip
     torch.testing.assert_close(merged, expected)
 
@@ -179,11 +178,10 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
     """`split * N` with N = 2^30: more rows than any weight has, but the offset must hold."""
     problem = Problem.random(3, 32, 96, 3, torch.float32)
     partial = corner(memory, columns=32)
-    pointers, numbers, constexprs = stored_weight.arguments(problem.weight, 32)
+    stored, weight_format = stored_weight.weight_arguments(problem.weight, 32)
     _norm_kernel[1, 3](
-        pointers, numbers, problem.lora_A, problem.lora_B, memory[2**31 :], FAR, 96, 3,
-        *problem.lora_A.stride(), *problem.lora_B.stride(), 32, 0.75, **constexprs,
-        ONE_CHUNK=True, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
+        stored, stored_weight.update(problem.lora_A, problem.lora_B, 0.75), memory[2**31 :], FAR, 96, 32,
+        FORMAT=weight_format, ONE_CHUNK=True, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
     )  # fmt: skip
     norm, _ = reference.norm(problem.weight, problem.lora_A, problem.lora_B, 0.75)
     assert (partial > 0).all()

@@ -126,7 +126,7 @@ FAULTS = {
         "mask_0[:, None], other",
         "norm",
     ),
-    "too early": ("norm.py", "magnitude_ptr + offs_n *", "magnitude_ptr + (offs_n - 1) *", "norm"),
+    "too early": ("norm.py", "load_vector(magnitude, offs_n,", "load_vector(magnitude, offs_n - 1,", "norm"),
     "a row too many": ("token_sums.py", "rows_per_split, M)", "rows_per_split, M + 1)", "token_sums"),
     "a sum too late": ("token_sums.py", "tl.store(dmagnitude_ptr +", "tl.store(dmagnitude_ptr + 1 +", "token_sums"),
     "a column too many": ("project.py", "mask_k = offs_k < end", "mask_k = offs_k <= end", "project"),
@@ -137,7 +137,7 @@ FAULTS = {
     "a byte too many": ("stored_weight.py", "offs_byte < row_bytes", "offs_byte <= row_bytes", "nf4"),
     "a scale too far": ("stored_weight.py", "pointers[1] + block, mask", "pointers[1] + block + 1, mask", "nf4"),
 }
-UNWRITTEN = ("norm.py", "ACC_DTYPE), mask=mask_n)", "ACC_DTYPE), mask=mask_n & (offs_n > 0))", "norm")
+UNWRITTEN = ("norm.py", "_tile, norm), mask=mask_n)", "_tile, norm), mask=mask_n & (offs_n > 0))", "norm")
 
 
 def plant(folder: Path, file: str, here: str, fault: str) -> None:
