@@ -194,12 +194,12 @@ def fast_jobs(overrides: dict[str, dict] | None = None) -> list[Job]:
     jobs = jobs_for(["sm_90"], ["bf16"], (64,), ("train", "few tokens", "bank", "grouped"), overrides)
     # what PEFT calls with, in one chunk of R and in several, where shared memory is scarcest
     small = jobs_for(["sm_120", "gfx942"], ["bf16 autocast, fp32 adapters"], (64, 384), ("train",), overrides)
-    jobs += [job for job in small if "DOT_PRECISION" in job.specialization.signature]
+    jobs += [job for job in small if "DTYPES" in job.specialization.signature]
     stored = jobs_for(["sm_90"], ["bf16"], (64,), QUANTIZED_KINDS, overrides)
     jobs += list({job.call: job for job in stored if job.specialization.name == "_norm_kernel"}.values())
     # and in every shape of loop that hot_loops.py judges
     other_ranks = jobs_for(["sm_90"], ["bf16"], (8, 384), ("train",), overrides)
-    jobs += [job for job in other_ranks if "DOT_PRECISION" in job.specialization.signature]
+    jobs += [job for job in other_ranks if "DTYPES" in job.specialization.signature]
     for variant, rank, call, kernel in UNLIKE_OTHERS:
         found = jobs_for(["sm_90"], [variant], (rank,), (call,), overrides)
         jobs += [job for job in found if hot_loops.short(job.specialization.name) == kernel]

@@ -111,7 +111,7 @@ class Exemption:
 
     def covers(self, specialization: "Specialization", argument: str) -> bool:
         """Whether loads of `argument` may be otherwise."""
-        plain = argument.replace("[", ".").replace("]", "")  # weight_ptrs.0: brackets mean something in a pattern
+        plain = argument.replace("[", ".").replace("]", "")  # weight.pointers.0: brackets mean something in a pattern
         return (
             fnmatch(short(specialization.name), self.kernel)
             and any(fnmatch(plain, pattern) for pattern in self.arguments.split())
@@ -120,7 +120,7 @@ class Exemption:
 
 
 def _format(*names: str) -> Callable[["Specialization"], bool]:
-    return lambda specialization: specialization.constants()["FORMAT"] in names
+    return lambda specialization: specialization.constants()["FORMAT"].name in names
 
 
 EXEMPTIONS = (
@@ -129,7 +129,7 @@ EXEMPTIONS = (
         "gain_ptr",
         "a float32 for each column: 16 KB at N = 4096, which every program of a column takes from the L2 cache",
     ),
-    Exemption("*", "bias_ptr", "a number for each column, as gain"),
+    Exemption("*", "bias", "a number for each column, as gain"),
     Exemption("project", "scale_ptr", "a number for each step's columns, 256 bytes beside 24 KB; asynchronous"),
     Exemption("bank_epilogue", "scaling_ptr", "one number"),
     Exemption(
@@ -143,69 +143,73 @@ EXEMPTIONS = (
         "epilogue",
         "*",
         "a tile a program, as merge",
-        lambda one: one.constants()["ONE_CHUNK"] or not one.constants()["HAS_LOW"],
+        lambda one: one.constants()["ONE_CHUNK"] or not one.has("low"),
     ),
-    Exemption("bank_epilogue", "low_ptr lora_B_ptr", "the loop is over the adapters of a tile of rows, mostly one"),
+    Exemption("bank_epilogue", "low lora_B_ptr", "the loop is over the adapters of a tile of rows, mostly one"),
     Exemption(
         "norm",
-        "weight_ptrs.*",
+        "weight.pointers.*",
         "a thread looks 64 codes up in the codebook: asynchronous, they would be copies of 4 bytes each, 255 registers "
         "and 135 KB of shared memory, and one program a multiprocessor instead of two",
         _format("codebook4"),
     ),
     Exemption(
-        "norm", "weight_ptrs.[1-4]", "lookups, and scales of 1 and 2 bytes for 64 weights", _format("nf4_torchao")
+        "norm", "weight.pointers.[1-4]", "lookups, and scales of 1 and 2 bytes for 64 weights", _format("nf4_torchao")
     ),
     Exemption(
         "norm",
-        "weight_ptrs.*",
+        "weight.pointers.*",
         "a scale and a zero for every weight, as lookups of codebook4; where they are for 64 weights, asynchronous "
         "loads of the codes spill 128 bytes a thread on sm_120",
         _format("hqq4"),
     ),
     Exemption(
         "norm",
-        "lora_A_ptr",
+        "update.lora_A",
         "K is odd: every other row starts at an odd multiple of 2 bytes",
-        lambda one: one.constants()["FORMAT"] == "codebook4" and one.constants()["GROUP"] == 1,
+        lambda one: one.constants()["FORMAT"].name == "codebook4" and one.constants()["FORMAT"].group == 1,
     ),
     Exemption(
         "token_sums",
-        "columns_ptr",
+        "columns",
         "K is odd, as above: these are the columns of x",
-        lambda one: not one.aligned("stride_cm"),
+        lambda one: not one.aligned("columns.stride_0"),
     ),
     Exemption(
         "norm",
-        "weight_ptrs.0",
+        "weight.pointers.0",
         "W is contiguous along N: loaded so and then turned, it would pass through shared memory twice",
-        lambda one: one.constants()["FORMAT"] == "dense" and one.signature["weight_numbers"][1] != "constexpr",
+        lambda one: one.constants()["FORMAT"].name == "dense" and one.type_of("weight.numbers[1]") != "constexpr",
     ),
     Exemption(
         "norm",
-        "weight_ptrs.0",
+        "weight.pointers.0",
         "Triton pipelines innermost loops, and with a quantised weight this one has the chunks of R in it",
-        lambda one: not one.constants()["ONE_CHUNK"] and one.constants()["FORMAT"] in ("int8", "float8", "nf4_torchao"),
+        lambda one: not one.constants()["ONE_CHUNK"] and _format("int8", "float8", "nf4_torchao")(one),
     ),
     Exemption(
         "norm",
-        "weight_ptrs.0",
+        "weight.pointers.0",
         "float32 operands: tiles of 64 x 64 codes are 8 bytes a thread",
-        lambda one: one.constants()["FORMAT"] == "nf4_torchao" and one.signature["lora_A_ptr"] == "*fp32",
+        lambda one: one.constants()["FORMAT"].name == "nf4_torchao" and one.type_of("update.lora_A") == "*fp32",
     ),
     Exemption(
         "token_sums",
-        "columns_ptr",
+        "columns",
         "bf16 beside float32 adapters: loaded a step ahead into registers, where it is split for the dot",
-        lambda one: (one.signature["columns_ptr"], one.signature["low_ptr"]) == ("*bf16", "*fp32"),
+        lambda one: (one.type_of("columns"), one.type_of("low")) == ("*bf16", "*fp32"),
     ),
     Exemption(
         "token_sums",
-        "columns_ptr",
+        "columns",
         "tf32 products want the summed dimension contiguous: transposed on its way, in the 4 bytes of a number",
-        lambda one: one.constants()["DOT_PRECISION"] == "tf32x3" and one.signature["columns_ptr"] == "*fp32",
+        lambda one: one.constants()["DTYPES"].precision == "tf32x3" and one.type_of("columns") == "*fp32",
     ),
 )
+
+
+# the arguments whose rows are R numbers
+ROWS_OF_R = ("low", "lora_B", "lora_B_ptr", "update.lora_B", "factor")
 
 
 def faults(job: "Job", compiled: "Compiled") -> Iterator[tuple[str, str]]:
@@ -214,7 +218,9 @@ def faults(job: "Job", compiled: "Compiled") -> Iterator[tuple[str, str]]:
     judged = looped or compiled.loads
     for load in dict.fromkeys(judged):
         # a row of 8 numbers is 16 bytes, of which a thread may take half; rows of other tensors are long
-        enough = 8 if job.rank % 16 and load.argument in ("low_ptr", "lora_B_ptr", "factor_ptr") else 16
+        enough = (
+            8 if job.rank % 16 and load.argument in ("low", "lora_B", "lora_B_ptr", "update.lora_B", "factor") else 16
+        )
         if not load.asynchronous:
             yield load.argument, f"{load.argument} is loaded synchronously"
         elif load.bytes < enough:

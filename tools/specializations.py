@@ -6,6 +6,7 @@ divisibility, num_warps) is recorded instead. Nothing about a kernel is restated
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from unittest import mock
@@ -247,27 +248,49 @@ class Specialization:
         names = list(self.signature)
         return {names[path[0]]: value for path, value in self.constexprs.items() if len(path) == 1}
 
+    def arguments(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (type, path), in order; names are "R", "weight.pointers[0]", "base" for base.ptr, "base.stride_0".
+
+        The type of what was compiled in, such as a tensor that is not there, is "constexpr".
+        """
+
+        def within(name: str, kind: str | tuple, path: tuple[int, ...]) -> Iterator[tuple[str, tuple]]:
+            if not isinstance(kind, tuple):
+                yield name.removesuffix(".ptr"), (kind, path)
+                return
+            fields = getattr(kind, "_fields", None)
+            for index, part in enumerate(kind):
+                yield from within(f"{name}.{fields[index]}" if fields else f"{name}[{index}]", part, (*path, index))
+
+        kinds = enumerate(self.signature.items())
+        return dict(one for index, (name, kind) in kinds for one in within(name, kind, (index,)))
+
+    def type_of(self, argument: str) -> str:
+        """Of an argument by its name in `arguments`: "*bf16", "i32", "constexpr"."""
+        return self.arguments()[argument][0]
+
     def pointers(self) -> list[str]:
-        """The arguments left at run time, in order, by name: "lora_A_ptr", "weight_ptrs[0]"; "" for a number."""
-
-        def names(name: str, kind: str | tuple) -> list[str]:
-            if isinstance(kind, tuple):
-                return [one for index, part in enumerate(kind) for one in names(f"{name}[{index}]", part)]
-            return [] if kind == "constexpr" else [name if kind.startswith("*") else ""]
-
-        return [one for name, kind in self.signature.items() for one in names(name, kind)]
+        """The arguments left at run time, in order, by name; "" for a number."""
+        kinds = [(name, kind) for name, (kind, _) in self.arguments().items() if kind != "constexpr"]
+        return [name if kind.startswith("*") else "" for name, kind in kinds]
 
     def aligned(self, argument: str) -> bool:
         """Whether a number, or the address of a pointer, is known to be a multiple of 16."""
-        return ["tt.divisibility", 16] in self.attrs.get((list(self.signature).index(argument),), [])
+        return ["tt.divisibility", 16] in self.attrs.get(self.arguments()[argument][1], [])
+
+    def has(self, argument: str) -> bool:
+        """Whether a tensor that may be None is there: "low", "partial.total"."""
+        kinds = [kind for name, (kind, _) in self.arguments().items() if f"{name}.".startswith(f"{argument}.")]
+        return any(kind != "constexpr" for kind in kinds)
 
     def flags(self) -> str:
-        """What of the kernel's optional parts is compiled in: "low kept total", or the format of a weight."""
+        """The optional parts that are compiled in: "low kept total", and before them the format of a weight."""
         constants = self.constants()
-        names = [
-            name.removeprefix("HAS_").removeprefix("WANT_").lower() for name, on in constants.items() if on is True
-        ]
-        return " ".join([constants.get("FORMAT", ""), *names]).strip()
+        optional = dict.fromkeys(re.findall(r"([\w.]+) is not None", self.kernel.src))
+        present = [name for name in optional if name.partition(".")[0] in self.signature and self.has(name)]
+        names = [name.rpartition(".")[2].removesuffix("_ptr") for name in present]
+        names += [name.lower() for name, value in constants.items() if value is True]
+        return " ".join([constants["FORMAT"].name, *names] if "FORMAT" in constants else names)
 
     def tiles(self) -> str:
         """BLOCK_M=64 BLOCK_N=128 warps=4 stages=3"""

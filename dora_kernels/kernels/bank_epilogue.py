@@ -105,7 +105,7 @@ def bank_epilogue(
         E,
         R_MULTIPLE=rank_multiple(R, low),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
-        DTYPES=launch.tl_dtypes,
+        DTYPES=launch.dtypes,
         **tiles,
     )
     return y

@@ -128,7 +128,7 @@ def epilogue(
         scaling,
         R_MULTIPLE=rank_multiple(R, low, lora_B),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
-        DTYPES=launch.tl_dtypes,
+        DTYPES=launch.dtypes,
         **tiles,
     )
     return y

@@ -107,7 +107,7 @@ def grouped_norm(
         R_MULTIPLE=math.gcd(16, *(row[6] for row in layers)),
         STAGES=config.num_stages if aligned else None,
         ONE_CHUNK=most_R <= tiles["BLOCK_R"],
-        DTYPES=launch.tl_dtypes,
+        DTYPES=launch.dtypes,
         **tiles,
     )
     return norm, gain

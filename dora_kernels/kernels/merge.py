@@ -78,7 +78,7 @@ def merge(
         SUBTRACT_WEIGHT=subtract_weight,
         R_MULTIPLE=rank_multiple(R, lora_B),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
-        DTYPES=launch.tl_dtypes,
+        DTYPES=launch.dtypes,
         **tiles,
     )
     return merged

@@ -189,7 +189,7 @@ def norm(
         R_MULTIPLE=rank_multiple(R, lora_B),
         STAGES=weight_stages(weight, config),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
-        DTYPES=launch.tl_dtypes,
+        DTYPES=launch.dtypes,
         **tiles,
     )
     finish = launch.config("finish_norm")

@@ -113,7 +113,7 @@ def project(
         R,
         columns_per_split,
         R_MULTIPLE=rank_multiple(R, factor_T),
-        DTYPES=launch.tl_dtypes,
+        DTYPES=launch.dtypes,
         **tiles,
     )
     if splits > 1:

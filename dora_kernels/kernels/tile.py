@@ -167,87 +167,6 @@ def add_splits(acc, partial_ptr, splits, size, offs, mask):
     return acc
 
 
-@triton.jit
-def load_tile(ptr, offs_0, offs_1, mask_0, mask_1, stride_0, stride_1):
-    """A [len(offs_0), len(offs_1)] tile, zero outside the masks."""
-    pointers = ptr + offs_0[:, None] * stride_0 + offs_1[None, :] * stride_1
-    return tl.load(pointers, mask=mask_0[:, None] & mask_1[None, :], other=0.0)
-
-
-@triton.jit
-def add_chunk(
-    acc,
-    left_ptr,
-    right_ptr,
-    r,
-    offs_0,
-    offs_1,
-    mask_0,
-    mask_1,
-    R,
-    stride_left,
-    stride_left_r,
-    stride_right,
-    stride_right_r,
-    BLOCK_R: tl.constexpr,
-    OPERAND_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
-):
-    """acc + left[offs_0, r : r + BLOCK_R] @ right[offs_1, r : r + BLOCK_R].T"""
-    offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
-    mask_r = offs_r < R
-    left = load_tile(left_ptr, offs_0, offs_r, mask_0, mask_r, stride_left, stride_left_r)
-    right = load_tile(right_ptr, offs_r, offs_1, mask_r, mask_1, stride_right_r, stride_right)
-    return tl.dot(
-        left.to(OPERAND_DTYPE),
-        right.to(OPERAND_DTYPE),
-        acc,
-        input_precision=DOT_PRECISION,
-        out_dtype=ACC_DTYPE,
-    )
-
-
-@triton.jit
-def low_rank_tile(
-    left_ptr,  # (rows, R)
-    right_ptr,  # (columns, R)
-    offs_0,
-    offs_1,
-    mask_0,
-    mask_1,
-    R,
-    stride_left,
-    stride_left_r,
-    stride_right,
-    stride_right_r,
-    BLOCK_0: tl.constexpr,
-    BLOCK_1: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    OPERAND_DTYPE: tl.constexpr,
-    ACC_DTYPE: tl.constexpr,
-    DOT_PRECISION: tl.constexpr,
-):
-    """(left @ right.T)[offs_0, offs_1] in ACC_DTYPE, R walked in chunks of BLOCK_R."""
-    acc = tl.zeros([BLOCK_0, BLOCK_1], dtype=ACC_DTYPE)
-    # no loop for one chunk: Triton pipelines innermost loops only, and then that is the caller's
-    if ONE_CHUNK:
-        acc = add_chunk(
-            acc, left_ptr, right_ptr, 0, offs_0, offs_1, mask_0, mask_1, R,
-            stride_left, stride_left_r, stride_right, stride_right_r,
-            BLOCK_R, OPERAND_DTYPE, ACC_DTYPE, DOT_PRECISION,
-        )  # fmt: skip
-    else:
-        for r in range(0, R, BLOCK_R):
-            acc = add_chunk(
-                acc, left_ptr, right_ptr, r, offs_0, offs_1, mask_0, mask_1, R,
-                stride_left, stride_left_r, stride_right, stride_right_r,
-                BLOCK_R, OPERAND_DTYPE, ACC_DTYPE, DOT_PRECISION,
-            )  # fmt: skip
-    return acc
-
-
 def rank_multiple(R: int, *factors: torch.Tensor | None) -> int:
     """The power of two that R and the distances of the factors' (..., R) rows are multiples of; 1 for 16 and more.
 
@@ -301,20 +220,12 @@ class Launch:
         return per_split, max(1, ceil_div(size, max(per_split, 1)))
 
     @property
-    def tl_dtypes(self) -> Dtypes:
+    def dtypes(self) -> Dtypes:
         """The kernels' constexpr DTYPES."""
-        return _tl_dtypes(self.operand, self.accumulate, self.precision)
-
-    def dtypes(self) -> dict[str, object]:
-        """The constexpr arguments that say in which dtypes a kernel works."""
-        return {
-            "OPERAND_DTYPE": TL_DTYPE[self.operand],
-            "ACC_DTYPE": TL_DTYPE[self.accumulate],
-            "DOT_PRECISION": self.precision,
-        }
+        return _dtypes(self.operand, self.accumulate, self.precision)
 
 
 @functools.cache  # few, and each would take as long to make as three to look up
-def _tl_dtypes(operand: torch.dtype, accumulate: torch.dtype, precision: str) -> Dtypes:
+def _dtypes(operand: torch.dtype, accumulate: torch.dtype, precision: str) -> Dtypes:
     """Of torch's dtypes, Triton's."""
     return Dtypes(TL_DTYPE[operand], TL_DTYPE[accumulate], precision)

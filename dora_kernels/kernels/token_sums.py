@@ -251,7 +251,7 @@ def _partial_sums(
         R_MULTIPLE=rank_multiple(R, low),
         SUM_ROWS=max(1, min(rows_at_once, config.BLOCK_M)),
         STAGES=stages,
-        DTYPES=launch.tl_dtypes,
+        DTYPES=launch.dtypes,
         **tiles,
     )
     return sums
@@ -303,6 +303,6 @@ def token_sums(
         0 if sums.outer is None else len(sums.outer),
         splits,
         scaling,
-        ACC_DTYPE=launch.tl_dtypes.accumulate,
+        ACC_DTYPE=launch.dtypes.accumulate,
         **finish.tiles(R),
     )

@@ -16,9 +16,12 @@ from dora_kernels.planning import configs, devices
 from tests.support.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
-from dora_kernels.kernels import backward, common, forward, stored_weight  # noqa: E402
+from dora_kernels.kernels import stored_weight, tile  # noqa: E402
+from dora_kernels.kernels.epilogue import _epilogue_kernel  # noqa: E402
 from dora_kernels.kernels.merge import _merge_kernel  # noqa: E402
 from dora_kernels.kernels.norm import _norm_kernel  # noqa: E402
+from dora_kernels.kernels.project import _project_kernel  # noqa: E402
+from dora_kernels.kernels.token_sums import Sums, _token_sums_kernel  # noqa: E402
 
 on_cpu = pytest.mark.skipif(
     DEVICE != "cpu" or sys.platform != "linux", reason="reads uncommitted pages, which only host memory has"
@@ -148,8 +151,8 @@ def test_a_long_stride_in_the_loop_over_both(name, axis, memory):
 
 
 def tiles(kernel: str) -> dict[str, object]:
-    how = common.Launch.of(torch.empty(0), torch.float32)
-    return how.dtypes() | how.config(kernel).tiles(3)
+    launch = tile.Launch.of(torch.empty(0), torch.float32)
+    return {"DTYPES": launch.dtypes} | launch.config(kernel).tiles(3)
 
 
 def corner(memory: torch.Tensor, rows: int = 3, columns: int = 3) -> torch.Tensor:
@@ -192,9 +195,9 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
 def test_project_writes_rows_of_2_to_the_30(memory):
     problem = Problem.random(3, 3, 32, 16, torch.float32)
     projected = corner(memory, columns=16)
-    forward._project_kernel[1, 1](
-        problem.x, problem.lora_A, None, memory[2**31 :], 3, 32, FAR,
-        *problem.x.stride(), *problem.lora_A.stride(), 32, HAS_SCALE=False, R_MULTIPLE=1, **tiles("project"),
+    _project_kernel[1, 1](
+        tile.matrix(problem.x), tile.matrix(problem.lora_A.T), None, memory[2**31 :], 3, 32, FAR, 32,
+        R_MULTIPLE=1, **tiles("project"),
     )  # fmt: skip
     torch.testing.assert_close(projected, problem.x @ problem.lora_A.T)
 
@@ -204,9 +207,9 @@ def test_project_writes_partial_sums_2_to_the_30_apart(memory):
     """`(split * M + m) * R` with M = 2^30."""
     problem = Problem.random(32, 3, 96, 1, torch.float32)
     projected = corner(memory, columns=32)
-    forward._project_kernel[1, 3](
-        problem.x, problem.lora_A, None, memory[2**31 :], FAR, 96, 1,
-        *problem.x.stride(), *problem.lora_A.stride(), 32, HAS_SCALE=False, R_MULTIPLE=1, **tiles("project"),
+    _project_kernel[1, 3](
+        tile.matrix(problem.x), tile.matrix(problem.lora_A.T), None, memory[2**31 :], FAR, 96, 1, 32,
+        R_MULTIPLE=1, **tiles("project"),
     )  # fmt: skip
     assert (projected != 0).all()
     torch.testing.assert_close(projected.sum(0)[:, None], problem.x @ problem.lora_A.T)
@@ -217,10 +220,9 @@ def test_epilogue_writes_rows_of_2_to_the_30(memory):
     problem = Problem.random(3, 32, 40, 3, torch.float32)
     base, low = problem.x @ problem.weight.T, problem.x @ problem.lora_A.T
     y = corner(memory, columns=32)
-    forward._epilogue_kernel[1, 1](
-        base, low, problem.lora_B, problem.magnitude, problem.bias, None, memory[2**31 :], 3, FAR, 3,
-        *base.stride(), *low.stride(), *problem.lora_B.stride(), 1, 0, 0, 0.75,
-        HAS_LOW=True, HAS_BIAS=True, HAS_RESIDUAL=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("epilogue"),
+    _epilogue_kernel[1, 1](
+        tile.matrix(base), tile.matrix(low), tile.matrix(problem.lora_B), problem.magnitude, tile.vector(problem.bias),
+        None, memory[2**31 :], 3, FAR, 3, 0.75, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("epilogue"),
     )  # fmt: skip
     arguments = (base, low, problem.lora_B, problem.magnitude, problem.bias, 0.75, torch.float32)
     torch.testing.assert_close(y, reference.epilogue(*arguments))
@@ -233,14 +235,13 @@ def test_token_sums_writes_2_to_the_30_apart(output, memory):
     problem = Problem.random(96, 32, 40, 1, torch.float32)
     low, kept = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
     huge, splits = memory[2**31 :], 1 if output == "scaled" else 3
-    out = {name: huge if name == output else None for name in ("outer", "dot", "total", "scaled")}
+    sums = Sums(**{output: huge} if output != "scaled" else {})
     rows = 3 if output == "scaled" else 96
     written = corner(memory, columns=32)
-    backward._token_sums_kernel[1, 1, splits](
-        problem.dy, low, kept, problem.magnitude, *out.values(), rows, FAR, 1,
-        *problem.dy.stride(), *low.stride(), *kept.stride(), 32,
-        HAS_LOW=output == "outer", HAS_KEPT=output == "dot", WANT_TOTAL=output == "total",
-        WANT_SCALED=output == "scaled", R_MULTIPLE=1, SUM_ROWS=16, STAGES=2, **tiles("token_sums"),
+    _token_sums_kernel[1, 1, splits](
+        tile.matrix(problem.dy), tile.matrix(low if output == "outer" else None),
+        tile.matrix(kept if output == "dot" else None), problem.magnitude, sums, huge if output == "scaled" else None,
+        rows, FAR, 1, 32, R_MULTIPLE=1, SUM_ROWS=16, STAGES=2, **tiles("token_sums"),
     )  # fmt: skip
     expected = {
         "outer": lambda: (problem.dy.T @ low)[:, 0],

@@ -65,7 +65,8 @@ def test_what_loops_stream_is_loaded_ahead_in_16_bytes_a_thread(fast):
 UNMERGED = """
 import compile_kernels as tool
 found = [job.specialization for job in tool.fast_jobs() if job.specialization.name == "_merge_kernel"]
-print({(*one.signature["weight_ptrs"], one.signature["lora_A_ptr"]) for one in found if one.target.name == "sm_90"})
+names = "weight.pointers[0]", "update.lora_A"
+print({tuple(map(one.type_of, names)) for one in found if one.target.name == "sm_90"})
 """
 
 
@@ -81,7 +82,7 @@ def test_a_loop_that_waits_for_its_loads_is_rejected():
     only = "--target=sm_90", "--variant=bf16", "--rank=64", "--call=train", "--kernel=_norm"
     done = _compile("--loops", *only, "--set", "norm:num_stages=1")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "on sm_90: weight_ptrs[0] is loaded synchronously" in done.stderr
+    assert "on sm_90: weight.pointers[0] is loaded synchronously" in done.stderr
 
 
 @pytest.mark.nightly  # about 1800 compilations, ten minutes of one core
