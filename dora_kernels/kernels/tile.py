@@ -2,7 +2,6 @@
 
 import functools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -179,8 +178,7 @@ def rank_multiple(R: int, *factors: torch.Tensor | None) -> int:
     return multiple if multiple < 16 else 1
 
 
-@dataclass(frozen=True)
-class Launch:
+class Launch(NamedTuple):
     """How the kernels of one call are launched: device facts, dtypes and the precision of their dots."""
 
     facts: devices.DeviceFacts
