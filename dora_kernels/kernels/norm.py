@@ -17,7 +17,16 @@ from dora_kernels.kernels.stored_weight import (
     weight_config,
     weight_stages,
 )
-from dora_kernels.kernels.tile import Launch, add_product, block_offsets, load, load_vector, rank_multiple, vector
+from dora_kernels.kernels.tile import (
+    Launch,
+    add_product,
+    add_splits,
+    block_offsets,
+    load,
+    load_vector,
+    rank_multiple,
+    vector,
+)
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
 
@@ -148,9 +157,7 @@ def _finish_norm_kernel(
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
     squares = tl.zeros([BLOCK_N], dtype=partial_ptr.dtype.element_ty)
-    for split in range(0, splits):
-        squares += tl.load(partial_ptr + split * N + offs_n, mask=mask_n, other=0.0)
-    norm = root(squares)
+    norm = root(add_splits(squares, partial_ptr, splits, N, offs_n, mask_n))
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
     if magnitude is not None:
         magnitude_tile = load_vector(magnitude, offs_n, mask_n).to(norm.dtype)  # [BLOCK_N]

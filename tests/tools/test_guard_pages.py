@@ -119,7 +119,7 @@ def test_every_quantised_weight_is_read_inside(name, side):
 
 # file, what is there, what is planted, who launches it
 FAULTS = {
-    "a mask left out": ("norm.py", "split * N + offs_n, mask=mask_n, other=0.0)", "split * N + offs_n)", "norm"),
+    "a mask left out": ("tile.py", "split * size + offs, mask=mask, other=0.0)", "split * size + offs)", "norm"),
     "a tile read in any case": (
         "tile.py",
         "mask_0[:, None] & mask_1[None, :], other",
