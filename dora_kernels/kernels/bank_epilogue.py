@@ -81,7 +81,7 @@ def bank_epilogue(
     bias: torch.Tensor | None,
     index: torch.Tensor,
 ) -> torch.Tensor:
-    """y (M, N) of rows with an adapter each; as `reference.bank_epilogue_ref`."""
+    """y (M, N) of rows with an adapter each; as `reference.bank_epilogue`."""
     M, N = base.shape
     E, _, R = lora_B.shape
     launch = Launch.of(base, lora_B.dtype)

@@ -105,7 +105,7 @@ def epilogue(
     out_dtype: torch.dtype,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y (M, N) in out_dtype from base in one read and one write; as `reference.epilogue_ref`."""
+    """y (M, N) in out_dtype from base in one read and one write; as `reference.epilogue`."""
     M, N = base.shape
     R = lora_B.shape[1]
     launch = Launch.of(base, lora_B.dtype)

@@ -76,7 +76,7 @@ def grouped_norm(
     magnitudes: Sequence[torch.Tensor],
     scalings: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """norm and gain of the layers, one after the other; as `reference.grouped_norm_ref`."""
+    """norm and gain of the layers, one after the other; as `reference.grouped_norm`."""
     launch = Launch.of(weights[0], lora_As[0].dtype)
     most_R = max(lora_A.shape[0] for lora_A in lora_As)
     config = weight_config(launch, "norm", weights[0], most_R)

@@ -57,7 +57,7 @@ def merge(
     subtract_weight: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The merged weight (N, K); as `reference.merge_ref`, and without an adapter weight itself."""
+    """The merged weight (N, K); as `reference.merge`, and without an adapter weight itself."""
     N, K = weight.shape
     R = 0 if lora_A is None else lora_A.shape[0]
     launch = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
@@ -85,5 +85,5 @@ def merge(
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """weight (N, K) itself or, of a quantised one, a dense copy in dtype; as `reference.dense_ref`."""
+    """weight (N, K) itself or, of a quantised one, a dense copy in dtype; as `reference.dense`."""
     return weight if isinstance(weight, torch.Tensor) else merge(weight, None, None, None, 0.0, out_dtype=dtype)

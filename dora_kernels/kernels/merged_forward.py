@@ -20,7 +20,7 @@ def merged_forward(
     scaling: float,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """(y, norm unless the gain is given, gain, z if keep) through a merged weight; as `merged_forward_ref`."""
+    """(y, norm unless the gain is given, gain, z if keep) through a merged weight; as `reference.merged_forward`."""
     row_norm, gain = None, given_gain
     if gain is None:
         row_norm, gain = norm(weight, lora_A, lora_B, scaling, magnitude)

@@ -171,7 +171,7 @@ def norm(
     scaling: float,
     magnitude: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """norm (N,) and, with a magnitude, gain (N,); as `reference.norm_ref`."""
+    """norm (N,) and, with a magnitude, gain (N,); as `reference.norm`."""
     N, K = weight.shape
     R = lora_A.shape[0]
     launch = Launch.of(weight, lora_A.dtype)

@@ -8,7 +8,7 @@ from dora_kernels.planning import plan
 
 
 def outer_product(left: torch.Tensor, right: torch.Tensor, scaling: float, out_dtype: torch.dtype) -> torch.Tensor:
-    """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype; as `reference.outer_product_ref`."""
+    """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype; as `reference.outer_product`."""
     if not plan.outer_by_kernel(left.shape[1], same_dtype=right.dtype == left.dtype):
         return gemm.outer_product(left, right, scaling, out_dtype)
     result = right.new_empty((left.shape[1], right.shape[1]), dtype=out_dtype)

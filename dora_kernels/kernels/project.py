@@ -86,7 +86,7 @@ def project(
     scale: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """rows (M, K) @ (factor (R, K) * scale (K,)).T -> (M, R); as `reference.project_ref`."""
+    """rows (M, K) @ (factor (R, K) * scale (K,)).T -> (M, R); as `reference.project`."""
     dtype = factor.dtype
     out_dtype = out_dtype or dtype
     M, K = rows.shape

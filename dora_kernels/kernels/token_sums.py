@@ -10,6 +10,7 @@ from dora_kernels.gemm import matmul
 from dora_kernels.kernels.tile import (
     Launch,
     Matrix,
+    add_dot,
     add_splits,
     block_offsets,
     known_multiple,
@@ -97,13 +98,7 @@ def _token_sums_kernel(
         tile = load(columns, offs_m, offs_n, mask_m, mask_n)  # [BLOCK_M, BLOCK_N]
         if low is not None:
             low_tile = load(low, offs_m, offs_r, mask_m, mask_r)  # [BLOCK_M, BLOCK_R]
-            outer = tl.dot(
-                tl.trans(tile.to(DTYPES.operand)),
-                low_tile.to(DTYPES.operand),
-                outer,
-                input_precision=DTYPES.precision,
-                out_dtype=DTYPES.accumulate,
-            )
+            outer = add_dot(outer, tl.trans(tile.to(DTYPES.operand)), low_tile, DTYPES)
         if kept is not None:
             kept_tile = load(kept, offs_m, offs_n, offs_m < end_if_first, mask_n)  # [BLOCK_M, BLOCK_N]
             product = tile.to(DTYPES.accumulate) * kept_tile.to(DTYPES.accumulate)
@@ -271,7 +266,7 @@ def token_sums(
     dbias: torch.Tensor | None = None,
     scaled: torch.Tensor | None = None,
 ) -> None:
-    """Sums over the tokens of columns (M, N), written into the tensors given; as `reference.token_sums_ref`."""
+    """Sums over the tokens of columns (M, N), written into the tensors given; as `reference.token_sums`."""
     M, N = columns.shape
     R = 0 if low is None else low.shape[1]
     launch = Launch.of(columns, columns.dtype if low is None else low.dtype)
@@ -288,7 +283,7 @@ def token_sums(
     if outer is None and dmagnitude is None and dbias is None:
         return
     finish = launch.config("finish_sums")
-    splits = next((len(summed) for summed in (sums.dot, sums.total) if summed is not None), 0)
+    splits = len(sums.dot) if want_dot else len(sums.total) if want_total else 0
     _finish_sums_kernel[ceil_div(N, finish.BLOCK_N),](
         matrix(columns),
         matrix(low),
