@@ -16,11 +16,11 @@ from dora_kernels.quant import Weight
 @triton.jit
 def _merge_kernel(
     weight,  # (N, K) as stored
-    update,  # (N, K) or None
     gain_ptr,  # (N,) in DTYPES.accumulate, contiguous, or None
     merged_ptr,  # (N, K), contiguous
     N,
     K,
+    update,  # (N, K) or None
     FORMAT: tl.constexpr,
     SUBTRACT_WEIGHT: tl.constexpr,
     R_MULTIPLE: tl.constexpr,
@@ -69,11 +69,11 @@ def merge(
         return merged
     _merge_kernel[ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K)](
         stored,
-        update(lora_A, lora_B, scaling),
         gain,
         merged,
         N,
         K,
+        update(lora_A, lora_B, scaling),
         FORMAT=weight_format,
         SUBTRACT_WEIGHT=subtract_weight,
         R_MULTIPLE=rank_multiple(R, lora_B),

@@ -89,11 +89,11 @@ def _sum_squares(direction, mask_k):
 @triton.jit
 def _norm_kernel(
     weight,  # (N, K) as stored
-    update,  # (N, K)
     partial_ptr,  # (splits, N) in DTYPES.accumulate, contiguous
     N,
     K,
     columns_per_split,
+    update,  # (N, K)
     FORMAT: tl.constexpr,
     R_MULTIPLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -187,11 +187,11 @@ def norm(
         return result, gain
     _norm_kernel[rows, splits](
         stored,
-        update(lora_A, lora_B, scaling),
         partial,
         N,
         K,
         columns_per_split,
+        update(lora_A, lora_B, scaling),
         FORMAT=weight_format,
         R_MULTIPLE=rank_multiple(R, lora_B),
         STAGES=weight_stages(weight, config),

@@ -45,7 +45,11 @@ class Format(NamedTuple):
 
 
 class Update(NamedTuple):
-    """The low-rank update scaling * lora_B @ lora_A of a weight (N, K), as one argument of a kernel."""
+    """The low-rank update scaling * lora_B @ lora_A of a weight (N, K), as one argument of a kernel.
+
+    Kernels take it after the sizes. ptxas allocates by the order of arguments, too: with it first, the merge of an HQQ
+    weight at R = 64 had 88 registers and not 80 on sm_90, and that of an int8 weight 64.
+    """
 
     lora_A: Matrix  # (R, K)
     lora_B: Matrix  # (N, R)
