@@ -42,7 +42,7 @@ def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Cal
     device = tensors[0].device
     if not store.can_keep(tensors, device) or store.weights_come_and_go():
         return None
-    drops = store.drops()
+    generation = store.generation()
     numbers = kept = scope = None
     if device.type == "cpu" and all(tensor.dim() == 2 and tensor.is_floating_point() for tensor in tensors):
         numbers = [number for tensor in tensors for number in _read(tensor)]
@@ -57,7 +57,7 @@ def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Cal
     # what inference mode computes cannot be saved for a backward pass
     with torch.inference_mode(False), torch.no_grad():
         value = compute()
-    if drops == store.drops():
+    if generation == store.generation():
         dtypes = [tensor.dtype for tensor in (*tensors, *(numbers or ()))]
         copies = None if numbers is None else [number.clone() for number in numbers]  # they may be the tensors
         store.constants[layer] = Constant(value, dtypes, copies, kept, scope)

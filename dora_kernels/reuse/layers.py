@@ -46,7 +46,7 @@ def dora_linear_reusing(
     if call is None:
         return dora_linear_core(*arguments, x_dropped=x_dropped, low=low, function=function)[0]
 
-    drops = store.drops()
+    generation = store.generation()
     fingerprint = store.fingerprint_of(tensors, (scaling, storage, operand_dtypes(x, lora_A)), x.device)
     kept = store.find(layer, call, tensors, fingerprint)
     scopes = store.scopes.get(layer, ()) if call.in_scope else ()
@@ -54,13 +54,13 @@ def dora_linear_reusing(
         kept = store.find(layer, call, tensors, fingerprint)
     if kept is None:
         y, norm, gain = dora_linear_core(*arguments, x_dropped=x_dropped, low=low, function=function)
-        store.keep(layer, call, store.Kept.of(tensors, fingerprint, norm, gain), drops)
+        store.keep(layer, call, store.Kept.of(tensors, fingerprint, norm, gain), generation)
         return y
     found = kept
     if kept.merged is None and any(scope.keep_merged for scope in scopes):
         kept = _merge(kept, x, weight, lora_A, lora_B, scaling)
     if kept is not found or call.region is not None:
-        store.keep(layer, call, kept, drops)
+        store.keep(layer, call, kept, generation)
     given = {"norm": kept.norm, "gain": kept.gain, "merged": kept.merged}
     return dora_linear_core(*arguments, x_dropped=x_dropped, low=low, **given, function=function)[0]
 
@@ -113,12 +113,12 @@ def norm_reusing(
     call = store.call_of(layer, tensors, device)
     if call is None:
         return compute()
-    drops = store.drops()
+    generation = store.generation()
     fingerprint = store.fingerprint_of(tensors, settings, device)
     kept = store.find(layer, call, tensors, fingerprint)
     found = kept
     if kept is None:
         kept = store.Kept.of(tensors, fingerprint, compute())
     if kept is not found or call.region is not None:
-        store.keep(layer, call, kept, drops)
+        store.keep(layer, call, kept, generation)
     return kept.norm

@@ -56,7 +56,7 @@ class Scope:
     def close(self) -> None:
         """End the reuse, or what of it no other open scope wants: the merged weights. A second time does nothing."""
         with _opening:
-            store.count_drop()
+            store.begin_generation()
             for layer in self.layers:
                 scopes = store.scopes.get(layer, ())
                 if self in scopes:
@@ -82,9 +82,9 @@ class Scope:
         Not when the scope opens: only a call knows its autocast. Layers of one device and the same dtypes share a
         launch; one that cannot share it (quantised, not contiguous, cast by autocast) is left to its own call.
         """
-        drops = store.drops()
-        if self.filled_at != (store.optimizer_steps(), drops):
-            self.filled_at = store.optimizer_steps(), drops
+        generation = store.generation()
+        if self.filled_at != (store.optimizer_steps(), generation):
+            self.filled_at = store.optimizer_steps(), generation
             self.filled.clear()
         key = (x.device, operand_dtypes(x, x))
         if key in self.filled:
@@ -116,7 +116,7 @@ class Scope:
             sizes = [weight.shape[0] for weight in weights]
             for member, norm, gain in zip(members, norms.split(sizes), gains.split(sizes), strict=True):
                 layer, operands, fingerprint = member
-                store.keep(layer, IN_SCOPE, store.Kept.of(operands[:4], fingerprint, norm, gain), drops)
+                store.keep(layer, IN_SCOPE, store.Kept.of(operands[:4], fingerprint, norm, gain), generation)
         return True
 
 
@@ -189,7 +189,7 @@ def _opened(model: nn.Module, keep_merged: bool, held: bool) -> Scope:
             other.close()
     scope = Scope(layers, keep_merged, held)
     with _opening:
-        store.count_drop()
+        store.begin_generation()
         for layer in layers:
             others = store.scopes.get(layer, ())
             if all(other.held for other in others):

@@ -165,7 +165,7 @@ def _key(x: Tensor, operand: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) ->
     return (
         x._version,
         store.optimizer_steps(),
-        store.drops(),
+        store.generation(),
         operand.dtype,
         dtypes,
         current_options().backend,

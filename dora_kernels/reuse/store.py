@@ -107,23 +107,23 @@ constants: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary
 scopes: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 _optimizer_steps = 0
 _counting = False
-# changes whenever something is dropped: what another thread drops must not come back from a call that had begun before
-_drops = 0
+# a new number with every drop: a call that began before another thread dropped something must not keep it again
+_generation = 0
 _numbers = itertools.count(1)
 # held where something is kept, so that it is before or after the drop of another thread; a finalizer may drop, too
 _keeping = threading.RLock()
 
 
-def drops() -> int:
-    """The number of the last drop: to be read before a computation whose result `keep` is given."""
-    return _drops
+def generation() -> int:
+    """The number of the last drop. Read it before a computation whose result is handed to `keep`."""
+    return _generation
 
 
-def count_drop() -> None:
+def begin_generation() -> None:
     """Let no call that has begun keep what it computes; what was kept is the caller's to drop, after this."""
-    global _drops
+    global _generation
     with _keeping:
-        _drops = next(_numbers)
+        _generation = next(_numbers)
 
 
 def optimizer_steps() -> int:
@@ -182,18 +182,18 @@ def find(layer: nn.Module, call: Call, tensors: tuple[Tensor, ...], fingerprint:
     return kept
 
 
-def keep(layer: nn.Module, call: Call, kept: Kept, drops_before: int) -> None:
+def keep(layer: nn.Module, call: Call, kept: Kept, generation_before: int) -> None:
     """Keep `kept` for `layer`, unless something was dropped meanwhile."""
     is_first = call.region is not None and _is_first_call(layer, call.region)
     with _keeping:
-        if drops_before == _drops and call.in_scope:
+        if generation_before == _generation and call.in_scope:
             by_layer[layer] = kept
-        if drops_before == _drops and is_first:
+        if generation_before == _generation and is_first:
             # no merged weight: a region that is never run again would hold it
             last_calls[layer] = LastCall(weakref.ref(call.region), kept._replace(merged=None))
-        if drops_before != _drops:  # before, or in this thread while it was kept
+        if generation_before != _generation:  # before, or in this thread while it was kept
             by_layer.pop(layer, None)
-    if (call.region is not None and not is_first) or drops_before != _drops:
+    if (call.region is not None and not is_first) or generation_before != _generation:
         last_calls.pop(layer, None)
 
 
@@ -214,7 +214,7 @@ def weights_come_and_go() -> bool:
 
 def forget(layer: nn.Module) -> None:
     """Drop what is kept for one layer: enable() and disable() call this, and moves, merges and changes of mode do."""
-    count_drop()
+    begin_generation()
     by_layer.pop(layer, None)
     last_calls.pop(layer, None)
 
