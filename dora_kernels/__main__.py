@@ -1,4 +1,4 @@
-"""python -m dora_kernels: see cli.py."""
+"""The command line, python -m dora_kernels: see cli.py."""
 
 import sys
 

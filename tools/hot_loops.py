@@ -184,7 +184,7 @@ EXEMPTIONS = (
     Exemption(
         "norm",
         "weight.pointers.0",
-        "Triton pipelines innermost loops, and with a quantised weight this one has the chunks of R in it",
+        "Triton pipelines innermost loops, and with a quantized weight this one has the chunks of R in it",
         lambda one: not one.constants()["ONE_CHUNK"] and _format("int8", "float8", "nf4_torchao")(one),
     ),
     Exemption(

@@ -36,7 +36,7 @@ class Problem:
     dy: Tensor
     precision: Precision
     base: nn.Linear | None = None
-    """The layer that `weight` is the decoded weight of, where the base is quantised."""
+    """The layer that `weight` is the decoded weight of, where the base is quantized."""
     dropout: float = 0.0
     drawn_in: torch.dtype | None = None
     """The dtype that a layer draws its mask in: `double` keeps it, and with it the mask."""
@@ -116,7 +116,7 @@ class Layer:
     module: nn.Module | None = None
 
     def held(self) -> list[Tensor]:
-        """What the layer trains, and the storage of its weight where it is quantised: there before a step and after."""
+        """What the layer trains, and the storage of its weight where it is quantized: there before a step and after."""
         root = self.forward if self.module is None else self.module
         modules = root.modules() if isinstance(root, nn.Module) else ()
         packed = [tensor for module in modules if quant.is_quantized(module) for tensor in quant.read(module).tensors]
@@ -196,7 +196,7 @@ TRAINING = ("forward", "forward+backward")
 
 
 def _nf4_linear(weight: Tensor) -> nn.Linear:
-    """bitsandbytes' Linear4bit of `weight`, as transformers loads it with double quantisation."""
+    """bitsandbytes' Linear4bit of `weight`, as transformers loads it with double quantization."""
     import bitsandbytes
 
     N, K = weight.shape

@@ -145,7 +145,7 @@ def providers_of(case: Case, asked: Sequence[str] | None = None) -> dict[str, Pr
 def default_providers(device_type: str, quantized: bool = False) -> list[str]:
     """All, but on a CPU not those that torch.compile takes longer over than the whole measurement.
 
-    quantized: those alone that hold the quantised layer, and not its decoded weight.
+    quantized: those alone that hold the quantized layer, and not its decoded weight.
     """
     if quantized:
         return list(OVER_ANY_BASE)
@@ -165,7 +165,7 @@ def _peer(problem: Problem, formula: Callable[..., Tensor]) -> Layer:
 
 
 def _linear(problem: Problem) -> nn.Linear:
-    """nn.Linear over the very weight of `problem`, which all providers share; or a copy of its quantised layer.
+    """nn.Linear over the very weight of `problem`, which all providers share; or a copy of its quantized layer.
 
     (A copy, because bitsandbytes repacks the weight in place in eval mode on some CPUs.)
     """

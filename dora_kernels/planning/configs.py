@@ -47,7 +47,7 @@ MOST_ROUNDS = 8
 
 
 def splits(blocks: int, steps: int, facts: DeviceFacts, config: Config) -> int:
-    """Into how many parts a reduction of `steps` steps is split so that `blocks` output tiles take the least time.
+    """The number of parts of a reduction over `steps` steps with which `blocks` output tiles take the least time.
 
     Programs run in rounds of as many as `waves` says that the device holds; the last round takes as long as a full one,
     however few it has. 112 tiles are one round on 132 multiprocessors, 85% full; in seven parts they are 784 programs
@@ -161,7 +161,7 @@ TUNED_FOLDER = pathlib.Path(__file__).with_name("tuned")
 
 
 def tuned_path(name: str) -> pathlib.Path:
-    """Where tools/tune.py keeps the configurations measured on the GPU of that name: tuned/nvidia-h200.json."""
+    """The file in which tools/tune.py keeps what it measured on the GPU of that name: tuned/nvidia-h200.json."""
     return TUNED_FOLDER / (re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
 
 

@@ -1,7 +1,4 @@
-"""Facts of a device, and whether the Triton kernels or the plain-PyTorch reference compute a call on it.
-
-Which of its products go to the GEMM library is plan.py's choice.
-"""
+"""Facts of a device, and the backend of a call on it: the Triton kernels or plain PyTorch."""
 
 import functools
 import importlib.util
@@ -17,13 +14,13 @@ logger = logging.getLogger("dora_kernels")
 
 @functools.cache
 def has_triton() -> bool:
-    """True where the triton package can be imported."""
+    """True if the triton package can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
 def interpreting() -> bool:
-    """True where Triton runs kernels on the CPU through its interpreter (TRITON_INTERPRET=1)."""
+    """True if Triton runs kernels on the CPU through its interpreter (TRITON_INTERPRET=1)."""
     if not has_triton():
         return False
     import triton
@@ -32,9 +29,10 @@ def interpreting() -> bool:
 
 
 def interpret_on_cpu() -> None:
-    """Let Triton run kernels on CPU tensors through its interpreter; in this process, before triton is imported.
+    """Let Triton run kernels on CPU tensors through its interpreter. Call it before anything imports triton.
 
-    Raises ValueError where it is too late, or where there is no triton.
+    The one write to the environment: Triton reads TRITON_INTERPRET when it is imported. Raises ValueError where it is
+    too late, or where there is no triton.
     """
     if not has_triton():
         raise ValueError("interpret_on_cpu: triton is not installed; expected it, to run its kernels on the CPU")
@@ -72,7 +70,7 @@ _HIP_FAMILIES = {"gfx942": "gfx942", "gfx950": "gfx942"}
 
 @functools.cache
 def device_facts(device: torch.device) -> DeviceFacts:
-    """Facts of `device`; target is "" where no kernel configuration is known for it."""
+    """Facts of `device`; target is "" if no kernel configuration is known for it."""
     if device.type == "cpu":
         return DeviceFacts("cpu", "interpreter" if interpreting() else "", 2)
     if device.type != "cuda":
@@ -107,7 +105,7 @@ _logged: set[str] = set()
 
 
 def log_once(message: str) -> None:
-    """Warn of a path that costs speed, once in a process; not while torch.compile traces, which cannot log."""
+    """Warn of something that costs speed, once in a process; not under torch.compile, which cannot log."""
     if message not in _logged and not torch.compiler.is_compiling():
         _logged.add(message)
         logger.warning(message)

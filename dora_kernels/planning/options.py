@@ -1,4 +1,4 @@
-"""The user's choices: backend, way and precision, and the one environment switch, DORA_KERNELS_BACKEND."""
+"""The user's choices: backend, way and precision, and the one environment variable, DORA_KERNELS_BACKEND."""
 
 import contextlib
 import os
@@ -29,7 +29,7 @@ class Options:
 
 
 def _from_environment() -> Options:
-    """DORA_KERNELS_BACKEND; unset and empty mean auto."""
+    """The options that DORA_KERNELS_BACKEND asks for; unset and empty mean auto."""
     backend = os.environ.get("DORA_KERNELS_BACKEND") or "auto"
     if backend not in BACKENDS:
         raise ValueError(f"DORA_KERNELS_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
@@ -40,22 +40,22 @@ def _from_environment() -> Options:
 # changes of a thread-local and refuses a ContextVar (torch 2.13).
 _default = _from_environment()
 _current = _default
-# what each open `options` block asked for, in the order in which they were entered
+# what each open `options` block asked for, in the order in which the blocks were entered
 _asked: list[dict[str, str]] = []
 _asking = threading.Lock()
 _own = threading.local()
 
 
 def current_options() -> Options:
-    """The options in force: this thread's own, where it has any, else the process'."""
+    """The options in force: this thread's own if it has any, else those of the process."""
     return _current if torch.compiler.is_compiling() else getattr(_own, "options", _current)
 
 
 @contextlib.contextmanager
 def own_options(**named: str) -> Iterator[None]:
-    """Inside a `with` block, options of this thread alone; torch.compile does not see them.
+    """Set options for this thread alone, inside a `with` block; torch.compile does not see them.
 
-    For what enable() computes while other threads may be in forward passes of their own.
+    For enable(), which computes while other threads may be in forward passes of their own.
     """
     before = vars(_own).copy()
     _own.options = replace(current_options(), **named)
@@ -80,27 +80,27 @@ def options(backend: str | None = None, way: str | None = None, precision: str |
     named = {"backend": backend, "way": way, "precision": precision}
     asked = {name: value for name, value in named.items() if value is not None}
     replace(_current, **asked)  # raises ValueError before anything is changed
-    with _alone():
+    with _locked():
         _asked.append(asked)
-        _settle()
+        _recompute()
     try:
         yield _current
     finally:
-        # not simply what it was before: threads may leave their blocks in another order than they entered them
-        with _alone():
+        # not simply the options of before: threads may leave their blocks in another order than they entered them
+        with _locked():
             _asked[:] = [other for other in _asked if other is not asked]
-            _settle()
+            _recompute()
 
 
-def _settle() -> None:
-    """The options in force from what the open blocks asked for: the block entered last has the last word."""
+def _recompute() -> None:
+    """Set the options in force to what the open blocks asked for; the block entered last has the last word."""
     global _current
-    settled = _default
+    current = _default
     for asked in _asked:
-        settled = replace(settled, **asked)
-    _current = settled
+        current = replace(current, **asked)
+    _current = current
 
 
-def _alone() -> contextlib.AbstractContextManager:
-    """One thread at a time; torch.compile, which cannot trace a lock, traces alone anyway."""
+def _locked() -> contextlib.AbstractContextManager[object]:
+    """The lock, for one thread at a time; nothing under torch.compile, which cannot trace a lock and traces alone."""
     return contextlib.nullcontext() if torch.compiler.is_compiling() else _asking

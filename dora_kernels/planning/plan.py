@@ -1,9 +1,9 @@
-"""Which way a call takes: a cost model of bytes, FLOPs and launches, as pure functions of shape and device.
+"""The planner: a cost model of bytes, FLOPs and launches chooses the way, by shape and device alone.
 
 split:  base = x @ weight.T by cuBLAS, then one epilogue kernel adds the low-rank part and applies the gain.
 merged: the merged weight W' = gain * (weight + scaling * lora_B @ lora_A) is built for one GEMM and dropped.
 
-The constants of `DEVICES` are predictions where nothing else is said; their use is to rank two ways of doing the
+The constants of `DEVICES` are predictions unless a comment says otherwise. They only rank two ways of computing the
 same thing, so what matters is the ratio of bandwidth to FLOPs to launch cost.
 """
 
@@ -43,7 +43,7 @@ DEVICES = {
 
 
 class Named(Protocol):
-    """What launch.DeviceFacts tells of a device."""
+    """The part of devices.DeviceFacts that the planner looks at."""
 
     name: str
     target: str
@@ -58,7 +58,7 @@ def device_model(facts: Named) -> Device:
 class Shape:
     """One call: M tokens, N out features, K in features, rank R, bytes of an element of the base GEMM.
 
-    packed: bytes of an element of a quantised weight, scales and all; 0 for a dense one.
+    packed: bytes of an element of a quantized weight, scales and all; 0 for a dense one.
     """
 
     M: int
@@ -102,7 +102,7 @@ def gemm(m: int, n: int, k: int) -> Step:
 
 
 def dense_steps(shape: Shape) -> dict[str, Step]:
-    """What a product with the weight itself needs before it: a quantised one is decoded into a dense temporary."""
+    """The step before a product with the weight itself: a quantized one is decoded into a dense temporary."""
     elements = shape.N * shape.K
     return {"dense": Step(elements, 0, stored=elements)} if shape.packed else {}
 
@@ -161,8 +161,9 @@ def forward_way(
 ) -> str:
     """ "split" or "merged" for a forward pass.
 
-    What is kept for the backward pass decides where something is (see `kept_tensor`). must_split: dropout needs both x
-    and dropout(x) times the weight, and precision="exact" an unrounded base. wide as in `kept_tensor`.
+    keep: the tensor that the backward pass needs (`kept_tensor`); if there is one, it decides the way. must_split:
+    dropout needs the weight's product with x and with dropout(x), and precision="exact" needs an unrounded base.
+    wide: see `kept_tensor`.
     """
     if keep or must_split:
         return "merged" if keep == "z" else "split"
@@ -178,7 +179,7 @@ def forward_way(
 
 
 def dx_way(asked: str, shape: Shape, device: Device) -> str:
-    """How dx is made: "merged" through W' rebuilt with the known gain, "dz" through gain * dy."""
+    """ "merged" where dx is made through W' rebuilt with the known gain, "dz" where through gain * dy."""
     if asked != "auto":
         return "merged" if asked == "merged" else "dz"
     if device is DEVICES["cpu"] and shape.itemsize == 2:
@@ -189,16 +190,16 @@ def dx_way(asked: str, shape: Shape, device: Device) -> str:
 
 
 def low_rank_first(dtype: torch.dtype, device: Device, *, must_split: bool, wide: bool) -> bool:
-    """Whether base is added onto the low-rank term by its own GEMM, and not the low-rank term to base by the epilogue.
+    """True if base is added onto the low-rank term by its own GEMM, and not the low-rank term to base by the epilogue.
 
-    On a CPU in bfloat16: its GEMM is twice as fast there as the epilogue's in float32, more with AMX. The low-rank term
-    is rounded, so adapters that are wide or may not be rounded do without. must_split, wide as in `kept_tensor`.
+    On a CPU in bfloat16: that GEMM is twice as fast as the epilogue's in float32, more with AMX. It rounds the low-rank
+    term, so it is not for adapters that are wide or must not be rounded. must_split, wide: see `kept_tensor`.
     """
     return device is DEVICES["cpu"] and dtype == torch.bfloat16 and not must_split and not wide
 
 
 def kept_tensor(dtype: torch.dtype, asked: str, *, must_split: bool, wide: bool) -> str:
-    """What a forward pass keeps for dmagnitude: "base" (and so goes split) or "z" (and so goes merged).
+    """The tensor that a forward pass keeps for dmagnitude: "base", which makes it split, or "z", which makes it merged.
 
     Does not see the number of tokens, so that a training step's numerics do not change with it.
 
@@ -220,12 +221,12 @@ SKINNY_RANK = 128
 
 
 def project_by_kernel(R: int, scaled: bool, same_dtype: bool) -> bool:
-    """Whether rows @ (factor * scale).T goes through the Triton kernel: it folds a scale in and mixes dtypes."""
+    """True if the Triton kernel computes rows @ (factor * scale).T: it folds a scale in and mixes dtypes."""
     return not same_dtype or (scaled and R < SKINNY_RANK)
 
 
 def outer_by_kernel(R: int, same_dtype: bool) -> bool:
-    """Whether a product summed over the tokens, dA or dB, goes through the Triton kernel.
+    """True if the Triton kernel computes a product summed over the tokens, dA or dB.
 
     For dB the kernel needs no read of dy beyond that of the other sums, but one from the L2 cache for every 64 of R: at
     8192 x 14336, R = 384, a prediction of 470 us for all of them, against 160 in the library and 120 for the others.

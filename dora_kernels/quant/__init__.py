@@ -1,4 +1,4 @@
-"""Quantised weights: what each library stores, as one container, and how it is read and decoded."""
+"""Quantized weights: one container for what each library stores, its readers and its decoders."""
 
 from dora_kernels.quant.bitsandbytes_cpu import is_decoded_wrongly, is_packed_for_cpu, unpack_for_cpu
 from dora_kernels.quant.formats import DENSE, FORMATS, QuantizedWeight, Weight, parts, whole

@@ -1,4 +1,4 @@
-"""What bitsandbytes does to a 4-bit weight on a CPU, and the way back. Each trap was seen in 0.50.2."""
+"""Detect and undo what bitsandbytes does to a 4-bit weight on a CPU. Each trap was seen in 0.50.2."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dora_kernels.quant.formats import QuantizedWeight
 
 
 def is_decoded_wrongly(weight: QuantizedWeight) -> bool:
-    """Whether bitsandbytes' dequantize_4bit, and with it its GEMM, is wrong for this weight on this machine.
+    """True if bitsandbytes' dequantize_4bit, and so its GEMM, is wrong for this weight on this machine.
 
-    With AVX512 it takes each row to start a block: wrong where K is a multiple of 16 and not of the blocksize, unless
-    there is but one block. Found out by decoding a weight of that width, once for each.
+    With AVX512 it assumes that each row starts a block: wrong if K is a multiple of 16 and not of the blocksize, unless
+    there is only one block. Tested by decoding a weight of that width, once for each width and blocksize.
     """
     if weight.format != "codebook4" or weight.device.type != "cpu":
         return False
@@ -46,18 +46,18 @@ def _bitsandbytes_decodes(K: int, blocksize: int) -> bool:
 
 
 def is_packed_for_cpu(weight: Any) -> bool:
-    """Whether Linear4bit has repacked its weight in place, as it does in eval mode on CPUs with AVX512_BF16.
+    """True if Linear4bit has repacked its weight in place, as it does in eval mode on CPUs with AVX512_BF16.
 
-    Its scales are rounded to bfloat16 from then on, dequantize_4bit returns scrambled values, and no gradient of x can
-    be computed. `read` takes the weight as it is.
+    From then on its scales are rounded to bfloat16, dequantize_4bit returns scrambled values, and no gradient of x can
+    be computed. `read` reads such a weight all the same.
     """
     return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
 def unpack_for_cpu(weight: Any) -> None:
-    """Put a weight that was repacked back into the layout that bitsandbytes trains and merges, in place.
+    """Put a repacked weight back into the layout in which bitsandbytes trains and merges, in place.
 
-    The scales stay as they were rounded. (Its own state_dict() quantises nested ones again, or leaves plain ones
+    Its scales stay rounded. (bitsandbytes' own state_dict() quantizes nested scales again, or leaves plain ones
     transposed.)
     """
     state = weight.quant_state
@@ -67,12 +67,12 @@ def unpack_for_cpu(weight: Any) -> None:
 
 
 def flat_scales(state: Any) -> Tensor:
-    """absmax (blocks,); that of a weight which is or was repacked is (K / blocksize, N) in bfloat16."""
+    """absmax (blocks,), also of a weight that is or was repacked: there it is (K / blocksize, N) in bfloat16."""
     return state.absmax.T.flatten().float() if state.absmax.dim() == 2 else state.absmax
 
 
 def unpacked(packed: Tensor, N: int, K: int) -> Tensor:
-    """The bytes of a weight that was repacked, in the layout of codebook4.
+    """The bytes of a repacked weight in the layout of codebook4.
 
     32 rows are interleaved: byte b of (32 rows, 2 columns) has row b // 2 in its low nibble, row 16 + b // 2 in its
     high one, and column b % 2. Raises ValueError unless these are the bytes of whole tiles.

@@ -1,7 +1,7 @@
-"""The container of a quantised weight, and what each storage format means, in plain PyTorch.
+"""The container of a quantized weight, and the decoder of each storage format in plain PyTorch.
 
-`QuantizedWeight.dequantize` is the specification of the formats, and the CPU path. parts.py has what a weight must be
-made of: the kernels trust it.
+`QuantizedWeight.dequantize` is the specification of the formats, and the CPU path. parts.py checks the tensors of a
+weight: the kernels trust them.
 
 Letters: N out features, K in features; e = n * K + k is the index of an element in the flat row-major weight.
 """
@@ -16,20 +16,20 @@ from torch import Tensor
 
 from dora_kernels.quant.parts import FLOATING, PAIR, check_parts
 
-# A block of rows is decoded at once: on a CPU one that stays in the cache, on a GPU one that is worth its launches. The
-# temporaries of a block are some four times as large as its result in bfloat16.
+# Weights are decoded in blocks of rows: on a CPU small enough for the cache, on a GPU large enough to be worth their
+# launches. The temporaries of a block are some four times as large as its result in bfloat16.
 _BLOCK_ELEMENTS = {"cpu": 1 << 18, "gpu": 1 << 24}
 
 
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
-    """A frozen weight (N, K) as its library stores it. The tensors are the library's own, and not copies.
+    """A frozen weight (N, K) as its library stores it. The tensors are the library's own, not copies.
 
-    format: a key of FORMATS, which says what `tensors` and `numbers` are and how they are decoded.
-    dtype: to which the library rounds a decoded value, the dtype that nn.Linear would see.
+    format: a key of FORMATS; it defines `tensors`, `numbers` and how they are decoded.
+    dtype: the library rounds a decoded value to it; nn.Linear would see it.
 
     Raises ValueError, naming the part, unless all of these fit each other: a file may say anything, and a kernel would
-    read past the end of a part that is too short. They are looked at when the weight is made, and not again.
+    read past the end of a part that is too short. They are checked when the weight is made, and never again.
     """
 
     format: str
@@ -42,18 +42,18 @@ class QuantizedWeight:
         check_parts(self.format, self.shape, self.dtype, self.tensors, self.numbers)
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        """For pickle and deepcopy, which go past __init__."""
+        """Check again after pickle and deepcopy, which bypass __init__."""
         self.__dict__.update(state)
         self.__post_init__()
 
     @property
     def device(self) -> torch.device:
-        """Where the packed weight is."""
+        """The device of the packed weight."""
         return self.tensors[0].device
 
     @property
     def requires_grad(self) -> bool:
-        """False: a quantised weight is frozen."""
+        """False: a quantized weight is frozen."""
         return False
 
     @property
@@ -62,15 +62,15 @@ class QuantizedWeight:
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def dim(self) -> int:
-        """2, as Tensor.dim()."""
+        """2, like Tensor.dim() of a weight."""
         return len(self.shape)
 
     def new_empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-        """As Tensor.new_empty."""
+        """A tensor of garbage on the weight's device, like Tensor.new_empty."""
         return self.tensors[0].new_empty(shape, dtype=dtype or self.dtype)
 
     def rounded_to(self, dtype: torch.dtype) -> QuantizedWeight:
-        """This weight as a library decodes it that rounds to `dtype`, which "nf4_torchao" stores and cannot change."""
+        """This weight with decoded values rounded to `dtype`. Not for "nf4_torchao", which stores its dtype."""
         if dtype is self.dtype:
             return self
         if self.format == "nf4_torchao" or dtype not in FLOATING:
@@ -125,7 +125,7 @@ def whole(
 
 
 def _unchecked(*fields: object) -> QuantizedWeight:
-    """A QuantizedWeight of the parts of another: every call of an operator makes one."""
+    """A QuantizedWeight of another's parts, not checked again: every call of an operator makes one."""
     weight = object.__new__(QuantizedWeight)
     weight.__dict__.update(zip(("format", "shape", "dtype", "tensors", "numbers"), fields, strict=True))
     return weight
@@ -198,7 +198,7 @@ FORMATS: dict[str, Callable[[QuantizedWeight, int, int], Tensor]] = {
     "row8": _row8,
     "hqq4": _hqq4,
 }
-"""Every format, and what it means."""
+"""The decoder of each format."""
 
 
 def _decode_blocks(packed: Tensor, code: Tensor, scale: Tensor, blocksize: int, first: int, last: int) -> Tensor:
@@ -208,7 +208,7 @@ def _decode_blocks(packed: Tensor, code: Tensor, scale: Tensor, blocksize: int, 
     """
     start, stop = first // blocksize * blocksize, -(-last // blocksize) * blocksize
     nibbles = torch.arange(256, device=packed.device)
-    # of each byte, as one number: looking up single numbers is ten times as fast as pairs
+    # the two values of each byte as one number: looking up single numbers is ten times as fast as pairs
     pairs = torch.stack((code[nibbles >> 4], code[nibbles & 15]), 1).view(PAIR[code.dtype]).view(-1)
     values = pairs.index_select(0, packed[start // 2 : stop // 2].int()).view(code.dtype)
     whole = values.numel() // blocksize

@@ -1,6 +1,6 @@
-"""What a quantised weight has to be made of, format by format: the kernels read as far as N, K and the numbers say.
+"""Checks of the tensors of a quantized weight, format by format: the kernels read as far as N, K and the numbers say.
 
-formats.py says what the parts mean. Letters as there.
+formats.py defines the parts and the letters.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ import torch
 from torch import Tensor
 
 PAIR = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
-"""The dtypes of a codebook, and for each an integer as wide as two of them."""
+"""Dtype of a codebook -> the integer dtype that is as wide as two of its entries."""
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FLOAT32, _UINT8 = (torch.float32,), (torch.uint8,)
 _MOST_ELEMENTS = 2**63 - 1
 _LARGEST_NUMBER = 2**31 - 1
-"""A kernel has the numbers as literals of 32 bits, and no library makes a block of more elements."""
+"""Kernels take the numbers as 32-bit literals, and no library makes a block of more elements."""
 
 
 class Part(NamedTuple):
-    """What one tensor of a weight has to be."""
+    """The requirements of one tensor of a weight."""
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     shape: tuple[int, ...]
     contiguous: bool = True
-    """Whether the kernels take it to be; a part that they read by its strides may have any."""
+    """True if the kernels assume it; False for a part that they read by its strides."""
 
 
 def check_parts(
@@ -41,13 +41,13 @@ def check_parts(
 ) -> None:
     """Raise ValueError unless these are the parts of a weight (N, K) of this format and dtype.
 
-    Fake and meta tensors pass as others do, all of them on one device: they have all that is looked at.
+    Fake and meta tensors pass like any others: shape, dtype, strides and device are all that is checked.
     """
     if not isinstance(shape, tuple) or not isinstance(numbers, tuple):
         raise ValueError(
             f"QuantizedWeight: shape is {shape!r} and numbers is {numbers!r}; expected (N, K) and a tuple of ints"
         )
-    # torch.compile would trace through the cache; and what cannot be hashed is no format, size or dtype
+    # torch.compile would trace through the cache. A TypeError: something unhashable, so no format, size or dtype
     expected_parts = _expected_parts if torch.compiler.is_compiling() else _expected_parts_cached
     try:
         parts = expected_parts(weight_format, dtype, shape, *shape, *numbers)
@@ -74,7 +74,7 @@ def check_parts(
 
 
 def _why_not(tensor: object, dtypes: tuple[torch.dtype, ...], size: tuple[int, ...], device: torch.device) -> str:
-    """What is wrong with `tensor`, and what was expected of it."""
+    """The reason that `tensor` is refused, and what was expected."""
     if not isinstance(tensor, Tensor):
         return f"is {type(tensor).__name__}; expected a torch.Tensor"
     if tensor.layout is not torch.strided or tensor.is_nested:
@@ -93,7 +93,7 @@ def _why_not(tensor: object, dtypes: tuple[torch.dtype, ...], size: tuple[int, .
 def _expected_parts(
     weight_format: object, dtype: object, shape: tuple[object, ...], *sizes_and_numbers: object
 ) -> tuple[Part, ...]:
-    """The parts of a weight (N, K). Raises ValueError unless the format is known, and these are its sizes."""
+    """The parts of a weight (N, K). Raises ValueError unless the format is known and these are its sizes."""
     if not isinstance(weight_format, str) or weight_format not in _FORMATS:
         raise ValueError(f"QuantizedWeight: format is {weight_format!r}; expected one of {', '.join(_FORMATS)}")
     names, parts_of = _FORMATS[weight_format]
@@ -153,7 +153,7 @@ def _row8(N: int, K: int, dtype: torch.dtype) -> tuple[Part, ...]:
 
 
 def _hqq4(N: int, K: int, dtype: torch.dtype, group_size: int, axis: int) -> tuple[Part, ...]:
-    # the two halves of the elements share their bytes
+    # byte i has element i in its high nibble, and in its low one element i of the second half
     if axis not in (0, 1) or not group_size or N * K % group_size or N * K % 2:
         raise ValueError(
             f"QuantizedWeight hqq4: group_size is {group_size}, axis {axis} and the shape {(N, K)}; "
@@ -168,7 +168,7 @@ def _hqq4(N: int, K: int, dtype: torch.dtype, group_size: int, axis: int) -> tup
 
 
 def _check_blocksize(weight_format: str, name: str, blocksize: int) -> None:
-    """Raise ValueError unless a block is made of whole bytes."""
+    """Raise ValueError unless a block consists of whole bytes."""
     if not blocksize or blocksize % 2:
         raise ValueError(f"QuantizedWeight {weight_format}: {name} is {blocksize}; expected an even, positive int")
 
@@ -179,4 +179,4 @@ _FORMATS: dict[str, tuple[tuple[str, ...], Callable[..., tuple[Part, ...]]]] = {
     "row8": ((), _row8),
     "hqq4": (("group_size", "axis"), _hqq4),
 }
-"""Format -> the names of its numbers, and its parts for N, K, dtype and these."""
+"""Format -> the names of its numbers, and the function from N, K, dtype and these numbers to its parts."""

@@ -1,4 +1,4 @@
-"""The frozen layer's own product, for what is composed of a base and a low-rank part."""
+"""The frozen layer's own product, for layers composed of a base and a low-rank part."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from dora_kernels.quant.formats import Weight
 def frozen_product(x: Tensor, weight: Weight) -> Tensor:
     """base: x (..., K) @ weight (N, K)^T -> (..., N), differentiable in x.
 
-    A quantised weight is decoded to x's dtype, for the forward product and again for the backward one: it stands dense
-    for no longer than a product takes.
+    A quantized weight is decoded to x's dtype for the forward product and again for the backward one, so that it is
+    dense for no longer than a product takes.
     """
     return F.linear(x, weight) if isinstance(weight, Tensor) else _Product.apply(x, weight)
 
 
 class _Product(torch.autograd.Function):
-    """frozen_product over a quantised weight."""
+    """frozen_product of a quantized weight."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:

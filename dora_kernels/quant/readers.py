@@ -1,7 +1,7 @@
-"""Readers of other libraries' quantised weights, by the class of the weight or of the layer.
+"""Readers of other libraries' quantized weights, by the class of the weight or of the layer.
 
-Each returns a QuantizedWeight, or raises ValueError. No library is imported: a tensor of theirs is known by the name of
-its class.
+Each returns a QuantizedWeight, or raises ValueError. No library is imported: its tensors are recognized by the name of
+their class.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dora_kernels.quant.formats import PAIR, QuantizedWeight
 
 
 def read(source: nn.Module | Tensor) -> QuantizedWeight:
-    """The quantised weight of a linear layer, or one given as the library's own tensor.
+    """The quantized weight of a linear layer, or of the library's own weight tensor.
 
-    Raises ValueError, with the reason, for what is not a quantised weight (N, K) in a known format.
+    Raises ValueError, with the reason, for anything but a quantized weight (N, K) in a known format.
     """
     reader = _reader(source)
     if reader is None and isinstance(source, nn.Module):
@@ -38,7 +38,7 @@ def read(source: nn.Module | Tensor) -> QuantizedWeight:
 
 
 def read_or_reason(source: nn.Module | Tensor) -> tuple[QuantizedWeight | None, str | None]:
-    """`read` of a weight, or why it cannot be read."""
+    """(weight, None), or (None, the reason) if it cannot be read."""
     try:
         return read(source), None
     except ValueError as error:
@@ -46,14 +46,14 @@ def read_or_reason(source: nn.Module | Tensor) -> tuple[QuantizedWeight | None, 
 
 
 def is_quantized(source: nn.Module | Tensor) -> bool:
-    """Whether `source` is of a class that `read` knows, though it may still refuse it."""
+    """True if `read` knows the class of `source`; it may still refuse it."""
     return _reader(source) is not None or _reader(getattr(source, "weight", None)) is not None
 
 
 def _bitsandbytes4(weight: Any) -> QuantizedWeight:
     state = weight.quant_state
     if state is None:
-        raise ValueError("read: the bitsandbytes weight is not quantised yet; expected .to(device) first")
+        raise ValueError("read: the bitsandbytes weight is not quantized yet; expected .to(device) first")
     if len(state.shape) != 2:
         raise ValueError(f"read: the bitsandbytes weight has shape {tuple(state.shape)}; expected (N, K)")
     N, K = state.shape
@@ -80,24 +80,24 @@ def _bitsandbytes8(layer: Any) -> QuantizedWeight:
         raise ValueError("read: the bitsandbytes layer has has_fp16_weights=True; expected a weight stored as int8")
     absmax = weight.SCB if weight.SCB is not None else getattr(state, "SCB", None)
     if weight.dtype != torch.int8 or absmax is None:
-        raise ValueError("read: the bitsandbytes weight is not quantised yet; expected .to(device) first")
+        raise ValueError("read: the bitsandbytes weight is not quantized yet; expected .to(device) first")
     scale = _made_of(absmax, absmax.float().flatten() * (1.0 / 127.0))
     return QuantizedWeight("row8", tuple(weight.shape), torch.float32, (_plain(weight), scale))
 
 
 def _torchao_int8(weight: Any) -> QuantizedWeight:
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
-        raise ValueError("read: the torchao weight has its layer quantise or scale x too; expected weight-only")
+        raise ValueError("read: the torchao weight has its layer quantize or scale x too; expected weight-only")
     zero_point = weight.zero_point
     compiling = torch.compiler.is_compiling()  # a graph cannot ask what a number is; whoever compiles has read before
     if zero_point is not None and not compiling and _once(zero_point, lambda: bool(zero_point.any())):
-        raise ValueError("read: the torchao weight has zero points; expected symmetric quantisation")
+        raise ValueError("read: the torchao weight has zero points; expected symmetric quantization")
     return _torchao_rows(weight)
 
 
 def _torchao_float8(weight: Any) -> QuantizedWeight:
     if weight.act_quant_kwargs is not None:
-        raise ValueError("read: the torchao weight has its layer quantise x too; expected weight-only")
+        raise ValueError("read: the torchao weight has its layer quantize x too; expected weight-only")
     return _torchao_rows(weight)
 
 
@@ -136,14 +136,14 @@ def _torchao_nf4(weight: Any) -> QuantizedWeight:
 
 def _hqq(layer: Any) -> QuantizedWeight:
     if not layer.ready or layer.meta is None:
-        raise ValueError("read: the HQQ layer is not quantised yet")
+        raise ValueError("read: the HQQ layer is not quantized yet")
     meta = layer.meta
     if meta["packing"] != "4bit_u8" or not meta["group_size"]:
         raise ValueError(f"read: the HQQ layer is packed as {meta['packing']}; expected 4bit_u8 in groups")
     if meta.get("quant_zero") or meta.get("quant_scale") or "zero" not in meta or "scale" not in meta:
-        raise ValueError("read: the HQQ layer has quantised scales or zeros; expected plain ones")
+        raise ValueError("read: the HQQ layer has quantized scales or zeros; expected plain ones")
     packed, scale, zero = (_differentiable(tensor) for tensor in (layer.W_q, meta["scale"], meta["zero"]))
-    # of a layer that was quantised where gradients were on
+    # of a layer that was quantized where gradients were on
     scale, zero = (tensor.detach() if tensor.requires_grad else tensor for tensor in (scale, zero))
     compute_dtype = meta.get("compute_dtype", torch.float16)
     dtype = torch.promote_types(torch.promote_types(compute_dtype, scale.dtype), zero.dtype)
@@ -174,14 +174,14 @@ def _class_name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-# What was found out about a library's tensor, with the version of the tensor that was looked at.
+# library's tensor -> its version when it was checked, and the result of the check
 _computed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _once(tensor: Tensor, compute: Callable[[], Any]) -> Any:
-    """compute() of the first call for `tensor`, until it is seen to change: what is checked at each call must not wait.
+    """compute(), cached until `tensor` is seen to change: a check in every call must not wait for the device.
 
-    A check alone: no number that goes into a result may be kept so.
+    For checks only: a number that goes into a result must never be cached like this.
     """
     if torch.compiler.is_compiling():
         return compute()
@@ -193,26 +193,26 @@ def _once(tensor: Tensor, compute: Callable[[], Any]) -> Any:
 
 
 def _made_of(source: Tensor, made: Tensor) -> Tensor:
-    """`made`, which a reader computes anew at each call, for the library may have written to `source` in any way."""
+    """`made`, marked as computed from `source`. Readers compute it in each call: the library may write to `source`."""
     if made is not source and not torch.compiler.is_compiling():
         made.dora_source = source
     return made
 
 
 def sources(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The library's own tensors that those of a weight are, or are made of: where one of these changes, it does."""
+    """The library's own tensors behind those of a weight: it changes whenever one of these does."""
     return [getattr(tensor, "dora_source", tensor) for tensor in tensors]
 
 
 def _differentiable(tensor: Tensor) -> Tensor:
-    """A copy of what was computed in inference mode, as HQQ quantises: autograd refuses to save that."""
+    """`tensor`, or a copy of one made in inference mode, as HQQ makes them: autograd refuses to save such a tensor."""
     if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
         return tensor
     return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """A view as torch.Tensor, out of the reach of a subclass's __torch_function__."""
+    """A view as a plain torch.Tensor, without the subclass's __torch_function__."""
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.view(tensor.shape)
 

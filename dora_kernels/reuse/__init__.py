@@ -1,7 +1,8 @@
-"""norm and gain of a layer, kept while nothing that they depend on can have changed, and used again.
+"""Norms and gains of layers, reused while nothing that they depend on can have changed.
 
-store.py says when that is safe, regions.py which checkpoint runs a call again, layers.py is what layers call, scope.py
-is `frozen_adapters`; constants.py keeps what is computed of frozen tensors alone.
+store.py keeps them and says when reuse is safe; regions.py finds the checkpoint that runs a call again; layers.py has
+the functions that layers call; scope.py has `frozen_adapters`; constants.py keeps what depends on frozen tensors alone;
+sharing.py makes one x lora_A^T for several layers.
 """
 
 from dora_kernels.reuse.constants import constant_reusing

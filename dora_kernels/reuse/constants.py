@@ -1,4 +1,4 @@
-"""What is computed of a layer's frozen tensors alone: kept through training and its optimizer steps."""
+"""Values computed from a layer's frozen tensors alone, kept through training and its optimizer steps."""
 
 import functools
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from dora_kernels.reuse import store
 Value = TypeVar("Value")
 
 _BLOCK_ROWS = 128
-"""Of a matrix that is widened at once, in the cache."""
+"""Rows of a matrix that are widened at once: they stay in the cache."""
 _SMALL = 4096
-"""Elements of a matrix that is compared with a copy of itself: one operator of 2 us, where a product takes four."""
+"""Up to so many elements a matrix is compared with a copy of itself: one operator of 2 us, a product takes four."""
 
 
 class Constant(NamedTuple):
-    """What was made, and what has to be the same where it is used again: numbers, or what says that they are."""
+    """A value, and what must be unchanged for its reuse: the numbers themselves, or a fingerprint and its scope."""
 
     value: Any
     dtypes: list[torch.dtype]
@@ -28,16 +28,15 @@ class Constant(NamedTuple):
 
 
 def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Callable[[], Value]) -> Value | None:
-    """compute(), of frozen tensors alone, from the first call on and while their numbers stay as they are.
+    """compute(), which depends on frozen tensors alone, cached while their numbers stay the same; None if it cannot be.
 
-    On a CPU matrices are read at each call, so any write is seen. In float32 that takes 0.12 ms for 1024 x 1024
-    and R = 64, 5% to 10% of a training step of 16 tokens and 2% at 128; under 1% from 512 tokens on for 2048 x 2048 and
-    R = 256, where the terms of DVoRA's norm save 4% to 14%. In half precision it takes twice as long. Where they cannot
-    be read, only inside `frozen_adapters`, on the caller's promise, and there from the first optimizer step on: before
-    it the norms themselves are kept.
+    On a CPU every call reads the matrices, so that any write is seen. In float32 that takes 0.12 ms for 1024 x 1024
+    and R = 64: 5% to 10% of a training step of 16 tokens, 2% at 128. For 2048 x 2048 and R = 256 it is under 1% from
+    512 tokens on, where the terms of DVoRA's norm save 4% to 14%. In half precision it takes twice as long.
 
-    None where nothing can be kept: elsewhere, where a graph is made, of tensor subclasses, while fully_shard manages a
-    module.
+    On other devices values are kept only inside `frozen_adapters`, on the caller's promise, and from the first
+    optimizer step on: before it the norms themselves are kept. None outside of it, while a graph is made, for tensor
+    subclasses, and while fully_shard manages a module.
     """
     device = tensors[0].device
     if not store.can_keep(tensors, device) or store.weights_come_and_go():
@@ -67,7 +66,7 @@ def constant_reusing(layer: nn.Module, tensors: tuple[Tensor, ...], compute: Cal
 def _is_of(
     constant: Constant, tensors: tuple[Tensor, ...], numbers: list[Tensor] | None, kept: store.Kept | None, scope: Any
 ) -> bool:
-    """Whether `constant` was made of these numbers, or in this scope of these tensors."""
+    """True if `constant` was made of these numbers, or of these tensors in this scope."""
     if numbers is None:
         return constant.scope is scope and constant.kept.is_of(tensors, kept.fingerprint)
     return (
@@ -79,26 +78,26 @@ def _is_of(
 
 @torch.no_grad()
 def _read(matrix: Tensor) -> tuple[Tensor, ...]:
-    """matrix (N, K) itself if small, else its products with vectors without meaning: unequal once its numbers change.
+    """matrix (N, K) itself if small, else its products with random vectors: they differ once its numbers change.
 
-    If a row changes by a part p of itself, in whatever pattern (signs, swapped rows or columns), its product with one
-    vector stays within rounding at odds of about 2^-24 / p in float32, 2^-53 / p in float64. Two in float32, which read
-    the matrix as it lies, take less than half the time of widening it: 2^-48 / p^2. What then has even odds of escaping
-    is p near 2^-24, and that is rounding in the norm, too.
+    If a row changes by a part p of itself, in any pattern (signs, swapped rows or columns), its product with one random
+    vector stays within rounding with probability of about 2^-24 / p in float32, 2^-53 / p in float64. Two vectors in
+    float32 miss it with 2^-48 / p^2, and take less than half the time of widening the matrix. A change with even odds
+    of being missed has p near 2^-24, which is rounding in the norm as well.
     """
     N, K = matrix.shape
     if N * K <= _SMALL:
         return (matrix,)
     if matrix.dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee"):
         return tuple(matrix @ vector for vector in _vectors(K, torch.float32))
-    # narrower, or where the BLAS may round the factors to bfloat16
+    # a narrower dtype, or a BLAS that may round the factors to bfloat16
     vector, _ = _vectors(K, torch.float64)
     return (torch.cat([rows.double() @ vector for rows in matrix.split(_BLOCK_ROWS)]),)
 
 
 @functools.lru_cache(64)
 def _vectors(size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Two of that size, the same each time."""
+    """Two random vectors of that size, the same each time."""
     with torch.inference_mode(False):
         generator = torch.Generator("cpu").manual_seed(1)
         return torch.randn((2, size), generator=generator, dtype=dtype, device="cpu").unbind()

@@ -1,4 +1,4 @@
-"""What a layer calls in place of the functions themselves: what an earlier call made is used where that is safe."""
+"""The public functions as layers call them: with an earlier call's results where their reuse is safe."""
 
 import functools
 from collections.abc import Callable
@@ -31,11 +31,11 @@ def dora_linear_reusing(
     low: Tensor | None = None,
     function: str = "dora_linear",
 ) -> Tensor:
-    """y of `dora_linear_core` for `layer`, reusing the norm and gain of an earlier call where that is safe (store.py).
+    """y of `dora_linear_core` for `layer`, with the norm and gain of an earlier call where that is safe (store.py).
 
-    lora_dropout: x_dropped goes through the low-rank product alone, and the base layer is multiplied with x only:
+    lora_dropout: dropout goes before the low-rank product alone, and the base layer sees x:
         y = gain * (x weight^T + scaling * (x_dropped lora_A^T) lora_B^T) + bias
-    low: as dora_linear_core's. Other arguments and errors as dora_linear_core.
+    Other arguments and errors: those of dora_linear_core.
     """
     arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
     if lora_dropout and x_dropped is not None:
@@ -77,7 +77,7 @@ def _with_lora_dropout(
     x_dropped: Tensor,
     function: str,
 ) -> Tensor:
-    """`dora_linear_lora_dropout` with the norm of the layer's last call where that is safe."""
+    """`dora_linear_lora_dropout` with the norm of an earlier call where that is safe."""
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
     norm = weight_norm_reusing(layer, weight, lora_A, lora_B, scaling)
     arguments = (x, x_dropped, weight, lora_A, lora_B, magnitude, scaling, bias)
@@ -95,7 +95,7 @@ def _merge(kept: store.Kept, x: Tensor, weight: Weight, lora_A: Tensor, lora_B: 
 
 
 def weight_norm_reusing(layer: nn.Module, weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """`weight_norm` for `layer`, or what an earlier call gave where that is safe."""
+    """`weight_norm` for `layer`, of an earlier call where that is safe."""
     stored, *storage = parts(weight)
     settings = (scaling, storage, operand_dtypes(weight, lora_A))
     compute = functools.partial(weight_norm, weight, lora_A, lora_B, scaling)
@@ -105,9 +105,9 @@ def weight_norm_reusing(layer: nn.Module, weight: Weight, lora_A: Tensor, lora_B
 def norm_reusing(
     layer: nn.Module, tensors: tuple[Tensor, ...], settings: tuple[object, ...], compute: Callable[[], Tensor]
 ) -> Tensor:
-    """compute(), the norm of `layer`, or what an earlier call gave where that is safe.
+    """compute(), the norm of `layer`, of an earlier call where that is safe.
 
-    tensors, settings: all that the norm is computed from. It must be a constant for autograd.
+    tensors, settings: all that the norm depends on. It must be a constant for autograd.
     """
     device = tensors[0].device
     call = store.call_of(layer, tensors, device)

@@ -1,9 +1,9 @@
-"""Which region of activation checkpointing runs a call, for the first time or again.
+"""The region of activation checkpointing in which a call runs, for the first time or again.
 
-A region is what torch has once for every checkpoint() and holds as long as its graph: the frame that the hooks of
-use_reentrant=False share, and the node of autograd that use_reentrant=True makes. So what a call leaves for itself is
-found by its own recomputation, and by no other call. There is no public way to ask: where torch's hooks look otherwise,
-and in the checkpointing of other libraries, no region is seen, and nothing is reused.
+A region is the object that torch makes once for each checkpoint() and holds as long as its graph: with
+use_reentrant=False the frame that its hooks share, with use_reentrant=True the node of autograd. So what a call leaves
+for its recomputation is found by that recomputation and by no other call. There is no public way to ask: if torch's
+hooks look different, and in the checkpointing of other libraries, no region is seen, and nothing is reused.
 """
 
 import inspect
@@ -23,34 +23,34 @@ _current_node = torch._C._current_autograd_node
 
 
 def of_first_call(training: bool) -> Any | None:
-    """The region that runs the present call and may run it again, if there is one.
+    """The region that runs the present call and may run it again, or None.
 
-    A reentrant region runs it without gradients, and is looked for in training alone: in the stack of Python's frames.
+    A reentrant region runs it without gradients. It is looked for in training only, in the stack of Python's frames.
     """
     if not torch.is_grad_enabled():
         return _context(_FORWARD) if training else None
-    # a region in what another one recomputes is not the one whose tensors were saved
+    # in a backward pass a region is part of what an outer one recomputes; the tensors saved are not its own
     return None if in_backward() else _in_hook(_FIRST, "frame")
 
 
 def of_call_again(region: Any | None) -> bool:
-    """Whether `region` runs the present call again."""
+    """True if `region` runs the present call again."""
     if region is None or not torch.is_grad_enabled():
         return False
     frame = _in_hook(_AGAIN, "target_frame_ref")
     if frame is not None:
         return frame() is region
-    # the node alone would not do: hooks of the node run as if in it
+    # the node alone does not tell: its hooks, too, run as if in it
     return _current_node() is region and _context(_BACKWARD) is region
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward pass, in which checkpointing runs forward passes once more."""
+    """True if autograd is running a backward pass, in which checkpointing runs forward passes once more."""
     return torch._C._current_graph_task_id() != -1
 
 
 def _in_hook(name: str, variable: str) -> Any | None:
-    """A variable of the innermost hook on saved tensors, if it is torch.utils.checkpoint's of that name."""
+    """A variable of the innermost hook on saved tensors if that is torch.utils.checkpoint's of that name, else None."""
     hooks = _top_hooks(True)
     if hooks is None:
         return None
@@ -62,7 +62,7 @@ def _in_hook(name: str, variable: str) -> Any | None:
 
 
 def _context(code: CodeType) -> Any | None:
-    """The ctx of the innermost call of one of CheckpointFunction's functions that has not returned."""
+    """The ctx of the innermost running call of one of CheckpointFunction's functions, or None."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""frozen_adapters: the norms of a model made in one launch, and used while the caller promises that nothing changes."""
+"""frozen_adapters: a model's norms, made in one launch and reused while the caller promises that nothing changes."""
 
 import contextlib
 import threading
@@ -18,7 +18,7 @@ from dora_kernels.reuse import store
 
 
 class Operands(NamedTuple):
-    """What the norm of a layer is computed from. A layer that `frozen_adapters` knows has `adapter_operands()`."""
+    """The inputs of a layer's norm. A layer that `frozen_adapters` knows returns them from `adapter_operands()`."""
 
     weight: Weight
     lora_A: Tensor
@@ -28,19 +28,20 @@ class Operands(NamedTuple):
 
 
 IN_SCOPE = store.Call(in_scope=True, is_again=False, region=None)
-"""The call for which a scope makes the norms of layers that are not being called."""
+"""The call on whose behalf a scope makes the norms of layers that are not being called."""
 
-# scopes are opened and closed by one thread at a time: each changes what a layer is in
+# one thread at a time opens or closes a scope: each replaces the scopes that a layer is in
 _opening = threading.Lock()
 
 
 class Scope:
-    """An open `frozen_adapters`: its layers, whether `hold_adapters` has opened it, and for which operand dtypes their
-    norms have been made together.
+    """An open `frozen_adapters`.
+
+    held: opened by `hold_adapters`. filled: the devices and operand dtypes for which the norms of its layers were made.
     """
 
     def __init__(self, layers: list[nn.Module], keep_merged: bool, held: bool) -> None:
-        # weak: the layers of a scope that nobody closes are not held by it
+        # weak: a scope that nobody closes must not hold its layers
         self._layers = [weakref.ref(layer) for layer in layers]
         self.keep_merged = keep_merged
         self.held = held
@@ -50,11 +51,11 @@ class Scope:
 
     @property
     def layers(self) -> list[nn.Module]:
-        """Those that are still there."""
+        """The layers that still exist."""
         return [layer for reference in self._layers if (layer := reference()) is not None]
 
     def close(self) -> None:
-        """End the reuse, or what of it no other open scope wants: the merged weights. A second time does nothing."""
+        """End the reuse; of layers in other open scopes, only drop merged weights none of them wants. Idempotent."""
         with _opening:
             store.begin_generation()
             for layer in self.layers:
@@ -77,10 +78,10 @@ class Scope:
 
     @torch.no_grad()
     def fill(self, x: Tensor) -> bool:
-        """Make and keep the norms and gains of the layers for calls with an x like this one; False if that was done.
+        """Make and keep all layers' norms and gains for calls with an x like this one; False if that was done before.
 
-        Not when the scope opens: only a call knows its autocast. Layers of one device and the same dtypes share a
-        launch; one that cannot share it (quantised, not contiguous, cast by autocast) is left to its own call.
+        Not done when the scope opens, as only a call knows its autocast. Layers on one device with the same dtypes
+        share a launch; one that cannot (quantized, not contiguous, cast by autocast) is left to its own call.
         """
         generation = store.generation()
         if self.filled_at != (store.optimizer_steps(), generation):
@@ -92,12 +93,12 @@ class Scope:
         self.filled.add(key)
         groups: dict[tuple[object, ...], list[tuple[nn.Module, Operands, tuple[object, ...]]]] = {}
         for layer in self.layers:
-            # a layer that was disabled inside the scope is its library's again
+            # a layer that was disabled inside the scope is its own library's again
             operands = layer.adapter_operands() if hasattr(layer, "adapter_operands") else None
             if operands is None or not isinstance(operands.weight, Tensor) or operands.weight.device != x.device:
                 continue
             if not _fit(operands):
-                continue  # the layer's own call says why: nobody has looked at what another layer is made of
+                continue  # nobody has checked the tensors of a layer that is not being called; its own call will raise
             tensors, (base_dtype, dtype) = operands[:4], operand_dtypes(x, operands.lora_A)
             shareable = all(tensor.is_contiguous() for tensor in tensors) and operands.weight.dtype == base_dtype
             if not shareable or not store.can_keep(tensors, x.device):
@@ -121,7 +122,7 @@ class Scope:
 
 
 def _fit(operands: Operands) -> bool:
-    """Whether the parts of a layer fit each other: the kernels read as far as the weight's sizes say."""
+    """True if the tensors of a layer fit each other: the kernels read as far as the weight's sizes say."""
     try:
         check_adapter("frozen_adapters", *operands[:3], operands.scaling)
         check_row("frozen_adapters", "magnitude", operands.magnitude, operands.weight)
@@ -132,7 +133,7 @@ def _fit(operands: Operands) -> bool:
 
 @contextlib.contextmanager
 def frozen_adapters(model: nn.Module, *, keep_merged: bool = False) -> Iterator[None]:
-    """Inside, nothing is written to the layers of `model` unseen, says the caller: norm and gain are computed once.
+    """Compute norm and gain once, inside a `with` block in which the caller promises no unseen write to `model`.
 
     Around generate(), or whatever a server does between two changes of its adapters:
 
@@ -146,21 +147,21 @@ def frozen_adapters(model: nn.Module, *, keep_merged: bool = False) -> Iterator[
                 model(batch).loss.backward()
         optimizer.step()
 
-    The first call of a linear layer makes the norms of all of them in one launch for each device and dtypes: those over
-    dense, contiguous weights that autocast does not cast. The others (quantised ones, convolutions, embeddings) make
-    their own at their first call. On a GPU the last bit of a norm may be another than outside: the sums over K of the
-    one launch are not split, those of a layer's own may be.
+    The first call of a linear layer makes the norms of all linear layers over dense, contiguous weights that autocast
+    does not cast, in one launch for each device and dtypes. All others (quantized layers, convolutions, embeddings)
+    make their own in their first call. On a GPU the last bit of a norm may differ from one made outside: the one launch
+    does not split the sums over K, a layer's own may.
 
-    Every change that can be seen ends the reuse of what was made before it: an optimizer step, fused and 8-bit ones
-    too, another adapter or scale, a load, a merge, a move. A write through .data, a detached alias or a NumPy view
-    cannot be seen: it breaks the promise, unless `invalidate(model)` follows.
+    Every visible change ends the reuse of what was made before it: an optimizer step (fused and 8-bit ones too),
+    another adapter or scale, a load, a merge, a move. A write through .data, a detached alias or a NumPy view is
+    invisible. It breaks the promise, unless `invalidate(model)` follows.
 
     Scopes nest, on the same model or a part of it, and may be closed in any order. Reuse ends with the last one.
 
-    keep_merged: keep the merged weight, too, from which the backward pass makes dx where the planner has it do so; that
-    is one more weight in memory for each layer.
+    keep_merged: also keep the merged weight, from which the backward pass makes dx if the planner chooses so. It takes
+    the memory of one more weight for each layer.
 
-    Raises ValueError where the model has no layer to reuse anything for.
+    Raises ValueError if the model has no layer to reuse anything for.
     """
     scope = _opened(model, keep_merged, held=False)
     try:
@@ -170,10 +171,10 @@ def frozen_adapters(model: nn.Module, *, keep_merged: bool = False) -> Iterator[
 
 
 def hold_adapters(model: nn.Module, *, keep_merged: bool = False) -> Scope:
-    """`frozen_adapters` from here to close() of what is returned, for callers that see beginning and end as events.
+    """`frozen_adapters` from here to the returned scope's close(), for callers whose beginning and end are events.
 
-    Such a scope may be left open by a caller that an exception has ended. So it keeps nothing in eval mode, and the
-    next one held closes it.
+    An exception in the caller may leave such a scope open. So it keeps nothing in eval mode, and the next held scope
+    closes it.
     """
     return _opened(model, keep_merged, held=True)
 
@@ -193,15 +194,15 @@ def _opened(model: nn.Module, keep_merged: bool, held: bool) -> Scope:
         for layer in layers:
             others = store.scopes.get(layer, ())
             if all(other.held for other in others):
-                store.by_layer.pop(layer, None)  # what one that was left open has kept is no promise of this caller's
+                store.by_layer.pop(layer, None)  # kept by a scope left open, which this caller has not promised
             store.scopes[layer] = (*others, scope)
     return scope
 
 
 def mode_set(layer: nn.Module, mode: bool) -> None:
-    """To be called by a layer's train(mode). Trainers call it before every micro-batch: that is no change.
+    """Forget what is kept for a layer whose train(mode) changes its mode: some libraries merge and unmerge in it.
 
-    A change of mode is one: there are libraries that merge and take apart in it.
+    Trainers call train() before every micro-batch, which changes nothing.
     """
     if mode != layer.training:
         store.forget(layer)

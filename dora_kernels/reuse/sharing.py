@@ -5,20 +5,20 @@
 x is read once where each layer would read it, forward and for dA, and saved once where autocast or a cast would make a
 copy for each. dx stays with the layers, and so does everything else.
 
-In a training pass the first layer of a group that is called with an x makes low for all of them; the others take
-theirs if they are called with that very tensor, unchanged, in the same state of autograd, autocast, backend and stream,
-with the lora_A that it was made from, and no optimizer has stepped and nothing was invalidated in between. Any other
-call makes its own, for the whole group again: so order and cross-attention (k and v of another x) change what is saved,
-never what is computed. What was made and not taken (M, R) is held by the graph of the layer that made it, and by
-nothing else. Nothing is shared without gradients, nor where a graph is made (tracing.py), which does not see which
-tensors are one.
+In a training pass the first layer of a group that is called with an x makes low for all of them. Another member takes
+its low if it is called with that very tensor, unchanged, in the same state of autograd, autocast, backend and stream,
+with the lora_A that low was made from, and with no optimizer step and no invalidation in between. Every other call
+recomputes the group's product: results never change, only the saving does (another order of calls; cross-attention,
+whose k and v read another x). A low (M, R) that is not taken is held by the graph of the layer that made it, and by
+nothing else. Nothing is shared without gradients, nor while a graph is made (tracing.py), which does not see that two
+tensors are the same one.
 
 A write to x or to a lora_A between two layers of a group that neither autograd nor an optimizer counts (through .data,
-a detached alias, a NumPy view) is not seen: to see it, every layer would have to read what it need not. After one, call
-`invalidate(model)`.
+a detached alias, a NumPy view) is not seen: every layer would have to read what it need not read. After such a write,
+call `invalidate(model)`.
 
-One difference shows: dA of a group is made in one node of autograd. A second backward pass through another member of
-the group, after a first one through one of them, needs retain_graph=True where separate layers do not.
+One difference is visible: dA of a group is made in one node of autograd. After a backward pass through one member of
+the group, one through another needs retain_graph=True, where separate layers do not.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from dora_kernels.planning.options import current_options
 from dora_kernels.reuse import store
 
 ATTRIBUTE = "dora_shared"
-"""Where a layer has its Membership: no parameter, no buffer, no module, so nothing of the state dict."""
+"""The attribute with a layer's Membership: no parameter, buffer or module, so not in the state dict."""
 
 
 class Sharer(Protocol):
     """A layer that can be in a group."""
 
     def lora_A_to_share(self, device: torch.device) -> Tensor | None:
-        """lora_A (R, K), if with an x on `device` the layer would now take a low made elsewhere; else None."""
+        """lora_A (R, K) if the layer, called now with an x on `device`, would take a low made elsewhere; else None."""
 
 
 class Group:
-    """The layers that share, and for each thread what the last call made for them. A copy is empty: see Membership."""
+    """Layers that share, and for each thread the lows of the last call. A copy is empty: see Membership."""
 
     def __init__(self) -> None:
         self.members: list[weakref.ref[Membership]] = []
@@ -64,8 +64,8 @@ class Group:
 class Membership:
     """A layer's place in a group, held by the layer.
 
-    It is copied and pickled with the layer alone, and joins the copy of the group: a copy of a model shares within
-    itself, and a copy of one layer with nobody.
+    Copied or pickled with its layer, it joins the copy of the group: the layers of a copied model share among
+    themselves, and a copy of one layer shares with none.
     """
 
     def __init__(self, group: Group, layer: Sharer) -> None:
@@ -81,7 +81,7 @@ class Membership:
 
 
 class Lows:
-    """What one call has made and its group has not taken yet: lora_A, its version and low (M, R) by member."""
+    """Products made by one call for its group and not taken yet: lora_A, its version and low (M, R) by member."""
 
     def __init__(self, x: Tensor, key: tuple[object, ...]) -> None:
         self.x = weakref.ref(x)
@@ -89,14 +89,14 @@ class Lows:
         self.waiting: dict[Membership, tuple[Tensor, int, Tensor]] = {}
 
     def take(self, member: Membership, x: Tensor, key: tuple[object, ...], lora_A: Tensor) -> Tensor | None:
-        """low for a call of `member`, once; None unless it is of this x and lora_A."""
+        """low (M, R) for a call of `member`, once; None unless it was made from this x and lora_A."""
         if self.x() is not x or self.key != key or member not in self.waiting:
             return None
         made_of, version, low = self.waiting.pop(member)
         return low if made_of is lora_A and version == lora_A._version else None
 
     def live_with(self, y: Tensor) -> None:
-        """Be held by the graph of y, whose layer has made this, as long as there is something to take."""
+        """Let the graph of y, whose layer made these products, hold them if there is something left to take."""
         if self.waiting:
             y.grad_fn.metadata[ATTRIBUTE] = self
 
@@ -114,7 +114,7 @@ def leave(layer: Any) -> None:
 
 
 def siblings(layer: Any) -> list[Sharer]:
-    """The other layers of its group, which look at it in their calls."""
+    """The other layers of a layer's group."""
     member = vars(layer).get(ATTRIBUTE)
     members = [] if member is None else [reference() for reference in member.group.members]
     layers = [other.layer() for other in members if other is not None and other is not member]
@@ -122,10 +122,10 @@ def siblings(layer: Any) -> list[Sharer]:
 
 
 def shared_low(layer: Sharer, x: Tensor, operand: Tensor, lora_A: Tensor) -> tuple[Tensor | None, Lows | None]:
-    """low (M, R) of a call of `layer`, if it shares; and, where this call made it for others, what to `live_with`.
+    """(low (M, R), or None if `layer` does not share; the Lows to `live_with`, if this call made it for others).
 
-    x (..., K): the tensor that the layer was called with; operand: x as it meets the weight. lora_A is what the layer
-    computes this call with, alone and without dropout.
+    x (..., K): the tensor that the layer was called with; operand: x as it meets the weight. lora_A: the layer's only
+    adapter in this call, without dropout.
     """
     member = vars(layer).get(ATTRIBUTE)
     if member is None or is_traced() or is_transformed() or not torch.is_grad_enabled():
@@ -160,7 +160,7 @@ def shared_low(layer: Sharer, x: Tensor, operand: Tensor, lora_A: Tensor) -> tup
 
 
 def _key(x: Tensor, operand: Tensor, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[object, ...]:
-    """What has to be the same in two calls with the same x; an optimizer may write without a new version."""
+    """Everything that must be equal in two calls with the same x; an optimizer may write without a new version."""
     on_cuda = x.device.type == "cuda"
     return (
         x._version,

@@ -1,27 +1,27 @@
-"""norm and gain of a layer, kept while nothing that they depend on can have changed, and used again.
+"""The store of norms and gains: they are reused while nothing that they depend on can have changed.
 
-Any tensor can be written to in ways that nobody sees: through .data, a detached alias or a NumPy view, by a fused
-optimizer or the replay of a CUDA graph. So by itself a layer keeps nothing from call to call, in eval mode or in
-training. Two calls reuse what an earlier call of the same layer computed:
-    a call inside `frozen_adapters`, where the caller promises that nothing is written to unseen (`by_layer`);
-    a call that a backward pass runs once more, which is activation checkpointing: it may take what its own forward
-    pass computed, once, and computes with the very same bits (`last_calls`). Its own is that of the same region
-    (regions.py), if that called the layer once. Of several regions that call a layer, the last is the one.
+Tensors can be written to in ways that nobody sees: through .data, a detached alias or a NumPy view, by a fused
+optimizer or the replay of a CUDA graph. So by itself a layer keeps nothing from call to call, neither in eval mode nor
+in training. Two kinds of calls reuse the results of an earlier call of the same layer:
+    a call inside `frozen_adapters`, where the caller promises that there is no unseen write (`by_layer`);
+    a call that a backward pass runs once more, which is activation checkpointing: it may take the results of its own
+    forward pass, once, and so computes with the very same bits (`last_calls`). Its own is the call of the same region
+    (regions.py), if that called the layer only once. If several regions call a layer, the last one may.
 
-What is kept is good only while its fingerprint is: which tensors there are, with address, version, dtype and layout,
-scaling, operand dtypes, the CUDA stream that computed it (another would have to wait for it, and for its memory), and
-the number of optimizer steps taken in this process. The version alone would not do: fused optimizers and 8-bit
-optimizers leave it alone. Nor would the address: a parameter that is replaced leaves its address to the next one. So
-inside a scope every change that can be seen ends the reuse; after one that cannot, `invalidate(model)` does.
+A result is valid only while its fingerprint is unchanged: the tensors with address, version, dtype and layout; scaling;
+operand dtypes; the CUDA stream that computed it (another one would have to wait for it, and for its memory); and the
+number of optimizer steps in this process. The version alone is not enough: fused and 8-bit optimizers do not change it.
+Nor is the address: a parameter that is replaced leaves its address to the next one. So inside a scope every visible
+change ends the reuse; after an invisible one, `invalidate(model)` does.
 
-Nothing kept is read or written while somebody makes a graph of the operators that run (tracing.py), nor while a CUDA
-graph is captured: it would be in there for ever, whatever becomes of the weights and of the memory.
+The store is not read or written while a graph of the running operators is made (tracing.py), nor while a CUDA graph is
+captured: the graph would use a kept tensor for ever, whatever becomes of the weights and of the memory.
 
-What is computed of frozen tensors alone is kept by constants.py, through training and its optimizer steps.
+constants.py keeps what depends on frozen tensors alone, through training and its optimizer steps.
 
-FSDP gathers a weight into the same tensor, at what is often the same address, and leaves its version alone: a load of
-the shards in between would not be seen. What a backward pass recomputes had the same weights in its forward pass, and
-inside a scope the caller promises it; but of FSDP1's flat weights and of ZeRO-3's nothing is kept ever.
+FSDP gathers a weight into the same tensor, often at the same address, and does not change its version: a load of the
+shards in between would not be seen. A recomputation has the weights of its forward pass, and inside a scope the caller
+promises the same; but for FSDP1's flat weights and those of ZeRO-3 nothing is ever kept.
 """
 
 import itertools
@@ -44,11 +44,10 @@ except ImportError:
 
 
 class Kept(NamedTuple):
-    """A layer's norm (N,), gain (N,) and perhaps merged weight (N, K), with what they were computed from: tensors,
-    their storages, a fingerprint.
+    """A layer's norm (N,), gain (N,) and perhaps merged weight (N, K), and the tensors that they were computed from.
 
-    Both references are weak, and both are needed: a new parameter may take over the storage of the one that it
-    replaces, and a parameter may get a new storage, at the old one's address, through .data.
+    Owners and storages are weak references, and both are needed: a new parameter may take over the storage of the one
+    that it replaces, and through .data a parameter may get a new storage at the address of the old one.
     """
 
     owners: tuple[weakref.ref[Tensor], ...]
@@ -71,7 +70,7 @@ class Kept(NamedTuple):
         return cls(owners, storages, fingerprint, _for_every_mode(norm), _for_every_mode(gain))
 
     def is_of(self, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> bool:
-        """Whether the same tensors, unchanged, would be used again."""
+        """True if these are the same tensors, unchanged."""
         if self.fingerprint != fingerprint:  # and with it perhaps the number of tensors
             return False
         return all(
@@ -81,8 +80,10 @@ class Kept(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a call has to do with what is kept: whether it is inside `frozen_adapters`, whether a backward pass runs it
-    again and the last call of its layer was the first run, and the region that may run it again, if one may.
+    """The relation of a call to the store.
+
+    in_scope: it is inside `frozen_adapters`. is_again: a backward pass runs it again, and the last call of its layer
+    was the first run. region: the one that may run it again, or None.
     """
 
     in_scope: bool
@@ -91,16 +92,16 @@ class Call(NamedTuple):
 
 
 class LastCall(NamedTuple):
-    """What the last call that may run again has left, and for which region."""
+    """The results of a layer's last call that may run again, and the region that may run it."""
 
     region: weakref.ref[Any]
     kept: Kept
 
 
-# beside the layers and not in them: a layer is copied, pickled and saved without what is kept for it
+# beside the layers and not in them: layers are copied, pickled and saved without these results
 by_layer: weakref.WeakKeyDictionary[nn.Module, Kept] = weakref.WeakKeyDictionary()
 last_calls: weakref.WeakKeyDictionary[nn.Module, LastCall] = weakref.WeakKeyDictionary()
-# the ids of the layers that each region has called; it calls one again for each time
+# the ids of the layers that each region has called, to know whether it has called one twice
 _called: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 constants: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 # the layers inside `frozen_adapters`, each with its scopes, scope.Scope, in the order in which they were opened
@@ -127,7 +128,7 @@ def begin_generation() -> None:
 
 
 def optimizer_steps() -> int:
-    """How many optimizer steps this process has taken since it was first asked; the hook fires for fused ones too."""
+    """The number of optimizer steps in this process since the first call of this; fused ones count as well."""
     global _counting
     if not _counting:
         register_optimizer_step_post_hook(_count_one_step)
@@ -136,7 +137,7 @@ def optimizer_steps() -> int:
 
 
 def can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
-    """Whether what is computed from `tensors` may be kept: their changes are seen, and no graph is being made."""
+    """True if results computed from `tensors` may be kept: changes of them are seen, and no graph is being made."""
     if is_traced() or is_transformed():  # first: Dynamo cannot trace a question about the stream
         return False
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -144,8 +145,9 @@ def can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
 
 
 def call_of(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device) -> Call | None:
-    """What a call of `layer`, computing from `tensors`, has to do with what is kept. None: nothing, and then nothing is
-    left of its last call either, for a backward pass to find.
+    """The relation of a call of `layer`, computed from `tensors`, to the store; None if there is none.
+
+    If there is none, the results of the layer's last call are dropped, too: a backward pass must not find them.
     """
     if torch.compiler.is_compiling():
         return None
@@ -161,8 +163,8 @@ def call_of(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device)
 
 
 def scope_of(layer: nn.Module) -> Any | None:
-    """The first opened among the scopes that `layer` is in. A held one (`hold_adapters`) is none in eval mode: it may
-    have been left open.
+    """The scope of `layer` that was opened first, or None. A held one (`hold_adapters`) does not count in eval mode: it
+    may have been left open.
     """
     if not scopes.data:
         return None
@@ -170,13 +172,13 @@ def scope_of(layer: nn.Module) -> Any | None:
 
 
 def find(layer: nn.Module, call: Call, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> Kept | None:
-    """What is kept for `layer`, if this call may use it."""
+    """The results kept for `layer`, if this call may use them, else None."""
     kept = by_layer.get(layer) if call.in_scope else None
     last = last_calls.pop(layer, None) if call.is_again else None
-    # asked once more of what was taken: another thread's region may have called the layer meanwhile
+    # asked again, of the entry that was taken: another thread's region may have called the layer meanwhile
     first = last.kept if last is not None and regions.of_call_again(last.region()) else None
     if first is not None and first.is_of(tensors, fingerprint) and (kept is None or kept.norm is not first.norm):
-        return first  # to the bit what the forward pass had, whatever a scope has made since
+        return first  # the very bits of the forward pass, whatever a scope has made since
     if kept is None or not kept.is_of(tensors, fingerprint):
         return None
     return kept
@@ -198,7 +200,7 @@ def keep(layer: nn.Module, call: Call, kept: Kept, generation_before: int) -> No
 
 
 def _is_first_call(layer: nn.Module, region: Any) -> bool:
-    """Whether `region` has not called `layer` before: nobody can tell which of two calls it runs again."""
+    """True if `region` has not called `layer` before: of two calls nobody can tell which one it runs again."""
     called = _called.setdefault(region, set())
     is_first = id(layer) not in called
     called.add(id(layer))
@@ -206,24 +208,24 @@ def _is_first_call(layer: nn.Module, region: Any) -> bool:
 
 
 def weights_come_and_go() -> bool:
-    """Whether a weight may be gathered anew between two calls; where torch cannot be asked, it may in any group."""
+    """True if a weight may be gathered anew between two calls; in any process group if torch cannot be asked."""
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
     return _managed_modules is None or len(_managed_modules) > 0
 
 
 def forget(layer: nn.Module) -> None:
-    """Drop what is kept for one layer: enable() and disable() call this, and moves, merges and changes of mode do."""
+    """Drop the results kept for one layer. enable(), disable(), moves, merges and changes of mode call this."""
     begin_generation()
     by_layer.pop(layer, None)
     last_calls.pop(layer, None)
 
 
 def invalidate(model: nn.Module) -> None:
-    """Drop all that is kept for the layers of `model`.
+    """Drop all results kept for the layers of `model`.
 
-    Needed inside `frozen_adapters` alone, where it ends the reuse after a write that breaks the promise: one through
-    .data, a detached alias or a NumPy view, which cannot be seen. What can be seen ends it by itself.
+    Needed only inside `frozen_adapters`, after a write that breaks the promise: one through .data, a detached alias or
+    a NumPy view, which cannot be seen. A change that can be seen ends the reuse by itself.
     """
     for module in model.modules():
         forget(module)
@@ -237,23 +239,24 @@ def fingerprint_of(
 
 
 def identity_of(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[object, ...]:
-    """Of which tensors, and computed on which stream."""
+    """The tensors with address, version and layout, and the stream."""
     identity = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
     return identity, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _owner(tensor: Tensor) -> Tensor:
-    """The tensor that lives as long as the layer has it: the parameter itself, where a view of it is passed.
+    """The tensor that lives as long as the layer: the parameter itself if `tensor` is a view of it.
 
-    (A transposed weight is a new view at every call, and so are the bytes of a packed one.)
+    (A transposed weight is a new view in every call, and so are the bytes of a packed one.)
     """
     return tensor if tensor._base is None else tensor._base
 
 
 def _has_identity(tensor: Tensor) -> bool:
-    """Whether address and version say which numbers these are: not of a tensor subclass, nor of an inference tensor,
-    nor of a view into FSDP1's flat parameter, nor of a weight that ZeRO-3 gathers, nor in memory that other processes
-    write to.
+    """True if address and version tell whether the numbers of `tensor` have changed.
+
+    They do not for tensor subclasses, inference tensors, views into FSDP1's flat parameter, weights that ZeRO-3
+    gathers, and memory that other processes write to.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
         return False
@@ -264,7 +267,7 @@ def _has_identity(tensor: Tensor) -> bool:
 
 
 def _for_every_mode(row: Tensor | None) -> Tensor | None:
-    """What inference mode has computed as a tensor that autograd can save: a serving loop and training share it."""
+    """`row`, or a copy of one made in inference mode that autograd can save: serving and training share it."""
     if row is None or not row.is_inference():
         return row
     with torch.inference_mode(False):

@@ -1,6 +1,6 @@
-"""Checks that users can run on their own layers and machines, and the error measure behind them.
+"""Checks for users to run on their own layers and machines, and the error measure behind them.
 
-In a test suite, three lines a model:
+In a test suite it takes three lines for a model:
 
     @pytest.mark.parametrize("name, layer", dora_layers(model))
     def test_dora(name, layer):

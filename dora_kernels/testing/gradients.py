@@ -30,24 +30,24 @@ def check_gradients(
     finite_differences: bool = True,
     seed: int = 0,
 ) -> Report:
-    """Check `function` and its backward pass against `reference`; a Report, whose raise_if_failed() is for test suites.
+    """Check `function` and its backward pass against `reference`. In a test suite call the Report's raise_if_failed().
 
-    function: called with `inputs` as keyword arguments, returns one tensor. An nn.Module is called with the one tensor
-        `inputs`, and may return a bias to be added beside it; its parameters that require a gradient are differentiated
+    function: called with `inputs` as keyword arguments, returns one tensor. An nn.Module is called with one tensor,
+        `inputs`, and may return (output, bias to be added); its parameters that require a gradient are differentiated
         too. It runs as it is: in train or eval mode, on its device, under the options and autocast around this call.
-    inputs: those tensors are differentiated that require a gradient. They are passed as they are, strides included.
-    reference: plain PyTorch that computes the same, of the same arguments. It runs in float64, which is the exact
-        result, and in the inputs' own dtypes, which is the measure: an error of twice PyTorch's own, plus 2 ulp, is the
-        limit (see dora_kernels.testing.compare). None for dora_linear and DoraLinear: the definition in reference.py.
+    inputs: tensors that require a gradient are differentiated. All are passed as they are, strides included.
+    reference: plain PyTorch that computes the same from the same arguments. It runs in float64, which gives the exact
+        result, and in the inputs' own dtypes, which gives the measure: the limit is twice PyTorch's own error plus
+        2 ulp (see dora_kernels.testing.compare). None for dora_linear and DoraLinear: the definition in reference.py.
     dy: the gradient of the output; random by default.
-    finite_differences: differentiate `function` itself in float64, where it takes float64 and is small enough. With a
-        `reference` of your own, say False for a function whose gradient is not its derivative (a detached norm).
+    finite_differences: differentiate `function` itself in float64, if it takes float64 and is small enough. With a
+        `reference` of your own, pass False for a function whose gradient is not its derivative (a detached norm).
 
-    What fails: an error over the limit; a NaN or inf where the exact value is finite (fresh memory is filled with NaN:
-    also an element that nobody wrote); zeros, a missing gradient, another shape or dtype; an exact result that is zero
-    everywhere, as nothing was tested then; an input that changed; a second run that is not bitwise the first.
+    It fails on: an error over the limit; a NaN or inf where the exact value is finite (fresh memory is filled with NaN,
+    so an element that nobody wrote as well); zeros, a missing gradient, another shape or dtype; an exact result that is
+    zero everywhere, which tests nothing; a changed input; a second run that is not bitwise equal to the first.
 
-    Raises ValueError where reference is None and none is known.
+    Raises ValueError if reference is None and none is known.
     """
     title = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", "function")
     inputs = {"x": inputs} if isinstance(inputs, Tensor) else dict(inputs)
@@ -102,7 +102,7 @@ class _Definition(DoraLinear):
 
 
 def _with_constant_norm(function: Callable[..., Tensor] | nn.Module, inputs: dict[str, Any]) -> Any:
-    """What finite differences can check: the norm, a constant in the backward pass, is given. None: nothing."""
+    """`function` with the norm, a constant in its backward pass, given: finite differences can check it. Or None."""
     if isinstance(function, nn.Module):
         return None
     if inputs.get("norm_grad"):
@@ -115,7 +115,7 @@ def _with_constant_norm(function: Callable[..., Tensor] | nn.Module, inputs: dic
 
 
 def _call(function: Callable[..., Tensor] | nn.Module) -> Call:
-    """`function` as a function of the inputs by name; those of a module beside x are its parameters."""
+    """`function` as a function of a dict of inputs; a module's are x and its parameters."""
     if not isinstance(function, nn.Module):
         return lambda inputs: function(**inputs)
 
@@ -127,7 +127,7 @@ def _call(function: Callable[..., Tensor] | nn.Module) -> Call:
 
 
 def with_bias(returned: Any) -> Any:
-    """The output of a module; with its bias where it returns that apart, as parallel layers do."""
+    """The output of a module, plus its bias if it returns (output, bias), as parallel layers do."""
     if not (isinstance(returned, tuple) and len(returned) == 2):
         return returned
     y, bias = returned
@@ -139,7 +139,7 @@ def _in_float64(value: Any) -> Any:
     if isinstance(value, nn.Module):
         double = copy.deepcopy(value).double()
         for module in double.modules():
-            for wrapped in getattr(module, "org_module", ()):  # by LyCORIS, beside what .double() reaches
+            for wrapped in getattr(module, "org_module", ()):  # LyCORIS' list, which .double() does not reach
                 wrapped.double()
         return double
     if isinstance(value, dict):
@@ -151,7 +151,7 @@ def _in_float64(value: Any) -> Any:
 
 def _accuracy(actual: Result, yardstick: Result, exact: Result) -> list[Row]:
     tensors = actual.tensors(), yardstick.tensors(), exact.tensors()
-    # a function may keep y, or what it is made of, rounded to y's dtype for the gradients
+    # for the gradients a function may save y, or its terms, rounded to y's dtype
     return [_compared(name, *(results[name] for results in tensors), through=actual.y.dtype) for name in tensors[0]]
 
 
@@ -197,7 +197,7 @@ def _nothing_changed(check: str, names: Any, verb: str) -> Row:
 
 
 def _finite_differences(function: Any, inputs: dict[str, Any], seed: int) -> list[Row]:
-    """For each input one random direction: the slope of <dy, function> along it, and the gradient's part of it."""
+    """A row for each input: the slope of <dy, function> along a random direction against the gradient's component."""
     if function is None:
         return []
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
@@ -222,7 +222,7 @@ def _finite_differences(function: Any, inputs: dict[str, Any], seed: int) -> lis
             with torch.no_grad(), shared_dropout(seed):
                 slopes.append((call(moved) * dy).sum().item())
         slope = (slopes[0] - slopes[1]) / (2 * FINITE_DIFFERENCE_STEP)
-        # against the size of what is summed: the sum itself may cancel
+        # relative to the size of the terms: their sum may cancel
         size = (gradient.norm() * direction.norm()).item()
         error = abs(slope - (gradient * direction).sum().item()) / size if size else abs(slope)
         reason = f"off by {error:.1e} of the gradient; at most {FINITE_DIFFERENCE_TOLERANCE:.0e}"

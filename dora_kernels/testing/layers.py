@@ -1,4 +1,4 @@
-"""check_layer: a DoRA layer of another library, as that library computes it and as we do."""
+"""check_layer: another library's DoRA layer, as that library computes it against the same layer after enable()."""
 
 import copy
 from dataclasses import replace
@@ -15,27 +15,27 @@ from dora_kernels.testing.report import Report, Row
 
 TOKENS = 12
 MARGIN = 3
-"""By how much an image is larger than the kernel that moves over it."""
+"""The difference in size between an image and the kernel that moves over it."""
 
 
 def dora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) of every DoRA layer in `model` that enable() would take over; the model is left as it is."""
+    """(name, layer) for every DoRA layer in `model` that enable() would take over. The model stays as it is."""
     names = [layer.name for layer in enable(copy.deepcopy(model)).taken_over]
     return [(name, model.get_submodule(name)) for name in names]
 
 
 def check_layer(layer: nn.Module, x: Tensor | None = None, *, randomise: bool = True, seed: int = 0) -> Report:
-    """Compare a DoRA layer as its own library computes it with the same layer after enable(); a Report.
+    """Compare a DoRA layer, as its own library computes it, with the same layer after enable().
 
     layer: any layer that enable() takes over, already enabled or not. It is copied and stays as it is.
-    x: what the layer takes; by default random, in the dtype of the layer's weight: (2, 6, K) for a linear layer, two
+    x: the input; by default random, in the dtype of the layer's weight: (2, 6, K) for a linear layer, two
         images for a convolution, 12 tokens for an embedding.
-    randomise: give the copies a lora_B that is not zero and gains away from 1, as a fresh adapter tests nothing.
+    randomise: give the copies a lora_B that is not zero and gains other than 1; a fresh adapter tests nothing.
 
-    The library's layer in float64 is the exact result, and in its own dtypes the measure. Compared, as check_gradients
-    does, are output and gradients in train mode, with one dropout mask for all, and in eval mode; and, where the layer
-    can merge, the output when merged and the weight after unmerge. Fails where enable() leaves the layer alone, and
-    says why, and where every call goes to the library all the same.
+    The library's layer gives the exact result in float64, and the measure in its own dtypes. As in check_gradients,
+    output and gradients are compared, in train mode, with one dropout mask for all, and in eval mode. If the layer can
+    merge, so are the merged output and the weight after unmerge. It fails if enable() leaves the layer alone, with the
+    reason, and if every call still goes to the library.
     """
     model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
     disable(model)
@@ -66,7 +66,7 @@ def check_layer(layer: nn.Module, x: Tensor | None = None, *, randomise: bool = 
 
 @torch.no_grad()
 def _randomise(layer: nn.Module, seed: int) -> None:
-    """Adapter tensors that are zero become random, and magnitudes are spread over 0.75 to 1.25."""
+    """Replace adapter tensors that are zero by random ones, and scale magnitudes by factors from 0.75 to 1.25."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in layer.named_parameters():
         if not parameter.requires_grad or is_quantized(parameter):  # a base that nobody has frozen yet
@@ -96,7 +96,7 @@ def _random_x(layer: nn.Module, seed: int) -> Tensor:
 
 @torch.no_grad()
 def _merge_round_trip(ours: nn.Module, stock: nn.Module, x: Tensor) -> list[Row]:
-    """Merged, ours gives what the library's layer gives merged; unmerged, the weight is back to within a rounding."""
+    """Rows on the merged output, against the library's, and on the weight after unmerge, up to a rounding."""
     ours, stock = copy.deepcopy(ours), copy.deepcopy(stock)
     for module in (ours, stock):
         module.train(False)  # eval() of some libraries returns None
@@ -120,7 +120,7 @@ def _merge_round_trip(ours: nn.Module, stock: nn.Module, x: Tensor) -> list[Row]
 
 
 def _row_against(method: str, ours: nn.Module, stock: nn.Module) -> Row | None:
-    """Call merge or unmerge of both; a row where that raises, which fails where the library's own layer does not."""
+    """Call merge or unmerge of both. A row if one raises, failed unless the library's own layer raises; else None."""
     raised = []
     for module in (stock, ours):
         try:

@@ -16,14 +16,14 @@ WORST_RATIO = 2.0
 MEAN_RATIO = 1.1
 # The RMS of a million elements does not see a single one that is wrong; the largest error does. It is the tail of a
 # distribution, so it gets more room: in 1,500 random layers of up to 80 x 80 in four precisions a correct result stayed
-# below 2.6, but for layers with one input feature or one output.
+# below 2.6, except for layers with one input feature or one output.
 WORST_MAX_RATIO = 8.0
 
 
 def rms_error(actual: Tensor, exact: Tensor) -> float:
-    """RMS(actual - exact) / RMS(exact) in float64; inf where actual has a NaN or inf that exact has not.
+    """RMS(actual - exact) / RMS(exact) in float64; inf if actual has a NaN or inf that exact does not have.
 
-    Raises ValueError where the shapes differ.
+    Raises ValueError if the shapes differ.
     """
     return _errors(actual, exact)[0]
 
@@ -44,7 +44,7 @@ def _errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One tensor: its error, the yardstick's, and whether the first is within the bound."""
+    """The errors of one tensor and of its yardstick, and the bound on the first by the second."""
 
     name: str
     error: float
@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
-        """True where both errors are within their limits."""
+        """True if both errors are within their limits."""
         return self.error <= self.limit and self.max_error <= self.max_limit
 
     @property
@@ -78,7 +78,7 @@ class Comparison:
 def compare(
     name: str, actual: Tensor, yardstick: Tensor, exact: Tensor, through: torch.dtype | None = None
 ) -> Comparison:
-    """`actual` against `exact` (float64), with `yardstick` (PyTorch in the same dtypes) as the measure.
+    """The errors of `actual` and of `yardstick` (PyTorch in the same dtypes) against `exact` (float64).
 
     The ulp is that of the coarsest of actual, yardstick and `through`, the dtype of an intermediate result.
     """

@@ -1,4 +1,4 @@
-"""Random arguments of dora_linear on which every term counts."""
+"""Random arguments of dora_linear in which every term counts."""
 
 import torch
 from torch import Tensor

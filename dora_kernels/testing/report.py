@@ -1,4 +1,4 @@
-"""What a check found: a row for each tensor and promise, as a table, as JSON, as an exception."""
+"""The report of a check: a row for each tensor and promise, as a table, as JSON, as an exception."""
 
 import math
 from collections.abc import Sequence
@@ -11,10 +11,10 @@ COLUMNS = ("check", "tensor", "rms error", "PyTorch's", "max error", "PyTorch's"
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was checked.
+    """One promise checked for one tensor.
 
-    check: which promise ("accuracy", "finite differences", "repeat", "inputs", ...); subject: of which tensor.
-    ok: None where it could not be checked here. reason: why not ok. comparison: the errors, where there are any.
+    check: the promise ("accuracy", "finite differences", "repeat", "inputs", ...); subject: the tensor. ok: None if it
+    could not be checked here. reason: of a failure, or of not checking. comparison: the errors, if there are any.
     """
 
     check: str
@@ -48,7 +48,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """True where something was checked and nothing failed."""
+        """True if something was checked and nothing failed."""
         return any(row.ok for row in self.rows) and not self.failures
 
     @property
@@ -57,7 +57,7 @@ class Report:
         return [row for row in self.rows if row.ok is False]
 
     def raise_if_failed(self) -> "Report":
-        """Raise AssertionError with the whole table unless ok; the report itself otherwise."""
+        """Return this report if it is ok, else raise AssertionError with the whole table."""
         if not self.ok:
             raise AssertionError(f"\n{self}")
         return self

@@ -1,4 +1,4 @@
-"""Run a function forward and backward under conditions that show mistakes: NaN in fresh memory, one dropout mask."""
+"""Run a function forward and backward so that mistakes show: NaN in fresh memory, one dropout mask for all."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ Call = Callable[[dict[str, Any]], Tensor]
 
 @contextlib.contextmanager
 def nan_filled_memory() -> Iterator[None]:
-    """Inside, torch.empty and its kin return NaN: an element that nobody writes, or that is read too early, shows.
+    """Fill fresh memory (torch.empty and its kin) with NaN, so that an element that nobody writes shows.
 
     This is torch's own deterministic mode, with warnings where an operator has no deterministic implementation.
     """
@@ -35,7 +35,7 @@ def nan_filled_memory() -> Iterator[None]:
 
 @contextlib.contextmanager
 def shared_dropout(seed: int) -> Iterator[None]:
-    """Inside, the n-th call of F.dropout draws the n-th mask of `seed`, whatever the dtype and device of its input."""
+    """Let the n-th call of F.dropout draw the n-th mask of `seed`, whatever the dtype and device of its input."""
     generator = torch.Generator().manual_seed(seed)
 
     def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -50,7 +50,7 @@ def shared_dropout(seed: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Result:
-    """What one forward and backward pass gave: y, gradients by input name (None: none came), inputs that changed."""
+    """The outcome of one forward and backward pass: y, gradients by input name or None, inputs that changed."""
 
     y: Tensor
     gradients: dict[str, Tensor | None]
@@ -64,7 +64,7 @@ class Result:
 def run(call: Call, inputs: Mapping[str, Any], seed: int, dy: Tensor | None = None) -> Result:
     """One forward and backward pass of call(inputs), differentiated in every input that requires a gradient.
 
-    The inputs are not copied, so their strides are what the function sees. dy: by default ones_like y and random.
+    The inputs are not copied, so that the function sees their strides. dy: shaped like y, random by default.
     """
     leaves = {
         name: value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
@@ -83,11 +83,11 @@ def run(call: Call, inputs: Mapping[str, Any], seed: int, dy: Tensor | None = No
 
 
 def random_like(tensor: Tensor, seed: int) -> Tensor:
-    """Normal numbers of tensor's shape, dtype and device; the same ones, but for rounding, in every dtype."""
+    """Normal numbers of tensor's shape, dtype and device; up to rounding the same ones in every dtype."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tensor.shape, dtype=torch.float64, generator=generator).to(tensor)
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, NaN being the same as NaN."""
+    """True if two tensors hold the same numbers; NaN equals NaN."""
     return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())

@@ -34,7 +34,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Case:
-    """One check: what is called, how large, in which dtypes, by which backend."""
+    """One check of the suite: a layer, its sizes, dtypes and backend."""
 
     layer: str
     shape: tuple[int, int, int, int]
@@ -49,20 +49,20 @@ class Case:
         return f"{self.layer} {'x'.join(map(str, self.shape))} {self.dtype} {self.backend}"
 
     def check(self) -> Report:
-        """Run it; an error in it is a failure. Raises ValueError where the backend cannot take it."""
+        """Run it; an error in it is a failure. Raises ValueError if the backend cannot take it."""
         try:
             with options(backend=self.backend, way=self.way):
                 return LAYERS[self.layer](self)
         except (ValueError, ImportError):
             raise
-        except Exception as error:  # the installed Triton cannot compile or interpret a kernel, say
+        except Exception as error:  # the installed Triton cannot compile or interpret a kernel, for example
             return Report(str(self), (Row("runs", self.layer, False, f"{type(error).__name__}: {error}"),))
 
 
 def cases(
     layers: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], backends: Sequence[str], **more: object
 ) -> list[Case]:
-    """Every combination. Raises ValueError for a shape that is not four positive sizes, or an unknown dtype."""
+    """All combinations. Raises ValueError for a shape that is not four positive sizes, or an unknown dtype."""
     sizes = []
     for shape in shapes:
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", shape):
@@ -75,7 +75,7 @@ def cases(
 
 
 def run(cases: Sequence[Case], json_path: str | None = None, verbose: bool = False) -> int:
-    """Check every case and print a table. Returns 0 where all are ok, else 1."""
+    """Check every case and print a table. Returns 0 if all are ok, else 1."""
     reports, lines = [], [("layer", "MxNxKxR", "dtypes", "backend", "worst ratio to PyTorch's error", "verdict")]
     progress = sys.stderr if sys.stderr.isatty() else None
     for number, case in enumerate(cases, 1):

@@ -345,11 +345,11 @@ def dynamic_torchao(layer):
 
 LEFT_ALONE = {
     "has_fp16_weights=True": ("int8", lambda layer: setattr(layer.base_layer.weight, "has_fp16_weights", True)),
-    "not quantised yet": ("nf4", lambda layer: setattr(layer.base_layer.weight, "quant_state", None)),
+    "not quantized yet": ("nf4", lambda layer: setattr(layer.base_layer.weight, "quant_state", None)),
     "base_layer has hooks": ("nf4", lambda layer: layer.base_layer.register_forward_hook(lambda *args: None)),
     "packed as 8bit_u8": ("hqq", lambda layer: layer.base_layer.meta.update(packing="8bit_u8")),
     "expected HQQLinear": ("hqq", lambda layer: setattr(layer, "base_layer", torch.nn.Linear(64, 128))),
-    "quantise or scale x too": ("torchao int8", dynamic_torchao),
+    "quantize or scale x too": ("torchao int8", dynamic_torchao),
 }
 
 

@@ -258,9 +258,9 @@ def test_rows_have_step_1():
 
 def test_bitsandbytes_refusals(bnb):
     fresh = bnb.nn.Linear4bit(64, 32)
-    with pytest.raises(ValueError, match="not quantised yet"):
+    with pytest.raises(ValueError, match="not quantized yet"):
         quant.read(fresh)
-    with pytest.raises(ValueError, match="not quantised yet"):
+    with pytest.raises(ValueError, match="not quantized yet"):
         quant.read(bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False))
     with pytest.raises(ValueError, match="has_fp16_weights=True"):
         quant.read(bnb.nn.Linear8bitLt(64, 32))
@@ -274,7 +274,7 @@ def test_torchao_refusals(torchao):
     layer = nn.Linear(64, 32)
     both = copy.deepcopy(layer)
     torchao.quantize_(both, torchao.Int8DynamicActivationInt8WeightConfig())
-    with pytest.raises(ValueError, match="quantise or scale x too"):
+    with pytest.raises(ValueError, match="quantize or scale x too"):
         quant.read(both)
     torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
     layer.weight.zero_point += 1

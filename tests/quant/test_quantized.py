@@ -424,7 +424,7 @@ def test_the_state_dict_has_the_layer_that_it_is_over(layer):
 def test_a_layer_that_cannot_be_read_is_refused():
     linear = Linear8bitLt(20, 24)
     linear.weight.SCB = None
-    with pytest.raises(ValueError, match="not quantised yet"):
+    with pytest.raises(ValueError, match="not quantized yet"):
         DoraLinear.from_linear(linear, rank=4, alpha=6.0)
     with pytest.raises(ValueError, match="linear is Bilinear; expected torch.nn.Linear, or a layer quantised by"):
         DoraLinear.from_linear(nn.Bilinear(2, 2, 2), rank=4, alpha=6.0)
