@@ -1,7 +1,7 @@
 """The command line: python -m dora_kernels <command>.
 
 A command is one `_add_<command>` function, listed in COMMANDS, which declares its arguments and the function that
-runs it. What a command needs beyond torch it imports when it runs: `info` has to work where nothing else does.
+runs it. A command imports what it needs beyond torch when it runs: `info` has to work where nothing else does.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dora_kernels.planning.options import BACKENDS, WAYS, current_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, or 1 where the command's own checks failed, or 2 where it could not run."""
+    """Run one command. Returns 0, 1 if the command's own checks failed, or 2 if it could not run."""
     parser = argparse.ArgumentParser(prog="python -m dora_kernels", description="Fast DoRA linear layers.")
     commands = parser.add_subparsers(metavar="command", required=True)
     for add in COMMANDS:
@@ -41,8 +41,8 @@ def _info(arguments: argparse.Namespace) -> int:
     rows = [("dora_kernels", __version__), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in ("torch", "triton", "peft")]
     rows.append(("requested backend", current_options().backend))
-    devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    for device in [*devices, torch.device("cpu")]:
+    cards = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    for device in [*cards, torch.device("cpu")]:
         facts = devices.device_facts(device)
         name = str(device) if facts.name == str(device) else f"{device} ({facts.name})"
         rows.append(("device", name))
@@ -55,7 +55,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _auto_picks(device: torch.device) -> str:
-    """The backend that "auto" takes for bfloat16 tensors on `device`, and why."""
+    """The backend that "auto" takes for bfloat16 tensors on `device`, with the reason."""
     backend = devices.backend_for("auto", device, torch.bfloat16)
     if backend == "triton":
         return "triton: the kernels are built for this device"
@@ -188,7 +188,7 @@ def _analyze(arguments: argparse.Namespace) -> int:
 
 
 def _progress(layers: Sequence[Any]) -> Iterable[Any]:
-    """The layers one by one, with a bar on stderr where rich is installed."""
+    """The layers one by one, with a bar on stderr if rich is installed."""
     try:
         from rich.console import Console
         from rich.progress import track
