@@ -287,7 +287,7 @@ def predictions() -> str:
 def predicted(shape: plan.Shape, device: plan.Device) -> tuple[str, str, str]:
     """A step over the frozen linear layer by bytes and FLOPs alone, the same with launches, and how dx is made."""
     way = plan.dx_way("auto", shape, device)
-    steps = plan.forward_steps(shape, "split") | plan.backward_steps(shape, way)
+    steps = plan.forward_costs(shape, "split") | plan.backward_costs(shape, way)
     product = plan.gemm(shape.M, shape.N, shape.K)
     ratios = [
         plan.seconds(steps, shape, model) / (2 * product.seconds(shape, model))

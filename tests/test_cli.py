@@ -175,9 +175,9 @@ def test_demo_over_nf4_needs_bitsandbytes(monkeypatch, capsys):
 
 
 def test_demo_names_the_extra_it_needs(monkeypatch, capsys):
-    import dora_kernels
+    from dora_kernels import extras
 
-    monkeypatch.delattr(dora_kernels, "demo")
+    monkeypatch.delattr(extras, "demo")
     for name in [name for name in sys.modules if name.startswith("dora_kernels.extras.demo")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "rich", None)

@@ -112,17 +112,17 @@ def shape_of(case: Case) -> plan.Shape:
     return plan.Shape(case.M, case.N, case.K, case.R, DTYPES[case.precision][0].itemsize)
 
 
-def plan_step(kernel: str, case: Case) -> plan.Step:
+def planned_cost(kernel: str, case: Case) -> plan.Cost:
     """What plan.py counts for a kernel of bench.kernels: the elements of the main tensors, FLOPs and launches.
 
     token_sums: with dB among them, at any rank, as bench.kernels measures it; column_sums: without.
     """
     shape = shape_of(case)
     M, N, R = case.M, case.N, case.R
-    steps = plan.forward_steps(shape, "split") | plan.backward_steps(shape, "merged")
-    steps |= {"dB": plan.Step(M * N, 2 * M * N * R), "column_sums": plan.Step(2 * M * N, 0, launches=2)}
-    steps["token_sums"] = plan.Step(2 * M * N, 2 * M * N * R, launches=2)
-    return steps[{"project": "P", "outer_product": "dA"}.get(kernel, kernel)]
+    costs = plan.forward_costs(shape, "split") | plan.backward_costs(shape, "merged")
+    costs |= {"dB": plan.Cost(M * N, 2 * M * N * R), "column_sums": plan.Cost(2 * M * N, 0, launches=2)}
+    costs["token_sums"] = plan.Cost(2 * M * N, 2 * M * N * R, launches=2)
+    return costs[{"project": "P", "outer_product": "dA"}.get(kernel, kernel)]
 
 
 def work(kernel: str, case: Case) -> Work:
@@ -142,12 +142,12 @@ def work(kernel: str, case: Case) -> Work:
         "base": 0,
         "dx": 0,
     }[kernel]
-    step = plan_step(kernel, case)
-    return Work(step.bytes(shape_of(case)) + case.R * rows * operand.itemsize, step.flops)
+    cost = planned_cost(kernel, case)
+    return Work(cost.bytes(shape_of(case)) + case.R * rows * operand.itemsize, cost.flops)
 
 
 def floor_seconds(kernel: str, case: Case, roof: Roof, precision: str = "ieee") -> tuple[float, str]:
-    """(seconds at the roof, "bytes" or "flops"). precision: of the dots (launch.dot_precision)."""
+    """(seconds at the roof, "bytes" or "flops"). precision: of the dots (devices.dot_precision)."""
     base, operand = DTYPES[case.precision]
     done = work(kernel, case)
     names = {dtype: name for name, dtype in ROOF_DTYPES.items()}

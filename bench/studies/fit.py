@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.machine import ROOT
-from bench.lib.roof import DTYPES, plan_step
+from bench.lib.roof import DTYPES, planned_cost
 from bench.lib.shapes import PRECISIONS, Case
 from dora_kernels.planning import plan
 
@@ -50,7 +50,7 @@ def predicted_seconds(row: dict[str, Any], device: plan.Device) -> float:
     """What plan.py says of a row of kernels.json."""
     case = case_of(row)
     shape = plan.Shape(case.M, case.N, case.K, case.R, DTYPES[case.precision][0].itemsize)
-    return plan_step(row["kernel"], case).seconds(shape, device)
+    return planned_cost(row["kernel"], case).seconds(shape, device)
 
 
 def misfit(rows: Rows, device: plan.Device) -> list[float]:

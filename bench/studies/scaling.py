@@ -87,9 +87,9 @@ class Step:
             shape = plan.Shape(TOKENS, N, K, RANK, 2, 0.0 if self.base == "bf16" else NF4_BYTES)
             dx = plan.dx_way("auto", shape, plan.DEVICES["NVIDIA H200"])
             passes = (
-                plan.forward_steps(shape, "split"),
-                plan.forward_steps(shape, "split", norm_given=True),  # recomputed with the norm of the first
-                plan.backward_steps(shape, dx),
+                plan.forward_costs(shape, "split"),
+                plan.forward_costs(shape, "split", norm_given=True),  # recomputed with the norm of the first
+                plan.backward_costs(shape, dx),
             )
             total += count * sum(plan.seconds(steps, shape, plan.DEVICES["NVIDIA H200"]) for steps in passes)
         return BLOCKS * total
@@ -113,7 +113,7 @@ def adapter_weights() -> int:
 def norm_seconds() -> float:
     """Of all norms of the model once: what `frozen_adapters` saves for each micro-batch but the first of a step."""
     shapes = [(plan.Shape(TOKENS, N, K, RANK, 2), count) for N, K, count in layers()]
-    steps = [(plan.forward_steps(shape, "split")["norm"], shape, count) for shape, count in shapes]
+    steps = [(plan.forward_costs(shape, "split")["norm"], shape, count) for shape, count in shapes]
     return BLOCKS * sum(count * step.seconds(shape, plan.DEVICES["NVIDIA H200"]) for step, shape, count in steps)
 
 

@@ -191,15 +191,15 @@ def predicted(M: int, K: int, widths: Sequence[int], R: int, device: plan.Device
     apart = saved = 0.0
     for shape in shapes:
         forward, backward = (
-            plan.forward_steps(shape, "split"),
-            plan.backward_steps(shape, plan.dx_way("auto", shape, device)),
+            plan.forward_costs(shape, "split"),
+            plan.backward_costs(shape, plan.dx_way("auto", shape, device)),
         )
         apart += plan.seconds(forward | backward, shape, device)
         saved += forward["low"].seconds(shape, device) + backward["dA"].seconds(shape, device)
     ranks = R * len(shapes)
     # beside the two products: lora_A put together, dlow put together, dA taken apart, each read and written
-    copies = plan.Step(4 * ranks * K + 2 * M * ranks, 0, launches=2 + len(shapes))
-    shared = (plan.Step(M * K, 2 * M * K * ranks), plan.Step(M * K, 2 * M * K * ranks, launches=2), copies)
+    copies = plan.Cost(4 * ranks * K + 2 * M * ranks, 0, launches=2 + len(shapes))
+    shared = (plan.Cost(M * K, 2 * M * K * ranks), plan.Cost(M * K, 2 * M * K * ranks, launches=2), copies)
     return apart, apart - saved + sum(step.seconds(shapes[0], device) for step in shared)
 
 

@@ -46,15 +46,15 @@ def interpret_on_cpu() -> None:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """target: the config family (configs.py); multiprocessors: how many programs run at once."""
+    """A device's name, its family in configs.py, and the number of its multiprocessors."""
 
     name: str
     target: str
     multiprocessors: int
 
 
-# Compute capability -> config family. A family is what was compiled ahead of time and checked against the
-# device's shared memory (tools/compile_kernels.py); capabilities that share a limit share a family.
+# Compute capability -> family of configurations. A family is compiled ahead of time and checked against the shared
+# memory of its devices (tools/compile_kernels.py); capabilities that share a limit share a family.
 _CUDA_FAMILIES = {
     (8, 0): "sm_80",
     (8, 6): "sm_120",
@@ -83,8 +83,8 @@ def device_facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts(properties.name, target, properties.multi_processor_count)
 
 
-def why_not_triton(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str:
-    """The reason that the kernels cannot take tensors of `dtypes` on `device`; "" where they can."""
+def why_not_triton(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """The reason that the kernels cannot take tensors of `dtypes` on `device`; None if they can."""
     if not has_triton():
         return "triton is not installed"
     facts = device_facts(device)
@@ -93,12 +93,12 @@ def why_not_triton(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str
     if not facts.target:
         return f"no kernel configuration is known for {facts.name}"
     # float64 has no tensor-core path worth a config of its own; the interpreter takes it, for gradcheck.
-    taken = (torch.bfloat16, torch.float16, torch.float32)
-    taken += (torch.float64,) if facts.target == "interpreter" else ()
+    taken = [torch.bfloat16, torch.float16, torch.float32]
+    taken += [torch.float64] if facts.target == "interpreter" else []
     refused = [dtype for dtype in dtypes if dtype not in taken]
     if torch.float64 in dtypes and len(set(dtypes)) > 1:
         refused = [torch.float64]  # a float64 product has no place in a float32 accumulator
-    return f"the kernels do not take {refused[0]} on {facts.name}" if refused else ""
+    return f"the kernels do not take {refused[0]} on {facts.name}" if refused else None
 
 
 _logged: set[str] = set()
@@ -112,16 +112,16 @@ def log_once(message: str) -> None:
 
 
 def backend_for(requested: str, device: torch.device, *dtypes: torch.dtype) -> str:
-    """ "triton" or "reference" for a call; a fallback is logged once, a named backend never falls back.
+    """The backend of a call, "triton" or "reference". A fallback is logged once; a named backend never falls back.
 
-    Raises ValueError where `requested` is "triton" and the kernels cannot take the call.
+    Raises ValueError if `requested` is "triton" and the kernels cannot take the call.
     """
     if requested == "reference":
         return "reference"
     if requested == "auto" and device.type == "cpu":
         return "reference"
     reason = why_not_triton(device, dtypes)
-    if not reason:
+    if reason is None:
         return "triton"
     if requested == "triton":
         raise ValueError(f'options(backend="triton"): {reason}; expected a GPU that the kernels are built for')
@@ -130,10 +130,10 @@ def backend_for(requested: str, device: torch.device, *dtypes: torch.dtype) -> s
 
 
 def dot_precision(facts: DeviceFacts, operand: torch.dtype, weight: torch.dtype) -> str:
-    """`input_precision` of tl.dot for low-rank operands of dtype `operand` beside a weight of dtype `weight`.
+    """`input_precision` of tl.dot for low-rank operands of dtype `operand` over a weight of dtype `weight`.
 
     Obeys torch.set_float32_matmul_precision. Over a half-precision weight "highest" is bf16x6: six bf16 tensor-core
-    products, as exact as IEEE float32, where IEEE itself would leave the tensor cores.
+    products, as exact as IEEE float32, which would not run on the tensor cores.
     """
     if operand != torch.float32 or facts.target == "interpreter" or facts.target.startswith("gfx"):
         return "ieee"

@@ -7,15 +7,18 @@ The constants of `DEVICES` are predictions unless a comment says otherwise. They
 same thing, so what matters is the ratio of bandwidth to FLOPs to launch cost.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
+from dora_kernels.quant import Weight
+
 
 @dataclass(frozen=True)
 class Device:
-    """bandwidth in bytes/s, matmul in FLOP/s (half precision; float32 beside it), launch in seconds."""
+    """The constants of a device: bandwidth in bytes/s, half-precision and float32 GEMMs in FLOP/s, a launch in s."""
 
     bandwidth: float
     matmul: float
@@ -56,9 +59,10 @@ def device_model(facts: Named) -> Device:
 
 @dataclass(frozen=True)
 class Shape:
-    """One call: M tokens, N out features, K in features, rank R, bytes of an element of the base GEMM.
+    """The sizes of one call: M tokens, N out features, K in features, rank R.
 
-    packed: bytes of an element of a quantized weight, scales and all; 0 for a dense one.
+    itemsize: bytes of an element of the base GEMM. packed: bytes of an element of a quantized weight, scales and all; 0
+    for a dense one.
     """
 
     M: int
@@ -69,15 +73,15 @@ class Shape:
     packed: float = 0.0
 
     @classmethod
-    def of(cls, rows: torch.Tensor, weight: torch.Tensor, lora_A: torch.Tensor) -> "Shape":
-        """The shape of a call with `rows` (M, ...) of x or dy; weight may be a QuantizedWeight."""
+    def of(cls, rows: torch.Tensor, weight: Weight, lora_A: torch.Tensor) -> "Shape":
+        """The shape of a call with `rows` (M, ...) of x or dy."""
         N, K = weight.shape
         packed = 0.0 if isinstance(weight, torch.Tensor) else weight.nbytes / max(N * K, 1)
         return cls(rows.shape[0], N, K, lora_A.shape[0], rows.itemsize, packed)
 
 
 @dataclass(frozen=True)
-class Step:
+class Cost:
     """One kernel, GEMM or elementwise pass: elements moved, FLOPs, launches, elements read of the stored weight."""
 
     elements: float
@@ -96,64 +100,66 @@ class Step:
         return work + self.launches * device.launch
 
 
-def gemm(m: int, n: int, k: int) -> Step:
-    """(m, k) @ (k, n)."""
-    return Step(m * k + k * n + m * n, 2 * m * n * k)
+def gemm(m: int, n: int, k: int) -> Cost:
+    """The cost of (m, k) @ (k, n)."""
+    return Cost(m * k + k * n + m * n, 2 * m * n * k)
 
 
-def dense_steps(shape: Shape) -> dict[str, Step]:
-    """The step before a product with the weight itself: a quantized one is decoded into a dense temporary."""
+def dense_costs(shape: Shape) -> dict[str, Cost]:
+    """The cost of decoding a quantized weight into a dense temporary, before a product with the weight itself."""
     elements = shape.N * shape.K
-    return {"dense": Step(elements, 0, stored=elements)} if shape.packed else {}
+    return {"dense": Cost(elements, 0, stored=elements)} if shape.packed else {}
 
 
-def forward_steps(shape: Shape, way: str, norm_given: bool = False) -> dict[str, Step]:
-    """The steps of one forward pass, by name."""
+def forward_costs(shape: Shape, way: str, norm_given: bool = False) -> dict[str, Cost]:
+    """The costs of the steps of one forward pass, by name."""
     M, N, K, R = shape.M, shape.N, shape.K, shape.R
-    steps = {} if norm_given else {"norm": Step(0, 2 * N * K * R, launches=2, stored=N * K)}
+    costs = {} if norm_given else {"norm": Cost(0, 2 * N * K * R, launches=2, stored=N * K)}
     if way == "split":
-        low = Step(M * K, 2 * M * K * R)
-        steps |= dense_steps(shape) | {"base": gemm(M, N, K), "low": low}
-        return steps | {"epilogue": Step(2 * M * N, 2 * M * N * R)}
-    return steps | {"merge": Step(N * K, 2 * N * K * R, stored=N * K), "y": gemm(M, N, K)}
+        low = Cost(M * K, 2 * M * K * R)
+        costs |= dense_costs(shape) | {"base": gemm(M, N, K), "low": low}
+        return costs | {"epilogue": Cost(2 * M * N, 2 * M * N * R)}
+    return costs | {"merge": Cost(N * K, 2 * N * K * R, stored=N * K), "y": gemm(M, N, K)}
 
 
-def dx_steps(shape: Shape, way: str) -> dict[str, Step]:
-    """The steps that make dx; P = dy @ (gain * lora_B) is made for dA in any case."""
+def dx_costs(shape: Shape, way: str) -> dict[str, Cost]:
+    """The costs of the steps that make dx; P = dy @ (gain * lora_B) is made for dA in any case."""
     M, N, K, R = shape.M, shape.N, shape.K, shape.R
     if way == "merged":
-        return {"merge": Step(N * K, 2 * N * K * R, stored=N * K), "dx": gemm(M, K, N)}
+        return {"merge": Cost(N * K, 2 * N * K * R, stored=N * K), "dx": gemm(M, K, N)}
     # dz costs one write: the kernel that sums dy over the tokens has it in registers
-    steps = dense_steps(shape) | {"dz": Step(M * N, 0, launches=0), "dx": gemm(M, K, N)}
-    return steps | {"addmm": Step(2 * M * K, 2 * M * K * R)}
+    costs = dense_costs(shape) | {"dz": Cost(M * N, 0, launches=0), "dx": gemm(M, K, N)}
+    return costs | {"addmm": Cost(2 * M * K, 2 * M * K * R)}
 
 
-def backward_steps(shape: Shape, dx: str) -> dict[str, Step]:
-    """The steps of one backward pass in which every gradient is wanted, of adapters in the dtype of the base GEMM."""
+def backward_costs(shape: Shape, dx: str) -> dict[str, Cost]:
+    """The costs of a backward pass in which every gradient is wanted, of adapters in the dtype of the base GEMM."""
     M, N, K, R = shape.M, shape.N, shape.K, shape.R
-    # a sum that is split to fill the device takes a second launch, to finish it: P's, too, up to some 8000 tokens. For
-    # the GEMM library lora_B is scaled and rounded first; it makes dA at once
+    # a sum that is split to fill the device takes a second launch, to finish it; so does P's, up to some 8000 tokens.
+    # The GEMM library needs lora_B scaled and rounded first, and makes dA in one launch
     P_launches = 2 if project_by_kernel(R, scaled=True, same_dtype=True) else 3
     by_kernel = outer_by_kernel(R, same_dtype=True)
-    steps = {
-        "P": Step(M * N, 2 * M * N * R, launches=P_launches),
-        "dA": Step(M * K, 2 * M * K * R, launches=2 if by_kernel else 1),
+    costs = {
+        "P": Cost(M * N, 2 * M * N * R, launches=P_launches),
+        "dA": Cost(M * K, 2 * M * K * R, launches=2 if by_kernel else 1),
     }
     if by_kernel:
-        steps["token_sums"] = Step(2 * M * N, 2 * M * N * R, launches=2)
+        costs["token_sums"] = Cost(2 * M * N, 2 * M * N * R, launches=2)
     else:  # dB by the GEMM library, which reads dy for itself
-        steps |= {"dB": Step(M * N, 2 * M * N * R), "token_sums": Step(2 * M * N, 0, launches=2)}
-    return steps | dx_steps(shape, dx)
+        costs |= {"dB": Cost(M * N, 2 * M * N * R), "token_sums": Cost(2 * M * N, 0, launches=2)}
+    return costs | dx_costs(shape, dx)
 
 
-def seconds(steps: dict[str, Step], shape: Shape, device: Device) -> float:
+def seconds(costs: dict[str, Cost], shape: Shape, device: Device) -> float:
     """The time of the steps one after another."""
-    return sum(step.seconds(shape, device) for step in steps.values())
+    return sum(cost.seconds(shape, device) for cost in costs.values())
 
 
-def _faster(steps_of, shape: Shape, device: Device, names: tuple[str, str]) -> str:
+def _faster(
+    costs_of: Callable[[Shape, str], dict[str, Cost]], shape: Shape, device: Device, names: tuple[str, str]
+) -> str:
     """The name whose steps take less time; the first one in a tie."""
-    return min(names, key=lambda name: seconds(steps_of(shape, name), shape, device))
+    return min(names, key=lambda name: seconds(costs_of(shape, name), shape, device))
 
 
 def forward_way(
@@ -175,7 +181,7 @@ def forward_way(
         # the reference makes weight + scaling * B @ A for the norm anyway, block by block, in float32: merging it is
         # nearly free where it needs no conversion
         return "merged"
-    return _faster(lambda s, way: forward_steps(s, way, norm_given), shape, device, ("split", "merged"))
+    return _faster(lambda s, way: forward_costs(s, way, norm_given), shape, device, ("split", "merged"))
 
 
 def dx_way(asked: str, shape: Shape, device: Device) -> str:
@@ -186,7 +192,7 @@ def dx_way(asked: str, shape: Shape, device: Device) -> str:
         # measured on two cores, R 8 to 64: W' costs 1.0 to 2.0 ns an element, dz 0.3 and the sum onto dx 0.3 to 0.7
         M, N, K = shape.M, shape.N, shape.K
         return "dz" if M * (N + K) <= 4 * N * K else "merged"
-    return _faster(dx_steps, shape, device, ("merged", "dz"))
+    return _faster(dx_costs, shape, device, ("merged", "dz"))
 
 
 def low_rank_first(dtype: torch.dtype, device: Device, *, must_split: bool, wide: bool) -> bool:

@@ -68,7 +68,8 @@ def unpack_for_cpu(weight: Any) -> None:
 
 def flat_scales(state: Any) -> Tensor:
     """absmax (blocks,), also of a weight that is or was repacked: there it is (K / blocksize, N) in bfloat16."""
-    return state.absmax.T.flatten().float() if state.absmax.dim() == 2 else state.absmax
+    absmax: Tensor = state.absmax
+    return absmax.T.flatten().float() if absmax.dim() == 2 else absmax
 
 
 def unpacked(packed: Tensor, N: int, K: int) -> Tensor:

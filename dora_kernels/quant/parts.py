@@ -73,7 +73,7 @@ def check_parts(
             raise ValueError(f"QuantizedWeight {weight_format}: {name} {why} (shape {shape}, numbers {numbers})")
 
 
-def _why_not(tensor: object, dtypes: tuple[torch.dtype, ...], size: tuple[int, ...], device: torch.device) -> str:
+def _why_not(tensor: object, dtypes: tuple[torch.dtype, ...], size: tuple[int, ...], device: object) -> str:
     """The reason that `tensor` is refused, and what was expected."""
     if not isinstance(tensor, Tensor):
         return f"is {type(tensor).__name__}; expected a torch.Tensor"
@@ -104,11 +104,13 @@ def _expected_parts(
         raise ValueError(
             f"QuantizedWeight {weight_format}: shape and numbers are {sizes_and_numbers}; expected {', '.join(names)}"
         )
+    checked: list[int] = []
     for name, value in zip(names, sizes_and_numbers, strict=True):
         most = _MOST_ELEMENTS if name in ("N", "K") else _LARGEST_NUMBER
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
             raise ValueError(f"QuantizedWeight {weight_format}: {name} is {value!r}; expected an int from 0 to {most}")
-    N, K, *numbers = sizes_and_numbers
+        checked.append(value)
+    N, K, *numbers = checked
     if N * K > _MOST_ELEMENTS:
         raise ValueError(f"QuantizedWeight {weight_format}: shape is {(N, K)}; expected at most 2^63 - 1 elements")
     return parts_of(N, K, dtype, *numbers)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels.quant.formats import Weight
+from dora_kernels.quant.formats import QuantizedWeight, Weight
 
 
 def frozen_product(x: Tensor, weight: Weight) -> Tensor:
@@ -22,7 +22,7 @@ class _Product(torch.autograd.Function):
     """frozen_product of a quantized weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: QuantizedWeight) -> Tensor:
         ctx.weight = weight
         return F.linear(x, weight.dequantize(dtype=x.dtype))
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dora_kernels.quant.bitsandbytes_cpu import flat_scales, is_packed_for_cpu, unpacked
-from dora_kernels.quant.formats import PAIR, QuantizedWeight
+from dora_kernels.quant.formats import QuantizedWeight
+from dora_kernels.quant.parts import PAIR
 
 
 def read(source: nn.Module | Tensor) -> QuantizedWeight:
@@ -22,19 +23,20 @@ def read(source: nn.Module | Tensor) -> QuantizedWeight:
 
     Raises ValueError, with the reason, for anything but a quantized weight (N, K) in a known format.
     """
-    reader = _reader(source)
-    if reader is None and isinstance(source, nn.Module):
-        weight = getattr(source, "weight", None)
-        reader, source = _reader(weight), weight
+    stored: Any = source
+    reader = _reader(stored)
+    if reader is None and isinstance(stored, nn.Module):
+        stored = getattr(stored, "weight", None)
+        reader = _reader(stored)
     if reader is None:
-        raise ValueError(f"read: the weight is a {_class_name(source)}; expected one of {', '.join(_NAMES)}")
+        raise ValueError(f"read: the weight is a {_class_name(stored)}; expected one of {', '.join(_NAMES)}")
     try:
-        return reader(source)
+        return reader(stored)
     except torch.OutOfMemoryError:
         raise
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:  # a file may lack anything
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise ValueError(f"read: the {_class_name(source)} is not as its library builds it: {reason}") from error
+        raise ValueError(f"read: the {_class_name(stored)} is not as its library builds it: {reason}") from error
 
 
 def read_or_reason(source: nn.Module | Tensor) -> tuple[QuantizedWeight | None, str | None]:
@@ -62,7 +64,8 @@ def _bitsandbytes4(weight: Any) -> QuantizedWeight:
     else:
         packed, dtype = _bytes(weight), state.dtype
     absmax = flat_scales(state)
-    tensors, nested_blocksize = (packed, absmax, state.code), 0
+    tensors: tuple[Tensor, ...] = (packed, absmax, state.code)
+    nested_blocksize = 0
     if state.nested:
         nested_blocksize = state.state2.blocksize
         tensors += (state.state2.absmax, state.state2.code, state.offset)
@@ -75,7 +78,8 @@ def _bitsandbytes8(layer: Any) -> QuantizedWeight:
     The scale is the one in bitsandbytes' own products with a decoded weight. Its int8_vectorwise_dequant multiplies
     in another order, and is an ulp of float32 away.
     """
-    weight, state = (layer.weight, layer.state) if isinstance(layer, nn.Module) else (layer, None)
+    is_layer = isinstance(layer, nn.Module)
+    weight, state = layer.weight if is_layer else layer, layer.state if is_layer else None
     if weight.has_fp16_weights:
         raise ValueError("read: the bitsandbytes layer has has_fp16_weights=True; expected a weight stored as int8")
     absmax = weight.SCB if weight.SCB is not None else getattr(state, "SCB", None)
@@ -195,7 +199,7 @@ def _once(tensor: Tensor, compute: Callable[[], Any]) -> Any:
 def _made_of(source: Tensor, made: Tensor) -> Tensor:
     """`made`, marked as computed from `source`. Readers compute it in each call: the library may write to `source`."""
     if made is not source and not torch.compiler.is_compiling():
-        made.dora_source = source
+        made.dora_source = source  # type: ignore[attr-defined]
     return made
 
 

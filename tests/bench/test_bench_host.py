@@ -112,17 +112,17 @@ def test_the_launchers_of_a_training_step(measured):
 @needs_gcc
 @pytest.mark.parametrize(("way", "dx"), (("split", "dz"), ("merged", "merged")))
 def test_the_planner_counts_the_launches(measured, way, dx):
-    def launches(steps: dict[str, plan.Step]) -> int:
+    def launches(steps: dict[str, plan.Cost]) -> int:
         return sum(step.launches for step in steps.values())
 
     shape, ways = host_layers.PLANNED["training"], ("split", "merged")
     counted = {name: sum(both) for name, both in measured["ways"].items() if name.startswith(ways)}
-    assert counted[f"{way} inference"] == launches(plan.forward_steps(shape, way))
+    assert counted[f"{way} inference"] == launches(plan.forward_costs(shape, way))
     backward = counted[f"{way} forward+backward"] - counted[f"{way} forward"]
-    assert backward == launches(plan.backward_steps(shape, dx))
+    assert backward == launches(plan.backward_costs(shape, dx))
     reused = [row for row in measured["rows"] if row["step"] == "inference in frozen_adapters"]
     assert reused and all(
-        row["triton"] + row["library"].count("mm") == launches(plan.forward_steps(shape, "split", norm_given=True))
+        row["triton"] + row["library"].count("mm") == launches(plan.forward_costs(shape, "split", norm_given=True))
         for row in reused
     )
 
@@ -136,7 +136,7 @@ def test_the_planner_counts_the_launches_of_each_step(measured, R):
         # on a GPU the library rounds what it sums for token_sums to float32 by itself
         library = [one for one in library if name != "token_sums" or one != "_to_copy"]
         counted.setdefault(name, []).append(by_kernel + len(library))
-    steps = plan.backward_steps(plan.Shape(8192, 4096, 4096, R, 2), "merged")
+    steps = plan.backward_costs(plan.Shape(8192, 4096, 4096, R, 2), "merged")
     planned = {name: step.launches for name, step in steps.items()}
     assert ("dB" in planned) == (R == 128)
     assert counted["project"][1:] == [planned["P"]]  # the first is low, of the forward pass

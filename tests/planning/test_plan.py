@@ -86,7 +86,7 @@ def test_what_a_training_step_keeps(dtype, asked, must_split, wide, expected):
 )
 def test_predicted_step_over_the_frozen_linear(shape, low, high):
     frozen = 2 * plan.gemm(shape.M, shape.N, shape.K).seconds(shape, H200)
-    steps = plan.forward_steps(shape, "split") | plan.backward_steps(shape, "merged")
+    steps = plan.forward_costs(shape, "split") | plan.backward_costs(shape, "merged")
     assert low < plan.seconds(steps, shape, H200) / frozen < high
 
 
@@ -94,7 +94,7 @@ def test_a_step_is_bound_by_bytes_or_by_flops():
     shape = Shape(8192, 4096, 4096, 64, 2)
     base = plan.gemm(8192, 4096, 4096)
     assert base.seconds(shape, H200) == pytest.approx(2 * 8192 * 4096 * 4096 / 790e12 + 4e-6)
-    norm = plan.forward_steps(shape, "split")["norm"]
+    norm = plan.forward_costs(shape, "split")["norm"]
     assert norm.seconds(shape, H200) == pytest.approx(2 * 4096 * 4096 / 4.3e12 + 8e-6)
 
 
@@ -116,7 +116,7 @@ def test_the_constants_of_a_card_by_its_name_then_by_its_target(name, target, ex
 
 def test_a_card_with_less_bandwidth_takes_longer_over_bytes_alone():
     shape = Shape(8192, 4096, 4096, 64, 2)
-    step = plan.forward_steps(shape, "split")["epilogue"]
+    step = plan.forward_costs(shape, "split")["epilogue"]
     bytes_alone = {device: step.seconds(shape, device) - device.launch for device in (H200, H100)}
     assert bytes_alone[H100] / bytes_alone[H200] == pytest.approx(4.3 / 3.0)
     gemm = plan.gemm(8192, 4096, 4096)

@@ -296,9 +296,9 @@ def test_only_packed_storage_is_saved():
 def test_the_planner_counts_packed_bytes():
     dense, packed = plan.Shape(512, 4096, 4096, 64, 2), plan.Shape(512, 4096, 4096, 64, 2, packed=0.52)
     H200 = plan.DEVICES["NVIDIA H200"]
-    norms = [plan.forward_steps(shape, "split")["norm"].bytes(shape) for shape in (dense, packed)]
+    norms = [plan.forward_costs(shape, "split")["norm"].bytes(shape) for shape in (dense, packed)]
     assert norms == pytest.approx([2 * 4096**2, 0.52 * 4096**2])
-    assert plan.forward_steps(packed, "merged")["merge"].bytes(packed) == pytest.approx(2.52 * 4096**2)
+    assert plan.forward_costs(packed, "merged")["merge"].bytes(packed) == pytest.approx(2.52 * 4096**2)
     # a product with the weight itself writes a dense temporary, as a merged one does: merging it costs nothing more
     assert plan.dx_way("auto", dense, H200) == "dz" and plan.dx_way("auto", packed, H200) == "merged"
     weight = quantized("codebook4 nested", 64, 128)
