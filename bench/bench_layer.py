@@ -11,10 +11,10 @@ import torch
 
 from bench.layer import DEFAULT_CPU, DEFAULT_GPU, grid
 from bench.lib.measure import Flush, Gate, Timing, failure
-from bench.lib.problem import PASSES, TRAINING, Problem
+from bench.lib.problem import PASSES, TRAINING, LayerProblem
 from bench.lib.providers import PROVIDERS
-from bench.lib.shapes import Case, layer_names
-from bench.lib.steps import Row
+from bench.lib.shapes import LayerCase, layer_names
+from bench.lib.steps import StepRow
 
 GPU = torch.cuda.is_available()
 DEFAULT = DEFAULT_GPU if GPU else DEFAULT_CPU
@@ -23,12 +23,12 @@ CASES = grid(DEFAULT["shape"], DEFAULT["tokens"], DEFAULT["rank"][:1], DEFAULT["
 
 @pytest.fixture(scope="module")
 def problem_of():
-    """Problem and gate of a case; only the last case's are kept, and pytest runs the tests of a case together."""
+    """The problem and gate of a case; only the last case's are kept, and pytest runs the tests of a case together."""
     return functools.lru_cache(maxsize=1)(_problem_of)
 
 
-def _problem_of(case: Case) -> tuple[Problem, Gate]:
-    problem = Problem.random(case)
+def _problem_of(case: LayerCase) -> tuple[LayerProblem, Gate]:
+    problem = LayerProblem.random(case)
     return problem, Gate(problem)
 
 
@@ -43,7 +43,7 @@ def test_layer_step(benchmark, case, step, provider, problem_of, record_row):
     if step not in TRAINING:
         comparisons = gate.check(layer, step)[0]
     reason = failure(comparisons)
-    row = Row(
+    row = StepRow(
         provider, layer.computes, step, layer_names(case.N, case.K), case.M, case.N, case.K, case.R, case.precision
     )
     row.backend = backend

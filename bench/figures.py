@@ -69,7 +69,7 @@ def cases(
     """(precision, N, K, R, M) -> provider -> milliseconds, in the order measured.
 
     clock: "graph_ms" or "ms"; by default CUDA graph times where every provider compared has one, else eager ones: both
-    sides of a ratio use one clock. variant: of the rows that have one (shapes.Case.variant).
+    sides of a ratio use one clock. variant: of the rows that have one (shapes.LayerCase.variant).
     """
     groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
     for row in rows:
@@ -88,7 +88,7 @@ def cases(
 
 
 def heading(device: str, data: dict[str, Any]) -> str:
-    """Where, when and with what it was measured."""
+    """The device, the versions, the commit and the date of a measurement."""
     meta = data["meta"]
     commit = (meta["commit"] or "unknown")[:10] + (" and changes" if meta.get("dirty") else "")
     return (
@@ -235,7 +235,7 @@ def points(data: dict[str, Any]) -> analysis.Analysis:
 
 
 def analysis_summary(device: str, data: dict[str, Any]) -> str:
-    """What the magnitude and direction analysis found, in a sentence, and its plot."""
+    """The finding of the magnitude and direction analysis in a sentence, and its plot."""
     result = points(data)
     last = {point.method: point.checkpoint for point in result.points}
     at_the_end = analysis.Analysis(
@@ -275,7 +275,7 @@ def figures(results: Path) -> str:
 
 
 def predictions() -> str:
-    """What the cost model says of a training step in bf16 on each of CARDS, as a Markdown table."""
+    """The cost model's prediction of a training step in bf16 on each of CARDS, as a Markdown table."""
     columns = [f"{card}: {column}" for card in CARDS for column in ("bytes", "planner", "dx by")]
     lines = [f"| M, N, K, R | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
     for sizes in PREDICTED_SHAPES:

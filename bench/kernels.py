@@ -30,7 +30,7 @@ from bench.lib.measure import Timing, interleave, stopwatch_of
 from bench.lib.problem import SCALING
 from bench.lib.report import write
 from bench.lib.roof import DTYPES, Roof, floor_seconds, roof_for, work
-from bench.lib.shapes import Case, layer_names, sizes_of
+from bench.lib.shapes import LayerCase, layer_names, sizes_of
 from dora_kernels import gemm
 from dora_kernels.planning import devices, plan
 from dora_kernels.pytorch import PYTORCH
@@ -55,7 +55,7 @@ SUMMATION = 4e-6
 
 
 @dataclass
-class Operands:
+class KernelOperands:
     """Random tensors of one case, for the kernels and for their checks."""
 
     x: Tensor  # (M, K)
@@ -71,7 +71,7 @@ class Operands:
     bias: Tensor  # (N,)
 
     @classmethod
-    def random(cls, case: Case, seed: int = 0) -> Operands:
+    def random(cls, case: LayerCase, seed: int = 0) -> KernelOperands:
         """The update scaling * B @ A is about a tenth of the weight; gain and norm are spread over 0.5 to 1.5."""
         dtype, operand = DTYPES[case.precision]
         M, N, K, R = case.M, case.N, case.K, case.R
@@ -97,31 +97,31 @@ class Operands:
             bias=normal(N),
         )
 
-    def double(self) -> Operands:
+    def double(self) -> KernelOperands:
         """The same numbers in float64."""
-        return Operands(**{name: tensor.double() for name, tensor in vars(self).items()})
+        return KernelOperands(**{name: tensor.double() for name, tensor in vars(self).items()})
 
 
-def _token_sums(o: Operands, steps: Steps) -> dict[str, Tensor]:
+def _token_sums(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
     dB, dmagnitude, dbias = torch.empty_like(o.lora_B), torch.empty_like(o.norm), torch.empty_like(o.bias)
     given = {"gain": o.gain, "kept": o.base, "norm": o.norm, "lora_B": o.lora_B}
     steps.token_sums(o.dy, o.low, SCALING, outer=dB, dmagnitude=dmagnitude, dbias=dbias, **given)
     return {"dB": dB, "dmagnitude": dmagnitude, "dbias": dbias}
 
 
-def _column_sums(o: Operands, steps: Steps) -> dict[str, Tensor]:
+def _column_sums(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
     """The sums beside dB: all that the kernel forms where dB is a product of the library (plan.outer_by_kernel)."""
     dmagnitude, dbias = torch.empty_like(o.norm), torch.empty_like(o.bias)
     steps.token_sums(o.dy, None, SCALING, gain=o.gain, kept=o.base, norm=o.norm, dmagnitude=dmagnitude, dbias=dbias)
     return {"dmagnitude": dmagnitude, "dbias": dbias}
 
 
-def _norm(o: Operands, steps: Steps) -> dict[str, Tensor]:
+def _norm(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
     norm, gain = steps.norm(o.weight, o.lora_A, o.lora_B, SCALING, o.norm)
     return {"norm": norm, "gain": gain}
 
 
-CALLS: dict[str, Callable[[Operands, Steps], dict[str, Tensor]]] = {
+CALLS: dict[str, Callable[[KernelOperands, Steps], dict[str, Tensor]]] = {
     "norm": _norm,
     "merge": lambda o, steps: {"merged": steps.merge(o.weight, o.lora_A, o.lora_B, o.gain, SCALING)},
     "low": lambda o, steps: {"low": steps.project(o.x, o.lora_A)},
@@ -133,7 +133,7 @@ CALLS: dict[str, Callable[[Operands, Steps], dict[str, Tensor]]] = {
 }
 # The nearest calls of PyTorch. Without gain or bias, and over several passes, they do less or other work than the
 # kernels: a yardstick of speed, checked for nothing. The base GEMM and dx are what the frozen layer takes.
-LIBRARY: dict[str, Callable[[Operands], Tensor]] = {
+LIBRARY: dict[str, Callable[[KernelOperands], Tensor]] = {
     "norm": lambda o: torch.linalg.vector_norm(_added(o), dim=1, dtype=o.norm.dtype),
     "merge": lambda o: _added(o),
     "low": lambda o: o.x.to(o.lora_A.dtype) @ o.lora_A.T,
@@ -150,7 +150,7 @@ LIBRARY: dict[str, Callable[[Operands], Tensor]] = {
 LIBRARY_WORK = {"token_sums": "dB"}
 
 
-def _added(o: Operands) -> Tensor:
+def _added(o: KernelOperands) -> Tensor:
     dtype = o.weight.dtype
     return torch.addmm(o.weight, o.lora_B.to(dtype), o.lora_A.to(dtype), alpha=SCALING)
 
@@ -179,9 +179,9 @@ def _poisoned() -> Iterator[None]:
 class Checker:
     """Holds kernels to the reference: float64 is exact, the reference in the case's own dtypes is the yardstick."""
 
-    def __init__(self, operands: Operands) -> None:
+    def __init__(self, operands: KernelOperands) -> None:
         self.operands = operands
-        self._double: Operands | None = None
+        self._double: KernelOperands | None = None
         self._known: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def comparisons(self, kernel: str, steps: Steps) -> list[Comparison]:
@@ -196,12 +196,12 @@ class Checker:
 
 
 def failure(comparisons: Iterable[Comparison]) -> str | None:
-    """What speaks against these results, or None. NaN is never within the bound."""
+    """The errors above the bound, as one line, or None. NaN is never within the bound."""
     bad = [c for c in comparisons if not c.error <= WORST_RATIO * c.yardstick + SUMMATION]
     return "; ".join(f"{c.name}: error {c.error:.2e}, yardstick {c.yardstick:.2e}" for c in bad) or None
 
 
-def steps_for(case: Case) -> tuple[Steps, str]:
+def steps_for(case: LayerCase) -> tuple[Steps, str]:
     """(KERNELS, "triton") where the kernels can take the case on its device, else (PYTORCH, "reference")."""
     if devices.why_not_triton(torch.device(case.device), DTYPES[case.precision]):
         return PYTORCH, "reference"
@@ -211,7 +211,7 @@ def steps_for(case: Case) -> tuple[Steps, str]:
 
 
 def measure_case(
-    case: Case,
+    case: LayerCase,
     roof: Roof,
     names: Sequence[str] = tuple(LIBRARY),
     by: Sequence[str] = ("kernel", "library"),
@@ -220,7 +220,7 @@ def measure_case(
 ) -> list[dict[str, Any]]:
     """A row per kernel and per library call of that work. What raises or is wrong says so and is not timed."""
     device = torch.device(case.device)
-    operands = Operands.random(case)
+    operands = KernelOperands.random(case)
     checker = Checker(operands)
     steps, backend = steps_for(case)
     base, operand = DTYPES[case.precision]
@@ -254,7 +254,7 @@ def measure_case(
     return list(rows.values())
 
 
-def figures(kernel: str, case: Case, timing: Timing, roof: Roof, precision: str = "ieee") -> dict[str, Any]:
+def figures(kernel: str, case: LayerCase, timing: Timing, roof: Roof, precision: str = "ieee") -> dict[str, Any]:
     """The numbers of a row: time, bytes and FLOPs, both rates, and the percent of the roof reached."""
     seconds, done = 1e-3 * timing.median, work(kernel, case)
     floor, bound = floor_seconds(kernel, case, roof, precision)
@@ -269,7 +269,7 @@ def figures(kernel: str, case: Case, timing: Timing, roof: Roof, precision: str 
     }
 
 
-def _row(kernel: str, by: str, backend: str, case: Case) -> dict[str, Any]:
+def _row(kernel: str, by: str, backend: str, case: LayerCase) -> dict[str, Any]:
     shape = {"M": case.M, "N": case.N, "K": case.K, "R": case.R, "precision": case.precision}
     row = {"kernel": kernel, "by": by, "backend": backend, "layers": layer_names(case.N, case.K)} | shape
     return row | {"ok": False, "reason": None, "errors": {}, "ms": None}
@@ -330,14 +330,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 Sizes = tuple[tuple[int, int, int, int], "str | None"]
 
 
-def cases_of(asked: Sequence[Sizes], precisions: Sequence[str], device: str) -> list[Case]:
+def cases_of(asked: Sequence[Sizes], precisions: Sequence[str], device: str) -> list[LayerCase]:
     """Those without a precision once for each of `precisions`, precisions changing slowest; then those with their own.
 
     The CPU's where none is asked for.
     """
     asked = asked or [(sizes, None) for sizes in CPU_CASES]
-    cases = [Case(*sizes, name, device) for name in precisions for sizes, own in asked if own is None]
-    return cases + [Case(*sizes, own, device) for sizes, own in asked if own is not None]
+    cases = [LayerCase(*sizes, name, device) for name in precisions for sizes, own in asked if own is None]
+    return cases + [LayerCase(*sizes, own, device) for sizes, own in asked if own is not None]
 
 
 def _case(text: str) -> Sizes:

@@ -35,8 +35,8 @@ from bench.lib.machine import ROOT, conditions, device_folder, meta
 from bench.lib.problem import FROZEN_INFERENCE, PASSES
 from bench.lib.providers import PROVIDERS, providers_of
 from bench.lib.report import memory, problems, table, write
-from bench.lib.shapes import GRIDS, PRECISIONS, QUANTIZED, Case, dropout_case, sizes_of
-from bench.lib.steps import HOST_TOKENS, Found, Row, count_launches, measure_case, measure_shared
+from bench.lib.shapes import GRIDS, PRECISIONS, QUANTIZED, LayerCase, dropout_case, sizes_of
+from bench.lib.steps import HOST_TOKENS, Found, StepRow, count_launches, measure_case, measure_shared
 from bench.studies import shared
 from dora_kernels.planning import plan
 
@@ -51,11 +51,11 @@ def grid(
     ranks: Iterable[int],
     precisions: Iterable[str],
     device: str,
-) -> list[Case]:
+) -> list[LayerCase]:
     """Every combination, precisions changing slowest and ranks fastest; shapes are (N, K)."""
     shapes, tokens, ranks = list(shapes), list(tokens), list(ranks)
     return [
-        Case(M, N, K, R, precision, device)
+        LayerCase(M, N, K, R, precision, device)
         for precision in precisions
         for N, K in shapes
         for M in tokens
@@ -69,13 +69,13 @@ COUNT_SECONDS = 6
 
 
 def run(
-    cases: Sequence[Case | shared.Case],
+    cases: Sequence[LayerCase | shared.SharedCase],
     out: pathlib.Path,
-    measure: Callable[[Any, Found], list[Row]],
+    measure: Callable[[Any, Found], list[StepRow]],
     seconds: float,
     information: dict[str, Any],
     clock: Callable[[], float] = time.monotonic,
-    count: Callable[[Case], Counts] | None = None,
+    count: Callable[[LayerCase], Counts] | None = None,
     conditions: Callable[[], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Measure the cases in order into `out`, written as rows come; once `seconds` are over the rest is left out.
@@ -86,7 +86,7 @@ def run(
     """
     end = clock() + seconds
     counting = min(COUNT_SECONDS, seconds / 4) if count else 0
-    rows: dict[Case | shared.Case, list[dict[str, Any]]] = {}
+    rows: dict[LayerCase | shared.SharedCase, list[dict[str, Any]]] = {}
     left_out = {case: str(case) for case in cases}
     information = information | ({"conditions": {}} if conditions else {})
 
@@ -99,7 +99,7 @@ def run(
             break
         print(case, flush=True)
 
-        def found(measured: list[Row], missing: list[str], case: Case | shared.Case = case) -> None:
+        def found(measured: list[StepRow], missing: list[str], case: LayerCase | shared.SharedCase = case) -> None:
             if missing:
                 rows[case] = [asdict(row) for row in measured]
                 left_out[case] = f"{case}: {', '.join(missing)}"
@@ -115,7 +115,7 @@ def run(
         del left_out[case]
         save()
         gc.collect()
-    for case in _telling(case for case in rows if isinstance(case, Case)) if count else ():
+    for case in _telling(case for case in rows if isinstance(case, LayerCase)) if count else ():
         if clock() >= end:
             break
         try:
@@ -129,9 +129,9 @@ def run(
     return _flat(rows)
 
 
-def _telling(cases: Iterable[Case]) -> list[Case]:
+def _telling(cases: Iterable[LayerCase]) -> list[LayerCase]:
     """First those that launch what no earlier one does, as far as dtypes, dropout, rank and few tokens decide it."""
-    kinds: dict[tuple, list[Case]] = {}
+    kinds: dict[tuple, list[LayerCase]] = {}
     for case in cases:
         tokens = (case.M > 16) + (case.M > HOST_TOKENS)
         kinds.setdefault((case.precision, case.variant, case.R >= plan.SKINNY_RANK, tokens), []).append(case)
@@ -155,13 +155,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     steps = arguments.step or (DECODE_STEPS if arguments.grid == "decode" else list(PASSES))
 
-    def measure(case: Case | shared.Case, found: Found) -> list[Row]:
-        if isinstance(case, shared.Case):
+    def measure(case: LayerCase | shared.SharedCase, found: Found) -> list[StepRow]:
+        if isinstance(case, shared.SharedCase):
             return measure_shared(case, device, arguments.step_seconds, arguments.rounds)
         timing = (arguments.step_seconds, arguments.rounds, arguments.host or None, found)
         return measure_case(case, providers_of(case, arguments.provider), steps, *timing)
 
-    def count(case: Case) -> Counts:
+    def count(case: LayerCase) -> Counts:
         return count_launches(case, providers_of(case, arguments.provider), steps)
 
     file = "layer.json" if arguments.grid in (None, "core", "cpu") else f"layer-{arguments.grid}.json"
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 DECODE_STEPS = ["inference", FROZEN_INFERENCE]
 
 
-def cases_of(arguments: argparse.Namespace, device: str) -> list[Case | shared.Case]:
+def cases_of(arguments: argparse.Namespace, device: str) -> list[LayerCase | shared.SharedCase]:
     """A named grid or some of its cases, or the product of the axes; ValueError where both are asked for."""
     default = DEFAULT_GPU if device == "cuda" else DEFAULT_CPU
     named = [name for name in default if getattr(arguments, name)]
@@ -203,16 +203,16 @@ def cases_of(arguments: argparse.Namespace, device: str) -> list[Case | shared.C
     return grid(axes["shape"], axes["tokens"], axes["rank"], axes["precision"], device)
 
 
-def _selected(text: str, cases: list[Case], device: str) -> list[Case | shared.Case]:
+def _selected(text: str, cases: list[LayerCase], device: str) -> list[LayerCase | shared.SharedCase]:
     """The cases that an argument of --case means: "3", "1-4", "8192x4096x4096x64:bf16", "dropout", "shared"."""
     if text == "dropout":
         return [dropout_case(device)]
     if text == "shared":
-        return [shared.Case("q, k, v", "bf16", 64, 16) if device == "cpu" else shared.LLAMA]
+        return [shared.SharedCase("q, k, v", "bf16", 64, 16) if device == "cpu" else shared.LLAMA]
     try:
         if "x" in text:
             sizes, precision = sizes_of(text)
-            case = Case(*sizes, precision or "bf16", device)
+            case = LayerCase(*sizes, precision or "bf16", device)
             if case.precision in PRECISIONS | QUANTIZED:
                 return [case]
         else:

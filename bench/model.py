@@ -47,7 +47,7 @@ GRADIENT_TOLERANCE = 5e-2
 
 
 @dataclass(frozen=True)
-class Preset:
+class ModelPreset:
     """A model's config, and what one repeat is: micro_steps of 1 x tokens, loss on the last loss_tokens."""
 
     config: dict[str, Any]
@@ -59,7 +59,7 @@ class Preset:
 
 PRESETS = {
     # the text part, from the model's published config.json
-    "qwen3-vl-8b": Preset(
+    "qwen3-vl-8b": ModelPreset(
         {
             "vocab_size": 151936,
             "hidden_size": 4096,
@@ -74,7 +74,7 @@ PRESETS = {
         tokens=4096,
         loss_tokens=1024,
     ),
-    "tiny": Preset(
+    "tiny": ModelPreset(
         {
             "vocab_size": 512,
             "hidden_size": 128,
@@ -127,7 +127,7 @@ class ModelRow:
         self.repeats = []
 
 
-def base_model(preset: Preset, device: torch.device) -> nn.Module:
+def base_model(preset: ModelPreset, device: torch.device) -> nn.Module:
     """The frozen model in training mode with gradient checkpointing, which every variant adapts in its turn."""
     torch.manual_seed(0)
     with device:
@@ -138,7 +138,9 @@ def base_model(preset: Preset, device: torch.device) -> nn.Module:
 
 
 @contextlib.contextmanager
-def adapted(base: nn.Module, preset: Preset, variant: str, device: torch.device) -> Iterator[tuple[nn.Module, int]]:
+def adapted(
+    base: nn.Module, preset: ModelPreset, variant: str, device: torch.device
+) -> Iterator[tuple[nn.Module, int]]:
     """The model of a variant, and how many layers are adapted; afterwards `base` is without adapters again.
 
     The DoRA variants have the same lora_B, far from zero, and gains of 0.5 to 1.5. Raises RuntimeError where a layer
@@ -218,7 +220,7 @@ def measure_variant(
 
 
 def _measure(
-    model: nn.Module, row: ModelRow, preset: Preset, device: torch.device, repeats: int, more: Callable[[], bool]
+    model: nn.Module, row: ModelRow, preset: ModelPreset, device: torch.device, repeats: int, more: Callable[[], bool]
 ) -> None:
     """The results of a model into its row; repeats after the first one while there is `more` time."""
     on_gpu = device.type == "cuda"
@@ -259,7 +261,7 @@ def _measure(
 
 
 def disagreement(ours: ModelRow, theirs: ModelRow) -> str | None:
-    """Where the loss or the gradient's norm of ours is not peft_dora's, or None."""
+    """The difference of loss or gradient norm between ours and peft_dora that is too large, as a line, or None."""
     for name, tolerance in (("loss", LOSS_TOLERANCE), ("gradient_norm", GRADIENT_TOLERANCE)):
         mine, other = getattr(ours, name), getattr(theirs, name)
         if mine is None or other is None or not abs(mine - other) <= tolerance * abs(other):

@@ -1,4 +1,4 @@
-"""What tools/tune.py tunes: each kernel's candidate configurations, and the calls that they are judged by."""
+"""The search space of tools/tune.py: each kernel's candidate configurations, and the calls that judge them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRECISIONS = {2: "bf16", 4: "bf16-fp32"}
 
 @dataclass(frozen=True)
 class Subject:
-    """What is tuned: `fields` of configs.Config with their `values`, judged by (call of bench.kernels, M, N, K, R)."""
+    """Fields of configs.Config to tune, their values, and the calls of bench.kernels (M, N, K, R) that judge them."""
 
     fields: tuple[str, ...]
     values: tuple[tuple[int, ...], ...]
@@ -146,8 +146,9 @@ def candidates(kernel: str, default: Config, operand_bytes: int, shared_limit: i
 
 
 def fits(kernel: str, config: Config, operand_bytes: int, shared_limit: int) -> bool:
-    """Whether the accumulator tile fits the registers and the tiles in flight the shared memory, by an estimate from
-    below: a launch may still refuse.
+    """True if the accumulator tile fits the registers and the tiles in flight the shared memory.
+
+    By an estimate from below: a launch may still be refused.
     """
     kernel, R = kernel.removesuffix("_high_rank"), config.BLOCK_R
     if kernel == "project":

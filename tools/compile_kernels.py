@@ -65,7 +65,7 @@ UNLIKE_OTHERS = (
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a specialisation; `error` is empty where it compiled.
+    """The compiler's figures for a specialisation; `error` is empty if it compiled.
 
     programs: how many a multiprocessor holds, 0 where that is not known, and what limits them. loops: the name of each
     loop, "" for what is outside, and its instructions by kind. dataclasses.asdict makes JSON of it.
@@ -134,7 +134,7 @@ def _cuda_usage(kernel, specialization: Specialization) -> tuple[int, int]:
 
 
 def _of_cubin(kernel, *command: str) -> str:
-    """What a command says of the kernel's binary."""
+    """The output of a command for the kernel's binary."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -165,7 +165,7 @@ def jobs_for(
     overrides: dict[str, dict] | None = None,
     shape: tuple[int, int, int] = SHAPE,
 ) -> list[Job]:
-    """What there is to compile, each specialisation once. No calls: all of them for bf16, else CORE_CALLS."""
+    """The jobs, each specialisation once. No calls: all of them for bf16, else CORE_CALLS."""
     jobs: dict[tuple, Job] = {}
     for target in targets:
         for variant in variants:

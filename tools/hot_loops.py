@@ -1,4 +1,4 @@
-"""How the kernels' loops load what they stream: the table of compile_kernels.py --loops, and what is asked of sm_90.
+"""The loads in the kernels' loops: the table of compile_kernels.py --loops, and the requirements on sm_90.
 
 What keeps the memory busy is loads under way. A synchronous one (LDG) is waited for by the warp that needs it; an
 asynchronous one (LDGSTS, or TMA) is issued several steps ahead, into shared memory, and takes no registers meanwhile.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Case:
+class DocumentedCall:
     """Calls whose kernels docs/performance.md shows."""
 
     call: str
@@ -30,15 +30,15 @@ class Case:
 
 _WIDE = (8192, 14336, 4096)
 DOCUMENTED = (
-    Case("train", ("norm", "merge", "epilogue", "token_sums", "project")),
-    Case("train", ("norm",), rank=16),
-    Case("train", ("token_sums",), shape=_WIDE),
-    Case("train", ("norm", "merge", "epilogue", "token_sums", "project"), shape=_WIDE, rank=384),
-    Case("train", ("token_sums", "project"), rank=8),
-    Case("grouped", ("grouped_norm",)),
-    Case("codebook4 nested", ("norm", "merge")),
-    Case("bank", ("bank_epilogue",)),
-    Case("train", ("norm", "epilogue"), variant="bf16, fp32 adapters"),
+    DocumentedCall("train", ("norm", "merge", "epilogue", "token_sums", "project")),
+    DocumentedCall("train", ("norm",), rank=16),
+    DocumentedCall("train", ("token_sums",), shape=_WIDE),
+    DocumentedCall("train", ("norm", "merge", "epilogue", "token_sums", "project"), shape=_WIDE, rank=384),
+    DocumentedCall("train", ("token_sums", "project"), rank=8),
+    DocumentedCall("grouped", ("grouped_norm",)),
+    DocumentedCall("codebook4 nested", ("norm", "merge")),
+    DocumentedCall("bank", ("bank_epilogue",)),
+    DocumentedCall("train", ("norm", "epilogue"), variant="bf16, fp32 adapters"),
 )
 
 
@@ -110,7 +110,7 @@ class Exemption:
     when: Callable[["Specialization"], bool] = lambda specialization: True
 
     def covers(self, specialization: "Specialization", argument: str) -> bool:
-        """Whether loads of `argument` may be otherwise."""
+        """True if loads of `argument` are exempt."""
         plain = argument.replace("[", ".").replace("]", "")  # weight.pointers.0: brackets mean something in a pattern
         return (
             fnmatch(short(specialization.name), self.kernel)
@@ -234,7 +234,7 @@ def faults(job: "Job", compiled: "Compiled") -> Iterator[tuple[str, str]]:
 
 
 def complaints(results: Sequence[tuple["Job", "Compiled"]], everything: bool) -> list[str]:
-    """What sm_90 loads otherwise than asked; where `everything` was compiled, exemptions that nothing needs too."""
+    """Loads on sm_90 that break the requirements; if `everything` was compiled, also exemptions that nothing needs."""
     said: dict[str, None] = {}  # a dict keeps the order and drops what is said twice
     needed = set()
     for job, compiled in results:

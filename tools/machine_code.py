@@ -1,4 +1,4 @@
-"""What stands in compiled code: its loops, their instructions by kind, and its loads from device memory.
+"""Readers of compiled code: its loops, their instructions by kind, and its loads from device memory.
 
 Two texts are read: SASS, the machine code, as nvdisasm prints it, for what a loop executes; and PTX, which ptxas makes
 it from, for which argument of the kernel a load reads. ptxas changes neither the width of a load nor whether it is
@@ -60,7 +60,7 @@ def _blocks(code: Sequence[Instruction]) -> tuple[list[range], list[list[int]]]:
 
 
 def _successors(code: Sequence[Instruction], last: int, following: int, labelled: dict[str, int]) -> list[int]:
-    """Where a piece that ends with the instruction `last` goes on."""
+    """The instructions at which a piece that ends with the instruction `last` may go on."""
     operation = code[last].operation.split(".")[0]
     label = re.search(r"(\.L_x_\d+|\$L__\w+)", code[last].operands)
     if operation == "BSYNC":  # to where the last BSSY with this barrier said that the threads meet again
@@ -216,7 +216,7 @@ def loads(ptx: str, arguments: Sequence[str]) -> list[Load]:
 
 
 class _Origins:
-    """Which of the kernel's pointers a register was computed from, however often it was assigned."""
+    """The kernel's pointers from which a register was computed, however often it was assigned."""
 
     def __init__(self, code: Sequence[Instruction], arguments: Sequence[str]) -> None:
         self.arguments = arguments

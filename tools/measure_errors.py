@@ -1,4 +1,4 @@
-"""How far from float64 ours, plain PyTorch and PEFT are, by dtype and tensor, into bench/results/<device>/errors.json.
+"""Measure the errors of ours, plain PyTorch and PEFT against float64, into bench/results/<device>/errors.json.
 
     python tools/measure_errors.py --seed 2468 --configurations 200
     python -m bench.figures                                  # the table in docs/correctness.md, from that file

@@ -38,7 +38,7 @@ ENOUGH = 0.95
 
 
 def lines_run(tree: Copy, tests: Sequence[str], file: Path | None) -> Lines:
-    """What each of the tests runs; from `file` where it was written for this source and these tests, else to it."""
+    """The lines that each of the tests runs; from `file` if it fits this source and these tests, else written to it."""
     key = {"digest": tree.digest(), "tests": list(tests)}
     if file is not None and file.exists():
         known = json.loads(file.read_text())

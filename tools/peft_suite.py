@@ -31,7 +31,7 @@ from unittest.mock import MagicMock, patch
 import pytest
 
 STAND_INS = ("attr", "datasets", "diffusers", "parameterized", "scipy")
-"""What the test files import and no DoRA test uses: replaced by an empty module where missing."""
+"""Modules that the test files import and no DoRA test uses: replaced by an empty one if missing."""
 
 ATOL = 1e-6
 COMPARED_TO_THE_BIT = ("test_lora_use_dora_linear",)

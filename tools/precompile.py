@@ -17,7 +17,7 @@ from specializations import TARGETS, Specialization, Target
 from triton.compiler import ASTSource
 
 from bench import kernels
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from dora_kernels.kernels import KERNELS
 from dora_kernels.planning import configs
 
@@ -53,7 +53,7 @@ def specializations_of(
     found: dict[tuple[str, str], Specialization] = {}
     for name in names:
         for job, *sizes in SUBJECTS[name].jobs:
-            operands = kernels.Operands.random(Case(*sizes, PRECISIONS[operand_bytes], "meta"))
+            operands = kernels.KernelOperands.random(LayerCase(*sizes, PRECISIONS[operand_bytes], "meta"))
             default = configs.CONFIGS[target.family, operand_bytes][name]
             for config in candidates(name, default, operand_bytes, shared_limit):
                 override = {name: dataclasses.asdict(config)}

@@ -1,4 +1,4 @@
-"""What Triton's JIT would compile for a call of the public functions, on any GPU and with none at hand.
+"""The specialisations that Triton's JIT would compile for a call of the public functions; no GPU is needed.
 
 The calls run on meta tensors; where the JIT would compile, the specialisation that it chose (types, constexprs,
 divisibility, num_warps) is recorded instead. Nothing about a kernel is restated.
@@ -173,7 +173,7 @@ def _stored(kind: str, N: int, K: int, dtype: torch.dtype) -> QuantizedWeight:
 
 
 def _quantized(kind: str) -> Callable[[Inputs], None]:
-    """What a weight of that kind compiles beside a dense one: the norm, and the merged weights."""
+    """The calls that compile for a weight of that kind other kernels than for a dense one: the norm, merged weights."""
 
     def call(inputs: Inputs) -> None:
         if "K = " in kind:
@@ -228,7 +228,7 @@ CORE_CALLS = (
 
 @dataclass(frozen=True)
 class Specialization:
-    """What Triton's JIT would have compiled at a launch."""
+    """A kernel as Triton's JIT would have compiled it at a launch."""
 
     kernel: JITFunction
     key: str
@@ -275,11 +275,11 @@ class Specialization:
         return [name if kind.startswith("*") else "" for name, kind in kinds]
 
     def aligned(self, argument: str) -> bool:
-        """Whether a number, or the address of a pointer, is known to be a multiple of 16."""
+        """True if a number, or the address of a pointer, is known to be a multiple of 16."""
         return ["tt.divisibility", 16] in self.attrs.get(self.arguments()[argument][1], [])
 
     def has(self, argument: str) -> bool:
-        """Whether a tensor that may be None is there: "low", "partial.total"."""
+        """True if a tensor that may be None is there: "low", "partial.total"."""
         kinds = [kind for name, (kind, _) in self.arguments().items() if f"{name}.".startswith(f"{argument}.")]
         return any(kind != "constexpr" for kind in kinds)
 
@@ -299,7 +299,7 @@ class Specialization:
 
 
 class _Driver:
-    """As much of a Triton driver as JITFunction.run asks for before it compiles."""
+    """The part of a Triton driver that JITFunction.run asks for before it compiles."""
 
     def __init__(self, target: Target) -> None:
         self.target = target

@@ -20,14 +20,15 @@ class Target:
 
     @property
     def gpu(self) -> GPUTarget:
-        """What Triton compiles for."""
+        """The target as Triton names it."""
         if self.name.startswith("gfx"):
             return GPUTarget("hip", self.name, 64)
         return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
 
     def resident(self, registers: int, shared: int, warps: int) -> tuple[int, str]:
-        """How many programs with these resources a thread, a program and a program a multiprocessor holds, and what
-        it runs out of; (0, "") where that is not known. The tensor memory of sm_100 is not counted.
+        """(programs with these resources that a multiprocessor holds, what it runs out of); (0, "") if not known.
+
+        registers: of a thread; shared: bytes of a program. The tensor memory of sm_100 is not counted.
         """
         if not self.programs:
             return 0, ""

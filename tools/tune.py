@@ -38,7 +38,7 @@ from candidates import PRECISIONS, SUBJECTS, candidates  # noqa: E402
 from bench import kernels  # noqa: E402
 from bench.lib import machine  # noqa: E402
 from bench.lib.measure import interleave, stopwatch_of  # noqa: E402
-from bench.lib.shapes import Case  # noqa: E402
+from bench.lib.shapes import LayerCase  # noqa: E402
 from dora_kernels.planning import configs, devices  # noqa: E402
 from dora_kernels.planning.configs import Config  # noqa: E402
 from dora_kernels.testing import geometric_mean  # noqa: E402
@@ -177,9 +177,9 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
         times: Times = {config: [] for config in configs}
         loaded: Loaded = {config: {} for config in configs}
         for job, *sizes in SUBJECTS[kernel].jobs:
-            case = Case(*sizes, PRECISIONS[operand_bytes], device.type)
+            case = LayerCase(*sizes, PRECISIONS[operand_bytes], device.type)
             steps, _ = kernels.steps_for(case)
-            operands = kernels.Operands.random(case)
+            operands = kernels.KernelOperands.random(case)
             checker = kernels.Checker(operands)
             calls = {}
             with _overriding() as overrides, kernels.every_call_by_kernel():

@@ -1,4 +1,4 @@
-"""The layers of bench.host, their steps, and what is measured of each; to be imported after the driver is loaded."""
+"""The layers of bench.host, their steps and measurements. Import it after the driver is loaded."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from triton.runtime.jit import JITFunction
 import dora_kernels
 from bench.lib import host_driver, providers
 from bench.lib.machine import meta
-from bench.lib.measure import interleave
-from bench.lib.problem import SCALING, Layer, Problem
+from bench.lib.measure import Step, interleave
+from bench.lib.problem import SCALING, LayerProblem, TimedLayer
 from bench.lib.report import aligned, write
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from dora_kernels import kernels, ops
 from dora_kernels.planning import plan
 from dora_kernels.types import Steps
@@ -43,31 +43,29 @@ STEPS = {
     "inference": ("inference", f"inference{IN_SCOPE}"),
 }
 PLANNED = {"training": plan.Shape(8192, 4096, 4096, R, 2), "inference": plan.Shape(16, 4096, 4096, R, 2)}
-"""What the planner is told; --tokens says another M for training."""
+"""The sizes that the planner is told; --tokens sets another M for training."""
 PRECISIONS = ("bf16", "bf16-autocast")
 OURS = ("dora_linear", "DoraLinear", "enabled PEFT layer")
 NOTE = """Over a driver that launches nothing, with the CPU's dispatch in CUDA's place: compare ratios, and add about
 2.5 us per launch, Triton's and the library's."""
 
-Step = Callable[[], object]
 
-
-def problem_of(precision: str) -> Problem:
+def problem_of(precision: str) -> LayerProblem:
     """The tiny tensors that every layer gets."""
-    return Problem.random(Case(M, N, K, R, precision))
+    return LayerProblem.random(LayerCase(M, N, K, R, precision))
 
 
-def function(problem: Problem) -> Layer:
+def function(problem: LayerProblem) -> TimedLayer:
     """ours, as the function dora_linear."""
     trained = {name: getattr(problem, name).clone().requires_grad_() for name in ("lora_A", "lora_B", "magnitude")}
 
     def forward(x: Tensor) -> Tensor:
         return dora_kernels.dora_linear(x, problem.weight, *trained.values(), SCALING)
 
-    return Layer(forward, trained, "dora", ours=True)
+    return TimedLayer(forward, trained, "dora", ours=True)
 
 
-def module(problem: Problem) -> Layer:
+def module(problem: LayerProblem) -> TimedLayer:
     """ours, as DoraLinear."""
     layer = dora_kernels.DoraLinear.from_linear(providers.frozen(problem).forward, R, SCALING * R)
     if problem.precision.adapter_dtype == problem.precision.dtype:
@@ -80,7 +78,7 @@ def module(problem: Problem) -> Layer:
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(getattr(problem, name))
-    return Layer(layer, trained, "dora", ours=True, module=layer)
+    return TimedLayer(layer, trained, "dora", ours=True, module=layer)
 
 
 PROVIDERS: dict[str, providers.Provider] = {
@@ -93,7 +91,7 @@ PROVIDERS: dict[str, providers.Provider] = {
 }
 
 
-def step_of(layer: Layer, problem: Problem, name: str) -> Step:
+def step_of(layer: TimedLayer, problem: LayerProblem, name: str) -> Step:
     """One call of the layer: `name` is of STEPS. Under autocast each call enters it, as a trainer's forward pass does.
 
     What bench.lib.problem.PASSES do, but no autocast at all where it is off: entering it costs 4 us.
@@ -240,9 +238,9 @@ def _launches(launcher: Step) -> tuple[Step, Step]:
 
 
 def profile(step: Step, calls: int = 300) -> str:
-    """Where the time of a step goes: the functions that take most, callees included, a line each.
+    """The functions that take most of a step's time, callees included, a line each.
 
-    The profiler's own time is in it, more of it in what makes many small calls.
+    The profiler's own time is included; functions that make many small calls have more of it.
     """
     profiler = cProfile.Profile()
     with profiler:
@@ -270,7 +268,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _compared(row: dict[str, Any]) -> tuple[str, str]:
-    """What a row has in common with the one it is compared with: PEFT's own layer reuses nothing in any scope."""
+    """The key that a row shares with the row it is compared with: in a scope PEFT's own layer reuses nothing."""
     return row["precision"], row["step"].removesuffix(IN_SCOPE)
 
 

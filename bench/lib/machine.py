@@ -1,4 +1,4 @@
-"""Where, when and with what something was measured."""
+"""The description of a measurement: device, versions, commit, date."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def conditions(device: torch.device) -> dict[str, int | None]:
 
 
 def meta(device: torch.device, commit: str | None = None) -> dict[str, object]:
-    """Where, when and with what. `commit` names the checkout where it is a copy without its .git folder."""
+    """The device, the versions, the commit and the time. `commit` names the checkout of a copy without .git."""
     names = ("torch", "triton", "peft", "transformers", "bitsandbytes")
     head = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain", "--", ".", ":!bench/results")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.lib.problem import PASSES, Layer, Problem, forward_backward, reference
+from bench.lib.problem import PASSES, LayerProblem, TimedLayer, forward_backward, reference
 from dora_kernels import ops
 from dora_kernels.testing import WORST_RATIO, Comparison, compare
 
@@ -39,7 +39,7 @@ class Gate:
     and would let a gain that is off by 1% pass in bf16.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: LayerProblem) -> None:
         self.problem = problem
         self._references: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
@@ -64,7 +64,7 @@ class Gate:
                 )
         return [compare(name, results[name], yardstick[name], exact[name]) for name in results]
 
-    def check(self, layer: Layer, step: str = "forward+backward") -> tuple[list[Comparison], str | None]:
+    def check(self, layer: TimedLayer, step: str = "forward+backward") -> tuple[list[Comparison], str | None]:
         """The comparisons of one step, passed or not, and the backend that ran if the layer is ours.
 
         Raises GateError as `comparisons`, and where a layer of ours did not run in our operators.
@@ -92,12 +92,12 @@ class Gate:
 
 
 def within(comparison: Comparison) -> bool:
-    """Whether one tensor is within the gate's bound (NaN and inf are not)."""
+    """True if one tensor is within the gate's bound (NaN and inf are not)."""
     return comparison.ratio <= WORST_RATIO
 
 
 def failure(comparisons: Iterable[Comparison]) -> str | None:
-    """What the gate holds against these results, or None."""
+    """The errors above the gate's bound, as one line, or None."""
     bad = [c for c in comparisons if not within(c)]
     return "; ".join(f"{c.name}: error {c.error:.2e}, yardstick {c.yardstick:.2e}" for c in bad) or None
 

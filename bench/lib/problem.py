@@ -1,4 +1,4 @@
-"""What every provider gets alike, what a layer is to the instrument, and the passes that are timed."""
+"""The tensors that every provider gets, a layer as the instrument sees it, and the passes that are timed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import dora_kernels
-from bench.lib.shapes import PRECISIONS, QUANTIZED, Case, Precision
+from bench.lib.shapes import PRECISIONS, QUANTIZED, LayerCase, Precision
 from dora_kernels import quant
 from dora_kernels.reference import dora_linear_ref
 
@@ -21,7 +21,7 @@ DROPOUT_SEED = 7
 
 
 @dataclass
-class Problem:
+class LayerProblem:
     """Random tensors of one case: x (M, K), weight (N, K), lora_A (R, K), lora_B (N, R), magnitude (N,), dy (M, N).
 
     lora_B is not zero, gains are spread over 0.5 to 1.5, and dy is dense: on zeros a product runs faster, and a
@@ -42,7 +42,7 @@ class Problem:
     """The dtype that a layer draws its mask in: `double` keeps it, and with it the mask."""
 
     @classmethod
-    def random(cls, case: Case, seed: int = 0) -> Problem:
+    def random(cls, case: LayerCase, seed: int = 0) -> LayerProblem:
         """The tensors of `case`; the update scaling * B @ A is about a tenth of the weight."""
         precision = (PRECISIONS | QUANTIZED)[case.precision]
         M, N, K, R = case.M, case.N, case.K, case.R
@@ -77,12 +77,12 @@ class Problem:
         device_type = self.x.device.type
         return torch.autocast(device_type, dtype=self.precision.dtype, enabled=self.precision.autocast)
 
-    def double(self) -> Problem:
+    def double(self) -> LayerProblem:
         """The same numbers in float64, where dora_linear_ref is exact."""
         tensors = (self.weight, self.lora_A, self.lora_B, self.magnitude, self.dy)
         x, precision = self.x.detach().double().requires_grad_(), Precision("fp64", torch.float64, torch.float64)
         double = (tensor.double() for tensor in tensors)
-        return Problem(x, *double, precision, dropout=self.dropout, drawn_in=self.drawn_in)
+        return LayerProblem(x, *double, precision, dropout=self.dropout, drawn_in=self.drawn_in)
 
     def seed(self) -> None:
         """Set where the masks begin; a layer that is called next draws that of `dropped`."""
@@ -101,7 +101,7 @@ class Problem:
 
 
 @dataclass
-class Layer:
+class TimedLayer:
     """One provider's layer: x -> y, the tensors it trains by name, and what it computes: frozen, lora, dora or
     dora_lora_dropout (dropout on the low-rank product alone).
 
@@ -116,7 +116,7 @@ class Layer:
     module: nn.Module | None = None
 
     def held(self) -> list[Tensor]:
-        """What the layer trains, and the storage of its weight where it is quantized: there before a step and after."""
+        """Tensors that exist before and after a step: those that the layer trains, and its quantized weight's."""
         root = self.forward if self.module is None else self.module
         modules = root.modules() if isinstance(root, nn.Module) else ()
         packed = [tensor for module in modules if quant.is_quantized(module) for tensor in quant.read(module).tensors]
@@ -128,12 +128,12 @@ class Layer:
             self.module.train(step in TRAINING)
 
     def scope(self, step: str) -> contextlib.AbstractContextManager:
-        """What a step runs in: frozen_adapters, where it is named so and the layer is ours."""
+        """The context of a step: frozen_adapters if the step is named so and the layer is ours."""
         inside = self.ours and step == FROZEN_INFERENCE
         return dora_kernels.frozen_adapters(self.module) if inside else contextlib.nullcontext()
 
 
-def reference(problem: Problem, computes: str) -> Layer:
+def reference(problem: LayerProblem, computes: str) -> TimedLayer:
     """The definition in the dtypes of `problem`: "lora" is DoRA with gain 1, "frozen" is that with lora_B = 0."""
     lora_A, lora_B, magnitude = (
         tensor.detach().clone().requires_grad_() for tensor in (problem.lora_A, problem.lora_B, problem.magnitude)
@@ -152,7 +152,7 @@ def reference(problem: Problem, computes: str) -> Layer:
             return lora_dropout_ref(x, x_dropped, problem.weight, lora_A, lora_B, magnitude, SCALING)
         return dora_linear_ref(x, problem.weight, lora_A, lora_B, magnitude, SCALING, x_dropped=x_dropped, norm=norm)
 
-    return Layer(forward, trained, computes)
+    return TimedLayer(forward, trained, computes)
 
 
 def lora_dropout_ref(
@@ -164,13 +164,13 @@ def lora_dropout_ref(
     return (magnitude / norm * (F.linear(x, weight) + scaling * F.linear(low, lora_B))).to(x.dtype)
 
 
-def forward(layer: Layer, problem: Problem) -> dict[str, Tensor]:
+def forward(layer: TimedLayer, problem: LayerProblem) -> dict[str, Tensor]:
     """y of a training forward pass: what the backward pass needs is saved."""
     with problem.autocast():
         return {"y": layer.forward(problem.x)}
 
 
-def forward_backward(layer: Layer, problem: Problem) -> dict[str, Tensor]:
+def forward_backward(layer: TimedLayer, problem: LayerProblem) -> dict[str, Tensor]:
     """y, the gradient of x, and the gradient of each trained tensor, by name."""
     y = forward(layer, problem)["y"]
     leaves = {"x": problem.x} | layer.trained
@@ -178,8 +178,8 @@ def forward_backward(layer: Layer, problem: Problem) -> dict[str, Tensor]:
     return {"y": y} | dict(zip(leaves, gradients, strict=True))
 
 
-def inference(layer: Layer, problem: Problem) -> dict[str, Tensor]:
-    """y without a graph; the layer is in eval mode (Layer.set_mode)."""
+def inference(layer: TimedLayer, problem: LayerProblem) -> dict[str, Tensor]:
+    """y without a graph; the layer is in eval mode (set_mode)."""
     with torch.no_grad():
         return forward(layer, problem)
 

@@ -16,25 +16,25 @@ from torch import Tensor, nn
 
 import dora_kernels
 from bench.lib import peers
-from bench.lib.problem import SCALING, Layer, Problem
-from bench.lib.shapes import QUANTIZED, Case
+from bench.lib.problem import SCALING, LayerProblem, TimedLayer
+from bench.lib.shapes import QUANTIZED, LayerCase
 
 
-def frozen(problem: Problem) -> Layer:
+def frozen(problem: LayerProblem) -> TimedLayer:
     """The floor: nn.Linear over the frozen weight."""
-    return Layer(_linear(problem), {}, "frozen")
+    return TimedLayer(_linear(problem), {}, "frozen")
 
 
-def peft_lora(problem: Problem) -> Layer:
+def peft_lora(problem: LayerProblem) -> TimedLayer:
     """PEFT's LoRA layer, unmodified."""
     model = _peft_model(problem, use_dora=False)
-    return Layer(_layer_of(model), _trained(model), "lora", module=model)
+    return TimedLayer(_layer_of(model), _trained(model), "lora", module=model)
 
 
-def peft_dora(problem: Problem) -> Layer:
+def peft_dora(problem: LayerProblem) -> TimedLayer:
     """PEFT's DoRA layer, unmodified and eager."""
     model = _peft_model(problem, use_dora=True)
-    return Layer(_layer_of(model), _trained(model), "dora", module=model)
+    return TimedLayer(_layer_of(model), _trained(model), "dora", module=model)
 
 
 def compiled(provider: Provider) -> Provider:
@@ -44,7 +44,7 @@ def compiled(provider: Provider) -> Provider:
     holds a few shapes and then gives up silently: torch.compiler.reset() before the next case.
     """
 
-    def build(problem: Problem) -> Layer:
+    def build(problem: LayerProblem) -> TimedLayer:
         layer = provider(problem)
         layer.forward = torch.compile(layer.forward, dynamic=False)
         return layer
@@ -52,27 +52,27 @@ def compiled(provider: Provider) -> Provider:
     return build
 
 
-def peft_dora_compiled(problem: Problem) -> Layer:
+def peft_dora_compiled(problem: LayerProblem) -> TimedLayer:
     """PEFT's DoRA layer, unmodified, under torch.compile."""
     return compiled(peft_dora)(problem)
 
 
-def factored_compose(problem: Problem) -> Layer:
+def factored_compose(problem: LayerProblem) -> TimedLayer:
     """The published factored norm and elementwise composition, eager."""
     return _peer(problem, peers.factored_compose)
 
 
-def factored_compose_compiled(problem: Problem) -> Layer:
+def factored_compose_compiled(problem: LayerProblem) -> TimedLayer:
     """The same under torch.compile, which makes one kernel of the composition, as its authors have."""
     return compiled(factored_compose)(problem)
 
 
-def axolotl(problem: Problem) -> Layer:
+def axolotl(problem: LayerProblem) -> TimedLayer:
     """Axolotl's formula: the row norm, the vendor's products, an eager rescale, a backward pass by hand."""
     return _peer(problem, peers.RescaledLora.apply)
 
 
-def ours(problem: Problem, dropout: str | None = None, **options: str) -> Layer:
+def ours(problem: LayerProblem, dropout: str | None = None, **options: str) -> TimedLayer:
     """The layer of peft_dora after dora_kernels.enable(dropout=dropout), as the planner has it."""
     model = _peft_model(problem, use_dora=True)
     report = dora_kernels.enable(model, dropout=dropout)
@@ -85,30 +85,30 @@ def ours(problem: Problem, dropout: str | None = None, **options: str) -> Layer:
             return layer(x)
 
     computes = "dora_lora_dropout" if dropout == "lora" else "dora"
-    return Layer(forward if options else layer, _trained(model), computes, ours=True, module=model)
+    return TimedLayer(forward if options else layer, _trained(model), computes, ours=True, module=model)
 
 
-def ours_split(problem: Problem) -> Layer:
+def ours_split(problem: LayerProblem) -> TimedLayer:
     """ours, with base = x @ weight.T and an epilogue; dx through dz."""
     return ours(problem, way="split")
 
 
-def ours_merged(problem: Problem) -> Layer:
+def ours_merged(problem: LayerProblem) -> TimedLayer:
     """ours, through the temporary merged weight, in the backward pass too."""
     return ours(problem, way="merged")
 
 
-def ours_exact(problem: Problem) -> Layer:
+def ours_exact(problem: LayerProblem) -> TimedLayer:
     """ours, with base kept in float32 until the one rounding of y."""
     return ours(problem, precision="exact")
 
 
-def ours_lora_dropout(problem: Problem) -> Layer:
+def ours_lora_dropout(problem: LayerProblem) -> TimedLayer:
     """ours, with dropout on the low-rank product alone."""
     return ours(problem, dropout="lora")
 
 
-Provider = Callable[[Problem], Layer]
+Provider = Callable[[LayerProblem], TimedLayer]
 PROVIDERS: dict[str, Provider] = {
     "frozen": frozen,
     "peft_lora": peft_lora,
@@ -130,7 +130,7 @@ WITH_DROPOUT = {name: PROVIDERS[name] for name in OVER_ANY_BASE} | {"ours_lora_d
 """Those that drop, and frozen; of a case with dropout alone."""
 
 
-def providers_of(case: Case, asked: Sequence[str] | None = None) -> dict[str, Provider]:
+def providers_of(case: LayerCase, asked: Sequence[str] | None = None) -> dict[str, Provider]:
     """The providers of a case: those asked for, in that order but the compiled ones last; None: default_providers.
 
     A case with dropout has those alone that drop, and where ours is asked for, ours in the other meaning beside it.
@@ -152,7 +152,7 @@ def default_providers(device_type: str, quantized: bool = False) -> list[str]:
     return [name for name in PROVIDERS if device_type != "cpu" or name not in COMPILED]
 
 
-def _peer(problem: Problem, formula: Callable[..., Tensor]) -> Layer:
+def _peer(problem: LayerProblem, formula: Callable[..., Tensor]) -> TimedLayer:
     """A layer that computes `formula` (peers.py) with leaves of its own."""
     trained = {
         name: getattr(problem, name).detach().clone().requires_grad_() for name in ("lora_A", "lora_B", "magnitude")
@@ -161,10 +161,10 @@ def _peer(problem: Problem, formula: Callable[..., Tensor]) -> Layer:
     def forward(x: Tensor) -> Tensor:
         return formula(x, problem.weight, *trained.values(), SCALING)
 
-    return Layer(forward, trained, "dora")
+    return TimedLayer(forward, trained, "dora")
 
 
-def _linear(problem: Problem) -> nn.Linear:
+def _linear(problem: LayerProblem) -> nn.Linear:
     """nn.Linear over the very weight of `problem`, which all providers share; or a copy of its quantized layer.
 
     (A copy, because bitsandbytes repacks the weight in place in eval mode on some CPUs.)
@@ -177,7 +177,7 @@ def _linear(problem: Problem) -> nn.Linear:
     return linear
 
 
-def _peft_model(problem: Problem, use_dora: bool) -> nn.Module:
+def _peft_model(problem: LayerProblem, use_dora: bool) -> nn.Module:
     """A PEFT model of one adapted layer that holds the tensors of `problem`."""
     R = problem.lora_A.shape[0]
     settings = {"r": R, "lora_alpha": SCALING * R, "lora_dropout": problem.dropout}

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.lib.measure import stopwatch_of
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from dora_kernels.planning import plan
 
 # name -> dtype of x and weight, dtype of the low-rank operands
@@ -32,7 +32,7 @@ ROOF_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.floa
 
 @dataclass(frozen=True)
 class Roof:
-    """What the device did in this run: bytes/s of a copy (read and written), FLOP/s of a square matmul by dtype."""
+    """The rates measured in this run: bytes/s of a copy (read and written), FLOP/s of a square matmul by dtype."""
 
     bandwidth: float
     matmul: dict[str, float]
@@ -107,13 +107,13 @@ class Work:
     flops: float
 
 
-def shape_of(case: Case) -> plan.Shape:
+def shape_of(case: LayerCase) -> plan.Shape:
     """The case as plan.py sees it."""
     return plan.Shape(case.M, case.N, case.K, case.R, DTYPES[case.precision][0].itemsize)
 
 
-def planned_cost(kernel: str, case: Case) -> plan.Cost:
-    """What plan.py counts for a kernel of bench.kernels: the elements of the main tensors, FLOPs and launches.
+def planned_cost(kernel: str, case: LayerCase) -> plan.Cost:
+    """The cost that plan.py counts for a kernel of bench.kernels: elements of the main tensors, FLOPs and launches.
 
     token_sums: with dB among them, at any rank, as bench.kernels measures it; column_sums: without.
     """
@@ -125,7 +125,7 @@ def planned_cost(kernel: str, case: Case) -> plan.Cost:
     return costs[{"project": "P", "outer_product": "dA"}.get(kernel, kernel)]
 
 
-def work(kernel: str, case: Case) -> Work:
+def work(kernel: str, case: LayerCase) -> Work:
     """The main tensors and the FLOPs as plan.py counts them, and the low-rank operands beside them."""
     operand = DTYPES[case.precision][1]
     M, N, K = case.M, case.N, case.K
@@ -146,7 +146,7 @@ def work(kernel: str, case: Case) -> Work:
     return Work(cost.bytes(shape_of(case)) + case.R * rows * operand.itemsize, cost.flops)
 
 
-def floor_seconds(kernel: str, case: Case, roof: Roof, precision: str = "ieee") -> tuple[float, str]:
+def floor_seconds(kernel: str, case: LayerCase, roof: Roof, precision: str = "ieee") -> tuple[float, str]:
     """(seconds at the roof, "bytes" or "flops"). precision: of the dots (devices.dot_precision)."""
     base, operand = DTYPES[case.precision]
     done = work(kernel, case)

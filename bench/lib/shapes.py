@@ -1,4 +1,4 @@
-"""What is measured: layers of real models, the precisions people train in, and the M and R lists.
+"""The cases that are measured: layers of real models, the precisions people train in, and the M and R lists.
 
 Letters: M tokens, N out features, K in features, R rank.
 """
@@ -87,7 +87,7 @@ QUANTIZED = {
 
 
 @dataclass(frozen=True)
-class Case:
+class LayerCase:
     """One point of a grid: what every provider gets alike. dropout: the adapter's, in training."""
 
     M: int
@@ -103,7 +103,7 @@ class Case:
 
     @property
     def variant(self) -> str:
-        """What sets the case apart from an ordinary one of the same sizes."""
+        """The difference from an ordinary case of the same sizes: dropout, or "" for none."""
         return f"dropout {self.dropout:g}" if self.dropout else ""
 
 
@@ -114,13 +114,13 @@ def sizes_of(text: str) -> tuple[tuple[int, int, int, int], str | None]:
     return (M, N, K, R), precision or None
 
 
-def dropout_case(device: str = "cuda") -> Case:
+def dropout_case(device: str = "cuda") -> LayerCase:
     """The core grid's first case with what many recipes drop."""
     sizes = (64, 256, 256, 16) if device == "cpu" else (8192, 4096, 4096, 64)
-    return Case(*sizes, "bf16", device, dropout=0.05)
+    return LayerCase(*sizes, "bf16", device, dropout=0.05)
 
 
-def core_grid(device: str = "cuda") -> list[Case]:
+def core_grid(device: str = "cuda") -> list[LayerCase]:
     """24 cases, those that say most first, in case the time runs out."""
     points = (
         # a large batch of one square layer, then the same of a larger one, and of a wide one at a high rank
@@ -156,20 +156,20 @@ def core_grid(device: str = "cuda") -> list[Case]:
         (2048, 4096, 4096, 64, "fp16"),
         (2048, 4096, 4096, 64, "fp32"),
     )
-    return [Case(*point, device) for point in points]
+    return [LayerCase(*point, device) for point in points]
 
 
-def decode_grid(device: str = "cuda") -> list[Case]:
+def decode_grid(device: str = "cuda") -> list[LayerCase]:
     """A few tokens through the layers of Llama-3.1-8B."""
     shapes = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
-    return [Case(M, N, K, R, "bf16", device) for R in (64, 16) for N, K in shapes for M in (1, 8, 16)]
+    return [LayerCase(M, N, K, R, "bf16", device) for R in (64, 16) for N, K in shapes for M in (1, 8, 16)]
 
 
-def full_grid(device: str = "cuda") -> list[Case]:
+def full_grid(device: str = "cuda") -> list[LayerCase]:
     """Every layer with every M and R, in half precision; the core grid's other dtypes at its end."""
     weights = list(dict.fromkeys((shape.N, shape.K) for shape in LAYERS))
     cases = [
-        Case(M, N, K, R, precision, device)
+        LayerCase(M, N, K, R, precision, device)
         for precision in ("bf16", "bf16-autocast")
         for N, K in weights
         for M in M_LIST
@@ -178,20 +178,20 @@ def full_grid(device: str = "cuda") -> list[Case]:
     return cases + [case for case in core_grid(device) if case.precision in ("fp16", "fp32")]
 
 
-def cpu_grid(device: str = "cpu") -> list[Case]:
-    """What two cores can step in a few seconds."""
+def cpu_grid(device: str = "cpu") -> list[LayerCase]:
+    """The cases that two cores can step in a few seconds."""
     shapes = ((1024, 1024), (2048, 2048), (4096, 4096), (4096, 1024), (1024, 4096))
     axes = itertools.product(("fp32", "bf16"), shapes, (64, 512, 2048), (8, 64))
-    return [Case(M, N, K, R, precision, device) for precision, (N, K), M, R in axes]
+    return [LayerCase(M, N, K, R, precision, device) for precision, (N, K), M, R in axes]
 
 
-def qdora_grid(device: str = "cuda") -> list[Case]:
+def qdora_grid(device: str = "cuda") -> list[LayerCase]:
     """A 4-bit base: on a GPU the layer that the target is for, as two trainers run it, and shapes of Llama-3.1-8B."""
     if device == "cpu":
         points = ((64, 1024, 1024, 16), (512, 1024, 1024, 16), (512, 4096, 4096, 64))
-        return [Case(*point, precision, device) for point in points for precision in QUANTIZED]
+        return [LayerCase(*point, precision, device) for point in points for precision in QUANTIZED]
     points = ((8192, 4096, 4096, 64), (8192, 14336, 4096, 64), (8192, 4096, 14336, 64), (512, 4096, 4096, 64))
-    return [Case(*point, precision, device) for point in points for precision in ("nf4-bf16", "nf4-autocast")]
+    return [LayerCase(*point, precision, device) for point in points for precision in ("nf4-bf16", "nf4-autocast")]
 
 
 GRIDS = {"core": core_grid, "cpu": cpu_grid, "decode": decode_grid, "full": full_grid, "qdora": qdora_grid}

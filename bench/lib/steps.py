@@ -1,4 +1,4 @@
-"""One layer step of every provider: what is measured of it, and how, with nothing timed that the gate holds back."""
+"""One layer step of every provider, measured; the gate keeps wrong layers from being timed."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from bench.lib.measure import (
     saved_bytes,
     stopwatch_of,
 )
-from bench.lib.problem import PASSES, TRAINING, Layer, Problem
+from bench.lib.problem import PASSES, TRAINING, LayerProblem, TimedLayer
 from bench.lib.providers import COMPILED, Provider, providers_of
-from bench.lib.shapes import Case, layer_names
+from bench.lib.shapes import LayerCase, layer_names
 from bench.studies import shared
 
 # above it the device takes longer than the host, whose time nobody sees then
@@ -33,14 +33,14 @@ HOST_TOKENS = 2048
 
 
 @dataclass
-class Row:
+class StepRow:
     """One provider in one pass of one case, as it stands in the JSON. A row that is not ok has no time.
 
     ms: eager, wall time on the CPU and device time on a GPU (see CudaStopwatch); graph_ms: replay of a CUDA graph.
     errors: per tensor of a forward and backward pass, error and yardstick of dora_kernels.testing.
     peak_bytes: at the peak of the step (see measure.peak_bytes); saved_bytes: what forward keeps for backward, but for
     x, the weight and the parameters; host_us: the host's microseconds for a call, up to HOST_TOKENS; launches: what a
-    call starts on the device. variant: what sets the case apart from an ordinary one of these sizes (Case.variant).
+    call starts on the device. variant: LayerCase.variant.
     """
 
     provider: str
@@ -71,18 +71,18 @@ class Row:
         self.ms = self.graph_ms = self.peak_bytes = self.saved_bytes = self.host_us = self.launches = None
 
 
-Found = Callable[[list[Row], list[str]], None]
+Found = Callable[[list[StepRow], list[str]], None]
 
 
 def measure_case(
-    case: Case,
+    case: LayerCase,
     providers: dict[str, Provider] | None = None,
     steps: Iterable[str] = tuple(PASSES),
     seconds: float = 1.0,
     rounds: tuple[int, int] = (5, 100),
     host: bool | None = None,
     found: Found = lambda rows, missing: None,
-) -> list[Row]:
+) -> list[StepRow]:
     """One row per step and provider. What fails the gate, or raises, says so in its rows and is not timed.
 
     providers: default: providers_of(case). seconds: of interleaved timing, for each step (and again for the CUDA
@@ -97,9 +97,9 @@ def measure_case(
     problem, gate = _problem(case, providers)
     host = case.M <= HOST_TOKENS if host is None else host
     steps = _steps_of(case, steps)
-    layers: dict[str, Layer] = {}
+    layers: dict[str, TimedLayer] = {}
     templates: dict[str, dict[str, Any]] = {}
-    measured: dict[str, list[Row]] = {}
+    measured: dict[str, list[StepRow]] = {}
     waiting = list(providers)
     while waiting:
         group = [name for name in waiting if name not in COMPILED] or waiting[:1]
@@ -108,7 +108,7 @@ def measure_case(
         share = seconds / 4 if waiting else seconds
         for place, step in enumerate(steps):
             named = {
-                name: Row(provider=name, step=step, **_sizes(case), **copy.deepcopy(record))
+                name: StepRow(provider=name, step=step, **_sizes(case), **copy.deepcopy(record))
                 for name, record in templates.items()
             }
             _measure_step(step, problem, gate, layers, named, device, share, rounds, host)
@@ -121,10 +121,10 @@ def measure_case(
 
 def _measure_step(
     step: str,
-    problem: Problem,
+    problem: LayerProblem,
     gate: Gate,
-    layers: dict[str, Layer],
-    named: dict[str, Row],
+    layers: dict[str, TimedLayer],
+    named: dict[str, StepRow],
     device: torch.device,
     seconds: float,
     rounds: tuple[int, int],
@@ -156,12 +156,12 @@ def _measure_step(
 
 
 def count_launches(
-    case: Case, providers: dict[str, Provider] | None = None, steps: Iterable[str] = tuple(PASSES)
+    case: LayerCase, providers: dict[str, Provider] | None = None, steps: Iterable[str] = tuple(PASSES)
 ) -> dict[tuple[str, str], float | None]:
     """(provider, step) -> what a call starts on the device. Not before everything is timed."""
     providers = providers_of(case) if providers is None else providers
     problem, gate = _problem(case, providers)
-    layers: dict[str, Layer] = {}
+    layers: dict[str, TimedLayer] = {}
     _build(problem, gate, providers, layers, {}, check=False)
     counts = {}
     for step in _steps_of(case, steps):
@@ -180,29 +180,29 @@ Results = dict[str, torch.Tensor]
 Calls = dict[str, Callable[[], Results]]
 
 
-def _steps_of(case: Case, steps: Iterable[str]) -> list[str]:
-    """What is dropped in training only is not measured in inference: that is the ordinary case."""
+def _steps_of(case: LayerCase, steps: Iterable[str]) -> list[str]:
+    """The steps to measure: with dropout only those of training, as inference is that of the ordinary case."""
     return [step for step in steps if not case.dropout or step in TRAINING]
 
 
-def _sizes(case: Case) -> dict[str, Any]:
+def _sizes(case: LayerCase) -> dict[str, Any]:
     sizes = {name: getattr(case, name) for name in ("M", "N", "K", "R", "precision", "variant")}
     return sizes | {"layers": layer_names(case.N, case.K)}
 
 
-def _problem(case: Case, providers: Iterable[str]) -> tuple[Problem, Gate]:
+def _problem(case: LayerCase, providers: Iterable[str]) -> tuple[LayerProblem, Gate]:
     """The case's tensors and their gate, for layers of these providers."""
     if any(name in COMPILED for name in providers):
         torch.compiler.reset()  # its cache is not for a grid of shapes
-    problem = Problem.random(case)
+    problem = LayerProblem.random(case)
     return problem, Gate(problem)
 
 
 def _build(
-    problem: Problem,
+    problem: LayerProblem,
     gate: Gate,
     providers: dict[str, Provider],
-    layers: dict[str, Layer],
+    layers: dict[str, TimedLayer],
     records: dict[str, dict[str, Any]],
     check: bool = True,
 ) -> None:
@@ -226,7 +226,7 @@ def _build(
 def _measure(
     calls: Calls,
     held: dict[str, tuple[torch.Tensor, ...]],
-    rows: dict[str, Row],
+    rows: dict[str, StepRow],
     device: torch.device,
     seconds: float,
     rounds: tuple[int, int],
@@ -248,7 +248,7 @@ def _measure(
 
 def _time_graphs(
     calls: Calls,
-    rows: dict[str, Row],
+    rows: dict[str, StepRow],
     wrong: Callable[[str, Results], str | None],
     seed: Callable[[], None],
     device: torch.device,
@@ -281,8 +281,8 @@ def _time_graphs(
 
 
 def measure_shared(
-    case: shared.Case, device: torch.device, seconds: float, rounds: tuple[int, int] = (5, 100)
-) -> list[Row]:
+    case: shared.SharedCase, device: torch.device, seconds: float, rounds: tuple[int, int] = (5, 100)
+) -> list[StepRow]:
     """A row each for the frozen layers, stock PEFT, ours apart and ours sharing the low-rank product: a training step.
 
     Raises RuntimeError as bench.studies.shared.checked.
@@ -295,7 +295,7 @@ def measure_shared(
     sizes = {"M": case.M, "N": sum(widths.values()), "K": features, "R": case.R, "precision": case.precision}
     rows, calls, held = {}, {}, {}
     for name, model in models.items():
-        rows[name] = Row(name, None, "forward+backward", [], **sizes, variant=case.block)
+        rows[name] = StepRow(name, None, "forward+backward", [], **sizes, variant=case.block)
         calls[name] = functools.partial(problem.step, model)
         held[name] = (problem.x, *model.parameters())
     _measure(calls, held, rows, device, seconds, rounds, host=case.M <= HOST_TOKENS)

@@ -22,11 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from bench.lib.apart import Row
-from bench.lib.measure import interleave, stopwatch_of
-from bench.lib.shapes import Case
-from bench.studies.gluon.candidates import SECONDS_EACH, Candidate, Inputs, sizes
+from bench.lib.measure import Step, interleave, stopwatch_of
+from bench.lib.shapes import LayerCase
+from bench.studies.gluon.candidates import SECONDS_EACH, Candidate, GemmInputs, sizes
 
-Step = Callable[[], object]
 BLOCK, STAGES = 16384, 6  # 32 KiB a block: 160 KiB of shared memory
 # What it reads: dy alone, and dy with x or the kept base, at 8192 x 4096
 WORK_MEBIBYTES = (64, 128)
@@ -94,7 +93,7 @@ def measure(mechanism: Mechanism, cublas: Step, source: Tensor, seconds: float) 
 
 
 def savings(us: dict[str, float]) -> dict[str, float]:
-    """What running both at once saves over cuBLAS and then the work, and two shares.
+    """The time saved by running both at once, over cuBLAS and then the work, and two shares.
 
     hidden: of the work's time, the part that is gone. overlapped: of the shorter of the two as they run here, the part
     that lies within the other; 1 where neither disturbs the other, which is of no use where both have become slow.
@@ -187,7 +186,7 @@ def partitions(few: int = 8) -> tuple[torch.cuda.Stream, torch.cuda.Stream, int,
     return streams[0], streams[1], rest.sm.smCount, small.sm.smCount
 
 
-def _own_gemm(inputs: Inputs, programs: int) -> Step:
+def _own_gemm(inputs: GemmInputs, programs: int) -> Step:
     return Candidate("dx", programs, adapter=False).prepare(inputs)[0]
 
 
@@ -207,7 +206,7 @@ def _in_partitions(gemm: Callable[[int], Step]) -> Mechanism:
 
 
 # name -> the mechanism, from the inputs of dx and cuBLAS' call on them; own: with the GEMM of bench/gluon
-MECHANISMS: dict[str, Callable[[Inputs, Step], Mechanism]] = {
+MECHANISMS: dict[str, Callable[[GemmInputs, Step], Mechanism]] = {
     "cuBLAS, priority stream": lambda inputs, mm: Mechanism(mm),
     "own GEMM, 128 programs": lambda inputs, mm: Mechanism(_own_gemm(inputs, FEWER_PROGRAMS)),
     "cuBLAS, SM target 128": lambda inputs, mm: Mechanism(with_sm_target(mm, FEWER_PROGRAMS)),
@@ -217,7 +216,7 @@ MECHANISMS: dict[str, Callable[[Inputs, Step], Mechanism]] = {
 }
 
 
-def measure_mechanism(name: str, case: Case) -> Iterator[Row]:
+def measure_mechanism(name: str, case: LayerCase) -> Iterator[Row]:
     """A row for each amount of work."""
     try:
         mechanism, cublas = _prepared(name, case)
@@ -229,15 +228,15 @@ def measure_mechanism(name: str, case: Case) -> Iterator[Row]:
         yield {"mechanism": name, **sizes(case)} | measure(mechanism, cublas, source, SECONDS_EACH)
 
 
-def launched_with(name: str, case: Case) -> Iterator[Row]:
+def launched_with(name: str, case: LayerCase) -> Iterator[Row]:
     """A row for the kernels that the GEMM is with this mechanism: not before all of them are timed (kernels_of)."""
     mechanism, _ = _prepared(name, case)
     yield {"mechanism": name, **sizes(case), "kernels": kernels_of(mechanism.alone)}
 
 
-def _prepared(name: str, case: Case) -> tuple[Mechanism, Step]:
+def _prepared(name: str, case: LayerCase) -> tuple[Mechanism, Step]:
     """The mechanism on random inputs of dx, and cuBLAS' call on them."""
-    inputs = Inputs.random(case, nn=True)
+    inputs = GemmInputs.random(case, nn=True)
     out = torch.empty(case.M, case.K, device=case.device, dtype=torch.bfloat16)
     cublas = functools.partial(torch.mm, inputs.x, inputs.weight, out=out)
     return MECHANISMS[name](inputs, cublas), cublas

@@ -31,10 +31,11 @@ from bench.lib.measure import capture
 from bench.lib.problem import SCALING
 from bench.lib.report import write
 from bench.lib.roof import Roof, median_ms, roof_for
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from bench.studies.fused import FUSED_TILES, fused_linear
 from dora_kernels.planning import devices, plan
 from dora_kernels.testing import compare
+from dora_kernels.types import Steps
 
 Row = dict[str, Any]
 
@@ -47,12 +48,12 @@ class Bench:
     roof: Roof
     small: bool = False
 
-    def case(self, M: int, N: int, K: int, R: int, precision: str = "bf16") -> Case:
+    def case(self, M: int, N: int, K: int, R: int, precision: str = "bf16") -> LayerCase:
         """The case on this device; where small, at most 256 tokens and features and rank 32."""
         sizes = (min(M, 256), min(N, 256), min(K, 256), min(R, 32)) if self.small else (M, N, K, R)
-        return Case(*sizes, precision, self.device.type)
+        return LayerCase(*sizes, precision, self.device.type)
 
-    def rows(self, case: Case, *names: str, by: Sequence[str] = ("kernel", "library")) -> list[Row]:
+    def rows(self, case: LayerCase, *names: str, by: Sequence[str] = ("kernel", "library")) -> list[Row]:
         """The kernels and library calls of these names at one case."""
         return kernels.measure_case(case, self.roof, names, by, seconds=0.5)
 
@@ -111,7 +112,7 @@ def _touch_kernel(pointer, BLOCK: tl.constexpr):
 def host_cost(bench: Bench) -> list[Row]:
     """Microseconds of the host per call, while the device keeps up: one launch, one torch op, one layer of ours."""
     tensor = torch.ones(16, device=bench.device)
-    o = kernels.Operands.random(bench.case(16, 256, 256, 16))
+    o = kernels.KernelOperands.random(bench.case(16, 256, 256, 16))
     steps, backend = kernels.steps_for(bench.case(16, 256, 256, 16))
     magnitude = o.norm.to(o.lora_A.dtype)
     leaves = [tensor.clone().requires_grad_() for tensor in (o.x, o.lora_A, o.lora_B, magnitude)]
@@ -159,12 +160,12 @@ def merged_against_split(bench: Bench) -> list[Row]:
     for N, K, R in ((4096, 4096, 64), (14336, 4096, 384)):
         for M in (1, 16, 128, 512, 2048, 8192) if not bench.small else (16,):
             case = bench.case(M, N, K, R)
-            o = kernels.Operands.random(case)
+            o = kernels.KernelOperands.random(case)
             magnitude = o.norm.to(o.lora_A.dtype)
             ms = {"frozen": bench.graph_ms(lambda o=o: {"y": o.x @ o.weight.T})}
             for way in ("split", "merged"):
 
-                def forward(o: kernels.Operands = o, magnitude: Tensor = magnitude) -> dict[str, Tensor]:
+                def forward(o: kernels.KernelOperands = o, magnitude: Tensor = magnitude) -> dict[str, Tensor]:
                     y = dora_kernels.dora_linear(o.x, o.weight, o.lora_A, o.lora_B, magnitude, SCALING)
                     return {"y": y}
 
@@ -186,11 +187,11 @@ def fused_gemm(bench: Bench) -> list[Row]:
     rows = []
     for sizes in ((8192, 4096, 4096, 64), (8192, 14336, 4096, 384), (8192, 8192, 8192, 64)):
         case = bench.case(*sizes)
-        o = kernels.Operands.random(case)
+        o = kernels.KernelOperands.random(case)
         steps, backend = kernels.steps_for(case)
         scaled_low = o.low * SCALING
 
-        def two_kernels(o: kernels.Operands = o, steps: kernels.Steps = steps) -> dict[str, Tensor]:
+        def two_kernels(o: kernels.KernelOperands = o, steps: Steps = steps) -> dict[str, Tensor]:
             return {"y": steps.epilogue(o.x @ o.weight.T, o.low, o.lora_B, o.gain, None, SCALING, o.x.dtype)}
 
         z = o.x.double() @ o.weight.double().T + SCALING * (o.low.double() @ o.lora_B.double().T)
@@ -207,7 +208,7 @@ def fused_gemm(bench: Bench) -> list[Row]:
             row = shape | {"variant": "descriptors" if descriptors else "pointers", "tiles": tiles, "outputs": outputs}
 
             def fused(
-                o: kernels.Operands = o,
+                o: kernels.KernelOperands = o,
                 scaled_low: Tensor = scaled_low,
                 settings: tuple[Any, ...] = (tiles, descriptors, outputs == 2),
             ) -> dict[str, Tensor]:

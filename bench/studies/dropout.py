@@ -1,4 +1,4 @@
-"""What dropout costs a training step, on all that the adapter adds (PEFT's meaning) or on its low-rank product alone.
+"""The cost of dropout in a training step: on all that the adapter adds (PEFT's meaning), or on its low-rank product.
 
     python -m bench.studies.dropout       # bench/results/<device>/dropout.json, two minutes on two cores
 
@@ -39,7 +39,7 @@ SEED = 7
 
 
 @dataclass(frozen=True)
-class Case:
+class DropoutCase:
     """M tokens through a weight (N, K) at rank R."""
 
     precision: str
@@ -49,10 +49,10 @@ class Case:
     R: int
 
 
-class Problem:
+class DropoutProblem:
     """A case's tensors, and a layer for each way with the same ones."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: DropoutCase, device: torch.device) -> None:
         torch.manual_seed(0)
         dtype = PRECISIONS[case.precision]
         layer = DoraLinear(case.K, case.N, case.R, 2 * case.R, device=device, dtype=dtype, adapter_dtype=dtype)
@@ -93,9 +93,9 @@ class Problem:
         return self.gradients(y, layer, x, self.dy.to(dtype))
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+def measure(case: DropoutCase, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """A row for each way. Raises RuntimeError where one is not good enough."""
-    problem = Problem(case, device)
+    problem = DropoutProblem(case, device)
     for way in WAYS:
         results, exact = problem.step(way), problem.defined(way, torch.float64)
         yardstick = problem.defined(way, PRECISIONS[case.precision])
@@ -123,9 +123,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "peak, none and each |",
         "| --- " * 9 + "|",
     ]
-    cases: dict[Case, dict[str, dict[str, Any]]] = {}
+    cases: dict[DropoutCase, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        cases.setdefault(Case(*(row[name] for name in ("precision", "M", "N", "K", "R"))), {})[row["way"]] = row
+        cases.setdefault(DropoutCase(*(row[name] for name in ("precision", "M", "N", "K", "R"))), {})[row["way"]] = row
     for case, ways in cases.items():
         none, adapter, lora = (ways[way]["ms"]["median"] for way in WAYS)
         memory = [
@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "dropout.json"
-    cases = [Case(precision, *shape) for precision in PRECISIONS for shape in arguments.shape or SHAPES]
+    cases = [DropoutCase(precision, *shape) for precision in PRECISIONS for shape in arguments.shape or SHAPES]
     where, rows = meta(device, arguments.commit), []
     for case in track(cases, "bench.studies.dropout"):
         rows += measure(case, device, arguments.seconds)

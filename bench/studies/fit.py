@@ -21,16 +21,16 @@ from typing import Any
 
 from bench.lib.machine import ROOT
 from bench.lib.roof import DTYPES, planned_cost
-from bench.lib.shapes import PRECISIONS, Case
+from bench.lib.shapes import PRECISIONS, LayerCase
 from dora_kernels.planning import plan
 
 WITHIN = 0.25
 Rows = list[dict[str, Any]]
 
 
-def case_of(row: dict[str, Any]) -> Case:
+def case_of(row: dict[str, Any]) -> LayerCase:
     """The case of a row of kernels.json or layer.json."""
-    return Case(row["M"], row["N"], row["K"], row["R"], row["precision"])
+    return LayerCase(row["M"], row["N"], row["K"], row["R"], row["precision"])
 
 
 def halves(rows: Rows) -> tuple[Rows, Rows]:
@@ -47,7 +47,7 @@ def measured_steps(rows: Rows) -> Rows:
 
 
 def predicted_seconds(row: dict[str, Any], device: plan.Device) -> float:
-    """What plan.py says of a row of kernels.json."""
+    """The time that plan.py predicts for a row of kernels.json."""
     case = case_of(row)
     shape = plan.Shape(case.M, case.N, case.K, case.R, DTYPES[case.precision][0].itemsize)
     return planned_cost(row["kernel"], case).seconds(shape, device)
@@ -92,7 +92,7 @@ def choices(rows: Rows, device: plan.Device) -> list[bool]:
 
     A pick that is within 3% of the faster way is right: that is what two runs of one of them differ by.
     """
-    times: dict[Case, dict[str, float]] = {}
+    times: dict[LayerCase, dict[str, float]] = {}
     for row in rows:
         if row["step"] == "inference" and row["ok"] and row["provider"] in ("ours_split", "ours_merged"):
             clock = row["graph_ms"] or row["ms"]

@@ -76,7 +76,7 @@ def _fused_descriptor_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """As _fused_kernel, through tensor descriptors (the bulk copy engine of Hopper)."""
+    """_fused_kernel through tensor descriptors (the bulk copy engine of Hopper)."""
     m, n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for k in range(0, K, BLOCK_K):

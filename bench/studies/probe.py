@@ -26,9 +26,9 @@ import torch
 from bench.lib.apart import Attempt, Row, make
 from bench.lib.machine import ROOT, device_folder, meta
 from bench.lib.report import write
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from bench.studies import beside
-from bench.studies.gluon.candidates import Candidate, Inputs, check_variant, sizes, time_candidates
+from bench.studies.gluon.candidates import Candidate, GemmInputs, check_variant, sizes, time_candidates
 from bench.studies.gluon.gemm import VARIANTS, why_not_gluon
 
 FIRST_SHAPE = (8192, 4096, 4096, 64)
@@ -45,19 +45,19 @@ LEAST_HIDDEN = 0.6  # of the work's time
 
 @dataclass
 class Probe:
-    """What to measure, and the rows so far, by which later sections know what is right."""
+    """The cases to measure, and the rows so far: later sections read in them which variants are right."""
 
-    case: Case
-    others: tuple[Case, ...] = ()
+    case: LayerCase
+    others: tuple[LayerCase, ...] = ()
     rows: list[Row] = field(default_factory=list)
 
     def right(self, variant: str) -> bool:
-        """Whether all checks of the variant were made, and went well."""
+        """True if all checks of the variant were made and passed."""
         checks = self._checks(variant)
         return len(checks) == len(CHECKED_SHAPES) + 1 and all(checks)
 
     def wrong(self, variant: str) -> bool:
-        """Whether a check of the variant was made and went badly; neither right nor wrong where they were cut short."""
+        """True if a check of the variant failed. It is neither right nor wrong if checks were cut short."""
         return not all(self._checks(variant))
 
     def _checks(self, variant: str) -> list[bool]:
@@ -68,7 +68,7 @@ def right(probe: Probe) -> list[Attempt]:
     """Each variant at the small shapes and at the first one."""
     if reason := why_not_gluon():
         return [Attempt("Gluon", functools.partial(iter, [{"left_out": reason}]))]
-    cases = [Case(*shape, "bf16", "cuda") for shape in CHECKED_SHAPES] + [probe.case]
+    cases = [LayerCase(*shape, "bf16", "cuda") for shape in CHECKED_SHAPES] + [probe.case]
     # the first one also starts CUDA, builds Triton's launcher, and compiles
     return [Attempt(name, functools.partial(check_variant, name, cases), silence=20) for name in VARIANTS]
 
@@ -126,17 +126,17 @@ SECTIONS: dict[str, Section] = {
 TOGETHER = (("percent", "grid"),)
 
 
-def _against_cublas(probe: Probe, case: Case, candidates: Sequence[Candidate]) -> Attempt:
-    """What is not right is not timed."""
+def _against_cublas(probe: Probe, case: LayerCase, candidates: Sequence[Candidate]) -> Attempt:
+    """The attempt that times cuBLAS and the candidates that are right."""
     usable = [candidate for candidate in candidates if probe.right(candidate.variant)]
     run = functools.partial(time_candidates, case, usable)
     return Attempt(f"{case.M} x {case.N} x {case.K}", run, needs=4)
 
 
-def cublas_kernels(case: Case) -> Iterator[Row]:
+def cublas_kernels(case: LayerCase) -> Iterator[Row]:
     """Name, grid and block of what torch's product launches, forward and for dx."""
     for call, nn in (("cuBLAS", False), ("cuBLAS dx", True)):
-        inputs = Inputs.random(case, nn)
+        inputs = GemmInputs.random(case, nn)
         yield {"call": call, **sizes(case), "kernels": beside.kernels_of(inputs.product)}
 
 
@@ -148,7 +148,7 @@ def decisions(device: str, probe: Probe) -> list[str]:
     wrong = dict.fromkeys(row.get("variant") or row["attempt"] for row in failed)  # wrong, or killed
     lines = [f"right: {sum(row['ok'] for row in checks)} of {len(checks)} checks; wrong: {'; '.join(wrong) or '-'}"]
     least = None
-    if probe.case == Case(*FIRST_SHAPE, "bf16", "cuda"):
+    if probe.case == LayerCase(*FIRST_SHAPE, "bf16", "cuda"):
         least = next((value for card, value in LEAST_PERCENT.items() if card in device), None)
     lines += _fused_forward(probe, least, [row for row in rows if row["section"] == "percent" and "us" in row])
     lines += _fewer_programs([row for row in rows if row["section"] == "grid" and "variant" in row])
@@ -182,7 +182,7 @@ def _fused_forward(probe: Probe, least: float | None, rows: Sequence[Row]) -> li
 
 
 def _answer(reached: bool, complete: bool = True) -> str:
-    """What is not measured could still be what reaches the rule."""
+    """The answer to a rule: "undecided" if what was not measured could still reach it."""
     return "yes" if reached else "no" if complete else "undecided"
 
 
@@ -221,7 +221,7 @@ def _beside(rows: Sequence[Row]) -> list[str]:
 
 
 def facts(commit: str | None) -> Iterator[Row]:
-    """What the first attempt finds out: meta of the device, or nothing where torch sees none."""
+    """The rows of the first attempt: meta of the device, or none if torch sees no device."""
     if torch.cuda.is_available():
         device = torch.device("cuda")
         count = torch.cuda.get_device_properties(device).multi_processor_count
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     information = found[0]["meta"]
     out = arguments.out or ROOT / "bench" / "results" / found[0]["folder"] / "probe.json"
     shapes = [tuple(arguments.shape), *(shape for shape in OTHER_SHAPES if shape != tuple(arguments.shape))]
-    first, *others = (Case(*shape, "bf16", "cuda") for shape in shapes)
+    first, *others = (LayerCase(*shape, "bf16", "cuda") for shape in shapes)
     probe, stopped = Probe(first, tuple(others)), False
     try:
         run(probe, out, information, arguments.seconds - (time.monotonic() - start))

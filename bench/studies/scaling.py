@@ -30,8 +30,8 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
-class Step:
-    """What one rank of `ranks` holds, receives and computes in a step of one micro-batch. Bytes and seconds."""
+class RankStep:
+    """A step of one micro-batch on one of `ranks` ranks: bytes held, bytes received, and seconds."""
 
     ranks: int
     base: str
@@ -134,17 +134,17 @@ def table() -> str:
 
 
 STEPS = (
-    Step(8, "bf16", True),
-    Step(8, "NF4", True),
-    Step(8, "NF4", False),
-    Step(64, "bf16", True),
-    Step(64, "NF4", True),
-    Step(64, "NF4", False),
+    RankStep(8, "bf16", True),
+    RankStep(8, "NF4", True),
+    RankStep(8, "NF4", False),
+    RankStep(64, "bf16", True),
+    RankStep(64, "NF4", True),
+    RankStep(64, "NF4", False),
 )
 
 
 def section() -> str:
-    """What stands between the markers of docs/scaling.md."""
+    """The text between the markers of docs/scaling.md."""
     weights, adapters = linear_weights(), adapter_weights()
     return (
         f"{MODEL}: {weights / 1e9:.1f}e9 frozen weights in linear layers, {adapters / 1e6:.0f}e6 trained at rank "

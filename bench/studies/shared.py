@@ -70,7 +70,7 @@ class Siblings(nn.Module):
 
 
 @dataclass(frozen=True)
-class Case:
+class SharedCase:
     """One block with M tokens at rank R."""
 
     block: str
@@ -82,13 +82,13 @@ class Case:
         return f"{self.block} M={self.M} R={self.R} {self.precision}"
 
 
-LLAMA = Case("q, k, v of Llama-3.1-8B", "bf16", 8192, 64)
+LLAMA = SharedCase("q, k, v of Llama-3.1-8B", "bf16", 8192, 64)
 
 
-class Problem:
+class SharedProblem:
     """A case's tensors: the stock model, x, and a dy for each layer."""
 
-    def __init__(self, case: Case, device: torch.device) -> None:
+    def __init__(self, case: SharedCase, device: torch.device) -> None:
         import peft  # not for those who read the tables only
 
         torch.manual_seed(0)
@@ -144,12 +144,12 @@ class Problem:
 Comparing = Callable[[dict[str, Tensor]], list[Comparison]]
 
 
-def checked(case: Case, device: torch.device) -> tuple[Problem, dict[str, nn.Module], Comparing]:
+def checked(case: SharedCase, device: torch.device) -> tuple[SharedProblem, dict[str, nn.Module], Comparing]:
     """The problem, the model of each way, and what compares a step's results with stock PEFT in float64.
 
     Raises RuntimeError where a model is not good enough, or does not do what the name of its way says.
     """
-    problem = Problem(case, device)
+    problem = SharedProblem(case, device)
     models = {way: problem.enabled(fused) for way, fused in WAYS.items()}
     exact, yardstick = problem.exact(), problem.step(problem.model)
 
@@ -168,7 +168,7 @@ def checked(case: Case, device: torch.device) -> tuple[Problem, dict[str, nn.Mod
     return problem, models, comparisons
 
 
-def measure(case: Case, device: torch.device, seconds: float) -> list[dict[str, Any]]:
+def measure(case: SharedCase, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """A row for each way; RuntimeError as `checked`."""
     problem, models, _ = checked(case, device)
     steps = {way: lambda model=model: problem.step(model) for way, model in models.items()}
@@ -209,9 +209,9 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
         "| block | precision | M | R | apart | shared | over apart | held, apart and shared | peak, apart and shared |",
         "| --- " * 9 + "|",
     ]
-    cases: dict[Case, dict[str, dict[str, Any]]] = {}
+    cases: dict[SharedCase, dict[str, dict[str, Any]]] = {}
     for row in rows:
-        cases.setdefault(Case(row["block"], row["precision"], row["M"], row["R"]), {})[row["way"]] = row
+        cases.setdefault(SharedCase(row["block"], row["precision"], row["M"], row["R"]), {})[row["way"]] = row
     for case, ways in cases.items():
         times = [ways[way]["ms"]["median"] for way in WAYS]
         memory = [
@@ -224,7 +224,7 @@ def measured_table(rows: list[dict[str, Any]]) -> str:
 
 
 def predicted_table() -> str:
-    """What the cost model says of bf16 on an H200."""
+    """The cost model's predictions for bf16 on an H200, as a table."""
     lines = ["| M | N | K | R | apart | shared | shared over apart |", "| --- " * 7 + "|"]
     for M, K, widths, R in PREDICTED:
         apart, shared = predicted(M, K, widths, R, plan.DEVICES["NVIDIA H200"])
@@ -234,7 +234,7 @@ def predicted_table() -> str:
 
 
 def section(measured: dict[str, list[dict[str, Any]]]) -> str:
-    """What stands between the markers of docs/performance.md; rows by where they were measured."""
+    """The text between the markers of docs/performance.md; rows by where they were measured."""
     parts = [f"{where}:\n\n{measured_table(rows)}" for where, rows in measured.items()]
     return "\n\n".join([*parts, f"Predicted for an H200 in bf16, none of it measured:\n\n{predicted_table()}"])
 
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "shared.json"
     cases = [
-        Case(block, precision, M, R)
+        SharedCase(block, precision, M, R)
         for block in arguments.block
         for precision in arguments.precision
         for M in arguments.tokens

@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     scaling: float
 
 
-IN_SCOPE = store.Call(in_scope=True, is_again=False, region=None)
+IN_SCOPE = store.CallState(in_scope=True, is_again=False, region=None)
 """The call on whose behalf a scope makes the norms of layers that are not being called."""
 
 # one thread at a time opens or closes a scope: each replaces the scopes that a layer is in

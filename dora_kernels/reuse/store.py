@@ -79,7 +79,7 @@ class Kept(NamedTuple):
         )
 
 
-class Call(NamedTuple):
+class CallState(NamedTuple):
     """The relation of a call to the store.
 
     in_scope: it is inside `frozen_adapters`. is_again: a backward pass runs it again, and the last call of its layer
@@ -144,7 +144,7 @@ def can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
     return all(map(_has_identity, tensors)) and not capturing
 
 
-def call_of(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device) -> Call | None:
+def call_of(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device) -> CallState | None:
     """The relation of a call of `layer`, computed from `tensors`, to the store; None if there is none.
 
     If there is none, the results of the layer's last call are dropped, too: a backward pass must not find them.
@@ -154,7 +154,7 @@ def call_of(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device)
     last = last_calls.get(layer) if last_calls.data else None
     is_again = last is not None and regions.of_call_again(last.region())
     region = None if is_again else regions.of_first_call(layer.training)
-    call = Call(scope_of(layer) is not None, is_again, region)
+    call = CallState(scope_of(layer) is not None, is_again, region)
     if (call.in_scope or is_again or region is not None) and can_keep(tensors, device):
         return call
     if last is not None:
@@ -171,7 +171,9 @@ def scope_of(layer: nn.Module) -> Any | None:
     return next((scope for scope in scopes.get(layer, ()) if layer.training or not scope.held), None)
 
 
-def find(layer: nn.Module, call: Call, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> Kept | None:
+def find(
+    layer: nn.Module, call: CallState, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]
+) -> Kept | None:
     """The results kept for `layer`, if this call may use them, else None."""
     kept = by_layer.get(layer) if call.in_scope else None
     last = last_calls.pop(layer, None) if call.is_again else None
@@ -184,7 +186,7 @@ def find(layer: nn.Module, call: Call, tensors: tuple[Tensor, ...], fingerprint:
     return kept
 
 
-def keep(layer: nn.Module, call: Call, kept: Kept, generation_before: int) -> None:
+def keep(layer: nn.Module, call: CallState, kept: Kept, generation_before: int) -> None:
     """Keep `kept` for `layer`, unless something was dropped meanwhile."""
     is_first = call.region is not None and _is_first_call(layer, call.region)
     with _keeping:

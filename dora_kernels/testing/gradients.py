@@ -12,7 +12,7 @@ from dora_kernels.modules import DoraLinear
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing.measure import compare
 from dora_kernels.testing.report import Report, Row
-from dora_kernels.testing.run import Call, Result, random_like, run, same, shared_dropout
+from dora_kernels.testing.run import OfInputs, Outcome, random_like, run, same, shared_dropout
 
 # Finite differences run the function in float64, in Triton's interpreter too: 2 calls for each input
 FINITE_DIFFERENCE_ELEMENTS = 1 << 17
@@ -114,7 +114,7 @@ def _with_constant_norm(function: Callable[..., Tensor] | nn.Module, inputs: dic
     return lambda **arguments: linear.dora_linear_core(**arguments, norm=norm)[0]
 
 
-def _call(function: Callable[..., Tensor] | nn.Module) -> Call:
+def _call(function: Callable[..., Tensor] | nn.Module) -> OfInputs:
     """`function` as a function of a dict of inputs; a module's are x and its parameters."""
     if not isinstance(function, nn.Module):
         return lambda inputs: function(**inputs)
@@ -149,7 +149,7 @@ def _in_float64(value: Any) -> Any:
     return value
 
 
-def _accuracy(actual: Result, yardstick: Result, exact: Result) -> list[Row]:
+def _accuracy(actual: Outcome, yardstick: Outcome, exact: Outcome) -> list[Row]:
     tensors = actual.tensors(), yardstick.tensors(), exact.tensors()
     # for the gradients a function may save y, or its terms, rounded to y's dtype
     return [_compared(name, *(results[name] for results in tensors), through=actual.y.dtype) for name in tensors[0]]

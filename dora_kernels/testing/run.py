@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Call = Callable[[dict[str, Any]], Tensor]
+OfInputs = Callable[[dict[str, Any]], Tensor]
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def shared_dropout(seed: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Result:
+class Outcome:
     """The outcome of one forward and backward pass: y, gradients by input name or None, inputs that changed."""
 
     y: Tensor
@@ -61,7 +61,7 @@ class Result:
         return {"y": self.y} | {f"d{name}": gradient for name, gradient in self.gradients.items()}
 
 
-def run(call: Call, inputs: Mapping[str, Any], seed: int, dy: Tensor | None = None) -> Result:
+def run(call: OfInputs, inputs: Mapping[str, Any], seed: int, dy: Tensor | None = None) -> Outcome:
     """One forward and backward pass of call(inputs), differentiated in every input that requires a gradient.
 
     The inputs are not copied, so that the function sees their strides. dy: shaped like y, random by default.
@@ -79,7 +79,7 @@ def run(call: Call, inputs: Mapping[str, Any], seed: int, dy: Tensor | None = No
         wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
         gradients = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True) if wanted else ()
     mutated = tuple(name for name, copy in before.items() if not same(copy, leaves[name]))
-    return Result(y.detach(), dict(zip(wanted, gradients, strict=True)), mutated)
+    return Outcome(y.detach(), dict(zip(wanted, gradients, strict=True)), mutated)
 
 
 def random_like(tensor: Tensor, seed: int) -> Tensor:

@@ -33,7 +33,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Case:
+class CheckCase:
     """One check of the suite: a layer, its sizes, dtypes and backend."""
 
     layer: str
@@ -61,7 +61,7 @@ class Case:
 
 def cases(
     layers: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], backends: Sequence[str], **more: object
-) -> list[Case]:
+) -> list[CheckCase]:
     """All combinations. Raises ValueError for a shape that is not four positive sizes, or an unknown dtype."""
     sizes = []
     for shape in shapes:
@@ -71,10 +71,10 @@ def cases(
     for dtype in dtypes:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    return [Case(*combination, **more) for combination in itertools.product(layers, sizes, dtypes, backends)]
+    return [CheckCase(*combination, **more) for combination in itertools.product(layers, sizes, dtypes, backends)]
 
 
-def run(cases: Sequence[Case], json_path: str | None = None, verbose: bool = False) -> int:
+def run(cases: Sequence[CheckCase], json_path: str | None = None, verbose: bool = False) -> int:
     """Check every case and print a table. Returns 0 if all are ok, else 1."""
     reports, lines = [], [("layer", "MxNxKxR", "dtypes", "backend", "worst ratio to PyTorch's error", "verdict")]
     progress = sys.stderr if sys.stderr.isatty() else None
@@ -109,16 +109,16 @@ def _meta() -> dict[str, str]:
     return versions | {"device": device}
 
 
-def _generator(case: Case) -> torch.Generator:
+def _generator(case: CheckCase) -> torch.Generator:
     return torch.Generator().manual_seed(case.seed)
 
 
-def _check_function(case: Case) -> Report:
+def _check_function(case: CheckCase) -> Report:
     inputs = random_inputs(*case.shape, *DTYPES[case.dtype], device=case.device, generator=_generator(case))
     return check_gradients(dora_linear, inputs, seed=case.seed)
 
 
-def _check_module(case: Case) -> Report:
+def _check_module(case: CheckCase) -> Report:
     _, N, K, R = case.shape
     inputs = random_inputs(*case.shape, *DTYPES[case.dtype], device=case.device, generator=_generator(case))
     layer = DoraLinear(K, N, R, R * inputs["scaling"], True, case.dropout, case.device, *DTYPES[case.dtype])
@@ -130,7 +130,7 @@ def _check_module(case: Case) -> Report:
     return check_gradients(layer, inputs["x"], seed=case.seed)
 
 
-def _check_peft(case: Case) -> Report:
+def _check_peft(case: CheckCase) -> Report:
     try:
         import peft
     except ModuleNotFoundError as error:

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import layer
 from bench.lib import machine, measure, peers, report, shapes, steps
 from bench.lib.measure import Gate, GateError, Timing, failure, interleave
-from bench.lib.problem import FROZEN_INFERENCE, PASSES, Layer, Problem, forward_backward, reference
+from bench.lib.problem import FROZEN_INFERENCE, PASSES, LayerProblem, TimedLayer, forward_backward, reference
 from bench.lib.providers import COMPILED, PROVIDERS, default_providers, ours, peft_dora, providers_of
-from bench.lib.shapes import PRECISIONS, QUANTIZED, Case
+from bench.lib.shapes import PRECISIONS, QUANTIZED, LayerCase
 from bench.studies import shared
 from dora_kernels import ops
 from dora_kernels.testing import rms_error
@@ -25,13 +25,13 @@ ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def case(precision: str = "fp32", M: int = 48) -> Case:
-    return Case(M, 96, 160, 8, precision, DEVICE)
+def case(precision: str = "fp32", M: int = 48) -> LayerCase:
+    return LayerCase(M, 96, 160, 8, precision, DEVICE)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_provider_passes_the_gate(precision):
-    problem = Problem.random(case(precision))
+    problem = LayerProblem.random(case(precision))
     gate = Gate(problem)
     for name in default_providers("cpu"):
         built = PROVIDERS[name](problem)
@@ -49,7 +49,7 @@ def test_every_provider_passes_the_gate(precision):
 @pytest.mark.parametrize("precision", ("fp32", "bf16"))
 def test_dropout_in_both_meanings(precision):
     dropping = dataclasses.replace(case(precision), dropout=0.3)
-    problem = Problem.random(dropping)
+    problem = LayerProblem.random(dropping)
     gate, results = Gate(problem), {}
     providers = providers_of(dropping, ["peft_lora", "ours", "peft_dora", "frozen", "axolotl"])
     assert list(providers) == ["peft_lora", "ours", "peft_dora", "frozen", "ours_lora_dropout"]
@@ -69,7 +69,7 @@ def test_dropout_in_both_meanings(precision):
 
 
 def test_inference_inside_frozen_adapters_is_inside():
-    problem = Problem.random(case())
+    problem = LayerProblem.random(case())
     built = ours(problem)
     built.set_mode(FROZEN_INFERENCE)
     inside = PASSES[FROZEN_INFERENCE]
@@ -84,7 +84,7 @@ def test_inference_inside_frozen_adapters_is_inside():
 
 def test_siblings_of_one_x_are_rows(monkeypatch):
     monkeypatch.setitem(shared.BLOCKS, "q, k", (24, {"q_proj": 16, "k_proj": 8}))
-    rows = steps.measure_shared(shared.Case("q, k", "fp32", 5, 3), torch.device(DEVICE), 0.0, (1, 1))
+    rows = steps.measure_shared(shared.SharedCase("q, k", "fp32", 5, 3), torch.device(DEVICE), 0.0, (1, 1))
     assert [row.provider for row in rows] == ["frozen", "peft_dora", "ours", "ours_shared"]
     assert all((row.N, row.K, row.variant, row.ok) == (24, 24, "q, k", True) and row.ms.runs == 1 for row in rows)
 
@@ -93,7 +93,7 @@ def test_siblings_of_one_x_are_rows(monkeypatch):
 def test_every_provider_over_a_4_bit_base(precision):
     """QLoRA, QDoRA and ours of the same packed weight, each layer with a copy of its own; and what they need."""
     pytest.importorskip("bitsandbytes")
-    problem = Problem.random(Case(16, 1024, 1024, 8, precision, DEVICE))
+    problem = LayerProblem.random(LayerCase(16, 1024, 1024, 8, precision, DEVICE))
     gate, peaks = Gate(problem), {}
     for name in default_providers(DEVICE, quantized=True):
         built = PROVIDERS[name](problem)
@@ -120,7 +120,7 @@ def test_peak_on_a_cpu():
 def test_every_formula_is_exact_in_float64(name, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))  # without a compiler
     monkeypatch.setattr(peers, "CHUNK", 64)  # three chunks of 160 columns, one of them ragged
-    problem = Problem.random(case()).double()
+    problem = LayerProblem.random(case()).double()
     if name == "ours_exact" and DEVICE == "cuda":
         pytest.skip("float64 has no kernels")
     built = PROVIDERS[name](problem)
@@ -133,7 +133,7 @@ def test_compiled_providers_really_compile(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: compiled.append(dynamic) or function)
     for name in COMPILED:
-        PROVIDERS[name](Problem.random(case()))
+        PROVIDERS[name](LayerProblem.random(case()))
     assert compiled == [False, False]
     assert default_providers("cuda") == list(PROVIDERS) and not set(COMPILED) & set(default_providers("cpu"))
 
@@ -164,7 +164,7 @@ def test_saved_bytes_of_a_layer():
     assert saved["peft_dora", "forward"] > saved["ours", "forward"]
 
 
-def broken(problem: Problem, **changes) -> Layer:
+def broken(problem: LayerProblem, **changes) -> TimedLayer:
     """PEFT's DoRA layer with changed values in its trained tensors."""
     built = peft_dora(problem)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def broken(problem: Problem, **changes) -> Layer:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("changes", ({"magnitude": 1.01}, {"magnitude": 0.99}, {"lora_B": 0}, {"lora_A": 0.8}), ids=str)
 def test_the_gate_rejects_a_wrong_layer(precision, changes):
-    problem = Problem.random(case(precision))
+    problem = LayerProblem.random(case(precision))
     comparisons, _ = Gate(problem).check(broken(problem, **changes))
     assert "y: error" in failure(comparisons)
 
@@ -184,7 +184,7 @@ def test_the_gate_rejects_a_wrong_layer(precision, changes):
 @pytest.mark.parametrize("name", ("y", "x", "lora_A", "lora_B", "magnitude"))
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_gate_rejects_each_wrong_tensor(precision, name):
-    problem = Problem.random(case(precision))
+    problem = LayerProblem.random(case(precision))
     gate = Gate(problem)
     right = forward_backward(ours(problem), problem)
     assert failure(gate.comparisons("dora", right)) is None
@@ -194,7 +194,7 @@ def test_the_gate_rejects_each_wrong_tensor(precision, name):
 
 
 def test_the_gate_wants_every_tensor_in_its_dtype():
-    problem = Problem.random(case("bf16"))
+    problem = LayerProblem.random(case("bf16"))
     gate = Gate(problem)
     results = forward_backward(ours(problem), problem)
     with pytest.raises(GateError, match="y is torch.float32 .* expected torch.bfloat16"):
@@ -205,30 +205,30 @@ def test_the_gate_wants_every_tensor_in_its_dtype():
 
 
 def test_a_layer_of_ours_that_peft_computed_is_no_measurement():
-    problem = Problem.random(case())
+    problem = LayerProblem.random(case())
     with pytest.raises(GateError, match="operators called"):
         Gate(problem).check(dataclasses.replace(peft_dora(problem), ours=True))
 
 
 def test_the_problem_hides_nothing():
-    problem = Problem.random(Case(8, 64, 32, 4, "fp32", DEVICE))
+    problem = LayerProblem.random(LayerCase(8, 64, 32, 4, "fp32", DEVICE))
     y = reference(problem, "dora").forward(problem.x)
     for computes in ("lora", "frozen"):  # the update and the gain are both large beside any rounding
         assert measure.compare("y", reference(problem, computes).forward(problem.x), y, y).error > 0.02
     assert problem.dy.stride() == (64, 1) and problem.dy.count_nonzero() == problem.dy.numel()
 
 
-def zeros(problem: Problem) -> Layer:
+def zeros(problem: LayerProblem) -> TimedLayer:
     """A very fast layer."""
     built = peft_dora(problem)
     return dataclasses.replace(built, forward=lambda x: built.forward(x) * 0)
 
 
-def raising(problem: Problem) -> Layer:
+def raising(problem: LayerProblem) -> TimedLayer:
     raise RuntimeError("no such kernel")
 
 
-FIELDS = {field.name for field in dataclasses.fields(steps.Row)}
+FIELDS = {field.name for field in dataclasses.fields(steps.StepRow)}
 
 
 def test_rows_and_json(tmp_path, capsys):
@@ -327,8 +327,8 @@ def test_launches_are_counted_after_all_timing_while_there_is_time(tmp_path):
         order.append(("time", case.M))
         clock.now += 10
         return [
-            steps.Row("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32"),
-            steps.Row("broken", "dora", "forward", [], case.M, 1, 1, 1, "fp32", ok=False),
+            steps.StepRow("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32"),
+            steps.StepRow("broken", "dora", "forward", [], case.M, 1, 1, 1, "fp32", ok=False),
         ]
 
     def count(case):
@@ -340,7 +340,7 @@ def test_launches_are_counted_after_all_timing_while_there_is_time(tmp_path):
         return {"clock_mhz": len(order)}
 
     path = tmp_path / "layer.json"
-    cases = [case(M=1), shared.Case("q, k, v", "bf16", 2, 1), case(M=3), case(M=4)]
+    cases = [case(M=1), shared.SharedCase("q, k, v", "bf16", 2, 1), case(M=3), case(M=4)]
     rows = layer.run(cases, path, measured, 55, {}, clock, count, conditions)
     assert order == [("time", 1), ("time", 2), ("time", 3), ("time", 4), ("count", 1), ("count", 3)]
     assert [row["launches"] for row in rows] == [9.0, None, None, None, 9.0, None, None, None]
@@ -357,7 +357,7 @@ def test_launches_have_a_part_of_the_time_and_the_most_different_cases_come_firs
     def measured(case, found):
         timed.append(case)
         clock.now += 2.9
-        return [steps.Row("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32")]
+        return [steps.StepRow("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32")]
 
     def count(case):
         counted.append((case, len(timed)))
@@ -380,7 +380,7 @@ def test_launches_have_a_part_of_the_time_and_the_most_different_cases_come_firs
 
 def test_launches_that_cannot_be_counted_cost_only_themselves(tmp_path, capsys):
     def measured(case, found):
-        return [steps.Row("ours", "dora", "forward", [], case.M, 1, 1, 1, case.precision)]
+        return [steps.StepRow("ours", "dora", "forward", [], case.M, 1, 1, 1, case.precision)]
 
     def count(case):
         if case.M == 1:
@@ -394,7 +394,7 @@ def test_launches_that_cannot_be_counted_cost_only_themselves(tmp_path, capsys):
 
 def test_an_interrupted_case_leaves_its_whole_steps_and_says_what_is_missing(tmp_path):
     def measured(case, found):
-        rows = [steps.Row(name, "dora", "forward", [], case.M, 1, 1, 1, "fp32") for name in ("ours", "frozen")]
+        rows = [steps.StepRow(name, "dora", "forward", [], case.M, 1, 1, 1, "fp32") for name in ("ours", "frozen")]
         if case.M == 2:
             found(rows, ["inference", "peft_dora_compiled"])
             raise KeyboardInterrupt
@@ -451,7 +451,7 @@ def test_a_case_that_raises_is_left_out_and_not_the_end(tmp_path, capsys):
     def measured(case, found):
         if case.M == 2:
             raise torch.OutOfMemoryError("too large")
-        return [steps.Row("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32")]
+        return [steps.StepRow("ours", "dora", "forward", [], case.M, 1, 1, 1, "fp32")]
 
     path, cases = tmp_path / "layer.json", [case(M=M) for M in (1, 2, 3)]
     assert [row["M"] for row in layer.run(cases, path, measured, 60, {})] == [1, 3]
@@ -602,10 +602,10 @@ def test_timing_statistics():
 
 
 def test_a_graph_that_does_not_write_its_results_has_no_time(monkeypatch):
-    problem = Problem.random(case())
+    problem = LayerProblem.random(case())
     layers = {name: PROVIDERS[name](problem) for name in ("frozen", "peft_dora", "ours")}
     calls = {name: (lambda built=built: forward_backward(built, problem)) for name, built in layers.items()}
-    rows = {name: steps.Row(name, None, "forward+backward", [], 1, 1, 1, 1, "fp32") for name in layers}
+    rows = {name: steps.StepRow(name, None, "forward+backward", [], 1, 1, 1, 1, "fp32") for name in layers}
 
     class Graph:
         def __init__(self, call, results):
@@ -639,7 +639,7 @@ def test_a_graph_that_does_not_write_its_results_has_no_time(monkeypatch):
     assert rows["peft_dora"].graph_ms is None and rows["peft_dora"].graph_reason.startswith("y: error inf")
 
     only_y = {"ours": lambda: {"y": layers["ours"].forward(problem.x)}}  # a pass that gives y alone
-    rows["ours"] = steps.Row("ours", None, "forward", [], 1, 1, 1, 1, "fp32")
+    rows["ours"] = steps.StepRow("ours", None, "forward", [], 1, 1, 1, 1, "fp32")
     time_graphs(only_y, "forward")
     assert rows["ours"].graph_ms.runs == 2 and rows["ours"].graph_reason is None
 
@@ -647,14 +647,14 @@ def test_a_graph_that_does_not_write_its_results_has_no_time(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_graphs_and_memory_on_a_gpu():
-    rows = steps.measure_case(Case(256, 512, 512, 16, "bf16", "cuda"), seconds=0.2, rounds=(3, 20))
+    rows = steps.measure_case(LayerCase(256, 512, 512, 16, "bf16", "cuda"), seconds=0.2, rounds=(3, 20))
     assert [(row.provider, row.reason, row.graph_reason) for row in rows if row.reason or row.graph_reason] == []
     assert all(row.backend == "triton" for row in rows if row.provider.startswith("ours"))
     for row in rows:
         assert row.graph_ms.median > 0 and row.ms.median > 0
         assert row.peak_bytes >= 2 * row.M * row.N  # y at least
         assert row.host_us > 0
-    counts = steps.count_launches(Case(256, 512, 512, 16, "bf16", "cuda"))
+    counts = steps.count_launches(LayerCase(256, 512, 512, 16, "bf16", "cuda"))
     assert counts.keys() == {(row.provider, row.step) for row in rows} and min(counts.values()) >= 1
 
 
@@ -672,7 +672,7 @@ def test_shapes():
 def test_named_grids():
     core, decode, full = (shapes.GRIDS[name]("cpu") for name in ("core", "decode", "full"))
     assert len(core) <= 24 and len(set(core)) == len(core)
-    assert core[0] == Case(8192, 4096, 4096, 64, "bf16", "cpu") and core[2] == Case(
+    assert core[0] == LayerCase(8192, 4096, 4096, 64, "bf16", "cpu") and core[2] == LayerCase(
         8192, 14336, 4096, 384, "bf16", "cpu"
     )
     assert {case.precision for case in core} == set(PRECISIONS)
@@ -680,7 +680,7 @@ def test_named_grids():
         quantized = shapes.GRIDS["qdora"](device)
         assert len(set(quantized)) == len(quantized) and {case.precision for case in quantized} <= set(QUANTIZED)
         assert all(case.K % 64 == 0 for case in quantized)  # or bitsandbytes may be wrong
-    assert Case(8192, 4096, 4096, 64, "nf4-bf16", "cuda") in quantized
+    assert LayerCase(8192, 4096, 4096, 64, "nf4-bf16", "cuda") in quantized
     assert {case.M for case in decode} == {1, 8, 16} and set(core[3:5]) < set(decode)
     weights = {(shape.N, shape.K) for shape in shapes.LAYERS}
     assert len(full) == len(set(full)) == 2 * len(weights) * len(shapes.M_LIST) * len(shapes.R_LIST) + 2
@@ -700,7 +700,7 @@ def test_which_cases_run(capsys):
     assert cases("--case", "1-4", "6", "10") == [*core[:4], core[5], core[9]]
     assert cases("--grid", "decode", "--case", "2") == shapes.decode_grid()[1:2]
     named = cases("--case", "3x4x5x6:fp16", "3x4x5x6", "dropout", "shared")
-    assert named[:2] == [Case(3, 4, 5, 6, "fp16", "cuda"), Case(3, 4, 5, 6, "bf16", "cuda")]
+    assert named[:2] == [LayerCase(3, 4, 5, 6, "fp16", "cuda"), LayerCase(3, 4, 5, 6, "bf16", "cuda")]
     assert named[2] == dataclasses.replace(core[0], dropout=0.05) and str(named[2]).endswith(" bf16 dropout 0.05")
     assert str(named[3]) == "q, k, v of Llama-3.1-8B M=8192 R=64 bf16"
     for wrong in ("0", "25", "4-3", "3x4x5", "3x4x5x6:int3", "droput"):

@@ -7,7 +7,7 @@ from bench.lib.measure import Timing
 from bench.studies import dropout
 from tests.support.problem import DEVICE
 
-CASE = dropout.Case("bf16", 33, 24, 20, 3)
+CASE = dropout.DropoutCase("bf16", 33, 24, 20, 3)
 
 
 @pytest.fixture(autouse=True)
@@ -24,12 +24,12 @@ def test_a_case():
 @pytest.mark.parametrize("way", dropout.WAYS)
 @pytest.mark.parametrize("name", ("y", "dx", "lora_B.weight"))
 def test_wrong_numbers_are_not_timed(name, way, monkeypatch):
-    step = dropout.Problem.step
+    step = dropout.DropoutProblem.step
 
     def wrong(self, asked):
         results = step(self, asked)
         return {key: value * (1.05 if key == name and asked == way else 1) for key, value in results.items()}
 
-    monkeypatch.setattr(dropout.Problem, "step", wrong)
+    monkeypatch.setattr(dropout.DropoutProblem, "step", wrong)
     with pytest.raises(RuntimeError, match=f"bench.studies.dropout: .* {way}: .*{name}"):
         dropout.measure(CASE, torch.device(DEVICE), 0)

@@ -40,11 +40,11 @@ for way in ("split", "merged"):
             step()
             counts[f"{way} {name}"] = driver.launches(step), len(host_layers.library_launches(step))
 
-from bench.lib.problem import Problem
-from bench.lib.shapes import Case
+from bench.lib.problem import LayerProblem
+from bench.lib.shapes import LayerCase
 
 for R in (16, 128):
-    problem = Problem.random(Case(host_layers.M, host_layers.N, host_layers.K, R, "bf16"))
+    problem = LayerProblem.random(LayerCase(host_layers.M, host_layers.N, host_layers.K, R, "bf16"))
     step = host_layers.step_of(host_layers.function(problem), problem, "forward+backward")
     with host_driver.pretended_gpu(host_layers.PLANNED["training"]):
         step()

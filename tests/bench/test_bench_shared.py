@@ -14,7 +14,7 @@ from tests.support.problem import DEVICE
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
-CASE = shared.Case("q, k", "fp32", 5, 3)
+CASE = shared.SharedCase("q, k", "fp32", 5, 3)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def small(monkeypatch):
 
 @pytest.mark.parametrize("precision", shared.PRECISIONS)
 def test_a_case(small, precision):
-    rows = shared.measure(shared.Case("q, k", precision, 5, 3), torch.device(DEVICE), 0)
+    rows = shared.measure(shared.SharedCase("q, k", precision, 5, 3), torch.device(DEVICE), 0)
     assert [row["way"] for row in rows] == ["apart", "shared"]
     held = [row["saved_bytes"] for row in rows]
     # autocast makes a copy of x (5, 24) for each layer, or one
@@ -34,22 +34,22 @@ def test_a_case(small, precision):
 
 @pytest.mark.parametrize("fused", (False, True))
 def test_a_way_that_does_not_do_what_its_name_says_is_not_timed(small, fused, monkeypatch):
-    enabled = shared.Problem.enabled
-    monkeypatch.setattr(shared.Problem, "enabled", lambda self, _: enabled(self, fused))
+    enabled = shared.SharedProblem.enabled
+    monkeypatch.setattr(shared.SharedProblem, "enabled", lambda self, _: enabled(self, fused))
     with pytest.raises(RuntimeError, match=f"was shared {int(fused)} times"):
         shared.measure(CASE, torch.device(DEVICE), 0)
 
 
 @pytest.mark.parametrize("name", ("y1", "dx", "k_proj.lora_A"))
 def test_wrong_numbers_are_not_timed(small, name, monkeypatch):
-    step = shared.Problem.step
+    step = shared.SharedProblem.step
 
     def wrong(self, model):
         results = step(self, model)
         off = 1 if model is self.model else 1.001
         return {key: value * off if name in key else value for key, value in results.items()}
 
-    monkeypatch.setattr(shared.Problem, "step", wrong)
+    monkeypatch.setattr(shared.SharedProblem, "step", wrong)
     with pytest.raises(RuntimeError, match=f"apart: .*{name}.*: error"):
         shared.measure(CASE, torch.device(DEVICE), 0)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from bench.kernels import GPU_CASES, LIBRARY
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from bench.studies import fit
 from dora_kernels.planning import plan
 
@@ -79,4 +79,4 @@ def test_the_command(kernel_rows, tmp_path, capsys):
 
 
 def test_a_case_is_what_a_row_says():
-    assert fit.case_of(kernel_row("norm", (1, 2, 3, 4), "kernel")) == Case(1, 2, 3, 4, "bf16")
+    assert fit.case_of(kernel_row("norm", (1, 2, 3, 4), "kernel")) == LayerCase(1, 2, 3, 4, "bf16")

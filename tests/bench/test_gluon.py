@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.studies.gluon.gemm import SHARED_LIMIT, VARIANTS, Variant, launcher, why_not_gluon
+from bench.studies.gluon.gemm import SHARED_LIMIT, VARIANTS, GemmVariant, launcher, why_not_gluon
 from dora_kernels.testing import rms_error
 from tests.support.gluon_schedule import Deadlock
 from tests.support.gluon_simulator import Descriptor, Simulator
@@ -27,7 +27,7 @@ SHAPES = ((64, 64, 48, 8, 3), (50, 100, 45, 4, 2), (33, 70, 96, 24, 5), (16, 32,
 
 
 def errors(
-    source: str, variant: Variant, shape: tuple[int, ...], seed: int, tile: tuple[int, ...] = SMALL
+    source: str, variant: GemmVariant, shape: tuple[int, ...], seed: int, tile: tuple[int, ...] = SMALL
 ) -> dict[str, float]:
     """The errors of y and z against float64, of the kernel with these blocks, in one order of events."""
     M, N, K, R, programs = shape
@@ -117,10 +117,10 @@ def test_a_broken_kernel_is_noticed(what):
 def test_slots_that_do_not_divide_the_stores_of_a_tile_are_refused():
     """Five slots for eight stores would look better; a tile would begin at a slot that is still being read."""
     with pytest.raises(AssertionError, match="static_assert"):
-        errors(SOURCE, Variant(slots=5), SHAPES[0], 0)
+        errors(SOURCE, GemmVariant(slots=5), SHAPES[0], 0)
     check = "    gl.static_assert((2 * PARTS if BOTH else PARTS) % SLOTS == 0)\n"
     assert check in SOURCE
-    unchecked = (errors(SOURCE.replace(check, ""), Variant(slots=5), SHAPES[0], seed) for seed in range(20))
+    unchecked = (errors(SOURCE.replace(check, ""), GemmVariant(slots=5), SHAPES[0], seed) for seed in range(20))
     assert any(wrong(found) for found in unchecked)
 
 
@@ -135,7 +135,7 @@ COMPILE = """
 from bench.studies.gluon import gemm
 assert gemm.main() == 0
 print("five stages")
-assert gemm.main({"too large": gemm.Variant(stages=5)}) == 1
+assert gemm.main({"too large": gemm.GemmVariant(stages=5)}) == 1
 """
 
 

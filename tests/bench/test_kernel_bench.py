@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from bench import kernels
-from bench.kernels import Operands
+from bench.kernels import KernelOperands
 from bench.lib import report, roof
 from bench.lib.measure import Timing
 from bench.lib.roof import Roof, Work, work
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from bench.studies import decisive
 from dora_kernels.kernels import KERNELS, backward
 from dora_kernels.planning import devices, plan
@@ -26,11 +26,11 @@ from dora_kernels.pytorch import PYTORCH
 
 ROOT = Path(__file__).parents[2]
 H200 = Roof(4e12, {"bf16": 800e12, "fp16": 800e12, "fp32": 50e12})
-CASE = Case(8192, 4096, 2048, 64, "bf16")
-SMALL = Case(40, 48, 56, 8, "bf16")
+CASE = LayerCase(8192, 4096, 2048, 64, "bf16")
+SMALL = LayerCase(40, 48, 56, 8, "bf16")
 
 
-def small(precision: str) -> Case:
+def small(precision: str) -> LayerCase:
     return replace(SMALL, precision=precision)
 
 
@@ -80,7 +80,7 @@ def test_the_sums_without_the_product_are_what_the_package_launches_at_high_rank
     launched = []
     monkeypatch.setattr(backward, "_partial_sums", lambda how, *given: launched.append(given) or (None, None, None))
     monkeypatch.setattr(backward, "_finish_sums_kernel", collections.defaultdict(lambda: lambda *given, **named: None))
-    o = Operands.random(replace(SMALL, R=plan.SKINNY_RANK))
+    o = KernelOperands.random(replace(SMALL, R=plan.SKINNY_RANK))
     for call in ("token_sums", "column_sums"):
         kernels.CALLS[call](o, KERNELS)
     product, without = launched
@@ -118,7 +118,7 @@ def test_the_figures_of_a_row():
 
 @pytest.mark.parametrize("precision", kernels.DTYPES)
 def test_the_reference_passes_its_own_check(precision):
-    checker = kernels.Checker(Operands.random(small(precision)))
+    checker = kernels.Checker(KernelOperands.random(small(precision)))
     for kernel in kernels.CALLS:
         assert kernels.failure(checker.comparisons(kernel, PYTORCH)) is None, kernel
 
@@ -134,7 +134,7 @@ def test_a_wrong_kernel_is_found(kernel, wrong, precision):
         results = getattr(PYTORCH, STEP[kernel])(*arguments, **keywords)
         return tuple(wrong * t for t in results) if isinstance(results, tuple) else wrong * results
 
-    checker = kernels.Checker(Operands.random(small(precision)))
+    checker = kernels.Checker(KernelOperands.random(small(precision)))
     reason = kernels.failure(checker.comparisons(kernel, PYTORCH._replace(**{STEP[kernel]: step})))
     assert reason and "error" in reason
 
@@ -145,13 +145,13 @@ def test_sums_over_the_tokens_that_are_left_unwritten_are_found(part):
         keywords.pop(part)
         PYTORCH.token_sums(*arguments, **keywords)
 
-    checker = kernels.Checker(Operands.random(SMALL))
+    checker = kernels.Checker(KernelOperands.random(SMALL))
     reason = kernels.failure(checker.comparisons("token_sums", PYTORCH._replace(token_sums=step)))
     assert reason == f"{'dB' if part == 'outer' else part}: error inf, yardstick {reason.split()[-1]}"
 
 
 def test_an_update_that_is_lost_is_found():
-    operands = Operands.random(SMALL)
+    operands = KernelOperands.random(SMALL)
     checker = kernels.Checker(operands)
     for kernel in ("norm", "merge", "epilogue"):
         without = replace(operands, lora_B=torch.zeros_like(operands.lora_B))
@@ -276,7 +276,7 @@ def test_the_sections_run(tmp_path):
 @pytest.mark.skipif(not devices.interpreting(), reason="the fused product at sizes for the interpreter")
 @pytest.mark.parametrize("descriptors", (False, True))
 def test_the_fused_product(descriptors):
-    o = Operands.random(Case(64, 32, 48, 32, "fp32"))
+    o = KernelOperands.random(LayerCase(64, 32, 48, 32, "fp32"))
     arguments, expected = (o.x, o.low, o.weight, o.lora_B, o.gain), o.x @ o.weight.T + o.low @ o.lora_B.T
     y, z = decisive.fused_linear(*arguments, (32, 16, 16, 4, 2), descriptors, keep_z=True)
     torch.testing.assert_close(y, o.gain * expected, rtol=1e-4, atol=1e-4)

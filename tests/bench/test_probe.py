@@ -16,17 +16,17 @@ import pytest
 import torch
 
 from bench.lib.apart import Attempt
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from bench.studies import beside, probe
 from bench.studies.gluon import candidates
-from bench.studies.gluon.candidates import Candidate, Inputs, check_variant, time_candidates
+from bench.studies.gluon.candidates import Candidate, GemmInputs, check_variant, time_candidates
 from bench.studies.gluon.gemm import VARIANTS
 from bench.studies.probe import Probe, decisions
 from tests.support.problem import DEVICE
 
 ROOT = Path(__file__).parents[2]
-SMALL = Case(40, 48, 56, 8, "bf16", "cpu")
-FIRST = Case(*probe.FIRST_SHAPE, "bf16", "cuda")
+SMALL = LayerCase(40, 48, 56, 8, "bf16", "cpu")
+FIRST = LayerCase(*probe.FIRST_SHAPE, "bf16", "cuda")
 SIZES = {"M": 8192, "N": 4096, "K": 4096, "R": 64}
 
 
@@ -86,7 +86,7 @@ def test_one_that_is_not_does_not(monkeypatch, broken):
 
 
 def test_the_inputs_of_dx_are_those_of_the_backward_pass():
-    inputs = Inputs.random(SMALL, nn=True)
+    inputs = GemmInputs.random(SMALL, nn=True)
     assert inputs.x.shape == (40, 48) and inputs.weight.shape == (48, 56) and inputs.lora.shape == (8, 56)
     assert inputs.product().shape == (40, 56) == inputs.results(torch.float64)["y"].shape
 
@@ -180,9 +180,9 @@ for owner in (torch.cuda, torch._C):
 
 import tune
 from bench.studies import beside, probe
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 
-case = Case(*probe.FIRST_SHAPE, "bf16", "cuda")
+case = LayerCase(*probe.FIRST_SHAPE, "bf16", "cuda")
 for section in probe.SECTIONS.values():
     section(probe.Probe(case, (case,)))
 assert probe.main([]) == 2
@@ -448,7 +448,7 @@ def test_decisions_of_what_is_there():
 
 def test_the_rule_holds_at_its_own_shape_only():
     elsewhere = measured(99.0, 1.0, 0.7)
-    elsewhere.case = Case(8192, 8192, 8192, 64, "bf16", "cuda")
+    elsewhere.case = LayerCase(8192, 8192, 8192, 64, "bf16", "cuda")
     for row in elsewhere.rows:
         row |= {"N": 8192, "K": 8192} if "N" in row else {}
     assert "no rule for this card and shape" in "\n".join(decisions("NVIDIA H200", elsewhere))

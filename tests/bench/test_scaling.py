@@ -24,7 +24,7 @@ def test_the_adapters_are_those_of_the_layers():
 @pytest.mark.parametrize("base", ("bf16", "NF4"))
 @pytest.mark.parametrize("ranks", scaling.LINKS)
 def test_sharding_divides_what_is_held_and_costs_what_is_received(ranks, base):
-    sharded, whole = (scaling.Step(ranks, base, sharded) for sharded in (True, False))
+    sharded, whole = (scaling.RankStep(ranks, base, sharded) for sharded in (True, False))
     assert sharded.base_bytes * ranks == pytest.approx(whole.base_bytes)
     assert sharded.adapter_bytes * ranks == pytest.approx(whole.adapter_bytes)
     # every other rank's part of the base, twice
@@ -33,8 +33,8 @@ def test_sharding_divides_what_is_held_and_costs_what_is_received(ranks, base):
 
 
 def test_a_faster_link_makes_the_step_shorter_and_nothing_else():
-    step = scaling.Step(64, "bf16", True)
+    step = scaling.RankStep(64, "bf16", True)
     assert step.seconds_received == step.received / 50e9
-    assert step.seconds_computed == scaling.Step(8, "bf16", False).seconds_computed
+    assert step.seconds_computed == scaling.RankStep(8, "bf16", False).seconds_computed
     frozen = sum(2 * N * K * count for N, K, count in scaling.layers()) * 3 * scaling.TOKENS * scaling.BLOCKS
     assert frozen / 790e12 < step.seconds_computed < 1.5 * frozen / 790e12

@@ -367,7 +367,7 @@ def commands(plan, share=lambda stage: 40.0):
         def run(self, name, command, seconds, grace=0, variables=None):
             asked[name] = list(command)
             self.work.joinpath("log").write_text("")
-            return running.Run(0, self.work / "log")
+            return running.CommandRun(0, self.work / "log")
 
     for stage in gpu_suite.PLANS[plan][0]:
         if not stage.name.startswith(("tests", "memcheck", "save")):
@@ -440,10 +440,10 @@ def test_a_provider_that_compiles_for_too_long_costs_itself_alone(tmp_path, monk
         shares[name] = seconds
         (tmp_path / "log").write_text("")
         if name == "peft_dora_compiled":  # interrupted before its file is written
-            return running.Run(None, tmp_path / "log")
+            return running.CommandRun(None, tmp_path / "log")
         path = Path(command[command.index("--out") + 1])
         path.write_text(json.dumps({"meta": {"left_out": []}, "rows": 3 * [row]}))
-        return running.Run(0, tmp_path / "log")
+        return running.CommandRun(0, tmp_path / "log")
 
     monkeypatch.setattr(running.Suite, "run", run)
     outcome = benchmarks.compiled(running.Suite(tmp_path, work=tmp_path), 60)
@@ -468,7 +468,7 @@ def test_a_benchmark_is_judged_by_its_file(tmp_path, monkeypatch):
             path.write_text(json.dumps(written))
         log = tmp_path / "log"
         log.write_text("the end")
-        return running.Run(status, log)
+        return running.CommandRun(status, log)
 
     monkeypatch.setattr(running.Suite, "run", run)
     suite = running.Suite(tmp_path, "abc", work=tmp_path)
@@ -770,7 +770,7 @@ def second_tests(tmp_path, monkeypatch):
             '<testsuite><testcase classname="tests.test_ops" name="test_d"/></testsuite>'
         )
         (tmp_path / "log").write_text("1 passed")
-        return running.Run(0, tmp_path / "log")
+        return running.CommandRun(0, tmp_path / "log")
 
     monkeypatch.setattr(running.Suite, "run", run)
 
@@ -825,7 +825,7 @@ def test_a_test_run_that_was_cut_short_is_not_complete(status, end, complete, tm
     def run(self, name, command, *more):
         (tmp_path / "tests_core.xml").write_text("<testsuite/>")
         (tmp_path / "log").write_text(f"9 passed {end}")
-        return running.Run(status, tmp_path / "log")
+        return running.CommandRun(status, tmp_path / "log")
 
     monkeypatch.setattr(running.Suite, "run", run)
     assert device_tests.tests_core(running.Suite(tmp_path, work=tmp_path), 80)["complete"] is complete

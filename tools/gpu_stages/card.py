@@ -1,4 +1,4 @@
-"""What nvidia-smi says of the card. No CUDA context is made for it: stages may fork, and the card may be exclusive."""
+"""The card's state by nvidia-smi, without a CUDA context: stages may fork, and the card may be exclusive."""
 
 from __future__ import annotations
 

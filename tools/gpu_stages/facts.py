@@ -1,4 +1,4 @@
-"""What this machine is and what its card does: versions, properties, roofs, the cost of a launch.
+"""Facts of this machine and its card: versions, properties, roofs, the cost of a launch.
 
     PYTHONPATH=tools python -m gpu_stages.facts --out facts.json      # and roofline.json beside it
 
@@ -78,7 +78,7 @@ def properties() -> dict[str, Any]:
 
 
 def compiler() -> dict[str, str]:
-    """What decides whether a Triton cache fits: a cache made with another libtriton is never looked at."""
+    """The keys of a Triton cache: one made with another libtriton is never looked at."""
     library = next(Path(triton.__file__).parent.glob("_C/libtriton*.so"))
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
     return {"libtriton": digest, "triton_key": hashlib.sha256(triton_key().encode()).hexdigest()}

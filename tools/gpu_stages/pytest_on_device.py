@@ -42,7 +42,7 @@ def junit_name(nodeid: str) -> str:
 
 
 def context_is_broken() -> bool:
-    """Whether the device answers every call with the error of an earlier one."""
+    """True if the device answers every call with the error of an earlier one."""
     if not torch.cuda.is_initialized():
         return False
     try:

@@ -39,7 +39,7 @@ INTERRUPTIBLE = (
 
 @dataclass(frozen=True)
 class Suite:
-    """What every stage needs to know.
+    """The settings that every stage gets.
 
     out: what comes back, a few files; work: every result and log, which `saving` packs into one of them. cache: an
     archive with the Triton cache of an earlier run; failed: its suite.json. stop: set where everything should end.
@@ -63,7 +63,7 @@ class Suite:
         seconds: float,
         grace: float = GRACE_SECONDS,
         variables: dict[str, str] | None = None,
-    ) -> Run:
+    ) -> CommandRun:
         """run_command, its log in the folder of results, with Triton's cache and readings of the card."""
         variables = {"TRITON_CACHE_DIR": str(self.triton_cache)} | (variables or {})
         log = self.work / "logs" / f"{name}.log"
@@ -146,8 +146,8 @@ def run_stages(
 
 
 @dataclass(frozen=True)
-class Run:
-    """How a command ended: its exit status, or None where its time ran out, and where its output lies."""
+class CommandRun:
+    """The end of a command: its exit status, or None if its time ran out, and the file with its output."""
 
     status: int | None
     log: Path
@@ -183,7 +183,7 @@ def run_command(
     variables: dict[str, str] | None = None,
     stop: threading.Event | None = None,
     sample: Callable[[], None] | None = None,
-) -> Run:
+) -> CommandRun:
     """Run `command` from the root of the checkout, its output in `log`; over in `seconds`, by force if it must be.
 
     The last `grace` seconds are for ending by itself after an interrupt. A process of its own: an illegal memory
@@ -219,7 +219,7 @@ def run_command(
         finally:
             _kill(process)
     sample()
-    return Run(status, log)
+    return CommandRun(status, log)
 
 
 def _wait(process: subprocess.Popen, end: float, stop: threading.Event, sample: Callable[[], None]) -> None:
@@ -235,7 +235,7 @@ def _wait(process: subprocess.Popen, end: float, stop: threading.Event, sample: 
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """What is left of the command and of what it started."""
+    """Kill what is left of the command and of the processes it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(KILL_SECONDS)

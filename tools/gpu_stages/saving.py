@@ -1,4 +1,4 @@
-"""What comes back of a run, and what a later one takes along: two archives beside suite.json."""
+"""The two archives beside suite.json: the results of a run, and the cache for a later one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pack_results(suite: Suite) -> int:
 
 
 def unpack_results(archive: Path, folder: Path) -> None:
-    """What pack_results has packed, into `folder`."""
+    """Unpack what pack_results has packed into `folder`."""
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
 
@@ -63,7 +63,7 @@ def pack_cache(
 
 
 def unpack_cache(archive: Path, cache: Path) -> int:
-    """How many files of an earlier run's cache are in `cache` now.
+    """Unpack an earlier run's cache into `cache`; the number of its files.
 
     Triton writes absolute paths into it: `cache` has to be the folder that it was packed from.
     """

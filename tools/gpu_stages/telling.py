@@ -1,4 +1,4 @@
-"""What a run says at its end: how each stage ended, the table of the layer, and the ten most telling numbers last."""
+"""The summary of a run: the end of each stage, the table of the layer, and the ten most telling numbers last."""
 
 from __future__ import annotations
 

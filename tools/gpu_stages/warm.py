@@ -32,7 +32,7 @@ SPILLS_SHOWN = 8
 
 
 def compile_one(entry: workload.Wanted) -> dict[str, Any]:
-    """What the compiler says of the kernel. One from a cache that was carried here has no assembly to be read again."""
+    """Compile one kernel; the compiler's figures. One from a cache carried here has no assembly to be read."""
     kernel = entry.build()
     if "ptx" not in kernel.asm:
         return {"ok": True, "cached": True, "shared": kernel.metadata.shared}

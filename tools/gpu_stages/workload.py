@@ -1,4 +1,4 @@
-"""What the benchmarks' calls compile, recorded on meta tensors: one list for warm.py."""
+"""The kernels that the benchmarks' calls compile, recorded on meta tensors: one list for warm.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import dora_kernels
 from bench import kernels
 from bench.lib import shapes
 from bench.lib.problem import SCALING
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from bench.studies import beside, fused
 from bench.studies.gluon import gemm
 from dora_kernels.kernels import KERNELS
@@ -46,7 +46,7 @@ class Wanted:
         return self.specialization.tiles()
 
     def signature(self) -> str:
-        """What its launcher depends on."""
+        """The key of its launcher."""
         return str(list(self.specialization.signature.values()))
 
     def build(self) -> Any:
@@ -54,7 +54,7 @@ class Wanted:
         return precompile.build(self.specialization)
 
     def resources(self, kernel: Any) -> dict[str, Any]:
-        """What the compiler says of it."""
+        """The compiler's figures for it."""
         return dataclasses.asdict(compile_kernels.compile_ahead(self.specialization))
 
 
@@ -112,12 +112,14 @@ def _recording(target: Target, precision: str, overrides: dict | None = None) ->
 
 def _kernels(target: Target) -> Iterator[list[Specialization]]:
     for sizes, precision in map(shapes.sizes_of, KERNEL_CASES):
-        yield _alone(target, Case(*sizes, precision or "bf16", "meta"), tuple(kernels.CALLS))
+        yield _alone(target, LayerCase(*sizes, precision or "bf16", "meta"), tuple(kernels.CALLS))
 
 
-def _alone(target: Target, case: Case, names: tuple[str, ...], overrides: dict | None = None) -> list[Specialization]:
+def _alone(
+    target: Target, case: LayerCase, names: tuple[str, ...], overrides: dict | None = None
+) -> list[Specialization]:
     """Kernels of bench.kernels, one by one."""
-    operands = kernels.Operands.random(case)
+    operands = kernels.KernelOperands.random(case)
     with _recording(target, case.precision, overrides) as recorded, kernels.every_call_by_kernel():
         for name in names:
             kernels.CALLS[name](operands, KERNELS)
@@ -134,7 +136,7 @@ def _layer(target: Target) -> Iterator[list[Specialization]]:
         yield recorded
 
 
-def _inputs(case: Case) -> Inputs:
+def _inputs(case: LayerCase) -> Inputs:
     variant = specializations.VARIANTS[VARIANTS[case.precision]]
     return Inputs.of(variant, case.M, case.N, case.K, case.R)
 
@@ -147,17 +149,17 @@ def _infer(inputs: Inputs, **options: str) -> None:
 def _model(target: Target) -> Iterator[list[Specialization]]:
     for N, K in MODEL:
         with _recording(target, "bf16-autocast") as recorded:
-            step(_inputs(Case(4096, N, K, 384, "bf16-autocast", "meta")), scaling=SCALING, bias=False)
+            step(_inputs(LayerCase(4096, N, K, 384, "bf16-autocast", "meta")), scaling=SCALING, bias=False)
         yield recorded
 
 
 def _decisive(target: Target) -> Iterator[list[Specialization]]:
     for N, R in ((4096, 384), (8192, 384), (14336, 384)):
-        yield _alone(target, Case(8192, N, 8192 if N == 8192 else 4096, R, "bf16", "meta"), ("merge", "norm"))
+        yield _alone(target, LayerCase(8192, N, 8192 if N == 8192 else 4096, R, "bf16", "meta"), ("merge", "norm"))
     for precision in ("highest", "high"):
         variant = dataclasses.replace(specializations.VARIANTS["bf16, fp32 adapters"], precision=precision)
         for R in (64, 384):
-            operands = kernels.Operands.random(Case(8192, 8192, 8192, R, "bf16-fp32", "meta"))
+            operands = kernels.KernelOperands.random(LayerCase(8192, 8192, 8192, R, "bf16-fp32", "meta"))
             with recording(target, variant) as recorded, kernels.every_call_by_kernel():
                 kernels.CALLS["norm"](operands, KERNELS)
             yield recorded
@@ -165,15 +167,15 @@ def _decisive(target: Target) -> Iterator[list[Specialization]]:
         for M in (1, 16, 128, 512, 2048, 8192):
             for way in ("split", "merged", "auto"):
                 with _recording(target, "bf16") as recorded:
-                    _infer(_inputs(Case(M, N, 4096, R, "bf16", "meta")), way=way)
+                    _infer(_inputs(LayerCase(M, N, 4096, R, "bf16", "meta")), way=way)
                 yield recorded
     with _recording(target, "bf16") as recorded:  # the host's cost
-        inputs = _inputs(Case(16, 256, 256, 16, "bf16", "meta"))
+        inputs = _inputs(LayerCase(16, 256, 256, 16, "bf16", "meta"))
         step(inputs, scaling=SCALING, bias=False)
         _infer(inputs)
     yield recorded
     for sizes in ((8192, 4096, 4096, 64), (8192, 14336, 4096, 384), (8192, 8192, 8192, 64)):
-        operands = kernels.Operands.random(Case(*sizes, "bf16", "meta"))
+        operands = kernels.KernelOperands.random(LayerCase(*sizes, "bf16", "meta"))
         given = (operands.x, operands.low, operands.weight, operands.lora_B, operands.gain)
         # by descriptors or pointers, one output or both; by pointers both do not fit the registers
         for tiles, settings in itertools.product(fused.FUSED_TILES, ((True, False), (True, True), (False, False))):

@@ -1,1 +1,1 @@
-"""What tools/mutate.py is made of."""
+"""The parts of tools/mutate.py: subjects, changes, what is excluded, and the runs of the tests."""

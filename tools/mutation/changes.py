@@ -1,4 +1,4 @@
-"""Which expressions of a file are changed, and into what."""
+"""The changes: expressions of a file, and what each is replaced by."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ class Finder(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_Raise(self, node: ast.Raise) -> None:
-        """What it says is not held by tests."""
+        """Nothing: tests do not hold what a message says."""
 
     def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
         """A message; and ast does not say where in the source its parts are (before Python 3.12)."""

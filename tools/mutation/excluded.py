@@ -20,7 +20,7 @@ class Excluded:
     reason: str
 
     def covers(self, mutant: Mutant) -> bool:
-        """Whether it is this row that excludes a mutant."""
+        """True if this row excludes the mutant."""
         same = (self.path, self.function) == (mutant.path, mutant.function) and self.source in mutant.source
         return same and (mutant.change in self.changes or mutant.original.startswith(self.changes))
 

@@ -66,7 +66,7 @@ class Lines:
         self.tests: dict[str, tuple[float, dict[str, list[int]]]] = {}
 
     def trace(self, frame: FrameType, event: str, argument: Any) -> Any:
-        """As sys.settrace wants it; follows the package's own functions alone."""
+        """The trace function for sys.settrace; it follows only the package's own functions."""
         name = frame.f_code.co_filename
         if not name.startswith(self.package):
             return None

@@ -84,7 +84,7 @@ class Copy:
         return "passed" if passed else "failed" if ended else "timeout", time.monotonic() - start, last
 
     def lines(self, tests: Sequence[str], seconds: float = 3600) -> Lines:
-        """What each of the tests runs. Raises RuntimeError, with pytest's last lines, unless they pass."""
+        """The lines that each of the tests runs. Raises RuntimeError, with pytest's last lines, unless they pass."""
         file = self.folder / "lines.json"
         state, _, output = self.run(["--write-lines", str(file), *tests], seconds)
         if state != "passed":

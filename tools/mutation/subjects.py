@@ -1,4 +1,4 @@
-"""What is mutated, and the tests that must notice: what computes numbers, or refuses bad ones."""
+"""The files that are mutated, and the tests that must notice: they compute numbers, or refuse bad ones."""
 
 _KERNELS = (
     "tests/kernels/test_kernels.py",

@@ -1,4 +1,4 @@
-"""What torch.cuda answers where the GPU is pretended: one H100 that has done everything as soon as it is asked.
+"""The answers of torch.cuda on the pretended GPU: one H100 that has done everything as soon as it is asked.
 
 Streams, events and graphs are objects with the right methods. Host clocks stand in for the device's; the body of a
 capture runs once, and a replay does nothing.
@@ -257,7 +257,7 @@ def answer(torch: ModuleType) -> None:
 
 
 def _free_memory(loaded: ctypes.CDLL) -> int:
-    """What the card has left, or the host, which has to hold it."""
+    """The bytes that the card has left, or the host, which has to hold them."""
     host = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(TOTAL_MEMORY - loaded.pretended_allocated(), host)
 

@@ -31,7 +31,7 @@ def load(torch_origin: str) -> None:
 
 
 def is_idle() -> bool:
-    """Whether nothing is computed: asked for by `--idle`, and inherited."""
+    """True if nothing is computed: asked for by `--idle`, and inherited."""
     return os.environ.get("PRETENDED_GPU_IDLE") == "1"
 
 

@@ -1,4 +1,4 @@
-"""The GEMMs of bench/gluon on a GPU: held to float64, and timed in turn with cuBLAS."""
+"""The GEMMs of gemm.py on a GPU: held to float64, and timed in turn with cuBLAS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.kernels import steps_for
 from bench.lib.apart import Row
 from bench.lib.measure import capture, interleave, stopwatch_of
 from bench.lib.problem import SCALING
-from bench.lib.shapes import Case
+from bench.lib.shapes import LayerCase
 from bench.studies.gluon.gemm import GROUP_M, VARIANTS, launcher
 from dora_kernels.testing import compare
 
@@ -21,7 +21,7 @@ SECONDS_EACH = 0.8  # of one interleaved measurement
 
 
 @dataclass(frozen=True)
-class Inputs:
+class GemmInputs:
     """Tensors of one product, named as in kernel.py. N(0, 1): power, and so the clock, depends on data."""
 
     x: Tensor
@@ -33,7 +33,7 @@ class Inputs:
     nn: bool
 
     @classmethod
-    def random(cls, case: Case, nn: bool) -> Inputs:
+    def random(cls, case: LayerCase, nn: bool) -> GemmInputs:
         """Of the forward pass, or nn: of dx, which reduces over N and has K columns."""
         generator = torch.Generator(case.device).manual_seed(0)
 
@@ -76,7 +76,7 @@ class Candidate:
         notes += [f"groups of {self.group_m}"] if self.group_m != GROUP_M else []
         return ", ".join(notes + ([] if self.adapter else ["no adapter"]))
 
-    def prepare(self, inputs: Inputs) -> tuple[Callable[[], None], dict[str, Tensor]]:
+    def prepare(self, inputs: GemmInputs) -> tuple[Callable[[], None], dict[str, Tensor]]:
         """The launch, and what it writes, full of NaN until then."""
         variant = VARIANTS[self.variant]
         shape = inputs.x.shape[0], inputs.gain.shape[0]
@@ -91,15 +91,15 @@ class Candidate:
         return launcher(variant, *arguments, self.programs, self.group_m), outputs
 
 
-def sizes(case: Case) -> Row:
+def sizes(case: LayerCase) -> Row:
     """The columns that name a case."""
     return {"M": case.M, "N": case.N, "K": case.K, "R": case.R}
 
 
-def check_variant(name: str, cases: Sequence[Case]) -> Iterator[Row]:
+def check_variant(name: str, cases: Sequence[LayerCase]) -> Iterator[Row]:
     """Error and yardstick of the worse output; and the same to the bit with two programs, of many tiles each."""
     for case in cases:
-        inputs = Inputs.random(case, VARIANTS[name].nn)
+        inputs = GemmInputs.random(case, VARIANTS[name].nn)
         launch, outputs = Candidate(name).prepare(inputs)
         launch()
         yardstick, exact = inputs.results(torch.bfloat16), inputs.results(torch.float64)
@@ -115,9 +115,9 @@ def check_variant(name: str, cases: Sequence[Case]) -> Iterator[Row]:
         yield row
 
 
-def time_candidates(case: Case, candidates: Sequence[Candidate]) -> Iterator[Row]:
+def time_candidates(case: LayerCase, candidates: Sequence[Candidate]) -> Iterator[Row]:
     """Microseconds of each as a CUDA graph, and percent: cuBLAS' time for the same product over it."""
-    forward, dx = Inputs.random(case, nn=False), Inputs.random(case, nn=True)
+    forward, dx = GemmInputs.random(case, nn=False), GemmInputs.random(case, nn=True)
     steps, _ = steps_for(case)
 
     def two_kernels() -> dict[str, Tensor]:

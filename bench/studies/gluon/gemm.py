@@ -28,8 +28,8 @@ PRODUCER_REGISTERS, CONSUMER_REGISTERS, LAUNCH_REGISTERS = 24, 240, 168
 
 
 @dataclass(frozen=True)
-class Variant:
-    """How the kernel is built: nn and both as in kernel.py, and how shared memory is divided between the two ends.
+class GemmVariant:
+    """The build of a kernel: nn and both as in kernel.py, and the shared memory of its two ends.
 
     stages: buffers of 48 KiB for the loads. slots: buffers for the stores of each consumer, of its rows by a part of
     256 / parts columns. consumers: two of 4 warps, or one of 8.
@@ -70,18 +70,18 @@ class Variant:
 
 
 VARIANTS = {
-    "two outputs": Variant(),
-    "two outputs, 3 stages, 4 slots": Variant(stages=3, slots=4),
-    "two outputs, 3 stages, wide slots": Variant(stages=3, parts=2),
-    "two outputs, one consumer": Variant(consumers=1),
-    "one output": Variant(both=False),
-    "dx": Variant(nn=True, both=False),
-    "dx, two outputs": Variant(nn=True),
+    "two outputs": GemmVariant(),
+    "two outputs, 3 stages, 4 slots": GemmVariant(stages=3, slots=4),
+    "two outputs, 3 stages, wide slots": GemmVariant(stages=3, parts=2),
+    "two outputs, one consumer": GemmVariant(consumers=1),
+    "one output": GemmVariant(both=False),
+    "dx": GemmVariant(nn=True, both=False),
+    "dx, two outputs": GemmVariant(nn=True),
 }
 
 
 def why_not_gluon() -> str | None:
-    """What keeps this Triton from compiling the kernel's source, or None."""
+    """The reason that this Triton cannot compile the kernel's source, or None."""
     try:
         import bench.studies.gluon.kernel  # noqa: F401
     except (ImportError, AttributeError) as error:
@@ -99,7 +99,7 @@ def layout_of(block: list[int], dtype: torch.dtype) -> Any:
 
 
 def launcher(
-    variant: Variant,
+    variant: GemmVariant,
     x: Tensor,
     weight: Tensor,
     gain: Tensor,
@@ -151,7 +151,7 @@ def launcher(
     return launch
 
 
-def compile_ahead(variant: Variant) -> Any:
+def compile_ahead(variant: GemmVariant) -> Any:
     """The variant compiled for sm_90, no GPU needed. Triton 3.6 finds it in its cache when it is launched there."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -181,7 +181,7 @@ def resources(compiled: Any) -> dict[str, int]:
     return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
 
 
-def main(variants: dict[str, Variant] = VARIANTS) -> int:
+def main(variants: dict[str, GemmVariant] = VARIANTS) -> int:
     """Prints a line for every variant; 1 where one has a stack or does not fit, 2 without Gluon."""
     if reason := why_not_gluon():
         print(f"bench.studies.gluon.gemm: {reason}", file=sys.stderr)
