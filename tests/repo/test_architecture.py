@@ -87,8 +87,34 @@ def test_what_must_not_appear(path):
         # autotune cannot run without a GPU and corrupts in-place kernels; make_block_ptr is gone from Triton's main
         # triton.cdiv takes 1.4 us on the host, where configs.ceil_div takes 0.02
         assert name not in ("triton.autotune", "tl.make_block_ptr", "triton.cdiv"), f"{name} at line {node.lineno}"
-        if name in ("os.environ", "os.getenv"):
-            assert path.name in ("options.py", "devices.py"), f"{name} at line {node.lineno}"
+
+
+def environment_uses(tree: ast.AST) -> tuple[set[int], set[int]]:
+    """The lines that read the environment, and those that assign to os.environ[...]."""
+    written = {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store)
+    }
+    reads, writes = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "os":
+            reads |= {node.lineno for alias in node.names if alias.name in ("environ", "getenv")}
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv"):
+            (writes if id(node) in written else reads).add(node.lineno)
+    return reads, writes
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_one_file_reads_the_environment(path):
+    """planning/options.py. planning/devices.py sets TRITON_INTERPRET, which Triton reads when it is imported."""
+    reads, writes = environment_uses(ast.parse(path.read_text()))
+    name = str(path.relative_to(PACKAGE))
+    assert not reads or name == "planning/options.py"
+    assert not writes or name == "planning/devices.py"
+
+
+def test_uses_of_the_environment_are_told_apart():
+    source = 'import os\nfrom os import environ\nos.environ["A"] = os.getenv("B")\nos.environ.get("A")\n'
+    assert environment_uses(ast.parse(source)) == ({2, 3, 4}, {3})
 
 
 def test_the_order_has_no_empty_rooms():
