@@ -1,4 +1,7 @@
-"""The tile configuration of each kernel: the defaults by target, and what was measured to be faster on a GPU."""
+"""The tile configuration of each kernel: tuned/<gpu>.json where tools/tune.py measured, else the defaults in CONFIGS.
+
+No default has been measured on a GPU. They were compiled ahead of time, without spills and within the shared memory.
+"""
 
 import functools
 import json
@@ -13,7 +16,10 @@ from dora_kernels.planning.devices import DeviceFacts, logger
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes and schedule of one kernel. A tile size that the kernel does not have is None."""
+    """Tile sizes and schedule of one kernel; a tile size that the kernel does not have is None.
+
+    waves: programs that should be in flight per multiprocessor; it sets how far a reduction is split.
+    """
 
     BLOCK_M: int | None = None
     BLOCK_N: int | None = None
@@ -21,11 +27,10 @@ class Config:
     BLOCK_R: int | None = None
     num_warps: int = 4
     num_stages: int = 2
-    # programs that should be in flight per multiprocessor; sets how far a reduction is split
     waves: int = 1
 
     def tiles(self, R: int | None = None) -> dict[str, int]:
-        """Keyword arguments of the launch; BLOCK_R shrinks to a small R (tl.dot needs at least 16)."""
+        """The keyword arguments of a launch; BLOCK_R shrinks to a small R, but not below tl.dot's minimum of 16."""
         names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R", "num_warps", "num_stages")
         sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if R is not None and self.BLOCK_R is not None:
@@ -38,27 +43,27 @@ def ceil_div(number: int, by: int) -> int:
     return -(-number // by)
 
 
-# What a part of a split sum takes beside its own steps, in steps: to fill the pipeline before the first, and to write
-# partial sums that another kernel reads (a prediction: at 64 x 128 x 64 they are as many bytes as 1.6 steps load).
+# The cost of one more part of a split sum, in steps: filling the pipeline before the first step, and writing partial
+# sums that another kernel reads (a prediction: at 64 x 128 x 64 they are as many bytes as 1.6 steps load).
 PART_STEPS = 2
-# Programs one after the other on a multiprocessor, where a sum is split further than to fill the device once: they
-# bound the partial sums to 35 MB on 132 multiprocessors.
+# The most programs one after the other on a multiprocessor if a sum is split further than to fill the device once: it
+# bounds the partial sums to 35 MB on 132 multiprocessors.
 MOST_ROUNDS = 8
 
 
 def splits(blocks: int, steps: int, facts: DeviceFacts, config: Config) -> int:
     """The number of parts of a reduction over `steps` steps with which `blocks` output tiles take the least time.
 
-    Programs run in rounds of as many as `waves` says that the device holds; the last round takes as long as a full one,
-    however few it has. 112 tiles are one round on 132 multiprocessors, 85% full; in seven parts they are 784 programs
-    in six, 99%. waves is 1 for all of token_sums, whose sum for dA fits a multiprocessor three times, and the one for
-    R = 64 once (docs/performance.md): where more fit, there are fewer rounds than counted here.
-    Depends on shapes and device only, so that the order of summation is the same in every call.
+    Programs run in rounds of as many as the device holds by `waves`; the last round takes as long as a full one,
+    however few programs it has. 112 tiles are one round on 132 multiprocessors, 85% full; in seven parts they are 784
+    programs in six rounds, 99% full. waves is 1 for all of token_sums, though of its sum for dA three programs fit on
+    a multiprocessor, and of the one for R = 64 one (docs/performance.md): if more fit, there are fewer rounds than
+    counted here. Depends on shapes and device only, so that the order of summation is the same in every call.
     """
     return _fastest_split(max(blocks, 1), steps, facts.multiprocessors * config.waves)
 
 
-# kept: a training step asks up to four times, for 1.3 us each where it is worked out and 0.2 where it is known
+# cached: a training step asks up to four times, at 1.3 us each if computed and 0.2 if known
 @functools.lru_cache(maxsize=4096)
 def _fastest_split(blocks: int, steps: int, at_once: int) -> int:
     """`splits` from numbers alone."""
@@ -71,8 +76,7 @@ def _fastest_split(blocks: int, steps: int, at_once: int) -> int:
     return best
 
 
-# Starting points for sm_90 from ahead-of-time compilation (registers and shared memory: tools/compile_kernels.py);
-# their speed has not been measured yet.
+# Starting points for sm_90, by the registers and shared memory that tools/compile_kernels.py shows.
 _HALF = {
     "norm": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=3, waves=2),
     # lora_A is read once per block of rows and lora_B once per block of columns: at 8192 x 8192, R = 384, tiles of
@@ -139,23 +143,22 @@ _INTERPRETER = {
 # Above this rank the products over R outweigh reading the weight: larger tiles.
 HIGH_RANK = 64
 
-# (target, bytes of an operand) -> kernel -> Config
+# (target, bytes of an operand) -> kernel -> Config. compiled: never run on the device; tested: run by the tests.
 CONFIGS: dict[tuple[str, int], dict[str, Config]] = {
-    ("sm_80", 2): _HALF,
-    ("sm_80", 4): _FLOAT,
-    ("sm_90", 2): _HALF_SM90,
-    ("sm_90", 4): _FLOAT,
-    ("sm_100", 2): _HALF,
-    ("sm_100", 4): _FLOAT,
-    ("sm_120", 2): _HALF_SM120,
-    ("sm_120", 4): _FLOAT,
-    ("gfx942", 2): _HALF_GFX,
-    ("gfx942", 4): _FLOAT,
-    ("interpreter", 2): _INTERPRETER,
-    ("interpreter", 4): _INTERPRETER,
-    ("interpreter", 8): _INTERPRETER,
+    ("sm_80", 2): _HALF,  # compiled
+    ("sm_80", 4): _FLOAT,  # compiled
+    ("sm_90", 2): _HALF_SM90,  # compiled
+    ("sm_90", 4): _FLOAT,  # compiled
+    ("sm_100", 2): _HALF,  # compiled
+    ("sm_100", 4): _FLOAT,  # compiled
+    ("sm_120", 2): _HALF_SM120,  # compiled
+    ("sm_120", 4): _FLOAT,  # compiled
+    ("gfx942", 2): _HALF_GFX,  # compiled
+    ("gfx942", 4): _FLOAT,  # compiled
+    ("interpreter", 2): _INTERPRETER,  # tested
+    ("interpreter", 4): _INTERPRETER,  # tested
+    ("interpreter", 8): _INTERPRETER,  # tested
 }
-
 
 TUNED_FOLDER = pathlib.Path(__file__).with_name("tuned")
 
@@ -167,9 +170,9 @@ def tuned_path(name: str) -> pathlib.Path:
 
 @functools.cache
 def tuned_configs(name: str, target: str) -> dict[tuple[int, str], Config]:
-    """(bytes of an operand, kernel) -> what was measured to be faster than CONFIGS on the GPU of that name.
+    """(bytes of an operand, kernel) -> the configuration measured to be faster than CONFIGS on the GPU of that name.
 
-    Empty where the file is missing; where anything in it is not a configuration of its kernel: logged once.
+    Empty if the file is missing, and, with a warning, if anything in it is not a configuration of its kernel.
     """
     path = tuned_path(name)
     try:
@@ -187,7 +190,7 @@ def tuned_configs(name: str, target: str) -> dict[tuple[int, str], Config]:
 
 
 def _checked(fields: dict[str, int], default: Config) -> Config:
-    """Config(**fields); raises ValueError where a launch with it could be wrong (TypeError for an unknown field)."""
+    """Config(**fields). Raises ValueError if a launch with it could be wrong, TypeError for an unknown field."""
     config = Config(**fields)
     for name, least, most in (("num_warps", 1, 16), ("num_stages", 1, 8), ("waves", 1, 64)):
         value = getattr(config, name)
@@ -204,6 +207,6 @@ def _checked(fields: dict[str, int], default: Config) -> Config:
 
 
 def config_for(kernel: str, facts: DeviceFacts, operand: torch.dtype) -> Config:
-    """The configuration of `kernel` for low-rank operands of dtype `operand`: tuned on this GPU, or the default."""
+    """The configuration of `kernel` for low-rank operands of dtype `operand`: measured on this GPU, or the default."""
     tuned = tuned_configs(facts.name, facts.target).get((operand.itemsize, kernel))
     return tuned or CONFIGS[facts.target, operand.itemsize][kernel]
