@@ -56,6 +56,7 @@ test-guarded: $(VENV)/installed
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m dora_kernels demo
