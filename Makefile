@@ -92,7 +92,8 @@ test-processors: $(VENV)/installed
 	ATEN_CPU_CAPABILITY=avx2 TORCHINDUCTOR_CACHE_DIR="$$cache" $(VENV)/bin/python -m pytest
 
 # $(call install,folder,constraints): setuptools comes first, so that the build backend is the pinned one too.
-# Of torchtune the tests import one file (tests/support/libraries.py says how): none of what its data sets require is installed.
+# Of torchtune the tests import one file (tests/support/library_layers.py says how): what its data sets require is not
+# installed.
 define install
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) setuptools
 $(1)/bin/python -m pip install --quiet --disable-pip-version-check -c $(2) --no-build-isolation -e '.[dev]'

@@ -3,8 +3,8 @@
     python tools/measure_errors.py --seed 2468 --configurations 200
     python -m bench.figures                                  # the table in docs/correctness.md, from that file
 
-Random layers, lora_B not zero and gains spread over 0.5 to 1.5 (tests/support/parity.py). On a CPU the kernels run in
-Triton's interpreter.
+Random layers, lora_B not zero and gains spread over 0.5 to 1.5 (tests/support/parity_ratios.py). On a CPU the kernels
+run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
 
 from bench.lib import machine, report  # noqa: E402
 from dora_kernels.testing import compare, geometric_mean  # noqa: E402
-from tests.support.parity import NAMES, configurations, peft_dora  # noqa: E402
+from tests.support.parity_ratios import NAMES, configurations, peft_dora  # noqa: E402
 from tests.support.problem import DEVICE  # noqa: E402
 
 

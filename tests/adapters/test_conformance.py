@@ -1,4 +1,4 @@
-"""The DoRA layers of the libraries on PyPI, each library's own class: see conformance.py."""
+"""The DoRA layers of the libraries on PyPI, each library's own class: see conformance_checks.py."""
 
 import dataclasses
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support import conformance
-from tests.support.conformance import CHECKS, DEVICE, Case, randomise
-from tests.support.libraries import Wrapped, import_dora_linear, torchtune_in_float64, torchtune_layer
+from tests.support.conformance_checks import CHECKS, DEVICE, Case, assert_as_good, randomise, tensors
+from tests.support.library_layers import Wrapped, import_dora_linear, torchtune_in_float64, torchtune_layer
 from tests.support.problem import BACKENDS
 
 pytest.importorskip("lycoris")
@@ -105,7 +104,7 @@ def test_conforms(case, check, backend):
 def test_the_checks_see_an_error_of_one_in_a_thousand(case):
     case = CASES[case]
     model, x = case.make(0)
-    stock, exact = conformance.tensors(case, model, x), conformance.tensors(case, case.exact(model), x.double())
+    stock, exact = tensors(case, model, x), tensors(case, case.exact(model), x.double())
     for name in stock:
         with pytest.raises(AssertionError):
-            conformance.assert_as_good(stock | {name: stock[name] * 1.001}, stock, exact)
+            assert_as_good(stock | {name: stock[name] * 1.001}, stock, exact)

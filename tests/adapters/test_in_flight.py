@@ -19,7 +19,7 @@ from tests.support import shared_problem
 from tests.support.kinds import KINDS, assert_same, dvora, lora_dropout, pair, some, taken_over
 
 OURS = ("dora_kernels/adapters/", "dora_kernels/reuse/")
-THEIRS = ("peft/tuners/lora/", "torchtune/modules/peft/", "lycoris/", "tests/support/structures.py")
+THEIRS = ("peft/tuners/lora/", "torchtune/modules/peft/", "lycoris/", "tests/support/restated_layers.py")
 
 
 def interrupted(model, x, act, line, where):

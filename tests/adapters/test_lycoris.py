@@ -19,8 +19,8 @@ import dora_kernels  # noqa: E402
 from dora_kernels import ops  # noqa: E402
 from dora_kernels.adapters.taking import TakenOver  # noqa: E402
 from dora_kernels.testing import check_layer, rms_error  # noqa: E402
-from tests.support.conformance import assert_as_good, enabled, randomise  # noqa: E402
-from tests.support.libraries import Wrapped  # noqa: E402
+from tests.support.conformance_checks import assert_as_good, enabled, randomise  # noqa: E402
+from tests.support.library_layers import Wrapped  # noqa: E402
 from tests.support.problem import DEVICE  # noqa: E402
 
 

@@ -15,18 +15,18 @@ from dora_kernels.adapters import STRUCTURES
 from dora_kernels.adapters.copied import probe
 from dora_kernels.planning.options import current_options
 from tests.adapters.test_structures import CASES, make, only
-from tests.support import structures
-from tests.support.conformance import randomise
-from tests.support.structures import LinearLoRA, Llm, Parallel
+from tests.support import restated_layers
+from tests.support.conformance_checks import randomise
+from tests.support.restated_layers import LinearLoRA, Llm, Parallel
 
 EDITED = {
-    structures.LlmWithEps: "something else than x W^T",
-    structures.LlmWithScaledBias: "something else than x W^T",
-    structures.LlmWithOneDropout: "in train mode",
-    structures.LlmWithEvalGain: "in eval mode",
-    structures.LlmWithFlowingNorm: "see dx?lora_A",
-    structures.LlmWithGate: "a tensor that is no part of a DoRA layer: gate",
-    structures.LlmThatRaises: "could not be checked: RuntimeError: a mask is needed",
+    restated_layers.LlmWithEps: "something else than x W^T",
+    restated_layers.LlmWithScaledBias: "something else than x W^T",
+    restated_layers.LlmWithOneDropout: "in train mode",
+    restated_layers.LlmWithEvalGain: "in eval mode",
+    restated_layers.LlmWithFlowingNorm: "see dx?lora_A",
+    restated_layers.LlmWithGate: "a tensor that is no part of a DoRA layer: gate",
+    restated_layers.LlmThatRaises: "could not be checked: RuntimeError: a mask is needed",
 }
 
 
@@ -38,18 +38,18 @@ def test_an_edited_copy_is_left_alone_and_the_report_says_why(cls):
     assert EDITED[cls].replace("dx?", "d") in report.reason, report.reason
 
 
-@pytest.mark.parametrize("cls", [structures.LlmWithEps, structures.LlmWithScaledBias])
+@pytest.mark.parametrize("cls", [restated_layers.LlmWithEps, restated_layers.LlmWithScaledBias])
 def test_an_edited_copy_is_found_out_however_fresh_its_adapter(cls):
     """B = 0 and gain 1: the layer itself computes the same."""
     assert not only(cls(nn.Linear(12, 9), dropout=0.5)).taken_over
 
 
 def test_an_edited_dropout_is_found_out_before_it_drops():
-    layer = structures.LlmWithOneDropout(nn.Linear(12, 9), dropout=0.5)
+    layer = restated_layers.LlmWithOneDropout(nn.Linear(12, 9), dropout=0.5)
     layer.lora_dropout.p = 0.0
     assert "in train mode" in only(layer).reason
     layer = randomise(LinearLoRA.patch(nn.Linear(12, 9), dropout=0.0))
-    layer.__class__ = type("PatchedLinearLoRA", (structures.LinearLoRAWithDroppedOutput, nn.Linear), {})
+    layer.__class__ = type("PatchedLinearLoRA", (restated_layers.LinearLoRAWithDroppedOutput, nn.Linear), {})
     assert "in train mode" in only(layer).reason
 
 
@@ -83,7 +83,7 @@ def test_another_setting_is_another_kind():
 
         def gain(self):
             return self.weight_m_wdecomp.weight[:, 0] / (
-                structures.norms(self.direction()).detach() + self.has_eps * 1e-8
+                restated_layers.norms(self.direction()).detach() + self.has_eps * 1e-8
             )
 
     layers = [Optional(nn.Linear(12, 9)), Optional(nn.Linear(12, 9))]
@@ -166,7 +166,7 @@ def test_a_setting_of_the_class_is_one_of_the_layer():
         """Has eps where a subclass says so."""
 
         def gain(self):
-            return self.weight_m_wdecomp.weight[:, 0] / (structures.norms(self.direction()).detach() + eps(self))
+            return self.weight_m_wdecomp.weight[:, 0] / (restated_layers.norms(self.direction()).detach() + eps(self))
 
     classes = [type("Mine", (Optional,), {"has_eps": has_eps}) for has_eps in (False, True)]
     assert [only(cls(nn.Linear(12, 9))).taken_over for cls in classes] == [True, False]
@@ -300,8 +300,8 @@ def test_layers_of_packages_are_not_claimed():
 
 
 def test_layers_of_torchtune_are_not_claimed():
-    libraries = pytest.importorskip("tests.support.libraries")
-    assert claimed(libraries.torchtune_layer(8, 8, 4)) == [0] * len(STRUCTURES)
+    library_layers = pytest.importorskip("tests.support.library_layers")
+    assert claimed(library_layers.torchtune_layer(8, 8, 4)) == [0] * len(STRUCTURES)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,4 +1,4 @@
-"""Layers known by structure: each restated layer (structures.py) is taken over, and computes what it did."""
+"""Layers known by structure: each restated layer (restated_layers.py) is taken over, and computes what it did."""
 
 import copy
 import io
@@ -10,9 +10,9 @@ from torch import nn
 import dora_kernels
 from dora_kernels import ops
 from dora_kernels.testing import check_layer, rms_error
-from tests.support import structures
-from tests.support.conformance import CHECKS, DEVICE, Case, randomise
-from tests.support.structures import DORA, DoRALinear, LinearLoRA, Llava, Llm, Parallel
+from tests.support import restated_layers
+from tests.support.conformance_checks import CHECKS, DEVICE, Case, randomise
+from tests.support.restated_layers import DORA, DoRALinear, LinearLoRA, Llava, Llm, Parallel
 
 
 def case(make, bias=True, **more):
@@ -37,13 +37,13 @@ CASES = {
     "llm, dropout": case(lambda linear: Llm.Linear(linear, dropout=0.5)),
     "llm, norm_grad": case(lambda linear: Llm.Linear(linear, dora_simple=False), bias=False),
     "llm, magnitude alone": case(lambda linear: Llm.Linear(linear, Wdecompose=True, dropout=0.3)),
-    "vl-t5 simple": case(structures.DoraLinear_simple),
-    "vl-t5": case(structures.DoraLinear),
+    "vl-t5 simple": case(restated_layers.DoraLinear_simple),
+    "vl-t5": case(restated_layers.DoraLinear),
     "llava": case(lambda linear: Llava.Linear(linear, dropout=0.5)),
     "fsdp_qlora": case(lambda linear: DORA(linear, linear.weight.norm(dim=1))),
     "fsdp_qlora, no bias": case(lambda linear: DORA(linear, linear.weight.norm(dim=1)), bias=False),
     "megatron": case(lambda linear: DoRALinear(Parallel(linear), dropout=0.5), call=first),
-    "megatron, layer norm": case(lambda linear: DoRALinear(structures.LayerNormParallel(linear)), call=first),
+    "megatron, layer norm": case(lambda linear: DoRALinear(restated_layers.LayerNormParallel(linear)), call=first),
     "megatron, added bias": case(lambda linear: DoRALinear(Parallel(linear, adds_bias=True), dropout=0.5), call=first),
     "automodel": case(LinearLoRA.patch),
     "automodel, post": case(lambda linear: LinearLoRA.patch(linear, dropout=0.5)),

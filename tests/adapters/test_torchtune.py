@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import dora_kernels
 from dora_kernels import ops
 from dora_kernels.testing import check_layer, rms_error
-from tests.support.conformance import enabled
-from tests.support.libraries import import_dora_linear, torchtune_in_float64, torchtune_layer
+from tests.support.conformance_checks import enabled
+from tests.support.library_layers import import_dora_linear, torchtune_in_float64, torchtune_layer
 from tests.support.problem import DEVICE
 
 DoRALinear = import_dora_linear()

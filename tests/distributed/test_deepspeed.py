@@ -12,9 +12,9 @@ pytest.importorskip("peft")
 import dora_kernels  # noqa: E402
 from dora_kernels import ops, reuse  # noqa: E402
 from dora_kernels.planning import devices  # noqa: E402
-from tests.support.distributed import World  # noqa: E402
 from tests.support.distributed_problem import STEPS, batch, build_llama, build_net, loss_of, train, worst  # noqa: E402
 from tests.support.peft_problem import calls, layers  # noqa: E402
+from tests.support.process_worlds import World  # noqa: E402
 
 
 class Gathering(collections.OrderedDict):

@@ -1,7 +1,7 @@
 """An enabled PEFT model under PyTorch's own engines: ours computes, and the losses are those of one process.
 
-Each check runs on every rank of a world of real processes (support/distributed.py). A rank trains on its share of the
-batch; the expected losses are stock PEFT's, in one process, on the whole batch.
+Each check runs on every rank of a world of real processes (support/process_worlds.py). A rank trains on its share of
+the batch; the expected losses are stock PEFT's, in one process, on the whole batch.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ from dora_kernels import DvoraLinear, VeraProjection, ops, reuse  # noqa: E402
 from dora_kernels.adapters.taking import TakenOver  # noqa: E402
 from dora_kernels.extras.dvora import dvora_linear_ref  # noqa: E402
 from dora_kernels.planning import devices  # noqa: E402
-from tests.support.distributed import world  # noqa: E402
 from tests.support.distributed_problem import STEPS, batch, blocks, build_llama, build_net, train, worst
 from tests.support.peft_problem import calls, layers  # noqa: E402
+from tests.support.process_worlds import world  # noqa: E402
 
 SIZES = (2, pytest.param(4, marks=pytest.mark.nightly))
 BUILD = {"net": build_net, "llama": build_llama}

@@ -13,8 +13,8 @@ from dora_kernels import DoraLinear, ops
 from dora_kernels.extras import parallel, serving
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import compare
-from tests.support.distributed import world
 from tests.support.problem import Problem
+from tests.support.process_worlds import world
 
 SIZES = (2, 4)
 M, N, K, R = 7, 20, 24, 5

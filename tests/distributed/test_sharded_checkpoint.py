@@ -13,9 +13,9 @@ pytest.importorskip("peft")
 
 import dora_kernels  # noqa: E402
 from tests.distributed.test_distributed import fsdp2  # noqa: E402
-from tests.support.distributed import World, world  # noqa: E402
 from tests.support.distributed_problem import VOCABULARY, build_llama, loss_of, optimizer_of  # noqa: E402
 from tests.support.peft_problem import calls, layers  # noqa: E402
+from tests.support.process_worlds import World, world  # noqa: E402
 
 STEPS, SAVED_AT, KILLED_FROM = 20, 8, 11
 ROWS = 8

@@ -18,7 +18,7 @@ from dora_kernels import (  # noqa: E402
 )
 from dora_kernels.testing import compare, rms_error  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
-from tests.support import conformance, quantized_problem  # noqa: E402
+from tests.support import conformance_checks, quantized_problem  # noqa: E402
 from tests.support.peft_problem import adapt, build, calls, layers, tensors, training_step  # noqa: E402
 from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
 
@@ -271,18 +271,18 @@ PROBABILITY = 0.5
 
 def structural(kind):
     """A layer known by structure with PEFT's dropout, its parts (weight, lora_A, lora_B, magnitude, s, bias), and x."""
-    from tests.support import structures
+    from tests.support import restated_layers
 
     torch.manual_seed(0)
     linear, p = nn.Linear(24, 20).requires_grad_(False), PROBABILITY
     layer = {
-        "llm": lambda: structures.Llm.Linear(linear, dropout=p),
-        "llm, norm_grad": lambda: structures.Llm.Linear(linear, dropout=p, dora_simple=False),
-        "llava": lambda: structures.Llava.Linear(linear, dropout=p),
-        "megatron": lambda: structures.DoRALinear(structures.Parallel(linear), dropout=p),
-        "automodel": lambda: structures.LinearLoRA.patch(linear, dropout=p, position="pre"),
+        "llm": lambda: restated_layers.Llm.Linear(linear, dropout=p),
+        "llm, norm_grad": lambda: restated_layers.Llm.Linear(linear, dropout=p, dora_simple=False),
+        "llava": lambda: restated_layers.Llava.Linear(linear, dropout=p),
+        "megatron": lambda: restated_layers.DoRALinear(restated_layers.Parallel(linear), dropout=p),
+        "automodel": lambda: restated_layers.LinearLoRA.patch(linear, dropout=p, position="pre"),
     }[kind]()
-    layer = conformance.randomise(layer).to(DEVICE, torch.float64)
+    layer = conformance_checks.randomise(layer).to(DEVICE, torch.float64)
     by_name = {name: value for name, value in layer.named_parameters() if value.requires_grad}
     find = lambda *words: next(  # noqa: E731
         value for name, value in by_name.items() if any(word in name for word in words)
@@ -314,14 +314,14 @@ def test_layers_known_by_structure(kind):
 
 
 def test_the_report_names_a_dropout_that_stays_the_library_s():
-    from tests.support import structures
+    from tests.support import restated_layers
 
     linear = nn.Linear(8, 6).requires_grad_(False)
     own = [
-        structures.LinearLoRA.patch(copy.deepcopy(linear), dropout=0.5),
-        structures.Llm.Linear(linear, dropout=0.5, Wdecompose=True),
+        restated_layers.LinearLoRA.patch(copy.deepcopy(linear), dropout=0.5),
+        restated_layers.Llm.Linear(linear, dropout=0.5, Wdecompose=True),
     ]
-    no_dropout = [structures.LinearLoRA.patch(copy.deepcopy(linear)), structures.DoraLinear(linear)]
+    no_dropout = [restated_layers.LinearLoRA.patch(copy.deepcopy(linear)), restated_layers.DoraLinear(linear)]
     model = nn.Sequential(*own, *no_dropout)
     report = dora_kernels.enable(model, dropout="lora")
     assert not report.left_alone

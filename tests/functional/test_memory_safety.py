@@ -20,7 +20,7 @@ from dora_kernels.extras.dvora import DvoraLinear, VeraProjection
 from dora_kernels.extras.serving import AdapterBank, bank_linear
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.reference import dora_linear_ref
-from tests.support.packed import quantized
+from tests.support.packed_weights import quantized
 from tests.support.problem import BACKENDS, DEVICE, Problem, core
 
 ON_CPU = pytest.mark.skipif(DEVICE == "cuda", reason="the tensors are made on the CPU")
@@ -270,11 +270,11 @@ def test_all_layers_without_elements():
 
 @ON_CPU
 def test_wrong_parts_end_in_a_value_error():
-    assert "ok: " in in_a_process("tests.support.fuzz_containers", 0, 300)
+    assert "ok: " in in_a_process("tests.support.container_fuzzer", 0, 300)
 
 
 @ON_CPU
 @pytest.mark.nightly
 @pytest.mark.parametrize("seed", range(1, 5))
 def test_thousands_of_wrong_parts(seed):
-    assert "ok: " in in_a_process("tests.support.fuzz_containers", seed, 3000)
+    assert "ok: " in in_a_process("tests.support.container_fuzzer", seed, 3000)

@@ -13,7 +13,7 @@ from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import check_elements, check_number, check_probability, check_scaling
 from dora_kernels.reference import dora_linear_ref
-from tests.support import structures
+from tests.support import restated_layers
 from tests.support.problem import BACKENDS, DEVICE, Problem
 
 M, N, K, R = 5, 8, 6, 2
@@ -217,7 +217,7 @@ def outcome(model, x):
 
 
 def test_structures_have_the_call():
-    layer = structures.Llm.Linear(nn.Linear(K, N))
+    layer = restated_layers.Llm.Linear(nn.Linear(K, N))
     model = nn.Sequential(layer)
     assert len(dora_kernels.enable(model).taken_over) == 1
     layer.scaling = 1e39

@@ -13,8 +13,8 @@ from dora_kernels.extras.dvora import dvora_linear, dvora_linear_ref, norm_terms
 from dora_kernels.functional.rescale import dora_linear_lora_dropout, rescale
 from dora_kernels.quant import QuantizedWeight, frozen_product
 from dora_kernels.reference import dora_linear_ref, row_norms
+from tests.support.derivative_routes import assert_equal, derivatives, grad, squares
 from tests.support.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, Problem, core
-from tests.support.second_derivatives import assert_equal, derivatives, grad, squares
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="float64 kernels run in the interpreter only")
 

@@ -30,10 +30,10 @@ from dora_kernels.reference import dora_linear_ref  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
 from tests.adapters import test_peft_conv, test_peft_embedding  # noqa: E402
 from tests.adapters.test_structures import CASES as STRUCTURES  # noqa: E402
-from tests.support import libraries, peft_problem, quantized_problem, shared_problem  # noqa: E402
+from tests.support import library_layers, peft_problem, quantized_problem, shared_problem  # noqa: E402
+from tests.support.derivative_routes import assert_equal, derivatives, grad, squares, weights  # noqa: E402
 from tests.support.peft_problem import calls, enabled  # noqa: E402
 from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
-from tests.support.second_derivatives import assert_equal, derivatives, grad, squares, weights  # noqa: E402
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="float64 kernels run in the interpreter only")
 X = torch.linspace(-2, 2, 4 * 24, dtype=torch.float64).sin().view(2, 2, 24)
@@ -109,19 +109,19 @@ def test_layers_known_by_structure(name):
 def lycoris_linear():
     pytest.importorskip("lycoris")
     torch.manual_seed(0)
-    return libraries.Wrapped(nn.Linear(24, 10), torch.float64), X
+    return library_layers.Wrapped(nn.Linear(24, 10), torch.float64), X
 
 
 def lycoris_convolution():
     pytest.importorskip("lycoris")
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 8, 3, padding=1)
-    return libraries.Wrapped(layer, torch.float64, wd_on_out=False), X[:, :1].expand(2, 4, 24).reshape(2, 4, 4, 6)
+    return library_layers.Wrapped(layer, torch.float64, wd_on_out=False), X[:, :1].expand(2, 4, 24).reshape(2, 4, 4, 6)
 
 
 def torchtune():
     torch.manual_seed(0)
-    return libraries.torchtune_layer(10, 24, 3, torch.float64), X
+    return library_layers.torchtune_layer(10, 24, 3, torch.float64), X
 
 
 @pytest.mark.parametrize("build", (lycoris_linear, lycoris_convolution, torchtune))

@@ -10,7 +10,7 @@ import torch
 from dora_kernels import reference
 from dora_kernels.planning import configs, devices
 from dora_kernels.planning.configs import Config
-from tests.support.packed import quantized
+from tests.support.packed_weights import quantized
 from tests.support.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")

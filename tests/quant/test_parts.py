@@ -13,8 +13,8 @@ import dora_kernels
 from dora_kernels import DoraLinear, options, quant
 from dora_kernels.extras.dvora import DvoraLinear, VeraProjection
 from dora_kernels.reference import dora_linear_ref
-from tests.support import structures
-from tests.support.packed import KINDS, quantized
+from tests.support import restated_layers
+from tests.support.packed_weights import KINDS, quantized
 from tests.support.problem import BACKENDS, DEVICE
 
 ON_CPU = pytest.mark.skipif(DEVICE == "cuda", reason="the tensors are made on the CPU")
@@ -268,7 +268,7 @@ def test_other_libraries_weights_whose_parts_do_not_fit():
 @ON_CPU
 def test_fsdp_qlora_gives_a_reason():
     layers = [
-        structures.DORA(broken_linear4bit(**changes), torch.ones(64)) for changes in ({}, {"nested": lambda _: 0})
+        restated_layers.DORA(broken_linear4bit(**changes), torch.ones(64)) for changes in ({}, {"nested": lambda _: 0})
     ]
     report = dora_kernels.enable(nn.Sequential(*layers))
     assert [layer.taken_over for layer in report.layers] == [True, False]

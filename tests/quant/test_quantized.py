@@ -13,7 +13,7 @@ import dora_kernels
 from dora_kernels import DoraLinear, ops, options, passes, pytorch, quant, reference
 from dora_kernels.planning import configs, devices, plan
 from dora_kernels.quant import QuantizedWeight, parts
-from tests.support.packed import HQQ_KINDS, KINDS, quantized
+from tests.support.packed_weights import HQQ_KINDS, KINDS, quantized
 from tests.support.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, core
 
 kernels = pytest.importorskip("dora_kernels.kernels")

@@ -108,14 +108,14 @@ def test_a_transformers_model_with_free_batch_and_length():
         torch.testing.assert_close(program.module()(ids), model(ids), rtol=0, atol=0)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the layers of structures.py are on the CPU")
+@pytest.mark.skipif(DEVICE == "cuda", reason="the layers of restated_layers.py are on the CPU")
 @pytest.mark.parametrize("strict", (False, True))
 def test_a_layer_that_may_be_quantised(strict):
     """Dynamo can ask what its base weight is."""
-    from tests.support import structures
+    from tests.support import restated_layers
 
     linear = torch.nn.Linear(24, 20)
-    model = torch.nn.Sequential(structures.DORA(linear, linear.weight.detach().norm(dim=1)))
+    model = torch.nn.Sequential(restated_layers.DORA(linear, linear.weight.detach().norm(dim=1)))
     model.requires_grad_(False).eval()
     assert dora_kernels.enable(model).taken_over
     x = torch.randn(2, 5, 24)

@@ -9,7 +9,7 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels.adapters.taking import TakenOver
-from tests.support.conformance import randomise
+from tests.support.conformance_checks import randomise
 from tests.support.problem import DEVICE
 
 pytest.importorskip("peft")
@@ -18,7 +18,7 @@ from peft import LoraConfig, VeraConfig, get_peft_model  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from tests.adapters import test_structures  # noqa: E402
-from tests.support import libraries, quantized_problem  # noqa: E402
+from tests.support import library_layers, quantized_problem  # noqa: E402
 
 
 def peft(make, *shape, adapters=1, tokens=0, **config):
@@ -53,7 +53,9 @@ class First(nn.Module):
 
 def torchtune(**arguments):
     def build(dtype):
-        return nn.Sequential(libraries.torchtune_layer(6, 8, 2, dtype, **arguments)), torch.randn(2, 3, 8, dtype=dtype)
+        return nn.Sequential(library_layers.torchtune_layer(6, 8, 2, dtype, **arguments)), torch.randn(
+            2, 3, 8, dtype=dtype
+        )
 
     return build
 
@@ -61,7 +63,7 @@ def torchtune(**arguments):
 def lycoris(make, *shape, **arguments):
     def build(dtype):
         pytest.importorskip("lycoris")
-        return libraries.Wrapped(make(), dtype, lora_dim=2, **arguments), torch.randn(shape, dtype=dtype)
+        return library_layers.Wrapped(make(), dtype, lora_dim=2, **arguments), torch.randn(shape, dtype=dtype)
 
     return build
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.kernels.test_bounds import OPERANDS, call, tensors_of
-from tests.support.packed import KINDS, quantized
+from tests.support.packed_weights import KINDS, quantized
 from tests.support.problem import DEVICE, Problem
 
 pytest.importorskip("triton")

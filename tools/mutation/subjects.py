@@ -122,8 +122,8 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         *_PARTS,
         "tests/adapters/test_merging.py::test_a_convolution_that_no_weight_can_stand_for_is_left",
     ),
-    "dora_kernels/reuse/sharing.py": (*_SHARED, *_SECOND, "tests/runtime/test_tracing.py"),
-    "dora_kernels/functional/tracing.py": ("tests/runtime/test_tracing.py", *_SECOND),
+    "dora_kernels/reuse/sharing.py": (*_SHARED, *_SECOND, "tests/functional/test_tracing.py"),
+    "dora_kernels/functional/tracing.py": ("tests/functional/test_tracing.py", *_SECOND),
     "dora_kernels/functional/validate.py": (
         "tests/functional/test_functional.py",
         "tests/functional/test_rescale.py",

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support.conformance import randomise
+from tests.support.conformance_checks import randomise
 from tests.support.problem import DEVICE
 
 

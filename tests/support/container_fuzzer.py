@@ -1,6 +1,6 @@
 """What a stranger may put into the containers: every constructor and function of theirs, with one or two wrong parts.
 
-    python -m tests.support.fuzz_containers SEED CALLS      # "ok: CALLS calls, ..." and 0, or what went wrong and 1
+    python -m tests.support.container_fuzzer SEED CALLS      # "ok: CALLS calls, ..." and 0, or what went wrong and 1
 
 A process of its own, because what it looks for may end one. A wrong part ends in a ValueError; or it was no wrong one,
 and both backends compute the same with it, the kernels in Triton's interpreter. No argument is changed.
@@ -31,7 +31,7 @@ from dora_kernels.functional import linear
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import QuantizedWeight
-from tests.support.packed import KINDS, quantized
+from tests.support.packed_weights import KINDS, quantized
 from tests.support.problem import BACKENDS, Problem
 
 M, N, K, R, E = 5, 16, 12, 3, 2

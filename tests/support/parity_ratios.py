@@ -1,6 +1,6 @@
 """How far ours is from float64 over how far PEFT is, on random configurations.
 
-    python -m tests.support.parity --seed 2468 --configurations 200 --backend triton
+    python -m tests.support.parity_ratios --seed 2468 --configurations 200 --backend triton
 
 prints, for every dtype and every tensor, the geometric mean and the largest of the ratios, and exits with 1 where one
 breaks the promise: no error above twice PEFT's plus 2 ulp, and no geometric mean above 1 by more than chance (but see
@@ -152,7 +152,7 @@ class Row:
 
 def main(arguments: list[str]) -> int:
     """Print the table; 1 where the promise is broken."""
-    parser = argparse.ArgumentParser(prog="python -m tests.support.parity", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.support.parity_ratios", description=__doc__.split("\n")[0])
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--configurations", type=int, default=200)
     parser.add_argument("--backend", choices=BACKENDS, default="reference")
