@@ -28,3 +28,29 @@ def poison(request):
 
     with nan_filled_memory():
         yield
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """Grows by one whenever a norm is computed; on the CPU the forward pass makes it with the merged weight."""
+    import dora_kernels  # not above: the interpreter has to be chosen first
+    from dora_kernels.pytorch import PYTORCH
+
+    made = []
+
+    def counting(function, name):
+        def wrapped(*arguments, **keywords):
+            result = function(*arguments, **keywords)
+            if name == "norm" or result[1] is not None:
+                made.append(name)
+            return result
+
+        return wrapped
+
+    steps = PYTORCH._replace(
+        norm=counting(PYTORCH.norm, "norm"),
+        merged_forward=counting(PYTORCH.merged_forward, "merged_forward"),
+    )
+    monkeypatch.setattr("dora_kernels.ops.PYTORCH", steps)
+    with dora_kernels.options(backend="reference"):
+        yield made

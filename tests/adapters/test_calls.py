@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import dora_kernels
 from dora_kernels import ops
-from tests.support.kinds import KINDS, assert_same, leaves, lora_dropout, pair, some, y_and_gradients
+from tests.support.layer_kinds import STOCK, assert_same, leaves, lora_dropout, pair, some, y_and_gradients
 
 pytest.importorskip("peft")
 
@@ -135,7 +135,7 @@ FEW = (per_sample_gradients, hessian_vector, batched, ensemble, dual, dual_attri
 
 COMBINATIONS = [
     pytest.param(name, transform, marks=() if name == "peft" or transform in FEW else pytest.mark.nightly)
-    for name in KINDS
+    for name in STOCK
     for transform in TRANSFORMS
 ]
 
@@ -165,7 +165,7 @@ def changed(model):
     return {name: value * 1.5 if name in names else value for name, value in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", some(KINDS, "peft", "peft, conv2d", "peft, embedding", "lycoris", "torchtune", "llm"))
+@pytest.mark.parametrize("name", some(STOCK, "peft", "peft, conv2d", "peft, embedding", "lycoris", "torchtune", "llm"))
 def test_a_trace_follows_the_weights_that_are_loaded_into_it(name):
     """torch.jit.trace, which checks itself, of a model that has been called and of one that has not."""
     for training in (False, True):

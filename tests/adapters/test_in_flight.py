@@ -16,7 +16,7 @@ import torch
 import dora_kernels
 from dora_kernels.adapters import taking
 from tests.support import shared_problem
-from tests.support.kinds import KINDS, assert_same, dvora, lora_dropout, pair, some, taken_over
+from tests.support.layer_kinds import STOCK, assert_same, dvora, lora_dropout, pair, some, taken_over
 
 OURS = ("dora_kernels/adapters/", "dora_kernels/reuse/")
 THEIRS = ("peft/tuners/lora/", "torchtune/modules/peft/", "lycoris/", "tests/support/restated_layers.py")
@@ -59,7 +59,7 @@ def y_and_gradients(y, model):
 
 @pytest.mark.parametrize("act", (dora_kernels.disable, pytest.param(disable_and_enable, marks=pytest.mark.nightly)))
 @pytest.mark.parametrize("training", (True, False))
-@pytest.mark.parametrize("name", some(KINDS, "peft", "lycoris", "torchtune, bias", "llm"))
+@pytest.mark.parametrize("name", some(STOCK, "peft", "lycoris", "torchtune, bias", "llm"))
 def test_disabled_in_the_middle_of_a_call(name, training, act):
     stock, ours, x = pair(name)
     expected = y_and_gradients(stock.train(training)(x), stock)
@@ -75,7 +75,7 @@ def test_disabled_in_the_middle_of_a_call(name, training, act):
     assert line > 20
 
 
-@pytest.mark.parametrize("name", some(KINDS, "peft", "peft, embedding", "lycoris", "torchtune", "llm"))
+@pytest.mark.parametrize("name", some(STOCK, "peft", "peft, embedding", "lycoris", "torchtune", "llm"))
 def test_enabled_in_the_middle_of_a_call(name):
     stock, _, x = pair(name)
     expected = y_and_gradients(stock(x), stock)

@@ -10,8 +10,8 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels.extras import serving
-from tests.adapters import test_structures
-from tests.support.kinds import randomise
+from tests.support import structure_cases
+from tests.support.conformance_checks import randomise
 
 peft = pytest.importorskip("peft")
 
@@ -149,7 +149,7 @@ class Fork(nn.Module):
 @pytest.mark.parametrize("made", COPIES)
 @pytest.mark.parametrize("name", ("llm", "llm, magnitude alone", "vl-t5", "llava"))
 def test_the_forks_of_nvlabs(name, made):
-    layer, x = test_structures.CASES[name].make(0, torch.float32)
+    layer, x = structure_cases.CASES[name].make(0, torch.float32)
     model = Fork(nn.Sequential(layer), by_name=name == "llava").eval()
     state, y = {**model.state_dict()}, model.base_model(x)
     model.state_to_save()

@@ -9,7 +9,7 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels.adapters import parents
-from tests.support.kinds import randomise
+from tests.support.conformance_checks import randomise
 
 peft = pytest.importorskip("peft")
 

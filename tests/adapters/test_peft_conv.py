@@ -22,8 +22,11 @@ from dora_kernels.adapters.peft.conv import DoraKernelsConv2d  # noqa: E402
 from dora_kernels.testing import check_layer, geometric_mean, rms_error  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
 from tests.support.peft_problem import (
+    CONVOLUTIONS,
+    LAST,
     adapt,
     assert_as_good,
+    build_convolution,
     calls,
     enabled,
     exact_tensors,
@@ -33,34 +36,6 @@ from tests.support.peft_problem import (
     training_step,
 )
 from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
-
-
-class ConvNet(nn.Module):
-    """A convolution as asked for and a pointwise one, with an activation that overwrites the first one's output."""
-
-    def __init__(self, dims=2, **config):
-        super().__init__()
-        self.up = CONVOLUTIONS[dims - 1](6, 10, **({"kernel_size": 3} | config))
-        self.down = CONVOLUTIONS[dims - 1](10, 4, 1, bias=False)
-        self.act = nn.LeakyReLU(0.1, inplace=True)
-
-    def forward(self, x):
-        return self.down(self.act(self.up(x)))
-
-
-def build(dims=2, dtype=torch.float32, last=False, config=None, **peft_config):
-    """A stock PEFT model over ConvNet, and x."""
-    torch.manual_seed(0)
-    net = ConvNet(dims, **(config or {})).to(DEVICE, dtype)
-    # PEFT views lora_A as a matrix, so that a model can be made channels-last before, but not after
-    net = net.to(memory_format=LAST[dims]) if last else net
-    x = torch.randn(2, 6, 5, 4, 3)[(..., *(0,) * (3 - dims))].to(DEVICE, dtype)
-    x = x.contiguous(memory_format=LAST[dims]) if last else x.contiguous()
-    return adapt(net, **({"r": 4} | peft_config)), x
-
 
 CASES = {
     "1d": {"dims": 1},
@@ -106,7 +81,7 @@ KERNELS = ("2d", "groups", "bfloat16", "channels-last, dropout", "two adapters, 
 def test_output_and_every_gradient(case, backend):
     config = dict(CASES[case])
     autocast = config.pop("autocast", None)
-    model, x = build(**config)
+    model, x = build_convolution(**config)
     with torch.autocast(DEVICE, dtype=autocast, enabled=autocast is not None):
         y = model(x)
     dy = torch.randn_like(y)
@@ -126,20 +101,20 @@ def test_output_and_every_gradient(case, backend):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_check_layer(last):
-    model, _ = build(lora_dropout=0.3, last=last)
+    model, _ = build_convolution(lora_dropout=0.3, last=last)
     for layer in layers(model):
         check_layer(layer).raise_if_failed()
 
 
 def test_check_layer_says_that_groups_do_not_merge():
-    model, _ = build(dims=1, config={"groups": 2})
+    model, _ = build_convolution(dims=1, config={"groups": 2})
     report = check_layer(layers(model)[0])
     report.raise_if_failed()
     assert [row.check for row in report.rows if row.ok is None] == ["merge, accuracy"]
 
 
 def test_check_layer_sees_a_wrong_convolution(monkeypatch):
-    model, _ = build()
+    model, _ = build_convolution()
     norm = DoraKernelsConv2d.norm
     monkeypatch.setattr(DoraKernelsConv2d, "norm", lambda *arguments: norm(*arguments) * 1.01)
     with pytest.raises(AssertionError, match="rms error above"):
@@ -183,7 +158,7 @@ def test_any_convolution(case):
 @pytest.mark.parametrize("adapters", [1, 3])
 def test_dropout_that_does_not_drop(adapters, mode):
     """PEFT then puts an adapter on a base of its own all the same, which it pads with zeros."""
-    model, x = build(lora_dropout=0.5, adapters=adapters, config={"padding": 1, "padding_mode": "circular"})
+    model, x = build_convolution(lora_dropout=0.5, adapters=adapters, config={"padding": 1, "padding_mode": "circular"})
     for layer in layers(model):
         for dropout in layer.lora_dropout.values():
             dropout.train(mode != "dropout.eval")
@@ -208,7 +183,7 @@ def test_a_pointwise_conv1d_of_transposed_tokens():
 def test_several_adapters_are_not_rounded_in_between():
     ratios = []
     for seed in range(4):
-        model, x = build(dtype=torch.bfloat16, adapters=3)
+        model, x = build_convolution(dtype=torch.bfloat16, adapters=3)
         randomise(model, seed)
         for name, parameter in model.named_parameters():
             if "lora_A" in name or "lora_B" in name:  # or the rounding of the base is all that counts
@@ -220,7 +195,7 @@ def test_several_adapters_are_not_rounded_in_between():
 
 def test_half_precision_base_under_dropout_where_peft_fails():
     """PEFT multiplies a float32 dropout(x) with the bfloat16 weight; ours takes it in the weight's dtype."""
-    model, x = build(dtype=torch.bfloat16, lora_dropout=0.5)
+    model, x = build_convolution(dtype=torch.bfloat16, lora_dropout=0.5)
     with pytest.raises(RuntimeError, match="type"):
         model(x)  # when PEFT stops doing this, the case joins those above
     results = []
@@ -276,7 +251,7 @@ def test_a_unet_trains_as_in_peft(last):
 @pytest.mark.parametrize("last", [False, True])
 def test_zero_row_is_finite(last, backend):
     """norm 0: PEFT divides by it; ours has gain 0 there."""
-    model, x = build(adapters=2, last=last)
+    model, x = build_convolution(adapters=2, last=last)
     for layer in layers(model):
         layer.base_layer.weight.data[3] = 0
         for name in ("default", "second"):
@@ -291,7 +266,7 @@ def test_zero_row_is_finite(last, backend):
 
 @pytest.mark.parametrize("last", [False, True])
 def test_the_norm_is_kept_inside_frozen_adapters(last):
-    model, x = build(adapters=1 if last else 2, last=last)
+    model, x = build_convolution(adapters=1 if last else 2, last=last)
     model = enabled(model).eval()
     ops.calls.clear()
     with torch.no_grad(), dora_kernels.frozen_adapters(model):
@@ -319,7 +294,7 @@ LEFT_TO_PEFT = {
 
 @pytest.mark.parametrize("reason", LEFT_TO_PEFT)
 def test_left_to_peft(reason):
-    model, _ = build()
+    model, _ = build_convolution()
     LEFT_TO_PEFT[reason](model)
     report = dora_kernels.enable(model)
     assert [layer.name for layer in report.left_alone] == ["base_model.model.up"]
@@ -328,7 +303,7 @@ def test_left_to_peft(reason):
 
 @pytest.mark.parametrize("call", ["unbatched", "adapter_names"])
 def test_calls_that_go_to_peft(call):
-    model, x = build(config={"bias": False})
+    model, x = build_convolution(config={"bias": False})
     ours = enabled(model)
     ops.calls.clear()
     results = [each.up(x[0]) if call == "unbatched" else each.up(x, adapter_names=None) for each in (model, ours)]
@@ -336,7 +311,7 @@ def test_calls_that_go_to_peft(call):
 
 
 def test_compiles_without_a_graph_break():
-    model, x = build(lora_dropout=0.5, last=True)
+    model, x = build_convolution(lora_dropout=0.5, last=True)
     model = enabled(model)
     dy = torch.randn_like(model(x))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

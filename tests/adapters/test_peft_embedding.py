@@ -20,36 +20,8 @@ from dora_kernels import (
 )
 from dora_kernels.adapters.peft.embedding import DoraKernelsEmbedding  # noqa: E402
 from dora_kernels.testing import check_layer, compare, geometric_mean, rms_error  # noqa: E402
-from tests.support.peft_problem import adapt, calls, enabled, layers, randomise  # noqa: E402
+from tests.support.peft_problem import TOKENS, WIDTH, build_embedding, calls, enabled, layers, randomise  # noqa: E402
 from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
-
-TOKENS, WIDTH = 13, 10
-
-
-class ScaledEmbedding(nn.Embedding):
-    """As Gemma's: the output is scaled, and PEFT reads by how much from embed_scale."""
-
-    def __init__(self, *args, scale, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.register_buffer("embed_scale", torch.tensor(scale), persistent=False)
-
-    def forward(self, x):
-        return super().forward(x) * self.embed_scale.to(self.weight.dtype)
-
-
-class Tokens(nn.Module):
-    def __init__(self, scale=None, **config):
-        super().__init__()
-        self.up = ScaledEmbedding(TOKENS, WIDTH, scale=scale) if scale else nn.Embedding(TOKENS, WIDTH, **config)
-
-    def forward(self, x):
-        return self.up(x)
-
-
-def build(dtype=torch.float32, config=None, **peft_config):
-    torch.manual_seed(0)
-    net = Tokens(**(config or {})).to(DEVICE, dtype)
-    return adapt(net, **({"target_modules": ["up"]} | peft_config))
 
 
 def tensors(model, ids, dy, autocast=None):
@@ -86,7 +58,7 @@ def test_output_and_every_gradient(case, backend):
         pytest.skip("float64 kernels run in the interpreter only")
     config = dict(CASES[case])
     autocast = config.pop("autocast", None)
-    model = build(**config)
+    model = build_embedding(**config)
     ids = torch.tensor([[1, 3, 5, 3], [0, 12, 3, 7]], device=DEVICE)
     dy = torch.randn(2, 4, WIDTH, device=DEVICE)
     stock = tensors(model, ids, dy, autocast)
@@ -121,7 +93,7 @@ def test_any_embedding(data):
 
 
 def test_check_layer(monkeypatch):
-    layer = layers(build(dtype=torch.bfloat16))[0]
+    layer = layers(build_embedding(dtype=torch.bfloat16))[0]
     check_layer(layer).raise_if_failed()
     norm = DoraKernelsEmbedding.norm
     monkeypatch.setattr(DoraKernelsEmbedding, "norm", lambda *arguments: norm(*arguments) * 1.05)
@@ -132,7 +104,7 @@ def test_check_layer(monkeypatch):
 def test_several_adapters_are_not_rounded_in_between():
     ratios, ids = [], torch.arange(TOKENS, device=DEVICE)
     for seed in range(4):
-        model = build(dtype=torch.bfloat16, adapters=3)
+        model = build_embedding(dtype=torch.bfloat16, adapters=3)
         randomise(model, seed)
         exact = copy.deepcopy(model).double()(ids)
         ratios.append(rms_error(enabled(model)(ids), exact) / rms_error(model(ids), exact))
@@ -141,7 +113,7 @@ def test_several_adapters_are_not_rounded_in_between():
 
 def test_zero_column_is_finite():
     """norm 0: PEFT divides by it; ours has gain 0 there, and the output is 0."""
-    model = build()
+    model = build_embedding()
     model.up.base_layer.weight.data[:, 4] = 0
     model.up.lora_embedding_B["default"].data[4] = 0
     ids, dy = torch.arange(TOKENS, device=DEVICE), torch.randn(TOKENS, WIDTH, device=DEVICE)
@@ -151,7 +123,7 @@ def test_zero_column_is_finite():
 
 
 def test_the_norm_is_kept_inside_frozen_adapters():
-    model, ids = enabled(build(adapters=2)).eval(), torch.arange(TOKENS, device=DEVICE)
+    model, ids = enabled(build_embedding(adapters=2)).eval(), torch.arange(TOKENS, device=DEVICE)
     ops.calls.clear()
     with dora_kernels.frozen_adapters(model):
         first = model(ids)
@@ -170,12 +142,12 @@ LEFT_TO_PEFT = {
 
 @pytest.mark.parametrize("reason", LEFT_TO_PEFT)
 def test_left_to_peft(reason):
-    report = dora_kernels.enable(build(config=LEFT_TO_PEFT[reason]))
+    report = dora_kernels.enable(build_embedding(config=LEFT_TO_PEFT[reason]))
     assert len(report.left_alone) == 1 and reason in report.left_alone[0].reason
 
 
 def test_hooks_of_the_base_layer_run():
-    model, seen = enabled(build()), []
+    model, seen = enabled(build_embedding()), []
     model.up.base_layer.register_forward_hook(lambda *args: seen.append(args))
     ops.calls.clear()
     model(torch.arange(3, device=DEVICE))
@@ -200,6 +172,6 @@ def test_a_language_model_with_its_embedding():
 
 
 def test_compiles_without_a_graph_break():
-    model, ids = enabled(build()), torch.arange(TOKENS, device=DEVICE)
+    model, ids = enabled(build_embedding()), torch.arange(TOKENS, device=DEVICE)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids), model(ids))

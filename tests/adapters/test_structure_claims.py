@@ -14,10 +14,10 @@ from dora_kernels import ops, options
 from dora_kernels.adapters import STRUCTURES
 from dora_kernels.adapters.copied import probe
 from dora_kernels.planning.options import current_options
-from tests.adapters.test_structures import CASES, make, only
 from tests.support import restated_layers
 from tests.support.conformance_checks import randomise
 from tests.support.restated_layers import LinearLoRA, Llm, Parallel
+from tests.support.structure_cases import CASES, make, only
 
 EDITED = {
     restated_layers.LlmWithEps: "something else than x W^T",

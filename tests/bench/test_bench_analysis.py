@@ -8,9 +8,9 @@ import pytest
 
 from bench.studies import analysis
 from dora_kernels.extras import demo
-from tests import test_cli
+from tests.support import micro_demo
 
-MICRO = dataclasses.replace(test_cli.MICRO, rank=4)
+MICRO = dataclasses.replace(micro_demo.MICRO, rank=4)
 
 
 def test_three_runs_of_one_base(monkeypatch, tmp_path, capsys):

@@ -33,7 +33,7 @@ from dora_kernels import DvoraLinear, VeraProjection, ops, reuse  # noqa: E402
 from dora_kernels.adapters.taking import TakenOver  # noqa: E402
 from dora_kernels.extras.dvora import dvora_linear_ref  # noqa: E402
 from dora_kernels.planning import devices  # noqa: E402
-from tests.support.distributed_problem import STEPS, batch, blocks, build_llama, build_net, train, worst
+from tests.support.distributed_problem import STEPS, batch, blocks, build_llama, build_net, fsdp2, train, worst
 from tests.support.peft_problem import calls, layers  # noqa: E402
 from tests.support.process_worlds import world  # noqa: E402
 
@@ -48,13 +48,6 @@ TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-12}
 
 def ddp(model, **arguments):
     return DistributedDataParallel(model, **arguments)
-
-
-def fsdp2(model):
-    """The layers, or the blocks of a Llama, and the rest: base and adapters are sharded."""
-    for block in blocks(model):
-        fully_shard(block)
-    return fully_shard(model)
 
 
 def fsdp2_whole(model):

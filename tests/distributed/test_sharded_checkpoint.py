@@ -12,8 +12,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 pytest.importorskip("peft")
 
 import dora_kernels  # noqa: E402
-from tests.distributed.test_distributed import fsdp2  # noqa: E402
-from tests.support.distributed_problem import VOCABULARY, build_llama, loss_of, optimizer_of  # noqa: E402
+from tests.support.distributed_problem import VOCABULARY, build_llama, fsdp2, loss_of, optimizer_of  # noqa: E402
 from tests.support.peft_problem import calls, layers  # noqa: E402
 from tests.support.process_worlds import World, world  # noqa: E402
 

@@ -5,7 +5,7 @@ import pytest
 from dora_kernels.cli import main
 from dora_kernels.extras import demo
 from dora_kernels.extras.demo import dvora
-from tests.test_cli import MICRO
+from tests.support.micro_demo import MICRO
 
 
 @pytest.fixture

@@ -8,16 +8,9 @@ from dora_kernels import ops, options, weight_norm
 from dora_kernels.functional.rescale import dora_linear_lora_dropout, rescale
 from dora_kernels.quant import parts
 from dora_kernels.reference import dora_linear_ref
-from tests.support.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem
+from tests.support.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, two_pieces
 
 SHAPES = ((17, 40, 36, 6), (33, 70, 50, 20), (1, 12, 10, 1), (7, 9, 4, 13))
-
-
-def layer(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dropped=None, norm_grad=False):
-    """The DoRA layer, in two pieces."""
-    gain = magnitude / weight_norm(weight, lora_A, lora_B, scaling, norm_grad=norm_grad)
-    low = F.linear((x if x_dropped is None else x_dropped).to(lora_A.dtype), lora_A)
-    return rescale(F.linear(x, weight), low, lora_B, gain, scaling, bias)
 
 
 def layer_with_peft_dropout(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dropped):
@@ -41,7 +34,7 @@ def test_norm_and_rescale_are_the_layer(dtypes, norm_grad, backend):
     for shape in SHAPES:
         problem = Problem.random(*shape, *dtypes)
         with options(backend=backend):
-            actual = problem.run(layer, norm_grad=norm_grad)
+            actual = problem.run(two_pieces, norm_grad=norm_grad)
         for comparison in problem.comparisons(actual, norm_grad=norm_grad):
             assert comparison.ok, (shape, comparison)
 
@@ -51,7 +44,7 @@ def test_dropout_of_the_low_rank_branch_alone(backend):
     problem = Problem.random(17, 40, 36, 6, dropout=0.5)
     expected = problem.run(definition)
     with options(backend=backend):
-        actual = problem.run(layer)
+        actual = problem.run(two_pieces)
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], **TOLERANCE)
     assert not torch.allclose(actual["y"], problem.yardstick()["y"], rtol=0.1)  # PEFT's dropout is another function
@@ -73,7 +66,7 @@ def test_with_a_residual_it_is_the_layer_under_peft_s_dropout(dtypes, backend):
 def test_any_subset_of_gradients(needs, backend):
     problem = Problem.random(17, 40, 36, 6)
     with options(backend=backend):
-        actual = problem.run(layer, needs)
+        actual = problem.run(two_pieces, needs)
     exact = problem.exact(needs=needs)
     assert actual.keys() == {"y", *needs}
     for name, value in actual.items():
@@ -87,7 +80,7 @@ def test_gradcheck_on_the_kernel_code():
 
     def function(x, lora_A, lora_B, magnitude, bias):
         with options(backend="triton"):
-            return layer(x, problem.weight, lora_A, lora_B, magnitude, 0.75, bias, norm_grad=True)
+            return two_pieces(x, problem.weight, lora_A, lora_B, magnitude, 0.75, bias, norm_grad=True)
 
     ops.calls.clear()
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
@@ -176,7 +169,7 @@ def test_one_token_without_a_dimension_for_it():
 def test_no_tokens(backend):
     problem = Problem.random(0, 12, 10, 3)
     with options(backend=backend):
-        actual = problem.run(layer)
+        actual = problem.run(two_pieces)
     assert actual["y"].shape == (0, 12) and not any(actual[name].any() for name in GRADIENTS)
 
 

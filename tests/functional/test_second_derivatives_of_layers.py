@@ -28,12 +28,11 @@ from dora_kernels.extras.dvora import dvora_linear_ref  # noqa: E402
 from dora_kernels.functional.autograd import SharedLow  # noqa: E402
 from dora_kernels.reference import dora_linear_ref  # noqa: E402
 from dora_kernels.testing.run import shared_dropout  # noqa: E402
-from tests.adapters import test_peft_conv, test_peft_embedding  # noqa: E402
-from tests.adapters.test_structures import CASES as STRUCTURES  # noqa: E402
 from tests.support import library_layers, peft_problem, quantized_problem, shared_problem  # noqa: E402
 from tests.support.derivative_routes import assert_equal, derivatives, grad, squares, weights  # noqa: E402
 from tests.support.peft_problem import calls, enabled  # noqa: E402
 from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
+from tests.support.structure_cases import CASES as STRUCTURES  # noqa: E402
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="float64 kernels run in the interpreter only")
 X = torch.linspace(-2, 2, 4 * 24, dtype=torch.float64).sin().view(2, 2, 24)
@@ -44,11 +43,11 @@ def linear(**config):
 
 
 def convolution(last=False, **config):
-    return test_peft_conv.build(dtype=torch.float64, last=last, **config)
+    return peft_problem.build_convolution(dtype=torch.float64, last=last, **config)
 
 
 def tokens():
-    return test_peft_embedding.build(torch.float64), torch.tensor([[1, 3, 5, 3], [0, 12, 3, 7]])
+    return peft_problem.build_embedding(torch.float64), torch.tensor([[1, 3, 5, 3], [0, 12, 3, 7]])
 
 
 LAYERS = {

@@ -18,10 +18,10 @@ from dora_kernels.functional.tracing import is_traced, is_transformed
 
 pytest.importorskip("peft")
 
-from tests.support.enabled_kinds import KINDS, call  # noqa: E402
+from tests.support.layer_kinds import ENABLED, seeded  # noqa: E402
 
 # not over 4 bits: their libraries' layers cannot be traced, nor have their state dicts
-TRACED = [kind for kind in KINDS if kind not in ("peft, nf4", "peft, hqq")]
+TRACED = [kind for kind in ENABLED if kind not in ("peft, nf4", "peft, hqq")]
 
 
 def state_of(model):
@@ -88,7 +88,7 @@ def test_the_program_follows_its_weights(kind, tracer):
     if (tracer, kind) in CANNOT:
         pytest.skip("the library's tensors cannot be traced so")
     for situation in ("inside", "cold", "warm") if tracer == "jit.trace" else ("inside", "cold"):
-        model, x = KINDS[kind]()
+        model, x = ENABLED[kind]()
         model.eval()
         with torch.no_grad():
             if situation == "inside":
@@ -98,7 +98,7 @@ def test_the_program_follows_its_weights(kind, tracer):
                     program = TRACERS[tracer](model, x)
                     assert kept and all(reuse.store.by_layer.get(layer) is one for layer, one in kept.items())
             else:
-                first = model(x) if situation == "warm" else call(copy.deepcopy(model), x)
+                first = model(x) if situation == "warm" else seeded(copy.deepcopy(model), x)
                 program = TRACERS[tracer](model, x)
             state = {n: 1.5 * value if value.is_floating_point() else value for n, value in state_of(model).items()}
             twin = copy.deepcopy(model)

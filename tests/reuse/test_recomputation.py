@@ -16,7 +16,7 @@ from tests.support.problem import DEVICE
 
 pytest.importorskip("peft")
 
-from tests.support.enabled_kinds import KINDS  # noqa: E402
+from tests.support.layer_kinds import ENABLED  # noqa: E402
 
 REENTRANT = pytest.mark.parametrize("use_reentrant", (False, True))
 
@@ -86,9 +86,9 @@ def check(model, x, use_reentrant, between):
     del graph
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENABLED)
 def test_a_call_with_other_weights_between_a_forward_pass_and_its_backward_pass(kind):
-    model, x = KINDS[kind]()
+    model, x = ENABLED[kind]()
     model.train()
     with options(backend="reference"):
         for use_reentrant in (False, True):
@@ -97,7 +97,7 @@ def test_a_call_with_other_weights_between_a_forward_pass_and_its_backward_pass(
 
 
 def layer_and_input():
-    layer, x = KINDS["DoraLinear"]()
+    layer, x = ENABLED["DoraLinear"]()
     return layer.train().double(), x.double()
 
 

@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import dora_kernels
 from dora_kernels import DoraLinear, reuse
 from dora_kernels.functional import linear
-from dora_kernels.pytorch import PYTORCH
 from dora_kernels.reference import dora_linear_ref
 from tests.support.problem import DEVICE
 
@@ -35,29 +34,6 @@ def frozen(layer):
     """The layer inside frozen_adapters."""
     with dora_kernels.frozen_adapters(layer):
         yield layer
-
-
-@pytest.fixture
-def norms(monkeypatch):
-    """Grows by one whenever a norm is computed; on the CPU the forward pass makes it with the merged weight."""
-    made = []
-
-    def counting(function, name):
-        def wrapped(*arguments, **keywords):
-            result = function(*arguments, **keywords)
-            if name == "norm" or result[1] is not None:
-                made.append(name)
-            return result
-
-        return wrapped
-
-    steps = PYTORCH._replace(
-        norm=counting(PYTORCH.norm, "norm"),
-        merged_forward=counting(PYTORCH.merged_forward, "merged_forward"),
-    )
-    monkeypatch.setattr("dora_kernels.ops.PYTORCH", steps)
-    with dora_kernels.options(backend="reference"):
-        yield made
 
 
 def definition(layer, x):

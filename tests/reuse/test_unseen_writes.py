@@ -12,7 +12,7 @@ from tests.support.problem import DEVICE
 
 pytest.importorskip("peft")
 
-from tests.support.enabled_kinds import KINDS, batch, call  # noqa: E402
+from tests.support.layer_kinds import ENABLED, batch, seeded  # noqa: E402
 from tests.support.peft_problem import build, enabled  # noqa: E402
 
 
@@ -72,60 +72,60 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENABLED)
 def test_the_next_call_is_that_of_a_layer_that_kept_nothing(kind, setting):
     """A copy of a layer has nothing that was kept. Every write to all of its tensors."""
     training, backend, names = SETTINGS[setting]
-    model, x = KINDS[kind]()
+    model, x = ENABLED[kind]()
     model.train(training)
     with options(backend=backend):
-        before = call(model, x)
+        before = seeded(model, x)
         for name in names:
             if name == "numpy" and DEVICE != "cpu":
                 continue
             for tensor in stored(model):
                 WRITES[name](tensor)
-            after, fresh = call(model, x), call(copy.deepcopy(model), x)
+            after, fresh = seeded(model, x), seeded(copy.deepcopy(model), x)
             torch.testing.assert_close(after, fresh, rtol=1e-5, atol=1e-5, msg=name)
             assert not torch.allclose(after, before, rtol=1e-2), f"{name} changed nothing: nothing was tested"
             before = after
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENABLED)
 def test_one_tensor_at_a_time(kind):
-    model, x = KINDS[kind]()
+    model, x = ENABLED[kind]()
     model.eval()
-    call(model, x)
+    seeded(model, x)
     for tensor in stored(model):
         tensor.data.mul_(1.5)
-        torch.testing.assert_close(call(model, x), call(copy.deepcopy(model), x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seeded(model, x), seeded(copy.deepcopy(model), x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_zeroth_order_step_and_its_way_back():
     """As evolution strategies and MeZO perturb: out, over, and back through .data; stock is the measure."""
     stock = build().eval()
     ours, x = enabled(stock), batch()
-    start = call(stock, x)
+    start = seeded(stock, x)
     for scale in (0.1, -0.2, 0.1):
         for model in (stock, ours):
             generator = torch.Generator().manual_seed(7)
             for parameter in (p for p in model.parameters() if p.requires_grad):
                 parameter.data.add_(torch.randn(parameter.shape, generator=generator).to(DEVICE), alpha=scale)
-        torch.testing.assert_close(call(ours, x), call(stock, x), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(call(ours, x), start, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seeded(ours, x), seeded(stock, x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seeded(ours, x), start, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ENABLED)
 def test_the_promise_is_what_keeps(kind):
     """Inside the scope such a write is not seen, for every kind of layer, and invalidate() ends the reuse after one."""
-    model, x = KINDS[kind]()
+    model, x = ENABLED[kind]()
     model.eval()
     with dora_kernels.frozen_adapters(model):
-        call(model, x)
+        seeded(model, x)
         for tensor in stored(model):
             if tensor.dim() > 1:
                 tensor.data.mul_(1.5)
-        stale, fresh = call(model, x), call(copy.deepcopy(model), x)
+        stale, fresh = seeded(model, x), seeded(copy.deepcopy(model), x)
         assert not torch.allclose(stale, fresh, rtol=1e-3)
         dora_kernels.invalidate(model)
-        torch.testing.assert_close(call(model, x), fresh, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seeded(model, x), fresh, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dora_kernels import DoraLinear, ops, options, reuse, weight_norm
 from dora_kernels.functional.rescale import rescale
-from tests.reuse.test_reuse import norms  # noqa: F401
 from tests.support.compile_problem import Recorder
 from tests.support.problem import DEVICE
 
@@ -72,7 +71,7 @@ def test_gradients_to_the_bit(name, use_reentrant):
 
 @REENTRANT
 @pytest.mark.parametrize("name", ("peft, dropout", "rescale"))
-def test_one_norm_per_layer_and_step(name, use_reentrant, norms):  # noqa: F811
+def test_one_norm_per_layer_and_step(name, use_reentrant, norms):
     model, (x, dy) = MODELS[name](), batch()
     layers = 2 if name.startswith("peft") else 3
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=True)
@@ -86,7 +85,7 @@ def test_one_norm_per_layer_and_step(name, use_reentrant, norms):  # noqa: F811
 
 
 @REENTRANT
-def test_transformers_gradient_checkpointing(use_reentrant, norms):  # noqa: F811
+def test_transformers_gradient_checkpointing(use_reentrant, norms):
     model = llama(layers=2, lora_dropout=0.1)
     ids = torch.randint(64, (2, 8), device=DEVICE)
     plain = step(model, ids)

@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_kernels import DoraLinear, options, passes
 from dora_kernels.pytorch import PYTORCH
-from tests.functional.test_rescale import layer as two_pieces
-from tests.support.problem import BACKENDS, DEVICE, Problem, core
+from tests.support.problem import BACKENDS, DEVICE, Problem, core, two_pieces
 
 EXACT = {"rtol": 0, "atol": 0}
 # what waits for the device, or makes a size of what it finds there; a CUDA graph can hold neither

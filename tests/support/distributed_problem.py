@@ -4,6 +4,7 @@ import contextlib
 
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.support.peft_problem import Net, adapt, layers
@@ -44,6 +45,13 @@ def blocks(model):
     """The modules that an engine shards one by one: the blocks of a Llama, or the layers."""
     found = [module for module in model.modules() if type(module).__name__ == "LlamaDecoderLayer"]
     return found or layers(model)
+
+
+def fsdp2(model):
+    """The layers, or the blocks of a Llama, and the rest: base and adapters are sharded."""
+    for block in blocks(model):
+        fully_shard(block)
+    return fully_shard(model)
 
 
 def batch(kind, dtype, rank=0, size=1):

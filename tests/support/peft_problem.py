@@ -1,4 +1,4 @@
-"""A small PEFT model with DoRA adapters, and what the PEFT tests do to it.
+"""Small PEFT models with DoRA adapters (linear layers, convolutions, an embedding), and what the tests do to them.
 
 Adapters are randomised: on a fresh one B = 0 and gain = 1, where nearly every mistake is invisible.
 """
@@ -16,6 +16,10 @@ from dora_kernels import ops
 from dora_kernels.testing import compare
 from tests.support.problem import DEVICE
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+TOKENS, WIDTH = 13, 10
+
 
 class Net(nn.Module):
     """Two layers for a DoRA adapter to sit on: with and without bias, no dimension a multiple of a block."""
@@ -28,6 +32,39 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.down(torch.tanh(self.up(x)))
+
+
+class ConvNet(nn.Module):
+    """A convolution as asked for and a pointwise one, with an activation that overwrites the first one's output."""
+
+    def __init__(self, dims=2, **config):
+        super().__init__()
+        self.up = CONVOLUTIONS[dims - 1](6, 10, **({"kernel_size": 3} | config))
+        self.down = CONVOLUTIONS[dims - 1](10, 4, 1, bias=False)
+        self.act = nn.LeakyReLU(0.1, inplace=True)
+
+    def forward(self, x):
+        return self.down(self.act(self.up(x)))
+
+
+class ScaledEmbedding(nn.Embedding):
+    """As Gemma's: the output is scaled, and PEFT reads by how much from embed_scale."""
+
+    def __init__(self, *args, scale, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("embed_scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.embed_scale.to(self.weight.dtype)
+
+
+class Tokens(nn.Module):
+    def __init__(self, scale=None, **config):
+        super().__init__()
+        self.up = ScaledEmbedding(TOKENS, WIDTH, scale=scale) if scale else nn.Embedding(TOKENS, WIDTH, **config)
+
+    def forward(self, x):
+        return self.up(x)
 
 
 def randomise(model, seed=0):
@@ -47,6 +84,24 @@ def build(dtype=torch.float32, conv1d=False, train_bias=False, **config):
     model = adapt(Net(conv1d).to(DEVICE, dtype), **config)
     layers(model)[0].base_layer.bias.requires_grad_(train_bias)
     return model
+
+
+def build_convolution(dims=2, dtype=torch.float32, last=False, config=None, **peft_config):
+    """A stock PEFT model over ConvNet, and x."""
+    torch.manual_seed(0)
+    net = ConvNet(dims, **(config or {})).to(DEVICE, dtype)
+    # PEFT views lora_A as a matrix, so that a model can be made channels-last before, but not after
+    net = net.to(memory_format=LAST[dims]) if last else net
+    x = torch.randn(2, 6, 5, 4, 3)[(..., *(0,) * (3 - dims))].to(DEVICE, dtype)
+    x = x.contiguous(memory_format=LAST[dims]) if last else x.contiguous()
+    return adapt(net, **({"r": 4} | peft_config)), x
+
+
+def build_embedding(dtype=torch.float32, config=None, **peft_config):
+    """A stock PEFT model over one embedding of TOKENS tokens."""
+    torch.manual_seed(0)
+    net = Tokens(**(config or {})).to(DEVICE, dtype)
+    return adapt(net, **({"target_modules": ["up"]} | peft_config))
 
 
 def adapt(net, adapters=1, autocast_adapter_dtype=True, **config):

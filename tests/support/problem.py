@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels import options
+from dora_kernels import options, weight_norm
 from dora_kernels.functional import linear
+from dora_kernels.functional.rescale import rescale
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import SCALING, Comparison, compare, random_inputs
 
@@ -32,6 +33,13 @@ GRADIENTS = ("x", "lora_A", "lora_B", "magnitude", "bias")
 def core(*arguments, **keywords) -> Tensor:
     """y of dora_linear_core, which returns norm and gain too."""
     return linear.dora_linear_core(*arguments, **keywords)[0]
+
+
+def two_pieces(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dropped=None, norm_grad=False):
+    """The DoRA layer in two pieces, `weight_norm` and `rescale`."""
+    gain = magnitude / weight_norm(weight, lora_A, lora_B, scaling, norm_grad=norm_grad)
+    low = F.linear((x if x_dropped is None else x_dropped).to(lora_A.dtype), lora_A)
+    return rescale(F.linear(x, weight), low, lora_B, gain, scaling, bias)
 
 
 @dataclass

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.test_bounds import OPERANDS, call, tensors_of
 from tests.support.packed_weights import KINDS, quantized
 from tests.support.problem import DEVICE, Problem
 
 pytest.importorskip("triton")
+
+from tests.support.launcher_operands import OPERANDS, launch, tensors_of  # noqa: E402
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
@@ -101,7 +103,7 @@ def launched(launcher: str, side: str, shapes=SHAPES) -> list[str]:
             name: by_columns(contiguous[name]) for name in OPERANDS[launcher] if launcher != "grouped_norm"
         }
         for tensors in (contiguous, strided) if shape == shapes[0] else (contiguous,):
-            found += differences(lambda tensors=tensors: call(launcher, tensors), side)
+            found += differences(lambda tensors=tensors: launch(launcher, tensors), side)
     return found
 
 
@@ -168,7 +170,7 @@ def with_planted(folder: Path, file: str, here: str, fault: str, launcher: str) 
             if launcher in FORMATS:
                 results = of_quantised(launcher)
             else:
-                results = call(launcher, tensors_of(Problem.random(33, 70, 90, 20, torch.float32)))
+                results = launch(launcher, tensors_of(Problem.random(33, 70, 90, 20, torch.float32)))
         return [number for number, result in enumerate(results) if result.isnan().any()]
 
     return guard_pages.in_child(run)

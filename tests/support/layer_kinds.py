@@ -1,4 +1,9 @@
-"""One small layer of every kind that enable() takes over, each with an x: for what has to hold of all of them alike."""
+"""One small layer of every kind, each with an x: for what has to hold of all of them alike.
+
+STOCK: the libraries' layers that enable() takes over, in any dtype; `pair` gives one as it is and enabled.
+ENABLED: layers that compute by our operators, whosever they are, in float32: what keeps and what traces is the same for
+    a library's layer and for DoraLinear. Of STOCK one for each way that our code takes, and what has no stock layer.
+"""
 
 import copy
 import functools
@@ -17,8 +22,8 @@ pytest.importorskip("peft")
 from peft import LoraConfig, VeraConfig, get_peft_model  # noqa: E402
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from tests.adapters import test_structures  # noqa: E402
-from tests.support import library_layers, quantized_problem  # noqa: E402
+from dora_kernels import DoraLinear, DvoraLinear, VeraProjection  # noqa: E402
+from tests.support import library_layers, peft_problem, quantized_problem, structure_cases, vera_problem  # noqa: E402
 
 
 def peft(make, *shape, adapters=1, tokens=0, **config):
@@ -38,7 +43,7 @@ def peft(make, *shape, adapters=1, tokens=0, **config):
 
 def structure(name):
     def build(dtype):
-        model, x = test_structures.CASES[name].make(len(name), dtype)
+        model, x = structure_cases.CASES[name].make(len(name), dtype)
         return model if "megatron" not in name else nn.Sequential(model, First()), x
 
     return build
@@ -53,9 +58,8 @@ class First(nn.Module):
 
 def torchtune(**arguments):
     def build(dtype):
-        return nn.Sequential(library_layers.torchtune_layer(6, 8, 2, dtype, **arguments)), torch.randn(
-            2, 3, 8, dtype=dtype
-        )
+        layer = library_layers.torchtune_layer(6, 8, 2, dtype, **arguments)
+        return nn.Sequential(layer), torch.randn(2, 3, 8, dtype=dtype)
 
     return build
 
@@ -68,7 +72,7 @@ def lycoris(make, *shape, **arguments):
     return build
 
 
-KINDS = {
+STOCK = {
     "peft": peft(lambda: nn.Linear(8, 6), 2, 3, 8),
     "peft, two adapters": peft(lambda: nn.Linear(8, 6), 3, 8, adapters=2),
     "peft, GPT-2": peft(lambda: Conv1D(6, 8), 3, 8, fan_in_fan_out=True),
@@ -83,7 +87,7 @@ KINDS = {
     "lycoris": lycoris(lambda: nn.Linear(8, 6), 2, 3, 8),
     "lycoris, conv2d": lycoris(lambda: nn.Conv2d(4, 6, 3), 2, 4, 5, 5),
     "lycoris, input axis": lycoris(lambda: nn.Linear(8, 6), 2, 3, 8, wd_on_out=False),
-    **{name: structure(name) for name in test_structures.CASES if "dropout" not in name},
+    **{name: structure(name) for name in structure_cases.CASES if "dropout" not in name},
 }
 """name -> build(dtype): a stock model and an x."""
 
@@ -94,7 +98,7 @@ QUANTISED = {name: functools.partial(quantized_problem.build, name) for name in 
 def pair(name, dtype=torch.float64):
     """(stock model in train mode, the same enabled, x). Nothing drops: masks would differ from call to call."""
     torch.manual_seed(len(name))
-    stock, x = KINDS[name](dtype) if name in KINDS else (QUANTISED[name](), torch.randn(3, 24, device=DEVICE))
+    stock, x = STOCK[name](dtype) if name in STOCK else (QUANTISED[name](), torch.randn(3, 24, device=DEVICE))
     stock = randomise(stock).train()
     for module in stock.modules():
         for probability in ("p", "dropout_p"):
@@ -140,7 +144,7 @@ def y_and_gradients(model, x):
 def lora_dropout(name):
     """A model enabled with dropout="lora" that drops, and an x."""
     if name == "llm":
-        model, x = test_structures.CASES["llm, dropout"].make(0, torch.float64)
+        model, x = structure_cases.CASES["llm, dropout"].make(0, torch.float64)
     else:
         make = (lambda: nn.Linear(8, 6)) if name == "peft" else (lambda: nn.Conv1d(4, 6, 1))
         model, x = peft(make, *((3, 8) if name == "peft" else (2, 4, 5)), lora_dropout=0.5)(torch.float64)
@@ -151,3 +155,54 @@ def lora_dropout(name):
 def dvora():
     model = get_peft_model(nn.Sequential(nn.Linear(8, 6)), VeraConfig(r=4, target_modules=["0"])).double()
     return dora_kernels.to_dvora(model).base_model.model, torch.randn(3, 8, dtype=torch.float64)
+
+
+def batch(features=24):
+    return torch.randn(5, features, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+def dora_linear():
+    torch.manual_seed(0)
+    layer = DoraLinear(24, 20, rank=4, alpha=6.0, device=DEVICE)
+    nn.init.normal_(layer.lora_B.weight)
+    return layer, batch()
+
+
+def dvora_linear():
+    """With small terms of the norm, kept through training."""
+    torch.manual_seed(0)
+    layer = DvoraLinear(48, 40, VeraProjection(48, 40, 6, device=DEVICE), device=DEVICE)
+    nn.init.normal_(layer.vera_lambda_b)
+    return layer, batch(48)
+
+
+def quantized(format):
+    model = quantized_problem.build(format, sizes=quantized_problem.ALIGNED)
+    return peft_problem.enabled(model), batch(64)
+
+
+def of_stock(name):
+    return lambda: pair(name, torch.float32)[1:]
+
+
+ENABLED = {
+    "DoraLinear": dora_linear,
+    "DvoraLinear": dvora_linear,
+    "peft": of_stock("peft"),
+    "peft, GPT-2": of_stock("peft, GPT-2"),
+    "peft, two adapters": of_stock("peft, two adapters"),
+    "peft, conv2d": of_stock("peft, conv2d"),
+    "peft, embedding": of_stock("peft, embedding"),
+    "peft, nf4": functools.partial(quantized, "nf4"),
+    "peft, int8": functools.partial(quantized, "int8"),
+    "peft, hqq": functools.partial(quantized, "hqq"),
+    "to_dvora": lambda: (vera_problem.dvora_model(), batch()),
+}
+"""name -> build(): a model and an x, the same ones every time."""
+
+
+@torch.no_grad()
+def seeded(model, x):
+    """y with the same draw of masks every time."""
+    torch.manual_seed(1)
+    return model(x)
