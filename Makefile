@@ -17,21 +17,20 @@ TRITONS := 3.8.0 3.9.0
 CORETYPES = Prescott $(call if_cpu_has,avx2,Haswell Zen) $(call if_cpu_has,avx512vl,SkylakeX)
 if_cpu_has = $(shell grep -qsw $(1) /proc/cpuinfo && echo $(2))
 # The tests that run kernels: through NumPy in the interpreter.
-KERNEL_TESTS := tests/test_ops.py tests/test_passes.py $(foreach test,\
-	kernels/bounds functional/functional kernels/interpreter kernels/kernels functional/nonfinite \
-	functional/promises quant/quantized extras/serving,\
-	tests/$(dir $(test))test_$(notdir $(test)).py)
+KERNEL_TESTS := tests/kernels tests/test_ops.py tests/test_passes.py \
+	$(patsubst %,tests/functional/test_%.py,functional nonfinite promises) \
+	tests/quant/test_quantized.py tests/extras/test_serving.py
 # Those, and what else hands tensors to kernels.
-GUARDED_TESTS := $(KERNEL_TESTS) $(foreach test,\
-	kernels/accumulation kernels/addresses runtime/autocast functional/dropout extras/dvora functional/parity \
-	adapters/peft_conv adapters/peft_embedding functional/properties quant/quant functional/rescale reuse/shared_calls,\
-	tests/$(dir $(test))test_$(notdir $(test)).py)
+GUARDED_TESTS := $(KERNEL_TESTS) tests/quant/test_quant.py tests/runtime/test_autocast.py tests/extras/test_dvora.py \
+	$(patsubst %,tests/functional/test_%.py,dropout parity properties rescale) \
+	$(patsubst %,tests/adapters/test_peft_%.py,conv embedding) tests/reuse/test_shared_calls.py
 # Which mutants the night draws; it is printed, and make nightly MUTANTS_SEED=20261125 draws the same again.
 MUTANTS_SEED ?= $(shell date +%Y%m%d)
 
 # Not on the pretended GPU: LyCORIS measures the card for minutes, HQQ's and bitsandbytes' kernels need a driver, and
 # sparse tensors are made while test_malformed.py is collected.
-NOT_PRETENDED := conformance lycoris malformed peft_quantized quant
+NOT_PRETENDED := $(patsubst %,adapters/test_%.py,conformance lycoris peft_quantized) \
+	functional/test_malformed.py quant/test_quant.py
 
 .PHONY: test lint demo bench nightly test-oldest test-tritons test-processors test-pretended-gpu test-guarded
 
@@ -44,7 +43,7 @@ test: lint
 
 # Needs g++. Its numbers are the host's; what holds on a CPU alone fails.
 test-pretended-gpu: $(VENV)/installed
-	files=$$(PYTHONPATH=.:tools $(VENV)/bin/python -m gpu_stages.device_tests $(NOT_PRETENDED:%=test_%.py)) \
+	files=$$(PYTHONPATH=.:tools $(VENV)/bin/python -m gpu_stages.device_tests $(NOT_PRETENDED)) \
 	&& $(VENV)/bin/python -m pytest -p tools.pretended_gpu.plugin $$files
 
 # A read or write beside a tensor ends the test's process. Not for the whole suite: a process for each test is slow.

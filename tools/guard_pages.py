@@ -1,7 +1,7 @@
 """Run kernels in Triton's interpreter with every tensor between two pages of memory that nobody may touch.
 
-    python -m pytest -p tools.guard_pages tests/kernels/test_kernels.py                    # tensors end at a guard page
-    python -m pytest -p tools.guard_pages --guard-pages=begin tests/kernels/test_kernels.py # they begin behind one
+    python -m pytest -p tools.guard_pages tests/kernels                     # tensors end at a guard page
+    python -m pytest -p tools.guard_pages --guard-pages=begin tests/kernels # they begin behind one
 
 For a launch each tensor argument, and each tensor that `grouped_norm` hands over as an address, is copied to memory of
 its own, its strides kept, and copied back afterwards. A read or a write one element past the end (or before the

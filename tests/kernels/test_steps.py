@@ -15,14 +15,11 @@ from torch import Tensor
 
 from dora_kernels import pytorch, reference
 from dora_kernels.planning import plan
-from dora_kernels.testing import MEAN_RATIO, compare, geometric_mean, nan_filled_memory
+from dora_kernels.testing import MEAN_RATIO, compare, geometric_mean
 from dora_kernels.types import Steps
-from tests.support.problem import DEVICE, DTYPES, EXACT_DTYPE, Problem
+from tests.support.problem import DTYPES
+from tests.support.step_problem import DEVICE, DTYPE, SHAPES, TOLERANCE, Problem
 
-TOLERANCE = {"rtol": 1e-10, "atol": 1e-10} if DEVICE == "cpu" else {"rtol": 1e-4, "atol": 1e-4}
-# ragged in every axis, rank in one and in several chunks, rank above K, one of everything; at K = 80 and not at 90 the
-# weight is loaded in whole vectors, and the norm walks K and R in one loop
-SHAPES = ((33, 70, 90, 20), (17, 33, 40, 16), (7, 24, 10, 33), (9, 40, 80, 33), (1, 1, 1, 1), (130, 5, 3, 2))
 # three of PyTorch's blocks of rows, the last of them ragged; kernels have several tiles in the shapes above
 BLOCKS = (600, 590, 10, 3)
 SCALING = 0.75
@@ -144,7 +141,7 @@ ROUNDED_ONCE = ("merge", "epilogue", "bank_epilogue")
 def results_of(
     implementation: str, name: str, o: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> list[tuple[str, Tensor | None]]:
-    """What an implementation makes of the operands, in memory that was full of NaN."""
+    """What an implementation makes of the operands (conftest.py has made memory NaN)."""
     if implementation == "pytorch":
         monkeypatch.setattr(pytorch, "_BLOCK_BYTES", {"cpu": 1})  # blocks of 256 rows
         monkeypatch.setattr(pytorch, "_BLOCK_BYTES_ELSEWHERE", 1)
@@ -154,8 +151,7 @@ def results_of(
         monkeypatch.setattr(plan, "project_by_kernel", lambda *ranks, **keywords: by_kernel)
         monkeypatch.setattr(plan, "outer_by_kernel", lambda *ranks, **keywords: by_kernel)
         steps = pytest.importorskip("dora_kernels.kernels").KERNELS
-    with nan_filled_memory():
-        return list(CALLS[name](steps, o))
+    return list(CALLS[name](steps, o))
 
 
 EVERY = [
@@ -191,7 +187,7 @@ def parameters(function: Callable) -> list[tuple]:
     ids=lambda value: str(value).replace(" ", ""),
 )
 def test_a_step_is_its_definition(implementation, name, shape, monkeypatch):
-    o = operands(shape, EXACT_DTYPE)
+    o = operands(shape, DTYPE)
     actual = results_of(implementation, name, o, monkeypatch)
     for (one, result), (_, expected) in zip(actual, CALLS[name](reference, o), strict=True):
         assert (result is None) == (expected is None), one

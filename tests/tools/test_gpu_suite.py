@@ -738,11 +738,10 @@ def test_side_by_side_only_the_process_with_the_broken_context_ends(pytest_run):
 
 
 def test_the_files_of_the_device_are_there():
-    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    names = {str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").rglob("test_*.py")}
     core, off, rest = (list(names) for names in (device_tests.CORE, device_tests.OFF_DEVICE, device_tests.files()))
     listed = [*core, *off, *rest]
-    # each once; OFF_DEVICE may also name what a later version has
-    assert len(set(listed)) == len(listed) and names <= set(listed) and {*core, *rest} <= names
+    assert len(set(listed)) == len(listed) and set(listed) == names
     assert rest[: len(device_tests.NEXT)] == list(device_tests.NEXT)
     path, _, name = device_tests.HUGE.partition("::")
     assert path == f"tests/{device_tests.HUGE_FILE}" and device_tests.HUGE_FILE in core
@@ -750,11 +749,11 @@ def test_the_files_of_the_device_are_there():
 
 
 FAILURES = {
-    "tests.kernels.test_kernels::test_a[test_x.y]": "",
+    "tests.kernels.test_steps::test_a[test_x.y]": "",
     "tests.adapters.test_peft.TestB::test_c": "",
     "::tests.test_ops": "",
 }
-PASSED = ["tests.kernels.test_kernels::test_b"]
+PASSED = ["tests.kernels.test_steps::test_b"]
 
 
 @pytest.fixture
@@ -790,8 +789,13 @@ def second_tests(tmp_path, monkeypatch):
 
 def test_the_second_plan_tests_what_failed_in_the_first(second_tests):
     files, left_out, _ = second_tests({"failures": FAILURES, "passed": PASSED, "complete": True})
-    assert files[:4] == ["test_kernels.py", "test_ops.py", "test_peft.py", "test_functional.py"]
-    assert files[-1] == device_tests.HUGE_FILE and "test_bounds.py" not in files and left_out == PASSED
+    assert files[:4] == [
+        "kernels/test_steps.py",
+        "test_ops.py",
+        "adapters/test_peft.py",
+        "functional/test_functional.py",
+    ]
+    assert files[-1] == device_tests.HUGE_FILE and "kernels/test_bounds.py" not in files and left_out == PASSED
 
 
 @pytest.mark.parametrize(

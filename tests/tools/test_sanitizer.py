@@ -60,7 +60,7 @@ def test_a_clean_run_is_ok(tool, run):
     row = run(tool, say("8.0", CLEAN[tool]), say("5 passed", CLEAN[tool]))
     assert row["ok"] and row["errors"] == ["0"] and "skipped" not in row
     (call,) = row["calls"]  # torch is started once
-    assert f"--tool {tool}" in call and "tests/kernels/test_kernels.py" in call and "--error-exitcode" in call
+    assert f"--tool {tool}" in call and "tests/kernels/test_steps.py" in call and "--error-exitcode" in call
     assert "--no-poison" in call
 
 

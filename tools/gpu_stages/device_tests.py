@@ -1,6 +1,6 @@
 """The stages that run the tests on the device, side by side where pytest-xdist is installed.
 
-As a program it prints their files but for those named, for `make test-pretended-gpu`.
+As a program it prints their files but for those named (kernels/test_steps.py), for `make test-pretended-gpu`.
 """
 
 from __future__ import annotations
@@ -19,29 +19,42 @@ from typing import Any
 from bench.lib.machine import ROOT
 from gpu_stages.running import Suite
 
+TESTS = ROOT / "tests"
+
+
+def _files(*names: str) -> tuple[str, ...]:
+    """The test files of these folders and files under tests/, each folder's by name."""
+    paths = [path for name in names for path in sorted((TESTS / name).rglob("test_*.py")) or [TESTS / name]]
+    return tuple(str(path.relative_to(TESTS)) for path in paths)
+
+
+# What a GPU has no part in, or what takes it for other processes: ranks of gloo, trainers, the tools' own tests.
+OFF_DEVICE = _files(
+    "bench", "distributed", "repo", "tools", "test_cli.py", "kernels/test_interpreter.py", "reuse/test_constants.py",
+    "adapters/test_structure_claims.py", "extras/test_analysis.py", "extras/test_analysis_checkpoints.py",
+    "extras/test_convert.py", "extras/test_convert_libraries.py", "extras/test_convert_refusals.py",
+    "extras/test_demo_dvora.py",
+)  # fmt: skip
 # Every kernel and operator, and the promises that a GPU can break: graphs, streams, reuse, faults.
 CORE = tuple(
-    f"test_{name}.py"
-    for name in (
-        "kernels", "ops", "bounds", "nonfinite", "promises", "graphs", "modules", "passes", "rescale", "peft", "faults",
-        "reuse", "serving", "merging", "accumulation", "frozen_adapters", "checkpointing", "autocast", "addresses",
+    name
+    for name in _files(
+        "kernels", "test_ops.py", "functional/test_nonfinite.py", "functional/test_promises.py",
+        "runtime/test_graphs.py", "test_modules.py", "test_passes.py", "functional/test_rescale.py",
+        "adapters/test_peft.py", "runtime/test_faults.py", "reuse/test_reuse.py", "extras/test_serving.py",
+        "adapters/test_merging.py", "reuse/test_frozen_adapters.py", "runtime/test_checkpointing.py",
+        "runtime/test_autocast.py",
     )
-)  # fmt: skip
-# What a GPU has no part in, or what takes it for other processes: ranks of gloo, trainers, the tools' own tests.
-OFF_DEVICE = tuple(
-    f"test_{name}.py"
-    for name in (
-        "analysis", "analysis_checkpoints", "apart", "architecture", "bench", "bench_analysis", "bench_dropout",
-        "bench_evaluation", "bench_host", "bench_model", "bench_shared", "cli", "compile_kernels", "constants",
-        "convert", "convert_libraries", "convert_refusals", "deepspeed", "demo_dvora", "distributed", "docs",
-        "examples", "figures", "fit", "gluon", "gpu_suite", "interpreter", "kernel_bench", "machine_code", "mutate",
-        "parallel", "pretended_gpu", "probe", "sanitizer", "scaling", "sharded_checkpoint", "structure_claims", "tune",
-    )
+    if name not in OFF_DEVICE
 )  # fmt: skip
 # of the other files the first; then the rest of them by name
-NEXT = ("test_functional.py", "test_quantized.py", "test_compile.py", "test_properties.py", "test_dropout.py")
+NEXT = _files(
+    "functional/test_functional.py", "quant/test_quantized.py", "runtime/test_compile.py",
+    "functional/test_properties.py", "functional/test_dropout.py",
+)  # fmt: skip
 # 40 GB and ten seconds of drawing numbers, the last test of its file: at the end, when the other workers are done
-HUGE_FILE, HUGE = "test_addresses.py", "tests/kernels/test_addresses.py::test_more_than_2_to_the_31_elements_on_a_gpu"
+HUGE_FILE = "kernels/test_addresses.py"
+HUGE = f"tests/{HUGE_FILE}::test_more_than_2_to_the_31_elements_on_a_gpu"
 # -v: where pytest is killed its log still tells the counts. What a missing package keeps from being collected must not
 # hide the rest.
 PYTEST = (sys.executable, "-m", "pytest", "-v", "--continue-on-collection-errors", "-p", "no:cacheprovider")
@@ -56,14 +69,13 @@ TEST_SECONDS = 60
 
 def files() -> list[str]:
     """The test files of the device that are not CORE, those of NEXT first."""
-    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")} - set(CORE) - set(OFF_DEVICE)
+    names = set(_files(".")) - set(CORE) - set(OFF_DEVICE)
     return [*NEXT, *sorted(names - set(NEXT))]
 
 
 def paths(names: Iterable[str]) -> list[str]:
-    """The files of these names, wherever they lie under tests/."""
-    found = {path.name: str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")}
-    return [found[name] for name in names]
+    """The files of these names, as pytest is given them."""
+    return [f"tests/{name}" for name in names]
 
 
 def command(seconds: float, xml: Path, tests: Sequence[str]) -> list[str]:
@@ -112,8 +124,9 @@ def passed_before(path: Path) -> tuple[set[str], set[str]]:
 
 
 def _file_of(test: str) -> str:
-    """tests.test_a.TestB::test_c -> test_a.py; also of ::tests.test_a, a file that could not be collected."""
-    return next((f"{part}.py" for part in re.split(r"::|\.", test) if part.startswith("test_")), "")
+    """tests.kernels.test_a.TestB::test_c -> kernels/test_a.py; also of ::tests.test_a, which could not be collected."""
+    found = re.match(r"(?:::)?tests\.((?:\w+\.)*?test_\w+)", test)
+    return f"{found[1].replace('.', '/')}.py" if found else ""
 
 
 def _run(suite: Suite, seconds: float, name: str, tests: Sequence[str]) -> dict[str, Any]:

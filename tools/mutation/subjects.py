@@ -1,8 +1,12 @@
 """The files that are mutated, and the tests that must notice: they compute numbers, or refuse bad ones."""
 
 _KERNELS = (
-    "tests/kernels/test_kernels.py",
     "tests/kernels/test_steps.py",
+    "tests/kernels/test_grouped_norm.py",
+    "tests/kernels/test_stored_weight.py",
+    "tests/kernels/test_epilogue.py",
+    "tests/kernels/test_token_sums.py",
+    "tests/kernels/test_tile.py",
     "tests/kernels/test_bounds.py",
     "tests/kernels/test_accumulation.py",
     "tests/test_passes.py",
@@ -30,7 +34,7 @@ _STEPS = (
     "tests/test_passes.py",
     "tests/functional/test_nonfinite.py",
     "tests/functional/test_functional.py",
-    "tests/kernels/test_kernels.py",
+    "tests/kernels/test_grouped_norm.py",
     *_PARTS,
     "tests/functional/test_scaling_range.py",
     *_SECOND,
