@@ -193,7 +193,6 @@ except ValueError as error:
 @pytest.mark.parametrize(
     ("switch", "said"),
     (
-        ("auto", "(3, 6)"),
         ("reference", "(3, 6)"),
         (
             "triton",

@@ -121,11 +121,8 @@ def test_the_order_has_no_empty_rooms():
     assert {room_of(path) for path in MODULES} == set(ORDER)
 
 
-@pytest.mark.parametrize(
-    "library",
-    ("peft", "torchtune", "lycoris", "transformers", "matplotlib", "rich", "safetensors", "dora_kernels.extras"),
-)
-def test_importing_the_package_does_not_import(library):
-    code = f"import sys, dora_kernels; print({library!r} in sys.modules)"
+def test_what_importing_the_package_does_not_import():
+    others = "peft", "torchtune", "lycoris", "transformers", "matplotlib", "rich", "safetensors", "dora_kernels.extras"
+    code = f"import sys, dora_kernels; print(*set({others!r}) & set(sys.modules), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "False"
+    assert result.stdout.strip() == "True"

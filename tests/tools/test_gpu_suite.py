@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,7 @@ def test_a_command_is_stopped_in_time(ignored, tmp_path):
     """Also where SIGINT is ignored, as a shell has it for what it starts in the background, and children inherit."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN) if ignored else signal.getsignal(signal.SIGINT)
     try:
-        done = running.run_command([sys.executable, "-uc", POLITE], 12, tmp_path / "logs" / "a.log", grace=6)
+        done = running.run_command([sys.executable, "-ISuc", POLITE], 8, tmp_path / "logs" / "a.log", grace=6)
     finally:
         signal.signal(signal.SIGINT, before)
     assert done.status is None and done.lines == ["ready", "wrote the rest"]
@@ -201,9 +202,9 @@ def test_a_command_is_stopped_in_time(ignored, tmp_path):
 
 def test_a_command_that_is_deaf_is_killed_with_what_it_started(tmp_path):
     deaf = "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('deaf')\ntime.sleep(60)"
-    script = f'{sys.executable} -uc "{deaf}" & echo $!; wait; sleep 60'
+    script = f'{sys.executable} -ISuc "{deaf}" & echo $!; wait; sleep 60'
     start = time.monotonic()
-    done = running.run_command(["sh", "-c", f"trap '' INT; {script}"], 6, tmp_path / "b.log", grace=0.5)
+    done = running.run_command(["sh", "-c", f"trap '' INT; {script}"], 3, tmp_path / "b.log", grace=0.5)
     assert done.status is None and "deaf" in done.lines and time.monotonic() - start < 30
     child = int(done.lines[0])
     for _ in range(100):
@@ -215,7 +216,7 @@ def test_a_command_that_is_deaf_is_killed_with_what_it_started(tmp_path):
 
 def test_a_command_ends_where_the_suite_is_told_to_stop(tmp_path):
     stop = threading.Event()
-    threading.Timer(2, stop.set).start()
+    threading.Timer(0.5, stop.set).start()
     start = time.monotonic()
     done = running.run_command(["sleep", "60"], 60, tmp_path / "a.log", stop=stop)
     assert done.status is None and time.monotonic() - start < 20
@@ -647,19 +648,19 @@ def test_the_most_telling_numbers_come_last_and_a_missing_one_is_a_dash(tmp_path
         assert any(expected in line for line in found), (expected, found)
 
 
+def run_pytest(folder: Path, source: str, *options: str) -> dict:
+    """Run a test file with the plugin; counts and failures."""
+    (folder / "test_some.py").write_text(source)
+    xml = folder / "tests.xml"
+    command = [*device_tests.PYTEST, "-p", "gpu_stages.pytest_on_device", f"--junitxml={xml}", *options]
+    command += [f"--rootdir={folder}", "-c", os.devnull, str(folder / "test_some.py")]
+    done = running.run_command(command, 120, folder / "tests.log")
+    return device_tests.pytest_outcome(xml, done.log) | {"status": done.status, "log": done.log}
+
+
 @pytest.fixture
 def pytest_run(tmp_path):
-    """pytest_run(source, *options) runs a test file with the plugin, and returns counts and failures."""
-
-    def run(source: str, *options: str) -> dict:
-        (tmp_path / "test_some.py").write_text(source)
-        xml = tmp_path / "tests.xml"
-        command = [*device_tests.PYTEST, "-p", "gpu_stages.pytest_on_device", f"--junitxml={xml}", *options]
-        command += [f"--rootdir={tmp_path}", "-c", os.devnull, str(tmp_path / "test_some.py")]
-        done = running.run_command(command, 120, tmp_path / "tests.log")
-        return device_tests.pytest_outcome(xml, done.log) | {"status": done.status, "xml": xml, "log": done.log}
-
-    return run
+    return partial(run_pytest, tmp_path)
 
 
 SOME = """
@@ -673,19 +674,25 @@ class TestClass:
 """
 
 
-def test_a_test_run_is_read_from_its_junit_file_or_its_log(pytest_run):
-    outcome = pytest_run(SOME)
+@pytest.fixture(scope="module")
+def some_run(tmp_path_factory):
+    return run_pytest(tmp_path_factory.mktemp("some"), SOME)
+
+
+def test_a_test_run_is_read_from_its_junit_file_or_its_log(some_run, tmp_path):
+    outcome = some_run
     assert outcome["status"] == 1 and outcome["counts"] == {"passed": 2, "failure": 2, "skipped": 1}
     assert "one is two" in outcome["failures"]["test_some::test_bad"]
-    outcome["xml"].unlink()
-    again = device_tests.pytest_outcome(outcome["xml"], outcome["log"])
+    again = device_tests.pytest_outcome(tmp_path / "none.xml", outcome["log"])
     assert again == {"counts": {"passed": 2, "failed": 2, "skipped": 1}, "failures": None, "passed": None}
 
 
 KILLED = """
 import os, signal, time
+from gpu_stages import pytest_on_device
+pytest_on_device.JUNIT_SECONDS = 1
 def test_bad(): assert 0, "wrong"
-def test_slow(): time.sleep(6)
+def test_slow(): time.sleep(1.5)
 def test_killed(): os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -696,8 +703,8 @@ def test_the_junit_file_is_there_where_pytest_is_killed(pytest_run):
     assert outcome["failures"].keys() == {"test_some::test_bad"}
 
 
-def test_what_passed_before_is_left_out(pytest_run, tmp_path):
-    before = pytest_run(SOME)
+def test_what_passed_before_is_left_out(some_run, pytest_run, tmp_path):
+    before = some_run
     assert sorted(before["passed"]) == [
         "test_some.TestClass::test_in_class[c]", "test_some::test_good", "test_some::test_skipped",
     ]  # fmt: skip
