@@ -526,19 +526,6 @@ class TestErrors:
             dora_kernels.merge_weight(problem.weight, problem.lora_A, problem.lora_B, problem.x[0], 1.0)
 
 
-def test_the_definition_is_the_papers():
-    """dora_linear_ref against the formula written out with the merged weight, and against nn.Linear for B = 0."""
-    problem = Problem.random(5, 8, 6, 2)
-    direction = problem.weight + 0.75 * problem.lora_B @ problem.lora_A
-    merged = problem.magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
-    expected = torch.nn.functional.linear(problem.x, merged, problem.bias)
-    torch.testing.assert_close(problem.exact()["y"], expected, **TOLERANCE)
-    untrained = dora_linear_ref(
-        problem.x, problem.weight, problem.lora_A, 0 * problem.lora_B, problem.weight.norm(dim=1), 0.75, problem.bias
-    )
-    torch.testing.assert_close(untrained, torch.nn.functional.linear(problem.x, problem.weight, problem.bias))
-
-
 def test_the_output_may_be_modified_in_place():
     """nn.Linear's may, and nn.ReLU(inplace=True) after a layer does."""
     problem = Problem.random(5, 8, 6, 2)

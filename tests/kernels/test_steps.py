@@ -78,6 +78,7 @@ def merge(steps: Steps, o: SimpleNamespace) -> Results:
     for (name, given), subtract, out_dtype in itertools.product(each(gain=o.gain), (False, True), (None, o.gain.dtype)):
         merged = steps.merge(o.weight, o.lora_A, o.lora_B, given["gain"], SCALING, subtract, out_dtype)
         yield f"{name} {subtract=} {out_dtype}", merged
+    yield "by default", steps.merge(o.weight, o.lora_A, o.lora_B, o.gain, SCALING)
 
 
 def project(steps: Steps, o: SimpleNamespace) -> Results:

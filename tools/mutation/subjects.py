@@ -113,13 +113,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/quant/product.py": ("tests/extras/test_dvora.py", *_QUANTIZED),
     "dora_kernels/gemm.py": _STEPS,
     "dora_kernels/pytorch.py": _STEPS,
-    "dora_kernels/reference.py": (
-        "tests/kernels/test_steps.py",
-        "tests/test_reference.py",
-        "tests/functional/test_functional.py",
-        "tests/functional/test_second_derivatives.py",
-        "tests/quant/test_quantized.py",
-    ),
+    "dora_kernels/reference.py": ("tests/kernels/test_steps.py", "tests/test_reference.py"),
     "dora_kernels/functional/rescale.py": (*_RESCALE, "tests/functional/test_dropout.py", *_SECOND),
     "dora_kernels/extras/serving.py": (
         *_SERVING,
