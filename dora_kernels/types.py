@@ -1,9 +1,89 @@
-"""What flows from room to room, by name."""
+"""What flows between the rooms: a layer's weight, what is given, how a call is computed, and what comes of it.
+
+NamedTuples without state, which torch.compile traces.
+
+Letters: M tokens, N out features, K in features, R rank.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from dora_kernels.quant import Weight
+
+
+class DoraWeight(NamedTuple):
+    """A frozen weight and the DoRA adapter over it. Its direction is weight + scaling * lora_B @ lora_A."""
+
+    weight: Weight  # (N, K)
+    lora_A: Tensor  # (R, K)
+    lora_B: Tensor  # (N, R)
+    magnitude: Tensor | None  # (N,); None where the direction alone is meant, as in the backward pass
+    scaling: float
+
+
+class Given(NamedTuple):
+    """What was made before a call and is handed in; of what is None, the call makes its own."""
+
+    norm: Tensor | None = None  # (N,), the row norms of the direction
+    gain: Tensor | None = None  # (N,) = magnitude / norm, given with norm or not at all
+    low: Tensor | None = None  # (M, R) = x @ lora_A.T
+    merged: Tensor | None = None  # (N, K) = gain * direction, for the backward pass
+
+
+NOTHING_GIVEN = Given()
+
+
+class How(NamedTuple):
+    """How a call is computed. None of it depends on the number of tokens."""
+
+    base_dtype: torch.dtype  # in which x meets the weight
+    dtype: torch.dtype  # in which x meets the adapter
+    way: str  # options(way=...)
+    save: str  # the tensor that the forward pass saves for dmagnitude, one of plan.intermediate; "" for none
+    backend: str  # options(backend=...)
+    # for the forward pass alone
+    save_low: bool = False  # whether it saves low
+    exact: bool = False  # options(precision="exact"): base is not rounded
+    # for the backward pass alone
+    dropped: bool = False  # whether the adapter has seen dropout(x)
+    norm_grad: bool = False  # whether gradients go through the norm
+
+
+class Call(NamedTuple):
+    """One forward pass: x and x_dropped (M, K)."""
+
+    x: Tensor  # in how.base_dtype
+    x_dropped: Tensor | None  # in how.dtype
+    layer: DoraWeight
+    bias: Tensor | None  # (N,)
+    given: Given
+    how: How
+
+
+class Forward(NamedTuple):
+    """The results of a forward pass; norm and gain are None where given, low and saved where not asked for."""
+
+    y: Tensor  # (M, N)
+    norm: Tensor | None  # (N,)
+    gain: Tensor | None  # (N,)
+    low: Tensor | None  # (M, R)
+    saved: Tensor | None  # (M, N), as how.save says
+
+
+class Saved(NamedTuple):
+    """What a forward pass leaves for its backward pass."""
+
+    x: Tensor | None  # (M, K), what the adapter saw
+    norm: Tensor  # (N,)
+    gain: Tensor  # (N,)
+    low: Tensor | None  # (M, R)
+    saved: Tensor | None  # (M, N), as how.save says
+    merged: Tensor | None  # (N, K), as in Given
+    magnitude_dtype: torch.dtype
+    bias_dtype: torch.dtype
 
 
 class Needs(NamedTuple):
@@ -17,6 +97,38 @@ class Needs(NamedTuple):
     bias: bool
     low: bool = False
     """Where the forward pass was given low: dA falls out of dlow, elsewhere."""
+
+
+class Gradients(NamedTuple):
+    """The results of a backward pass, with the fields of Needs; None where not needed."""
+
+    x: Tensor | None  # (M, K)
+    x_dropped: Tensor | None  # (M, K)
+    lora_A: Tensor | None  # (R, K)
+    lora_B: Tensor | None  # (N, R)
+    magnitude: Tensor | None  # (N,)
+    bias: Tensor | None  # (N,)
+    low: Tensor | None  # (M, R)
+
+
+class Epilogue(NamedTuple):
+    """The operands of the last step, gain * (base + scaling * low @ lora_B.T), whatever base and low are."""
+
+    base: Tensor | None  # (M, N); None where no gradient asks for it
+    low: Tensor  # (M, R)
+    lora_B: Tensor  # (N, R)
+    gain: Tensor  # (N,)
+    scaling: float
+
+
+class EpilogueGradients(NamedTuple):
+    """The gradients of an Epilogue and its bias; None where not needed."""
+
+    base: Tensor | None  # (M, N)
+    low: Tensor | None  # (M, R)
+    lora_B: Tensor | None  # (N, R)
+    gain: Tensor | None  # (N,)
+    bias: Tensor | None  # (N,)
 
 
 class Steps(NamedTuple):

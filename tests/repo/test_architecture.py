@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[2] / "dora_kernels"
 # The order in which the package is read and imported: a file may import from its own room and those above it
 ORDER = (
     "reference",
-    "types",
     "quant",
+    "types",
     "planning",
     "gemm",
     "pytorch",
