@@ -1,8 +1,11 @@
-"""DoraLinear: the DoRA layer as a module, with PEFT's parameter names."""
+"""DoraLinear: the DoRA layer as a module, with PEFT's parameter names; and merging, which DvoraLinear shares."""
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dora_kernels import reuse
 from dora_kernels.functional.validate import (
@@ -12,12 +15,146 @@ from dora_kernels.functional.validate import (
     check_number,
     check_placement,
     check_probability,
+    check_row,
     check_scaling,
     check_sizes,
+    check_tensor,
     check_tracing,
 )
-from dora_kernels.functional.weight import weight_norm
-from dora_kernels.mergeable import MergeableLinear, read_linear
+from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
+from dora_kernels.ops import without_autocast
+from dora_kernels.quant import Weight, is_quantized, read, read_or_reason
+from dora_kernels.reference import gain_of
+
+
+class MergeableLinear(nn.Module):
+    """weight (N, K) and bias (N,), frozen, or base_layer in their place; subclasses have the adapter over them."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None, base_layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.weight = None if weight is None else weight.requires_grad_(False)
+        self.bias = None if bias is None else bias.requires_grad_(False)
+        self.base_layer = None if base_layer is None else base_layer.requires_grad_(False)
+        # norm and gain with which the weight was merged; None while it is not
+        self._merged_with: tuple[Tensor, Tensor] | None = None
+
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling of the adapter."""
+        raise NotImplementedError
+
+    def adapter_operands(self) -> reuse.Operands | None:
+        """For the one launch of `frozen_adapters`; None where the layer makes its own norm."""
+        return None
+
+    def train(self, mode: bool = True) -> "MergeableLinear":
+        """As nn.Module.train; a change of mode ends what `frozen_adapters` reuses."""
+        reuse.mode_set(self, mode)
+        return super().train(mode)
+
+    def _apply(self, *arguments: Any, **keywords: Any) -> "MergeableLinear":
+        """What moves and casts go through."""
+        reuse.invalidate(self)
+        return super()._apply(*arguments, **keywords)
+
+    def base(self) -> tuple[Weight, Tensor | None]:
+        """The weight and the bias beneath the adapter; a quantised one is read anew: its library may have moved it."""
+        if self.base_layer is None:
+            return self.weight, self.bias
+        return read(self.base_layer), self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """True between merge() and unmerge()."""
+        return self._merged_with is not None
+
+    def merged_product(self, x: Tensor) -> Tensor:
+        """x (..., K) through the merged weight -> (..., N)."""
+        if self.base_layer is None:
+            return F.linear(x, self.weight, self.bias)
+        bias = self.base_layer.bias
+        return F.linear(x, self.weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @torch.no_grad()
+    def norm_and_gain(self) -> tuple[Tensor, Tensor]:
+        """norm and gain (N,) of the adapter, constants; while merged, those with which it was."""
+        if self.merged:
+            norm, gain = (row.to(self.weight.device) for row in self._merged_with)
+            return norm, gain
+        lora_A, lora_B, magnitude, scaling = self.factors()
+        norm = weight_norm(self.base()[0], lora_A, lora_B, scaling)
+        return norm, gain_of(magnitude, norm)
+
+    @torch.no_grad()
+    def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias of the frozen layer that computes what this one does in eval mode."""
+        weight, bias = self.base()
+        merged = self.weight if self.merged else self._merge(weight)[0]
+        return merged.detach(), None if bias is None else bias.detach()
+
+    def _merge(self, weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
+        """merge_weight_and_norm, whatever autocast says now: unmerge() takes the adapters out unrounded."""
+        with without_autocast(weight.device.type):
+            return merge_weight_and_norm(weight, *self.factors())
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False) -> None:
+        """Put the adapter into weight, in place: the layer then costs what nn.Linear costs. Does nothing if merged.
+
+        Over a quantised layer, which has no place for it, the weight is a new dense one.
+
+        Until unmerge() the adapter gets no gradient, and the state dict can be neither saved nor loaded.
+
+        safe_merge: raise ValueError, and merge nothing, where the merged weight is not finite.
+        """
+        function = f"{type(self).__name__}.merge"
+        if not isinstance(safe_merge, bool):
+            raise ValueError(f"{function}: safe_merge is {safe_merge!r}; expected True or False")
+        if self.merged:
+            return
+        merged, norm, gain = self._merge(self.base()[0])
+        if safe_merge and not merged.isfinite().all():
+            rows = int((~merged.isfinite()).any(dim=1).sum())
+            raise ValueError(
+                f"{function}: {rows} of {len(merged)} rows of the merged weight are not finite; "
+                "expected none with safe_merge"
+            )
+        if self.base_layer is None:
+            self.weight.copy_(merged)
+        else:
+            self.weight = nn.Parameter(merged, requires_grad=False)
+        self._merged_with = norm, gain
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take the adapter out of weight again, to within one rounding of its dtype. Does nothing if not merged.
+
+        Raises ValueError where a gain of 0, or one too small for the dtype, has lost a row whose norm is not 0. The
+        adapter must not have changed in between.
+        """
+        if not self.merged:
+            return
+        if self.base_layer is not None:
+            self.weight = self._merged_with = None
+            return
+        norm, gain = (row.to(self.weight.device) for row in self._merged_with)
+        lora_A, lora_B, _, scaling = self.factors()
+        function = f"{type(self).__name__}.unmerge"
+        self.weight.copy_(unmerge_weight(function, self.weight, lora_A, lora_B, norm, gain, scaling))
+        self._merged_with = None
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._refuse_while_merged("state_dict")
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self._refuse_while_merged("load_state_dict")
+        reuse.invalidate(self)
+        super()._load_from_state_dict(*arguments)
+
+    def _refuse_while_merged(self, function: str) -> None:
+        """A merged weight beside its adapter would be merged a second time by whoever loads it."""
+        if self.merged:
+            raise ValueError(f"{type(self).__name__}.{function}: the layer is merged; expected unmerge() first")
 
 
 class DoraLinear(MergeableLinear):
@@ -150,3 +287,37 @@ class DoraLinear(MergeableLinear):
             f"alpha={self.alpha}, bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
             + (f", dropout_on={self.dropout_on!r}" if self.dropout_on != "adapter" else "")
         )
+
+
+def read_linear(function: str, linear: nn.Module) -> tuple[Weight, Tensor | None, nn.Module | None]:
+    """weight, bias and, where it is quantised, `linear` itself: what a layer over `linear` is made of.
+
+    Raises ValueError, in the name of `function`, where it is neither nn.Linear nor quantised by a library we read.
+    """
+    quantized = isinstance(linear, nn.Module) and is_quantized(linear)
+    if type(linear) is not nn.Linear and not quantized:
+        raise ValueError(
+            f"{function}: linear is {type(linear).__name__}; "
+            "expected torch.nn.Linear, or a layer quantised by bitsandbytes, torchao or HQQ"
+        )
+    if quantized:
+        weight, reason = read_or_reason(linear)
+        if reason is not None:
+            raise ValueError(f"{function}: {reason}")
+    else:
+        weight = linear.weight
+        _check_parameter(function, "weight", weight)
+        check_tensor(function, "weight", weight, None)
+        if weight.dim() != 2:
+            raise ValueError(f"{function}: weight has shape {tuple(weight.shape)}; expected 2 dimensions")
+    if linear.bias is not None:
+        if not quantized:
+            _check_parameter(function, "bias", linear.bias)
+        check_row(function, "bias", linear.bias, weight)
+    return weight, linear.bias, linear if quantized else None
+
+
+def _check_parameter(function: str, name: str, value: object) -> None:
+    """Raise ValueError unless `value` is a parameter: weight_norm and prune of nn.utils make it anew at each call."""
+    if not isinstance(value, nn.Parameter) or is_lazy(value):
+        raise ValueError(f"{function}: {name} is {type(value).__name__}; expected the layer's own nn.Parameter")

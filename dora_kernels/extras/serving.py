@@ -21,7 +21,7 @@ from dora_kernels.adapters.taking import TakenOver, frozen_like
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_bank, check_call, check_row
 from dora_kernels.functional.weight import weight_norm
-from dora_kernels.mergeable import MergeableLinear
+from dora_kernels.modules import MergeableLinear
 from dora_kernels.planning.options import current_options
 from dora_kernels.reference import accumulate_dtype, gain_of
 

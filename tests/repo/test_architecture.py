@@ -21,7 +21,6 @@ ORDER = (
     "ops",
     "functional",
     "reuse",
-    "mergeable",
     "modules",
     "adapters",
     "testing",

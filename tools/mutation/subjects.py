@@ -158,7 +158,6 @@ NOT_MUTATED: dict[str, str] = {
     "dora_kernels/functional/__init__.py": "names",
     "dora_kernels/kernels/__init__.py": "names",
     "dora_kernels/kernels/interpreter.py": "of the tests: without it the kernels' own fail",
-    "dora_kernels/mergeable.py": "holds parameters for functional/",
     "dora_kernels/modules.py": "holds parameters for functional/",
     "dora_kernels/planning/": _CHOICE,
     "dora_kernels/quant/__init__.py": "names",

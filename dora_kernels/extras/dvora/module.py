@@ -13,7 +13,7 @@ from dora_kernels.functional.validate import (
     check_probability,
     check_sizes,
 )
-from dora_kernels.mergeable import MergeableLinear, read_linear
+from dora_kernels.modules import MergeableLinear, read_linear
 
 
 class VeraProjection(nn.Module):
