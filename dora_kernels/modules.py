@@ -25,6 +25,7 @@ from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight
 from dora_kernels.ops import without_autocast
 from dora_kernels.quant import Weight, is_quantized, read, read_or_reason
 from dora_kernels.reference import gain_of
+from dora_kernels.types import DoraWeight
 
 
 class MergeableLinear(nn.Module):
@@ -38,11 +39,11 @@ class MergeableLinear(nn.Module):
         # norm and gain with which the weight was merged; None while it is not
         self._merged_with: tuple[Tensor, Tensor] | None = None
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling of the adapter."""
+    def adapted(self, weight: Weight) -> DoraWeight:
+        """`weight` with the adapter over it."""
         raise NotImplementedError
 
-    def adapter_operands(self) -> reuse.Operands | None:
+    def adapter_operands(self) -> DoraWeight | None:
         """For the one launch of `frozen_adapters`; None where the layer makes its own norm."""
         return None
 
@@ -52,7 +53,7 @@ class MergeableLinear(nn.Module):
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> "MergeableLinear":
-        """What moves and casts go through."""
+        """As nn.Module._apply, through which moves and casts go."""
         reuse.invalidate(self)
         return super()._apply(*arguments, **keywords)
 
@@ -80,8 +81,8 @@ class MergeableLinear(nn.Module):
         if self.merged:
             norm, gain = (row.to(self.weight.device) for row in self._merged_with)
             return norm, gain
-        lora_A, lora_B, magnitude, scaling = self.factors()
-        norm = weight_norm(self.base()[0], lora_A, lora_B, scaling)
+        weight, lora_A, lora_B, magnitude, scaling = self.adapted(self.base()[0])
+        norm = weight_norm(weight, lora_A, lora_B, scaling)
         return norm, gain_of(magnitude, norm)
 
     @torch.no_grad()
@@ -94,7 +95,7 @@ class MergeableLinear(nn.Module):
     def _merge(self, weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
         """merge_weight_and_norm, whatever autocast says now: unmerge() takes the adapters out unrounded."""
         with without_autocast(weight.device.type):
-            return merge_weight_and_norm(weight, *self.factors())
+            return merge_weight_and_norm(self.adapted(weight))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False) -> None:
@@ -137,9 +138,8 @@ class MergeableLinear(nn.Module):
             self.weight = self._merged_with = None
             return
         norm, gain = (row.to(self.weight.device) for row in self._merged_with)
-        lora_A, lora_B, _, scaling = self.factors()
         function = f"{type(self).__name__}.unmerge"
-        self.weight.copy_(unmerge_weight(function, self.weight, lora_A, lora_B, norm, gain, scaling))
+        self.weight.copy_(unmerge_weight(function, self.adapted(self.weight), norm, gain))
         self._merged_with = None
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
@@ -160,7 +160,7 @@ class MergeableLinear(nn.Module):
 class DoraLinear(MergeableLinear):
     """y = gain * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias (see `dora_linear`), weight and bias frozen.
 
-    scaling = alpha / rank. What dropout p > 0 means in training, with d = dropout(x), dropout_on says:
+    scaling = alpha / rank. In training dropout_on selects where dropout is applied, d = dropout(x):
         "adapter"   x W^T + (gain - 1) * d W^T + gain * scaling * (d A^T) B^T + bias: all that the adapter adds sees d
                     and the base layer x, as in PEFT. Two products with the base weight
         "lora"      gain * (x W^T + scaling * (d A^T) B^T) + bias: the low-rank product alone sees d. One product
@@ -202,8 +202,7 @@ class DoraLinear(MergeableLinear):
         check_placement("DoraLinear", device, dtype=dtype, adapter_dtype=adapter_dtype)
         dtype = dtype or torch.get_default_dtype()
         check_scaling(f"DoraLinear: alpha is {alpha!r} and rank {rank}", alpha / rank, dtype)
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        adapter_dtype = adapter_dtype or default_adapter_dtype(dtype)
         base = nn.Linear(in_features, out_features, bias, device, dtype)
         super().__init__(base.weight, base.bias)
         self.in_features, self.out_features = in_features, out_features
@@ -251,9 +250,9 @@ class DoraLinear(MergeableLinear):
             norm = weight_norm(weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
             self.lora_magnitude_vector.copy_(norm)
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """As MergeableLinear.factors."""
-        return self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.scaling
+    def adapted(self, weight: Weight) -> DoraWeight:
+        """As MergeableLinear.adapted."""
+        return DoraWeight(weight, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features). NotImplementedError under torch.jit.trace with gradients."""
@@ -265,21 +264,16 @@ class DoraLinear(MergeableLinear):
         return reuse.dora_linear_reusing(
             self,
             x,
-            weight,
-            self.lora_A.weight,
-            self.lora_B.weight,
-            self.lora_magnitude_vector,
-            self.scaling,
+            self.adapted(weight),
             bias,
             x_dropped=x_dropped,
             lora_dropout=self.dropout_on == "lora",
             function="DoraLinear",
         )
 
-    def adapter_operands(self) -> reuse.Operands | None:
-        """What the norm is computed from; None while merged."""
-        adapter = (self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector)
-        return None if self.merged else reuse.Operands(self.base()[0], *adapter, self.scaling)
+    def adapter_operands(self) -> DoraWeight | None:
+        """As MergeableLinear.adapter_operands; None while merged."""
+        return None if self.merged else self.adapted(self.base()[0])
 
     def extra_repr(self) -> str:
         return (
@@ -287,6 +281,11 @@ class DoraLinear(MergeableLinear):
             f"alpha={self.alpha}, bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
             + (f", dropout_on={self.dropout_on!r}" if self.dropout_on != "adapter" else "")
         )
+
+
+def default_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of an adapter over a weight of this dtype: float32 over half precision, else the weight's own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def read_linear(function: str, linear: nn.Module) -> tuple[Weight, Tensor | None, nn.Module | None]:

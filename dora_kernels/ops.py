@@ -1,13 +1,16 @@
 """torch.library: one opaque operator per pass, so that torch.compile sees shapes and dtypes and nothing else.
 
 The backend and the way are taken inside the operator: every choice returns the same tensors, so that nothing
-recompiles when the number of tokens changes. Autograd is in autograd.py.
+recompiles when the number of tokens changes. Autograd is in functional/autograd.py.
 
-A weight is four arguments, those of `quant.parts`; its N and K are those of lora_B and lora_A.
+An operator takes no NamedTuple: `flatten_forward` and `flatten_backward` take those of types.py apart into the
+arguments of a schema, and `unflatten_...` puts them together again inside. A weight is four arguments, those of
+`quant.parts`; its N and K are those of lora_B and lora_A.
 """
 
 import collections
 import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +19,41 @@ from torch import Tensor
 from dora_kernels import passes
 from dora_kernels.planning import devices
 from dora_kernels.pytorch import PYTORCH
-from dora_kernels.quant import QuantizedWeight, Weight, whole
+from dora_kernels.quant import Weight, parts, whole
 from dora_kernels.reference import accumulate_dtype
-from dora_kernels.types import Needs, Steps
+from dora_kernels.types import Call, DoraWeight, Epilogue, Given, How, Needs, Saved, Steps
 
 # (operator, backend) -> how often it ran in this process; tests and the demo read it to know what really ran
 calls: collections.Counter[tuple[str, str]] = collections.Counter()
 
+
 _library = torch.library.Library("dora_kernels", "DEF")
 
+OPERATORS: dict[str, Callable[..., Any]] = {}
+"""What runs behind each operator, by its name."""
 
-def _steps(operator: str, requested: str, *arguments: object) -> Steps:
-    """The steps of the backend that takes the tensors among `arguments`; counts the call."""
-    tensors = [argument for argument in arguments if isinstance(argument, (Tensor, QuantizedWeight))]
-    backend = devices.backend_for(requested, tensors[0].device, *(tensor.dtype for tensor in tensors))
+
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """A decorator that makes a function the operator of this schema; its one overload takes the function's place.
+
+    fake: from the same arguments to results without values.
+    """
+
+    def operator(run: Callable[..., Any]) -> torch._ops.OpOverload:
+        name = schema.partition("(")[0]
+        _library.define(schema)
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dora_kernels::{name}", fake, lib=_library)
+        OPERATORS[name] = run
+        return getattr(torch.ops.dora_kernels, name).default
+
+    return operator
+
+
+def _steps(operator: str, requested: str, *operands: Weight | None) -> Steps:
+    """The steps of the backend that takes the operands; counts the call."""
+    dtypes = [operand.dtype for operand in operands if operand is not None]
+    backend = devices.backend_for(requested, operands[0].device, *dtypes)
     calls[operator, backend] += 1
     if backend == "reference":
         return PYTORCH
@@ -52,20 +76,19 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else contextlib.nullcontext()
 
 
-_NOTHING_TO_SETTLE = contextlib.nullcontext()
+_ALREADY_PLAIN = contextlib.nullcontext()
 
 
-def _settled(tensor: Weight) -> contextlib.AbstractContextManager:
-    """The state in which an operator's code runs: what surrounds the call has been accounted for in functional/.
+def plain_mode(operand: Weight) -> contextlib.AbstractContextManager:
+    """Inside: no autograd, no autocast, the operand's device current. functional/ has handled all three.
 
-    No autograd (the Functions are in autograd.py), no autocast (which would still convert the operands), and
-    tensor's device as the current one, where kernels launch: a model may be spread over several.
+    Autocast would still convert the operands; kernels launch on the current device, and a model may be on several.
     """
-    device = tensor.device
+    device = operand.device
     autocast = is_autocast(device.type)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     if not (torch.is_grad_enabled() or autocast or elsewhere):
-        return _NOTHING_TO_SETTLE
+        return _ALREADY_PLAIN
     stack = contextlib.ExitStack()
     stack.enter_context(torch.no_grad())
     if autocast:
@@ -75,385 +98,233 @@ def _settled(tensor: Weight) -> contextlib.AbstractContextManager:
     return stack
 
 
-def _or_empty(like: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _or_empty(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     """An empty tensor for each None: the results of an operator cannot be None."""
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
-def _whole(
-    tensors: list[Tensor],
-    weight_format: str,
-    weight_numbers: list[int],
-    weight_dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-) -> Weight:
-    return whole(tensors, weight_format, weight_numbers, weight_dtype, (lora_B.shape[0], lora_A.shape[1]))
+def _empty(like: Tensor, needs: Sequence[bool], shapes: Sequence[Any], dtypes: Sequence[torch.dtype]) -> tuple:
+    """New tensors of these shapes and dtypes, without elements where not needed."""
+    sizes = zip(needs, shapes, dtypes, strict=True)
+    return tuple(
+        like.new_empty(shape if needed else 0, dtype=dtype if needed else None) for needed, shape, dtype in sizes
+    )
 
 
-_library.define(
-    "norm(Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, Tensor lora_A, "
-    "Tensor lora_B, float scaling, ScalarType dtype, str backend) -> Tensor"
-)
+def flatten_forward(call: Call) -> tuple[Any, ...]:
+    """The positional arguments of `forward`; given.low goes by its name, and given.merged to `backward`."""
+    layer, given, how = call.layer, call.given, call.how
+    return (
+        call.x, call.x_dropped, *parts(layer.weight), layer.lora_A, layer.lora_B, layer.magnitude, call.bias,
+        given.norm, given.gain, layer.scaling, how.dtype, how.way, how.save, how.save_low, how.exact, how.backend,
+    )  # fmt: skip
 
 
-@torch.library.impl(_library, "norm", "CompositeExplicitAutograd")
-def _norm(
-    tensors: list[Tensor],
-    weight_format: str,
-    weight_numbers: list[int],
-    weight_dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    steps = _steps("norm", backend, weight, lora_A, lora_B)
-    with _settled(weight):
-        return steps.norm(weight, lora_A.to(dtype), lora_B.to(dtype), scaling)[0]
+def unflatten_forward(
+    x, x_dropped, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, magnitude, bias, norm, gain,
+    scaling, dtype, way, keep, keep_low, exact, backend, *, given_low=None,
+) -> Call:  # fmt: skip
+    """The call of which these are the arguments."""
+    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    layer = DoraWeight(weight, lora_A, lora_B, magnitude, scaling)
+    how = How(x.dtype, dtype, way, keep, backend, keep_low, exact)
+    return Call(x, x_dropped, layer, bias, Given(norm, gain, given_low), how)
 
 
-@torch.library.register_fake("dora_kernels::norm", lib=_library)
-def _norm_fake(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, scaling, dtype, backend):
-    return lora_B.new_empty(lora_B.shape[:1], dtype=accumulate_dtype(weight_dtype))
+def flatten_backward(dy: Tensor, saved: Saved, layer: DoraWeight, how: How, needs: Sequence[bool]) -> tuple[Any, ...]:
+    """The arguments of `backward`."""
+    return (
+        dy, saved.x, *parts(layer.weight), layer.lora_A, layer.lora_B, saved.norm, saved.gain, saved.low, saved.saved,
+        saved.merged, layer.scaling, how.dtype, how.way, how.save, how.dropped, how.norm_grad, list(needs),
+        saved.magnitude_dtype, saved.bias_dtype, how.backend,
+    )  # fmt: skip
 
 
-_library.define(
-    "merge(Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, Tensor lora_A, "
-    "Tensor lora_B, Tensor gain, float scaling, ScalarType dtype, str backend) -> Tensor"
-)
+def unflatten_backward(
+    dy, x, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, norm, gain, low, kept, merged, scaling,
+    dtype, way, keep, dropped, norm_grad, needs, magnitude_dtype, bias_dtype, backend,
+) -> tuple[Tensor, Saved, DoraWeight, How, Needs]:  # fmt: skip
+    """dy, what was saved, the layer without its magnitude, how, and the gradients needed."""
+    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    saved = Saved(x, norm, gain, low, kept, merged, magnitude_dtype, bias_dtype)
+    layer = DoraWeight(weight, lora_A, lora_B, None, scaling)
+    how = How(dy.dtype, dtype, way, keep, backend, dropped=dropped, norm_grad=norm_grad)
+    return dy, saved, layer, how, Needs(*needs)
 
 
-@torch.library.impl(_library, "merge", "CompositeExplicitAutograd")
-def _merge(
-    tensors: list[Tensor],
-    weight_format: str,
-    weight_numbers: list[int],
-    weight_dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    gain: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    steps = _steps("merge", backend, weight, lora_A, lora_B)
-    with _settled(weight):
-        return steps.merge(weight, lora_A.to(dtype), lora_B.to(dtype), gain, scaling)
+def _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A: Tensor, lora_B: Tensor) -> Weight:
+    return whole(weight, weight_format, weight_numbers, weight_dtype, (lora_B.shape[0], lora_A.shape[1]))
 
 
-@torch.library.register_fake("dora_kernels::merge", lib=_library)
-def _merge_fake(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, gain, scaling, dtype, backend):
-    return lora_B.new_empty((lora_B.shape[0], lora_A.shape[1]), dtype=weight_dtype)
+def _forward_fake(*flat, **given_low):
+    x, _, layer, _, given, how = unflatten_forward(*flat, **given_low)
+    (M, _), (N, R), accumulate = x.shape, layer.lora_B.shape, accumulate_dtype(x.dtype)
+    made = (True, given.norm is None, given.gain is None, how.save_low and given.low is None, bool(how.save))
+    dtypes = (x.dtype, accumulate, accumulate, how.dtype, accumulate if how.exact else x.dtype)
+    return _empty(x, made, ((M, N), (N,), (N,), (M, R), (M, N)), dtypes)
 
 
-_library.define(
+@_operator(
     "forward(Tensor x, Tensor? x_dropped, Tensor[] weight, str weight_format, int[] weight_numbers, "
     "ScalarType weight_dtype, Tensor lora_A, Tensor lora_B, Tensor magnitude, Tensor? bias, Tensor? norm, "
     "Tensor? gain, float scaling, ScalarType dtype, str way, str keep, bool keep_low, bool exact, str backend, *, "
     "Tensor? given_low=None)"
-    " -> (Tensor y, Tensor norm, Tensor gain, Tensor low, Tensor kept)"
+    " -> (Tensor y, Tensor norm, Tensor gain, Tensor low, Tensor kept)",
+    fake=_forward_fake,
 )
+def forward(*flat, **given_low):
+    call = unflatten_forward(*flat, **given_low)
+    layer, given, how = call.layer, call.given, call.how
+    steps = _steps("forward", how.backend, call.x, call.x_dropped, *layer[:4], call.bias, *given)
+    with plain_mode(call.x):
+        return _or_empty(call.x, passes.forward(steps, call))
 
 
-@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def _forward(
-    x: Tensor,
-    x_dropped: Tensor | None,
-    tensors: list[Tensor],
-    weight_format: str,
-    weight_numbers: list[int],
-    weight_dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *arguments: Any,
-    given_low: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """passes.forward; the schema above names the arguments."""
-    *arguments, backend = arguments
-    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    arguments = (x, x_dropped, weight, lora_A, lora_B, *arguments, given_low)
-    steps = _steps("forward", backend, *arguments)
-    with _settled(x):
-        return _or_empty(x, *passes.forward(steps, *arguments))
+def _backward_fake(*flat):
+    dy, saved, layer, how, needs = unflatten_backward(*flat)
+    (M, N), (R, K), A_dtype, B_dtype = dy.shape, layer.lora_A.shape, layer.lora_A.dtype, layer.lora_B.dtype
+    dtypes = (dy.dtype, dy.dtype, A_dtype, B_dtype, saved.magnitude_dtype, saved.bias_dtype, how.dtype)
+    return _empty(dy, needs, ((M, K), (M, K), (R, K), (N, R), (N,), (N,), (M, R)), dtypes)
 
 
-@torch.library.register_fake("dora_kernels::forward", lib=_library)
-def _forward_fake(
-    x,
-    x_dropped,
-    weight,
-    weight_format,
-    weight_numbers,
-    weight_dtype,
-    lora_A,
-    lora_B,
-    magnitude,
-    *arguments,
-    given_low=None,
-):
-    _bias, norm, gain, _scaling, dtype, _way, keep, keep_low, exact, _backend = arguments
-    M, (N, R) = x.shape[0], lora_B.shape
-    y = x.new_empty((M, N))
-    accumulate = accumulate_dtype(x.dtype)
-    new_norm = magnitude.new_empty((N,), dtype=accumulate) if norm is None else x.new_empty(0)
-    new_gain = magnitude.new_empty((N,), dtype=accumulate) if gain is None else x.new_empty(0)
-    low = x.new_empty((M, R), dtype=dtype) if keep_low and given_low is None else x.new_empty(0)
-    kept_dtype = accumulate_dtype(x.dtype) if exact else x.dtype
-    kept = x.new_empty((M, N), dtype=kept_dtype) if keep else x.new_empty(0)
-    return y, new_norm, new_gain, low, kept
-
-
-_library.define(
+@_operator(
     "backward(Tensor dy, Tensor? x, Tensor[] weight, str weight_format, int[] weight_numbers, "
     "ScalarType weight_dtype, Tensor lora_A, Tensor lora_B, Tensor norm, Tensor gain, Tensor? low, Tensor? kept, "
     "Tensor? merged, float scaling, ScalarType dtype, str way, str keep, bool dropped, bool norm_grad, bool[] needs, "
     "ScalarType magnitude_dtype, ScalarType bias_dtype, str backend)"
-    " -> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias, Tensor dlow)"
+    " -> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias, Tensor dlow)",
+    fake=_backward_fake,
 )
+def backward(*flat):
+    dy, saved, layer, how, needs = unflatten_backward(*flat)
+    tensors = (saved.x, *layer[:3], saved.norm, saved.gain, saved.low, saved.saved, saved.merged)
+    steps = _steps("backward", how.backend, dy, *tensors)
+    with plain_mode(dy):
+        return _or_empty(dy, passes.backward(steps, dy, saved, layer, how, needs))
 
 
-@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
-def _backward(
-    dy: Tensor,
-    x: Tensor | None,
-    tensors: list[Tensor],
-    weight_format: str,
-    weight_numbers: list[int],
-    weight_dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    """passes.backward; the schema above names the arguments."""
-    *arguments, backend = arguments
-    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    arguments = (dy, x, weight, lora_A, lora_B, *arguments)
-    steps = _steps("backward", backend, *arguments)
-    with _settled(dy):
-        return _or_empty(dy, *passes.backward(steps, *arguments))
+@_operator(
+    "norm(Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, Tensor lora_A, "
+    "Tensor lora_B, float scaling, ScalarType dtype, str backend) -> Tensor",
+    fake=lambda weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, *_: lora_B.new_empty(
+        lora_B.shape[:1], dtype=accumulate_dtype(weight_dtype)
+    ),
+)
+def norm(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, scaling, dtype, backend):
+    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    steps = _steps("norm", backend, weight, lora_A, lora_B)
+    with plain_mode(weight):
+        return steps.norm(weight, lora_A.to(dtype), lora_B.to(dtype), scaling)[0]
 
 
-@torch.library.register_fake("dora_kernels::backward", lib=_library)
-def _backward_fake(dy, x, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, *arguments):
-    *_, dtype, _way, _keep, _dropped, _norm_grad, needs, magnitude_dtype, bias_dtype, _backend = arguments
-    M, N, (R, K) = dy.shape[0], lora_B.shape[0], lora_A.shape
-    shapes = ((M, K), (M, K), (R, K), (N, R), (N,), (N,), (M, R))
-    dtypes = (dy.dtype, dy.dtype, lora_A.dtype, lora_B.dtype, magnitude_dtype, bias_dtype, dtype)
-    needs = Needs(*needs)
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if needed else dy.new_empty(0)
-        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
-    )
+@_operator(
+    "merge(Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, Tensor lora_A, "
+    "Tensor lora_B, Tensor gain, float scaling, ScalarType dtype, str backend) -> Tensor",
+    fake=lambda weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, *_: lora_B.new_empty(
+        (lora_B.shape[0], lora_A.shape[1]), dtype=weight_dtype
+    ),
+)
+def merge(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, gain, scaling, dtype, backend):
+    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    steps = _steps("merge", backend, weight, lora_A, lora_B)
+    with plain_mode(weight):
+        return steps.merge(weight, lora_A.to(dtype), lora_B.to(dtype), gain, scaling)
 
 
-_library.define(
+def _norm_backward_fake(
+    dnorm, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, norm, scaling, dtype, needs, backend
+):
+    return _empty(dnorm, needs, (lora_A.shape, lora_B.shape), (lora_A.dtype, lora_B.dtype))
+
+
+@_operator(
     "norm_backward(Tensor dnorm, Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, "
     "Tensor lora_A, Tensor lora_B, Tensor norm, float scaling, ScalarType dtype, bool[] needs, str backend)"
-    " -> (Tensor dA, Tensor dB)"
+    " -> (Tensor dA, Tensor dB)",
+    fake=_norm_backward_fake,
 )
+def norm_backward(
+    dnorm, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, norm, scaling, dtype, needs, backend
+):
+    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    layer = DoraWeight(weight, lora_A, lora_B, None, scaling)
+    steps = _steps("norm_backward", backend, *layer[:3])
+    with plain_mode(weight):
+        return _or_empty(dnorm, passes.norm_backward(steps, dnorm, norm, layer, dtype, needs))
 
 
-@torch.library.impl(_library, "norm_backward", "CompositeExplicitAutograd")
-def _norm_backward(
-    dnorm: Tensor,
-    tensors: list[Tensor],
-    weight_format: str,
-    weight_numbers: list[int],
-    weight_dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
-    """passes.norm_backward; the schema above names the arguments."""
-    *arguments, backend = arguments
-    weight = _whole(tensors, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    steps = _steps("norm_backward", backend, weight, lora_A, lora_B)
-    with _settled(weight):
-        return _or_empty(dnorm, *passes.norm_backward(steps, dnorm, weight, lora_A, lora_B, *arguments))
-
-
-@torch.library.register_fake("dora_kernels::norm_backward", lib=_library)
-def _norm_backward_fake(dnorm, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, *arguments):
-    *_, needs, _backend = arguments
-    return tuple(
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else dnorm.new_empty(0)
-        for tensor, needed in zip((lora_A, lora_B), needs, strict=True)
-    )
-
-
-_library.define(
-    "grouped_norm(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] magnitudes, float[] scalings, "
-    "ScalarType dtype, str backend) -> (Tensor norm, Tensor gain)"
-)
-
-
-@torch.library.impl(_library, "grouped_norm", "CompositeExplicitAutograd")
-def _grouped_norm(
-    weights: list[Tensor],
-    lora_As: list[Tensor],
-    lora_Bs: list[Tensor],
-    magnitudes: list[Tensor],
-    scalings: list[float],
-    dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    steps = _steps("grouped_norm", backend, weights[0], lora_As[0], magnitudes[0])
-    with _settled(weights[0]):
-        lora_As, lora_Bs = ([tensor.to(dtype) for tensor in tensors] for tensors in (lora_As, lora_Bs))
-        return steps.grouped_norm(weights, lora_As, lora_Bs, magnitudes, scalings)
-
-
-@torch.library.register_fake("dora_kernels::grouped_norm", lib=_library)
 def _grouped_norm_fake(weights, lora_As, lora_Bs, magnitudes, scalings, dtype, backend):
     total, accumulate = sum(weight.shape[0] for weight in weights), accumulate_dtype(weights[0].dtype)
     return tuple(weights[0].new_empty(total, dtype=accumulate) for _ in range(2))
 
 
-_library.define(
-    "rescale(Tensor base, Tensor low, Tensor lora_B, Tensor gain, Tensor? bias, Tensor? residual, float scaling, "
-    "str backend) -> Tensor"
+@_operator(
+    "grouped_norm(Tensor[] weights, Tensor[] lora_As, Tensor[] lora_Bs, Tensor[] magnitudes, float[] scalings, "
+    "ScalarType dtype, str backend) -> (Tensor norm, Tensor gain)",
+    fake=_grouped_norm_fake,
 )
+def grouped_norm(weights, lora_As, lora_Bs, magnitudes, scalings, dtype, backend):
+    steps = _steps("grouped_norm", backend, weights[0], lora_As[0], magnitudes[0])
+    with plain_mode(weights[0]):
+        lora_As, lora_Bs = ([tensor.to(dtype) for tensor in tensors] for tensors in (lora_As, lora_Bs))
+        return steps.grouped_norm(weights, lora_As, lora_Bs, magnitudes, scalings)
 
 
-@torch.library.impl(_library, "rescale", "CompositeExplicitAutograd")
-def _rescale(
-    base: Tensor,
-    low: Tensor,
-    lora_B: Tensor,
-    gain: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scaling: float,
-    backend: str,
-) -> Tensor:
+@_operator(
+    "rescale(Tensor base, Tensor low, Tensor lora_B, Tensor gain, Tensor? bias, Tensor? residual, float scaling, "
+    "str backend) -> Tensor",
+    fake=lambda base, *_: base.new_empty(base.shape),
+)
+def rescale(base, low, lora_B, gain, bias, residual, scaling, backend):
     steps = _steps("rescale", backend, base, low, lora_B)
-    with _settled(base):
+    with plain_mode(base):
         return steps.epilogue(base, low, lora_B.to(low.dtype), gain, bias, scaling, base.dtype, residual)
 
 
-@torch.library.register_fake("dora_kernels::rescale", lib=_library)
-def _rescale_fake(base, low, lora_B, gain, bias, residual, scaling, backend):
-    return base.new_empty(base.shape)
-
-
-_library.define(
-    "rescale_backward(Tensor dy, Tensor? base, Tensor low, Tensor lora_B, Tensor gain, float scaling, "
-    "bool residual, bool[] needs, ScalarType bias_dtype, str backend) "
-    "-> (Tensor dbase, Tensor dlow, Tensor dB, Tensor dgain, Tensor dbias)"
-)
-
-
-@torch.library.impl(_library, "rescale_backward", "CompositeExplicitAutograd")
-def _rescale_backward(
-    dy: Tensor,
-    base: Tensor | None,
-    low: Tensor,
-    lora_B: Tensor,
-    gain: Tensor,
-    scaling: float,
-    residual: bool,
-    needs: list[bool],
-    bias_dtype: torch.dtype,
-    backend: str,
-) -> tuple[Tensor, ...]:
-    """passes.rescale_backward."""
-    steps = _steps("rescale_backward", backend, dy, low, lora_B)
-    B = lora_B.to(low.dtype)
-    with _settled(dy):
-        arguments = (dy, base, low, B, gain, scaling, residual, needs, lora_B.dtype, bias_dtype)
-        gradients = passes.rescale_backward(steps, *arguments)
-        return _or_empty(dy, *gradients)
-
-
-@torch.library.register_fake("dora_kernels::rescale_backward", lib=_library)
 def _rescale_backward_fake(dy, base, low, lora_B, gain, scaling, residual, needs, bias_dtype, backend):
     shapes = (dy.shape, low.shape, lora_B.shape, gain.shape, gain.shape)
-    dtypes = (dy.dtype, low.dtype, lora_B.dtype, gain.dtype, bias_dtype)
-    return tuple(
-        dy.new_empty(shape, dtype=dtype) if needed else dy.new_empty(0)
-        for shape, dtype, needed in zip(shapes, dtypes, needs, strict=True)
-    )
+    return _empty(dy, needs, shapes, (dy.dtype, low.dtype, lora_B.dtype, gain.dtype, bias_dtype))
 
 
-_library.define(
-    "bank_epilogue(Tensor base, Tensor low, Tensor lora_B, Tensor gain, Tensor scaling, Tensor? bias, Tensor index, "
-    "str backend) -> Tensor"
+@_operator(
+    "rescale_backward(Tensor dy, Tensor? base, Tensor low, Tensor lora_B, Tensor gain, float scaling, "
+    "bool residual, bool[] needs, ScalarType bias_dtype, str backend) "
+    "-> (Tensor dbase, Tensor dlow, Tensor dB, Tensor dgain, Tensor dbias)",
+    fake=_rescale_backward_fake,
 )
+def rescale_backward(dy, base, low, lora_B, gain, scaling, residual, needs, bias_dtype, backend):
+    steps = _steps("rescale_backward", backend, dy, low, lora_B)
+    operands = Epilogue(base, low, lora_B, gain, scaling)
+    with plain_mode(dy):
+        return _or_empty(dy, passes.rescale_backward(steps, dy, operands, residual, needs, bias_dtype))
 
 
-@torch.library.impl(_library, "bank_epilogue", "CompositeExplicitAutograd")
-def _bank_epilogue(base: Tensor, low: Tensor, lora_B: Tensor, *arguments: Any) -> Tensor:
-    """Steps.bank_epilogue; the schema above names the arguments."""
-    *arguments, backend = arguments
+@_operator(
+    "bank_epilogue(Tensor base, Tensor low, Tensor lora_B, Tensor gain, Tensor scaling, Tensor? bias, Tensor index, "
+    "str backend) -> Tensor",
+    fake=lambda base, *_: base.new_empty(base.shape),
+)
+def bank_epilogue(base, low, lora_B, gain, scaling, bias, index, backend):
     steps = _steps("bank_epilogue", backend, base, low, lora_B)
-    with _settled(base):
-        return steps.bank_epilogue(base, low, lora_B, *arguments)
+    with plain_mode(base):
+        return steps.bank_epilogue(base, low, lora_B, gain, scaling, bias, index)
 
 
-@torch.library.register_fake("dora_kernels::bank_epilogue", lib=_library)
-def _bank_epilogue_fake(base, low, lora_B, gain, scaling, bias, index, backend):
-    return base.new_empty(base.shape)
-
-
-_library.define("shared_low(Tensor x, Tensor[] lora_As, ScalarType dtype, str backend) -> Tensor")
-
-
-@torch.library.impl(_library, "shared_low", "CompositeExplicitAutograd")
-def _shared_low(x: Tensor, lora_As: list[Tensor], dtype: torch.dtype, backend: str) -> Tensor:
-    """passes.shared_low."""
+@_operator(
+    "shared_low(Tensor x, Tensor[] lora_As, ScalarType dtype, str backend) -> Tensor",
+    fake=lambda x, lora_As, dtype, backend: x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_As)), dtype=dtype),
+)
+def shared_low(x, lora_As, dtype, backend):
     steps = _steps("shared_low", backend, x, *lora_As)
-    with _settled(x):
+    with plain_mode(x):
         return passes.shared_low(steps, x, lora_As, dtype)
 
 
-@torch.library.register_fake("dora_kernels::shared_low", lib=_library)
-def _shared_low_fake(x, lora_As, dtype, backend):
-    return x.new_empty((x.shape[0], sum(lora_A.shape[0] for lora_A in lora_As)), dtype=dtype)
-
-
-_library.define("shared_low_backward(Tensor x, Tensor[] dlows, ScalarType dtype, str backend) -> Tensor[]")
-
-
-@torch.library.impl(_library, "shared_low_backward", "CompositeExplicitAutograd")
-def _shared_low_backward(x: Tensor, dlows: list[Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
-    """passes.shared_low_backward."""
-    steps = _steps("shared_low_backward", backend, x, *dlows)
-    with _settled(x):
-        return passes.shared_low_backward(steps, x, dlows, dtype)
-
-
-@torch.library.register_fake("dora_kernels::shared_low_backward", lib=_library)
-def _shared_low_backward_fake(x, dlows, dtype, backend):
-    return [x.new_empty((dlow.shape[1], x.shape[1]), dtype=dtype) for dlow in dlows]
-
-
-OPERATORS = (
-    "norm",
-    "grouped_norm",
-    "norm_backward",
-    "merge",
-    "forward",
-    "backward",
-    "rescale",
-    "rescale_backward",
-    "bank_epilogue",
-    "shared_low",
-    "shared_low_backward",
+@_operator(
+    "shared_low_backward(Tensor x, Tensor[] dlows, ScalarType dtype, str backend) -> Tensor[]",
+    fake=lambda x, dlows, dtype, backend: [x.new_empty((dlow.shape[1], x.shape[1]), dtype=dtype) for dlow in dlows],
 )
-
-# what is called: the one overload of each operator, looked up once
-norm = torch.ops.dora_kernels.norm.default
-merge = torch.ops.dora_kernels.merge.default
-forward = torch.ops.dora_kernels.forward.default
-backward = torch.ops.dora_kernels.backward.default
-norm_backward = torch.ops.dora_kernels.norm_backward.default
-rescale = torch.ops.dora_kernels.rescale.default
-rescale_backward = torch.ops.dora_kernels.rescale_backward.default
-bank_epilogue = torch.ops.dora_kernels.bank_epilogue.default
-grouped_norm = torch.ops.dora_kernels.grouped_norm.default
-shared_low = torch.ops.dora_kernels.shared_low.default
-shared_low_backward = torch.ops.dora_kernels.shared_low_backward.default
+def shared_low_backward(x, dlows, dtype, backend):
+    steps = _steps("shared_low_backward", backend, x, *dlows)
+    with plain_mode(x):
+        return passes.shared_low_backward(steps, x, dlows, dtype)

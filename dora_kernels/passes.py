@@ -7,9 +7,19 @@ from torch import Tensor
 
 from dora_kernels.gemm import add_product, base_product, product_onto_low_rank
 from dora_kernels.planning import devices, plan
-from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_of, over_norm
-from dora_kernels.types import Needs, Steps
+from dora_kernels.types import (
+    Call,
+    DoraWeight,
+    Epilogue,
+    EpilogueGradients,
+    Forward,
+    Gradients,
+    How,
+    Needs,
+    Saved,
+    Steps,
+)
 
 
 def _device_model(tensor: Tensor) -> plan.Device:
@@ -18,111 +28,85 @@ def _device_model(tensor: Tensor) -> plan.Device:
     return plan.device_model(devices.device_facts(tensor.device))
 
 
-def _low_rank_first(steps: Steps, base: torch.dtype, low_rank: torch.dtype, tensor: Tensor, must_split: bool) -> bool:
-    """Whether a split pass makes z, and keeps it, where otherwise it makes and keeps base."""
-    device = _device_model(tensor)
-    return steps.low_rank_first and plan.low_rank_first(base, device, must_split=must_split, wide=low_rank != base)
+def forward(steps: Steps, call: Call) -> Forward:
+    """y (M, N), norm (N,) and gain (N,) unless given, low (M, R) if save_low, and what dmagnitude will need.
 
-
-def forward(
-    steps: Steps,
-    x: Tensor,
-    x_dropped: Tensor | None,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    bias: Tensor | None,
-    given_norm: Tensor | None,
-    given_gain: Tensor | None,
-    scaling: float,
-    dtype: torch.dtype,
-    way: str,
-    keep: str,
-    keep_low: bool,
-    exact: bool,
-    given_low: Tensor | None = None,
-) -> tuple[Tensor | None, ...]:
-    """y (M, N), norm (N,), gain (N,) and low (M, R) unless given, low if keep_low, and what dmagnitude will need.
-
-    x (M, K) and a dense weight (N, K) in the dtype of the base GEMM, to which a quantised one is decoded; `dtype` is
-    that of the low-rank operands and of x_dropped.
-    keep: "base" keeps x @ weight.T (z where `_low_rank_first`), "z" keeps base + scaling * low @ lora_B.T, "" keeps
-    nothing (plan.py chooses).
-    A quantised weight stands dense for no longer than its products take, and never twice at a time.
-    Nothing that is kept is y: fused RoPE and SwiGLU kernels overwrite a layer's output behind autograd's back.
+    A dense weight (N, K) is in the dtype of the base GEMM, x's, to which a quantised one is decoded. It then stands
+    dense for no longer than its products take, and never twice at a time.
+    Nothing that is saved is y: fused RoPE and SwiGLU kernels overwrite a layer's output behind autograd's back.
     """
-    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-    shape = plan.Shape.of(x, weight, lora_A)
-    norm_given = given_norm is not None
-    must_split, wide = exact or x_dropped is not None, dtype != x.dtype
-    way = plan.forward_way(way, keep, norm_given, shape, _device_model(x), must_split=must_split, wide=wide)
+    x, x_dropped, layer, bias, given, how = call
+    layer = _cast_adapter(layer, how.dtype)
+    weight, lora_A, lora_B, magnitude, scaling = layer
     adapter_input = x if x_dropped is None else x_dropped
-    low = given_low
-    if low is None and (way == "split" or keep_low):
+    _check_save(how)
+    intermediate = how.save or _intermediate_to_y(call)
+    low = given.low
+    if low is None and (intermediate != "z_merged" or how.save_low):
         low = steps.project(adapter_input, lora_A)
-    new_low = low if keep_low and given_low is None else None
-    norm = gain = None
-    if norm_given:
-        gain = gain_of(magnitude, given_norm) if given_gain is None else given_gain
-    if way == "merged":
-        y, norm, gain, z = steps.merged_forward(x, weight, lora_A, lora_B, magnitude, bias, gain, scaling, keep == "z")
-        return y, norm, None if given_gain is not None else gain, new_low, z
+    new_low = low if how.save_low and given.low is None else None
+    norm, gain = None, given.gain
+    if gain is None and given.norm is not None:
+        gain = gain_of(magnitude, given.norm)
+    if intermediate == "z_merged":
+        save = how.save == "z_merged"
+        y, norm, gain, z = steps.merged_forward(x, weight, lora_A, lora_B, magnitude, bias, gain, scaling, save)
+        return Forward(y, norm, None if given.gain is not None else gain, new_low, z)
 
-    if not norm_given:
+    if given.norm is None:
         norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
     dense = steps.dense(weight, x.dtype)
-    if _low_rank_first(steps, x.dtype, dtype, x, must_split):
-        base, low_term = product_onto_low_rank(x, dense, low, lora_B, scaling), None
+    if intermediate == "z_gemm":
+        made, low_to_add = product_onto_low_rank(x, dense, low, lora_B, scaling), None
     else:
-        base, low_term = base_product(adapter_input.to(x.dtype), dense, exact), low
-    residual = None if x_dropped is None else base_product(x, dense, exact)
+        made, low_to_add = base_product(adapter_input.to(x.dtype), dense, how.exact), low
+    residual = None if x_dropped is None else base_product(x, dense, how.exact)
     del dense
-    y = steps.epilogue(base, low_term, lora_B, gain, bias, scaling, x.dtype, residual)
-    return y, norm, None if given_gain is not None else gain, new_low, base if keep else None
+    y = steps.epilogue(made, low_to_add, lora_B, gain, bias, scaling, x.dtype, residual)
+    return Forward(y, norm, None if given.gain is not None else gain, new_low, made if how.save else None)
 
 
-def backward(
-    steps: Steps,
-    dy: Tensor,
-    x: Tensor | None,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    norm: Tensor,
-    gain: Tensor,
-    low: Tensor | None,
-    kept: Tensor | None,
-    merged: Tensor | None,
-    scaling: float,
-    dtype: torch.dtype,
-    way: str,
-    keep: str,
-    dropped: bool,
-    norm_grad: bool,
-    needs: Sequence[bool],
-    magnitude_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-) -> tuple[Tensor | None, ...]:
+def _check_save(how: How) -> None:
+    """Raise ValueError unless what is saved is known: dmagnitude is made by what this says."""
+    if how.save and how.save not in plan.INTERMEDIATES:
+        raise ValueError(f"keep is {how.save!r}; expected one of {', '.join(plan.INTERMEDIATES)}, or nothing")
+
+
+def _cast_adapter(layer: DoraWeight, dtype: torch.dtype) -> DoraWeight:
+    """`layer` with lora_A and lora_B in dtype, that of the low-rank operands of every step."""
+    weight, lora_A, lora_B, magnitude, scaling = layer
+    return DoraWeight(weight, lora_A.to(dtype), lora_B.to(dtype), magnitude, scaling)
+
+
+def _intermediate_to_y(call: Call) -> str:
+    """The `plan.intermediate` of a forward pass that saves none."""
+    x, how = call.x, call.how
+    shape = plan.Shape.of(x, call.layer.weight, call.layer.lora_A)
+    asks = {"needs_base": how.exact or call.x_dropped is not None, "adapters_are_wider": how.dtype != x.dtype}
+    way = plan.forward_way(how.way, call.given.norm is not None, shape, _device_model(x), **asks)
+    return plan.intermediate(way, x.dtype, how.backend, x.device, **asks)
+
+
+def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How, needs: Needs) -> Gradients:
     """dx, dx_dropped (M, K), dA (R, K), dB (N, R), dmagnitude (N,), dbias (N,), dlow (M, R); None where not needed.
 
-    x is what the adapter saw (x_dropped under dropout); low and kept are what `forward` kept; merged is the merged
-    weight (N, K) in dy's dtype, if there is one already.
-        dB = scaling * gain * dy^T low        dA = scaling * P^T x,  P = dy @ (gain * lora_B)
-        dmagnitude = sum_m dy * (base + scaling * low @ lora_B^T) / norm        dbias = sum_m dy
-        dx = dy @ (gain * (weight + scaling * lora_B @ lora_A)), through that matrix or through dz = gain * dy
-        dlow = scaling * P
+    dB = scaling * gain * dy^T low        dA = scaling * P^T x,  P = dy @ (gain * lora_B)
+    dmagnitude = sum_m dy * z / norm,  z = base + scaling * low @ lora_B^T        dbias = sum_m dy
+    dx = dy @ (gain * (weight + scaling * lora_B @ lora_A)), through that matrix or through dz = gain * dy
+    dlow = scaling * P
     """
-    needs = Needs(*needs)
-    accumulate = gain.dtype
-    A_dtype, B_dtype = lora_A.dtype, lora_B.dtype
-    lora_A, lora_B = lora_A.to(dtype), lora_B.to(dtype)
-    through_norm = norm_grad and (needs.lora_A or needs.lora_B)
-    shape = plan.Shape.of(dy, weight, lora_A)
-    dx_way = plan.dx_way(way, shape, _device_model(dy)) if needs.x and not dropped else ""
+    _check_save(how)
+    x, norm, gain, low, saved_tensor, merged, magnitude_dtype, bias_dtype = saved
+    A_dtype, B_dtype = layer.lora_A.dtype, layer.lora_B.dtype
+    layer = _cast_adapter(layer, how.dtype)
+    weight, lora_A, lora_B, _, scaling = layer
+    through_norm = how.norm_grad and (needs.lora_A or needs.lora_B)
+    dx_way = ""
+    if needs.x and not how.dropped:
+        dx_way = plan.dx_way(how.way, plan.Shape.of(dy, weight, lora_A), _device_model(dy))
 
     def grad_dtype(dtype: torch.dtype) -> torch.dtype:
-        return accumulate if through_norm else dtype
+        return gain.dtype if through_norm else dtype
 
     dx = dx_dropped = dA = dB = dmagnitude = dbias = dlow = dz = None
     if needs.lora_B:
@@ -133,9 +117,7 @@ def backward(
         dbias = gain.new_empty(norm.shape, dtype=bias_dtype)
     if dx_way == "dz":
         dz = gain.new_empty(dy.shape, dtype=dy.dtype)
-    must_split = dropped or (kept is not None and kept.dtype != dy.dtype)  # the latter: base unrounded
-    holds_low_rank = keep == "z" or _low_rank_first(steps, dy.dtype, dtype, dy, must_split)
-    lacks_low_rank = dmagnitude is not None and not holds_low_rank
+    lacks_low_rank = dmagnitude is not None and how.save == "base"
     if dB is not None or dmagnitude is not None or dbias is not None or dz is not None:
         steps.token_sums(
             dy,
@@ -143,7 +125,7 @@ def backward(
             scaling,
             outer=dB,
             gain=gain,
-            kept=kept if dmagnitude is not None else None,
+            kept=saved_tensor if dmagnitude is not None else None,
             norm=norm,
             lora_B=lora_B if lacks_low_rank else None,
             dmagnitude=dmagnitude,
@@ -159,14 +141,14 @@ def backward(
     if through_norm:
         # c is d(loss)/dV over V = weight + scaling * B @ A; gain and dmagnitude are both 0 where norm is
         c = -gain * dmagnitude / torch.where(norm == 0, 1, norm)
-        dA, dB = _add_norm_gradient(steps, dA, dB, c, weight, lora_A, lora_B, scaling)
+        dA, dB = _add_norm_gradient(steps, dA, dB, c, layer)
         dA, dB = None if dA is None else dA.to(A_dtype), None if dB is None else dB.to(B_dtype)
         dmagnitude = dmagnitude.to(magnitude_dtype) if needs.magnitude else None
 
     if dx_way == "dz":
         dx = dz @ steps.dense(weight, dz.dtype)
-        low_part, factor = (projected, scaling) if dlow is None else (dlow, 1.0)
-        add_product(dx, low_part.to(dz.dtype), lora_A.to(dz.dtype), factor)
+        through_low, factor = (projected, scaling) if dlow is None else (dlow, 1.0)
+        add_product(dx, through_low.to(dz.dtype), lora_A.to(dz.dtype), factor)
     elif dx_way == "merged":
         if merged is None:
             merged = steps.merge(weight, lora_A, lora_B, gain, scaling, out_dtype=dy.dtype)
@@ -176,7 +158,7 @@ def backward(
     if needs.x_dropped:
         difference = steps.merge(weight, lora_A, lora_B, gain, scaling, subtract_weight=True, out_dtype=dy.dtype)
         dx_dropped = dy @ difference
-    return dx, dx_dropped, dA, dB, dmagnitude, dbias, dlow
+    return Gradients(dx, dx_dropped, dA, dB, dmagnitude, dbias, dlow)
 
 
 def shared_low(steps: Steps, x: Tensor, lora_As: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -192,14 +174,7 @@ def shared_low_backward(steps: Steps, x: Tensor, dlows: Sequence[Tensor], dtype:
 
 
 def _add_norm_gradient(
-    steps: Steps,
-    dA: Tensor | None,
-    dB: Tensor | None,
-    c: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
+    steps: Steps, dA: Tensor | None, dB: Tensor | None, c: Tensor, layer: DoraWeight
 ) -> tuple[Tensor | None, Tensor | None]:
     """dA and dB with the gradient through the norm added; nothing (N, K) is made but of a quantised weight.
 
@@ -208,6 +183,7 @@ def _add_norm_gradient(
     With d(loss)/dV = diag(c) V, V = weight + scaling * B A, U = weight A^T and G = A A^T:
         dB += scaling * c (U + scaling * B G)        dA += scaling * ((c B)^T weight + scaling * (c B)^T B A)
     """
+    weight, lora_A, lora_B, _, scaling = layer
     weight = steps.dense(weight, lora_A.dtype)
     A, B = lora_A.to(c.dtype), lora_B.to(c.dtype)
     weighted_B = c[:, None] * B
@@ -223,31 +199,38 @@ def _add_norm_gradient(
     return dA, dB
 
 
+def norm_backward(
+    steps: Steps, dnorm: Tensor, norm: Tensor, layer: DoraWeight, dtype: torch.dtype, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """dA (R, K) and dB (N, R) of the row norms of weight + scaling * lora_B @ lora_A; 0 where norm is 0."""
+    c = over_norm(dnorm, norm)
+    cast = _cast_adapter(layer, dtype)
+    factors = (layer.lora_A, layer.lora_B)
+    dA, dB = (norm.new_zeros(factor.shape) if needed else None for factor, needed in zip(factors, needs, strict=True))
+    dA, dB = _add_norm_gradient(steps, dA, dB, c, cast)
+    return (
+        None if dA is None else dA.to(layer.lora_A.dtype),
+        None if dB is None else dB.to(layer.lora_B.dtype),
+    )
+
+
 def rescale_backward(
-    steps: Steps,
-    dy: Tensor,
-    base: Tensor | None,
-    low: Tensor | None,
-    lora_B: Tensor,
-    gain: Tensor,
-    scaling: float,
-    residual: bool,
-    needs: Sequence[bool],
-    B_dtype: torch.dtype,
-    bias_dtype: torch.dtype,
-) -> tuple[Tensor | None, ...]:
+    steps: Steps, dy: Tensor, operands: Epilogue, residual: bool, needs: Sequence[bool], bias_dtype: torch.dtype
+) -> EpilogueGradients:
     """dbase (M, N), dlow (M, R), dB (N, R), dgain (N,), dbias (N,) of the epilogue; None where not needed.
 
     y = gain * (base + scaling * low @ lora_B^T) + bias [+ residual - base], where base and low are whatever they are:
         dbase = gain * dy [- dy]        dlow = scaling * dy @ (gain * lora_B)        dB = scaling * gain * dy^T low
         dgain = sum_m dy * (base + scaling * low @ lora_B^T)                  dbias = sum_m dy
     """
+    base, low, lora_B, gain, scaling = operands
+    B = lora_B.to(low.dtype)
     needs_base, needs_low, needs_B, needs_gain, needs_bias = needs
     dbase = dlow = dB = dgain = dbias = None
     if needs_base:
         dbase = gain.new_empty(dy.shape, dtype=dy.dtype)
     if needs_B:
-        dB = gain.new_empty(lora_B.shape, dtype=B_dtype)
+        dB = gain.new_empty(lora_B.shape, dtype=lora_B.dtype)
     if needs_gain:
         dgain = torch.empty_like(gain)
     if needs_bias:
@@ -261,7 +244,7 @@ def rescale_backward(
             gain=gain,
             kept=base if needs_gain else None,
             norm=torch.ones_like(gain) if needs_gain else None,
-            lora_B=lora_B if needs_gain else None,
+            lora_B=B if needs_gain else None,
             dmagnitude=dgain,
             dbias=dbias,
             scaled=None if residual else dbase,
@@ -269,24 +252,5 @@ def rescale_backward(
     if needs_base and residual:
         torch.mul(dy, gain - 1, out=dbase)  # not rounded before dy is taken off
     if needs_low:
-        dlow = steps.project(dy, lora_B.T, scale=gain).mul_(scaling)
-    return dbase, dlow, dB, dgain, dbias
-
-
-def norm_backward(
-    steps: Steps,
-    dnorm: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    norm: Tensor,
-    scaling: float,
-    dtype: torch.dtype,
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    """dA (R, K) and dB (N, R) of the row norms of weight + scaling * lora_B @ lora_A; 0 where norm is 0."""
-    c = over_norm(dnorm, norm)
-    A, B = lora_A.to(dtype), lora_B.to(dtype)
-    dA, dB = (norm.new_zeros(tensor.shape) if needed else None for tensor, needed in zip((A, B), needs, strict=True))
-    dA, dB = _add_norm_gradient(steps, dA, dB, c, weight, A, B, scaling)
-    return None if dA is None else dA.to(lora_A.dtype), None if dB is None else dB.to(lora_B.dtype)
+        dlow = steps.project(dy, B.T, scale=gain).mul_(scaling)
+    return EpilogueGradients(dbase, dlow, dB, dgain, dbias)

@@ -287,5 +287,4 @@ PYTORCH = Steps(
     token_sums=token_sums,
     outer_product=outer_product,
     bank_epilogue=bank_epilogue,
-    low_rank_first=True,
 )

@@ -144,5 +144,3 @@ class Steps(NamedTuple):
     token_sums: Callable[..., None]
     outer_product: Callable[..., Tensor]
     bank_epilogue: Callable[..., Tensor]
-    low_rank_first: bool = False
-    """Whether the GEMM of base may add its sums onto the low-rank product, where that pays (plan.low_rank_first)."""

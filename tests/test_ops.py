@@ -1,10 +1,16 @@
 """The operators obey torch.library's rules: schema, fake results, autograd registration, tracing."""
 
+import inspect
+import operator
+import re
+from types import NoneType
+
 import pytest
 import torch
 
 from dora_kernels import ops
-from dora_kernels.quant import parts
+from dora_kernels.quant import QuantizedWeight, parts
+from dora_kernels.types import Call, DoraWeight, Given, How, Needs, Saved
 from tests.support.problem import BACKENDS, EXACT_DTYPE, Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -36,7 +42,13 @@ def test_norm_and_merge(dtype, requires_grad, transposed, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("keep", "dropped", "exact"),
-    (("", False, False), ("base", False, True), ("z", False, False), ("base", True, False)),
+    (
+        ("", False, False),
+        ("base", False, True),
+        ("z_gemm", False, False),
+        ("z_merged", False, False),
+        ("base", True, False),
+    ),
 )
 @pytest.mark.parametrize("requires_grad", (False, True))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,7 +99,7 @@ def test_dtypes_and_layouts(dtypes, layout, backend):
     torch.library.opcheck(ops.norm, (*adapter, 0.75, dtype, backend))
     gain = laid_out(torch.ones(12, dtype=torch.promote_types(dtypes[0], torch.float32), device=problem.x.device))
     torch.library.opcheck(ops.merge, (*adapter, gain, 0.75, dtype, backend))
-    for keep, way in (("base", "split"), ("z", "merged")):
+    for keep, way in (("base", "split"), ("z_merged", "merged")):
         arguments = forward_arguments(problem, backend, keep, dropped=False)
         arguments = (*arguments[:13], dtype, way, *arguments[15:])
         torch.library.opcheck(ops.forward, arguments)
@@ -136,6 +148,106 @@ def test_a_given_norm_is_not_aliased():
     problem = Problem.random(5, 12, 10, 3, torch.float32)
     norm = torch.ones(12, device=problem.x.device)
     torch.library.opcheck(ops.forward, forward_arguments(problem, "reference", "", False, norm=norm))
+
+
+SCHEMA_TYPES = {
+    "Tensor": torch.Tensor, "Tensor?": (torch.Tensor, NoneType), "Tensor[]": list, "ScalarType": torch.dtype,
+    "str": str, "float": float, "bool": bool, "int[]": list, "bool[]": list,
+}  # fmt: skip
+
+
+def schema_arguments(operation):
+    """(type, name) of each argument, as the schema has them."""
+    listed = re.search(r"\((.*?)\) ->", str(operation._schema))[1].split(", ")
+    return [tuple(one.partition("=")[0].split(" ")) for one in listed if one != "*"]
+
+
+@pytest.mark.parametrize("name", ops.OPERATORS)
+def test_what_runs_has_the_schema_s_arguments(name):
+    run = {"forward": ops.unflatten_forward, "backward": ops.unflatten_backward}.get(name, ops.OPERATORS[name])
+    assert list(inspect.signature(run).parameters) == [one for _, one in schema_arguments(getattr(ops, name))]
+
+
+# (save_low, exact, dropped, norm_grad), so that no two of them can be mistaken for each other
+FLAGS = [tuple(flag == one for flag in range(4)) for one in range(4)]
+
+
+def a_call(flags, weight):
+    """No two of its tensors, dtypes, names or numbers are the same."""
+    tensors = [torch.empty(number) for number in range(8)]
+    lora_A, lora_B = torch.empty(3, 10), torch.empty(12, 3)
+    layer, given = DoraWeight(weight, lora_A, lora_B, tensors[0], 0.75), Given(*tensors[1:5])
+    how = How(torch.float32, torch.bfloat16, "auto", "base", "reference", *flags)
+    return Call(tensors[5], tensors[6], layer, tensors[7], given, how)
+
+
+WEIGHTS = {
+    "dense": torch.empty(12, 10),
+    "row8": QuantizedWeight(
+        "row8", (12, 10), torch.float16, (torch.zeros(12, 10, dtype=torch.int8), torch.ones(12)), ()
+    ),
+}
+
+
+def by_name(layer, *more, **renamed):
+    """What a schema calls the fields of these tuples -> their values."""
+    tensors, weight_format, numbers, dtype = parts(layer.weight)
+    weight = {"weight": tensors, "weight_format": weight_format, "weight_numbers": numbers, "weight_dtype": dtype}
+    fields = {}
+    for one in (layer, *more):
+        fields |= {renamed.get(name, name): value for name, value in one._asdict().items()}
+    return fields | weight | {"keep": fields["save"], "keep_low": fields["save_low"]}
+
+
+def assert_flattened(operation, flat, expected):
+    arguments = schema_arguments(operation)[: len(flat)]
+    for (kind, name), value in zip(arguments, flat, strict=True):
+        assert isinstance(value, SCHEMA_TYPES[kind]), name
+        both = zip(value, expected[name], strict=True) if kind == "Tensor[]" else [(value, expected[name])]
+        assert all(one is other or (not isinstance(one, torch.Tensor) and one == other) for one, other in both), name
+
+
+def assert_same(actual, expected):
+    """Field by field, tensors by identity; a quantised weight is another object of the same parts."""
+    for name, one, other in zip(expected._fields, actual, expected, strict=True):
+        if name == "weight" and not isinstance(other, torch.Tensor):
+            one, other = (dict(vars(weight)) for weight in (one, other))
+            assert one.keys() == other.keys()
+            assert all(map(operator.is_, one.pop("tensors"), other.pop("tensors"))) and one == other
+        else:
+            assert one is other or (not isinstance(other, torch.Tensor) and one == other), name
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_call_is_flattened_as_the_schema_has_it(weight, flags):
+    call = a_call(flags, WEIGHTS[weight])
+    flat = ops.flatten_forward(call)
+    expected = by_name(call.layer, call, call.given, call.how)
+    assert_flattened(ops.forward, flat, expected)
+    assert schema_arguments(ops.forward)[len(flat) :] == [("Tensor?", "given_low")]
+    again = ops.unflatten_forward(*flat, given_low=call.given.low)
+    assert again.x is call.x and again.x_dropped is call.x_dropped and again.bias is call.bias
+    assert_same(again.layer, call.layer)
+    assert_same(again.given, call.given._replace(merged=None))
+    assert_same(again.how, call.how._replace(dropped=False, norm_grad=False))
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("weight", WEIGHTS)
+def test_a_backward_pass_is_flattened_as_the_schema_has_it(weight, flags):
+    call = a_call(flags, WEIGHTS[weight])
+    saved = Saved(call.x, *call.given[:2], call.given.low, call.bias, call.given.merged, torch.float64, torch.float16)
+    needs = Needs(True, True, False, True, False, False, True)
+    flat = ops.flatten_backward(call.x_dropped, saved, call.layer, call.how, needs)
+    expected = by_name(call.layer, call.how, saved, saved="kept") | {"dy": call.x_dropped, "needs": list(needs)}
+    assert_flattened(ops.backward, flat, expected)
+    assert len(schema_arguments(ops.backward)) == len(flat)
+    dy, *again, again_needs = ops.unflatten_backward(*flat)
+    assert dy is call.x_dropped and again_needs == needs
+    layer, how = call.layer._replace(magnitude=None), call.how._replace(save_low=False, exact=False)
+    for one, other in zip(again, (saved, layer, how), strict=True):
+        assert_same(one, other)
 
 
 def test_calls_are_counted():

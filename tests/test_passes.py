@@ -12,7 +12,8 @@ from dora_kernels.functional import linear
 from dora_kernels.planning import plan
 from dora_kernels.pytorch import PYTORCH
 from dora_kernels.quant import parts
-from tests.support.problem import DEVICE, GRADIENTS, TOLERANCE, Problem
+from dora_kernels.types import Call, DoraWeight, Forward, Given, Gradients, How, Needs, Saved
+from tests.support.problem import BACKENDS, DEVICE, GRADIENTS, TOLERANCE, Problem
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def asked(monkeypatch):
 
         monkeypatch.setattr(plan, name, recorded)
 
-    for name in ("forward_way", "dx_way", "kept_tensor"):
+    for name in ("forward_way", "dx_way", "saved_tensor", "intermediate"):
         recording(name)
     return questions
 
@@ -37,27 +38,31 @@ def asked(monkeypatch):
 def test_the_planner_is_told_the_sizes_of_the_call(asked):
     problem = Problem.random(3, 40, 36, 6, torch.bfloat16)
     problem.ours("reference")
+    problem.ours("reference", needs=())
     shape = plan.Shape(M=3, N=40, K=36, R=6, itemsize=2)
     questions = {name: (arguments, keywords) for name, arguments, keywords in asked}
-    assert questions["forward_way"][0][:4] == ("auto", "base", False, shape)
+    assert questions["saved_tensor"][0] == ("auto", torch.bfloat16, "reference", problem.x.device)
+    assert questions["forward_way"][0][:3] == ("auto", False, shape)
     assert questions["dx_way"][0][:2] == ("auto", shape)
 
 
 @pytest.mark.parametrize(
     ("dtypes", "arguments", "expected"),
     (
-        ((torch.float32,), {}, {"must_split": False, "wide": False}),
-        ((torch.bfloat16, torch.float32), {}, {"must_split": False, "wide": True}),
-        ((torch.float32,), {"precision": "exact"}, {"must_split": True, "wide": False}),
-        ((torch.float32,), {"dropout": 0.4}, {"must_split": True, "wide": False}),
+        ((torch.float32,), {}, {"needs_base": False, "adapters_are_wider": False}),
+        ((torch.bfloat16, torch.float32), {}, {"needs_base": False, "adapters_are_wider": True}),
+        ((torch.float32,), {"precision": "exact"}, {"needs_base": True, "adapters_are_wider": False}),
+        ((torch.float32,), {"dropout": 0.4}, {"needs_base": True, "adapters_are_wider": False}),
     ),
-    ids=("plain", "wide", "exact", "dropout"),
+    ids=("plain", "wider", "exact", "dropout"),
 )
-def test_the_planner_is_told_what_must_split(dtypes, arguments, expected, asked):
+@pytest.mark.parametrize("needs", (GRADIENTS, ("x",)), ids=("saving", "saving nothing"))
+def test_the_planner_is_told_what_a_call_asks_for(needs, dtypes, arguments, expected, asked):
     problem = Problem.random(3, 40, 36, 6, *dtypes, dropout=arguments.get("dropout", 0.0))
-    problem.ours("reference", precision=arguments.get("precision", "auto"))
-    answers = [keywords for name, _, keywords in asked if name != "dx_way"]
-    assert len(answers) == 2 and all(keywords == expected for keywords in answers)
+    problem.ours("reference", precision=arguments.get("precision", "auto"), needs=needs)
+    answers = {name: keywords for name, _, keywords in asked if name != "dx_way"}
+    decided = "saved_tensor" if needs == GRADIENTS else "forward_way"
+    assert answers == {decided: expected, "intermediate": expected}
 
 
 def test_a_device_that_is_no_cpu_is_not_planned_for_as_one():
@@ -68,7 +73,7 @@ def test_a_device_that_is_no_cpu_is_not_planned_for_as_one():
 
 def test_dx_is_not_planned_where_it_is_not_wanted(asked):
     Problem.random(3, 40, 36, 6, torch.float32).ours("reference", needs=("lora_B",))
-    assert [name for name, *_ in asked] == ["forward_way"]
+    assert [name for name, *_ in asked] == ["forward_way", "intermediate"]
 
 
 @pytest.mark.parametrize("norm_grad", (False, True))
@@ -90,14 +95,77 @@ def test_a_forward_pass_keeps_what_the_backward_pass_needs_and_no_more(way, norm
         problem.lora_B.requires_grad_(needs_B)
         problem.magnitude.requires_grad_(needs_magnitude)
         with torch.set_grad_enabled(grad), dora_kernels.options(backend="reference", way=way):
-            linear.dora_linear_core(
-                problem.x.requires_grad_(), problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75,
-                norm_grad=norm_grad,
-            )  # fmt: skip
+            linear.dora_linear_core(problem.x.requires_grad_(), problem.layer, norm_grad=norm_grad)
         needs_dot = grad and (needs_magnitude or (norm_grad and (needs_A or needs_B)))
-        keep = ("base" if way == "split" else "z") if needs_dot else ""
+        keep = ("base" if way == "split" else "z_merged") if needs_dot else ""
         asked = {name: flags[-1][name] for name in ("keep", "keep_low")}
         assert asked == {"keep": keep, "keep_low": (grad and needs_B) or keep == "base"}, (grad, needs_A, needs_B)
+
+
+SAVED = {
+    "base": ((torch.float32,), {"way": "split"}, "base"),
+    "base, wider adapters": ((torch.bfloat16, torch.float32), {}, "base"),
+    "base, unrounded": ((torch.bfloat16,), {"precision": "exact"}, "base"),
+    "base, dropout": ((torch.bfloat16,), {"dropout": 0.4}, "base"),
+    "z_merged": ((torch.float32,), {}, "z_merged"),
+    "z_gemm or base": ((torch.bfloat16,), {}, {"reference": "z_gemm", "triton": "base"}),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", SAVED)
+def test_what_is_saved_is_what_the_record_says(kind, backend, monkeypatch):
+    """And the backward pass goes by the record: with a wrong one dmagnitude is wrong."""
+    dtypes, arguments, expected = SAVED[kind]
+    on_gpu = {"reference": "base", "triton": "base"}
+    expected = expected if isinstance(expected, str) else (expected if DEVICE == "cpu" else on_gpu)[backend]
+    problem = Problem.random(33, 40, 36, 6, *dtypes, dropout=arguments.get("dropout", 0.0))
+    made, forward, backward = [], ops.forward, ops.backward
+    monkeypatch.setattr(ops, "forward", lambda *flat: made.append(forward(*flat)) or made[-1])
+    records, wrong = [], {}
+
+    def recorded(*flat):
+        names = [argument.name for argument in backward._schema.arguments]
+        keep, magnitude = names.index("keep"), Gradients._fields.index("magnitude")
+        records.append(flat[keep])
+        for record in ("base", "z_gemm", "z_merged"):
+            wrong[record] = backward(*flat[:keep], record, *flat[keep + 1 :])[magnitude]
+        return backward(*flat)
+
+    monkeypatch.setattr(ops, "backward", recorded)
+    options = {name: value for name, value in arguments.items() if name != "dropout"}
+    results, exact = problem.ours(backend, **options), problem.exact()
+    assert records == [expected]
+
+    double = problem.to(torch.float64)
+    seen = double.x if problem.x_dropped is None else double.x_dropped
+    tensors = {"base": seen @ double.weight.T}
+    tensors["z"] = tensors["base"] + double.scaling * seen @ double.lora_A.T @ double.lora_B.T
+    saved, name = Forward(*made[0]).saved, expected.partition("_")[0]
+    assert saved.dtype == (torch.float32 if kind == "base, unrounded" else dtypes[0])
+    assert _relative(saved, tensors[name]) < 0.01 < 0.1 < _relative(saved, tensors["z" if name == "base" else "base"])
+
+    assert _relative(results["magnitude"], exact["magnitude"]) < 0.01
+    for record, dmagnitude in wrong.items():
+        if (record == "base") != (expected == "base"):
+            assert _relative(dmagnitude, exact["magnitude"]) > 0.1, record
+
+
+def _relative(actual, exact):
+    """|actual - exact| / |exact|, of the whole tensors."""
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("save", ("z", "low"))
+def test_a_record_of_something_else_is_refused(save):
+    problem = Problem.random(5, 12, 10, 3, torch.float32)
+    how = How(torch.float32, torch.float32, "auto", save, "reference")
+    with pytest.raises(ValueError, match=f"keep is '{save}'; expected one of base, z_gemm, z_merged"):
+        ops.forward(*ops.flatten_forward(Call(problem.x, None, problem.layer, None, Given(), how)))
+    row = torch.ones(12, device=DEVICE)
+    saved = Saved(problem.x, row, row, None, problem.dy, None, torch.float32, torch.float32)
+    with pytest.raises(ValueError, match=f"keep is '{save}'; expected one of base, z_gemm, z_merged"):
+        ops.backward(*ops.flatten_backward(problem.dy, saved, problem.layer, how, Needs(*[True, False] * 3)))
 
 
 @pytest.mark.parametrize(
@@ -214,14 +282,15 @@ def test_what_is_given_is_not_returned():
     for way, keep, given in itertools.product(("split", "merged"), (False, True), (None, gain)):
         needs = GRADIENTS if keep else ()
         results = problem.run(
-            lambda *arguments, given=given, way=way: _and_check(arguments, norm, given, gain, way), needs=needs
+            lambda *arguments, given=given, way=way: _and_check(arguments, Given(norm, given), gain, way), needs=needs
         )
         for name in results:
             torch.testing.assert_close(results[name], exact[name], **TOLERANCE)
 
 
-def _and_check(arguments, norm, given, gain, way):
+def _and_check(arguments, given, gain, way):
+    x, *layer, bias = arguments
     with dora_kernels.options(backend="reference", way=way):
-        y, new_norm, new_gain = linear.dora_linear_core(*arguments, norm=norm, gain=given)
-    torch.testing.assert_close((new_norm, new_gain), (norm, gain), **TOLERANCE)
+        y, new_norm, new_gain = linear.dora_linear_core(x, DoraWeight(*layer), bias, given=given)
+    torch.testing.assert_close((new_norm, new_gain), (given.norm, gain), **TOLERANCE)
     return y

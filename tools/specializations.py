@@ -26,6 +26,7 @@ from dora_kernels.functional import linear, weight
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.planning import configs, devices
 from dora_kernels.quant import QuantizedWeight, Weight
+from dora_kernels.types import DoraWeight
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,7 @@ def step(inputs: Inputs, *, scaling: float = 0.5, bias: bool = True, drop: bool 
     with dora_kernels.options(**arguments):
         y = linear.dora_linear_core(
             inputs.x,
-            inputs.weight,
-            *inputs.adapter(),
-            scaling,
+            DoraWeight(inputs.weight, *inputs.adapter(), scaling),
             inputs.bias if bias else None,
             x_dropped=inputs.x * 1.0 if drop else None,
             norm_grad=norm_grad,
@@ -122,7 +121,7 @@ def _unmerge(inputs: Inputs) -> None:
     norm = torch.empty(len(inputs.lora_B), dtype=_FP32, device="meta")
     # which rows have lost their weights cannot be asked of meta tensors: none
     with mock.patch.object(Tensor, "nonzero", lambda rows: torch.empty(0, dtype=torch.int64)):
-        weight.unmerge_weight("unmerge", inputs.weight, inputs.lora_A, inputs.lora_B, norm, norm, 0.5)
+        weight.unmerge_weight("unmerge", DoraWeight(inputs.weight, inputs.lora_A, inputs.lora_B, None, 0.5), norm, norm)
 
 
 def _rescale(inputs: Inputs) -> None:
@@ -347,7 +346,7 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
             (devices, "device_facts", lambda device: facts),
             (configs, "config_for", config_with_overrides),
             # meta tensors would take the fake implementations, and autocast does not know the meta device
-            *((ops, name, getattr(ops, f"_{name}")) for name in ops.OPERATORS),
+            *((ops, name, ops.OPERATORS[name]) for name in ops.OPERATORS),
             (torch, "autocast", lambda *device_type, **options: contextlib.nullcontext()),
             (torch, "is_autocast_enabled", lambda *device_type: variant.autocast is not None),
             (torch, "get_autocast_dtype", lambda device_type: variant.autocast),

@@ -84,8 +84,7 @@ class DropoutProblem:
         layer = copy.deepcopy(self.layers[way]).to(dtype)
         x = self.x.detach().to(dtype).requires_grad_()
         weight, bias = layer.base()
-        lora_A, lora_B, magnitude, scaling = layer.factors()
-        arguments = (weight, lora_A, lora_B, magnitude, scaling)
+        arguments = layer.adapted(weight)
         if dropout_on == "adapter":
             y = dora_linear_ref(x, *arguments, bias, x_dropped=x * mask)
         else:

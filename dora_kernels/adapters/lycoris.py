@@ -41,6 +41,7 @@ from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import FLOATING, scaling_reason
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.reference import accumulate_dtype
+from dora_kernels.types import DoraWeight, Given
 
 WRAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -166,8 +167,8 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
     def _multiply(self, x: Tensor, adapter: _Direction, gain: Tensor) -> Tensor:
         """gain * x V^T + bias. gain (N,) goes in as the magnitude over a norm of 1."""
         weight, lora_A, lora_B, scaling = adapter
-        given = {"norm": torch.ones_like(gain), "gain": gain.detach()}
-        return dora_linear_core(x, weight, lora_A, lora_B, gain, scaling, self.org_module[0].bias, **given)[0]
+        layer, given = DoraWeight(weight, lora_A, lora_B, gain, scaling), Given(torch.ones_like(gain), gain.detach())
+        return dora_linear_core(x, layer, self.org_module[0].bias, given=given)[0]
 
     def _convolve(self, x: Tensor, adapter: _Direction, gain: Tensor) -> Tensor:
         """gain * conv(x, V) + bias, by a convolution with W, one with A, and rescale over their channels."""

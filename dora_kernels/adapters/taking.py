@@ -24,6 +24,7 @@ from dora_kernels import reuse
 from dora_kernels.adapters import calls
 from dora_kernels.planning import devices
 from dora_kernels.reuse import sharing
+from dora_kernels.types import DoraWeight
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """What autocast casts; it leaves float64 alone."""
@@ -139,7 +140,7 @@ class TakenOver:
         """What dropout falls on under dropout="lora" too, because the library means neither that nor what PEFT does."""
         return None
 
-    def adapter_operands(self) -> reuse.Operands | None:
+    def adapter_operands(self) -> DoraWeight | None:
         """What dora_linear_reusing is called with now, for `frozen_adapters`; None where something else is."""
         return None
 

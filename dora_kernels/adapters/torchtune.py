@@ -33,6 +33,7 @@ from dora_kernels.functional.validate import FLOATING, scaling_reason
 from dora_kernels.functional.weight import merge_weight_and_norm, weight_norm
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_of
+from dora_kernels.types import DoraWeight, Given
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -59,13 +60,13 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
         """As TakenOver.norm_and_gain."""
-        *operands, magnitude, scaling = _adapter(self, self._known_weight("norm_and_gain"))
-        norm = weight_norm(*operands, scaling)
+        weight, lora_A, lora_B, magnitude, scaling = _adapter(self, self._known_weight("norm_and_gain"))
+        norm = weight_norm(weight, lora_A, lora_B, scaling)
         return norm, gain_of(magnitude.detach(), norm)
 
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver.merged_weight_and_bias; the bias is the library's times the gain."""
-        weight, _, gain = merge_weight_and_norm(*_adapter(self, self._known_weight("merged_weight_and_bias")))
+        weight, _, gain = merge_weight_and_norm(_adapter(self, self._known_weight("merged_weight_and_bias")))
         bias = self.bias
         return weight, None if bias is None else (gain * bias.detach()).to(bias.dtype)
 
@@ -88,22 +89,21 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
 
     def compute(self, x: Tensor, weight: Weight) -> Tensor:
         """x: (..., K) -> (..., N)."""
-        arguments, bias, dropout = _adapter(self, weight), self.bias, self.dropout
+        layer, bias, dropout = _adapter(self, weight), self.bias, self.dropout
         if bias is None and not drops(dropout):
-            return reuse.dora_linear_reusing(self, x, *arguments, None)
-        _, lora_A, lora_B, magnitude, scaling = arguments
-        norm = reuse.weight_norm_reusing(self, weight, lora_A, lora_B, scaling)
-        gain = gain_of(magnitude, norm)
+            return reuse.dora_linear_reusing(self, x, layer, None)
+        norm = reuse.weight_norm_reusing(self, layer)
+        gain = gain_of(layer.magnitude, norm)
         bias = None if bias is None else gain * bias
         if not drops(dropout):
-            return dora_linear_core(x, *arguments, bias, norm=norm)[0]
+            return dora_linear_core(x, layer, bias, given=Given(norm))[0]
         base = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, weight)
-        return rescale(base, F.linear(dropout(x), lora_A), lora_B, gain, scaling, bias)
+        return rescale(base, F.linear(dropout(x), layer.lora_A), layer.lora_B, gain, layer.scaling, bias)
 
 
-def _adapter(layer: DoRALinear, weight: Weight) -> tuple[Weight, Tensor, Tensor, Tensor, float]:
-    """weight (N, K), lora_A (R, K), lora_B (N, R), magnitude (N,), scaling: read at each call."""
-    return weight, layer.lora_a.weight, layer.lora_b.weight, layer.magnitude, layer.scaling
+def _adapter(layer: DoRALinear, weight: Weight) -> DoraWeight:
+    """Read at each call."""
+    return DoraWeight(weight, layer.lora_a.weight, layer.lora_b.weight, layer.magnitude, layer.scaling)
 
 
 def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:

@@ -31,6 +31,7 @@ from dora_kernels.functional.weight import weight_norm
 from dora_kernels.modules import DoraLinear
 from dora_kernels.quant import Weight
 from dora_kernels.reference import over_norm
+from dora_kernels.types import DoraWeight, Given
 
 
 def columnwise_dora_linear(
@@ -56,8 +57,8 @@ def columnwise_dora_linear(
     _check(function, x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped)
     x, lora_A = _sum_gradient(x, group), _sum_gradient(lora_A, group)
     x_dropped = None if x_dropped is None else _sum_gradient(x_dropped, group)
-    arguments = (x, weight, lora_A, lora_B, magnitude, scaling, bias)
-    return dora_linear_core(*arguments, x_dropped=x_dropped, norm_grad=norm_grad, function=function)[0]
+    layer = DoraWeight(weight, lora_A, lora_B, magnitude, scaling)
+    return dora_linear_core(x, layer, bias, x_dropped=x_dropped, norm_grad=norm_grad, function=function)[0]
 
 
 def rowwise_dora_linear(
@@ -94,8 +95,8 @@ def rowwise_dora_linear(
     if norm_grad:  # the gain carries the norm's gradient, over a norm of 1
         magnitude = over_norm(magnitude, norm)
         norm = torch.ones_like(norm)
-    arguments = (x, weight, lora_A, lora_B, _sum_gradient(magnitude, group), scaling)
-    y = _sum(dora_linear_core(*arguments, x_dropped=x_dropped, norm=norm, function=function)[0], group)
+    layer = DoraWeight(weight, lora_A, lora_B, _sum_gradient(magnitude, group), scaling)
+    y = _sum(dora_linear_core(x, layer, x_dropped=x_dropped, given=Given(norm), function=function)[0], group)
     return y if bias is None else y + bias.to(y.dtype)
 
 

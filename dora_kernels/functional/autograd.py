@@ -7,40 +7,19 @@ import functools
 import math
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_kernels import ops
 from dora_kernels.functional import derivatives
-from dora_kernels.quant import DENSE, parts, whole
+from dora_kernels.quant import DENSE, Weight, whole
 from dora_kernels.reference import accumulate_dtype, dense, dora_linear_ref, gain_of, row_norms
-from dora_kernels.types import Needs
+from dora_kernels.types import Call, DoraWeight, Forward, Given, Gradients, How, Needs, Saved
 
-
-class Settings(NamedTuple):
-    """What a call has settled beside its tensors; passes.py says what each is."""
-
-    scaling: float
-    base_dtype: torch.dtype
-    dtype: torch.dtype
-    way: str
-    keep: str
-    keep_low: bool
-    exact: bool
-    norm_grad: bool
-    dropped: bool
-    backend: str
-    weight_format: str
-    weight_numbers: list[int]
-    weight_dtype: torch.dtype
-
-    def weight(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], str, list[int], torch.dtype]:
-        """The weight's arguments of an operator; a dense one in the dtype of the base GEMM."""
-        if self.weight_format == DENSE:
-            return parts(tensors[0].to(self.base_dtype))
-        return list(tensors), self.weight_format, self.weight_numbers, self.weight_dtype
+Storage = tuple[str, list[int], torch.dtype]
+"""What `quant.parts` says of a weight beside its tensors, which autograd has to see."""
 
 
 def folded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,83 +52,62 @@ class DoraLinearFunction(torch.autograd.Function):
         norm: Tensor | None,
         gain: Tensor | None,
         merged: Tensor | None,
-        given_low: Tensor | None,
+        low: Tensor | None,
+        scaling: float,
         held: list[Tensor],
-        settings: Settings,
+        how: How,
+        storage: Storage,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        base_dtype = settings.base_dtype
+        layer = DoraWeight(_stored(tensors, storage, how, lora_A, lora_B), lora_A, lora_B, magnitude, scaling)
         # not rounded to a narrower weight's dtype: the low-rank products see it as the adapter does
-        dropped = None if x_dropped is None else x_dropped.to(settings.dtype)
-        y, new_norm, new_gain, low, kept = ops.forward(
-            x,
-            dropped,
-            *settings.weight(tensors),
-            lora_A,
-            lora_B,
-            magnitude,
-            None if bias is None else bias.to(base_dtype),
-            norm,
-            gain,
-            settings.scaling,
-            settings.dtype,
-            settings.way,
-            settings.keep,
-            settings.keep_low,
-            settings.exact,
-            settings.backend,
-            **({} if given_low is None else {"given_low": given_low}),
-        )
+        dropped = None if x_dropped is None else x_dropped.to(how.dtype)
+        base_bias = None if bias is None else bias.to(how.base_dtype)
+        arguments = ops.flatten_forward(Call(x, dropped, layer, base_bias, Given(norm, gain, low), how))
+        made = Forward(*ops.forward(*arguments, **({} if low is None else {"given_low": low})))
         if ctx is not None:
-            shared = None if given_low is None else given_low.grad_fn
+            shared = None if low is None else low.grad_fn
             ctx.shared = shared if getattr(shared, "_forward_cls", None) is SharedLow else None
-            saved = held_version = None
+            seen = held_version = None
             if ctx.shared is None and lora_A.requires_grad:  # dA is made from it
-                saved = x if x_dropped is None else x_dropped
+                seen = x if x_dropped is None else x_dropped
             elif ctx.shared is None and (lora_B.requires_grad or magnitude.requires_grad) and held:
-                (saved,) = held
-                saved = saved.clone() if saved.is_inference() else saved  # which autograd does not save
-                held_version = saved._version
+                (seen,) = held
+                seen = seen.clone() if seen.is_inference() else seen  # which autograd does not save
+                held_version = seen._version
             ctx.held_version = held_version
             ctx.save_for_backward(
-                saved,
+                seen,
                 lora_A,
                 lora_B,
                 magnitude,
-                new_norm if norm is None else norm,
-                new_gain if gain is None else gain,
-                (low if given_low is None else given_low) if settings.keep_low else None,
-                kept if settings.keep else None,
+                made.norm if norm is None else norm,
+                made.gain if gain is None else gain,
+                (made.low if low is None else low) if how.save_low else None,
+                made.saved if how.save else None,
                 merged if x.requires_grad else None,
                 *tensors,
             )
-            ctx.mark_non_differentiable(new_norm, new_gain)
+            ctx.mark_non_differentiable(made.norm, made.gain)
             # or autograd makes zeros for norm and gain, two launches in every backward pass
             ctx.set_materialize_grads(False)
-            ctx.settings = settings
-            ctx.low_given = given_low is not None
+            ctx.scaling, ctx.how, ctx.storage = scaling, how, storage
+            ctx.low_given = low is not None
             ctx.dropped_dtype = None if x_dropped is None else x_dropped.dtype
             ctx.bias_dtype = magnitude.dtype if bias is None else bias.dtype
-        return y, new_norm, new_gain
+        return made.y, made.norm, made.gain
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:  # what y went into gave it no gradient
             return (None,) * len(ctx.needs_input_grad)
-        needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, *others = ctx.needs_input_grad
-        _norm, _gain, _merged, needs_low, *constants = others
-        needs_A = needs_A and not ctx.low_given
-        needs = [needs_x, needs_dropped, needs_A, needs_B, needs_magnitude, needs_bias, needs_low]
-        if derivatives.wanted(dy):
-            gradients = _gradients_of_the_definition(ctx, dy, needs)
-        else:
-            gradients = _gradients(ctx, dy, needs)
-        dx, dx_dropped, dA, dB, dmagnitude, dbias, dlow = (
-            gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)
-        )
-        if dx_dropped is not None:
-            dx_dropped = dx_dropped.to(ctx.dropped_dtype)
-        return dx, dx_dropped, dA, dB, dmagnitude, dbias, None, None, None, dlow, *(None for _ in constants)
+        x, x_dropped, lora_A, lora_B, magnitude, bias, _norm, _gain, _merged, low, *constants = ctx.needs_input_grad
+        needs = Needs(x, x_dropped, lora_A and not ctx.low_given, lora_B, magnitude, bias, low)
+        make = _gradients_of_the_definition if derivatives.wanted(dy) else _gradients
+        made = make(ctx, dy, needs)
+        made = Gradients(*(one if needed else None for one, needed in zip(made, needs, strict=True)))
+        dx_dropped = None if made.x_dropped is None else made.x_dropped.to(ctx.dropped_dtype)
+        return made.x, dx_dropped, *made[2:6], None, None, None, made.low, *(None for _ in constants)
 
 
 def let_x_change(node: Any) -> None:
@@ -169,66 +127,55 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _gradients(ctx: Any, dy: Tensor, needs: list[bool]) -> Sequence[Tensor]:
+def _stored(tensors: Sequence[Tensor], storage: Storage, how: How, lora_A: Tensor, lora_B: Tensor) -> Weight:
+    """The weight (N, K) as an operator takes it: a dense one in the dtype of the base GEMM."""
+    if storage[0] == DENSE:
+        return tensors[0].to(how.base_dtype)
+    return whole(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
+
+
+def _gradients(ctx: Any, dy: Tensor, needs: Needs) -> Sequence[Tensor]:
     """The gradients of DoraLinearFunction for dy (M, N), by one operator; empty where not needed."""
-    saved, lora_A, lora_B, magnitude, norm, gain, low, kept, merged, *tensors = ctx.saved_tensors
-    settings = ctx.settings
-    return ops.backward(
-        dy,
-        saved if Needs(*needs).lora_A else None,
-        *settings.weight(tensors),
-        lora_A,
-        lora_B,
-        norm,
-        gain,
-        low,
-        kept,
-        merged,
-        settings.scaling,
-        settings.dtype,
-        settings.way,
-        settings.keep,
-        settings.dropped,
-        settings.norm_grad,
-        needs,
-        magnitude.dtype,
-        ctx.bias_dtype,
-        settings.backend,
-    )
+    seen, lora_A, lora_B, magnitude, norm, gain, low, saved, merged, *tensors = ctx.saved_tensors
+    weight = _stored(tensors, ctx.storage, ctx.how, lora_A, lora_B)
+    layer = DoraWeight(weight, lora_A, lora_B, magnitude, ctx.scaling)
+    x = seen if needs.lora_A else None
+    left = Saved(x, norm, gain, low, saved, merged, magnitude.dtype, ctx.bias_dtype)
+    return ops.backward(*ops.flatten_backward(dy, left, layer, ctx.how, needs))
 
 
-def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> list[Tensor | None]:
+def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: Needs) -> list[Tensor | None]:
     """The gradients of DoraLinearFunction for dy (M, N), None where not needed, that can be differentiated again."""
-    saved, lora_A, lora_B, magnitude, norm, _gain, _low, _kept, _merged, *tensors = ctx.saved_tensors
-    settings = ctx.settings
-    if ctx.held_version is not None and saved._version != ctx.held_version:
+    seen, lora_A, lora_B, magnitude, norm, _gain, _low, _saved, _merged, *tensors = ctx.saved_tensors
+    how, scaling = ctx.how, ctx.scaling
+    if ctx.held_version is not None and seen._version != ctx.held_version:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace operation: x of a "
-            f"DoRA layer is at version {saved._version}; expected version {ctx.held_version}: its second derivatives "
+            f"DoRA layer is at version {seen._version}; expected version {ctx.held_version}: its second derivatives "
             "need it, though with a frozen lora_A the first do not"
         )
-    accumulate, scaling = norm.dtype, settings.scaling
-    dense = _dense(tensors, settings.weight_format, settings.weight_numbers, settings.weight_dtype, lora_A, lora_B)
+    accumulate = norm.dtype
+    weight = _in_accumulate_dtype(tensors, ctx.storage, lora_A, lora_B)
     rows = (dy.shape[0], lora_A.shape[1])
     if ctx.shared is not None:
         seen = SharedLow.rows_of(ctx.shared)
     else:
-        seen = derivatives.absent(dense, rows) if saved is None else folded(saved, saved.dtype)
+        seen = derivatives.absent(weight, rows) if seen is None else folded(seen, seen.dtype)
     # under dropout x meets the frozen weight alone
-    x, x_dropped = (derivatives.absent(dense, rows), seen) if settings.dropped else (seen, None)
+    x, x_dropped = (derivatives.absent(weight, rows), seen) if how.dropped else (seen, None)
 
     def definition(x: Tensor, x_dropped: Tensor | None, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor) -> Tensor:
         x, lora_A, lora_B, magnitude = (one.to(accumulate) for one in (x, lora_A, lora_B, magnitude))
         return dora_linear_ref(
             x,
-            dense,
+            weight,
             lora_A,
             lora_B,
             magnitude,
             scaling,
             x_dropped=None if x_dropped is None else x_dropped.to(accumulate),
-            norm=None if settings.norm_grad else norm,
-            norm_grad=settings.norm_grad,
+            norm=None if how.norm_grad else norm,
+            norm_grad=how.norm_grad,
         )
 
     *needs_definition, needs_bias, needs_low = needs
@@ -240,23 +187,16 @@ def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: list[bool]) -> lis
             dbias = dy.to(accumulate).sum(0).to(ctx.bias_dtype)
         if needs_low:
             gain = gain_of(magnitude, norm)
-            dlow = (scaling * ((dy.to(accumulate) * gain) @ lora_B.to(accumulate))).to(settings.dtype)
+            dlow = (scaling * ((dy.to(accumulate) * gain) @ lora_B.to(accumulate))).to(how.dtype)
     return [*made, dbias, dlow]
 
 
-def _dense(
-    tensors: Sequence[Tensor],
-    weight_format: str,
-    weight_numbers: list[int],
-    weight_dtype: torch.dtype,
-    lora_A: Tensor,
-    lora_B: Tensor,
-) -> Tensor:
+def _in_accumulate_dtype(tensors: Sequence[Tensor], storage: Storage, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """weight (N, K) in the accumulate dtype."""
-    shape = (lora_B.shape[0], lora_A.shape[1])
-    weight = whole(list(tensors), weight_format, weight_numbers, weight_dtype, shape)
+    weight = whole(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
+    accumulate = accumulate_dtype(weight.dtype)
     with torch.no_grad():
-        return dense(weight, accumulate_dtype(weight_dtype)).to(accumulate_dtype(weight_dtype))
+        return dense(weight, accumulate).to(accumulate)
 
 
 class WeightNorm(torch.autograd.Function):
@@ -270,7 +210,7 @@ class WeightNorm(torch.autograd.Function):
         scaling: float,
         dtype: torch.dtype,
         backend: str,
-        storage: list[Any],
+        storage: Storage,
         *tensors: Tensor,
     ) -> Tensor:
         norm = ops.norm(list(tensors), *storage, lora_A, lora_B, scaling, dtype, backend)
@@ -285,10 +225,10 @@ class WeightNorm(torch.autograd.Function):
         needs_A, needs_B, *constants = ctx.needs_input_grad
         needs = [needs_A, needs_B]
         if derivatives.wanted(dnorm):
-            dense = _dense(tensors, *storage, lora_A, lora_B)
+            weight = _in_accumulate_dtype(tensors, storage, lora_A, lora_B)
 
             def definition(lora_A: Tensor, lora_B: Tensor) -> Tensor:
-                return row_norms(dense + scaling * lora_B.to(dense.dtype) @ lora_A.to(dense.dtype))
+                return row_norms(weight + scaling * lora_B.to(weight.dtype) @ lora_A.to(weight.dtype))
 
             dA, dB = derivatives.gradients(definition, (lora_A, lora_B), needs, dnorm)
         else:

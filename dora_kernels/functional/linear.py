@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dora_kernels.functional.autograd import DoraLinearFunction, Settings, folded, let_x_change
+from dora_kernels.functional.autograd import DoraLinearFunction, folded, let_x_change
 from dora_kernels.functional.validate import (
     check_adapter,
     check_call,
@@ -19,6 +19,7 @@ from dora_kernels.planning import plan
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import QuantizedWeight, Weight, parts
 from dora_kernels.reference import accumulate_dtype
+from dora_kernels.types import NOTHING_GIVEN, DoraWeight, Given, How
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -65,23 +66,17 @@ def dora_linear(
     requires a gradient; NotImplementedError where a tensor is dual (forward-mode AD), under the transforms of
     torch.func, torch.fx.symbolic_trace and, with gradients, torch.jit.trace.
     """
-    return dora_linear_core(x, weight, lora_A, lora_B, magnitude, scaling, bias, norm_grad=norm_grad)[0]
+    layer = DoraWeight(weight, lora_A, lora_B, magnitude, scaling)
+    return dora_linear_core(x, layer, bias, norm_grad=norm_grad)[0]
 
 
 def dora_linear_core(
     x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
+    layer: DoraWeight,
     bias: Tensor | None = None,
     *,
     x_dropped: Tensor | None = None,
-    norm: Tensor | None = None,
-    gain: Tensor | None = None,
-    merged: Tensor | None = None,
-    low: Tensor | None = None,
+    given: Given = NOTHING_GIVEN,
     norm_grad: bool = False,
     function: str = "dora_linear",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,49 +84,40 @@ def dora_linear_core(
 
     x_dropped: dropout(x), of x's shape. The adapter then sees x_dropped, and the base layer x (PEFT's meaning):
         y = x weight^T + (gain - 1) * x_dropped weight^T + gain * scaling * (x_dropped lora_A^T) lora_B^T + bias
-    norm (N,): used in place of the row norms; a constant, so norm_grad cannot be asked for with it.
-    gain (N,): magnitude / norm, given with norm or not at all.
-    merged (N, K): merge_weight's, in x's dtype; the backward pass takes it where otherwise it would make it.
-    low (M, R): x lora_A^T in the dtype of the low-rank product, made elsewhere (sharing.py): lora_A has its gradient
-    through low alone, x all of its own from this call. Not with x_dropped or norm_grad.
+    given: constants, but for low.
+        norm (N,)      used in place of the row norms, so norm_grad cannot be asked for with it
+        gain (N,)      magnitude / norm, given with norm or not at all
+        merged (N, K)  merge_weight's, in x's dtype; the backward pass takes it where otherwise it would make it
+        low (M, R)     x lora_A^T in the dtype of the low-rank product (reuse/sharing.py): lora_A has its gradient
+                       through low alone, x all of its own from this call. Not with x_dropped or norm_grad
     function: the name that error messages give.
     """
+    weight, lora_A, lora_B, magnitude, scaling = layer
     check_tracing(function, x)
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
-    check_call(function, x, weight, magnitude, bias, x_dropped, norm)
-    check_norm_grad(function, norm_grad, norm)
+    check_call(function, x, weight, magnitude, bias, x_dropped, given.norm)
+    check_norm_grad(function, norm_grad, given.norm)
 
-    options = current_options()
-    exact = options.precision == "exact"
     base_dtype, dtype = operand_dtypes(x, lora_A)
     check_dtypes(function, x, weight)
-    if gain is not None or merged is not None:
-        _check_given(function, gain, merged, weight, base_dtype)
-    if low is not None:
-        _check_low(function, low, x, lora_A, dtype, alone=x_dropped is None and not norm_grad)
-    grad = torch.is_grad_enabled()
-    needs_A, needs_B = grad and lora_A.requires_grad and low is None, grad and lora_B.requires_grad
-    needs_dot = (grad and magnitude.requires_grad) or (norm_grad and (needs_A or needs_B))
-    keep = ""
-    if needs_dot:
-        must_split, wide = exact or x_dropped is not None, dtype != base_dtype
-        keep = plan.kept_tensor(base_dtype, options.way, must_split=must_split, wide=wide)
-    keep_low = needs_B or keep == "base"
+    if given.gain is not None or given.merged is not None:
+        _check_given(function, given, weight, base_dtype)
+    if given.low is not None:
+        _check_low(function, given.low, x, lora_A, dtype, alone=x_dropped is None and not norm_grad)
     # the kernels read both without a stride
-    norm = None if norm is None else norm.detach().to(accumulate_dtype(base_dtype)).contiguous()
-    gain = None if gain is None else gain.contiguous()
-    dropped = x_dropped is not None
+    norm = None if given.norm is None else given.norm.detach().to(accumulate_dtype(base_dtype)).contiguous()
+    gain = None if given.gain is None else given.gain.contiguous()
+    how = _how(x, x_dropped, layer, given, norm_grad, (base_dtype, dtype))
     tensors, *storage = parts(weight)
-    settings = Settings(
-        scaling, base_dtype, dtype, options.way, keep, keep_low, exact, norm_grad, dropped, options.backend, *storage
-    )
     # outside the Function, which then saves its inputs: a second derivative leads on through them
     x_rows = folded(x, base_dtype)
-    # wide adapters see what was dropped as it is; the Function widens it, and saves it narrow
+    # wider adapters see what was dropped as it is; the Function widens it, and saves it narrow
     dropped_rows = None if x_dropped is None else folded(x_dropped, dtype if dtype == base_dtype else x_dropped.dtype)
+    grad = torch.is_grad_enabled()
     held = [x if x_dropped is None else x_dropped] if grad and not torch.compiler.is_compiling() else []
     adapter = (lora_A, lora_B, magnitude, bias)
-    arguments = (x_rows, dropped_rows, *adapter, norm, gain, merged, low, held, settings, *tensors)
+    given_rows = (norm, gain, given.merged, given.low)
+    arguments = (x_rows, dropped_rows, *adapter, *given_rows, scaling, held, how, storage, *tensors)
     made = DoraLinearFunction.apply(*arguments) if grad else DoraLinearFunction.forward(None, *arguments)
     y, new_norm, new_gain = made
     if held and not lora_A.requires_grad:
@@ -140,15 +126,35 @@ def dora_linear_core(
     return y, new_norm if norm is None else norm, new_gain if gain is None else gain
 
 
+def _how(
+    x: Tensor,
+    x_dropped: Tensor | None,
+    layer: DoraWeight,
+    given: Given,
+    norm_grad: bool,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> How:
+    """How a call is computed that saves what the gradients wanted of it need. dtypes: `operand_dtypes`."""
+    options, (base_dtype, dtype) = current_options(), dtypes
+    exact, dropped = options.precision == "exact", x_dropped is not None
+    save, needs_B = "", False
+    if torch.is_grad_enabled():
+        needs_A, needs_B = layer.lora_A.requires_grad and given.low is None, layer.lora_B.requires_grad
+        if layer.magnitude.requires_grad or (norm_grad and (needs_A or needs_B)):
+            asks = {"needs_base": exact or dropped, "adapters_are_wider": dtype != base_dtype}
+            save = plan.saved_tensor(options.way, base_dtype, options.backend, x.device, **asks)
+    save_low = needs_B or save == "base"
+    return How(base_dtype, dtype, options.way, save, options.backend, save_low, exact, dropped, norm_grad)
+
+
 def unfolded(y: Tensor, leading: torch.Size) -> Tensor:
     """y (M, N) as (..., N), its memory; no view to autograd: pipelines detach a stage's output in place."""
     return y if len(leading) == 1 else _unsafe_view(y, [*leading, y.shape[1]])
 
 
-def _check_given(
-    function: str, gain: Tensor | None, merged: Tensor | None, weight: Weight, base_dtype: torch.dtype
-) -> None:
+def _check_given(function: str, given: Given, weight: Weight, base_dtype: torch.dtype) -> None:
     """Raise ValueError unless gain and merged are what a call over this weight has made."""
+    gain, merged = given.gain, given.merged
     if gain is not None:
         check_row(function, "gain", gain, weight)
         if gain.dtype != accumulate_dtype(base_dtype):

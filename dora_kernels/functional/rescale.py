@@ -16,8 +16,9 @@ from dora_kernels.functional import derivatives
 from dora_kernels.functional.linear import check_dtypes, operand_dtypes, unfolded
 from dora_kernels.functional.validate import check_adapter, check_call, check_rescale
 from dora_kernels.planning.options import current_options
-from dora_kernels.quant import Weight, frozen_product
+from dora_kernels.quant import frozen_product
 from dora_kernels.reference import accumulate_dtype, gain_of
+from dora_kernels.types import DoraWeight, Epilogue
 
 
 def rescale(
@@ -49,17 +50,7 @@ def rescale(
 
 
 def dora_linear_lora_dropout(
-    x: Tensor,
-    x_dropped: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
-    bias: Tensor | None,
-    norm: Tensor,
-    *,
-    function: str = "dora_linear",
+    x: Tensor, x_dropped: Tensor, layer: DoraWeight, bias: Tensor | None, norm: Tensor, *, function: str = "dora_linear"
 ) -> Tensor:
     """gain * (x weight^T + scaling * (x_dropped lora_A^T) lora_B^T) + bias, gain = magnitude / norm.
 
@@ -67,6 +58,7 @@ def dora_linear_lora_dropout(
     on all that the adapter adds, needs two. x_dropped is of x's shape, norm (N,) is used as it is; dtypes, other
     arguments and errors as dora_linear_core.
     """
+    weight, lora_A, lora_B, magnitude, scaling = layer
     scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
     check_call(function, x, weight, magnitude, bias, x_dropped, norm)
     check_dtypes(function, x, weight)
@@ -102,26 +94,22 @@ class _Rescale(torch.autograd.Function):
         base, low, lora_B, gain = ctx.saved_tensors
         scaling, bias_dtype, residual, backend = ctx.settings
         needs = list(ctx.needs_input_grad[:5])
+        bias_dtype = bias_dtype or gain.dtype
         if derivatives.wanted(dy):
-            gradients = _gradients_of_the_definition(dy, base, low, lora_B, gain, ctx.settings, needs)
+            operands = Epilogue(base, low, lora_B, gain, scaling)
+            gradients = _gradients_of_the_definition(dy, operands, residual, needs, bias_dtype)
         else:
-            arguments = (scaling, residual, needs, bias_dtype or gain.dtype, backend)
+            arguments = (scaling, residual, needs, bias_dtype, backend)
             gradients = ops.rescale_backward(dy, base, low, lora_B, gain, *arguments)
         gradients = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
         return *gradients, dy if ctx.needs_input_grad[5] else None, None, None
 
 
 def _gradients_of_the_definition(
-    dy: Tensor,
-    base: Tensor | None,
-    low: Tensor,
-    lora_B: Tensor,
-    gain: Tensor,
-    settings: tuple[float, torch.dtype | None, bool, str],
-    needs: list[bool],
+    dy: Tensor, operands: Epilogue, residual: bool, needs: list[bool], bias_dtype: torch.dtype
 ) -> list[Tensor | None]:
     """The gradients of _Rescale for dy (M, N), None where not needed, that can be differentiated again."""
-    scaling, bias_dtype, residual, _ = settings
+    base, low, lora_B, gain, scaling = operands
     if base is None:  # gain is not trained, and nothing else has a gradient that depends on base
         base = derivatives.absent(gain, dy.shape)
 

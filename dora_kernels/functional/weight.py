@@ -10,6 +10,7 @@ from dora_kernels.functional.validate import check_adapter, check_norm_grad, che
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import Weight, parts
 from dora_kernels.reference import gain_of
+from dora_kernels.types import DoraWeight
 
 ROWS_SHOWN = 8
 """How many rows an error names."""
@@ -38,18 +39,12 @@ def merge_weight(weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tens
 
     Shapes and dtypes as dora_linear; rounded once; a constant for autograd. Raises ValueError as dora_linear.
     """
-    return merge_weight_and_norm(weight, lora_A, lora_B, magnitude, scaling)[0]
+    return merge_weight_and_norm(DoraWeight(weight, lora_A, lora_B, magnitude, scaling))[0]
 
 
-def merge_weight_and_norm(
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
-    norm: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def merge_weight_and_norm(layer: DoraWeight, norm: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`merge_weight`, with the norm (N,), given or not, and the gain (N,) that went into it."""
+    weight, lora_A, lora_B, magnitude, scaling = layer
     scaling = check_adapter("merge_weight", weight, lora_A, lora_B, scaling)
     check_row("merge_weight", "magnitude", magnitude, weight)
     backend = current_options().backend
@@ -61,15 +56,14 @@ def merge_weight_and_norm(
         return ops.merge(*stored, lora_A, lora_B, gain, scaling, dtype, backend), norm, gain
 
 
-def unmerge_weight(
-    function: str, merged: Tensor, lora_A: Tensor, lora_B: Tensor, norm: Tensor, gain: Tensor, scaling: float
-) -> Tensor:
-    """merged / gain - scaling * lora_B @ lora_A, (N, K) in merged.dtype: what merge_weight_and_norm merged.
+def unmerge_weight(function: str, layer: DoraWeight, norm: Tensor, gain: Tensor) -> Tensor:
+    """merged / gain - scaling * lora_B @ lora_A, (N, K): what merge_weight_and_norm merged into layer.weight.
 
-    To within one rounding of the dtype. Where norm and gain are 0 the merged row is, and the row was
+    In merged.dtype, to within one rounding of it. Where norm and gain are 0 the merged row is, and the row was
     -scaling * lora_B @ lora_A. Raises ValueError, in the name of `function`, where gain is 0 and norm is not, or so
     small that the row lies below the dtype's normal numbers (6e-5 in float16) and has lost digits.
     """
+    merged, lora_A, lora_B, _, scaling = layer
     shrunk = (
         (merged.abs().amax(1) < torch.finfo(merged.dtype).tiny) & (gain.abs() < 0.5) if merged.numel() else gain == 0
     )

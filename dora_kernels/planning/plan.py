@@ -163,19 +163,17 @@ def _faster(
 
 
 def forward_way(
-    asked: str, keep: str, norm_given: bool, shape: Shape, device: Device, *, must_split: bool, wide: bool
+    asked: str, norm_given: bool, shape: Shape, device: Device, *, needs_base: bool, adapters_are_wider: bool
 ) -> str:
-    """ "split" or "merged" for a forward pass.
+    """ "split" or "merged" for a forward pass that saves nothing; one that does goes as `saved_tensor` says.
 
-    keep: the tensor that the backward pass needs (`kept_tensor`); if there is one, it decides the way. must_split:
-    dropout needs the weight's product with x and with dropout(x), and precision="exact" needs an unrounded base.
-    wide: see `kept_tensor`.
+    needs_base, adapters_are_wider: as there.
     """
-    if keep or must_split:
-        return "merged" if keep == "z" else "split"
+    if needs_base:
+        return "split"
     if asked != "auto":
         return asked
-    if wide or (device is DEVICES["cpu"] and shape.itemsize == 2):
+    if adapters_are_wider or (device is DEVICES["cpu"] and shape.itemsize == 2):
         return "split"
     if device is DEVICES["cpu"] and not norm_given:
         # the reference makes weight + scaling * B @ A for the norm anyway, block by block, in float32: merging it is
@@ -195,30 +193,50 @@ def dx_way(asked: str, shape: Shape, device: Device) -> str:
     return _faster(dx_costs, shape, device, ("merged", "dz"))
 
 
-def low_rank_first(dtype: torch.dtype, device: Device, *, must_split: bool, wide: bool) -> bool:
-    """True if base is added onto the low-rank term by its own GEMM, and not the low-rank term to base by the epilogue.
+INTERMEDIATES = ("base", "z_gemm", "z_merged")
 
-    On a CPU in bfloat16: that GEMM is twice as fast as the epilogue's in float32, more with AMX. It rounds the low-rank
-    term, so it is not for adapters that are wide or must not be rounded. must_split, wide: see `kept_tensor`.
+
+def intermediate(
+    way: str, dtype: torch.dtype, backend: str, device: torch.device, *, needs_base: bool, adapters_are_wider: bool
+) -> str:
+    """The (M, N) tensor that a forward pass makes before y, one of INTERMEDIATES.
+
+        "base"      x @ weight.T, to which the epilogue adds the low-rank term
+        "z_gemm"    z = base + scaling * low @ lora_B.T, by a GEMM that adds base onto the low-rank term
+        "z_merged"  z, by the GEMM with the merged weight
+
+    z_gemm is for the PyTorch steps on a CPU in bfloat16: the GEMM is twice as fast there as the epilogue in float32,
+    more with AMX. The low-rank term is rounded, so adapters that are wider or may not be rounded do without.
+
+    backend: as asked for; on a CPU none but "triton" takes the kernels. The rest as in `saved_tensor`.
     """
-    return device is DEVICES["cpu"] and dtype == torch.bfloat16 and not must_split and not wide
+    if way == "merged":
+        return "z_merged"
+    in_pytorch_on_cpu = device.type == "cpu" and backend != "triton"
+    by_gemm = in_pytorch_on_cpu and dtype == torch.bfloat16 and not needs_base and not adapters_are_wider
+    return "z_gemm" if by_gemm else "base"
 
 
-def kept_tensor(dtype: torch.dtype, asked: str, *, must_split: bool, wide: bool) -> str:
-    """The tensor that a forward pass keeps for dmagnitude: "base", which makes it split, or "z", which makes it merged.
+def saved_tensor(
+    asked: str, dtype: torch.dtype, backend: str, device: torch.device, *, needs_base: bool, adapters_are_wider: bool
+) -> str:
+    """The `intermediate` that a forward pass makes, and saves for dmagnitude.
 
     Does not see the number of tokens, so that a training step's numerics do not change with it.
 
-    wide: the adapters' dtype is wider than that of the base GEMM (float32 over bfloat16). A merged weight would round
-    them: against PyTorch in the same dtypes the error is 1.29 times as large in y and 1.68 in dmagnitude, split 1.00.
-    Half precision keeps base: on a GPU the epilogue reads it once anyway, and on a CPU split took 0.91 of merged's time
-    for a step. float32 merges: rounding the merged weight costs 6e-8 there.
+    dtype: of the base GEMM. needs_base: dropout needs both x and dropout(x) times the weight, and precision="exact" an
+    unrounded base. adapters_are_wider: their dtype is wider than the base GEMM's (float32 over bfloat16). A merged
+    weight would round them: against PyTorch in the same dtypes the error is 1.29 times as large in y and 1.68 in
+    dmagnitude, split 1.00. Half precision saves base: on a GPU the epilogue reads it once anyway, and on a CPU split
+    took 0.91 of merged's time for a step. float32 merges: rounding the merged weight costs 6e-8 there.
     """
-    if must_split:
-        return "base"
-    if asked != "auto":
-        return "base" if asked == "split" else "z"
-    return "base" if wide or dtype.itemsize == 2 else "z"
+    if needs_base:
+        way = "split"
+    elif asked != "auto":
+        way = asked
+    else:
+        way = "split" if adapters_are_wider or dtype.itemsize == 2 else "merged"
+    return intermediate(way, dtype, backend, device, needs_base=needs_base, adapters_are_wider=adapters_are_wider)
 
 
 # cuBLAS reaches 40-70% of its roof on skinny GEMMs up to this rank, and its own speed from here on (a prediction from

@@ -9,7 +9,7 @@ Letters: N out features, K in features; e = n * K + k is the index of an element
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -124,11 +124,15 @@ def whole(
     return _unchecked(weight_format, shape, dtype, tuple(tensors), tuple(numbers))
 
 
-def _unchecked(*fields: object) -> QuantizedWeight:
+def _unchecked(*values: object) -> QuantizedWeight:
     """A QuantizedWeight of another's parts, not checked again: every call of an operator makes one."""
     weight = object.__new__(QuantizedWeight)
-    weight.__dict__.update(zip(("format", "shape", "dtype", "tensors", "numbers"), fields, strict=True))
+    for name, value in zip(_FIELDS, values, strict=True):
+        object.__setattr__(weight, name, value)  # which torch.compile traces; it does not trace __dict__.update
     return weight
+
+
+_FIELDS = tuple(field.name for field in fields(QuantizedWeight))
 
 
 # One function per format: the elements [first, last) of the flat weight, rounded to weight.dtype.

@@ -7,11 +7,10 @@ sharing.py makes one x lora_A^T for several layers.
 
 from dora_kernels.reuse.constants import constant_reusing
 from dora_kernels.reuse.layers import dora_linear_reusing, norm_reusing, weight_norm_reusing
-from dora_kernels.reuse.scope import Operands, Scope, frozen_adapters, hold_adapters, mode_set
+from dora_kernels.reuse.scope import Scope, frozen_adapters, hold_adapters, mode_set
 from dora_kernels.reuse.store import forget, invalidate
 
 __all__ = [
-    "Operands",
     "Scope",
     "constant_reusing",
     "dora_linear_reusing",

@@ -4,7 +4,6 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,19 +12,9 @@ from dora_kernels import ops
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_row
 from dora_kernels.planning.options import current_options
-from dora_kernels.quant import Weight, parts
+from dora_kernels.quant import parts
 from dora_kernels.reuse import store
-
-
-class Operands(NamedTuple):
-    """The inputs of a layer's norm. A layer that `frozen_adapters` knows returns them from `adapter_operands()`."""
-
-    weight: Weight
-    lora_A: Tensor
-    lora_B: Tensor
-    magnitude: Tensor
-    scaling: float
-
+from dora_kernels.types import DoraWeight
 
 IN_SCOPE = store.CallState(in_scope=True, is_again=False, region=None)
 """The call on whose behalf a scope makes the norms of layers that are not being called."""
@@ -91,41 +80,38 @@ class Scope:
         if key in self.filled:
             return False
         self.filled.add(key)
-        groups: dict[tuple[object, ...], list[tuple[nn.Module, Operands, tuple[object, ...]]]] = {}
-        for layer in self.layers:
+        groups: dict[tuple[object, ...], list[tuple[nn.Module, DoraWeight, tuple[object, ...]]]] = {}
+        for module in self.layers:
             # a layer that was disabled inside the scope is its own library's again
-            operands = layer.adapter_operands() if hasattr(layer, "adapter_operands") else None
-            if operands is None or not isinstance(operands.weight, Tensor) or operands.weight.device != x.device:
+            layer = module.adapter_operands() if hasattr(module, "adapter_operands") else None
+            if layer is None or not isinstance(layer.weight, Tensor) or layer.weight.device != x.device:
                 continue
-            if not _fit(operands):
+            if not _fits(layer):
                 continue  # nobody has checked the tensors of a layer that is not being called; its own call will raise
-            tensors, (base_dtype, dtype) = operands[:4], operand_dtypes(x, operands.lora_A)
-            shareable = all(tensor.is_contiguous() for tensor in tensors) and operands.weight.dtype == base_dtype
+            tensors, (base_dtype, dtype) = layer[:4], operand_dtypes(x, layer.lora_A)
+            shareable = all(tensor.is_contiguous() for tensor in tensors) and layer.weight.dtype == base_dtype
             if not shareable or not store.can_keep(tensors, x.device):
                 continue
-            _, *storage = parts(operands.weight)
-            fingerprint = store.fingerprint_of(tensors, (operands.scaling, storage, (base_dtype, dtype)), x.device)
-            if store.find(layer, IN_SCOPE, tensors, fingerprint) is None:
-                dtypes = (operands.weight.dtype, operands.lora_A.dtype, operands.magnitude.dtype, dtype)
-                groups.setdefault(dtypes, []).append((layer, operands, fingerprint))
+            _, *storage = parts(layer.weight)
+            fingerprint = store.fingerprint_of(tensors, (layer.scaling, storage, (base_dtype, dtype)), x.device)
+            if store.find(module, IN_SCOPE, tensors, fingerprint) is None:
+                dtypes = (layer.weight.dtype, layer.lora_A.dtype, layer.magnitude.dtype, dtype)
+                groups.setdefault(dtypes, []).append((module, layer, fingerprint))
         for (*_, dtype), members in groups.items():
-            weights, lora_As, lora_Bs, magnitudes, scalings = zip(
-                *(operands for _, operands, _ in members), strict=True
-            )
-            tensors = map(list, (weights, lora_As, lora_Bs, magnitudes, scalings))
-            norms, gains = ops.grouped_norm(*tensors, dtype, current_options().backend)
-            sizes = [weight.shape[0] for weight in weights]
+            fields = DoraWeight(*map(list, zip(*(layer for _, layer, _ in members), strict=True)))
+            norms, gains = ops.grouped_norm(*fields, dtype, current_options().backend)
+            sizes = [weight.shape[0] for weight in fields.weight]
             for member, norm, gain in zip(members, norms.split(sizes), gains.split(sizes), strict=True):
-                layer, operands, fingerprint = member
-                store.keep(layer, IN_SCOPE, store.Kept.of(operands[:4], fingerprint, norm, gain), generation)
+                module, layer, fingerprint = member
+                store.keep(module, IN_SCOPE, store.Kept.of(layer[:4], fingerprint, norm, gain), generation)
         return True
 
 
-def _fit(operands: Operands) -> bool:
+def _fits(layer: DoraWeight) -> bool:
     """True if the tensors of a layer fit each other: the kernels read as far as the weight's sizes say."""
     try:
-        check_adapter("frozen_adapters", *operands[:3], operands.scaling)
-        check_row("frozen_adapters", "magnitude", operands.magnitude, operands.weight)
+        check_adapter("frozen_adapters", *layer[:3], layer.scaling)
+        check_row("frozen_adapters", "magnitude", layer.magnitude, layer.weight)
     except ValueError:
         return False
     return True

@@ -13,6 +13,7 @@ from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing.measure import compare
 from dora_kernels.testing.report import Report, Row
 from dora_kernels.testing.run import OfInputs, Outcome, random_like, run, same, shared_dropout
+from dora_kernels.types import DoraWeight, Given
 
 # Finite differences run the function in float64, in Triton's interpreter too: 2 calls for each input
 FINITE_DIFFERENCE_ELEMENTS = 1 << 17
@@ -111,7 +112,12 @@ def _with_constant_norm(function: Callable[..., Tensor] | nn.Module, inputs: dic
     with torch.no_grad():
         direction = double["weight"] + double["scaling"] * double["lora_B"] @ double["lora_A"]
     norm = torch.linalg.vector_norm(direction, dim=1)
-    return lambda **arguments: linear.dora_linear_core(**arguments, norm=norm)[0]
+
+    def with_norm(x: Tensor, bias: Tensor | None = None, **arguments: Any) -> Tensor:
+        layer = DoraWeight(**{name: arguments.pop(name) for name in DoraWeight._fields})
+        return linear.dora_linear_core(x, layer, bias, given=Given(norm), **arguments)[0]
+
+    return with_norm
 
 
 def _call(function: Callable[..., Tensor] | nn.Module) -> OfInputs:

@@ -18,7 +18,6 @@ import dora_kernels
 from dora_kernels import DoraLinear, options
 from dora_kernels.extras.dvora import DvoraLinear, VeraProjection
 from dora_kernels.extras.serving import AdapterBank, bank_linear
-from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.reference import dora_linear_ref
 from tests.support.packed_weights import quantized
 from tests.support.problem import BACKENDS, DEVICE, Problem, core
@@ -139,7 +138,7 @@ def test_what_is_given_must_fit(name, backend):
             torch.testing.assert_close(core(**arguments, **given), dora_linear_ref(**arguments))
             for value in wrong:
                 with pytest.raises(ValueError, match=f"dora_linear: {name} "):
-                    dora_linear_core(**arguments, **given | {name: value})
+                    core(**arguments, **given | {name: value})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

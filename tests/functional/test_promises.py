@@ -17,6 +17,7 @@ import dora_kernels
 from dora_kernels import ops, options, reference
 from dora_kernels.planning import configs, devices
 from dora_kernels.quant import parts
+from dora_kernels.types import DoraWeight
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, core
 
 WAYS = ("split", "merged")
@@ -24,7 +25,8 @@ ALIKE = tuple(dtypes for dtypes in DTYPES if dtypes[0] == dtypes[1])  # of the w
 FORWARD = {  # keep, dropped, exact
     "eval": ("", False, False),
     "split": ("base", False, False),
-    "merged": ("z", False, False),
+    "gemm": ("z_gemm", False, False),
+    "merged": ("z_merged", False, False),
     "exact": ("base", False, True),
     "dropout": ("base", True, False),
 }
@@ -138,8 +140,8 @@ class TestBatchInvariance:
         with options(backend=backend, way=way):
             results = []
             for M in (1, 5, 33):
-                rows = (problem.x[:M], problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
-                results.append(dora_kernels.functional.linear.dora_linear_core(*rows)[1:])
+                layer = DoraWeight(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
+                results.append(dora_kernels.functional.linear.dora_linear_core(problem.x[:M], layer)[1:])
         for norm, gain in results[1:]:
             assert torch.equal(norm, results[0][0]) and torch.equal(gain, results[0][1])
 

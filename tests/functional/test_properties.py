@@ -23,6 +23,7 @@ from dora_kernels import options
 from dora_kernels.planning.options import WAYS
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import WORST_RATIO
+from dora_kernels.types import DoraWeight
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, Problem, Results
 
 ALL_DTYPES = (*DTYPES, (torch.float64, torch.float64)) if DEVICE == "cpu" else DTYPES
@@ -202,8 +203,8 @@ def check_norm_and_gain(case: Case) -> None:
         merged = dora_kernels.merge_weight(
             problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling
         )
-        leaves = (problem.x, problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling)
-        _, core_norm, gain = dora_kernels.functional.linear.dora_linear_core(*leaves, problem.bias)
+        layer = DoraWeight(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, problem.scaling)
+        _, core_norm, gain = dora_kernels.functional.linear.dora_linear_core(problem.x, layer, problem.bias)
     assert norm.dtype == (torch.float64 if problem.weight.dtype == torch.float64 else torch.float32)
     assert torch.equal(norm, core_norm)
     eps = torch.finfo(norm.dtype).eps

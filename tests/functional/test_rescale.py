@@ -8,6 +8,7 @@ from dora_kernels import ops, options, weight_norm
 from dora_kernels.functional.rescale import dora_linear_lora_dropout, rescale
 from dora_kernels.quant import parts
 from dora_kernels.reference import dora_linear_ref
+from dora_kernels.types import DoraWeight
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, two_pieces
 
 SHAPES = ((17, 40, 36, 6), (33, 70, 50, 20), (1, 12, 10, 1), (7, 9, 4, 13))
@@ -142,8 +143,8 @@ def test_operands_narrower_than_others_are_widened(backend):
     low, norm = problem.x[:, :6].contiguous(), problem.magnitude.float() + 1
 
     def of_dropout(lora_A, lora_B):
-        more = (problem.magnitude, 0.75, problem.bias, norm)
-        return dora_linear_lora_dropout(problem.x, problem.x_dropped, problem.weight, lora_A, lora_B, *more)
+        layer = DoraWeight(problem.weight, lora_A, lora_B, problem.magnitude, 0.75)
+        return dora_linear_lora_dropout(problem.x, problem.x_dropped, layer, problem.bias, norm)
 
     def of_rescale(gain):
         return rescale(problem.dy, low, problem.lora_B.float(), gain, 0.75)

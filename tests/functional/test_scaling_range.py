@@ -9,12 +9,11 @@ from torch import nn
 import dora_kernels
 from dora_kernels import DoraLinear, dora_linear, merge_weight, options, weight_norm
 from dora_kernels.extras.serving import AdapterBank
-from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import check_elements, check_number, check_probability, check_scaling
 from dora_kernels.reference import dora_linear_ref
 from tests.support import restated_layers
-from tests.support.problem import BACKENDS, DEVICE, Problem
+from tests.support.problem import BACKENDS, DEVICE, Problem, core
 
 M, N, K, R = 5, 8, 6, 2
 LARGEST = torch.finfo(torch.float32).max
@@ -37,7 +36,7 @@ def entries(dtype, scaling):
     return {
         "dora_linear": lambda: dora_linear(**a),
         "dora_linear, norm_grad": lambda: dora_linear(**a, norm_grad=True),
-        "dora_linear, norm and dropout": lambda: dora_linear_core(**a, norm=gain, x_dropped=a["x"])[0],
+        "dora_linear, norm and dropout": lambda: core(**a, norm=gain, x_dropped=a["x"]),
         "weight_norm": lambda: weight_norm(*adapter, scaling),
         "merge_weight": lambda: merge_weight(*adapter, a["magnitude"], scaling),
         "rescale": lambda: rescale(base, low, a["lora_B"], gain, scaling),

@@ -13,6 +13,7 @@ from dora_kernels.extras.dvora import dvora_linear, dvora_linear_ref, norm_terms
 from dora_kernels.functional.rescale import dora_linear_lora_dropout, rescale
 from dora_kernels.quant import QuantizedWeight, frozen_product
 from dora_kernels.reference import dora_linear_ref, row_norms
+from dora_kernels.types import DoraWeight
 from tests.support.derivative_routes import assert_equal, derivatives, grad, squares
 from tests.support.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, Problem, core
 
@@ -132,8 +133,12 @@ class TestTheFunction:
             gain = torch.where(norm == 0, 0, magnitude / torch.where(norm == 0, 1, norm))
             return gain * (x @ weight.T + scaling * x_dropped @ lora_A.T @ lora_B.T) + bias
 
+        def function(x, x_dropped, weight, lora_A, lora_B, magnitude, scaling, bias, norm):
+            layer = DoraWeight(weight, lora_A, lora_B, magnitude, scaling)
+            return dora_linear_lora_dropout(x, x_dropped, layer, bias, norm)
+
         with options(backend=backend):
-            ours = second(dora_linear_lora_dropout, problem, norm=norm)
+            ours = second(function, problem, norm=norm)
         assert_equal(ours, second(definition, problem, norm=norm))
 
     @pytest.mark.parametrize("norm_grad", (False, True))

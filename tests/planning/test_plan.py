@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dora_kernels.planning import plan
+from dora_kernels.planning import devices, plan
 from dora_kernels.planning.devices import DeviceFacts
 from dora_kernels.planning.plan import Shape
 
@@ -11,21 +11,20 @@ H200, H100 = plan.DEVICES["NVIDIA H200"], plan.DEVICES["NVIDIA H100 80GB HBM3"]
 CPU = plan.DEVICES["cpu"]
 
 
-def forward_way(asked="auto", keep="", norm_given=False, shape=None, device=H200, must_split=False, wide=False):
+def forward_way(asked="auto", norm_given=False, shape=None, device=H200, needs_base=False, adapters_are_wider=False):
     shape = shape or Shape(8192, 4096, 4096, 64, 2)
-    return plan.forward_way(asked, keep, norm_given, shape, device, must_split=must_split, wide=wide)
+    asks = {"needs_base": needs_base, "adapters_are_wider": adapters_are_wider}
+    return plan.forward_way(asked, norm_given, shape, device, **asks)
 
 
-def test_what_is_kept_decides_the_way():
-    assert forward_way(asked="merged", keep="base") == "split"
-    assert forward_way(asked="split", keep="z") == "merged"
-    assert forward_way(asked="merged", must_split=True) == "split"
+def test_a_call_that_needs_base_is_split():
+    assert forward_way(asked="merged", needs_base=True) == "split"
 
 
-def test_wide_adapters_are_not_rounded_into_the_weight():
+def test_wider_adapters_are_not_rounded_into_the_weight():
     shape = Shape(32768, 4096, 4096, 64, 2)
-    assert forward_way(shape=shape, wide=True) == "split" and forward_way(shape=shape) == "merged"
-    assert forward_way(asked="merged", wide=True) == "merged"
+    assert forward_way(shape=shape, adapters_are_wider=True) == "split" and forward_way(shape=shape) == "merged"
+    assert forward_way(asked="merged", adapters_are_wider=True) == "merged"
 
 
 @pytest.mark.parametrize("way", ("split", "merged"))
@@ -47,31 +46,59 @@ def test_the_cpu_merges_in_float32_unless_the_norm_is_known():
     assert forward_way(device=CPU, shape=Shape(1, 4096, 4096, 8, 4), norm_given=True) == "split"
 
 
-def test_the_cpu_splits_in_half_precision_and_adds_base_onto_the_low_rank_term():
+def test_the_cpu_splits_in_half_precision():
     shape = Shape(32768, 1024, 1024, 8, 2)
     assert forward_way(device=CPU, shape=shape) == forward_way(device=CPU, shape=shape, norm_given=True) == "split"
-    assert plan.low_rank_first(torch.bfloat16, CPU, must_split=False, wide=False)
-    assert not plan.low_rank_first(torch.bfloat16, H200, must_split=False, wide=False)
-    assert not plan.low_rank_first(torch.float16, CPU, must_split=False, wide=False)
-    assert not plan.low_rank_first(torch.bfloat16, CPU, must_split=True, wide=False)
-    assert not plan.low_rank_first(torch.bfloat16, CPU, must_split=False, wide=True)
     ways = [plan.dx_way("auto", Shape(M, 1024, 1024, 64, 2), CPU) for M in (1, 2048, 2049)]
     assert ways == ["dz", "dz", "merged"]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "asked", "must_split", "wide", "expected"),
+    ("dtype", "backend", "device", "needs_base", "adapters_are_wider", "expected"),
+    [
+        (torch.bfloat16, "auto", "cpu", False, False, "z_gemm"),
+        (torch.bfloat16, "reference", "cpu", False, False, "z_gemm"),
+        (torch.bfloat16, "triton", "cpu", False, False, "base"),
+        (torch.bfloat16, "auto", "cuda", False, False, "base"),
+        (torch.bfloat16, "reference", "cuda", False, False, "base"),
+        (torch.float16, "auto", "cpu", False, False, "base"),
+        (torch.bfloat16, "auto", "cpu", True, False, "base"),
+        (torch.bfloat16, "auto", "cpu", False, True, "base"),
+    ],
+)
+def test_pytorch_adds_base_onto_the_low_rank_term_on_a_cpu(
+    dtype, backend, device, needs_base, adapters_are_wider, expected
+):
+    asks = {"needs_base": needs_base, "adapters_are_wider": adapters_are_wider}
+    assert plan.intermediate("split", dtype, backend, torch.device(device), **asks) == expected
+    assert plan.saved_tensor("split", dtype, backend, torch.device(device), **asks) == expected
+    assert plan.intermediate("merged", dtype, backend, torch.device(device), **asks) == "z_merged"
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference", "triton"))
+def test_the_planner_knows_whose_steps_a_cpu_s_tensors_take(backend, monkeypatch):
+    """Only where those are PyTorch's is z saved in place of base: as the operators choose, without asking them."""
+    monkeypatch.setattr(devices, "why_not_triton", lambda *_: None)
+    asks = {"needs_base": False, "adapters_are_wider": False}
+    saved = plan.saved_tensor("split", torch.bfloat16, backend, torch.device("cpu"), **asks)
+    taken = devices.backend_for(backend, torch.device("cpu"), torch.bfloat16)
+    assert saved == {"reference": "z_gemm", "triton": "base"}[taken]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "asked", "needs_base", "adapters_are_wider", "expected"),
     [
         (torch.bfloat16, "auto", False, False, "base"),
-        (torch.float32, "auto", False, False, "z"),
+        (torch.float32, "auto", False, False, "z_merged"),
         (torch.float16, "auto", False, True, "base"),
-        (torch.bfloat16, "merged", False, True, "z"),
+        (torch.bfloat16, "merged", False, True, "z_merged"),
         (torch.float32, "split", False, False, "base"),
         (torch.float32, "merged", True, False, "base"),
     ],
 )
-def test_what_a_training_step_keeps(dtype, asked, must_split, wide, expected):
-    assert plan.kept_tensor(dtype, asked, must_split=must_split, wide=wide) == expected
+def test_what_a_training_step_saves(dtype, asked, needs_base, adapters_are_wider, expected):
+    asks = {"needs_base": needs_base, "adapters_are_wider": adapters_are_wider}
+    assert plan.saved_tensor(asked, dtype, "auto", torch.device("cuda"), **asks) == expected
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import dora_kernels
 from dora_kernels import DoraLinear, ops, options, passes, pytorch, quant, reference
 from dora_kernels.planning import configs, devices, plan
 from dora_kernels.quant import QuantizedWeight, parts
+from dora_kernels.types import Call, Given, How, Needs, Saved
 from tests.support.packed_weights import HQQ_KINDS, KINDS, quantized
 from tests.support.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, core
 
@@ -263,23 +264,21 @@ def test_one_dense_temporary_at_a_time(kind, dropped, way, steps, monkeypatch):
     monkeypatch.setattr(pytorch, "_BLOCK_BYTES_ELSEWHERE", 1)
     monkeypatch.setattr(quant.formats, "_BLOCK_ELEMENTS", {"cpu": 64 * K, "gpu": 64 * K})
     problem, stored = problem_over(quantized(kind, N, K, torch.bfloat16), M, R, dropout=0.4 if dropped else 0.0)
-    weight, adapter, dtype = stored.weight, (problem.lora_A, problem.lora_B), torch.bfloat16
+    layer, dtype = problem.layer._replace(weight=stored.weight), torch.bfloat16
     with DenseTensors(N * K) as counted:
-        norm, gain = steps.norm(weight, *adapter, 0.75, problem.magnitude)
+        norm, gain = steps.norm(*layer[:3], 0.75, problem.magnitude)
     assert counted.most == 0
-    keep = "base" if dropped or way == "split" else "z"
+    backend = "reference" if steps is pytorch.PYTORCH else "triton"
+    asks = {"needs_base": dropped, "adapters_are_wider": False}
+    save = plan.saved_tensor(way, dtype, backend, problem.x.device, **asks)
+    how = How(dtype, dtype, way, save, backend, save_low=True, dropped=dropped, norm_grad=True)
     with DenseTensors(N * K) as counted:
-        _, _, _, low, kept = passes.forward(
-            steps, problem.x, problem.x_dropped, weight, *adapter, problem.magnitude, None, None, None, 0.75, dtype,
-            way, keep, True, False,
-        )  # fmt: skip
+        made = passes.forward(steps, Call(problem.x, problem.x_dropped, layer, None, Given(), how))
     # the reference merges block by block, and multiplies each block
-    assert counted.most == (0 if steps is pytorch.PYTORCH and keep == "z" else 1)
+    assert counted.most == (0 if steps is pytorch.PYTORCH and save == "z_merged" else 1)
     with DenseTensors(N * K) as counted:
-        passes.backward(
-            steps, problem.dy, problem.x, weight, *adapter, norm, gain, low, kept, None, 0.75, dtype, way, keep,
-            dropped, True, [True, dropped, True, True, True, True], dtype, dtype,
-        )  # fmt: skip
+        saved = Saved(problem.x, norm, gain, made.low, made.saved, None, dtype, dtype)
+        passes.backward(steps, problem.dy, saved, layer, how, Needs(True, dropped, True, True, True, True))
     assert counted.most == 1
 
 

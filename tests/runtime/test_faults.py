@@ -79,17 +79,17 @@ class Exhausted(TorchDispatchMode):
 def memory_for(steps: int) -> Iterator[Exhausted]:
     """Inside, the first operation after `steps` fails: of the caller, inside the operators, or a launch."""
     mode = Exhausted(steps + 1)
-    settled = ops._settled
+    plain_mode = ops.plain_mode
 
-    def settled_and_exhausted(tensor):
+    def plain_and_exhausted(tensor):
         # torch turns a mode off inside the operator that it has seen
         stack = contextlib.ExitStack()
-        stack.enter_context(settled(tensor))
+        stack.enter_context(plain_mode(tensor))
         stack.enter_context(mode)
         return stack
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_settled", settled_and_exhausted)
+        patch.setattr(ops, "plain_mode", plain_and_exhausted)
         if devices.has_triton():
             from dora_kernels.kernels import tile
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dora_kernels import DoraLinear, options, passes
 from dora_kernels.pytorch import PYTORCH
+from dora_kernels.types import Call, Epilogue, Given, How, Needs, Saved
 from tests.support.problem import BACKENDS, DEVICE, Problem, core, two_pieces
 
 EXACT = {"rtol": 0, "atol": 0}
@@ -64,26 +65,20 @@ ARGUMENTS = [
 
 def run_steps(steps, problem, way, exact, norm_grad):
     """passes.forward and passes.backward themselves, under whatever mode is on."""
-    dtype, dropped = problem.weight.dtype, problem.x_dropped is not None
-    keep = "z" if way == "merged" and not dropped else "base"
-    adapter = problem.lora_A, problem.lora_B
-    forward = passes.forward(
-        steps, problem.x, problem.x_dropped, problem.weight, *adapter, problem.magnitude, problem.bias, None, None,
-        problem.scaling, dtype, way, keep, True, exact,
-    )  # fmt: skip
-    y, norm, gain, low, kept = forward
-    passes.backward(
-        steps, problem.dy, problem.x_dropped if dropped else problem.x, problem.weight, *adapter, norm, gain, low, kept,
-        None, problem.scaling, dtype, way, keep, dropped, norm_grad, [True, dropped, True, True, True, True],
-        problem.magnitude.dtype, dtype,
-    )  # fmt: skip
+    dtype, dropped, layer = problem.weight.dtype, problem.x_dropped is not None, problem.layer
+    save = "z_merged" if way == "merged" and not dropped else "base"
+    how = How(dtype, dtype, way, save, "auto", save_low=True, exact=exact, dropped=dropped, norm_grad=norm_grad)
+    call = Call(problem.x, problem.x_dropped, layer, problem.bias, Given(), how)
+    _, norm, gain, low, made = passes.forward(steps, call)
+    seen = problem.x_dropped if dropped else problem.x
+    saved = Saved(seen, norm, gain, low, made, None, problem.magnitude.dtype, dtype)
+    passes.backward(steps, problem.dy, saved, layer, how, Needs(True, dropped, True, True, True, True))
     B = problem.lora_B
     steps.epilogue(problem.dy, low, B, gain, problem.bias, problem.scaling, dtype)
-    passes.rescale_backward(
-        steps, problem.dy, problem.dy, low, B, gain, problem.scaling, False, [True] * 5, B.dtype, B.dtype
-    )
-    passes.norm_backward(steps, norm, problem.weight, *adapter, norm, problem.scaling, dtype, [True, True])
-    layers = ([tensor, tensor] for tensor in (problem.weight, *adapter, problem.magnitude))
+    operands = Epilogue(problem.dy, low, B, gain, problem.scaling)
+    passes.rescale_backward(steps, problem.dy, operands, False, [True] * 5, B.dtype)
+    passes.norm_backward(steps, norm, norm, layer, dtype, [True, True])
+    layers = ([tensor, tensor] for tensor in layer[:4])
     steps.grouped_norm(*layers, [problem.scaling, 0.5])
     index, scaling = torch.zeros(len(problem.dy), dtype=torch.int64, device=B.device), gain.new_ones(1)
     steps.bank_epilogue(problem.dy, low, B[None], gain[None], scaling, problem.bias, index)

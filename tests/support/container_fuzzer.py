@@ -27,12 +27,12 @@ import dora_kernels
 from dora_kernels import DoraLinear, options, quant
 from dora_kernels.extras import dvora, serving
 from dora_kernels.extras.dvora import DvoraLinear, VeraProjection
-from dora_kernels.functional import linear
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import QuantizedWeight
 from tests.support.packed_weights import KINDS, quantized
 from tests.support.problem import BACKENDS, Problem
+from tests.support.problem import core as dora_linear_core
 
 M, N, K, R, E = 5, 16, 12, 3, 2
 NOT_TENSORS = (None, 3, "weight", [1.0], (), object(), torch.float32)
@@ -177,9 +177,9 @@ def core(**given: Any) -> tuple[dict[str, Any], Callable[..., Any]]:
         x = arguments["x"]
         if isinstance(x, Tensor) and x.is_floating_point() and x.is_leaf and not x.is_sparse and not x.is_nested:
             arguments["x"] = x.detach().requires_grad_()
-            y = linear.dora_linear_core(**arguments)[0]
+            y = dora_linear_core(**arguments)
             return [y.detach(), *torch.autograd.grad(y.sum(), arguments["x"])]
-        return [linear.dora_linear_core(**arguments)[0]]
+        return [dora_linear_core(**arguments)]
 
     return tensors | {name: made[name] for name in given}, use
 

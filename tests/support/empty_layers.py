@@ -21,11 +21,12 @@ from torch import Tensor
 from dora_kernels import DoraLinear, dora_linear, ops, options
 from dora_kernels.extras import serving
 from dora_kernels.extras.dvora import DvoraLinear, VeraProjection, dvora_linear, dvora_linear_ref, norm_terms
-from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.planning.options import current_options
 from dora_kernels.reference import accumulate_dtype, dora_linear_ref
+from dora_kernels.types import DoraWeight
+from tests.support.problem import core
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 DTYPES = ((BF16, BF16), (FP16, FP16), (BF16, FP32), (FP32, FP32), (FP64, FP64))
@@ -62,7 +63,7 @@ def run(sizes: tuple[int, int, int, int], dtype: torch.dtype, adapter_dtype: tor
     for way, precision, more in itertools.product(("split", "merged"), ("auto", "exact"), variants):
         with options(way=way, precision=precision):
             assert_same(
-                lambda more=more: dora_linear_core(*arguments, **more)[0],
+                lambda more=more: core(*arguments, **more),
                 lambda more=more: dora_linear_ref(*arguments, **more),
                 [*leaves, dropped] if "x_dropped" in more else leaves,
             )
@@ -70,8 +71,8 @@ def run(sizes: tuple[int, int, int, int], dtype: torch.dtype, adapter_dtype: tor
     norm = weight_norm(weight, lora_A, lora_B, 0.75, norm_grad=True)
     assert norm.shape == (N,) and len(torch.autograd.grad(norm.sum(), (lora_A, lora_B))) == 2
     with torch.no_grad():
-        merged, norm, gain = merge_weight_and_norm(weight, lora_A, lora_B, magnitude, 0.75)
-        unmerged = unmerge_weight("unmerge", merged, lora_A, lora_B, norm, gain, 0.75)
+        merged, norm, gain = merge_weight_and_norm(DoraWeight(weight, lora_A, lora_B, magnitude, 0.75))
+        unmerged = unmerge_weight("unmerge", DoraWeight(merged, lora_A, lora_B, None, 0.75), norm, gain)
         torch.testing.assert_close(unmerged, weight, rtol=0.1, atol=0.1)
         adapters = [(lora_A, lora_B, magnitude, 0.5), (lora_A, lora_B, None, 1.0)]
         index = torch.arange(M) - 1

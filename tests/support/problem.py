@@ -12,6 +12,7 @@ from dora_kernels.functional import linear
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing import SCALING, Comparison, compare, random_inputs
+from dora_kernels.types import DoraWeight, Given
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # float64 shows an error of meaning to 1e-9; a GPU's kernels do not take it, and float32 stands in
@@ -30,9 +31,11 @@ Results = dict[str, Tensor]
 GRADIENTS = ("x", "lora_A", "lora_B", "magnitude", "bias")
 
 
-def core(*arguments, **keywords) -> Tensor:
-    """y of dora_linear_core, which returns norm and gain too."""
-    return linear.dora_linear_core(*arguments, **keywords)[0]
+def core(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, **arguments) -> Tensor:
+    """y of dora_linear_core, which returns norm and gain too; with the fields of its layer and of what is given."""
+    given = Given(**{name: arguments.pop(name) for name in Given._fields if name in arguments})
+    layer = DoraWeight(weight, lora_A, lora_B, magnitude, scaling)
+    return linear.dora_linear_core(x, layer, bias, given=given, **arguments)[0]
 
 
 def two_pieces(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dropped=None, norm_grad=False):
@@ -85,6 +88,11 @@ class Problem:
         dy = torch.randn(M, N, dtype=torch.float64, generator=generator).to(dtype).to(device)
         x_dropped = F.dropout(inputs["x"], dropout) if dropout else None
         return cls(**inputs, dy=dy, x_dropped=x_dropped)
+
+    @property
+    def layer(self) -> DoraWeight:
+        """The weight and its adapter."""
+        return DoraWeight(self.weight, self.lora_A, self.lora_B, self.magnitude, self.scaling)
 
     def to(self, dtype: torch.dtype) -> "Problem":
         """The same numbers in another dtype."""

@@ -36,9 +36,7 @@ _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("extras/dvora/f
 _AUTOGRAD, _RESCALE, _WEIGHT_FUNCTIONS = (
     f"dora_kernels/functional/{name}.py" for name in ("autograd", "rescale", "weight")
 )
-_GEMM, _PASSES, _PYTORCH, _REFERENCE = (
-    f"dora_kernels/{name}.py" for name in ("gemm", "passes", "pytorch", "reference")
-)
+_GEMM, _PYTORCH, _REFERENCE = (f"dora_kernels/{name}.py" for name in ("gemm", "pytorch", "reference"))
 _SERVING, _SHARING = (f"dora_kernels/{name}.py" for name in ("extras/serving", "reuse/sharing"))
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
@@ -116,7 +114,7 @@ EXCLUDED = (
     Excluded(_SERVING, "bank_linear", "F.linear(rows.to(base_dtype)", ("rows.to(", "weight.to("), _LINEAR),
     Excluded(_SERVING, "bank_linear", "check_adapter(", ("1.0",), "a scaling that is checked, and used nowhere"),
     Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), _ONE_DEVICE),
-    Excluded(_OPS, "_settled", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
+    Excluded(_OPS, "plain_mode", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_REFERENCE, "over_norm", "torch.where(norm == 0, 1, norm)", ("0 -> 1 (3)",), _NO_QUOTIENT),
@@ -233,7 +231,6 @@ EXCLUDED = (
     Excluded(_STORED, "weight_arguments", "group = 1", ("1",), _GROUPS_OF_ONE),
     Excluded(_STORED, "weight_arguments", "group = math.gcd(K, group_size", ("1 -> 0 (2)",), _GROUPS_OF_ONE),
     Excluded(_STORED, "weight_arguments", "sizes = group_size", ("0 -> 1", "0 -> 1 (2)"), _WHOLE_ROWS),
-    Excluded(_PASSES, "_low_rank_first", "steps.low_rank_first", ("",), _SPEED),
     Excluded(_STORED, "weight_stages", "", ("",), _TILES),
     Excluded(_TOKEN_SUMS, "_partial_sums", "stages = min(", ("",), _TILES),
     Excluded(_TOKEN_SUMS, "_partial_sums", "rows_at_once =", ("16",), _SPLITS),

@@ -20,6 +20,7 @@ from dora_kernels.adapters.taking import bypass_reason, class_name
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.quant import QuantizedWeight
 from dora_kernels.reference import gain_of
+from dora_kernels.types import DoraWeight, Given
 
 CLASSES = {"DORA", "BNBDORA", "HQQDORA"}
 
@@ -100,4 +101,4 @@ class DoraKernelsDORA(Structure):
             return self.linear(x, adapter)
         norm = self.norm(adapter)
         bias = (gain_of(adapter.magnitude, norm) * bias).to(x.dtype)
-        return dora_linear_core(x, *adapter[:5], bias, norm=norm)[0]
+        return dora_linear_core(x, DoraWeight(*adapter[:5]), bias, given=Given(norm))[0]

@@ -22,6 +22,7 @@ from dora_kernels.adapters.taking import bypass_reason, drops
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm
 from dora_kernels.reference import gain_of
+from dora_kernels.types import DoraWeight
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -111,7 +112,7 @@ class DoraKernelsDoRALinear(Structure):
     @torch.no_grad()
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver's, of to_wrap: its bias is scaled where to_wrap adds it, and not where it returns it."""
-        weight, _, gain = merge_weight_and_norm(*self._unmerged("merged_weight_and_bias")[:5])
+        weight, _, gain = merge_weight_and_norm(DoraWeight(*self._unmerged("merged_weight_and_bias")[:5]))
         bias = getattr(self.to_wrap, "bias", None)
         if bias is None or not bias.numel():
             return weight, None

@@ -21,6 +21,7 @@ from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, 
 from dora_kernels.adapters.taking import bypass_reason, drops
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.weight import weight_norm
+from dora_kernels.types import DoraWeight, Given
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -77,7 +78,7 @@ class DoraKernelsLinear(Structure):
             return None, reason
         return checked(Adapter(weight, lora_A, lora_B, magnitude.weight.squeeze(1), scaling, layer.bias, norm_grad))
 
-    def adapter_operands(self) -> reuse.Operands | None:
+    def adapter_operands(self) -> DoraWeight | None:
         """As TakenOver.adapter_operands; None for the magnitude alone, whose norm never changes."""
         return None if self.Wdecompose else super().adapter_operands()
 
@@ -92,9 +93,9 @@ class DoraKernelsLinear(Structure):
         x_dropped = dropout(x) if isinstance(dropout, FunctionType) or drops(dropout) else None
         x_dropped = None if x_dropped is x else x_dropped
         if self.Wdecompose:
-            weight, *others = adapter[:5]
-            norm = reuse.norm_reusing(self, (weight,), (), lambda: weight_norm(weight, *others[:2], 0.0))
-            y = dora_linear_core(x, weight, *others, adapter.bias, x_dropped=x_dropped, norm=norm)[0]
+            layer = DoraWeight(*adapter[:5])
+            norm = reuse.norm_reusing(self, (layer.weight,), (), lambda: weight_norm(*layer[:3], 0.0))
+            y = dora_linear_core(x, layer, adapter.bias, x_dropped=x_dropped, given=Given(norm))[0]
         else:
             y = self.linear(x, adapter, x_dropped)
         return y.to(self.weight.dtype)

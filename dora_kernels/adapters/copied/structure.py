@@ -28,6 +28,7 @@ from dora_kernels.functional.validate import FLOATING, scaling_reason
 from dora_kernels.functional.weight import merge_weight_and_norm, weight_norm
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.reference import gain_of
+from dora_kernels.types import DoraWeight
 
 
 class Adapter(NamedTuple):
@@ -93,25 +94,25 @@ class Structure(TakenOver):
 
         x_dropped falls on all that the adapter adds or, enabled with dropout="lora", on the low-rank product alone.
         """
-        *operands, bias, norm_grad = adapter
+        layer, bias, norm_grad = DoraWeight(*adapter[:5]), adapter.bias, adapter.norm_grad
         lora_dropout = self.dora_dropout == "lora"
         if norm_grad and torch.is_grad_enabled() and (adapter.lora_A.requires_grad or adapter.lora_B.requires_grad):
             if lora_dropout and x_dropped is not None:
-                norm = weight_norm(*operands[:3], adapter.scaling, norm_grad=True)
-                return dora_linear_lora_dropout(x, x_dropped, *operands, bias, norm)
-            return dora_linear_core(x, *operands, bias, x_dropped=x_dropped, norm_grad=True)[0]
-        return reuse.dora_linear_reusing(self, x, *operands, bias, x_dropped=x_dropped, lora_dropout=lora_dropout)
+                norm = weight_norm(*layer[:3], layer.scaling, norm_grad=True)
+                return dora_linear_lora_dropout(x, x_dropped, layer, bias, norm)
+            return dora_linear_core(x, layer, bias, x_dropped=x_dropped, norm_grad=True)[0]
+        return reuse.dora_linear_reusing(self, x, layer, bias, x_dropped=x_dropped, lora_dropout=lora_dropout)
 
-    def adapter_operands(self) -> reuse.Operands | None:
+    def adapter_operands(self) -> DoraWeight | None:
         """As TakenOver.adapter_operands."""
         adapter, reason = self.read(self)
         if reason is not None or self.state_reason() is not None or adapter.norm_grad:
             return None
-        return reuse.Operands(*adapter[:5])
+        return DoraWeight(*adapter[:5])
 
     def norm(self, adapter: Adapter) -> Tensor:
         """norm (N,), a constant, as `linear`."""
-        return reuse.weight_norm_reusing(self, *adapter[:3], adapter.scaling)
+        return reuse.weight_norm_reusing(self, DoraWeight(*adapter[:5]))
 
     @torch.no_grad()
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
@@ -124,7 +125,7 @@ class Structure(TakenOver):
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver.merged_weight_and_bias."""
         adapter = self._unmerged("merged_weight_and_bias")
-        (weight, _, gain), bias = merge_weight_and_norm(*adapter[:5]), adapter.bias
+        (weight, _, gain), bias = merge_weight_and_norm(DoraWeight(*adapter[:5])), adapter.bias
         if bias is None:
             return weight, None
         if self.bias_is_scaled:

@@ -16,6 +16,7 @@ from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, nests_apart,
 from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.reference import accumulate_dtype, gain_of
+from dora_kernels.types import DoraWeight
 
 
 class TakenOverConv(TakenOverLayer):
@@ -95,11 +96,7 @@ class TakenOverConv(TakenOverLayer):
         y = reuse.dora_linear_reusing(
             self,
             x.movedim(1, -1),
-            weight.flatten(1),
-            lora_A.flatten(1),
-            lora_B.flatten(1),
-            magnitude.flatten(),
-            scaling,
+            DoraWeight(weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1), magnitude.flatten(), scaling),
             self.base_layer.bias,
             x_dropped=adapter.dropout(x.to(lora_A.dtype)).movedim(1, -1) if drops(self, adapter) else None,
             lora_dropout=self.dora_dropout == "lora",

@@ -16,6 +16,7 @@ from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.quant import Weight, frozen_product
 from dora_kernels.reference import gain_of
 from dora_kernels.reuse import sharing
+from dora_kernels.types import DoraWeight, Given
 
 
 class TakenOverLinear(TakenOverLayer):
@@ -36,14 +37,14 @@ class TakenOverLinear(TakenOverLayer):
         """x and weight as dora_linear takes them, and why their dtypes are PEFT's affair."""
         return x, weight, dtype_reason(x, weight)
 
-    def adapter_operands(self) -> reuse.Operands | None:
+    def adapter_operands(self) -> DoraWeight | None:
         """As TakenOver.adapter_operands; None where several adapters nest, whose norms `norms` keeps."""
         names = self._known(self.active_adapters)
         weight, reason = self.read_base(self)
         if self.disable_adapters or self.merged or len(names) != 1 or reason is not None:
             return None
         adapter = read_adapter(self, names[0], self.family)
-        return None if adapter_reason(adapter, self.family) else reuse.Operands(weight, *adapter.tensors())
+        return None if adapter_reason(adapter, self.family) else DoraWeight(weight, *adapter.tensors())
 
     def lora_A_to_share(self, device: torch.device) -> Tensor | None:
         """As sharing.Sharer: of the one active adapter, where it is trained, drops nothing and is in a plain layer."""
@@ -77,15 +78,15 @@ class TakenOverLinear(TakenOverLayer):
             result = result if bias is None else result + bias
         else:
             x_dropped, nested = self._dropped(first, x) if drops(self, first) else None, others
-            arguments = (operand, weight, *first.tensors(), bias)
+            layer = DoraWeight(weight, *first.tensors())
             if others:
-                result, *_ = dora_linear_core(*arguments, x_dropped=x_dropped, norm=norms[0])
+                result, *_ = dora_linear_core(operand, layer, bias, x_dropped=x_dropped, given=Given(norms[0]))
             else:
                 low = lows = None
                 if x_dropped is None and type(first.lora_A) is nn.Linear:  # as lora_A_to_share has it
                     low, lows = sharing.shared_low(self, x, operand, first.lora_A.weight)
                 result = reuse.dora_linear_reusing(
-                    self, *arguments, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
+                    self, operand, layer, bias, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
                 )
                 if lows is not None:
                     lows.live_with(result)

@@ -17,6 +17,7 @@ from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.reference import accumulate_dtype, gain_of
+from dora_kernels.types import DoraWeight
 
 
 class Merging(TakenOver):
@@ -147,8 +148,8 @@ class Merging(TakenOver):
                 adapter = read_adapter(self, name, self.family)
                 norm = self.norm(base, adapter)
                 rows, A, B = self.matrices(weight, adapter)
-                magnitude = adapter.magnitude.weight.flatten()
-                rows, norms[name], _ = merge_weight_and_norm(rows, A, B, magnitude, adapter.scaling, norm)
+                layer = DoraWeight(rows, A, B, adapter.magnitude.weight.flatten(), adapter.scaling)
+                rows, norms[name], _ = merge_weight_and_norm(layer, norm)
                 if safe_merge and not rows.isfinite().all():
                     raise ValueError(
                         f"merge: NaNs detected in the merged weights. The adapter {name} seems to be broken: "
@@ -165,7 +166,7 @@ class Merging(TakenOver):
             rows, A, B = self.matrices(weight, adapter)
             norm = self._caches[_norm_key(name)].to(weight.device, accumulate_dtype(weight.dtype)).flatten()
             gain = gain_of(adapter.magnitude.weight.detach().flatten(), norm)
-            weight = self.shaped(unmerge_weight(function, rows, A, B, norm, gain, adapter.scaling))
+            weight = self.shaped(unmerge_weight(function, DoraWeight(rows, A, B, None, adapter.scaling), norm, gain))
         return weight
 
 

@@ -13,7 +13,9 @@ from dora_kernels.functional.validate import (
     check_probability,
     check_sizes,
 )
-from dora_kernels.modules import MergeableLinear, read_linear
+from dora_kernels.modules import MergeableLinear, default_adapter_dtype, read_linear
+from dora_kernels.quant import Weight
+from dora_kernels.types import DoraWeight
 
 
 class VeraProjection(nn.Module):
@@ -133,8 +135,7 @@ class DvoraLinear(MergeableLinear):
                 f"{function}: the weight is on {weight.device} but projection is on {projection.vera_A.device}; "
                 "expected one device"
             )
-        if adapter_dtype is None:
-            adapter_dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
+        adapter_dtype = adapter_dtype or default_adapter_dtype(weight.dtype)
         d_initial = check_number(function, "d_initial", d_initial, adapter_dtype)
         super().__init__(*((weight, bias) if base_layer is None else (None, None, base_layer)))
         self.in_features, self.out_features = K, N
@@ -159,9 +160,9 @@ class DvoraLinear(MergeableLinear):
         """vera_A (R, K), vera_B (N, R), lambda_d (R,), lambda_b (N,)."""
         return *self.projection.of(self.in_features, self.out_features), self.vera_lambda_d, self.vera_lambda_b
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """As MergeableLinear.factors."""
-        return *dvora_update(*self._vera()), self.vera_magnitude_vector, 1.0
+    def adapted(self, weight: Weight) -> DoraWeight:
+        """As MergeableLinear.adapted."""
+        return DoraWeight(weight, *dvora_update(*self._vera()), self.vera_magnitude_vector, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""

@@ -33,6 +33,7 @@ from dora_kernels.extras.dvora import dvora_linear_reusing, dvora_norm, dvora_up
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_of
+from dora_kernels.types import DoraWeight
 
 
 def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
@@ -108,7 +109,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """As TakenOver.merged_weight_and_bias."""
         weight, bias = _read_base(self)
-        merged, _, _ = merge_weight_and_norm(weight, *self._factors("merged_weight_and_bias"), 1.0)
+        merged, _, _ = merge_weight_and_norm(DoraWeight(weight, *self._factors("merged_weight_and_bias"), 1.0))
         merged = merged.T.contiguous() if self.fan_in_fan_out else merged
         return merged, None if bias is None else bias.detach().clone()
 
@@ -124,7 +125,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
         else:
             weight, _ = _read_base(self)
             refuse_wrong_decoding("merge", weight)
-            merged, norm, gain = merge_weight_and_norm(weight, *self._factors("merge", names), 1.0)
+            merged, norm, gain = merge_weight_and_norm(DoraWeight(weight, *self._factors("merge", names), 1.0))
             if safe_merge and not torch.isfinite(merged).all():
                 raise ValueError(f"merge: the merged weight of adapter {name!r} is not finite; expected no NaN or inf")
             self.set_base_weight(merged.T if self.fan_in_fan_out else merged)
@@ -142,7 +143,8 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
             base = self.get_base_weight()
             merged = base.T if self.fan_in_fan_out else base
             norm, gain = (row.to(base.device) for row in self._dvora_merged)
-            weight = unmerge_weight("unmerge", merged, *dvora_update(*vera_factors(self, name)), norm, gain, 1.0)
+            layer = DoraWeight(merged, *dvora_update(*vera_factors(self, name)), None, 1.0)
+            weight = unmerge_weight("unmerge", layer, norm, gain)
             self.set_base_weight(weight.T if self.fan_in_fan_out else weight)
             self._dvora_merged = None
             self.merged_adapters.clear()
