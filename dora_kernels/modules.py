@@ -39,9 +39,13 @@ class MergeableLinear(nn.Module):
         # norm and gain with which the weight was merged; None while it is not
         self._merged_with: tuple[Tensor, Tensor] | None = None
 
-    def adapted(self, weight: Weight) -> DoraWeight:
-        """`weight` with the adapter over it."""
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling of the adapter."""
         raise NotImplementedError
+
+    def _adapted(self, weight: Weight) -> DoraWeight:
+        """`weight` with the adapter over it."""
+        return DoraWeight(weight, *self.factors())
 
     def adapter_operands(self) -> DoraWeight | None:
         """For the one launch of `frozen_adapters`; None where the layer makes its own norm."""
@@ -81,7 +85,7 @@ class MergeableLinear(nn.Module):
         if self.merged:
             norm, gain = (row.to(self.weight.device) for row in self._merged_with)
             return norm, gain
-        weight, lora_A, lora_B, magnitude, scaling = self.adapted(self.base()[0])
+        weight, lora_A, lora_B, magnitude, scaling = self._adapted(self.base()[0])
         norm = weight_norm(weight, lora_A, lora_B, scaling)
         return norm, gain_of(magnitude, norm)
 
@@ -95,7 +99,7 @@ class MergeableLinear(nn.Module):
     def _merge(self, weight: Weight) -> tuple[Tensor, Tensor, Tensor]:
         """merge_weight_and_norm, whatever autocast says now: unmerge() takes the adapters out unrounded."""
         with without_autocast(weight.device.type):
-            return merge_weight_and_norm(self.adapted(weight))
+            return merge_weight_and_norm(self._adapted(weight))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False) -> None:
@@ -139,7 +143,7 @@ class MergeableLinear(nn.Module):
             return
         norm, gain = (row.to(self.weight.device) for row in self._merged_with)
         function = f"{type(self).__name__}.unmerge"
-        self.weight.copy_(unmerge_weight(function, self.adapted(self.weight), norm, gain))
+        self.weight.copy_(unmerge_weight(function, self._adapted(self.weight), norm, gain))
         self._merged_with = None
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
@@ -250,9 +254,9 @@ class DoraLinear(MergeableLinear):
             norm = weight_norm(weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
             self.lora_magnitude_vector.copy_(norm)
 
-    def adapted(self, weight: Weight) -> DoraWeight:
-        """As MergeableLinear.adapted."""
-        return DoraWeight(weight, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.scaling)
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """As MergeableLinear.factors."""
+        return self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.scaling
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features). NotImplementedError under torch.jit.trace with gradients."""
@@ -264,7 +268,7 @@ class DoraLinear(MergeableLinear):
         return reuse.dora_linear_reusing(
             self,
             x,
-            self.adapted(weight),
+            self._adapted(weight),
             bias,
             x_dropped=x_dropped,
             lora_dropout=self.dropout_on == "lora",
@@ -273,7 +277,7 @@ class DoraLinear(MergeableLinear):
 
     def adapter_operands(self) -> DoraWeight | None:
         """As MergeableLinear.adapter_operands; None while merged."""
-        return None if self.merged else self.adapted(self.base()[0])
+        return None if self.merged else self._adapted(self.base()[0])
 
     def extra_repr(self) -> str:
         return (

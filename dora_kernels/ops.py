@@ -148,7 +148,7 @@ def unflatten_backward(
     weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
     saved = Saved(x, norm, gain, low, kept, merged, magnitude_dtype, bias_dtype)
     layer = DoraWeight(weight, lora_A, lora_B, None, scaling)
-    how = How(dy.dtype, dtype, way, keep, backend, dropped=dropped, norm_grad=norm_grad)
+    how = How(dy.dtype, dtype, way, keep, backend, False, False, dropped, norm_grad)
     return dy, saved, layer, how, Needs(*needs)
 
 

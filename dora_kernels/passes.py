@@ -75,6 +75,8 @@ def _check_save(how: How) -> None:
 def _cast_adapter(layer: DoraWeight, dtype: torch.dtype) -> DoraWeight:
     """`layer` with lora_A and lora_B in dtype, that of the low-rank operands of every step."""
     weight, lora_A, lora_B, magnitude, scaling = layer
+    if lora_A.dtype == lora_B.dtype == dtype:
+        return layer
     return DoraWeight(weight, lora_A.to(dtype), lora_B.to(dtype), magnitude, scaling)
 
 

@@ -84,7 +84,7 @@ class DropoutProblem:
         layer = copy.deepcopy(self.layers[way]).to(dtype)
         x = self.x.detach().to(dtype).requires_grad_()
         weight, bias = layer.base()
-        arguments = layer.adapted(weight)
+        arguments = (weight, *layer.factors())
         if dropout_on == "adapter":
             y = dora_linear_ref(x, *arguments, bias, x_dropped=x * mask)
         else:

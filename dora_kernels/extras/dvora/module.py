@@ -14,8 +14,6 @@ from dora_kernels.functional.validate import (
     check_sizes,
 )
 from dora_kernels.modules import MergeableLinear, default_adapter_dtype, read_linear
-from dora_kernels.quant import Weight
-from dora_kernels.types import DoraWeight
 
 
 class VeraProjection(nn.Module):
@@ -160,9 +158,9 @@ class DvoraLinear(MergeableLinear):
         """vera_A (R, K), vera_B (N, R), lambda_d (R,), lambda_b (N,)."""
         return *self.projection.of(self.in_features, self.out_features), self.vera_lambda_d, self.vera_lambda_b
 
-    def adapted(self, weight: Weight) -> DoraWeight:
-        """As MergeableLinear.adapted."""
-        return DoraWeight(weight, *dvora_update(*self._vera()), self.vera_magnitude_vector, 1.0)
+    def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
+        """As MergeableLinear.factors."""
+        return *dvora_update(*self._vera()), self.vera_magnitude_vector, 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features)."""
