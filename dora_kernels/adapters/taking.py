@@ -335,7 +335,7 @@ def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def drops(dropout: object) -> bool:
+def is_active(dropout: object) -> bool:
     """Whether `dropout` is an nn.Dropout that changes x now."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 

@@ -22,8 +22,8 @@ from dora_kernels.adapters.taking import (
     TakenOver,
     bypass_reason,
     class_name,
-    drops,
     forward_is_the_class_s,
+    is_active,
     is_plain,
     library_class,
 )
@@ -90,12 +90,12 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
     def compute(self, x: Tensor, weight: Weight) -> Tensor:
         """x: (..., K) -> (..., N)."""
         layer, bias, dropout = _adapter(self, weight), self.bias, self.dropout
-        if bias is None and not drops(dropout):
+        if bias is None and not is_active(dropout):
             return reuse.dora_linear_reusing(self, x, layer, None)
         norm = reuse.weight_norm_reusing(self, layer)
         gain = gain_of(layer.magnitude, norm)
         bias = None if bias is None else gain * bias
-        if not drops(dropout):
+        if not is_active(dropout):
             return dora_linear_core(x, layer, bias, given=Given(norm))[0]
         base = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, weight)
         return rescale(base, F.linear(dropout(x), layer.lora_A), layer.lora_B, gain, layer.scaling, bias)

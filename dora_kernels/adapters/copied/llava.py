@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.taking import bypass_reason, drops
+from dora_kernels.adapters.taking import bypass_reason, is_active
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -66,4 +66,4 @@ class DoraKernelsLinear(Structure):
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
         """As Structure.compute; of x's dtype under autocast too."""
         dropout = self.lora_dropout[self.active_adapter]
-        return self.linear(x, adapter, dropout(x) if drops(dropout) else None).to(x.dtype)
+        return self.linear(x, adapter, dropout(x) if is_active(dropout) else None).to(x.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason
-from dora_kernels.adapters.taking import bypass_reason, drops
+from dora_kernels.adapters.taking import bypass_reason, is_active
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm
 from dora_kernels.reference import gain_of
@@ -99,7 +99,7 @@ class DoraKernelsDoRALinear(Structure):
         """As Structure.compute: the output and to_wrap's bias."""
         base, bias, xn = self.base_linear_forward(x)
         dropout = self.adapter.dropout
-        dropped = dropout(xn) if drops(dropout) else xn
+        dropped = dropout(xn) if is_active(dropout) else xn
         low, _ = self.adapter.linear_in(dropped.contiguous())
         gain = gain_of(adapter.magnitude, self.norm(adapter))
         y = rescale(base, low, adapter.lora_B, gain, adapter.scaling)

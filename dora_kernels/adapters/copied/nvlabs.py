@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.taking import bypass_reason, drops
+from dora_kernels.adapters.taking import bypass_reason, is_active
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.types import DoraWeight, Given
@@ -90,7 +90,7 @@ class DoraKernelsLinear(Structure):
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
         """As Structure.compute; of the weight's dtype under autocast too."""
         dropout = self.lora_dropout  # the library's stand-in for none is a function
-        x_dropped = dropout(x) if isinstance(dropout, FunctionType) or drops(dropout) else None
+        x_dropped = dropout(x) if isinstance(dropout, FunctionType) or is_active(dropout) else None
         x_dropped = None if x_dropped is x else x_dropped
         if self.Wdecompose:
             layer = DoraWeight(*adapter[:5])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, Adapter
-from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, nests_apart, read_weight
+from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
 from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.reference import accumulate_dtype, gain_of
@@ -62,7 +62,7 @@ class TakenOverConv(TakenOverLayer):
         for i, adapter in enumerate(adapters):
             lora_A, lora_B, magnitude, scaling = adapter.tensors()
             lora_x, residual = x.to(lora_A.dtype), None
-            if drops(self, adapter):
+            if dropout_is_active(self, adapter):
                 lora_x = adapter.dropout(lora_x)
             if self._has_a_base_of_its_own(adapter, first=i == 0):
                 # padded with zeros, as PEFT has it, whatever the layer's padding_mode is
@@ -82,7 +82,7 @@ class TakenOverConv(TakenOverLayer):
         """Whether the adapter's base is not the output without it, as under a dropout that drops."""
         if self.dora_dropout == "lora" or not nests_apart(self, adapter):
             return False
-        return drops(self, adapter) or not first or self.base_layer.padding_mode != "zeros"
+        return dropout_is_active(self, adapter) or not first or self.base_layer.padding_mode != "zeros"
 
     def _is_linear(self) -> bool:
         """Whether every pixel of the output is made of that pixel of x alone."""
@@ -98,7 +98,7 @@ class TakenOverConv(TakenOverLayer):
             x.movedim(1, -1),
             DoraWeight(weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1), magnitude.flatten(), scaling),
             self.base_layer.bias,
-            x_dropped=adapter.dropout(x.to(lora_A.dtype)).movedim(1, -1) if drops(self, adapter) else None,
+            x_dropped=adapter.dropout(x.to(lora_A.dtype)).movedim(1, -1) if dropout_is_active(self, adapter) else None,
             lora_dropout=self.dora_dropout == "lora",
         ).movedim(-1, 1)
         # the vendor's Conv1d knows no channels-last format

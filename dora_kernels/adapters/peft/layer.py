@@ -82,7 +82,7 @@ class TakenOverLayer(Merging):
             return False
         adapters = [read_adapter(self, name, self.family) for name in self._known(self.active_adapters)]
         ours = all(type(adapter.variant) is self.family.variant for adapter in adapters)
-        return ours and any(drops(self, adapter) for adapter in adapters)
+        return ours and any(dropout_is_active(self, adapter) for adapter in adapters)
 
 
 def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter], has_more: bool) -> str | None:
@@ -122,9 +122,9 @@ def read_weight(base: nn.Module) -> tuple[Tensor | None, str | None]:
     return weight, None
 
 
-def drops(layer: LoraLayer, adapter: Adapter) -> bool:
+def dropout_is_active(layer: LoraLayer, adapter: Adapter) -> bool:
     """Whether dropout(x) is not x."""
-    return layer.training and taking.drops(adapter.dropout)
+    return layer.training and taking.is_active(adapter.dropout)
 
 
 def nests_apart(layer: LoraLayer, adapter: Adapter) -> bool:

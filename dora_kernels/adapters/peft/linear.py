@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, read_adapter
-from dora_kernels.adapters.peft.layer import TakenOverLayer, drops, nests_apart, read_weight
+from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
 from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.quant import Weight, frozen_product
@@ -52,7 +52,7 @@ class TakenOverLinear(TakenOverLayer):
             return None
         names = self._known(self.active_adapters)
         adapter = read_adapter(self, names[0], self.family) if len(names) == 1 else None
-        if adapter is None or type(adapter.lora_A) is not nn.Linear or drops(self, adapter):
+        if adapter is None or type(adapter.lora_A) is not nn.Linear or dropout_is_active(self, adapter):
             return None
         lora_A = adapter.lora_A.weight
         return None if not lora_A.requires_grad or adapter_reason(adapter, self.family, device) else lora_A
@@ -71,13 +71,13 @@ class TakenOverLinear(TakenOverLayer):
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = operand_dtypes(operand, first.lora_A.weight)[0] if autocast else x.dtype
         wide = torch.promote_types(dtype, first.magnitude.weight.dtype)
-        if others and (wide != dtype or (lora_dropout and drops(self, first))):
+        if others and (wide != dtype or (lora_dropout and dropout_is_active(self, first))):
             # Between two adapters PEFT keeps the running result in their dtype. Rounded to half precision there, the
             # error with two adapters was 1.22 times PEFT's and with three 1.31 (geometric means over y and gradients).
             result, nested = frozen_product(operand.to(weight.dtype), weight).to(wide), adapters
             result = result if bias is None else result + bias
         else:
-            x_dropped, nested = self._dropped(first, x) if drops(self, first) else None, others
+            x_dropped, nested = self._dropped(first, x) if dropout_is_active(self, first) else None, others
             layer = DoraWeight(weight, *first.tensors())
             if others:
                 result, *_ = dora_linear_core(operand, layer, bias, x_dropped=x_dropped, given=Given(norms[0]))
@@ -92,7 +92,7 @@ class TakenOverLinear(TakenOverLayer):
                     lows.live_with(result)
         for i, adapter in enumerate(nested, start=len(adapters) - len(nested)):
             apart = nests_apart(self, adapter) and not lora_dropout
-            x_dropped = self._dropped(adapter, x) if apart or drops(self, adapter) else None
+            x_dropped = self._dropped(adapter, x) if apart or dropout_is_active(self, adapter) else None
             result = _nest(result, operand, weight, *adapter.tensors(), norms[i], bias, x_dropped, apart)
         return result.to(dtype)
 

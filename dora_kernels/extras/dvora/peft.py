@@ -25,8 +25,8 @@ from dora_kernels.adapters.taking import (
     TakenOver,
     bypass_reason,
     class_name,
-    drops,
     forward_is_the_class_s,
+    is_active,
     take_over,
 )
 from dora_kernels.extras.dvora import dvora_linear_reusing, dvora_norm, dvora_update
@@ -95,7 +95,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
         """x (..., K) -> (..., N) in x's dtype, as PEFT's VeRA. Dropout is that of PEFT's DoRA (see dvora_linear)."""
         weight, bias = _read_base(self)
         dropout = self.vera_dropout[name]
-        x_dropped = dropout(x) if self.training and drops(dropout) else None
+        x_dropped = dropout(x) if self.training and is_active(dropout) else None
         adapter = (*vera_factors(self, name), self.vera_magnitude_vector[name])
         y = dvora_linear_reusing(self, x, weight, *adapter, bias, x_dropped=x_dropped, function="DvoraVeraLinear")
         return y.to(x.dtype)
