@@ -58,7 +58,7 @@ def held(layer: nn.Module) -> nn.Module:
     return layer.org_module[0]
 
 
-def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
+def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     """The class that takes `layer` over, or None; and why."""
     if library_class(layer) is not LoConModule:
         return None, f"the module is a {class_name(layer)}, not LyCORIS' LoConModule"

@@ -43,7 +43,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
+def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     """The class that takes `layer` over, or None; and why."""
     if library_class(layer) is not DoRALinear:
         return None, f"the layer is a {class_name(layer)}, not torchtune's DoRALinear"

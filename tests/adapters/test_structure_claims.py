@@ -11,8 +11,9 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels import ops, options
-from dora_kernels.adapters import STRUCTURES
 from dora_kernels.adapters.copied import probe
+from dora_kernels.adapters.copied.library import CopiedLibrary
+from dora_kernels.adapters.libraries import COPIED
 from dora_kernels.planning.options import current_options
 from tests.support import restated_layers
 from tests.support.conformance_checks import randomise
@@ -286,22 +287,22 @@ def test_nothing_else_is_claimed():
 
 
 def claimed(model):
-    """How many layers of `model` each structure claims."""
-    files = (importlib.import_module(f"dora_kernels.adapters.{name}") for name in STRUCTURES)
-    return [len(list(file.layers(model))) for file in files]
+    """How many layers of `model` each library claims."""
+    files = (importlib.import_module(f"dora_kernels.adapters.copied.{name}") for name in COPIED)
+    return [len(list(CopiedLibrary(file.STRUCTURES).layers(model))) for file in files]
 
 
 def test_layers_of_packages_are_not_claimed():
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), peft.LoraConfig(use_dora=True, target_modules=["0"]))
-    assert claimed(model) == [0] * len(STRUCTURES)
+    assert claimed(model) == [0] * len(COPIED)
     assert [layer.library for layer in dora_kernels.enable(model).layers] == ["peft"]
-    assert claimed(model) == [0] * len(STRUCTURES)
+    assert claimed(model) == [0] * len(COPIED)
 
 
 def test_layers_of_torchtune_are_not_claimed():
     library_layers = pytest.importorskip("tests.support.library_layers")
-    assert claimed(library_layers.torchtune_layer(8, 8, 4)) == [0] * len(STRUCTURES)
+    assert claimed(library_layers.torchtune_layer(8, 8, 4)) == [0] * len(COPIED)
 
 
 @pytest.mark.parametrize("name", CASES)

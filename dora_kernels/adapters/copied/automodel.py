@@ -6,30 +6,13 @@ x A^T B^T. The norm is constant. Where a row of W + scaling * B A is zero, the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.probe import DROPOUT
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
 from dora_kernels.reference import gain_of
-
-
-def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every DoRA layer of Automodel's in `model`."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and "LinearLoRA" in class_names(module):
-            has_parts = all(hasattr(module, part) for part in ("lora_A", "lora_B", "scale"))
-            if getattr(module, "use_dora", False) and has_parts and hasattr(module, "lora_magnitude"):
-                yield name, module
-
-
-def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    """The class that takes `layer` over, or None and why."""
-    return judge_structure(layer, DoraKernelsLinearLoRA)
 
 
 class DoraKernelsLinearLoRA(Structure):
@@ -37,6 +20,14 @@ class DoraKernelsLinearLoRA(Structure):
 
     library = "Automodel"
     formula = "gain * (x W^T + scaling * dropout(x A^T B^T)) + bias, or with dropout of x"
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """A LinearLoRA with use_dora and the parts of its adapter."""
+        if not isinstance(module, nn.Linear) or "LinearLoRA" not in class_names(module):
+            return False
+        parts = ("lora_A", "lora_B", "scale", "lora_magnitude")
+        return bool(getattr(module, "use_dora", False)) and all(hasattr(module, part) for part in parts)
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
@@ -88,3 +79,6 @@ class DoraKernelsLinearLoRA(Structure):
             y = gain_of(adapter.magnitude, self.norm(adapter)) * (base + scaling * low_rank)
             y = (y if bias is None else y + bias).to(base.dtype)
         return y.to(torch.promote_types(y.dtype, x.dtype))
+
+
+STRUCTURES = (DoraKernelsLinearLoRA,)

@@ -8,13 +8,10 @@ ours is 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 from dora_kernels import quant
-from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
 from dora_kernels.adapters.taking import bypass_reason, class_name
 from dora_kernels.functional.linear import dora_linear_core
@@ -25,21 +22,6 @@ from dora_kernels.types import DoraWeight, Given
 CLASSES = {"DORA", "BNBDORA", "HQQDORA"}
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every DoRA layer of fsdp_qlora's in `model`."""
-    for name, module in model.named_modules():
-        parts = ("base_layer", "magnitude_layer", "dora_layer")
-        if class_names(module) & CLASSES and all(isinstance(getattr(module, part, None), nn.Module) for part in parts):
-            dora, magnitude = module.dora_layer, module.magnitude_layer
-            if all(hasattr(dora, part) for part in ("lora_A", "lora_B")) and hasattr(magnitude, "magnitude"):
-                yield name, module
-
-
-def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    """The class that takes `layer` over, or None and why."""
-    return judge_structure(layer, DoraKernelsDORA)
-
-
 class DoraKernelsDORA(Structure):
     """Over DORA."""
 
@@ -47,6 +29,15 @@ class DoraKernelsDORA(Structure):
     formula = "gain * (x W^T + bias + x A^T B^T)"
     opaque = ("base_layer",)
     bias_is_scaled = True
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """One of CLASSES with the parts of its adapter."""
+        parts = (getattr(module, part, None) for part in ("base_layer", "magnitude_layer", "dora_layer"))
+        if not class_names(module) & CLASSES or not all(isinstance(part, nn.Module) for part in parts):
+            return False
+        dora, magnitude = module.dora_layer, module.magnitude_layer
+        return hasattr(dora, "lora_A") and hasattr(dora, "lora_B") and hasattr(magnitude, "magnitude")
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
@@ -102,3 +93,6 @@ class DoraKernelsDORA(Structure):
         norm = self.norm(adapter)
         bias = (gain_of(adapter.magnitude, norm) * bias).to(x.dtype)
         return dora_linear_core(x, DoraWeight(*adapter[:5]), bias, given=Given(norm))[0]
+
+
+STRUCTURES = (DoraKernelsDORA,)

@@ -6,27 +6,10 @@ norm is constant. Where a row of W + scaling * B A is zero, the library's gain i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
 from dora_kernels.adapters.taking import bypass_reason, is_active
-
-
-def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every DoRA layer of LLaVA's tree in `model`."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and {"Linear", "LoraLayer"} <= class_names(module):
-            magnitudes = getattr(module, "weight_m_wdecomp", None)
-            if isinstance(magnitudes, nn.ModuleDict) and len(magnitudes) and hasattr(module, "active_adapter"):
-                yield name, module
-
-
-def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    """The class that takes `layer` over, or None and why."""
-    return judge_structure(layer, DoraKernelsLinear)
 
 
 class DoraKernelsLinear(Structure):
@@ -34,6 +17,14 @@ class DoraKernelsLinear(Structure):
 
     library = "NVlabs/DoRA (LLaVA)"
     formula = "x W^T + (gain - 1) * xd W^T + gain * scaling * xd A^T B^T + bias, xd = dropout(x),"
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """A Linear that is a LoraLayer and has magnitudes by adapter name."""
+        if not isinstance(module, nn.Linear) or not {"Linear", "LoraLayer"} <= class_names(module):
+            return False
+        magnitudes = getattr(module, "weight_m_wdecomp", None)
+        return isinstance(magnitudes, nn.ModuleDict) and len(magnitudes) > 0 and hasattr(module, "active_adapter")
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
@@ -67,3 +58,6 @@ class DoraKernelsLinear(Structure):
         """As Structure.compute; of x's dtype under autocast too."""
         dropout = self.lora_dropout[self.active_adapter]
         return self.linear(x, adapter, dropout(x) if is_active(dropout) else None).to(x.dtype)
+
+
+STRUCTURES = (DoraKernelsLinear,)

@@ -10,13 +10,10 @@ row-parallel layer. The norm is constant. Where a row of W + scaling * B A is ze
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason
 from dora_kernels.adapters.taking import bypass_reason, is_active
 from dora_kernels.functional.rescale import rescale
@@ -25,27 +22,21 @@ from dora_kernels.reference import gain_of
 from dora_kernels.types import DoraWeight
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every DoRA layer of Megatron-Bridge's in `model`."""
-    for name, module in model.named_modules():
-        adapter = getattr(module, "adapter", None)
-        if "DoRALinear" in class_names(module) and isinstance(getattr(module, "to_wrap", None), nn.Module):
-            parts = ("linear_in", "linear_out", "weight_magnitude", "alpha", "dim")
-            if hasattr(module, "base_linear_forward") and all(hasattr(adapter, part) for part in parts):
-                yield name, module
-
-
-def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    """The class that takes `layer` over, or None and why."""
-    return judge_structure(layer, DoraKernelsDoRALinear)
-
-
 class DoraKernelsDoRALinear(Structure):
     """Over DoRALinear."""
 
     library = "Megatron-Bridge"
     formula = "gain * (base + scaling * dropout(x) A^T B^T) + (gain - 1) * (dropout(x) - x) W^T"
     opaque = ("to_wrap", "adapter.linear_in", "adapter.linear_out")
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """A DoRALinear with to_wrap and the parts of its adapter."""
+        if "DoRALinear" not in class_names(module) or not isinstance(getattr(module, "to_wrap", None), nn.Module):
+            return False
+        parts = ("linear_in", "linear_out", "weight_magnitude", "alpha", "dim")
+        adapter = getattr(module, "adapter", None)
+        return hasattr(module, "base_linear_forward") and all(hasattr(adapter, part) for part in parts)
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
@@ -124,6 +115,9 @@ class DoraKernelsDoRALinear(Structure):
     def frozen_layer(self) -> nn.Module:
         """ValueError: what calls the layer expects output and bias apart, which no frozen layer of torch's returns."""
         raise ValueError("frozen_layer: the layer returns its bias apart; expected Megatron-Bridge's own merge")
+
+
+STRUCTURES = (DoraKernelsDoRALinear,)
 
 
 def _parallel_reason(adapter: nn.Module) -> str | None:

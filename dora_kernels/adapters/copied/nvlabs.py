@@ -9,14 +9,12 @@ The third tree, LLaVA's, is in llava.py. Where a row of W + scaling * B A is zer
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import FunctionType
 
 import torch
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters.copied.judge import judge as judge_structure
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
 from dora_kernels.adapters.taking import bypass_reason, is_active
 from dora_kernels.functional.linear import dora_linear_core
@@ -24,34 +22,18 @@ from dora_kernels.functional.weight import weight_norm
 from dora_kernels.types import DoraWeight, Given
 
 
-def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every DoRA layer of NVlabs' in `model`."""
-    for name, module in model.named_modules():
-        if _structure_of(module) is not None:
-            yield name, module
-
-
-def judge(layer: nn.Module) -> tuple[type[nn.Module] | None, str]:
-    """The class that takes `layer` over, or None and why."""
-    return judge_structure(layer, _structure_of(layer))
-
-
-def _structure_of(module: nn.Module) -> type[Structure] | None:
-    names = class_names(module)
-    if isinstance(module, nn.Linear) and {"Linear", "LoraLayer"} <= names:
-        is_dora = isinstance(getattr(module, "weight_m_wdecomp", None), nn.Linear)
-        return DoraKernelsLinear if is_dora and hasattr(module, "Wdecompose") else None
-    parameters = (getattr(module, name, None) for name in ("weight_v", "weight_m", "lora_A", "lora_B"))
-    if names & {"DoraLinear", "DoraLinear_simple"} and all(isinstance(each, nn.Parameter) for each in parameters):
-        return DoraKernelsVisionLinear
-    return None
-
-
 class DoraKernelsLinear(Structure):
     """Over the LLM tree's Linear. What its merging eval() has merged stays merged, and is the library's."""
 
     library = "NVlabs/DoRA"
     formula = "x W^T + (gain - 1) * xd W^T + gain * scaling * xd A^T B^T + bias, xd = dropout(x),"
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """A Linear that is a LoraLayer and has one magnitude, an nn.Linear."""
+        if not isinstance(module, nn.Linear) or not {"Linear", "LoraLayer"} <= class_names(module):
+            return False
+        return isinstance(getattr(module, "weight_m_wdecomp", None), nn.Linear) and hasattr(module, "Wdecompose")
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
@@ -113,6 +95,14 @@ class DoraKernelsVisionLinear(Structure):
     library = "NVlabs/DoRA"
 
     @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """A DoraLinear or DoraLinear_simple with its four parameters."""
+        if not class_names(module) & {"DoraLinear", "DoraLinear_simple"}:
+            return False
+        parameters = (getattr(module, name, None) for name in ("weight_v", "weight_m", "lora_A", "lora_B"))
+        return all(isinstance(parameter, nn.Parameter) for parameter in parameters)
+
+    @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
         """As Structure.read."""
         if layer.weight_m.dim() != 2 or layer.weight_m.shape[1] != 1:
@@ -133,3 +123,6 @@ class DoraKernelsVisionLinear(Structure):
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
         """As Structure.compute."""
         return self.linear(x, adapter)
+
+
+STRUCTURES = (DoraKernelsLinear, DoraKernelsVisionLinear)

@@ -1,8 +1,8 @@
 """Layers that live in their users' code, known by their attributes: what the files of these libraries share.
 
-Each has a `Structure` that reads a layer and says what its forward means, and is two functions beside it: `layers`,
-which claims nothing but what has the names and shapes of the library's own layer, and `judge`. As anybody may have
-edited a copy, judge also runs a shrunk twin of each kind of layer against ours (probe.py).
+The file of a library has a `Structure` for each kind of layer, and lists them in STRUCTURES. A Structure claims a layer
+by its names, reads its parts and says what its forward means. Anybody may have edited a copy, so a shrunk twin of each
+kind of layer is also run, by the library's forward and by dora_kernels (probe.py).
 """
 
 from __future__ import annotations
@@ -47,10 +47,15 @@ class Structure(TakenOver):
     """A layer known by its structure. Subclasses say how it is read and, where it is not `linear`, what it computes."""
 
     formula: ClassVar[str] = "gain * (x W^T + scaling * x A^T B^T) + bias"
-    """What judge says that a layer does not compute, where it does not."""
+    """The formula that the report names where a layer turns out to compute another one."""
     opaque: ClassVar[tuple[str, ...]] = ()
     """Submodules that may have parameters of their own, and are called or read by others' code."""
     bias_is_scaled: ClassVar[bool] = False
+
+    @classmethod
+    def claims(cls, module: nn.Module) -> bool:
+        """True of a module that has the names and the parts of the library's own layer."""
+        raise NotImplementedError
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:

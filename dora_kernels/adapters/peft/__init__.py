@@ -32,7 +32,7 @@ from dora_kernels.adapters.peft.siblings import groups
 from dora_kernels.adapters.taking import TakenOver, class_name, forward_is_the_class_s, library_class
 
 _DENSE = (DoraKernelsLinear, DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d, DoraKernelsEmbedding)
-__all__ = ["CLASSES", "QUANTIZED_LAYERS", "groups", "judge", "layers"]
+__all__ = ["CLASSES", "QUANTIZED_LAYERS", "groups", "class_for", "layers"]
 
 CLASSES: dict[type[nn.Module], type[TakenOverLayer]] = {cls.__bases__[-1]: cls for cls in _DENSE}
 """The class that takes over each of PEFT's over a dense weight."""
@@ -48,7 +48,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def judge(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
+def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     """The class that takes `layer` over, and which of its adapters PEFT goes on computing; or None, and why."""
     cls = _class_over(library_class(layer))
     if cls is None:

@@ -1,0 +1,61 @@
+"""The report of enable(model) and disable(model): every DoRA layer of a model, and who computes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NAMES_SHOWN = 3
+"""How many layer names a line of str(Report) shows before it abbreviates."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One DoRA layer of a model: its name in the model, and who computes it from now on."""
+
+    name: str
+    library: str
+    taken_over: bool
+    reason: str = ""
+    """Why the layer was left alone; for one taken over, what its own library still computes, if anything. Of both, who
+    reads its weight past it (parents.py)."""
+    shares_with: tuple[str, ...] = ()
+    """The layers that are called with the same x, with which it shares the product of x and lora_A."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every DoRA layer found in a model, in the order of model.named_modules()."""
+
+    layers: tuple[LayerReport, ...] = ()
+
+    @property
+    def taken_over(self) -> list[LayerReport]:
+        """The layers whose forward is now dora_linear."""
+        return [layer for layer in self.layers if layer.taken_over]
+
+    @property
+    def left_alone(self) -> list[LayerReport]:
+        """The layers their own library computes, each with the reason."""
+        return [layer for layer in self.layers if not layer.taken_over]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no DoRA layer found"
+        lines = [f"taken over {len(self.taken_over)} of {len(self.layers)} DoRA layers"]
+        groups: dict[tuple[bool, str, str], list[str]] = {}
+        for layer in self.layers:
+            if layer.reason:
+                groups.setdefault((layer.taken_over, layer.library, layer.reason), []).append(layer.name)
+        for (taken_over, library, reason), names in groups.items():
+            shown = ", ".join(names[:NAMES_SHOWN])
+            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+            verb = "taken over but for" if taken_over else f"left to {library}"
+            lines.append(f"  {len(names)} {verb}: {reason} ({shown}{more})")
+        sharing_groups = {frozenset({layer.name, *layer.shares_with}) for layer in self.layers if layer.shares_with}
+        if sharing_groups:
+            count = sum(map(len, sharing_groups))
+            lines.append(f"  {count} share the product of x and lora_A, in {len(sharing_groups)} groups")
+        return "\n".join(lines)
