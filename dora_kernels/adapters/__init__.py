@@ -4,6 +4,8 @@
     report.py       the report that both return
     libraries.py    which libraries are known, and what the file of each offers
     taking.py       a layer is taken over by changing its class, and given back
+    reading.py      whether a part of a layer may be read and not called
+    frozen.py       the frozen layer that stands in the place of a merged one
     calls.py        calls that are left to the library because of what surrounds them
     parents.py      modules that read a layer's weight past the layer
     promises.py     what a model may still save after its adapters were merged

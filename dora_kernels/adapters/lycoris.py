@@ -28,14 +28,8 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters import calls
-from dora_kernels.adapters.taking import (
-    TakenOver,
-    class_name,
-    dtype_reason,
-    forward_is_the_class_s,
-    is_plain,
-    library_class,
-)
+from dora_kernels.adapters.reading import class_name, dtype_reason, forward_is_the_class_s, is_plain
+from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import FLOATING, scaling_reason

@@ -7,8 +7,6 @@ and giving a layer back is changing its class back.
 
 from __future__ import annotations
 
-import copy
-import functools
 import math
 import threading
 import weakref
@@ -18,22 +16,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from dora_kernels import reuse
 from dora_kernels.adapters import calls
+from dora_kernels.adapters.frozen import frozen_like
+from dora_kernels.adapters.reading import is_bound_forward
 from dora_kernels.planning import devices
 from dora_kernels.reuse import sharing
 from dora_kernels.types import DoraWeight
-
-AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What autocast casts; it leaves float64 alone."""
-
-PLAIN = (nn.Parameter, Tensor, FakeTensor)
-"""torch's own tensors, and what torch.export puts in their place; any other subclass has a meaning of its own."""
-
-DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
-"""The classes of dropout whose meaning we know."""
 
 # how many classes were changed, and which change was a layer's last, for calls that are in flight meanwhile
 _switches = 0
@@ -179,41 +169,6 @@ class TakenOver:
         super()._load_from_state_dict(*arguments, **keywords)
 
 
-def frozen_like(base: nn.Module | None, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantised.
-
-    What hangs on `base` hangs on a dense one's successor too: hooks, buffers, submodules, each dict a copy. Raises
-    ValueError where its forward is neither its class's nor that between device moves of accelerate.
-    """
-    if base is not None and not forward_is_the_class_s(base):
-        raise ValueError(
-            f"frozen_layer: the forward of {type(base).__name__} was replaced on the instance, or offloads its weight; "
-            "expected the class's own"
-        )
-    stored = getattr(base, "weight", None)
-    if isinstance(stored, nn.Parameter) and stored.shape == weight.shape and stored.is_floating_point():
-        frozen = type(base).__new__(type(base))
-        kept = {name: value for name, value in vars(base).items() if name not in ("forward", "_old_forward")}
-        frozen.__dict__ = {name: copy.copy(v) if isinstance(v, (dict, set)) else v for name, v in kept.items()}
-    else:
-        frozen = nn.Linear(weight.shape[1], weight.shape[0], False, "meta")
-    if "_hf_hook" in vars(base or frozen):
-        _move_as(base, frozen)
-    frozen.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        frozen.bias = nn.Parameter(bias, requires_grad=False)
-    return frozen
-
-
-def _move_as(base: nn.Module, frozen: nn.Module) -> None:
-    """Give `frozen` the hook of accelerate that `base` has, bound to it.
-
-    Not by add_hook_to_module, which may put a weight that it knows by its address in place of a new one there.
-    """
-    frozen._hf_hook, frozen._old_forward = base._hf_hook, MethodType(type(frozen).forward, frozen)
-    frozen.forward = functools.update_wrapper(functools.partial(base.forward.func, frozen), frozen._old_forward)
-
-
 def library_class(layer: nn.Module) -> type[nn.Module]:
     """The class that the library gave `layer`."""
     cls = type(layer)
@@ -265,7 +220,7 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Change a layer's class, and with it the bound forward that is kept on an instance."""
     taken_over = cls if issubclass(cls, TakenOver) else type(layer)
     holders = taken_over.holders(layer)
-    bound = [place for place in holders if _is_bound_forward(layer, place[0].__dict__.get(place[1]))]
+    bound = [place for place in holders if is_bound_forward(layer, place[0].__dict__.get(place[1]))]
     outer = type(layer)
     if isinstance(layer, TakenOver) and issubclass(outer.__bases__[-1], TakenOver):
         # fully_shard(layer) has made a class over ours: what it added stays
@@ -288,67 +243,3 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 def _is_switched_since(layer: nn.Module, before: int) -> bool:
     """Whether the class of `layer`, or of one that it shares with, was changed after the first `before` changes."""
     return _last_switch.get(layer, 0) > before
-
-
-def bypass_reason(part: str, module: nn.Module) -> str | None:
-    """Why `module` must really be called: reading its weight instead would skip somebody's code."""
-    registered = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
-    if any(registered) and not all(calls.only_gathers(hook) for hooks in registered for hook in hooks.values()):
-        return f"{part} has hooks"
-    if not forward_is_the_class_s(module):
-        return f"the forward of {part} was replaced on the instance"
-    return None
-
-
-def forward_is_the_class_s(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward, perhaps between device moves of accelerate.
-
-    A model dispatched with a device_map has an AlignDevicesHook on every module, which replaces `forward` on
-    the instance and brings x to the module's device. Where x is on that device already it does nothing; where
-    the weights are offloaded it moves them, and the module must be called.
-    """
-    forward = module.__dict__.get("forward")
-    if forward is None or _is_bound_forward(module, forward):
-        return True
-    hook = module.__dict__.get("_hf_hook")
-    return (
-        type(hook).__name__ == "AlignDevicesHook"
-        and not hook.offload
-        and _is_bound_forward(module, module.__dict__.get("_old_forward"))
-    )
-
-
-def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
-    """Why the dtypes of x and weight are the library's affair: one dtype, or autocast makes them one."""
-    if x.dtype == weight.dtype:
-        return None
-    dtypes = f"x is {x.dtype} and the base weight is {weight.dtype}"
-    if not torch.is_autocast_enabled(x.device.type):
-        return f"{dtypes}, without autocast"
-    if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
-        return f"{dtypes}, which autocast leaves alone"
-    return None
-
-
-def is_active(dropout: object) -> bool:
-    """Whether `dropout` is an nn.Dropout that changes x now."""
-    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is of one of the classes in PLAIN."""
-    return type(tensor) in PLAIN
-
-
-def _is_bound_forward(module: nn.Module, method: Any) -> bool:
-    forwards = [vars(cls).get("forward") for cls in type(module).__mro__]
-    return isinstance(method, MethodType) and method.__self__ is module and method.__func__ in forwards
-
-
-def class_name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -17,16 +17,15 @@ from torch import Tensor, nn
 from torchtune.modules.peft.dora import DoRALinear, linear_nf4
 
 from dora_kernels import quant, reuse
-from dora_kernels.adapters.taking import (
+from dora_kernels.adapters.reading import (
     DROPOUT_LAYERS,
-    TakenOver,
     bypass_reason,
     class_name,
     forward_is_the_class_s,
     is_active,
     is_plain,
-    library_class,
 )
+from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import FLOATING, scaling_reason

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import ops
+from dora_kernels.adapters.frozen import frozen_like
 from dora_kernels.adapters.promises import Promises
-from dora_kernels.adapters.taking import TakenOver, frozen_like
+from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_bank, check_call, check_row
 from dora_kernels.functional.weight import weight_norm

@@ -11,7 +11,7 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels import DoraLinear, dora_linear, ops, options
-from dora_kernels.adapters.taking import frozen_like
+from dora_kernels.adapters.frozen import frozen_like
 from dora_kernels.extras import serving
 from dora_kernels.extras.serving import AdapterBank, bank_linear, merge_model, norms_and_gains
 from dora_kernels.testing import compare

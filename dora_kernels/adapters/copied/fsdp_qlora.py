@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dora_kernels import quant
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.taking import bypass_reason, class_name
+from dora_kernels.adapters.reading import bypass_reason, class_name
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.quant import QuantizedWeight
 from dora_kernels.reference import gain_of

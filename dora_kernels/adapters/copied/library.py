@@ -8,7 +8,8 @@ from torch import nn
 
 from dora_kernels.adapters.copied import probe
 from dora_kernels.adapters.copied.structure import Structure
-from dora_kernels.adapters.taking import TakenOver, class_over, forward_is_the_class_s, library_class
+from dora_kernels.adapters.reading import forward_is_the_class_s
+from dora_kernels.adapters.taking import TakenOver, class_over, library_class
 
 
 class CopiedLibrary:

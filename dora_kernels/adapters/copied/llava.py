@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.taking import bypass_reason, is_active
+from dora_kernels.adapters.reading import bypass_reason, is_active
 
 
 class DoraKernelsLinear(Structure):

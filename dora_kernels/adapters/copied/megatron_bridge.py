@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason
-from dora_kernels.adapters.taking import bypass_reason, is_active
+from dora_kernels.adapters.reading import bypass_reason, is_active
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm
 from dora_kernels.reference import gain_of

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.taking import bypass_reason, is_active
+from dora_kernels.adapters.reading import bypass_reason, is_active
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.types import DoraWeight, Given

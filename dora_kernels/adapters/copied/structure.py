@@ -14,14 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters.taking import (
-    TakenOver,
-    bypass_reason,
-    class_name,
-    dtype_reason,
-    is_plain,
-    library_class,
-)
+from dora_kernels.adapters.reading import bypass_reason, class_name, dtype_reason, is_plain
+from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import dora_linear_lora_dropout
 from dora_kernels.functional.validate import FLOATING, scaling_reason

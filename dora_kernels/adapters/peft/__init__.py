@@ -29,7 +29,8 @@ from dora_kernels.adapters.peft.embedding import DoraKernelsEmbedding
 from dora_kernels.adapters.peft.layer import TakenOverLayer
 from dora_kernels.adapters.peft.linear import DoraKernelsLinear
 from dora_kernels.adapters.peft.siblings import groups
-from dora_kernels.adapters.taking import TakenOver, class_name, forward_is_the_class_s, library_class
+from dora_kernels.adapters.reading import class_name, forward_is_the_class_s
+from dora_kernels.adapters.taking import TakenOver, library_class
 
 _DENSE = (DoraKernelsLinear, DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d, DoraKernelsEmbedding)
 __all__ = ["CLASSES", "QUANTIZED_LAYERS", "groups", "class_for", "layers"]

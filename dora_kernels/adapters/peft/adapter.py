@@ -19,8 +19,8 @@ if _version < MINIMUM_VERSION:
 from peft.tuners.lora import dora, variants  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
+from dora_kernels.adapters.reading import DROPOUT_LAYERS, PLAIN, bypass_reason, class_name, is_plain  # noqa: E402
 from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, partition_reason  # noqa: E402
-from dora_kernels.adapters.taking import DROPOUT_LAYERS, PLAIN, bypass_reason, class_name, is_plain  # noqa: E402
 from dora_kernels.functional.validate import scaling_reason  # noqa: E402
 
 _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, Adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
-from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
+from dora_kernels.adapters.reading import bypass_reason, class_name, dtype_reason
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.reference import accumulate_dtype, gain_of
 from dora_kernels.types import DoraWeight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dora_kernels.adapters.peft.adapter import EMBEDDING, Adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, read_weight
-from dora_kernels.adapters.taking import class_name
+from dora_kernels.adapters.reading import class_name
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.reference import gain_of
 

@@ -8,11 +8,11 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters import taking
+from dora_kernels.adapters import reading
 from dora_kernels.adapters.peft.adapter import Adapter, Family, adapter_reason, read_adapter
 from dora_kernels.adapters.peft.merging import Merging
+from dora_kernels.adapters.reading import class_name, is_plain
 from dora_kernels.adapters.sharded import enable_first, partition_reason, requires_grad
-from dora_kernels.adapters.taking import class_name, is_plain
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import FLOATING
 from dora_kernels.quant import Weight, parts, sources
@@ -124,7 +124,7 @@ def read_weight(base: nn.Module) -> tuple[Tensor | None, str | None]:
 
 def dropout_is_active(layer: LoraLayer, adapter: Adapter) -> bool:
     """Whether dropout(x) is not x."""
-    return layer.training and taking.is_active(adapter.dropout)
+    return layer.training and reading.is_active(adapter.dropout)
 
 
 def nests_apart(layer: LoraLayer, adapter: Adapter) -> bool:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, read_adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
-from dora_kernels.adapters.taking import bypass_reason, class_name, dtype_reason
+from dora_kernels.adapters.reading import bypass_reason, class_name, dtype_reason
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.quant import Weight, frozen_product
 from dora_kernels.reference import gain_of

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dora_kernels import quant
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack, wrong_decoding
 from dora_kernels.adapters.peft.linear import TakenOverLinear
-from dora_kernels.adapters.taking import AUTOCAST_DTYPES, bypass_reason, class_name
+from dora_kernels.adapters.reading import AUTOCAST_DTYPES, bypass_reason, class_name
 from dora_kernels.quant import QuantizedWeight
 
 

@@ -1,0 +1,85 @@
+"""Reading the parts of another library's layer: whether a module may be read and not called, and what it means."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+from dora_kernels.adapters import calls
+
+AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+"""What autocast casts; it leaves float64 alone."""
+
+PLAIN = (nn.Parameter, Tensor, FakeTensor)
+"""torch's own tensors, and what torch.export puts in their place; any other subclass has a meaning of its own."""
+
+DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
+"""The classes of dropout whose meaning we know."""
+
+
+def bypass_reason(part: str, module: nn.Module) -> str | None:
+    """Why `module` must really be called: reading its weight instead would skip somebody's code."""
+    registered = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    if any(registered) and not all(calls.only_gathers(hook) for hooks in registered for hook in hooks.values()):
+        return f"{part} has hooks"
+    if not forward_is_the_class_s(module):
+        return f"the forward of {part} was replaced on the instance"
+    return None
+
+
+def forward_is_the_class_s(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward, perhaps between device moves of accelerate.
+
+    A model dispatched with a device_map has an AlignDevicesHook on every module, which replaces `forward` on
+    the instance and brings x to the module's device. Where x is on that device already it does nothing; where
+    the weights are offloaded it moves them, and the module must be called.
+    """
+    forward = module.__dict__.get("forward")
+    if forward is None or is_bound_forward(module, forward):
+        return True
+    hook = module.__dict__.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not hook.offload
+        and is_bound_forward(module, module.__dict__.get("_old_forward"))
+    )
+
+
+def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
+    """Why the dtypes of x and weight are the library's affair: one dtype, or autocast makes them one."""
+    if x.dtype == weight.dtype:
+        return None
+    dtypes = f"x is {x.dtype} and the base weight is {weight.dtype}"
+    if not torch.is_autocast_enabled(x.device.type):
+        return f"{dtypes}, without autocast"
+    if x.dtype not in AUTOCAST_DTYPES or weight.dtype not in AUTOCAST_DTYPES:
+        return f"{dtypes}, which autocast leaves alone"
+    return None
+
+
+def is_active(dropout: object) -> bool:
+    """Whether `dropout` is an nn.Dropout that changes x now."""
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether `tensor` is of one of the classes in PLAIN."""
+    return type(tensor) in PLAIN
+
+
+def is_bound_forward(module: nn.Module, method: Any) -> bool:
+    forwards = [vars(cls).get("forward") for cls in type(module).__mro__]
+    return isinstance(method, MethodType) and method.__self__ is module and method.__func__ in forwards
+
+
+def class_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
