@@ -77,11 +77,11 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
     library = "LyCORIS"
 
     @staticmethod
-    def holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-        """As TakenOver.holders: on the wrapped layer, and on a wrapper that was put over this one."""
-        yield from TakenOver.holders(layer)
+    def forward_sites(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+        """As TakenOver.forward_sites: on the wrapped layer, and on a wrapper that was put over this one."""
+        yield from TakenOver.forward_sites(layer)
         (wrapped,) = layer.org_module
-        yield from TakenOver.holders(wrapped)
+        yield from TakenOver.forward_sites(wrapped)
         for wrapper in wrapped.__dict__.get("_lycoris_wrappers", ()):
             yield wrapper, "org_forward"
 

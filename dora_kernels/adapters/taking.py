@@ -48,7 +48,7 @@ class TakenOver:
     """Whether the library's class computes the same function, so that the layer can be given back."""
 
     @staticmethod
-    def holders(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    def forward_sites(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         """(module, attribute) wherever the bound forward of `layer` may be kept on an instance.
 
         accelerate's hooks keep it on the layer itself; a library that wraps other layers keeps it on those.
@@ -219,8 +219,8 @@ def give_back(layer: nn.Module) -> None:
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Change a layer's class, and with it the bound forward that is kept on an instance."""
     taken_over = cls if issubclass(cls, TakenOver) else type(layer)
-    holders = taken_over.holders(layer)
-    bound = [place for place in holders if is_bound_forward(layer, place[0].__dict__.get(place[1]))]
+    sites = taken_over.forward_sites(layer)
+    bound = [place for place in sites if is_bound_forward(layer, place[0].__dict__.get(place[1]))]
     outer = type(layer)
     if isinstance(layer, TakenOver) and issubclass(outer.__bases__[-1], TakenOver):
         # fully_shard(layer) has made a class over ours: what it added stays
