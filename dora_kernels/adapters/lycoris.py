@@ -125,10 +125,9 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         if reason is not None:
             raise ValueError(f"{function}: {reason}; expected a module that enable() takes over")
 
-    def read_call(self, x: Tensor, has_more: bool) -> tuple[None, str | None]:
+    def read_call(self, x: Tensor) -> tuple[None, str | None]:
         """As TakenOver.read_call."""
-        reason = "the call has arguments beyond x" if has_more else _layer_reason(self) or _call_reason(self, x)
-        return None, reason
+        return None, _layer_reason(self) or _call_reason(self, x)
 
     def compute(self, x: Tensor, parts: None) -> Tensor:
         """x: (..., K) -> (..., N), or (batch, channels, ...) as the convolution takes it."""

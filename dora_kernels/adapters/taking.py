@@ -56,10 +56,11 @@ class TakenOver:
         for name in ("forward", "_old_forward"):
             yield layer, name
 
-    def read_call(self, x: Any, has_more: bool) -> tuple[Any, str | None]:
-        """What `compute` takes beside x, or why this call goes to the library: "" where that is the layer's state.
+    def read_call(self, x: Any) -> tuple[Any, str | None]:
+        """(the second argument of `compute`, None), or (anything, the reason why this call goes to the library).
 
-        has_more: whether the call has arguments beyond x. Read at each call, as anything may change between two.
+        The reason is "" where the layer's own state says so: it is disabled or merged. Asked at each call, as anything
+        may change between two.
         """
         raise NotImplementedError
 
@@ -102,9 +103,10 @@ class TakenOver:
     def _forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         reason = calls.reason(self, x) or self._hook_reason()
         if reason is None:
-            parts, reason = self.read_call(x, bool(args or kwargs))
-            if reason is None:
+            parts, reason = self.read_call(x)
+            if reason is None and not args and not kwargs:
                 return self.compute(x, parts)
+            reason = "the call has arguments beyond x" if reason is None else reason
         if reason:
             devices.log_once(f"dora_kernels: a call went to {self.library}: {reason}")
             difference = self.difference()

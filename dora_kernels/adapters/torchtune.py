@@ -78,12 +78,11 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
             raise ValueError(f"{function}: {reason}; expected a layer that enable() takes over")
         return weight
 
-    def read_call(self, x: Tensor, has_more: bool) -> tuple[Weight | None, str | None]:
+    def read_call(self, x: Tensor) -> tuple[Weight | None, str | None]:
         """As TakenOver.read_call: the weight (N, K)."""
         if self.disabled:
             return None, ""
         weight, reason = _read_weight(self)
-        reason = "the call has arguments beyond x" if has_more else reason
         return weight, reason or _layer_reason(self) or _call_reason(self, x, weight)
 
     def compute(self, x: Tensor, weight: Weight) -> Tensor:

@@ -73,10 +73,10 @@ class Structure(TakenOver):
         """Why this x is the library's affair."""
         return None
 
-    def read_call(self, x: Tensor, has_more: bool) -> tuple[Adapter | None, str | None]:
+    def read_call(self, x: Tensor) -> tuple[Adapter | None, str | None]:
         """As TakenOver.read_call."""
         adapter, reason = self.read(self)
-        reason = reason or self.state_reason() or _call_reason(x, adapter, has_more)
+        reason = reason or self.state_reason() or _call_reason(x, adapter)
         return adapter, reason or self.x_reason(x, adapter)
 
     def drops_otherwise(self) -> bool:
@@ -192,10 +192,8 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
     return adapter, None
 
 
-def _call_reason(x: object, adapter: Adapter, has_more: bool) -> str | None:
+def _call_reason(x: object, adapter: Adapter) -> str | None:
     """Why this call has to go to the library, whichever that is."""
-    if has_more:
-        return "the call has arguments beyond x"
     if not isinstance(x, Tensor) or x.dim() < 2:
         return "x has fewer than two dimensions"
     weight, device = adapter.weight, x.device

@@ -54,7 +54,7 @@ class TakenOverLayer(Merging):
             lambda: torch.stack([self.norm(weight, adapter) for adapter in adapters]),
         )
 
-    def read_call(self, x: Tensor, has_more: bool) -> tuple[tuple[Tensor, Weight, list[Adapter]] | None, str | None]:
+    def read_call(self, x: Tensor) -> tuple[tuple[Tensor, Weight, list[Adapter]] | None, str | None]:
         """As TakenOver.read_call: operand, weight and the active adapters."""
         if self.disable_adapters or self.merged:
             return None, ""
@@ -62,7 +62,7 @@ class TakenOverLayer(Merging):
         if not adapters:
             return None, ""
         weight, reason = self.read_base(self)
-        reason = reason or _call_reason(self, x, weight, adapters, has_more)
+        reason = reason or _call_reason(self, x, weight, adapters)
         if reason is not None:
             return None, reason
         operand, weight, reason = self.operands(x, weight)
@@ -85,9 +85,7 @@ class TakenOverLayer(Merging):
         return ours and any(dropout_is_active(self, adapter) for adapter in adapters)
 
 
-def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter], has_more: bool) -> str | None:
-    if has_more:
-        return "the call has arguments beyond x"
+def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter]) -> str | None:
     if dora.ENABLE_DORA_CACHING and not layer.training:
         return "PEFT's DoraCaching is on"
     device = x.device

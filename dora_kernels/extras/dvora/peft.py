@@ -73,12 +73,12 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
     # norm and gain of the DVoRA adapter that is merged
     _dvora_merged: tuple[Tensor, Tensor] | None = None
 
-    def read_call(self, x: Tensor, has_more: bool) -> tuple[str | None, str | None]:
+    def read_call(self, x: Tensor) -> tuple[str | None, str | None]:
         """As TakenOver.read_call: the DVoRA adapter that is active."""
         name = self._active_dvora()
         if name is None:
             return None, ""
-        return name, "the call has arguments beyond x" if has_more else None
+        return name, None
 
     def difference(self) -> str | None:
         """As TakenOver.difference."""
