@@ -26,7 +26,7 @@ ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
 
 
-def reason(layer: Any, x: Any) -> str | None:
+def why_not_here(layer: Any, x: Any) -> str | None:
     """Why this call of `layer` is its library's, by what surrounds it: 0.1 us to ask, and Dynamo can trace it."""
     if tracing.is_transformed() and tracing.may_carry_tangents(x, layer.tensors):
         return "a transform of torch.func or forward-mode AD is at work"
@@ -44,7 +44,7 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
             yield from (value for value in held.values() if isinstance(value, Tensor))
 
 
-def hook_reason() -> str | None:
+def why_not_hooks() -> str | None:
     """Why a call is better its library's, if that computes the same: 0.1 us."""
     if (
         modules._global_forward_hooks
@@ -52,11 +52,11 @@ def hook_reason() -> str | None:
         or modules._global_backward_hooks
         or modules._global_backward_pre_hooks
     ):
-        return _global_hook_reason()
+        return _why_not_global_hooks()
     return None
 
 
-def _global_hook_reason() -> str | None:
+def _why_not_global_hooks() -> str | None:
     registered = (
         *modules._global_forward_hooks.values(),
         *modules._global_forward_pre_hooks.values(),

@@ -28,11 +28,11 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters import calls
-from dora_kernels.adapters.reading import class_name, dtype_reason, forward_is_the_class_s, is_plain
+from dora_kernels.adapters.reading import class_name, forward_is_the_class_s, is_plain, why_not_dtypes
 from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.functional.rescale import rescale
-from dora_kernels.functional.validate import FLOATING, scaling_reason
+from dora_kernels.functional.validate import FLOATING, why_not_scaling
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.reference import accumulate_dtype
 from dora_kernels.types import DoraWeight, Given
@@ -58,7 +58,7 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
         return None, f"the module is a {class_name(layer)}, not LyCORIS' LoConModule"
     if not forward_is_the_class_s(layer):  # parametrize() does that
         return None, "the module's forward was replaced on the instance"
-    reason = _layer_reason(layer)
+    reason = _why_not_layer(layer)
     return (DoraKernelsLoConModule, "") if reason is None else (None, reason)
 
 
@@ -121,13 +121,13 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         raise ValueError("frozen_layer: the module stands beside the layer it wraps; expected LyCORIS' own merge_to")
 
     def _refuse_unknown(self, function: str) -> None:
-        reason = _layer_reason(self)
+        reason = _why_not_layer(self)
         if reason is not None:
             raise ValueError(f"{function}: {reason}; expected a module that enable() takes over")
 
     def read_call(self, x: Tensor) -> tuple[None, str | None]:
         """As TakenOver.read_call."""
-        return None, _layer_reason(self) or _call_reason(self, x)
+        return None, _why_not_layer(self) or _why_not_call(self, x)
 
     def compute(self, x: Tensor, parts: None) -> Tensor:
         """x: (..., K) -> (..., N), or (batch, channels, ...) as the convolution takes it."""
@@ -215,7 +215,7 @@ def _gain(layer: LoConModule, norm: Tensor) -> Tensor:
     return gain if layer.multiplier == 1 else layer.multiplier * (gain - 1) + 1
 
 
-def _layer_reason(layer: LoConModule) -> str | None:
+def _why_not_layer(layer: LoConModule) -> str | None:
     """Why LyCORIS has to compute the module."""
     (wrapped,) = layer.org_module
     if not layer.wd:
@@ -235,7 +235,7 @@ def _layer_reason(layer: LoConModule) -> str | None:
         return "the base weight requires a gradient"
     if not isinstance(layer.multiplier, (int, float)) or not isinstance(layer.scale, (int, float)):
         return "multiplier or scale is a tensor"
-    reason = scaling_reason(layer.scale, wrapped.weight.dtype)
+    reason = why_not_scaling(layer.scale, wrapped.weight.dtype)
     if reason is not None:
         return reason
     factors = type(wrapped)
@@ -251,7 +251,7 @@ def _layer_reason(layer: LoConModule) -> str | None:
     return None
 
 
-def _call_reason(layer: LoConModule, x: Tensor) -> str | None:
+def _why_not_call(layer: LoConModule, x: Tensor) -> str | None:
     for name, tensor in _tensors(layer).items():
         if tensor.device.type == "meta" or tensor.device != x.device:
             return f"x is on {x.device} and {name} is on {tensor.device}"
@@ -259,7 +259,7 @@ def _call_reason(layer: LoConModule, x: Tensor) -> str | None:
     if x.dim() < 2 or (layer.isconv and x.dim() != weight.dim()):
         return f"x has {x.dim()} dimensions"
     if torch.is_autocast_enabled(x.device.type):
-        return dtype_reason(x, weight)
+        return why_not_dtypes(x, weight)
     if x.dtype != weight.dtype or torch.promote_types(dora_scale.dtype, x.dtype) != x.dtype:
         return f"x is {x.dtype}, the base weight {weight.dtype} and dora_scale {dora_scale.dtype}, without autocast"
     return None

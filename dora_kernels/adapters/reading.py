@@ -21,7 +21,7 @@ DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
 """The classes of dropout whose meaning we know."""
 
 
-def bypass_reason(part: str, module: nn.Module) -> str | None:
+def why_not_bypass(part: str, module: nn.Module) -> str | None:
     """Why `module` must really be called: reading its weight instead would skip somebody's code."""
     registered = (
         module._forward_hooks,
@@ -54,7 +54,7 @@ def forward_is_the_class_s(module: nn.Module) -> bool:
     )
 
 
-def dtype_reason(x: Tensor, weight: Tensor) -> str | None:
+def why_not_dtypes(x: Tensor, weight: Tensor) -> str | None:
     """Why the dtypes of x and weight are the library's affair: one dtype, or autocast makes them one."""
     if x.dtype == weight.dtype:
         return None

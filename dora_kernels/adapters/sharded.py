@@ -55,7 +55,7 @@ def enable_first(weight: Any) -> str:
     return ": enable before fully_shard" if type(weight).__name__ == "DTensor" else ""
 
 
-def partition_reason(weight: Any) -> str | None:
+def why_not_gathered(weight: Any) -> str | None:
     """Why a weight that was read in a forward is not there."""
     empty = hasattr(weight, "ds_status") and weight.numel() == 0
     return "DeepSpeed ZeRO-3 has not gathered a weight" if empty else None

@@ -101,7 +101,7 @@ class TakenOver:
         return library_class(self).forward(self, x, *args, **kwargs)
 
     def _forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        reason = calls.reason(self, x) or self._hook_reason()
+        reason = calls.why_not_here(self, x) or self._why_not_hooks()
         if reason is None:
             parts, reason = self.read_call(x)
             if reason is None and not args and not kwargs:
@@ -114,9 +114,9 @@ class TakenOver:
                 raise ValueError(f"forward: {reason}, so the call is {self.library}'s, {difference}")
         return self.library_forward(x, *args, **kwargs)
 
-    def _hook_reason(self) -> str | None:
+    def _why_not_hooks(self) -> str | None:
         """Why a hook on every module gets this call for its library; None where that would compute another function."""
-        reason = calls.hook_reason()
+        reason = calls.why_not_hooks()
         if reason is None or self.difference() is None:
             return reason
         devices.log_once(

@@ -19,16 +19,16 @@ from torchtune.modules.peft.dora import DoRALinear, linear_nf4
 from dora_kernels import quant, reuse
 from dora_kernels.adapters.reading import (
     DROPOUT_LAYERS,
-    bypass_reason,
     class_name,
     forward_is_the_class_s,
     is_active,
     is_plain,
+    why_not_bypass,
 )
 from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import rescale
-from dora_kernels.functional.validate import FLOATING, scaling_reason
+from dora_kernels.functional.validate import FLOATING, why_not_scaling
 from dora_kernels.functional.weight import merge_weight_and_norm, weight_norm
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_of
@@ -48,7 +48,7 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
         return None, f"the layer is a {class_name(layer)}, not torchtune's DoRALinear"
     if not forward_is_the_class_s(layer):
         return None, "the layer's forward was replaced on the instance"
-    reason = _layer_reason(layer) or _read_weight(layer)[1]
+    reason = _why_not_layer(layer) or _read_weight(layer)[1]
     return (DoraKernelsDoRALinear, "") if reason is None else (None, reason)
 
 
@@ -71,7 +71,7 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
 
     def _known_weight(self, function: str) -> Weight:
         weight, reason = _read_weight(self)
-        reason = _layer_reason(self) or reason
+        reason = _why_not_layer(self) or reason
         if self.disabled:
             reason = "the adapter is disabled"
         if reason is not None:
@@ -83,7 +83,7 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
         if self.disabled:
             return None, ""
         weight, reason = _read_weight(self)
-        return weight, reason or _layer_reason(self) or _call_reason(self, x, weight)
+        return weight, reason or _why_not_layer(self) or _why_not_call(self, x, weight)
 
     def compute(self, x: Tensor, weight: Weight) -> Tensor:
         """x: (..., K) -> (..., N)."""
@@ -120,14 +120,14 @@ def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
     return quant.read_or_reason(weight)
 
 
-def _layer_reason(layer: DoRALinear) -> str | None:
+def _why_not_layer(layer: DoRALinear) -> str | None:
     """Why torchtune has to compute a layer whose weight is known."""
     known_parts = {"lora_a": (nn.Linear,), "lora_b": (nn.Linear,), "dropout": DROPOUT_LAYERS}
     for part, known in known_parts.items():
         module = getattr(layer, part)
         if type(module) not in known:
             return f"{part} is a {class_name(module)}"
-        reason = bypass_reason(part, module)
+        reason = why_not_bypass(part, module)
         if reason is not None:
             return reason
     if layer.lora_a.bias is not None or layer.lora_b.bias is not None:
@@ -136,7 +136,7 @@ def _layer_reason(layer: DoRALinear) -> str | None:
         return f"use_bias is {layer.use_bias}, which the bias does not agree with"
     if not isinstance(layer.scaling, (int, float)):
         return "scaling is a tensor"
-    reason = scaling_reason(layer.scaling, layer.weight.dtype)
+    reason = why_not_scaling(layer.scaling, layer.weight.dtype)
     if reason is not None:
         return reason
     if isinstance(layer.dropout, nn.Dropout) and layer.dropout.inplace:
@@ -147,7 +147,7 @@ def _layer_reason(layer: DoRALinear) -> str | None:
     return None
 
 
-def _call_reason(layer: DoRALinear, x: Tensor, weight: Weight) -> str | None:
+def _why_not_call(layer: DoRALinear, x: Tensor, weight: Weight) -> str | None:
     if x.dim() < 2:
         return "x has fewer than two dimensions"  # torchtune gives (1, N) for a vector
     for name, tensor in (("the base weight", weight), *_tensors(layer).items()):

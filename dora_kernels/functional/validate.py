@@ -105,7 +105,7 @@ def check_scaling(function: str, scaling: float, dtype: torch.dtype) -> float:
     They are in float32, in which it must be finite, or in float64. One too small for float32 is 0 there, and said to
     be: a GEMM skips the product with it, and 0 * inf is NaN.
     """
-    reason = scaling_reason(scaling, dtype)
+    reason = why_not_scaling(scaling, dtype)
     if reason is not None:
         raise ValueError(f"{function}: {reason}")
     scaling = float(scaling)
@@ -114,7 +114,7 @@ def check_scaling(function: str, scaling: float, dtype: torch.dtype) -> float:
     return scaling
 
 
-def scaling_reason(scaling: object, dtype: torch.dtype) -> str | None:
+def why_not_scaling(scaling: object, dtype: torch.dtype) -> str | None:
     """Why `scaling` is no number with which tensors of dtype can be multiplied; None if it is."""
     largest = LARGEST[torch.float64 if dtype == torch.float64 else torch.float32]
     # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.adapters.copied.probe import DROPOUT
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
+from dora_kernels.adapters.copied.structure import (
+    Adapter,
+    Structure,
+    checked,
+    class_names,
+    first_reason,
+    why_not_linear,
+)
 from dora_kernels.reference import gain_of
 
 
@@ -34,7 +41,7 @@ class DoraKernelsLinearLoRA(Structure):
         """As Structure.read."""
         if getattr(layer, "super_fwd", None) is not None:
             return None, "super_fwd is set: the base product is another class's"
-        reasons = [part_reason(part, getattr(layer, part)) for part in ("lora_A", "lora_B")]
+        reasons = [why_not_linear(part, getattr(layer, part)) for part in ("lora_A", "lora_B")]
         if layer.dropout_position not in ("pre", "post") or not isinstance(layer.dropout_p, (int, float)):
             reasons.append(f"dropout_position is {layer.dropout_position!r} and dropout_p {layer.dropout_p!r}")
         if layer.lora_magnitude is None:
@@ -60,8 +67,8 @@ class DoraKernelsLinearLoRA(Structure):
         """As TakenOver.own_dropout."""
         return "x A^T B^T" if self.dropout_position == "post" and self.dropout_p > 0 else None
 
-    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
-        """As Structure.x_reason."""
+    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
+        """As Structure.why_not_x."""
         if x.dtype != adapter.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             return f"x is {x.dtype} and lora_A is {adapter.lora_A.dtype}, without autocast"
         return None

@@ -12,8 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import quant
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.reading import bypass_reason, class_name
+from dora_kernels.adapters.copied.structure import (
+    Adapter,
+    Structure,
+    checked,
+    class_names,
+    first_reason,
+    why_not_linear,
+)
+from dora_kernels.adapters.reading import class_name, why_not_bypass
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.quant import QuantizedWeight
 from dora_kernels.reference import gain_of
@@ -43,9 +50,9 @@ class DoraKernelsDORA(Structure):
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
         """As Structure.read."""
         base, dora = layer.base_layer, layer.dora_layer
-        reasons = [part_reason(part, getattr(dora, part)) for part in ("lora_A", "lora_B")]
+        reasons = [why_not_linear(part, getattr(dora, part)) for part in ("lora_A", "lora_B")]
         modules = {"base_layer": base, "dora_layer": dora, "magnitude_layer": layer.magnitude_layer}
-        reasons += [bypass_reason(part, module) for part, module in modules.items()]
+        reasons += [why_not_bypass(part, module) for part, module in modules.items()]
         # by FSDP, for which the library makes them modules: outside its own forward such a module has no storage
         reasons += [
             f"{part} is wrapped" for part, module in modules.items() if "_fsdp_wrapped_module" in module._modules
@@ -69,8 +76,8 @@ class DoraKernelsDORA(Structure):
         twin.base_layer.weight = small.weight
         twin.base_layer.bias = small.bias
 
-    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
-        """As Structure.x_reason: in one dtype there is no question what the library returns."""
+    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
+        """As Structure.why_not_x: in one dtype there is no question what the library returns."""
         if x.dim() != 3:
             return f"x has {x.dim()} dimensions; expected 3"
         if torch.is_autocast_enabled(x.device.type):

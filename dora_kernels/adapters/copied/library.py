@@ -34,16 +34,16 @@ class CopiedLibrary:
         if reason is None and not forward_is_the_class_s(layer):
             reason = "the layer's forward was replaced on the instance"
         if reason is None:
-            reason = _name_reason(layer, structure)
+            reason = _why_not_hidden(layer, structure)
         if reason is None:
-            reason = probe.reason(layer, adapter, structure)
+            reason = probe.why_not_same(layer, adapter, structure)
         return (class_over(library_class(layer), structure), "") if reason is None else (None, reason)
 
     def _structure_of(self, module: nn.Module) -> type[Structure] | None:
         return next((structure for structure in self.structures if structure.claims(module)), None)
 
 
-def _name_reason(layer: nn.Module, structure: type[Structure]) -> str | None:
+def _why_not_hidden(layer: nn.Module, structure: type[Structure]) -> str | None:
     """The reason why a class by `structure` would hide a part of `layer` from the library's own code."""
     added = {name for cls in structure.__mro__ if issubclass(cls, TakenOver) for name in vars(cls)}
     own = {*dir(library_class(layer)), *vars(layer), *layer._modules, *layer._parameters, *layer._buffers}

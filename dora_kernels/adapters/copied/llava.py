@@ -8,8 +8,15 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.reading import bypass_reason, is_active
+from dora_kernels.adapters.copied.structure import (
+    Adapter,
+    Structure,
+    checked,
+    class_names,
+    first_reason,
+    why_not_linear,
+)
+from dora_kernels.adapters.reading import is_active, why_not_bypass
 
 
 class DoraKernelsLinear(Structure):
@@ -40,14 +47,14 @@ class DoraKernelsLinear(Structure):
             return None, f"the active adapter {name!r} has no {missing[0]}"
         lora_A, lora_B, dropout, magnitude, scaling = (getattr(layer, part)[name] for part in parts)
         reasons = [
-            part_reason("weight_m_wdecomp", magnitude, (N, 1)),
-            part_reason("lora_A", lora_A),
-            part_reason("lora_B", lora_B),
+            why_not_linear("weight_m_wdecomp", magnitude, (N, 1)),
+            why_not_linear("lora_A", lora_A),
+            why_not_linear("lora_B", lora_B),
         ]
         if type(dropout) not in (nn.Dropout, nn.Identity):
             reasons.append(f"lora_dropout is a {type(dropout).__name__}")
         else:
-            reasons.append(bypass_reason("lora_dropout", dropout))
+            reasons.append(why_not_bypass("lora_dropout", dropout))
         reason = first_reason(reasons)
         if reason is not None:
             return None, reason

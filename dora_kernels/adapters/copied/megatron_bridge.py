@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason
-from dora_kernels.adapters.reading import bypass_reason, is_active
+from dora_kernels.adapters.reading import is_active, why_not_bypass
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm
 from dora_kernels.reference import gain_of
@@ -48,11 +48,11 @@ class DoraKernelsDoRALinear(Structure):
             "linear_out": getattr(adapter.linear_out, "weight", None),
         }
         reasons = [f"{part} has no weight" for part, weight in weights.items() if not isinstance(weight, Tensor)]
-        reasons += [_parallel_reason(adapter), bypass_reason("linear_out", adapter.linear_out)]
-        reasons += [bypass_reason("adapter", adapter)]
+        reasons += [_why_not_local(adapter), why_not_bypass("linear_out", adapter.linear_out)]
+        reasons += [why_not_bypass("adapter", adapter)]
         for part in ("activation", "dropout"):
             module = getattr(adapter, part, None)
-            reasons.append(bypass_reason(part, module) if isinstance(module, nn.Module) else None)
+            reasons.append(why_not_bypass(part, module) if isinstance(module, nn.Module) else None)
         if any(getattr(part, "bias", None) is not None for part in (adapter.linear_in, adapter.linear_out)):
             reasons.append("linear_in or linear_out has a bias")
         if type(getattr(adapter, "activation", None)) not in (nn.Identity, type(None)):
@@ -78,12 +78,12 @@ class DoraKernelsDoRALinear(Structure):
         twin.adapter.linear_in = _Plain(small.lora_A)
         twin.adapter.linear_out = _Plain(small.lora_B)
 
-    def state_reason(self) -> str | None:
-        """As Structure.state_reason."""
+    def why_not_now(self) -> str | None:
+        """As Structure.why_not_now."""
         return None if getattr(self, "_adapter_enabled", True) else "its adapters are disabled"
 
-    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
-        """As Structure.x_reason."""
+    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
+        """As Structure.why_not_x."""
         return None if x.dim() == 3 else f"x has {x.dim()} dimensions; expected 3"
 
     def compute(self, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
@@ -120,7 +120,7 @@ class DoraKernelsDoRALinear(Structure):
 STRUCTURES = (DoraKernelsDoRALinear,)
 
 
-def _parallel_reason(adapter: nn.Module) -> str | None:
+def _why_not_local(adapter: nn.Module) -> str | None:
     """Why more than the four tensors of `adapter` is at work."""
     config = getattr(adapter, "config", None)
     size = getattr(getattr(adapter, "tp_group", None), "size", None)

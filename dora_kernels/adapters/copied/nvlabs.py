@@ -15,8 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason, part_reason
-from dora_kernels.adapters.reading import bypass_reason, is_active
+from dora_kernels.adapters.copied.structure import (
+    Adapter,
+    Structure,
+    checked,
+    class_names,
+    first_reason,
+    why_not_linear,
+)
+from dora_kernels.adapters.reading import is_active, why_not_bypass
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.types import DoraWeight, Given
@@ -42,17 +49,17 @@ class DoraKernelsLinear(Structure):
             return None, "fan_in_fan_out is set, with which the library adds B A to the transposed weight"
         magnitude, weight, dropout = layer.weight_m_wdecomp, layer.weight, layer.lora_dropout
         N, _ = weight.shape
-        reasons = [part_reason("weight_m_wdecomp", magnitude, (N, 1))]
+        reasons = [why_not_linear("weight_m_wdecomp", magnitude, (N, 1))]
         if type(dropout) not in (nn.Dropout, nn.Identity, FunctionType):
             reasons.append(f"lora_dropout is a {type(dropout).__name__}")
         elif isinstance(dropout, nn.Module):
-            reasons.append(bypass_reason("lora_dropout", dropout))
+            reasons.append(why_not_bypass("lora_dropout", dropout))
         if layer.Wdecompose:
             (lora_A, lora_B), scaling, norm_grad = _zeros(weight), 1.0, False
         elif not all(isinstance(getattr(layer, part, None), nn.Linear) for part in ("lora_A", "lora_B")):
             return None, "it has no lora_A and lora_B"
         else:
-            reasons += [part_reason(part, getattr(layer, part)) for part in ("lora_A", "lora_B")]
+            reasons += [why_not_linear(part, getattr(layer, part)) for part in ("lora_A", "lora_B")]
             lora_A, lora_B, scaling = layer.lora_A.weight, layer.lora_B.weight, layer.scaling
             norm_grad = not layer.dora_simple
         reason = first_reason(reasons)
@@ -113,8 +120,8 @@ class DoraKernelsVisionLinear(Structure):
             Adapter(layer.weight_v, layer.lora_A, layer.lora_B, magnitude, layer.scaling, layer.bias, norm_grad)
         )
 
-    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
-        """As Structure.x_reason: the library multiplies with one dense weight."""
+    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
+        """As Structure.why_not_x: the library multiplies with one dense weight."""
         dtypes = {adapter.weight.dtype, adapter.lora_A.dtype, adapter.magnitude.dtype}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
             return f"its parameters are {' and '.join(sorted(map(str, dtypes)))}, without autocast"

@@ -47,7 +47,7 @@ _results: dict[Hashable, str | None] = {}
 
 
 @torch.inference_mode(False)
-def reason(layer: nn.Module, adapter: Adapter, computed_by: type[Structure]) -> str | None:
+def why_not_same(layer: nn.Module, adapter: Adapter, computed_by: type[Structure]) -> str | None:
     """Why `layer`, made of `adapter`, does not compute what `computed_by` does; None if it does.
 
     Run once for layers of the same code and the same settings.

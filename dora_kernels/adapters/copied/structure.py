@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters.reading import bypass_reason, class_name, dtype_reason, is_plain
+from dora_kernels.adapters.reading import class_name, is_plain, why_not_bypass, why_not_dtypes
 from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import dora_linear_lora_dropout
-from dora_kernels.functional.validate import FLOATING, scaling_reason
+from dora_kernels.functional.validate import FLOATING, why_not_scaling
 from dora_kernels.functional.weight import merge_weight_and_norm, weight_norm
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.reference import gain_of
@@ -63,25 +63,25 @@ class Structure(TakenOver):
             if name in vars(twin):
                 setattr(twin, name, False)
 
-    def state_reason(self) -> str | None:
+    def why_not_now(self) -> str | None:
         """Why a layer that is ours is not, as things stand."""
         if getattr(self, "merged", False):
             return "the layer is merged"
         return "its adapters are disabled" if getattr(self, "disable_adapters", False) else None
 
-    def x_reason(self, x: Tensor, adapter: Adapter) -> str | None:
+    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
         """Why this x is the library's affair."""
         return None
 
     def read_call(self, x: Tensor) -> tuple[Adapter | None, str | None]:
         """As TakenOver.read_call."""
         adapter, reason = self.read(self)
-        reason = reason or self.state_reason() or _call_reason(x, adapter)
-        return adapter, reason or self.x_reason(x, adapter)
+        reason = reason or self.why_not_now() or _why_not_call(x, adapter)
+        return adapter, reason or self.why_not_x(x, adapter)
 
     def drops_otherwise(self) -> bool:
         """As TakenOver.drops_otherwise."""
-        as_asked = self.dora_dropout == "lora" and self.own_dropout() is None and self.state_reason() is None
+        as_asked = self.dora_dropout == "lora" and self.own_dropout() is None and self.why_not_now() is None
         return as_asked and self.training and self.has_dropout()
 
     def has_dropout(self) -> bool:
@@ -105,7 +105,7 @@ class Structure(TakenOver):
     def adapter_operands(self) -> DoraWeight | None:
         """As TakenOver.adapter_operands."""
         adapter, reason = self.read(self)
-        if reason is not None or self.state_reason() is not None or adapter.norm_grad:
+        if reason is not None or self.why_not_now() is not None or adapter.norm_grad:
             return None
         return DoraWeight(*adapter[:5])
 
@@ -133,7 +133,7 @@ class Structure(TakenOver):
 
     def _unmerged(self, function: str) -> Adapter:
         adapter, reason = self.read(self)
-        reason = reason or self.state_reason()
+        reason = reason or self.why_not_now()
         if reason is not None:
             raise ValueError(f"{function}: the {library_class(self).__name__} has no adapter to read: {reason}")
         return adapter
@@ -144,7 +144,7 @@ def class_names(layer: nn.Module) -> set[str]:
     return {cls.__name__ for cls in type(layer).__mro__}
 
 
-def part_reason(part: str, module: object, shape: tuple[int, ...] | None = None) -> str | None:
+def why_not_linear(part: str, module: object, shape: tuple[int, ...] | None = None) -> str | None:
     """Why `module` is not the nn.Linear without a bias whose weight, of this shape, we may read instead."""
     if type(module) is not nn.Linear:
         return f"{part} is a {class_name(module)}; expected nn.Linear"
@@ -152,7 +152,7 @@ def part_reason(part: str, module: object, shape: tuple[int, ...] | None = None)
         return f"{part} has a bias"
     if shape is not None and tuple(module.weight.shape) != shape:
         return f"{part} has shape {tuple(module.weight.shape)}; expected {shape}"
-    return bypass_reason(part, module)
+    return why_not_bypass(part, module)
 
 
 def first_reason(reasons: Iterable[str | None]) -> str | None:
@@ -182,7 +182,7 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
             return None, f"{name} has shape {tuple(tensor.shape)}; expected {expected[name]}"
     if not isinstance(scaling, (int, float)) or isinstance(scaling, bool):
         return None, f"scaling is a {class_name(scaling)}"
-    reason = scaling_reason(scaling, weight.dtype)
+    reason = why_not_scaling(scaling, weight.dtype)
     if reason is not None:
         return None, reason
     if weight.requires_grad:
@@ -192,7 +192,7 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
     return adapter, None
 
 
-def _call_reason(x: object, adapter: Adapter) -> str | None:
+def _why_not_call(x: object, adapter: Adapter) -> str | None:
     """Why this call has to go to the library, whichever that is."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         return "x has fewer than two dimensions"
@@ -200,4 +200,4 @@ def _call_reason(x: object, adapter: Adapter) -> str | None:
     for tensor in (weight, adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.bias):
         if tensor is not None and (tensor.device != device or device.type == "meta"):
             return f"x is on {device} and a weight of the layer is on {tensor.device}"
-    return None if isinstance(weight, QuantizedWeight) else dtype_reason(x, weight)
+    return None if isinstance(weight, QuantizedWeight) else why_not_dtypes(x, weight)

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from dora_kernels.adapters.peft.adapter import adapter_reason, family_reason, read_adapter
+from dora_kernels.adapters.peft.adapter import read_adapter, why_not_adapter, why_not_family
 from dora_kernels.adapters.peft.conv import DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d
 from dora_kernels.adapters.peft.embedding import DoraKernelsEmbedding
 from dora_kernels.adapters.peft.layer import TakenOverLayer
@@ -54,7 +54,7 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     cls = _class_over(library_class(layer))
     if cls is None:
         return None, f"the layer is a {class_name(layer)}, not one of PEFT's that we know"
-    reason = family_reason(cls.family)
+    reason = why_not_family(cls.family)
     if reason is None and not forward_is_the_class_s(layer):
         reason = "the layer's forward was replaced on the instance"
     if reason is None:
@@ -62,7 +62,7 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     if reason is not None:
         return None, reason
     adapters = {name: read_adapter(layer, name, cls.family) for name in layer.lora_magnitude_vector}
-    reasons = {name: adapter_reason(adapter, cls.family) for name, adapter in adapters.items()}
+    reasons = {name: why_not_adapter(adapter, cls.family) for name, adapter in adapters.items()}
     against = [f"adapter {name!r}: {reason}" for name, reason in reasons.items() if reason is not None]
     return None if len(against) == len(reasons) else cls, "; ".join(against or cls.remarks(weight))
 

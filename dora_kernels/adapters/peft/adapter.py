@@ -19,9 +19,9 @@ if _version < MINIMUM_VERSION:
 from peft.tuners.lora import dora, variants  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
-from dora_kernels.adapters.reading import DROPOUT_LAYERS, PLAIN, bypass_reason, class_name, is_plain  # noqa: E402
-from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, partition_reason  # noqa: E402
-from dora_kernels.functional.validate import scaling_reason  # noqa: E402
+from dora_kernels.adapters.reading import DROPOUT_LAYERS, PLAIN, class_name, is_plain, why_not_bypass  # noqa: E402
+from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, why_not_gathered  # noqa: E402
+from dora_kernels.functional.validate import why_not_scaling  # noqa: E402
 
 _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")
 
@@ -98,14 +98,14 @@ def read_adapter(layer: LoraLayer, name: str, family: Family) -> Adapter:
     )
 
 
-def family_reason(family: Family) -> str | None:
+def why_not_family(family: Family) -> str | None:
     """Why the installed PEFT's layers of this family are not known."""
     if tuple(inspect.signature(family.magnitude.forward).parameters) != family.arguments:
         return f"the {family.magnitude.__name__}.forward of PEFT {peft.__version__} has unknown arguments"
     return None
 
 
-def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None = None) -> str | None:
+def why_not_adapter(adapter: Adapter, family: Family, device: torch.device | None = None) -> str | None:
     """Why PEFT has to compute `adapter`; with a device, why it has to for an x there."""
     if adapter.variant is None:
         return "the adapter is plain LoRA"
@@ -113,7 +113,7 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
         return f"the adapter is a {class_name(adapter.variant)}"
     if not isinstance(adapter.scaling, (int, float)):
         return "scaling is a tensor"  # by prepare_model_for_compiled_hotswap; its value is on the device
-    reason = scaling_reason(adapter.scaling, torch.float32)  # over float64, too, such a one is rather PEFT's
+    reason = why_not_scaling(adapter.scaling, torch.float32)  # over float64, too, such a one is rather PEFT's
     if reason is not None:
         return reason
     factors = family.factors
@@ -123,7 +123,7 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
         if type(module) not in known:
             return f"{part} is a {class_name(module)}"
         if isinstance(module, nn.Module):
-            reason = bypass_reason(part, getattr(adapter, part)) or bypass_reason(part, module)
+            reason = why_not_bypass(part, getattr(adapter, part)) or why_not_bypass(part, module)
             if reason is not None:
                 return reason
     if any(getattr(inner(factor), "bias", None) is not None for factor in (adapter.lora_A, adapter.lora_B)):
@@ -136,7 +136,7 @@ def adapter_reason(adapter: Adapter, family: Family, device: torch.device | None
             return f"a weight of the adapter is a {class_name(tensor)}, not a plain tensor{enable_first(tensor)}"
         if device is None:
             continue
-        reason = partition_reason(tensor)
+        reason = why_not_gathered(tensor)
         if reason is not None:
             return reason
         if tensor.device != device:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dora_kernels import reuse
 from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, Adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
-from dora_kernels.adapters.reading import bypass_reason, class_name, dtype_reason
+from dora_kernels.adapters.reading import class_name, why_not_bypass, why_not_dtypes
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.reference import accumulate_dtype, gain_of
 from dora_kernels.types import DoraWeight
@@ -35,13 +35,13 @@ class TakenOverConv(TakenOverLayer):
             reason = "the base layer is dilated, and PEFT's lora_A is not: their outputs differ in size"
         if reason is not None:
             return None, reason
-        return weight, bypass_reason("base_layer", base)
+        return weight, why_not_bypass("base_layer", base)
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, str | None]:
         """As TakenOverLayer.operands."""
         if x.dim() != weight.dim():
             return x, weight, f"x has {x.dim()} dimensions and the base weight {weight.dim()}"  # no batch, or an error
-        return x, weight, dtype_reason(x, weight)
+        return x, weight, why_not_dtypes(x, weight)
 
     def dora_forward(self, x: Tensor, operand: Tensor, weight: Tensor, adapters: list[Adapter]) -> Tensor:
         """x: (B, C, ...) -> (B, N, ...), of the dtype and in the memory format of the base layer's output.
@@ -135,13 +135,13 @@ class TakenOverConv(TakenOverLayer):
             return rows.view(weight.shape)
         return rows.view(weight.movedim(1, -1).shape).movedim(-1, 1)
 
-    def _reason_against_merging(self, name: str, quantized: bool = False) -> str | None:
+    def _why_not_merge(self, name: str, quantized: bool = False) -> str | None:
         if self.base_layer.groups > 1:
             return "PEFT does not merge a convolution in groups"
         base = self.base_layer
         if base.padding_mode != "zeros" or any(step != 1 for step in base.dilation):
             return "PEFT's lora_A pads with zeros and is not dilated, as the base layer is: no one weight computes both"
-        return super()._reason_against_merging(name, quantized)
+        return super()._why_not_merge(name, quantized)
 
 
 class DoraKernelsConv1d(TakenOverConv, Conv1d):

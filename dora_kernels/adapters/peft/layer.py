@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters import reading
-from dora_kernels.adapters.peft.adapter import Adapter, Family, adapter_reason, read_adapter
+from dora_kernels.adapters.peft.adapter import Adapter, Family, read_adapter, why_not_adapter
 from dora_kernels.adapters.peft.merging import Merging
 from dora_kernels.adapters.reading import class_name, is_plain
-from dora_kernels.adapters.sharded import enable_first, partition_reason, requires_grad
+from dora_kernels.adapters.sharded import enable_first, requires_grad, why_not_gathered
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import FLOATING
 from dora_kernels.quant import Weight, parts, sources
@@ -62,7 +62,7 @@ class TakenOverLayer(Merging):
         if not adapters:
             return None, ""
         weight, reason = self.read_base(self)
-        reason = reason or _call_reason(self, x, weight, adapters)
+        reason = reason or _why_not_call(self, x, weight, adapters)
         if reason is not None:
             return None, reason
         operand, weight, reason = self.operands(x, weight)
@@ -85,19 +85,19 @@ class TakenOverLayer(Merging):
         return ours and any(dropout_is_active(self, adapter) for adapter in adapters)
 
 
-def _call_reason(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter]) -> str | None:
+def _why_not_call(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter]) -> str | None:
     if dora.ENABLE_DORA_CACHING and not layer.training:
         return "PEFT's DoraCaching is on"
     device = x.device
     if weight.device.type == "meta" or weight.device != device:
         return f"x is on {device} and the base weight is on {weight.device}"
-    reason = partition_reason(weight)
+    reason = why_not_gathered(weight)
     if reason is not None:
         return reason
     if not layer.cast_input_dtype_enabled:
         return "casting of the input is disabled"
     for adapter in adapters:
-        reason = adapter_reason(adapter, layer.family, device)
+        reason = why_not_adapter(adapter, layer.family, device)
         if reason is not None:
             return reason
         lora_A, lora_B, _, _ = adapter.tensors()

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import reuse
-from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, adapter_reason, read_adapter
+from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, read_adapter, why_not_adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
-from dora_kernels.adapters.reading import bypass_reason, class_name, dtype_reason
+from dora_kernels.adapters.reading import class_name, why_not_bypass, why_not_dtypes
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.quant import Weight, frozen_product
 from dora_kernels.reference import gain_of
@@ -35,7 +35,7 @@ class TakenOverLinear(TakenOverLayer):
 
     def base_operands(self, x: Tensor, weight: Weight) -> tuple[Tensor, Weight, str | None]:
         """x and weight as dora_linear takes them, and why their dtypes are PEFT's affair."""
-        return x, weight, dtype_reason(x, weight)
+        return x, weight, why_not_dtypes(x, weight)
 
     def adapter_operands(self) -> DoraWeight | None:
         """As TakenOver.adapter_operands; None where several adapters nest, whose norms `norms` keeps."""
@@ -44,7 +44,7 @@ class TakenOverLinear(TakenOverLayer):
         if self.disable_adapters or self.merged or len(names) != 1 or reason is not None:
             return None
         adapter = read_adapter(self, names[0], self.family)
-        return None if adapter_reason(adapter, self.family) else DoraWeight(weight, *adapter.tensors())
+        return None if why_not_adapter(adapter, self.family) else DoraWeight(weight, *adapter.tensors())
 
     def lora_A_to_share(self, device: torch.device) -> Tensor | None:
         """As sharing.Sharer: of the one active adapter, where it is trained, drops nothing and is in a plain layer."""
@@ -55,7 +55,7 @@ class TakenOverLinear(TakenOverLayer):
         if adapter is None or type(adapter.lora_A) is not nn.Linear or dropout_is_active(self, adapter):
             return None
         lora_A = adapter.lora_A.weight
-        return None if not lora_A.requires_grad or adapter_reason(adapter, self.family, device) else lora_A
+        return None if not lora_A.requires_grad or why_not_adapter(adapter, self.family, device) else lora_A
 
     def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[Adapter]) -> Tensor:
         """x: (..., K) -> (..., N), of the dtype that nn.Linear would return.
@@ -115,7 +115,7 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
         weight, reason = read_weight(base)
         if reason is not None:
             return None, reason
-        return weight.T if layer.fan_in_fan_out else weight, bypass_reason("base_layer", base)
+        return weight.T if layer.fan_in_fan_out else weight, why_not_bypass("base_layer", base)
 
     def matrices(self, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
         """As Merging.matrices."""

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from dora_kernels import reuse
-from dora_kernels.adapters.peft.adapter import Adapter, adapter_reason, read_adapter
+from dora_kernels.adapters.peft.adapter import Adapter, read_adapter, why_not_adapter
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import QuantizedWeight, Weight
@@ -50,9 +50,7 @@ class Merging(TakenOver):
         names = adapter_names
         if names is None:
             names = self.active_adapters
-        if isinstance(names, str) or any(
-            map(self._reason_against_merging, self._known([*self.merged_adapters, *names]))
-        ):
+        if isinstance(names, str) or any(map(self._why_not_merge, self._known([*self.merged_adapters, *names]))):
             return super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
         names = self._known(check_adapters_to_merge(self, adapter_names))
         if names:
@@ -75,7 +73,7 @@ class Merging(TakenOver):
 
     def _unmerge(self) -> None:
         names = self._known(self.merged_adapters)
-        if not names or any(map(self._reason_against_merging, names)):
+        if not names or any(map(self._why_not_merge, names)):
             return super().unmerge()
         self.base_layer.weight.data = self._unmerged("unmerge")
         for name in names:
@@ -102,7 +100,7 @@ class Merging(TakenOver):
         bias = None if bias is None else bias.detach().clone()
         if self.merged and not isinstance(weight := self._base_weight(), QuantizedWeight):
             return weight.clone(), bias
-        reasons = [self._reason_against_merging(name, quantized=True) for name in names]
+        reasons = [self._why_not_merge(name, quantized=True) for name in names]
         if self.merged or not names or any(reasons):
             reason = next(filter(None, reasons), "no adapter is active")
             reason = "the layer is merged" if self.merged else reason
@@ -123,7 +121,7 @@ class Merging(TakenOver):
         weight, _ = self.read_base(self)
         return weight if isinstance(weight, QuantizedWeight) else self.base_layer.weight.detach()
 
-    def _reason_against_merging(self, name: str, quantized: bool = False) -> str | None:
+    def _why_not_merge(self, name: str, quantized: bool = False) -> str | None:
         weight, reason = self.read_base(self)
         if reason is None and isinstance(weight, QuantizedWeight) and not quantized:
             reason = "the base weight is quantised"
@@ -131,7 +129,7 @@ class Merging(TakenOver):
             return reason
         adapter = read_adapter(self, name, self.family)
         reason = "it is on meta" if weight.device.type == "meta" else None
-        reason = reason or adapter_reason(adapter, self.family, weight.device)
+        reason = reason or why_not_adapter(adapter, self.family, weight.device)
         if reason is None and adapter.tensors()[0].dtype != adapter.tensors()[1].dtype:
             reason = "lora_A and lora_B differ in dtype"
         return None if reason is None else f"adapter {name!r}: {reason}"

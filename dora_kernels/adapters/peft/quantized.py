@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dora_kernels import quant
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack, wrong_decoding
 from dora_kernels.adapters.peft.linear import TakenOverLinear
-from dora_kernels.adapters.reading import AUTOCAST_DTYPES, bypass_reason, class_name
+from dora_kernels.adapters.reading import AUTOCAST_DTYPES, class_name, why_not_bypass
 from dora_kernels.quant import QuantizedWeight
 
 
@@ -37,7 +37,7 @@ class TakenOverQuantized(TakenOverLinear):
             names = " or ".join(base_class.__name__ for base_class in cls.base_classes)
             return None, f"the base layer is a {class_name(base)}; expected {names}"
         weight, reason = quant.read_or_reason(base)
-        return weight, reason or bypass_reason("base_layer", base)
+        return weight, reason or why_not_bypass("base_layer", base)
 
 
 class DoraKernelsTorchaoLinear(TakenOverQuantized, TorchaoLoraLinear):

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import quant, reuse
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack
-from dora_kernels.adapters.reading import DROPOUT_LAYERS, bypass_reason, class_name, forward_is_the_class_s, is_active
+from dora_kernels.adapters.reading import DROPOUT_LAYERS, class_name, forward_is_the_class_s, is_active, why_not_bypass
 from dora_kernels.adapters.taking import TakenOver, take_over
 from dora_kernels.extras.dvora import dvora_linear_reusing, dvora_norm, dvora_update
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
@@ -46,7 +46,7 @@ def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
     for name, layer in model.named_modules():
         if not isinstance(layer, VeraLayer) or adapter not in layer.vera_lambda_d:
             continue
-        reason = _reason_against(layer, adapter)
+        reason = _why_not_dvora(layer, adapter)
         if reason is not None:
             raise ValueError(f"to_dvora: {name}: {reason}")
         lambda_d = layer.vera_lambda_d[adapter]
@@ -185,7 +185,7 @@ def vera_factors(layer: VeraLinear, adapter: str) -> tuple[Tensor, Tensor, Tenso
 def _read_base(layer: VeraLinear) -> tuple[Weight, Tensor | None]:
     """The base layer's weight (N, K) and its bias. Raises ValueError where it must be called by PEFT."""
     base = layer.base_layer
-    reason = bypass_reason("base_layer", base)
+    reason = why_not_bypass("base_layer", base)
     if reason is not None:
         raise ValueError(f"DvoraVeraLinear: {reason}; expected a base layer whose weight may be read")
     if quant.is_quantized(base):
@@ -194,7 +194,7 @@ def _read_base(layer: VeraLinear) -> tuple[Weight, Tensor | None]:
     return base.weight.T if layer.fan_in_fan_out else base.weight, base.bias
 
 
-def _reason_against(layer: VeraLayer, adapter: str) -> str | None:
+def _why_not_dvora(layer: VeraLayer, adapter: str) -> str | None:
     """Why to_dvora cannot convert this adapter of a layer."""
     if type(layer) not in (VeraLinear, DvoraVeraLinear):
         return f"the layer is a {class_name(layer)}; expected PEFT's vera.Linear"
@@ -216,4 +216,4 @@ def _reason_against(layer: VeraLayer, adapter: str) -> str | None:
             return reason
     if type(dropout) not in DROPOUT_LAYERS:
         return f"dropout is a {class_name(dropout)}"
-    return bypass_reason("base_layer", base)
+    return why_not_bypass("base_layer", base)
