@@ -28,7 +28,13 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters import calls
-from dora_kernels.adapters.reading import class_name, forward_is_the_class_s, is_plain, why_not_dtypes
+from dora_kernels.adapters.reading import (
+    class_name,
+    forward_is_the_class_s,
+    why_not_device,
+    why_not_dtypes,
+    why_not_plain,
+)
 from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.functional.rescale import rescale
@@ -244,8 +250,9 @@ def _why_not_layer(layer: LoConModule) -> str | None:
         if type(module) is not factors:
             return f"{part} is a {class_name(module)}"
     for name, tensor in _tensors(layer).items():
-        if not is_plain(tensor):
-            return f"{name} is a {class_name(tensor)}, not a plain tensor"
+        reason = why_not_plain(name, tensor)
+        if reason is not None:
+            return reason
         if tensor.dtype not in FLOATING:
             return f"{name} is {tensor.dtype}"
     return None
@@ -253,8 +260,9 @@ def _why_not_layer(layer: LoConModule) -> str | None:
 
 def _why_not_call(layer: LoConModule, x: Tensor) -> str | None:
     for name, tensor in _tensors(layer).items():
-        if tensor.device.type == "meta" or tensor.device != x.device:
-            return f"x is on {x.device} and {name} is on {tensor.device}"
+        reason = why_not_device(x.device, name, tensor)
+        if reason is not None:
+            return reason
     weight, dora_scale = layer.org_module[0].weight, layer.dora_scale
     if x.dim() < 2 or (layer.isconv and x.dim() != weight.dim()):
         return f"x has {x.dim()} dimensions"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
@@ -71,14 +72,26 @@ def is_active(dropout: object) -> bool:
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` is of one of the classes in PLAIN."""
-    return type(tensor) in PLAIN
+def why_not_plain(name: str, tensor: Tensor) -> str | None:
+    """The reason why the numbers of `tensor` may not be read: its class gives them a meaning of its own."""
+    return None if type(tensor) in PLAIN else f"{name} is a {class_name(tensor)}, not a plain tensor"
+
+
+def why_not_device(device: torch.device, name: str, tensor: Tensor) -> str | None:
+    """The reason why `tensor` cannot meet an x on `device`: it is on another one, or nowhere."""
+    if tensor.device == device and device.type != "meta":
+        return None
+    return f"x is on {device} and {name} is on {tensor.device}"
 
 
 def is_bound_forward(module: nn.Module, method: Any) -> bool:
     forwards = [vars(cls).get("forward") for cls in type(module).__mro__]
     return isinstance(method, MethodType) and method.__self__ is module and method.__func__ in forwards
+
+
+def first_reason(reasons: Iterable[str | None]) -> str | None:
+    """The first that is not None."""
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def class_name(value: object) -> str:

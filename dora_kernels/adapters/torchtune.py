@@ -20,10 +20,12 @@ from dora_kernels import quant, reuse
 from dora_kernels.adapters.reading import (
     DROPOUT_LAYERS,
     class_name,
+    first_reason,
     forward_is_the_class_s,
     is_active,
-    is_plain,
     why_not_bypass,
+    why_not_device,
+    why_not_plain,
 )
 from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.functional.linear import dora_linear_core
@@ -112,9 +114,7 @@ def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
     if weight.dtype not in FLOATING:
         return None, f"the base weight is {weight.dtype}"
     if not layer._quantize_base:
-        if not is_plain(weight):
-            return None, f"the base weight is a {class_name(weight)}, not a plain tensor"
-        return weight, None
+        return weight, why_not_plain("the base weight", weight)
     if not quant.is_quantized(weight):
         return None, f"the base weight is a {class_name(weight)}; expected an NF4Tensor with quantize_base"
     return quant.read_or_reason(weight)
@@ -141,18 +141,16 @@ def _why_not_layer(layer: DoRALinear) -> str | None:
         return reason
     if isinstance(layer.dropout, nn.Dropout) and layer.dropout.inplace:
         return "the dropout works in place"
-    for name, tensor in _tensors(layer).items():
-        if not is_plain(tensor):
-            return f"{name} is a {class_name(tensor)}, not a plain tensor"
-    return None
+    return first_reason(why_not_plain(name, tensor) for name, tensor in _tensors(layer).items())
 
 
 def _why_not_call(layer: DoRALinear, x: Tensor, weight: Weight) -> str | None:
     if x.dim() < 2:
         return "x has fewer than two dimensions"  # torchtune gives (1, N) for a vector
     for name, tensor in (("the base weight", weight), *_tensors(layer).items()):
-        if tensor.device.type == "meta" or tensor.device != x.device:
-            return f"x is on {x.device} and {name} is on {tensor.device}"
+        reason = why_not_device(x.device, name, tensor)
+        if reason is not None:
+            return reason
         if tensor.dtype != x.dtype:
             return f"x is {x.dtype} and {name} is {tensor.dtype}"
     if torch.is_autocast_enabled(x.device.type):

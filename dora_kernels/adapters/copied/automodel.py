@@ -11,14 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.adapters.copied.probe import DROPOUT
-from dora_kernels.adapters.copied.structure import (
-    Adapter,
-    Structure,
-    checked,
-    class_names,
-    first_reason,
-    why_not_linear,
-)
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, why_not_linear
+from dora_kernels.adapters.reading import first_reason
 from dora_kernels.reference import gain_of
 
 

@@ -12,15 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import quant
-from dora_kernels.adapters.copied.structure import (
-    Adapter,
-    Structure,
-    checked,
-    class_names,
-    first_reason,
-    why_not_linear,
-)
-from dora_kernels.adapters.reading import class_name, why_not_bypass
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, why_not_linear
+from dora_kernels.adapters.reading import class_name, first_reason, why_not_bypass
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.quant import QuantizedWeight
 from dora_kernels.reference import gain_of

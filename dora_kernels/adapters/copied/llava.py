@@ -8,15 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied.structure import (
-    Adapter,
-    Structure,
-    checked,
-    class_names,
-    first_reason,
-    why_not_linear,
-)
-from dora_kernels.adapters.reading import is_active, why_not_bypass
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, why_not_linear
+from dora_kernels.adapters.reading import first_reason, is_active, why_not_bypass
 
 
 class DoraKernelsLinear(Structure):

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, first_reason
-from dora_kernels.adapters.reading import is_active, why_not_bypass
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names
+from dora_kernels.adapters.reading import first_reason, is_active, why_not_bypass
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm
 from dora_kernels.reference import gain_of

@@ -15,15 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters.copied.structure import (
-    Adapter,
-    Structure,
-    checked,
-    class_names,
-    first_reason,
-    why_not_linear,
-)
-from dora_kernels.adapters.reading import is_active, why_not_bypass
+from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, why_not_linear
+from dora_kernels.adapters.reading import first_reason, is_active, why_not_bypass
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.types import DoraWeight, Given

@@ -7,14 +7,13 @@ kind of layer is also run, by the library's forward and by dora_kernels (probe.p
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters.reading import class_name, is_plain, why_not_bypass, why_not_dtypes
+from dora_kernels.adapters.reading import class_name, why_not_bypass, why_not_device, why_not_dtypes, why_not_plain
 from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import dora_linear_lora_dropout
@@ -155,11 +154,6 @@ def why_not_linear(part: str, module: object, shape: tuple[int, ...] | None = No
     return why_not_bypass(part, module)
 
 
-def first_reason(reasons: Iterable[str | None]) -> str | None:
-    """The first that is not None."""
-    return next((reason for reason in reasons if reason is not None), None)
-
-
 def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
     """`adapter`, or why its tensors do not fit each other or cannot be read; what Structure.read returns."""
     weight, lora_A, lora_B, magnitude, scaling, bias, _ = adapter
@@ -169,8 +163,9 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
     if bias is not None:
         named["bias"] = bias
     for name, tensor in named.items():
-        if not is_plain(tensor):
-            return None, f"{name} is a {class_name(tensor)}, not a plain tensor"
+        reason = why_not_plain(name, tensor)
+        if reason is not None:
+            return None, reason
         if tensor.dtype not in FLOATING:
             return None, f"{name} is {tensor.dtype}"
     if weight.dim() != 2 or lora_A.dim() != 2:
@@ -196,8 +191,9 @@ def _why_not_call(x: object, adapter: Adapter) -> str | None:
     """Why this call has to go to the library, whichever that is."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         return "x has fewer than two dimensions"
-    weight, device = adapter.weight, x.device
+    weight = adapter.weight
     for tensor in (weight, adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.bias):
-        if tensor is not None and (tensor.device != device or device.type == "meta"):
-            return f"x is on {device} and a weight of the layer is on {tensor.device}"
+        reason = None if tensor is None else why_not_device(x.device, "a weight of the layer", tensor)
+        if reason is not None:
+            return reason
     return None if isinstance(weight, QuantizedWeight) else why_not_dtypes(x, weight)

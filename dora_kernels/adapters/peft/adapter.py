@@ -19,7 +19,14 @@ if _version < MINIMUM_VERSION:
 from peft.tuners.lora import dora, variants  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
-from dora_kernels.adapters.reading import DROPOUT_LAYERS, PLAIN, class_name, is_plain, why_not_bypass  # noqa: E402
+from dora_kernels.adapters.reading import (  # noqa: E402
+    DROPOUT_LAYERS,
+    PLAIN,
+    class_name,
+    why_not_bypass,
+    why_not_device,
+    why_not_plain,
+)
 from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, why_not_gathered  # noqa: E402
 from dora_kernels.functional.validate import why_not_scaling  # noqa: E402
 
@@ -132,13 +139,12 @@ def why_not_adapter(adapter: Adapter, family: Family, device: torch.device | Non
         if is_unit(factor):
             continue  # has a weight, a plain tensor on the device of x, in its own call only
         tensor = _tensor(factor)
-        if not is_plain(tensor):
-            return f"a weight of the adapter is a {class_name(tensor)}, not a plain tensor{enable_first(tensor)}"
+        reason = why_not_plain("a weight of the adapter", tensor)
+        if reason is not None:
+            return reason + enable_first(tensor)
         if device is None:
             continue
-        reason = why_not_gathered(tensor)
+        reason = why_not_gathered(tensor) or why_not_device(device, "a weight of the adapter", tensor)
         if reason is not None:
             return reason
-        if tensor.device != device:
-            return f"x is on {device} and a weight of the adapter is on {tensor.device}"
     return None

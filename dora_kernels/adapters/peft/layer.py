@@ -11,7 +11,7 @@ from dora_kernels import reuse
 from dora_kernels.adapters import reading
 from dora_kernels.adapters.peft.adapter import Adapter, Family, read_adapter, why_not_adapter
 from dora_kernels.adapters.peft.merging import Merging
-from dora_kernels.adapters.reading import class_name, is_plain
+from dora_kernels.adapters.reading import why_not_device, why_not_plain
 from dora_kernels.adapters.sharded import enable_first, requires_grad, why_not_gathered
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import FLOATING
@@ -88,16 +88,13 @@ class TakenOverLayer(Merging):
 def _why_not_call(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter]) -> str | None:
     if dora.ENABLE_DORA_CACHING and not layer.training:
         return "PEFT's DoraCaching is on"
-    device = x.device
-    if weight.device.type == "meta" or weight.device != device:
-        return f"x is on {device} and the base weight is on {weight.device}"
-    reason = why_not_gathered(weight)
+    reason = why_not_device(x.device, "the base weight", weight) or why_not_gathered(weight)
     if reason is not None:
         return reason
     if not layer.cast_input_dtype_enabled:
         return "casting of the input is disabled"
     for adapter in adapters:
-        reason = why_not_adapter(adapter, layer.family, device)
+        reason = why_not_adapter(adapter, layer.family, x.device)
         if reason is not None:
             return reason
         lora_A, lora_B, _, _ = adapter.tensors()
@@ -109,8 +106,9 @@ def _why_not_call(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Ad
 def read_weight(base: nn.Module) -> tuple[Tensor | None, str | None]:
     """The weight of a dense base layer, and why it is not ours to read."""
     weight = base.weight
-    if not is_plain(weight):
-        return None, f"the base weight is a {class_name(weight)}, not a plain tensor{enable_first(weight)}"
+    reason = why_not_plain("the base weight", weight)
+    if reason is not None:
+        return None, reason + enable_first(weight)
     if weight.dtype not in FLOATING:
         return None, f"the base weight is {weight.dtype}"
     if weight.requires_grad:
