@@ -83,7 +83,7 @@ def test_demo_says_what_the_base_weighs(run_micro, base, bits):
 
 
 def test_demo_fails_when_no_layer_is_taken_over(run_micro, monkeypatch):
-    monkeypatch.setattr(adapters, "enable", lambda model: adapters.Report())
+    monkeypatch.setattr(adapters, "enable", lambda model: adapters.ModelReport())
     status, printed, _ = run_micro()
     assert status == 1
     assert "expected 7 DoRA layers to be taken over; no DoRA layer found" in printed

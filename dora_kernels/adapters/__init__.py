@@ -20,6 +20,6 @@ A further library is one more file, and one more name in libraries.py.
 """
 
 from dora_kernels.adapters.enabling import disable, enable
-from dora_kernels.adapters.report import LayerReport, Report
+from dora_kernels.adapters.report import LayerReport, ModelReport
 
-__all__ = ["LayerReport", "Report", "disable", "enable"]
+__all__ = ["LayerReport", "ModelReport", "disable", "enable"]

@@ -8,13 +8,13 @@ from torch import nn
 
 from dora_kernels.adapters import parents
 from dora_kernels.adapters.libraries import dora_layers, libraries
-from dora_kernels.adapters.report import LayerReport, Report
+from dora_kernels.adapters.report import LayerReport, ModelReport
 from dora_kernels.adapters.taking import give_back, take_over
 from dora_kernels.functional.validate import DROPOUTS
 from dora_kernels.reuse import sharing
 
 
-def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: bool = False) -> Report:
+def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: bool = False) -> ModelReport:
     """Compute the DoRA layers of `model` with dora_kernels, in place, and report every DoRA layer found.
 
     dropout: what it falls on in training, with d = dropout(x), as DoraLinear's dropout_on:
@@ -41,7 +41,7 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
         raise ValueError(f"enable: dropout is {dropout!r}; expected None or one of {', '.join(DROPOUTS)}")
     if not isinstance(fuse_shared_inputs, bool):
         raise ValueError(f"enable: fuse_shared_inputs is {fuse_shared_inputs!r}; expected True or False")
-    reports = []
+    layers = []
     found = dora_layers(model)
     held = [(functions.held(layer) if hasattr(functions, "held") else layer, layer) for _, layer, _, functions in found]
     past = parents.remarks(model, held)
@@ -56,9 +56,9 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
                 reason = "; ".join(filter(None, (reason, f"dropout stays the library's, of {own}")))
         sharing.leave(layer)
         reason = "; ".join(filter(None, (reason, past.get(layer))))
-        reports.append(LayerReport(name, library, cls is not None, reason))
+        layers.append(LayerReport(name, library, cls is not None, reason))
     shares_with = _share(model) if fuse_shared_inputs else {}
-    return Report(tuple(replace(report, shares_with=shares_with.get(report.name, ())) for report in reports))
+    return ModelReport(tuple(replace(report, shares_with=shares_with.get(report.name, ())) for report in layers))
 
 
 def _share(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -72,15 +72,15 @@ def _share(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return shares_with
 
 
-def disable(model: nn.Module) -> Report:
+def disable(model: nn.Module) -> ModelReport:
     """Undo enable(model): every layer is computed by its own library again, and the report says so.
 
     Other threads may be in forward passes: a layer's call that has begun is computed by either, and right.
     """
     for layer in model.modules():
         give_back(layer)
-    reports = []
+    layers = []
     for name, layer, library, functions in dora_layers(model):
         cls, reason = functions.class_for(layer)
-        reports.append(LayerReport(name, library, False, reason if cls is None else "disable(model) was called"))
-    return Report(tuple(reports))
+        layers.append(LayerReport(name, library, False, reason if cls is None else "disable(model) was called"))
+    return ModelReport(tuple(layers))

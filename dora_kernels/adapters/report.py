@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NAMES_SHOWN = 3
-"""How many layer names a line of str(Report) shows before it abbreviates."""
+"""How many layer names a line of str(ModelReport) shows before it abbreviates."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class Report:
+class ModelReport:
     """Every DoRA layer found in a model, in the order of model.named_modules()."""
 
     layers: tuple[LayerReport, ...] = ()

@@ -63,7 +63,7 @@ def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -
         if isinstance(layer, DvoraVeraLinear):
             take_over(layer, DefinitionLinear)
     layers = [name for name, layer in our_model.named_modules() if type(layer) is DvoraVeraLinear]
-    report = adapters.Report(tuple(adapters.LayerReport(name, "peft", True) for name in layers))
+    report = adapters.ModelReport(tuple(adapters.LayerReport(name, "peft", True) for name in layers))
     rate = RATE_FACTOR * preset.rate
     both = (Run("the definition", plain_model, rate, settings), Run("dora_kernels", our_model, rate, settings))
     return runs.compare(Result, *both, report, settings, progress)

@@ -93,7 +93,7 @@ class Result:
     stock: Run
     ours: Run
     layers: int
-    report: adapters.Report
+    report: adapters.ModelReport
     calls: Counter[tuple[str, str]]
     weight_bytes: int
     """Of the frozen linear layers, as they are stored."""
@@ -162,7 +162,7 @@ def copy_over(model: PeftModel) -> PeftModel:
 
 
 def compare(
-    cls: type[Result], stock: Run, ours: Run, report: adapters.Report, settings: Settings, progress: Progress
+    cls: type[Result], stock: Run, ours: Run, report: adapters.ModelReport, settings: Settings, progress: Progress
 ) -> Result:
     """Take the steps of both runs in turns, on the same batches."""
     preset, epoch = PRESETS[settings.preset], ours.epoch
