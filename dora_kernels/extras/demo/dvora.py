@@ -36,20 +36,20 @@ class DefinitionLinear(DvoraVeraLinear):
         return dvora_linear_ref(x, weight, *vera_factors(self, name), self.vera_magnitude_vector[name], base.bias)
 
 
-class Run(runs.Run):
-    """As the demo's."""
+class DvoraRun(runs.Run):
+    """A fine-tuning whose fresh adapters have lambda_b at zero."""
 
     zero_at_start = "lambda_b"
 
 
-class Result(runs.Result):
-    """As the demo's."""
+class DvoraComparison(runs.Comparison):
+    """Two runs of DVoRA, whose operators are those of `rescale`."""
 
     method = "DVoRA"
     operators = ("rescale", "rescale_backward")
 
 
-def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> Result:
+def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> DvoraComparison:
     """Fine-tune `model` with DVoRA on every linear layer, by the definition and by dora_kernels, in turns."""
     preset = PRESETS[settings.preset]
     torch.manual_seed(settings.seed)
@@ -65,5 +65,8 @@ def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -
     layers = [name for name, layer in our_model.named_modules() if type(layer) is DvoraVeraLinear]
     report = adapters.ModelReport(tuple(adapters.LayerReport(name, "peft", True) for name in layers))
     rate = RATE_FACTOR * preset.rate
-    both = (Run("the definition", plain_model, rate, settings), Run("dora_kernels", our_model, rate, settings))
-    return runs.compare(Result, *both, report, settings, progress)
+    both = (
+        DvoraRun("the definition", plain_model, rate, settings),
+        DvoraRun("dora_kernels", our_model, rate, settings),
+    )
+    return runs.compare(DvoraComparison, *both, report, settings, progress)

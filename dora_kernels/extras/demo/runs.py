@@ -84,7 +84,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Result:
+class Comparison:
     """Both runs, the DoRA layers of the model, and what dora_kernels says it did."""
 
     method = "DoRA"
@@ -114,7 +114,7 @@ class Result:
         return differences.abs().max().item()
 
     def failures(self) -> list[str]:
-        """What the demo promises and this result does not keep."""
+        """What the demo promises and this comparison does not keep."""
         failed = []
         if not len(self.report.taken_over) == len(self.report) == self.layers > 0:
             failed.append(f"expected {self.layers} DoRA layers to be taken over; {self.report}")
@@ -131,7 +131,7 @@ class Result:
         return failed
 
 
-def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> Result:
+def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> Comparison:
     """Fine-tune `model` with DoRA on every linear layer, by stock PEFT and enabled, step by step in turns."""
     preset = PRESETS[settings.preset]
     config = LoraConfig(
@@ -152,7 +152,7 @@ def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -
         Run("stock PEFT", stock_model, preset.rate, settings),
         Run("dora_kernels", our_model, preset.rate, settings),
     )
-    return compare(Result, *runs, report, settings, progress)
+    return compare(Comparison, *runs, report, settings, progress)
 
 
 def copy_over(model: PeftModel) -> PeftModel:
@@ -162,8 +162,8 @@ def copy_over(model: PeftModel) -> PeftModel:
 
 
 def compare(
-    cls: type[Result], stock: Run, ours: Run, report: adapters.ModelReport, settings: Settings, progress: Progress
-) -> Result:
+    cls: type[Comparison], stock: Run, ours: Run, report: adapters.ModelReport, settings: Settings, progress: Progress
+) -> Comparison:
     """Take the steps of both runs in turns, on the same batches."""
     preset, epoch = PRESETS[settings.preset], ours.epoch
     steps = settings.steps or preset.steps
