@@ -58,7 +58,7 @@ EMBEDDING = Family(
 )
 
 
-class Adapter(NamedTuple):
+class PeftAdapter(NamedTuple):
     """One adapter of a layer. Read at each call: set_scale, add_adapter and loading change it between calls."""
 
     variant: Any
@@ -72,7 +72,7 @@ class Adapter(NamedTuple):
         """lora_A, lora_B and magnitude in PEFT's shapes (of a linear layer (R, K), (N, R) and (N,)), and scaling."""
         return _tensor(self.lora_A), _tensor(self.lora_B), self.magnitude.weight, self.scaling
 
-    def gathered(self) -> Adapter:
+    def gathered(self) -> PeftAdapter:
         """This adapter with the weights of FSDP1 units in place of the units."""
         units = {
             part: getattr(self, part) for part in ("lora_A", "lora_B", "magnitude") if is_unit(getattr(self, part))
@@ -92,10 +92,10 @@ def _tensor(factor: nn.Module | nn.Parameter) -> Tensor:
     return factor if isinstance(factor, Tensor) else factor.weight
 
 
-def read_adapter(layer: LoraLayer, name: str, family: Family) -> Adapter:
+def read_adapter(layer: LoraLayer, name: str, family: Family) -> PeftAdapter:
     magnitudes = layer.lora_magnitude_vector
     lora_A, lora_B = (getattr(layer, holder)[name] for holder in family.holders)
-    return Adapter(
+    return PeftAdapter(
         layer.lora_variant.get(name),
         lora_A,
         lora_B,
@@ -112,7 +112,7 @@ def why_not_family(family: Family) -> str | None:
     return None
 
 
-def why_not_adapter(adapter: Adapter, family: Family, device: torch.device | None = None) -> str | None:
+def why_not_adapter(adapter: PeftAdapter, family: Family, device: torch.device | None = None) -> str | None:
     """Why PEFT has to compute `adapter`; with a device, why it has to for an x there."""
     if adapter.variant is None:
         return "the adapter is plain LoRA"

@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, LoraLayer
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, Adapter
+from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, PeftAdapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
 from dora_kernels.adapters.reading import class_name, why_not_bypass, why_not_dtypes
 from dora_kernels.functional.rescale import rescale
@@ -43,7 +43,7 @@ class TakenOverConv(TakenOverLayer):
             return x, weight, f"x has {x.dim()} dimensions and the base weight {weight.dim()}"  # no batch, or an error
         return x, weight, why_not_dtypes(x, weight)
 
-    def dora_forward(self, x: Tensor, operand: Tensor, weight: Tensor, adapters: list[Adapter]) -> Tensor:
+    def dora_forward(self, x: Tensor, operand: Tensor, weight: Tensor, adapters: list[PeftAdapter]) -> Tensor:
         """x: (B, C, ...) -> (B, N, ...), of the dtype and in the memory format of the base layer's output.
 
         Adapters nest, and dropout is, as in TakenOverLinear.dora_forward, with convolutions for the products with W
@@ -78,7 +78,7 @@ class TakenOverConv(TakenOverLayer):
         # rescale reads and writes pixel by pixel: between NCHW images it costs a copy of base, of low and of y
         return result.contiguous() if is_contiguous else result
 
-    def _has_a_base_of_its_own(self, adapter: Adapter, first: bool) -> bool:
+    def _has_a_base_of_its_own(self, adapter: PeftAdapter, first: bool) -> bool:
         """Whether the adapter's base is not the output without it, as under a dropout that drops."""
         if self.dora_dropout == "lora" or not nests_apart(self, adapter):
             return False
@@ -90,7 +90,7 @@ class TakenOverConv(TakenOverLayer):
         padding = base.padding if isinstance(base.padding, str) else "" if any(base.padding) else "valid"
         return base.groups == 1 and bool(padding) and all(size == 1 for size in (*base.kernel_size, *base.stride))
 
-    def _as_linear(self, x: Tensor, weight: Tensor, adapter: Adapter) -> Tensor:
+    def _as_linear(self, x: Tensor, weight: Tensor, adapter: PeftAdapter) -> Tensor:
         """dora_forward through dora_linear: x (B, C, ...) is seen as (B, ..., C), which is how it lies in memory."""
         lora_A, lora_B, magnitude, scaling = adapter.tensors()
         y = reuse.dora_linear_reusing(
@@ -109,7 +109,7 @@ class TakenOverConv(TakenOverLayer):
         lora_B, groups = lora_B.flatten(1), self.base_layer.groups
         return lora_B if groups == 1 else torch.block_diag(*lora_B.unflatten(0, (groups, -1)))
 
-    def norm(self, weight: Tensor, adapter: Adapter) -> Tensor:
+    def norm(self, weight: Tensor, adapter: PeftAdapter) -> Tensor:
         """As Merging.norm, in groups too, where PEFT defines it by the product of matrices that B and A lie in."""
         if self.base_layer.groups == 1:
             return super().norm(weight, adapter)
@@ -121,7 +121,7 @@ class TakenOverConv(TakenOverLayer):
             direction = torch.addmm(weight.reshape(len(left), -1).to(dtype), left, right, alpha=scaling)
             return torch.linalg.vector_norm(direction.view(len(weight), -1), dim=1)
 
-    def matrices(self, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    def matrices(self, weight: Tensor, adapter: PeftAdapter) -> tuple[Tensor, Tensor, Tensor]:
         """As Merging.matrices; K runs over the weight as it lies in memory."""
         lora_A, lora_B, _, _ = adapter.tensors()
         if not weight.is_contiguous():  # channels-last

@@ -9,7 +9,7 @@ import torch
 from peft.tuners.lora.layer import Embedding, LoraLayer
 from torch import Tensor, nn
 
-from dora_kernels.adapters.peft.adapter import EMBEDDING, Adapter
+from dora_kernels.adapters.peft.adapter import EMBEDDING, PeftAdapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, read_weight
 from dora_kernels.adapters.reading import class_name
 from dora_kernels.functional.rescale import rescale
@@ -40,7 +40,7 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
         """As TakenOverLayer.operands."""
         return x, weight, None
 
-    def dora_forward(self, x: Tensor, operand: Tensor, weight: Tensor, adapters: list[Adapter]) -> Tensor:
+    def dora_forward(self, x: Tensor, operand: Tensor, weight: Tensor, adapters: list[PeftAdapter]) -> Tensor:
         """x: (...) tokens -> (..., N), of the dtype of the base layer's output.
 
         Adapters nest: y = g2 * (g1 * (base + d1) + d2), d = embed_scale * scaling * A^T[x] B^T. PEFT has no
@@ -64,7 +64,7 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
         """False, as TakenOver's: PEFT drops nothing here."""
         return False
 
-    def matrices(self, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    def matrices(self, weight: Tensor, adapter: PeftAdapter) -> tuple[Tensor, Tensor, Tensor]:
         """As Merging.matrices."""
         return weight.T, *adapter.tensors()[:2]
 

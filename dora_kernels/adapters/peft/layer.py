@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters import reading
-from dora_kernels.adapters.peft.adapter import Adapter, Family, read_adapter, why_not_adapter
+from dora_kernels.adapters.peft.adapter import Family, PeftAdapter, read_adapter, why_not_adapter
 from dora_kernels.adapters.peft.merging import Merging
 from dora_kernels.adapters.reading import why_not_device, why_not_plain
 from dora_kernels.adapters.sharded import enable_first, requires_grad, why_not_gathered
@@ -38,11 +38,11 @@ class TakenOverLayer(Merging):
         """x and weight as they meet each other, and why their dtypes or shapes are PEFT's affair."""
         raise NotImplementedError
 
-    def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[Adapter]) -> Tensor:
+    def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[PeftAdapter]) -> Tensor:
         """The output with at least one adapter, all of them ours; operand and weight are as `operands` gave them."""
         raise NotImplementedError
 
-    def norms(self, weight: Weight, adapters: list[Adapter]) -> Tensor:
+    def norms(self, weight: Weight, adapters: list[PeftAdapter]) -> Tensor:
         """norm (adapters, N), kept as reuse/ says. weight is of the base layer's own shape."""
         stored, *storage = parts(weight)
         factors = [factor for adapter in adapters for factor in adapter.tensors()[:2]]
@@ -54,7 +54,7 @@ class TakenOverLayer(Merging):
             lambda: torch.stack([self.norm(weight, adapter) for adapter in adapters]),
         )
 
-    def read_call(self, x: Tensor) -> tuple[tuple[Tensor, Weight, list[Adapter]] | None, str | None]:
+    def read_call(self, x: Tensor) -> tuple[tuple[Tensor, Weight, list[PeftAdapter]] | None, str | None]:
         """As TakenOver.read_call: operand, weight and the active adapters."""
         if self.disable_adapters or self.merged:
             return None, ""
@@ -68,7 +68,7 @@ class TakenOverLayer(Merging):
         operand, weight, reason = self.operands(x, weight)
         return (operand, weight, adapters), reason
 
-    def compute(self, x: Tensor, parts: tuple[Tensor, Weight, list[Adapter]]) -> Tensor:
+    def compute(self, x: Tensor, parts: tuple[Tensor, Weight, list[PeftAdapter]]) -> Tensor:
         """As TakenOver.compute."""
         operand, weight, adapters = parts
         for adapter in adapters:
@@ -85,7 +85,7 @@ class TakenOverLayer(Merging):
         return ours and any(dropout_is_active(self, adapter) for adapter in adapters)
 
 
-def _why_not_call(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Adapter]) -> str | None:
+def _why_not_call(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[PeftAdapter]) -> str | None:
     if dora.ENABLE_DORA_CACHING and not layer.training:
         return "PEFT's DoraCaching is on"
     reason = why_not_device(x.device, "the base weight", weight) or why_not_gathered(weight)
@@ -118,12 +118,12 @@ def read_weight(base: nn.Module) -> tuple[Tensor | None, str | None]:
     return weight, None
 
 
-def dropout_is_active(layer: LoraLayer, adapter: Adapter) -> bool:
+def dropout_is_active(layer: LoraLayer, adapter: PeftAdapter) -> bool:
     """Whether dropout(x) is not x."""
     return layer.training and reading.is_active(adapter.dropout)
 
 
-def nests_apart(layer: LoraLayer, adapter: Adapter) -> bool:
+def nests_apart(layer: LoraLayer, adapter: PeftAdapter) -> bool:
     """Whether PEFT puts `adapter` on a base of its own and not on the output of the adapters before it.
 
     An nn.Dropout that does not drop now is PEFT's dropout case all the same.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import reuse
-from dora_kernels.adapters.peft.adapter import LINEAR, Adapter, read_adapter, why_not_adapter
+from dora_kernels.adapters.peft.adapter import LINEAR, PeftAdapter, read_adapter, why_not_adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
 from dora_kernels.adapters.reading import class_name, why_not_bypass, why_not_dtypes
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
@@ -57,7 +57,7 @@ class TakenOverLinear(TakenOverLayer):
         lora_A = adapter.lora_A.weight
         return None if not lora_A.requires_grad or why_not_adapter(adapter, self.family, device) else lora_A
 
-    def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[Adapter]) -> Tensor:
+    def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[PeftAdapter]) -> Tensor:
         """x: (..., K) -> (..., N), of the dtype that nn.Linear would return.
 
         Without dropout, adapters nest: y = g2 * (g1 * (x W^T + d1) + d2) + bias, d = scaling * x A^T B^T.
@@ -96,7 +96,7 @@ class TakenOverLinear(TakenOverLayer):
             result = _nest(result, operand, weight, *adapter.tensors(), norms[i], bias, x_dropped, apart)
         return result.to(dtype)
 
-    def _dropped(self, adapter: Adapter, x: Tensor) -> Tensor:
+    def _dropped(self, adapter: PeftAdapter, x: Tensor) -> Tensor:
         """dropout(x) with PEFT's mask for the same seed, so drawn in the dtype it draws in."""
         if self.draws_in_adapter_dtype or not torch.is_autocast_enabled():
             x = x.to(adapter.lora_A.weight.dtype)
@@ -117,7 +117,7 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
             return None, reason
         return weight.T if layer.fan_in_fan_out else weight, why_not_bypass("base_layer", base)
 
-    def matrices(self, weight: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor, Tensor]:
+    def matrices(self, weight: Tensor, adapter: PeftAdapter) -> tuple[Tensor, Tensor, Tensor]:
         """As Merging.matrices."""
         return weight.T if self.fan_in_fan_out else weight, *adapter.tensors()[:2]
 

@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
 from dora_kernels import reuse
-from dora_kernels.adapters.peft.adapter import Adapter, read_adapter, why_not_adapter
+from dora_kernels.adapters.peft.adapter import PeftAdapter, read_adapter, why_not_adapter
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import QuantizedWeight, Weight
@@ -23,7 +23,7 @@ from dora_kernels.types import DoraWeight
 class Merging(TakenOver):
     """merge, unmerge, and what whole-model merging asks of a layer. Subclasses say which matrices a layer holds."""
 
-    def matrices(self, weight: Weight, adapter: Adapter) -> tuple[Weight, Tensor, Tensor]:
+    def matrices(self, weight: Weight, adapter: PeftAdapter) -> tuple[Weight, Tensor, Tensor]:
         """weight, of the base layer's shape, as (N, K), with lora_A (R, K) and lora_B (N, R) of the adapter."""
         return weight, *adapter.tensors()[:2]
 
@@ -31,7 +31,7 @@ class Merging(TakenOver):
         """rows (N, K) in the shape and the strides of the base layer's weight: the first of `matrices`, undone."""
         return rows
 
-    def norm(self, weight: Weight, adapter: Adapter) -> Tensor:
+    def norm(self, weight: Weight, adapter: PeftAdapter) -> Tensor:
         """norm (N,) of the adapter over weight, a constant."""
         return weight_norm(*self.matrices(weight, adapter), adapter.scaling)
 
