@@ -2,10 +2,13 @@
 
 `dora_linear` is the layer as a function, `DoraLinear` as a module, and `enable(model)` puts it under the DoRA layers
 that a model already has. docs/internals.md has the map.
+
+The extras are imported when they are first asked for: `dora_kernels.serving`, `.parallel`, `.trainer`, `.analysis`,
+`.convert`, `.demo`, and `.dvora` with its `DvoraLinear`, `VeraProjection`, `dvora_linear` and `to_dvora`.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dora_kernels.adapters import disable, enable
 from dora_kernels.functional.linear import dora_linear
@@ -32,28 +35,34 @@ __all__ = [
     "weight_norm",
 ]
 
-_DVORA = "dora_kernels.extras.dvora"
-# Names of the extras, imported when they are first asked for -> where they are; the folders themselves are names, too
-_EXTRAS = {
-    "DvoraLinear": _DVORA,
-    "VeraProjection": _DVORA,
-    "dvora_linear": _DVORA,
-    "to_dvora": f"{_DVORA}.peft",
-}
 _EXTRA_MODULES = ("analysis", "convert", "demo", "dvora", "parallel", "serving", "trainer")
+_EXTRA_NAMES = ("DvoraLinear", "VeraProjection", "dvora_linear", "to_dvora")
+"""Of dora_kernels.extras.dvora."""
+
+if TYPE_CHECKING:
+    # "as": for type checkers the names are this package's, too
+    from dora_kernels.extras import analysis as analysis
+    from dora_kernels.extras import convert as convert
+    from dora_kernels.extras import demo as demo
+    from dora_kernels.extras import dvora as dvora
+    from dora_kernels.extras import parallel as parallel
+    from dora_kernels.extras import serving as serving
+    from dora_kernels.extras import trainer as trainer
+    from dora_kernels.extras.dvora import DvoraLinear, VeraProjection, dvora_linear, to_dvora
 
 
 def __getattr__(name: str) -> Any:
-    """A name of the extras: `dora_kernels.serving`, `dora_kernels.DvoraLinear`."""
+    """A module or a name of the extras."""
     if name in _EXTRA_MODULES:
         value: Any = importlib.import_module(f"dora_kernels.extras.{name}")
-    elif name in _EXTRAS:
-        value = getattr(importlib.import_module(_EXTRAS[name]), name)
+    elif name in _EXTRA_NAMES:
+        value = getattr(importlib.import_module("dora_kernels.extras.dvora"), name)
     else:
-        raise AttributeError(f"module 'dora_kernels' has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXTRAS, *_EXTRA_MODULES})
+    """The names that are here or in __all__. help() imports what is listed, and some extras need further packages."""
+    return sorted({*globals(), *__all__})

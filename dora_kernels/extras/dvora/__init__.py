@@ -9,7 +9,10 @@ lora_B = lambda_b * vera_B * lambda_d, and has nothing of its own beneath it: th
 
     function.py    the layer as a function, its definition, and the norm
     module.py      VeraProjection (the shared matrices) and DvoraLinear
+    peft.py        to_dvora, for the layers of a VeRA model of PEFT's
 """
+
+from torch import nn
 
 from dora_kernels.extras.dvora.function import (
     NormTerms,
@@ -34,4 +37,12 @@ __all__ = [
     "dvora_update",
     "norm_terms",
     "terms_are_small",
+    "to_dvora",
 ]
+
+
+def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
+    """Make the VeRA adapter `adapter` of a PEFT model a DVoRA adapter, in place: dvora/peft.py has the rest."""
+    from dora_kernels.extras.dvora import peft  # needs PEFT
+
+    return peft.to_dvora(model, adapter)

@@ -22,7 +22,7 @@ from dora_kernels import quant, reuse
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack
 from dora_kernels.adapters.reading import DROPOUT_LAYERS, class_name, forward_is_the_class_s, is_active, why_not_bypass
 from dora_kernels.adapters.taking import TakenOver, take_over
-from dora_kernels.extras.dvora import dvora_linear_reusing, dvora_norm, dvora_update
+from dora_kernels.extras.dvora.function import dvora_linear_reusing, dvora_norm, dvora_update
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_of
