@@ -1,13 +1,11 @@
-"""Whose a call is by what surrounds it, whatever the layer: the one place where that is decided.
+"""Calls that are left to the library because of what surrounds them, whatever the layer.
 
-What torch.func transforms, forward-mode AD, torch.jit.trace and torch.fx.symbolic_trace make of a call, no kernel and
-no operator of ours has a rule for, and the library's own forward has. torch.compile, torch.export and make_fx do know
-our operators.
+Transforms and tracers: the operators of dora_kernels have no rule for torch.func, forward-mode AD, torch.jit.trace and
+torch.fx.symbolic_trace; the library's own forward has. torch.compile, torch.export and make_fx know the operators.
 
-Global module hooks are called for the parts of a layer (base_layer, lora_A, dropout, ...) where the library calls
-those, so it has the call; but not one of which it would compute another function: that stays ours, and no hook is
-called for its parts. FlopCounterMode and CommDebugMode have such hooks, and count what the library does: inside our
-operators they would see nothing.
+Global module hooks: they are meant to be called for the parts of a layer (base_layer, lora_A, dropout, ...), which the
+library's forward calls and dora_kernels reads. So the library gets the call, unless it would compute another function.
+FlopCounterMode and CommDebugMode have such hooks, and would see nothing inside the operators.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ from torch.nn.modules import module as modules
 from dora_kernels.functional import tracing
 
 ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
-"""The modules that DeepSpeed's hooks say they are of: the second is where it wraps them to be profiled."""
+"""How the __module__ of DeepSpeed's hooks begins. The second is the wrapper with which it profiles them."""
 
 
 def why_not_here(layer: Any, x: Any) -> str | None:
-    """Why this call of `layer` is its library's, by what surrounds it: 0.1 us to ask, and Dynamo can trace it."""
+    """The transform or tracer for which the library must compute this call. Takes 0.1 us; Dynamo can trace it."""
     if tracing.is_transformed() and tracing.may_carry_tangents(x, layer.tensors):
         return "a transform of torch.func or forward-mode AD is at work"
     if torch._C._get_tracing_state() is not None:
@@ -45,7 +43,7 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def why_not_hooks() -> str | None:
-    """Why a call is better its library's, if that computes the same: 0.1 us."""
+    """The global hook for which a call is left to its library, if that computes the same function. Takes 0.1 us."""
     if (
         modules._global_forward_hooks
         or modules._global_forward_pre_hooks
@@ -71,5 +69,5 @@ def _why_not_global_hooks() -> str | None:
 
 
 def only_gathers(hook: Any) -> bool:
-    """Whether a hook is one of DeepSpeed ZeRO's: they gather a weight, and inside a forward reading it does so too."""
+    """True of DeepSpeed ZeRO's hooks: they gather a weight, which reading it inside a forward does, too."""
     return getattr(hook, "__module__", "").startswith(ZERO_HOOKS)

@@ -1,4 +1,4 @@
-"""LyCORIS: our kernels under `LoConModule` with weight decomposition, over linear layers and convolutions.
+"""LyCORIS: dora_kernels under `LoConModule` with weight decomposition, over linear layers and convolutions.
 
 With V = W + scaling * B A, the norm over all of V but one axis, and gradient through it:
 
@@ -9,11 +9,11 @@ op is the layer's own product or convolution. rank_dropout masks rows of B A, mo
 dropout nothing, as LyCORIS has it; the same random numbers are drawn. Merging stays LyCORIS' code.
 
 A LoConModule is no layer of the model: it stands beside one, whose `forward` it replaces. So `enable` is called on the
-network that holds the modules (`create_lycoris` returns it), after the apply_to() that makes them its own. Each call
-decides anew whether it is ours; what is not known to mean exactly this goes to LyCORIS' forward.
+network that holds the modules (`create_lycoris` returns it), after the apply_to() that makes them its own. A call goes
+to LyCORIS' forward if the module is not known to mean exactly this.
 
 On a GPU LyCORIS may use kernels of its own for the second half; where W is half precision and dora_scale float32, their
-eps is that of half precision. Ours is the one above everywhere.
+eps is that of half precision. dora_kernels has the one above everywhere.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
 
 
 class _Direction(NamedTuple):
-    """What is scaled in one call, its kernel's dimensions flattened: V = weight + scaling * lora_B @ lora_A, (N, K)."""
+    """V = weight + scaling * lora_B @ lora_A, (N, K), as one call has it; the kernel's dimensions are flattened."""
 
     weight: Tensor
     lora_A: Tensor
@@ -84,7 +84,7 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
 
     @staticmethod
     def forward_sites(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-        """As TakenOver.forward_sites: on the wrapped layer, and on a wrapper that was put over this one."""
+        """Also on the wrapped layer, and on a wrapper that was put over this one."""
         yield from TakenOver.forward_sites(layer)
         (wrapped,) = layer.org_module
         yield from TakenOver.forward_sites(wrapped)
@@ -92,16 +92,14 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
             yield wrapper, "org_forward"
 
     def tensors(self) -> Iterator[Tensor]:
-        """As TakenOver.tensors."""
         yield from super().tensors()
         yield from calls.tensors_of(self.org_module[0])
 
     def own_dropout(self) -> str | None:
-        """As TakenOver.own_dropout."""
         return "rows of B A, or the whole adapter" if self.rank_dropout or self.module_dropout else None
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
-        """As TakenOver.norm_and_gain; raises ValueError too where they are (K,), with wd_on_out=False."""
+        """norm and gain (N,), constants. Raises ValueError, too, where they are (K,): with wd_on_out=False."""
         self._refuse_unknown("norm_and_gain")
         if not self.wd_on_out:
             raise ValueError("norm_and_gain: wd_on_out is False; expected one norm for each output")
@@ -111,7 +109,7 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
 
     @torch.no_grad()
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """As TakenOver.merged_weight_and_bias, with the multiplier as it is now."""
+        """The weight and the bias of the frozen layer, with the multiplier as it is now."""
         self._refuse_unknown("merged_weight_and_bias")
         (wrapped,) = self.org_module
         weight, bias = wrapped.weight, wrapped.bias
@@ -123,7 +121,7 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         return merged.to(weight.dtype), None if bias is None else bias.detach().clone()
 
     def frozen_layer(self) -> nn.Module:
-        """ValueError: the module stands beside the layer that it wraps. LyCORIS' merge_to puts it into that."""
+        """Raises ValueError: the module stands beside the layer that it wraps. LyCORIS' merge_to merges it."""
         raise ValueError("frozen_layer: the module stands beside the layer it wraps; expected LyCORIS' own merge_to")
 
     def _refuse_unknown(self, function: str) -> None:
@@ -132,7 +130,6 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
             raise ValueError(f"{function}: {reason}; expected a module that enable() takes over")
 
     def read_call(self, x: Tensor) -> tuple[None, str | None]:
-        """As TakenOver.read_call."""
         return None, _why_not_layer(self) or _why_not_call(self, x)
 
     def compute(self, x: Tensor, parts: None) -> Tensor:
@@ -149,17 +146,15 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         return self._convolve(x, adapter, gain) if self.isconv else self._multiply(x, adapter, gain)
 
     def merge_to(self, *args: Any, **kwargs: Any) -> None:
-        """As LyCORIS', which writes to the wrapped weight through .data, as the next two do."""
+        """LyCORIS' merge_to. It writes to the wrapped weight through .data, as the next two do."""
         super().merge_to(*args, **kwargs)
         reuse.forget(self)
 
     def onfly_merge(self, *args: Any, **kwargs: Any) -> None:
-        """As LyCORIS'."""
         super().onfly_merge(*args, **kwargs)
         reuse.forget(self)
 
     def onfly_restore(self) -> None:
-        """As LyCORIS'."""
         super().onfly_restore()
         reuse.forget(self)
 
@@ -216,13 +211,13 @@ def _reused_norm(layer: LoConModule, adapter: _Direction) -> Tensor:
 
 
 def _gain(layer: LoConModule, norm: Tensor) -> Tensor:
-    """As the head of this file says, in norm's dtype."""
+    """The gain, in norm's dtype, by the formula at the head of this file."""
     gain = layer.dora_scale.flatten().to(norm.dtype) / (norm + torch.finfo(layer.dora_scale.dtype).eps)
     return gain if layer.multiplier == 1 else layer.multiplier * (gain - 1) + 1
 
 
 def _why_not_layer(layer: LoConModule) -> str | None:
-    """Why LyCORIS has to compute the module."""
+    """The reason why LyCORIS must compute the module."""
     (wrapped,) = layer.org_module
     if not layer.wd:
         return "the module is plain LoRA"
@@ -274,7 +269,7 @@ def _why_not_call(layer: LoConModule, x: Tensor) -> str | None:
 
 
 def _tensors(layer: LoConModule) -> dict[str, Tensor]:
-    """What is read of the module and of the layer that it wraps."""
+    """The tensors that are read of the module and of the layer that it wraps, by name."""
     (wrapped,) = layer.org_module
     tensors = {
         "the base weight": wrapped.weight,

@@ -1,4 +1,4 @@
-"""Parents that read a layer's weight past the layer: where they do, no adapter is applied, the library's or ours.
+"""Parents that read a layer's weight past the layer. Where they do no adapter is applied, enabled or not.
 
 torch's nn.TransformerEncoderLayer hands linear1.weight to a fast path in eval mode, nn.MultiheadAttention never calls
 its out_proj, WavLM's attention passes q_proj.weight to a function. Such code says so, and is looked at here: `forward`,
@@ -25,7 +25,7 @@ FACTS = frozenset(
     | {"is_floating_point", "is_leaf", "is_meta", "is_sparse", "itemsize", "layout", "nbytes", "ndim", "nelement"}
     | {"numel", "requires_grad", "shape", "size", "stride"}
 )
-"""What may be asked of a weight without using its numbers."""
+"""Attributes and methods of a weight that do not use its numbers."""
 
 ASKING = frozenset(
     {"empty_like", "expand_as", "full_like", "hasattr", "id", "is_floating_point", "is_tensor", "isinstance", "len"}
@@ -34,11 +34,11 @@ ASKING = frozenset(
 """The names of functions and methods that ask no more of their arguments: x.to(weight) is x in its dtype."""
 
 CALLABLE = (FunctionType, MethodType, functools.partial)
-"""What is called where it is put on an instance."""
+"""The types of attributes of an instance that may be called in place of a method."""
 
 
 def remarks(model: nn.Module, layers: Iterable[tuple[nn.Module, nn.Module]]) -> dict[nn.Module, str]:
-    """What the report says of each layer whose weight a module of `model` reads past it.
+    """The remark in the report on each layer whose weight a module of `model` reads past it.
 
     layers: (what a parent holds, the layer), the same module but where a library's layer stands beside the wrapped one.
     """
@@ -124,8 +124,8 @@ def _content(cell: Any) -> Any:
 
 
 class _Code(NamedTuple):
-    """What a function says: (root, path) of every root.path.weight whose numbers it may use, and (root, method) of its
-    calls root.method(); the root of super() is None."""
+    """The reads and calls in a function: (root, path) of every root.path.weight whose numbers it may use, and
+    (root, method) of every call root.method(). The root of super() is None."""
 
     weights: set[tuple[str, str]]
     calls: set[tuple[str | None, str]]

@@ -1,10 +1,10 @@
-"""What still says that a model has an adapter when `serving.merge_model` has put it into the weights.
+"""Refusals of what a model can no longer do once `serving.merge_model` has put its adapters into the weights.
 
-A PEFT model, its tuner and its base model share a dict of configs; the forks of NVlabs/DoRA have one config. With it
-begin their save_pretrained and get_peft_model_state_dict, transformers' and diffusers' own saving, disable_adapter and
-load_adapter of another. Of an adapter that is merged away they would write an empty file, or leave it on. So its config
-is replaced by one that raises where they ask for its `bias`: each of them does, and neither forward, generate nor
-merge_and_unload do. What loads the adapter anew asks for nothing, and drops what finds no place: a hook looks.
+A PEFT model, its tuner and its base model share a dict of configs; the forks of NVlabs/DoRA have one config. Their
+save_pretrained and get_peft_model_state_dict, transformers' and diffusers' own saving, disable_adapter and load_adapter
+of another adapter begin with it. For a merged adapter they would write an empty file, or leave it on. So its config is
+replaced by one that raises when it is asked for its `bias`: all of these ask, and neither forward nor generate nor
+merge_and_unload does. Loading the adapter again asks for nothing, and skips what finds no place: a hook refuses it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MESSAGE = (
 
 
 class Merged:
-    """A config of an adapter that is merged away: as it was, but for what saving begins with."""
+    """The config of an adapter that is merged away: as it was, but for `bias`, which saving asks for first."""
 
     @property
     def bias(self) -> NoReturn:
@@ -81,7 +81,7 @@ class _Held:
         self.gone: set[str] = set()
 
     def withdraw(self, layer: nn.Module) -> None:
-        """As Promises.withdraw, of a layer that is inside or not."""
+        """Promises.withdraw for this module, if `layer` is inside it."""
         if id(layer) not in self.paths:
             return
         configs = _configs(self.holder)

@@ -13,17 +13,17 @@ from torch._subclasses import FakeTensor
 from dora_kernels.adapters import calls
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-"""What autocast casts; it leaves float64 alone."""
+"""The dtypes that autocast casts; it leaves float64 alone."""
 
 PLAIN = (nn.Parameter, Tensor, FakeTensor)
-"""torch's own tensors, and what torch.export puts in their place; any other subclass has a meaning of its own."""
+"""torch's own tensors, and those of torch.export; any other subclass has a meaning of its own."""
 
 DROPOUT_LAYERS = (nn.Identity, nn.Dropout)
-"""The classes of dropout whose meaning we know."""
+"""The classes of dropout whose meaning is known."""
 
 
 def why_not_bypass(part: str, module: nn.Module) -> str | None:
-    """Why `module` must really be called: reading its weight instead would skip somebody's code."""
+    """The reason why `module` must really be called: reading its weight instead would skip somebody's code."""
     registered = (
         module._forward_hooks,
         module._forward_pre_hooks,
@@ -38,7 +38,7 @@ def why_not_bypass(part: str, module: nn.Module) -> str | None:
 
 
 def forward_is_the_class_s(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward, perhaps between device moves of accelerate.
+    """True if calling `module` runs its class's forward, perhaps between device moves of accelerate.
 
     A model dispatched with a device_map has an AlignDevicesHook on every module, which replaces `forward` on
     the instance and brings x to the module's device. Where x is on that device already it does nothing; where
@@ -56,7 +56,7 @@ def forward_is_the_class_s(module: nn.Module) -> bool:
 
 
 def why_not_dtypes(x: Tensor, weight: Tensor) -> str | None:
-    """Why the dtypes of x and weight are the library's affair: one dtype, or autocast makes them one."""
+    """The reason why the library must compute these dtypes: they differ, and autocast does not make them one."""
     if x.dtype == weight.dtype:
         return None
     dtypes = f"x is {x.dtype} and the base weight is {weight.dtype}"
@@ -68,7 +68,7 @@ def why_not_dtypes(x: Tensor, weight: Tensor) -> str | None:
 
 
 def is_active(dropout: object) -> bool:
-    """Whether `dropout` is an nn.Dropout that changes x now."""
+    """True if `dropout` is an nn.Dropout that changes x now."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
 

@@ -16,8 +16,8 @@ class LayerReport:
     library: str
     taken_over: bool
     reason: str = ""
-    """Why the layer was left alone; for one taken over, what its own library still computes, if anything. Of both, who
-    reads its weight past it (parents.py)."""
+    """The reason why the layer was left alone; of one taken over, what its library still computes, if anything. Of
+    both, which code reads its weight past it (parents.py)."""
     shares_with: tuple[str, ...] = ()
     """The layers that are called with the same x, with which it shares the product of x and lora_A."""
 

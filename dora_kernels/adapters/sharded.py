@@ -1,4 +1,4 @@
-"""Weights that an engine holds in pieces: what a layer sees of them inside its forward, and how they are read there.
+"""Weights that an engine holds in pieces, and how a layer reads them inside its forward.
 
 fully_shard (FSDP2)     inside the forward of its unit a weight is a plain parameter; outside, a DTensor
 FSDP1                   use_orig_params=True: a view into the unit's flat parameter, which requires a gradient if any
@@ -22,7 +22,7 @@ except ImportError:  # a torch without distributed
 
 
 def is_unit(module: nn.Module | None) -> bool:
-    """Whether `module` is an FSDP1 unit: a wrapper around another module."""
+    """True if `module` is an FSDP1 unit: a wrapper around another module."""
     return FullyShardedDataParallel is not None and type(module) is FullyShardedDataParallel
 
 
@@ -51,18 +51,18 @@ def _copy_of_weight(module: nn.Module) -> Tensor:
 
 
 def enable_first(weight: Any) -> str:
-    """What to say of a DTensor beside its class."""
+    """An advice for an error that names a DTensor; "" for any other weight."""
     return ": enable before fully_shard" if type(weight).__name__ == "DTensor" else ""
 
 
 def why_not_gathered(weight: Any) -> str | None:
-    """Why a weight that was read in a forward is not there."""
+    """The reason why a weight that was read inside a forward is empty."""
     empty = hasattr(weight, "ds_status") and weight.numel() == 0
     return "DeepSpeed ZeRO-3 has not gathered a weight" if empty else None
 
 
 def requires_grad(module: nn.Module) -> bool:
-    """Whether module.weight is trained: of a view into FSDP1's flat parameter, whether what it stands for is."""
+    """True if module.weight is trained. A view into FSDP1's flat parameter counts as what it stands for."""
     weight = module.weight
     flat = weight._base
     if not weight.requires_grad or not getattr(flat, "_is_flat_param", False) or flat._params is None:

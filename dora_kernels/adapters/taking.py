@@ -32,20 +32,20 @@ _switching = threading.Lock()
 
 
 class TakenOver:
-    """The mark of a layer that is taken over. Subclasses have `read_call` and `compute`, and may have merge and
-    unmerge; they are never constructed.
+    """A layer that is taken over. Subclasses have `read_call` and `compute`, and may have merge and unmerge; they are
+    never constructed.
 
-    Beside these `train` and `_apply` differ from the library's, by what they forget.
+    train, _apply and _load_from_state_dict are the library's, and also end the reuse of an earlier call's norm.
     """
 
     library: ClassVar[str]
-    """What messages call it."""
+    """The library's name in messages."""
 
     dora_dropout = "adapter"
-    """What dropout falls on: what the library means, or "lora" (see adapters.enable). Set on the layer by take_over."""
+    """enable's dropout: "adapter" is the library's meaning. take_over sets it on the layer."""
 
     reversible = True
-    """Whether the library's class computes the same function, so that the layer can be given back."""
+    """True if the library's class computes the same function, so that the layer can be given back."""
 
     @staticmethod
     def forward_sites(layer: nn.Module) -> Iterator[tuple[nn.Module, str]]:
@@ -65,29 +65,29 @@ class TakenOver:
         raise NotImplementedError
 
     def compute(self, x: Any, parts: Any) -> Any:
-        """What the library's forward returns for x, by our kernels, of what `read_call` has read."""
+        """The output that the library's forward would give for x, computed from the parts that `read_call` returned."""
         raise NotImplementedError
 
     def library_forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the library computes for this layer."""
+        """The output of the library's own forward."""
         return super().forward(x, *args, **kwargs)
 
     def drops_otherwise(self) -> bool:
-        """Whether dropout now falls on what the library would not have it fall on."""
+        """True if dropout is active now and is not the library's: enable(dropout="lora")."""
         return False
 
     def difference(self) -> str | None:
-        """Why the library would compute another function now, and what is expected instead."""
+        """The reason why the library would compute another function now, and what is expected instead."""
         if not self.drops_otherwise():
             return None
         return 'whose dropout is another than enable(model, dropout="lora") asked for; expected eval mode, or "adapter"'
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the library's forward returns, by our kernels where the call is known to mean what they compute.
+        """The library's output: computed by dora_kernels if the call is known to mean what `compute` computes.
 
-        Another thread may disable it meanwhile: then its library's forward has the call. Where it is enabled again,
-        the call is made anew. Raises ValueError where a call is the library's that would compute another function
-        (`difference`).
+        Another thread may disable the layer meanwhile: then the library's forward has the call. If the layer is enabled
+        again, the call starts anew. Raises ValueError if the call has to go to the library, and that would compute
+        another function (`difference`).
         """
         if torch.compiler.is_compiling():  # Dynamo would guard on the number, and cannot resume inside a try
             return self._forward(x, *args, **kwargs)
@@ -95,7 +95,10 @@ class TakenOver:
             before = _switches
             try:
                 return self._forward(x, *args, **kwargs)
-            except (AttributeError, TypeError):  # what is no longer ours has no method of ours, nor our super()
+            except (
+                AttributeError,
+                TypeError,
+            ):  # a layer given back meanwhile has no method of TakenOver, nor its super()
                 if isinstance(self, TakenOver) and not _is_switched_since(self, before):
                     raise
         return library_class(self).forward(self, x, *args, **kwargs)
@@ -115,7 +118,7 @@ class TakenOver:
         return self.library_forward(x, *args, **kwargs)
 
     def _why_not_hooks(self) -> str | None:
-        """Why a hook on every module gets this call for its library; None where that would compute another function."""
+        """The global hook for which the library gets this call; None if that would compute another function."""
         reason = calls.why_not_hooks()
         if reason is None or self.difference() is None:
             return reason
@@ -125,15 +128,15 @@ class TakenOver:
         return None
 
     def tensors(self) -> Iterator[Tensor]:
-        """What a call reads beside x, and attributes: a tensor may stand in a parameter's place."""
+        """The tensors that a call reads beside x; one may stand in a parameter's place as a plain attribute."""
         yield from calls.tensors_of(self)
 
     def own_dropout(self) -> str | None:
-        """What dropout falls on under dropout="lora" too, because the library means neither that nor what PEFT does."""
+        """The tensor whose dropout stays the library's under dropout="lora": it is of a third kind. None if none."""
         return None
 
     def adapter_operands(self) -> DoraWeight | None:
-        """What dora_linear_reusing is called with now, for `frozen_adapters`; None where something else is."""
+        """The weight with its adapter, for `frozen_adapters`; None unless the layer calls dora_linear_reusing now."""
         return None
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
@@ -156,17 +159,17 @@ class TakenOver:
         return frozen_like(getattr(self, "base_layer", None), weight, bias)
 
     def train(self, mode: bool = True) -> TakenOver:
-        """As nn.Module.train; a change of mode ends what `frozen_adapters` reuses."""
+        """nn.Module.train; a change of mode ends the reuse inside `frozen_adapters`."""
         reuse.mode_set(self, mode)
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> TakenOver:
-        """What moves and casts go through."""
+        """nn.Module._apply, with which moves and casts are made; they end the reuse."""
         reuse.forget(self)
         return super()._apply(*arguments, **keywords)
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
-        """What load_state_dict goes through; a load of shards leaves no trace in what fully_shard gathers of them."""
+        """nn.Module's; ends the reuse. A load of shards leaves no trace in what fully_shard gathers of them."""
         reuse.forget(self)
         super()._load_from_state_dict(*arguments, **keywords)
 
@@ -225,7 +228,7 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     bound = [place for place in sites if is_bound_forward(layer, place[0].__dict__.get(place[1]))]
     outer = type(layer)
     if isinstance(layer, TakenOver) and issubclass(outer.__bases__[-1], TakenOver):
-        # fully_shard(layer) has made a class over ours: what it added stays
+        # fully_shard(layer) has made a class over the taken-over one: what it added stays
         members = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
         cls = type(outer)(outer.__name__, (*outer.__bases__[:-1], cls), members)
     global _switches
@@ -243,5 +246,5 @@ def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def _is_switched_since(layer: nn.Module, before: int) -> bool:
-    """Whether the class of `layer`, or of one that it shares with, was changed after the first `before` changes."""
+    """True if the class of `layer`, or of one that it shares with, was changed after the first `before` changes."""
     return _last_switch.get(layer, 0) > before

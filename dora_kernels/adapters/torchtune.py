@@ -1,10 +1,10 @@
-"""torchtune: our kernels under the `DoRALinear` layers of a model.
+"""torchtune: dora_kernels under the `DoRALinear` layers of a model.
 
     y = gain * (x W^T + scaling * dropout(x) A^T B^T + bias)        over a dense weight or a torchao NF4Tensor
 
 The bias is multiplied by the gain, and dropout is before the adapter alone. The norm is a constant for autograd. Each
-call decides anew whether it is ours; what is not known to mean exactly this goes to torchtune's forward. Where a row's
-norm is 0 torchtune divides by it; ours has gain 0 there.
+call goes to torchtune's forward if the layer is not known to mean exactly this. Where a row's norm is 0, torchtune
+divides by it; dora_kernels has gain 0.
 """
 
 from __future__ import annotations
@@ -60,13 +60,12 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
     library = "torchtune"
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
-        """As TakenOver.norm_and_gain."""
         weight, lora_A, lora_B, magnitude, scaling = _adapter(self, self._known_weight("norm_and_gain"))
         norm = weight_norm(weight, lora_A, lora_B, scaling)
         return norm, gain_of(magnitude.detach(), norm)
 
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """As TakenOver.merged_weight_and_bias; the bias is the library's times the gain."""
+        """The weight and the bias of the frozen layer; that bias is the library's times the gain."""
         weight, _, gain = merge_weight_and_norm(_adapter(self, self._known_weight("merged_weight_and_bias")))
         bias = self.bias
         return weight, None if bias is None else (gain * bias.detach()).to(bias.dtype)
@@ -81,7 +80,7 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
         return weight
 
     def read_call(self, x: Tensor) -> tuple[Weight | None, str | None]:
-        """As TakenOver.read_call: the weight (N, K)."""
+        """The weight (N, K) and None, or the reason why torchtune must compute this call."""
         if self.disabled:
             return None, ""
         weight, reason = _read_weight(self)
@@ -107,7 +106,7 @@ def _adapter(layer: DoRALinear, weight: Weight) -> DoraWeight:
 
 
 def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
-    """The frozen weight (N, K), and why it is not ours to compute with."""
+    """The frozen weight (N, K) and None, or the reason why torchtune must compute with it."""
     weight = layer.weight
     if weight.requires_grad:
         return None, "the base weight requires a gradient"
@@ -121,7 +120,7 @@ def _read_weight(layer: DoRALinear) -> tuple[Weight | None, str | None]:
 
 
 def _why_not_layer(layer: DoRALinear) -> str | None:
-    """Why torchtune has to compute a layer whose weight is known."""
+    """The reason why torchtune must compute a layer whose weight is known."""
     known_parts = {"lora_a": (nn.Linear,), "lora_b": (nn.Linear,), "dropout": DROPOUT_LAYERS}
     for part, known in known_parts.items():
         module = getattr(layer, part)
@@ -159,6 +158,6 @@ def _why_not_call(layer: DoRALinear, x: Tensor, weight: Weight) -> str | None:
 
 
 def _tensors(layer: DoRALinear) -> dict[str, Tensor]:
-    """What is read of the layer beside its weight."""
+    """The tensors that are read of the layer beside its weight, by name."""
     tensors = {"lora_a.weight": layer.lora_a.weight, "lora_b.weight": layer.lora_b.weight, "magnitude": layer.magnitude}
     return tensors if layer.bias is None else tensors | {"bias": layer.bias}

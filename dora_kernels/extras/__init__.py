@@ -1,1 +1,1 @@
-"""What is useful beside the core: it may import everything, and nothing imports it."""
+"""Useful additions to the core: they may import everything, and nothing imports them."""

@@ -1,6 +1,6 @@
 """Checkpoints as others write them: safetensors files, Hugging Face's folders, and PEFT's adapter_config.json.
 
-What `convert` and `analysis` read alike. Every function takes the name with which its errors begin; safetensors is
+Shared by `convert` and `analysis`. Every function takes the name with which its errors begin; safetensors is
 imported when a file is opened.
 """
 
@@ -91,8 +91,8 @@ def read_json(function: str, file: Path) -> dict[str, Any]:
 
 
 def pattern_value(function: str, config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
-    """What rank_pattern or alpha_pattern says of one module: each key is a regular expression for the end of its name,
-    and the first that fits counts. Raises ValueError where that cannot be asked."""
+    """The value of rank_pattern or alpha_pattern for one module. Each key is a regular expression for the end of its
+    name, and the first that fits counts. Raises ValueError where that cannot be asked."""
     patterns = config.get(field) or {}
     try:
         return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)

@@ -244,7 +244,7 @@ class ParallelDoraLinear(DoraLinear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `columnwise_dora_linear` or `rowwise_dora_linear`."""
+        """y, by `columnwise_dora_linear` or `rowwise_dora_linear`."""
         group = self._mesh.get_group()
         x_dropped = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         whole = (self.weight, self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.bias)

@@ -74,7 +74,10 @@ def merge_model(model: nn.Module, *, progress: bool = False) -> dict[str, str]:
 
 
 def _tracked(function: str, model: nn.Module, progress: bool) -> Iterable[tuple[list[str], nn.Module]]:
-    """(names, layer) of the DoRA layers that we compute, with a bar or without; none is held once the next is asked."""
+    """(names, layer) of the DoRA layers that dora_kernels computes, with a bar or without.
+
+    A layer is let go when the next is asked for.
+    """
     found: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, (TakenOver, MergeableLinear)):

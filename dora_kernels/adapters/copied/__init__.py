@@ -1,1 +1,1 @@
-"""Layers without a library to import: copied from repositories, known by their structure."""
+"""Layers that users copy from a repository: there is nothing to import, and they are known by their structure."""

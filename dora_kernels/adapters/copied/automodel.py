@@ -1,7 +1,7 @@
 """NeMo Automodel: LinearLoRA(use_dora=True), a Linear that has its adapter on itself, known by structure.
 
 Dropout before the adapter ("pre") is of x, and the base product sees it with gain - 1; after it ("post") it is of
-x A^T B^T. The norm is constant. Where a row of W + scaling * B A is zero, the library's gain is NaN; ours is 0.
+x A^T B^T. The norm is constant. Where a row of W + scaling * B A is zero, the library's gain is NaN, dora_kernels' 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ class DoraKernelsLinearLoRA(Structure):
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
-        """As Structure.read."""
         if getattr(layer, "super_fwd", None) is not None:
             return None, "super_fwd is set: the base product is another class's"
         reasons = [why_not_linear(part, getattr(layer, part)) for part in ("lora_A", "lora_B")]
@@ -49,31 +48,27 @@ class DoraKernelsLinearLoRA(Structure):
 
     @classmethod
     def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
-        """As Structure.stand_ins."""
         super().stand_ins(twin, small)
         twin.dropout_p = DROPOUT
 
     def has_dropout(self) -> bool:
-        """As Structure.has_dropout."""
         return self.dropout_p > 0
 
     def own_dropout(self) -> str | None:
-        """As TakenOver.own_dropout."""
         return "x A^T B^T" if self.dropout_position == "post" and self.dropout_p > 0 else None
 
     def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
-        """As Structure.why_not_x."""
         if x.dtype != adapter.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
             return f"x is {x.dtype} and lora_A is {adapter.lora_A.dtype}, without autocast"
         return None
 
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
-        """As Structure.compute; as wide as x under autocast too."""
+        """y in a dtype as wide as x's, under autocast too."""
         if not (self.training and self.dropout_p > 0):
             y = self.linear(x, adapter)
         elif self.dropout_position == "pre":
             y = self.linear(x, adapter, F.dropout(x, self.dropout_p))
-        else:  # dropout of (..., N) stands between B and the gain: no product to fuse them with
+        else:  # dropout of (..., N) stands between B and the gain, so the two cannot be fused
             weight, lora_A, lora_B, _, scaling, bias, _ = adapter
             base = F.linear(x, weight)
             low_rank = F.dropout(F.linear(F.linear(x, lora_A), lora_B), self.dropout_p)

@@ -3,7 +3,7 @@
     y = gain * (base_layer(x) + x A^T B^T)        base_layer's bias is in it; no alpha, no dropout, the norm is constant
 
 The weight is read as it is stored and never decoded whole. Where a row of W + B A is zero, the library's gain is NaN;
-ours is 0.
+dora_kernels' is 0.
 """
 
 from __future__ import annotations
@@ -41,12 +41,11 @@ class DoraKernelsDORA(Structure):
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
-        """As Structure.read."""
         base, dora = layer.base_layer, layer.dora_layer
         reasons = [why_not_linear(part, getattr(dora, part)) for part in ("lora_A", "lora_B")]
         modules = {"base_layer": base, "dora_layer": dora, "magnitude_layer": layer.magnitude_layer}
         reasons += [why_not_bypass(part, module) for part, module in modules.items()]
-        # by FSDP, for which the library makes them modules: outside its own forward such a module has no storage
+        # FSDP wraps them, and outside of its own forward such a module has no storage
         reasons += [
             f"{part} is wrapped" for part, module in modules.items() if "_fsdp_wrapped_module" in module._modules
         ]
@@ -64,13 +63,12 @@ class DoraKernelsDORA(Structure):
 
     @classmethod
     def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
-        """As Structure.stand_ins."""
         twin.base_layer = nn.Linear(1, 1, bias=False, device="cpu")
         twin.base_layer.weight = small.weight
         twin.base_layer.bias = small.bias
 
     def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
-        """As Structure.why_not_x: in one dtype there is no question what the library returns."""
+        """More than one dtype: the library's output then depends on the base layer."""
         if x.dim() != 3:
             return f"x has {x.dim()} dimensions; expected 3"
         if torch.is_autocast_enabled(x.device.type):
@@ -84,7 +82,6 @@ class DoraKernelsDORA(Structure):
         return None
 
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
-        """As Structure.compute."""
         weight, bias = adapter.weight, adapter.bias
         if isinstance(weight, QuantizedWeight):
             adapter = adapter._replace(weight=weight.rounded_to(x.dtype))

@@ -1,7 +1,7 @@
 """NVlabs/DoRA, LLaVA's tree: Linear(nn.Linear, LoraLayer) with its adapters by name, known by structure.
 
 lora_A, lora_B, lora_dropout and weight_m_wdecomp are ModuleDicts, r and scaling dicts, and one adapter is active. The
-norm is constant. Where a row of W + scaling * B A is zero, the library's gain is NaN; ours is 0.
+norm is constant. Where a row of W + scaling * B A is zero, the library's gain is NaN; dora_kernels' is 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DoraKernelsLinear(Structure):
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
-        """As Structure.read, of the active adapter."""
+        """The parts of the active adapter, or None and the reason."""
         name, N = layer.active_adapter, layer.weight.shape[0]
         if getattr(layer, "fan_in_fan_out", False):
             return None, "fan_in_fan_out is set, with which the library adds B A to the transposed weight"
@@ -55,7 +55,7 @@ class DoraKernelsLinear(Structure):
         return checked(Adapter(*weights, scaling, layer.bias))
 
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
-        """As Structure.compute; of x's dtype under autocast too."""
+        """y in x's dtype, under autocast too."""
         dropout = self.lora_dropout[self.active_adapter]
         return self.linear(x, adapter, dropout(x) if is_active(dropout) else None).to(x.dtype)
 

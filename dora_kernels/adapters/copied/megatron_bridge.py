@@ -3,9 +3,10 @@
     base, bias, xn = to_wrap(x)     xn = x, or what the layer norm in to_wrap made of it; bias is not added
     y = gain * (base + scaling * dropout(xn) A^T B^T) + (gain - 1) * to_wrap(dropout(xn) - xn)
 
-The two dropouts are drawn apart. to_wrap and linear_in are called, so whatever they are stays theirs; the norm, B, the
-gain and the sum are ours. Only without tensor parallelism: the library's own norm is of a shard of the columns for a
-row-parallel layer. The norm is constant. Where a row of W + scaling * B A is zero, the library's gain is NaN, ours 0.
+The two dropouts are drawn separately. to_wrap and linear_in are called and may be of any class; dora_kernels computes
+the norm, the product with B, the gain and the sum. Not with tensor parallelism: of a row-parallel layer the library
+takes the norm of a shard of the columns. The norm is constant. Where a row of W + scaling * B A is zero, the library's
+gain is NaN; dora_kernels' is 0.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class DoraKernelsDoRALinear(Structure):
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
-        """As Structure.read. Sharded weights do not fit each other, whatever the adapter says of its group."""
+        """The parts, or None and the reason. Sharded weights are found by their shapes, which do not fit each other."""
         adapter, to_wrap = layer.adapter, layer.to_wrap
         weights = {
             "to_wrap": getattr(to_wrap, "weight", None),
@@ -71,7 +72,6 @@ class DoraKernelsDoRALinear(Structure):
 
     @classmethod
     def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
-        """As Structure.stand_ins."""
         if "_adapter_enabled" in vars(twin):
             twin._adapter_enabled = True
         twin.to_wrap = _Plain(small.weight)
@@ -79,15 +79,13 @@ class DoraKernelsDoRALinear(Structure):
         twin.adapter.linear_out = _Plain(small.lora_B)
 
     def why_not_now(self) -> str | None:
-        """As Structure.why_not_now."""
         return None if getattr(self, "_adapter_enabled", True) else "its adapters are disabled"
 
     def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
-        """As Structure.why_not_x."""
         return None if x.dim() == 3 else f"x has {x.dim()} dimensions; expected 3"
 
     def compute(self, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
-        """As Structure.compute: the output and to_wrap's bias."""
+        """(y, to_wrap's bias), as the library returns them."""
         base, bias, xn = self.base_linear_forward(x)
         dropout = self.adapter.dropout
         dropped = dropout(xn) if is_active(dropout) else xn
@@ -102,7 +100,7 @@ class DoraKernelsDoRALinear(Structure):
 
     @torch.no_grad()
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """As TakenOver's, of to_wrap: its bias is scaled where to_wrap adds it, and not where it returns it."""
+        """The weight and bias for to_wrap. The bias is scaled where to_wrap adds it, and not where it returns it."""
         weight, _, gain = merge_weight_and_norm(DoraWeight(*self._unmerged("merged_weight_and_bias")[:5]))
         bias = getattr(self.to_wrap, "bias", None)
         if bias is None or not bias.numel():
@@ -113,7 +111,7 @@ class DoraKernelsDoRALinear(Structure):
         return weight, (gain * bias).to(bias.dtype)
 
     def frozen_layer(self) -> nn.Module:
-        """ValueError: what calls the layer expects output and bias apart, which no frozen layer of torch's returns."""
+        """Raises ValueError: callers expect output and bias apart, and no frozen layer of torch's returns them so."""
         raise ValueError("frozen_layer: the layer returns its bias apart; expected Megatron-Bridge's own merge")
 
 
@@ -121,7 +119,7 @@ STRUCTURES = (DoraKernelsDoRALinear,)
 
 
 def _why_not_local(adapter: nn.Module) -> str | None:
-    """Why more than the four tensors of `adapter` is at work."""
+    """The reason why more is at work than the four tensors of `adapter`."""
     config = getattr(adapter, "config", None)
     size = getattr(getattr(adapter, "tp_group", None), "size", None)
     sizes = getattr(config, "tensor_model_parallel_size", 1), size() if callable(size) else size
@@ -139,7 +137,7 @@ def _why_not_local(adapter: nn.Module) -> str | None:
 
 
 class _Plain(nn.Module):
-    """What a parallel layer is to a twin of one that is not sharded: the product, and no bias."""
+    """A stand-in for a parallel layer that is not sharded: the product, and no bias."""
 
     def __init__(self, weight: nn.Parameter):
         super().__init__()

@@ -4,7 +4,8 @@
                   holds the norm constant, and Wdecompose learns the magnitude alone
     VL-T5 tree    DoraLinear_simple (the norm is constant) and DoraLinear: weight_v, weight_m, lora_A, lora_B, bias
 
-The third tree, LLaVA's, is in llava.py. Where a row of W + scaling * B A is zero, the library's gain is NaN; ours is 0.
+The third tree, LLaVA's, is in llava.py. Where a row of W + scaling * B A is zero, the library's gain is NaN,
+dora_kernels' 0.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from dora_kernels.types import DoraWeight, Given
 
 
 class DoraKernelsLinear(Structure):
-    """Over the LLM tree's Linear. What its merging eval() has merged stays merged, and is the library's."""
+    """Over the LLM tree's Linear, whose eval() merges. While it is merged, the library computes it."""
 
     library = "NVlabs/DoRA"
     formula = "x W^T + (gain - 1) * xd W^T + gain * scaling * xd A^T B^T + bias, xd = dropout(x),"
@@ -37,7 +38,7 @@ class DoraKernelsLinear(Structure):
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
-        """As Structure.read. A layer that learns the magnitude alone has an A and a B of zeros."""
+        """The parts, with an A and a B of zeros for a layer that learns the magnitude alone; or None and the reason."""
         if getattr(layer, "fan_in_fan_out", False):
             return None, "fan_in_fan_out is set, with which the library adds B A to the transposed weight"
         magnitude, weight, dropout = layer.weight_m_wdecomp, layer.weight, layer.lora_dropout
@@ -61,17 +62,16 @@ class DoraKernelsLinear(Structure):
         return checked(Adapter(weight, lora_A, lora_B, magnitude.weight.squeeze(1), scaling, layer.bias, norm_grad))
 
     def adapter_operands(self) -> DoraWeight | None:
-        """As TakenOver.adapter_operands; None for the magnitude alone, whose norm never changes."""
+        """None for a layer that learns the magnitude alone: its norm never changes."""
         return None if self.Wdecompose else super().adapter_operands()
 
     def own_dropout(self) -> str | None:
-        """As TakenOver.own_dropout."""
         can_drop = isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.p > 0
         return "the x of (gain - 1) * x W^T, as there is no low-rank product" if self.Wdecompose and can_drop else None
 
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
-        """As Structure.compute; of the weight's dtype under autocast too."""
-        dropout = self.lora_dropout  # the library's stand-in for none is a function
+        """y in the weight's dtype, under autocast too."""
+        dropout = self.lora_dropout  # where there is none, the library has a function in its place
         x_dropped = dropout(x) if isinstance(dropout, FunctionType) or is_active(dropout) else None
         x_dropped = None if x_dropped is x else x_dropped
         if self.Wdecompose:
@@ -104,7 +104,6 @@ class DoraKernelsVisionLinear(Structure):
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
-        """As Structure.read."""
         if layer.weight_m.dim() != 2 or layer.weight_m.shape[1] != 1:
             return None, f"weight_m has shape {tuple(layer.weight_m.shape)}; expected (N, 1)"
         norm_grad = "DoraLinear_simple" not in class_names(layer)
@@ -114,14 +113,13 @@ class DoraKernelsVisionLinear(Structure):
         )
 
     def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
-        """As Structure.why_not_x: the library multiplies with one dense weight."""
+        """More than one dtype without autocast: the library multiplies with one dense weight."""
         dtypes = {adapter.weight.dtype, adapter.lora_A.dtype, adapter.magnitude.dtype}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
             return f"its parameters are {' and '.join(sorted(map(str, dtypes)))}, without autocast"
         return None
 
     def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
-        """As Structure.compute."""
         return self.linear(x, adapter)
 
 

@@ -1,14 +1,14 @@
-"""Does a layer that looks like a library's compute what the library's does? Its own forward is run, to see.
+"""The test of a layer that looks like a library's: its own forward is run and compared with what dora_kernels computes.
 
-Run are not the layer's weights but those of a shrunk twin: an object of the layer's own class, with the layer's own
-attributes, and with a few random numbers in float64 for each parameter. So it costs no more for a large layer, needs no
-device, leaves the layer as it is, and a fresh adapter (B = 0) proves as much as a trained one. Compared are output and
-every gradient, in eval and in train mode with half of what dropout sees dropped. The rows of the twin's weight are of
-sizes from 1e-7 to 10, as an eps in the norm shows in small rows only.
+A shrunk twin is run: an object of the layer's own class, with the layer's own attributes and a few random float64
+numbers for each parameter. So a large layer costs no more, no device is needed, the layer stays as it is, and a fresh
+adapter (B = 0) proves as much as a trained one. Output and every gradient are compared, in eval mode and in train mode
+with a dropout of one half. The rows of the twin's weight have sizes from 1e-7 to 10: an eps in the norm shows only in
+small rows.
 
-What it cannot see: a branch that is taken for other numbers, shapes, devices or dtypes only; what happens inside the
-submodules in Structure.opaque (a parallel or a quantised base layer), for which plain ones stand in; and attributes
-that change after enable().
+The test cannot see a branch that is taken only for other numbers, shapes, devices or dtypes; what happens inside the
+submodules in Structure.opaque (a parallel or a quantised base layer), which plain ones replace; and attributes that
+change after enable().
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ TOLERANCE = 1e-5
 """Relative to the norm of each row: an intermediate in float32 is not another meaning."""
 DROPOUT = 0.5
 SEED = 0
-NOT_THEIRS = ("forward", "_old_forward", "_hf_hook", "dora_dropout")
-"""Attributes that the library's forward does not read: accelerate's, bound to the module, and what take_over sets."""
+NOT_COPIED = ("forward", "_old_forward", "_hf_hook", "dora_dropout")
+"""Attributes that a twin does not get: accelerate's, which are bound to the module, and what take_over sets."""
 
 PLAIN = (bool, int, float, str, type(None))
 """The types of attributes that are settings."""
@@ -48,7 +48,7 @@ _results: dict[Hashable, str | None] = {}
 
 @torch.inference_mode(False)
 def why_not_same(layer: nn.Module, adapter: Adapter, computed_by: type[Structure]) -> str | None:
-    """Why `layer`, made of `adapter`, does not compute what `computed_by` does; None if it does.
+    """The reason why `layer`, made of `adapter`, does not compute what `computed_by` computes; None if it does.
 
     Run once for layers of the same code and the same settings.
     """
@@ -74,8 +74,8 @@ def _run(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_by
         for training in (False, True):
             for module in (module for twin in twins for module in twin.modules()):
                 module.training = training  # not by train(), which merges in some libraries
-            theirs, ours = map(_outcome, twins)
-            names = [name for name in theirs if _differs(ours[name], theirs[name])]
+            expected, actual = map(_outcome, twins)
+            names = [name for name in expected if _differs(actual[name], expected[name])]
             if names:
                 mode = "train" if training else "eval"
                 return f"it computes something else than {computed_by.formula} in {mode} mode, see {', '.join(names)}"
@@ -104,7 +104,7 @@ def _twins(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_
 
 
 def _outcome(twin: nn.Module) -> dict[str, Tensor | None]:
-    """What a twin returns, and the gradients of x and of every parameter that has one, by name."""
+    """The outputs of a twin, and the gradients of x and of every parameter that has one, by name."""
     generator = torch.Generator("cpu").manual_seed(SEED)
     x, dy = (torch.randn(2, 4, n, dtype=torch.float64, device="cpu", generator=generator) for n in (K, N))
     x.requires_grad_()
@@ -119,21 +119,21 @@ def _outcome(twin: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _computed(twin: Structure, x: Tensor) -> Any:
-    """What ours computes, and never the library's forward, which would agree with itself."""
+    """The output of a twin that is taken over. Its forward is not called: it may hand the call to the library."""
     adapter, against = twin.read(twin)
     if against is not None:
         raise ValueError(against)
     return twin.compute(x, adapter)
 
 
-def _differs(ours: Tensor | None, theirs: Tensor | None) -> bool:
-    """Whether a row is further from the other's than TOLERANCE of its norm."""
-    if ours is None or theirs is None:
-        return ours is not theirs
-    if ours.shape != theirs.shape:
+def _differs(actual: Tensor | None, expected: Tensor | None) -> bool:
+    """True if a row is further from the library's than TOLERANCE of that row's norm."""
+    if actual is None or expected is None:
+        return actual is not expected
+    if actual.shape != expected.shape:
         return True
-    ours, theirs = (tensor.detach().double().reshape(tensor.shape[0], -1) for tensor in (ours, theirs))
-    return not bool(((ours - theirs).norm(dim=1) <= TOLERANCE * theirs.norm(dim=1)).all())
+    actual, expected = (tensor.detach().double().reshape(tensor.shape[0], -1) for tensor in (actual, expected))
+    return not bool(((actual - expected).norm(dim=1) <= TOLERANCE * expected.norm(dim=1)).all())
 
 
 def _small_adapter(adapter: Adapter) -> Adapter:
@@ -180,7 +180,7 @@ def _twin(module: nn.Module, known: dict[int, Tensor]) -> nn.Module:
     """`module` with the small tensors for its own, without its hooks; every other attribute is shared."""
     twin = module.__class__.__new__(module.__class__)
     for name, value in vars(module).items():
-        if name not in NOT_THEIRS:
+        if name not in NOT_COPIED:
             vars(twin)[name] = OrderedDict() if "hooks" in name else value
     vars(twin)["_parameters"] = {name: known.get(id(value), value) for name, value in module._parameters.items()}
     vars(twin)["_buffers"] = dict(module._buffers)
@@ -215,7 +215,7 @@ def _functions(cls: type) -> Hashable:
 
 def _settings(layer: nn.Module, opaque: tuple[str, ...]) -> Hashable:
     """The plain attributes of a layer and its submodules, but for those in which two layers of a kind differ."""
-    skipped = {"training", "in_features", "out_features", *NOT_THEIRS}
+    skipped = {"training", "in_features", "out_features", *NOT_COPIED}
     return tuple(
         (path, name, value)
         for path, module in layer.named_modules()
@@ -226,5 +226,5 @@ def _settings(layer: nn.Module, opaque: tuple[str, ...]) -> Hashable:
 
 
 def _is_within(path: str, modules: tuple[str, ...]) -> bool:
-    """Whether `path` is one of `modules`, or is in one of them."""
+    """True if `path` is one of `modules`, or inside one of them."""
     return any(path == module or path.startswith(f"{module}.") for module in modules)

@@ -1,4 +1,4 @@
-"""Layers that live in their users' code, known by their attributes: what the files of these libraries share.
+"""Structure: the base class of layers that live in their users' code and are known by their attributes.
 
 The file of a library has a `Structure` for each kind of layer, and lists them in STRUCTURES. A Structure claims a layer
 by its names, reads its parts and says what its forward means. Anybody may have edited a copy, so a shrunk twin of each
@@ -37,12 +37,12 @@ class Adapter(NamedTuple):
 
 
 class Structure(TakenOver):
-    """A layer known by its structure. Subclasses say how it is read and, where it is not `linear`, what it computes."""
+    """A layer known by its structure. Subclasses claim and read it, and say what it computes where not `linear`."""
 
     formula: ClassVar[str] = "gain * (x W^T + scaling * x A^T B^T) + bias"
     """The formula that the report names where a layer turns out to compute another one."""
     opaque: ClassVar[tuple[str, ...]] = ()
-    """Submodules that may have parameters of their own, and are called or read by others' code."""
+    """Submodules that may be of any class, with parameters of their own. The probe replaces them by plain ones."""
     bias_is_scaled: ClassVar[bool] = False
 
     @classmethod
@@ -52,45 +52,44 @@ class Structure(TakenOver):
 
     @classmethod
     def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
-        """The parts of `layer`, or None and why it is not ours."""
+        """The parts of `layer` and None; or None and the reason why it cannot be taken over."""
         raise NotImplementedError
 
     @classmethod
     def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
-        """Finish a shrunk twin of a layer (probe.py): make it adapt and drop out, with plain opaque submodules."""
+        """Finish a shrunk twin of a layer (probe.py): enable its adapter and dropout, replace opaque submodules."""
         for name in ("merged", "disable_adapters"):
             if name in vars(twin):
                 setattr(twin, name, False)
 
     def why_not_now(self) -> str | None:
-        """Why a layer that is ours is not, as things stand."""
+        """The reason why a layer that is taken over must be computed by its library in its present state."""
         if getattr(self, "merged", False):
             return "the layer is merged"
         return "its adapters are disabled" if getattr(self, "disable_adapters", False) else None
 
     def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
-        """Why this x is the library's affair."""
+        """The reason why the library must compute this x."""
         return None
 
     def read_call(self, x: Tensor) -> tuple[Adapter | None, str | None]:
-        """As TakenOver.read_call."""
         adapter, reason = self.read(self)
         reason = reason or self.why_not_now() or _why_not_call(x, adapter)
         return adapter, reason or self.why_not_x(x, adapter)
 
     def drops_otherwise(self) -> bool:
-        """As TakenOver.drops_otherwise."""
         as_asked = self.dora_dropout == "lora" and self.own_dropout() is None and self.why_not_now() is None
         return as_asked and self.training and self.has_dropout()
 
     def has_dropout(self) -> bool:
-        """Whether it drops in train mode."""
+        """True if the layer has a dropout that drops something in train mode."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
     def linear(self, x: Tensor, adapter: Adapter, x_dropped: Tensor | None = None) -> Tensor:
         """dora_linear of x (..., K), with norm and gain of an earlier call where reuse/ says.
 
-        x_dropped falls on all that the adapter adds or, enabled with dropout="lora", on the low-rank product alone.
+        x_dropped takes the place of x in all that the adapter adds; with enable(dropout="lora") in the low-rank product
+        alone.
         """
         layer, bias, norm_grad = DoraWeight(*adapter[:5]), adapter.bias, adapter.norm_grad
         lora_dropout = self.dora_dropout == "lora"
@@ -102,26 +101,23 @@ class Structure(TakenOver):
         return reuse.dora_linear_reusing(self, x, layer, bias, x_dropped=x_dropped, lora_dropout=lora_dropout)
 
     def adapter_operands(self) -> DoraWeight | None:
-        """As TakenOver.adapter_operands."""
         adapter, reason = self.read(self)
         if reason is not None or self.why_not_now() is not None or adapter.norm_grad:
             return None
         return DoraWeight(*adapter[:5])
 
     def norm(self, adapter: Adapter) -> Tensor:
-        """norm (N,), a constant, as `linear`."""
+        """norm (N,), a constant, reused as in `linear`."""
         return reuse.weight_norm_reusing(self, DoraWeight(*adapter[:5]))
 
     @torch.no_grad()
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
-        """As TakenOver.norm_and_gain."""
         weight, lora_A, lora_B, magnitude, scaling, *_ = self._unmerged("norm_and_gain")
         norm = weight_norm(weight, lora_A, lora_B, scaling)
         return norm, gain_of(magnitude, norm)
 
     @torch.no_grad()
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """As TakenOver.merged_weight_and_bias."""
         adapter = self._unmerged("merged_weight_and_bias")
         (weight, _, gain), bias = merge_weight_and_norm(DoraWeight(*adapter[:5])), adapter.bias
         if bias is None:
@@ -144,7 +140,7 @@ def class_names(layer: nn.Module) -> set[str]:
 
 
 def why_not_linear(part: str, module: object, shape: tuple[int, ...] | None = None) -> str | None:
-    """Why `module` is not the nn.Linear without a bias whose weight, of this shape, we may read instead."""
+    """The reason why `module` is not an nn.Linear without a bias whose weight, of this shape, can be read instead."""
     if type(module) is not nn.Linear:
         return f"{part} is a {class_name(module)}; expected nn.Linear"
     if module.bias is not None:
@@ -155,7 +151,7 @@ def why_not_linear(part: str, module: object, shape: tuple[int, ...] | None = No
 
 
 def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
-    """`adapter`, or why its tensors do not fit each other or cannot be read; what Structure.read returns."""
+    """(`adapter`, None), or (None, the reason why its tensors cannot be read or do not fit each other)."""
     weight, lora_A, lora_B, magnitude, scaling, bias, _ = adapter
     named = {"lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude}
     if not isinstance(weight, QuantizedWeight):
@@ -188,7 +184,7 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
 
 
 def _why_not_call(x: object, adapter: Adapter) -> str | None:
-    """Why this call has to go to the library, whichever that is."""
+    """The reason why the library must compute this call, whichever library that is."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         return "x has fewer than two dimensions"
     weight = adapter.weight

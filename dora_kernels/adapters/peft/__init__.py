@@ -1,7 +1,7 @@
-"""PEFT: our kernels under the DoRA layers of a model, one layer at a time.
+"""PEFT: dora_kernels under the DoRA layers of a model, one layer at a time.
 
-    adapter.py     what one adapter of a layer is made of
-    layer.py       what the layers below have in common: whose a call is
+    adapter.py     the parts of one adapter of a layer
+    layer.py       the forward that the layers below share: who computes a call
     merging.py     merging and unmerging
     linear.py      `lora.Linear`, over nn.Linear and GPT-2's Conv1D
     conv.py        `lora.Conv1d`, `lora.Conv2d`, `lora.Conv3d`
@@ -10,10 +10,10 @@
     quantized.py   PEFT's layers over quantised weights; imported only for a model that has such layers
     bitsandbytes_cpu.py   what is refused, or undone first, of bitsandbytes on a CPU
 
-Adapter management stays PEFT's code, and so does merging into a quantised weight. Each call decides anew whether it is
-ours: a merged or disabled layer, a plain LoRA adapter, hooks on a submodule that we would bypass, and everything else
-that is not known to mean exactly what we compute goes to PEFT's forward. The decision reads attributes only: it never
-waits for the device, and torch.compile traces it.
+Adapter management stays PEFT's code, and so does merging into a quantised weight. It is decided at each call who
+computes it: PEFT's forward gets a merged or disabled layer, a plain LoRA adapter, hooks on a submodule that would not
+be called, and everything else that is not known to mean exactly what dora_kernels computes. The decision reads
+attributes only: it never waits for the device, and torch.compile traces it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CLASSES: dict[type[nn.Module], type[TakenOverLayer]] = {cls.__bases__[-1]: cls f
 """The class that takes over each of PEFT's over a dense weight."""
 
 QUANTIZED_LAYERS = ("peft.tuners.lora.bnb", "peft.tuners.lora.hqq", "peft.tuners.lora.torchao")
-"""Where PEFT's layers over quantised weights are defined; some import their library."""
+"""The modules that define PEFT's layers over quantised weights; some import their library."""
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -53,7 +53,7 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     """The class that takes `layer` over, and which of its adapters PEFT goes on computing; or None, and why."""
     cls = _class_over(library_class(layer))
     if cls is None:
-        return None, f"the layer is a {class_name(layer)}, not one of PEFT's that we know"
+        return None, f"the layer is a {class_name(layer)}, not one of PEFT's that dora_kernels knows"
     reason = why_not_family(cls.family)
     if reason is None and not forward_is_the_class_s(layer):
         reason = "the layer's forward was replaced on the instance"

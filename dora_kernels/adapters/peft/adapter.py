@@ -1,4 +1,4 @@
-"""One DoRA adapter of a PEFT layer: its parts, and whether they mean what we compute."""
+"""One DoRA adapter of a PEFT layer: its parts, and the reason, if any, why PEFT must compute it."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_re
 
 
 class Family(NamedTuple):
-    """What an adapter of a kind of layer is made of: these classes and no subclass."""
+    """The classes of an adapter's parts in one kind of layer; subclasses do not count."""
 
     variant: type
     factors: tuple[type, ...]
     magnitude: type[nn.Module]
     arguments: tuple[str, ...] = _ARGUMENTS
-    """Of the magnitude's forward. Where they differ its meaning may too, and PEFT keeps the layer."""
+    """Of the magnitude's forward. If a release has others its meaning may have changed, and PEFT keeps the layer."""
     holders: tuple[str, str] = ("lora_A", "lora_B")
     """The attributes of a layer that hold lora_A and lora_B by adapter name."""
 
@@ -106,21 +106,21 @@ def read_adapter(layer: LoraLayer, name: str, family: Family) -> PeftAdapter:
 
 
 def why_not_family(family: Family) -> str | None:
-    """Why the installed PEFT's layers of this family are not known."""
+    """The reason why this family's layers in the installed PEFT are not known."""
     if tuple(inspect.signature(family.magnitude.forward).parameters) != family.arguments:
         return f"the {family.magnitude.__name__}.forward of PEFT {peft.__version__} has unknown arguments"
     return None
 
 
 def why_not_adapter(adapter: PeftAdapter, family: Family, device: torch.device | None = None) -> str | None:
-    """Why PEFT has to compute `adapter`; with a device, why it has to for an x there."""
+    """The reason why PEFT must compute `adapter`; with a device, why it must for an x there."""
     if adapter.variant is None:
         return "the adapter is plain LoRA"
     if type(adapter.variant) is not family.variant:
         return f"the adapter is a {class_name(adapter.variant)}"
     if not isinstance(adapter.scaling, (int, float)):
         return "scaling is a tensor"  # by prepare_model_for_compiled_hotswap; its value is on the device
-    reason = why_not_scaling(adapter.scaling, torch.float32)  # over float64, too, such a one is rather PEFT's
+    reason = why_not_scaling(adapter.scaling, torch.float32)  # over float64, too, PEFT rather computes such a one
     if reason is not None:
         return reason
     factors = family.factors

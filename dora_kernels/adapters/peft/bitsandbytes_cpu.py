@@ -1,4 +1,4 @@
-"""What bitsandbytes does to a 4-bit weight on a CPU: undone, or refused; quant/bitsandbytes_cpu.py says what it is."""
+"""Faults of bitsandbytes with 4-bit weights on a CPU, undone or refused; quant/bitsandbytes_cpu.py has the facts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def unpack(base: nn.Module) -> None:
 
 
 def wrong_decoding(weight: Weight | None) -> str | None:
-    """What bitsandbytes gets wrong about a weight on this machine."""
+    """A sentence on a weight that bitsandbytes decodes wrongly on this machine; None of any other."""
     if not isinstance(weight, quant.QuantizedWeight) or not quant.is_decoded_wrongly(weight):
         return None
     return f"bitsandbytes decodes K = {weight.shape[1]} in blocks of {weight.numbers[0]} wrongly on this CPU"

@@ -26,7 +26,7 @@ class TakenOverConv(TakenOverLayer):
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[Tensor | None, str | None]:
-        """As TakenOverLayer.read_base; the weight is (N, C / groups, ...)."""
+        """The weight (N, C / groups, ...) and None, or the reason why PEFT must compute over this base layer."""
         base = layer.base_layer
         if type(base) is not cls.base_class:
             return None, f"the base layer is a {class_name(base)}; expected nn.{cls.base_class.__name__}"
@@ -38,7 +38,6 @@ class TakenOverConv(TakenOverLayer):
         return weight, why_not_bypass("base_layer", base)
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, str | None]:
-        """As TakenOverLayer.operands."""
         if x.dim() != weight.dim():
             return x, weight, f"x has {x.dim()} dimensions and the base weight {weight.dim()}"  # no batch, or an error
         return x, weight, why_not_dtypes(x, weight)
@@ -79,13 +78,13 @@ class TakenOverConv(TakenOverLayer):
         return result.contiguous() if is_contiguous else result
 
     def _has_a_base_of_its_own(self, adapter: PeftAdapter, first: bool) -> bool:
-        """Whether the adapter's base is not the output without it, as under a dropout that drops."""
+        """True if the adapter's base is not the output so far: its dropout is active, or PEFT convolves x again."""
         if self.dora_dropout == "lora" or not nests_apart(self, adapter):
             return False
         return dropout_is_active(self, adapter) or not first or self.base_layer.padding_mode != "zeros"
 
     def _is_linear(self) -> bool:
-        """Whether every pixel of the output is made of that pixel of x alone."""
+        """True if every pixel of the output is computed from that pixel of x alone."""
         base = self.base_layer
         padding = base.padding if isinstance(base.padding, str) else "" if any(base.padding) else "valid"
         return base.groups == 1 and bool(padding) and all(size == 1 for size in (*base.kernel_size, *base.stride))
@@ -110,7 +109,7 @@ class TakenOverConv(TakenOverLayer):
         return lora_B if groups == 1 else torch.block_diag(*lora_B.unflatten(0, (groups, -1)))
 
     def norm(self, weight: Tensor, adapter: PeftAdapter) -> Tensor:
-        """As Merging.norm, in groups too, where PEFT defines it by the product of matrices that B and A lie in."""
+        """norm (N,), a constant. In groups PEFT defines it by the product of B and A as they are stored."""
         if self.base_layer.groups == 1:
             return super().norm(weight, adapter)
         lora_A, lora_B, _, scaling = adapter.tensors()
@@ -122,14 +121,13 @@ class TakenOverConv(TakenOverLayer):
             return torch.linalg.vector_norm(direction.view(len(weight), -1), dim=1)
 
     def matrices(self, weight: Tensor, adapter: PeftAdapter) -> tuple[Tensor, Tensor, Tensor]:
-        """As Merging.matrices; K runs over the weight as it lies in memory."""
+        """weight (N, K), lora_A and lora_B; K runs over the weight in its order in memory."""
         lora_A, lora_B, _, _ = adapter.tensors()
         if not weight.is_contiguous():  # channels-last
             weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
         return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
 
     def shaped(self, rows: Tensor) -> Tensor:
-        """As Merging.shaped."""
         weight = self.base_layer.weight
         if weight.is_contiguous():
             return rows.view(weight.shape)

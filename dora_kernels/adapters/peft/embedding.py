@@ -23,7 +23,7 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[Tensor | None, str | None]:
-        """As TakenOverLayer.read_base; the weight is (K, N)."""
+        """The weight (K, N) and None, or the reason why PEFT must compute over this base layer."""
         base = layer.base_layer
         if not isinstance(base, nn.Embedding):
             return None, f"the base layer is a {class_name(base)}; expected nn.Embedding"
@@ -37,7 +37,6 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
         return weight, reason
 
     def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, str | None]:
-        """As TakenOverLayer.operands."""
         return x, weight, None
 
     def dora_forward(self, x: Tensor, operand: Tensor, weight: Tensor, adapters: list[PeftAdapter]) -> Tensor:
@@ -61,13 +60,11 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
         return result.to(base.dtype)
 
     def drops_otherwise(self) -> bool:
-        """False, as TakenOver's: PEFT drops nothing here."""
+        """False: PEFT has no dropout here."""
         return False
 
     def matrices(self, weight: Tensor, adapter: PeftAdapter) -> tuple[Tensor, Tensor, Tensor]:
-        """As Merging.matrices."""
         return weight.T, *adapter.tensors()[:2]
 
     def shaped(self, rows: Tensor) -> Tensor:
-        """As Merging.shaped."""
         return rows.T.contiguous()

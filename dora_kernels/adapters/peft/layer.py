@@ -1,4 +1,4 @@
-"""What PEFT's layers of every family have in common when they are taken over: whose a call is."""
+"""The shared forward of PEFT's layers that are taken over: it is decided at each call who computes it."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from dora_kernels.quant import Weight, parts, sources
 
 
 class TakenOverLayer(Merging):
-    """A layer of PEFT's, its DoRA forward computed by us. Subclasses say what it computes, and over which base."""
+    """A layer of PEFT's whose DoRA forward dora_kernels computes. Subclasses say over which base layer, and how."""
 
     library = "PEFT"
     family: Family
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[Weight | None, str | None]:
-        """The base layer's weight, (N, K) of a linear layer, and why the base layer is not ours to compute."""
+        """The base layer's weight, (N, K) of a linear layer, and None; or the reason why PEFT must compute over it."""
         raise NotImplementedError
 
     @classmethod
     def remarks(cls, weight: Weight) -> list[str]:
-        """What the report says of a layer over `weight` that is taken over."""
+        """Remarks in the report on a layer over `weight` that is taken over."""
         return []
 
     def operands(self, x: Tensor, weight: Weight) -> tuple[Tensor, Weight, str | None]:
-        """x and weight as they meet each other, and why their dtypes or shapes are PEFT's affair."""
+        """x and weight as they meet, and the reason, if any, why PEFT must compute these dtypes or shapes."""
         raise NotImplementedError
 
     def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[PeftAdapter]) -> Tensor:
-        """The output with at least one adapter, all of them ours; operand and weight are as `operands` gave them."""
+        """The output with at least one adapter, all of them DoRA; operand and weight are as `operands` gave them."""
         raise NotImplementedError
 
     def norms(self, weight: Weight, adapters: list[PeftAdapter]) -> Tensor:
@@ -55,7 +55,7 @@ class TakenOverLayer(Merging):
         )
 
     def read_call(self, x: Tensor) -> tuple[tuple[Tensor, Weight, list[PeftAdapter]] | None, str | None]:
-        """As TakenOver.read_call: operand, weight and the active adapters."""
+        """(operand, weight, active adapters) and None, or the reason why PEFT must compute this call."""
         if self.disable_adapters or self.merged:
             return None, ""
         adapters = [read_adapter(self, name, self.family) for name in self._known(self.active_adapters)]
@@ -69,7 +69,6 @@ class TakenOverLayer(Merging):
         return (operand, weight, adapters), reason
 
     def compute(self, x: Tensor, parts: tuple[Tensor, Weight, list[PeftAdapter]]) -> Tensor:
-        """As TakenOver.compute."""
         operand, weight, adapters = parts
         for adapter in adapters:
             if adapter.magnitude._dora_cache:
@@ -77,12 +76,12 @@ class TakenOverLayer(Merging):
         return self.dora_forward(x, operand, weight, [adapter.gathered() for adapter in adapters])
 
     def drops_otherwise(self) -> bool:
-        """As TakenOver.drops_otherwise; not where an adapter is active that PEFT computes anyway."""
+        """True with enable(dropout="lora") and an active dropout, unless PEFT computes one of the adapters anyway."""
         if self.dora_dropout != "lora" or self.disable_adapters or self.merged:
             return False
         adapters = [read_adapter(self, name, self.family) for name in self._known(self.active_adapters)]
-        ours = all(type(adapter.variant) is self.family.variant for adapter in adapters)
-        return ours and any(dropout_is_active(self, adapter) for adapter in adapters)
+        all_dora = all(type(adapter.variant) is self.family.variant for adapter in adapters)
+        return all_dora and any(dropout_is_active(self, adapter) for adapter in adapters)
 
 
 def _why_not_call(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[PeftAdapter]) -> str | None:
@@ -104,7 +103,7 @@ def _why_not_call(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Pe
 
 
 def read_weight(base: nn.Module) -> tuple[Tensor | None, str | None]:
-    """The weight of a dense base layer, and why it is not ours to read."""
+    """The weight of a dense base layer and None, or None and the reason why it cannot be read."""
     weight = base.weight
     reason = why_not_plain("the base weight", weight)
     if reason is not None:
@@ -119,12 +118,12 @@ def read_weight(base: nn.Module) -> tuple[Tensor | None, str | None]:
 
 
 def dropout_is_active(layer: LoraLayer, adapter: PeftAdapter) -> bool:
-    """Whether dropout(x) is not x."""
+    """True if dropout(x) is not x."""
     return layer.training and reading.is_active(adapter.dropout)
 
 
 def nests_apart(layer: LoraLayer, adapter: PeftAdapter) -> bool:
-    """Whether PEFT puts `adapter` on a base of its own and not on the output of the adapters before it.
+    """True if PEFT puts `adapter` on a base of its own and not on the output of the adapters before it.
 
     An nn.Dropout that does not drop now is PEFT's dropout case all the same.
     """

@@ -25,20 +25,19 @@ class TakenOverLinear(TakenOverLayer):
     family = LINEAR
 
     draws_in_adapter_dtype = True
-    """Whether x is cast before its dropout under CUDA's autocast too: a mask depends on the dtype."""
+    """True if x is cast before its dropout under CUDA's autocast, too: the mask depends on the dtype."""
 
     def operands(self, x: Tensor, weight: Weight) -> tuple[Tensor, Weight, str | None]:
-        """As TakenOverLayer.operands."""
         if x.dim() < 2:
             return x, weight, "x has fewer than two dimensions"  # PEFT gives (1, N) for a vector
         return self.base_operands(x, weight)
 
     def base_operands(self, x: Tensor, weight: Weight) -> tuple[Tensor, Weight, str | None]:
-        """x and weight as dora_linear takes them, and why their dtypes are PEFT's affair."""
+        """x and weight as dora_linear takes them, and the reason, if any, why PEFT must compute these dtypes."""
         return x, weight, why_not_dtypes(x, weight)
 
     def adapter_operands(self) -> DoraWeight | None:
-        """As TakenOver.adapter_operands; None where several adapters nest, whose norms `norms` keeps."""
+        """The weight with its one active adapter; None if several nest, whose norms `norms` keeps."""
         names = self._known(self.active_adapters)
         weight, reason = self.read_base(self)
         if self.disable_adapters or self.merged or len(names) != 1 or reason is not None:
@@ -47,7 +46,7 @@ class TakenOverLinear(TakenOverLayer):
         return None if why_not_adapter(adapter, self.family) else DoraWeight(weight, *adapter.tensors())
 
     def lora_A_to_share(self, device: torch.device) -> Tensor | None:
-        """As sharing.Sharer: of the one active adapter, where it is trained, drops nothing and is in a plain layer."""
+        """lora_A of the one active adapter, if it is trained, its dropout is not active and it is an nn.Linear."""
         if self.disable_adapters or self.merged:
             return None
         names = self._known(self.active_adapters)
@@ -108,7 +107,6 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
 
     @classmethod
     def read_base(cls, layer: LoraLinear) -> tuple[Tensor | None, str | None]:
-        """As TakenOverLayer.read_base."""
         base = layer.base_layer
         if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
             return None, f"the base layer is a {class_name(base)}; expected nn.Linear, or Conv1D with fan_in_fan_out"
@@ -118,11 +116,9 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
         return weight.T if layer.fan_in_fan_out else weight, why_not_bypass("base_layer", base)
 
     def matrices(self, weight: Tensor, adapter: PeftAdapter) -> tuple[Tensor, Tensor, Tensor]:
-        """As Merging.matrices."""
         return weight.T if self.fan_in_fan_out else weight, *adapter.tensors()[:2]
 
     def shaped(self, rows: Tensor) -> Tensor:
-        """As Merging.shaped."""
         return rows.T.contiguous() if self.fan_in_fan_out else rows
 
 

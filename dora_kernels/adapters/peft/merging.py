@@ -1,8 +1,8 @@
-"""Merging PEFT's layers and taking them apart again, in PEFT's calls and with its bookkeeping, through our kernels.
+"""merge and unmerge of PEFT's layers by dora_kernels, in PEFT's calls and with its bookkeeping.
 
 Nothing of the size of B A is made. As in the forward pass, the norm is that of the unmerged weight, also for an adapter
-that is merged over others. What is not plainly ours (a quantised base, an adapter with a bias or of plain LoRA, a
-convolution in groups) PEFT merges; the norms are kept where PEFT keeps them, so that either undoes the other's merge.
+that is merged over others. PEFT itself merges a quantised base, an adapter with a bias or of plain LoRA and a
+convolution in groups. The norms are kept where PEFT keeps them, so that either can undo the other's merge.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Merging(TakenOver):
         return weight_norm(*self.matrices(weight, adapter), adapter.scaling)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As PEFT's: put the named adapters, or else the active ones, into the base weight.
+        """Put the named adapters, or else the active ones, into the base weight, as PEFT's merge does.
 
         A row whose norm is 0 becomes 0, not NaN. Raises ValueError, and merges none of them, if safe_merge and a merged
         weight is not finite, or if adapters are merged already from which `unmerge` cannot get the weight back.
@@ -62,7 +62,7 @@ class Merging(TakenOver):
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """As PEFT's: take every merged adapter out of the base weight, to within one rounding of its dtype for each.
+        """Take every merged adapter out of the base weight, to within one rounding of its dtype for each.
 
         Raises ValueError, and unmerges nothing, where a gain of 0, or one too small for the dtype, has lost a row.
         """
@@ -81,7 +81,6 @@ class Merging(TakenOver):
         self.merged_adapters.clear()
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
-        """As TakenOver.norm_and_gain."""
         names = self._active("norm_and_gain")
         if self.merged or len(names) != 1:
             state = f"{self.merged_adapters} are merged" if self.merged else f"{len(names)} adapters are active"
@@ -91,9 +90,9 @@ class Merging(TakenOver):
         return norm, gain_of(adapter.magnitude.weight.detach().flatten(), norm)
 
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """As TakenOver.merged_weight_and_bias; several active adapters nest, as in the forward pass.
+        """The weight and the bias of the frozen layer. Several active adapters nest, as in the forward pass.
 
-        Raises ValueError where adapters are disabled, none is active, or one is not ours to merge.
+        Raises ValueError where adapters are disabled, none is active, or PEFT must merge one.
         """
         names = self._active("merged_weight_and_bias")
         bias = getattr(self.base_layer, "bias", None)

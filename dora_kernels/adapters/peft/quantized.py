@@ -31,7 +31,6 @@ class TakenOverQuantized(TakenOverLinear):
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
-        """As TakenOverLayer.read_base."""
         base = layer.base_layer
         if type(base) not in cls.base_classes:
             names = " or ".join(base_class.__name__ for base_class in cls.base_classes)
@@ -72,7 +71,6 @@ if is_bnb_available():
         draws_in_adapter_dtype = False
 
         def base_operands(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, QuantizedWeight, str | None]:
-            """As TakenOverLinear.base_operands."""
             return _operands(x, weight, x.dtype)
 
     CLASSES[Linear8bitLt] = DoraKernelsLinear8bitLt
@@ -83,8 +81,8 @@ if is_bnb_4bit_available():
     class DoraKernelsLinear4bit(TakenOverQuantized, Linear4bit):
         """Over PEFT's Linear4bit, which computes in the compute_dtype of its base layer.
 
-        On a CPU bitsandbytes decodes some widths wrongly, and repacks a weight in eval mode.
-        What PEFT and bitsandbytes compute of such a weight is refused, or the weight is unpacked first.
+        On a CPU bitsandbytes decodes some widths wrongly, and repacks a weight in eval mode. PEFT's and bitsandbytes'
+        results for the first are refused; the second is unpacked first.
         """
 
         base_classes = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
@@ -92,7 +90,7 @@ if is_bnb_4bit_available():
 
         @classmethod
         def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
-            """As TakenOverLayer.read_base; what was repacked is unpacked, once."""
+            """The weight and None, or the reason; a repacked weight is unpacked first, once."""
             try:
                 unpack(layer.base_layer)
             except ValueError as error:
@@ -101,12 +99,11 @@ if is_bnb_4bit_available():
 
         @classmethod
         def remarks(cls, weight: QuantizedWeight) -> list[str]:
-            """As TakenOverLayer.remarks: a fresh magnitude is the norm of the weight that PEFT has decoded."""
+            """A remark where bitsandbytes decodes wrongly: a fresh magnitude is the norm of what PEFT has decoded."""
             wrong = wrong_decoding(weight)
             return [] if wrong is None else [f"{wrong}, and PEFT takes a fresh magnitude from that"]
 
         def base_operands(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, QuantizedWeight, str | None]:
-            """As TakenOverLinear.base_operands."""
             base = self.base_layer
             compute_dtype = base.compute_dtype or x.dtype
             if not base.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
@@ -114,7 +111,7 @@ if is_bnb_4bit_available():
             return _operands(x, weight, compute_dtype)
 
         def library_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            """As TakenOver's. Raises ValueError where bitsandbytes' product is wrong on this machine."""
+            """PEFT's forward. Raises ValueError if bitsandbytes' product is wrong on this machine."""
             self._refuse_wrong_decoding("forward")
             return super().library_forward(x, *args, **kwargs)
 

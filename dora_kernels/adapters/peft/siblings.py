@@ -1,4 +1,4 @@
-"""Which of PEFT's linear layers read the same x, by their names in the module that calls them."""
+"""Groups of PEFT's linear layers that read the same x, found by their names in the module that calls them."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def _base_key(base: TensorFiles, key: str) -> str | None:
 
 
 def _why_not_dense(checkpoint: TensorFiles, key: str) -> str | None:
-    """Why a tensor is not the weight itself."""
+    """The reason why a tensor is not the weight itself."""
     if checkpoint.dtypes[key] not in FLOATS:
         return f"it is stored as {checkpoint.dtypes[key]}"
     if len(checkpoint.shapes[key]) != 2:

@@ -1,4 +1,4 @@
-"""What an analysis is made of: the layers to measure, those left out and why, and the points."""
+"""The parts of an analysis: the layers to measure, those left out and the reason, and the points."""
 
 from __future__ import annotations
 

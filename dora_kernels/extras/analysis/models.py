@@ -83,7 +83,7 @@ def _adapters(model: nn.Module, checkpoint: str) -> tuple[list[Layer], list[Left
 
 
 def _why_not(layer: Any, configs: dict[str, Any]) -> str | None:
-    """Why a LoRA layer of PEFT's is not W + scaling * B A over a base weight W that can be read."""
+    """The reason why a LoRA layer of PEFT's is not W + scaling * B A over a base weight W that can be read."""
     from peft.tuners.lora.variants import DoraLinearVariant
 
     adapters = [key for key in layer.active_adapters if key in layer.lora_A]
@@ -118,5 +118,5 @@ def _base_weight(layer: Any) -> quant.Weight:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether the weight is (K, N): transformers' Conv1D, known by name so that nothing has to be imported."""
+    """True if the weight is (K, N): transformers' Conv1D, known by name so that nothing has to be imported."""
     return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)

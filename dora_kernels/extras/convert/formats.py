@@ -33,7 +33,7 @@ BIAS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is on disk: tensors, the safetensors header, adapter_config.json ({} where there is none)."""
+    """The content of a checkpoint: tensors, the safetensors header, adapter_config.json ({} where there is none)."""
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] = field(default_factory=dict)

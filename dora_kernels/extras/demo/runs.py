@@ -31,7 +31,7 @@ class Run:
     """One fine-tuning: a model, its optimizer, and what was measured at each step."""
 
     zero_at_start = "lora_B"
-    """What a fresh adapter has zero, and its parameters' names have in them."""
+    """The part of an adapter that is zero when it is fresh, as it stands in parameters' names."""
 
     def __init__(self, name: str, model: PeftModel, rate: float, settings: Settings) -> None:
         self.name = name
@@ -114,7 +114,7 @@ class Comparison:
         return differences.abs().max().item()
 
     def failures(self) -> list[str]:
-        """What the demo promises and this comparison does not keep."""
+        """The promises of the demo that this comparison does not keep."""
         failed = []
         if not len(self.report.taken_over) == len(self.report) == self.layers > 0:
             failed.append(f"expected {self.layers} DoRA layers to be taken over; {self.report}")

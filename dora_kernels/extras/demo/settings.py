@@ -1,4 +1,4 @@
-"""What the demo runs: presets of a model and its training, and the options of the command line."""
+"""Presets of the demo's model and its training, and the options of the command line."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ PRESETS = {
 
 
 METHODS = {"dora": "DoRA", "dvora": "DVoRA"}
-"""What is fine-tuned: PEFT's DoRA, or DVoRA, which PEFT does not have (dvora.py)."""
+"""The method of fine-tuning: PEFT's DoRA, or DVoRA, which PEFT does not have (dvora.py)."""
 
 VERA_RANK = 3
 """DVoRA's rank over the preset's: it costs R numbers a layer, not R (N + K). 48 over K = 256 keeps the norm's terms."""
 
 
 BASES = ("dense", "nf4")
-"""What the frozen weights are: as they were trained, or bitsandbytes' NF4, nested."""
+"""The frozen weights: as they were trained, or bitsandbytes' NF4, nested."""
 
 
 @dataclass(frozen=True)

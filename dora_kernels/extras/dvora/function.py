@@ -184,7 +184,7 @@ def _norm(
 
 @torch.no_grad()
 def norm_terms(weight: Weight, vera_A: Tensor) -> NormTerms:
-    """What the norms of weight (N, K) + any (N, R) @ vera_A (R, K) depend on: (N, P + 1) and (R, P + 1), float32.
+    """The terms that give the norms of weight (N, K) + any (N, R) @ vera_A (R, K): (N, P + 1), (R, P + 1), float32.
 
     With the rows of Q (P, K) an orthonormal basis that vera_A = L Q lies in, weight = C Q + rest, rest Q^T = 0, and
         ||weight_n + b vera_A||^2 = ||C_n + b L||^2 + ||rest_n||^2 = ||(C_n, |rest_n|) + b (L, 0)||^2
@@ -213,7 +213,7 @@ def norm_terms(weight: Weight, vera_A: Tensor) -> NormTerms:
 
 
 def terms_are_small(weight: Weight, vera_A: Tensor) -> bool:
-    """Whether the terms of the norm take at most TERMS_SHARE of the weight's bytes.
+    """True if the terms of the norm take at most TERMS_SHARE of the weight's bytes.
 
     R = 256 over K = 4096: an eighth in bfloat16 and so kept, a half in 4 bits and so not.
     """

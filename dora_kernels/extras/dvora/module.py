@@ -159,7 +159,6 @@ class DvoraLinear(MergeableLinear):
         return *self.projection.of(self.in_features, self.out_features), self.vera_lambda_d, self.vera_lambda_b
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """As MergeableLinear.factors."""
         return *dvora_update(*self._vera()), self.vera_magnitude_vector, 1.0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -74,14 +74,13 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
     _dvora_merged: tuple[Tensor, Tensor] | None = None
 
     def read_call(self, x: Tensor) -> tuple[str | None, str | None]:
-        """As TakenOver.read_call: the DVoRA adapter that is active."""
+        """The name of the active DVoRA adapter and None, or "": PEFT computes what is not DVoRA."""
         name = self._active_dvora()
         if name is None:
             return None, ""
         return name, None
 
     def difference(self) -> str | None:
-        """As TakenOver.difference."""
         return None if self._active_dvora() is None else "and PEFT computes no DVoRA; expected a call without that"
 
     def compute(self, x: Tensor, name: str) -> Tensor:
@@ -94,13 +93,11 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
         return y.to(x.dtype)
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
-        """As TakenOver.norm_and_gain."""
         lora_A, lora_B, magnitude = self._factors("norm_and_gain")
         norm = weight_norm(_read_base(self)[0], lora_A, lora_B, 1.0)
         return norm, gain_of(magnitude.detach(), norm)
 
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """As TakenOver.merged_weight_and_bias."""
         weight, bias = _read_base(self)
         merged, _, _ = merge_weight_and_norm(DoraWeight(weight, *self._factors("merged_weight_and_bias"), 1.0))
         merged = merged.T.contiguous() if self.fan_in_fan_out else merged
@@ -108,7 +105,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As PEFT's; a DVoRA adapter is merged alone. Raises ValueError otherwise, or where safe_merge meets a NaN."""
+        """PEFT's merge; a DVoRA adapter is merged alone. Raises ValueError otherwise, or if safe_merge meets a NaN."""
         names = check_adapters_to_merge(self, adapter_names)
         name = self._dvora_adapter("merge", names)
         if names and self.merged and (name is not None or self._dvora_merged is not None):
@@ -128,7 +125,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """As PEFT's. Raises ValueError where a gain has lost a row, as unmerge_weight says."""
+        """PEFT's unmerge. Raises ValueError where a gain has lost a row, as unmerge_weight says."""
         if self._dvora_merged is None:
             super().unmerge()
         else:
@@ -159,10 +156,10 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
     def _dvora_adapter(self, function: str, names: list[str]) -> str | None:
         """The adapter among names that has a magnitude. Raises ValueError where it is not alone."""
         known = [name for name in names if name in self.vera_lambda_d]
-        ours = [name for name in known if name in self.vera_magnitude_vector]
-        if ours and len(known) > 1:
-            raise ValueError(f"{function}: adapters {known} at once; expected DVoRA adapter {ours[0]!r} alone")
-        return ours[0] if ours else None
+        dvora = [name for name in known if name in self.vera_magnitude_vector]
+        if dvora and len(known) > 1:
+            raise ValueError(f"{function}: adapters {known} at once; expected DVoRA adapter {dvora[0]!r} alone")
+        return dvora[0] if dvora else None
 
     def _factors(self, function: str, names: list[str] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """lora_A (R, K), lora_B (N, R), magnitude (N,) of the one DVoRA adapter that is active, or among names."""
@@ -195,7 +192,7 @@ def _read_base(layer: VeraLinear) -> tuple[Weight, Tensor | None]:
 
 
 def _why_not_dvora(layer: VeraLayer, adapter: str) -> str | None:
-    """Why to_dvora cannot convert this adapter of a layer."""
+    """The reason why to_dvora cannot convert this adapter of a layer."""
     if type(layer) not in (VeraLinear, DvoraVeraLinear):
         return f"the layer is a {class_name(layer)}; expected PEFT's vera.Linear"
     base, dropout = layer.base_layer, layer.vera_dropout[adapter]
