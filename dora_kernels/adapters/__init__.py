@@ -7,7 +7,7 @@
     reading.py      whether a part of a layer may be read and not called
     frozen.py       the frozen layer that stands in the place of a merged one
     calls.py        calls that are left to the library because of what surrounds them
-    parents.py      modules that read a layer's weight past the layer
+    parents.py      modules that read a layer's weight past the layer; source.py reads their source
     promises.py     what a model may still save after its adapters were merged
     sharded.py      weights that FSDP and DeepSpeed ZeRO hold in pieces
 

@@ -1,37 +1,21 @@
 """Parents that read a layer's weight past the layer. Where they do no adapter is applied, enabled or not.
 
 torch's nn.TransformerEncoderLayer hands linear1.weight to a fast path in eval mode, nn.MultiheadAttention never calls
-its out_proj, WavLM's attention passes q_proj.weight to a function. Such code says so, and is looked at here: `forward`,
-of the class or put on the instance, what that wraps, and the methods that it calls on self, for `self.name.weight` or a
-longer path of names; `weight.dtype` and the like are no use of its numbers. A weight that is handed on under another
-name is not seen.
+its out_proj, WavLM's attention passes q_proj.weight to a function. The source says so, and is read here: `forward`, of
+the class or put on the instance, what that wraps, and the methods that it calls on self, for `self.name.weight` or a
+longer path of names. A weight that is handed on under another name is not seen.
 """
 
 from __future__ import annotations
 
-import ast
 import functools
-import inspect
-import textwrap
-import weakref
 from collections.abc import Iterable, Iterator
 from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
-FACTS = frozenset(
-    {"device", "dim", "dtype", "element_size", "get_device", "is_complex", "is_contiguous", "is_cpu", "is_cuda"}
-    | {"is_floating_point", "is_leaf", "is_meta", "is_sparse", "itemsize", "layout", "nbytes", "ndim", "nelement"}
-    | {"numel", "requires_grad", "shape", "size", "stride"}
-)
-"""Attributes and methods of a weight that do not use its numbers."""
-
-ASKING = frozenset(
-    {"empty_like", "expand_as", "full_like", "hasattr", "id", "is_floating_point", "is_tensor", "isinstance", "len"}
-    | {"ones_like", "rand_like", "randn_like", "reshape_as", "to", "type", "type_as", "view_as", "zeros_like"}
-)
-"""The names of functions and methods that ask no more of their arguments: x.to(weight) is x in its dtype."""
+from dora_kernels.adapters.source import reads_of
 
 CALLABLE = (FunctionType, MethodType, functools.partial)
 """The types of attributes of an instance that may be called in place of a method."""
@@ -80,11 +64,11 @@ def reads(cls: type[nn.Module], parent: nn.Module | None = None) -> dict[str, st
         if not own and place is not None and cls.__mro__[place] is not nn.Module:
             own = tuple(_functions(vars(cls.__mro__[place])[name], parent))
         for function, names in own:
-            weights, calls = _code(function)
-            for root, path in weights:
+            known = reads_of(function)
+            for root, path in known.weights:
                 if root in names:
                     found.setdefault(path, name)
-            for root, method in calls:
+            for root, method in known.calls:
                 if root is None and place is not None:
                     called = (method, place + 1)
                 elif root in names:
@@ -121,76 +105,6 @@ def _content(cell: Any) -> Any:
         return cell.cell_contents
     except ValueError:  # not assigned yet
         return None
-
-
-class _Code(NamedTuple):
-    """The reads and calls in a function: (root, path) of every root.path.weight whose numbers it may use, and
-    (root, method) of every call root.method(). The root of super() is None."""
-
-    weights: set[tuple[str, str]]
-    calls: set[tuple[str | None, str]]
-
-
-_known: weakref.WeakKeyDictionary[FunctionType, _Code] = weakref.WeakKeyDictionary()
-
-
-def _code(function: FunctionType) -> _Code:
-    """Empty where there is no source to be had."""
-    known = _known.get(function)
-    if known is None:
-        known = _known[function] = _Code(set(), set())
-        for node in _nodes(function):
-            root, *path = _path(node) or (None,)
-            if len(path) > 1 and path[-1] == "weight" and not getattr(node, "is_asked", False):
-                known.weights.add((root, ".".join(path[:-1])))
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-                root, *path = _path(node.func) or (None,)
-                if len(path) == 1 or _is_super(node.func.value):
-                    known.calls.add((root, node.func.attr))
-    return known
-
-
-def _nodes(function: FunctionType) -> Iterable[ast.AST]:
-    """The code of a function, with `is_asked` at every expression of which it wants facts alone."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
-    except (OSError, SyntaxError, TypeError, ValueError):
-        return ()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in FACTS:
-            _ask(node.value)
-        elif isinstance(node, ast.Compare) and all(isinstance(how, (ast.Is, ast.IsNot)) for how in node.ops):
-            for operand in (node.left, *node.comparators):
-                _ask(operand)
-        elif isinstance(node, ast.Call):
-            name = getattr(node.func, "attr", getattr(node.func, "id", None))
-            is_fact = name == "getattr" and len(node.args) > 1 and getattr(node.args[1], "value", None) in FACTS
-            if name in ASKING or is_fact:
-                for argument in node.args:
-                    _ask(argument)
-    return ast.walk(tree)
-
-
-def _ask(node: ast.AST) -> None:
-    """Mark an expression, and what it only shows: weight.data and weight.detach()."""
-    node.is_asked = True
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "detach":
-        _ask(node.func.value)
-    elif isinstance(node, ast.Attribute) and node.attr == "data":
-        _ask(node.value)
-
-
-def _is_super(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
-
-
-def _path(node: ast.AST) -> tuple[str, ...]:
-    """("self", "a", "b") of the expression self.a.b; () of any that does not begin with a name."""
-    names: list[str] = []
-    while isinstance(node, ast.Attribute):
-        names.append(node.attr)
-        node = node.value
-    return (node.id, *reversed(names)) if isinstance(node, ast.Name) else ()
 
 
 def _at(module: nn.Module | None, path: str) -> nn.Module | None:
