@@ -19,7 +19,7 @@ eps is that of half precision. dora_kernels has the one above everywhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lycoris.modules.base import LycorisBaseModule
@@ -68,15 +68,6 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     return (DoraKernelsLoConModule, "") if reason is None else (None, reason)
 
 
-class _Direction(NamedTuple):
-    """V = weight + scaling * lora_B @ lora_A, (N, K), as one call has it; the kernel's dimensions are flattened."""
-
-    weight: Tensor
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-
-
 class DoraKernelsLoConModule(TakenOver, LoConModule):
     """LyCORIS' LoConModule, its forward computed by dora_linear or rescale."""
 
@@ -104,7 +95,7 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         if not self.wd_on_out:
             raise ValueError("norm_and_gain: wd_on_out is False; expected one norm for each output")
         with torch.no_grad():
-            norm = _norm(self, _adapter(self, dropping=False))
+            norm = _norm(self, _direction(self, dropping=False))
             return norm, _gain(self, norm)
 
     @torch.no_grad()
@@ -113,11 +104,12 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         self._refuse_unknown("merged_weight_and_bias")
         (wrapped,) = self.org_module
         weight, bias = wrapped.weight, wrapped.bias
-        adapter = _adapter(self, dropping=False)
+        direction = _direction(self, dropping=False)
+        base, lora_A, lora_B, _, scaling = direction
         wide = accumulate_dtype(weight.dtype)
-        direction = adapter.weight.to(wide) + adapter.scaling * adapter.lora_B.to(wide) @ adapter.lora_A.to(wide)
-        gain = _gain(self, _norm(self, adapter)).view(self.dora_scale.shape)
-        merged = gain * direction.view(weight.shape)
+        rows = base.to(wide) + scaling * lora_B.to(wide) @ lora_A.to(wide)
+        gain = _gain(self, _norm(self, direction)).view(self.dora_scale.shape)
+        merged = gain * rows.view(weight.shape)
         return merged.to(weight.dtype), None if bias is None else bias.detach().clone()
 
     def frozen_layer(self) -> nn.Module:
@@ -137,13 +129,13 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         if self.module_dropout and self.training and torch.rand(1) < self.module_dropout:
             return self.org_forward(x)
 
-        adapter = _adapter(self, dropping=self.training and self.rank_dropout)
-        gain = _gain(self, _reused_norm(self, adapter))
+        direction = _direction(self, dropping=self.training and self.rank_dropout)
+        gain = _gain(self, _reused_norm(self, direction))
         if not self.wd_on_out:
             # gain * V, the gain along the inputs, is V of the x that the gain has multiplied
             x = (x * gain.view(self.dora_scale.shape)).to(x.dtype)
-            gain = gain.new_ones(adapter.weight.shape[0])
-        return self._convolve(x, adapter, gain) if self.isconv else self._multiply(x, adapter, gain)
+            gain = gain.new_ones(direction.weight.shape[0])
+        return self._convolve(x, direction, gain) if self.isconv else self._multiply(x, direction, gain)
 
     def merge_to(self, *args: Any, **kwargs: Any) -> None:
         """LyCORIS' merge_to. It writes to the wrapped weight through .data, as the next two do."""
@@ -158,25 +150,28 @@ class DoraKernelsLoConModule(TakenOver, LoConModule):
         super().onfly_restore()
         reuse.forget(self)
 
-    def _multiply(self, x: Tensor, adapter: _Direction, gain: Tensor) -> Tensor:
+    def _multiply(self, x: Tensor, direction: DoraWeight, gain: Tensor) -> Tensor:
         """gain * x V^T + bias. gain (N,) goes in as the magnitude over a norm of 1."""
-        weight, lora_A, lora_B, scaling = adapter
-        layer, given = DoraWeight(weight, lora_A, lora_B, gain, scaling), Given(torch.ones_like(gain), gain.detach())
-        return dora_linear_core(x, layer, self.org_module[0].bias, given=given)[0]
+        weight, lora_A, lora_B, _, scaling = direction
+        dora, given = DoraWeight(weight, lora_A, lora_B, gain, scaling), Given(torch.ones_like(gain), gain.detach())
+        return dora_linear_core(x, dora, self.org_module[0].bias, given=given)[0]
 
-    def _convolve(self, x: Tensor, adapter: _Direction, gain: Tensor) -> Tensor:
+    def _convolve(self, x: Tensor, direction: DoraWeight, gain: Tensor) -> Tensor:
         """gain * conv(x, V) + bias, by a convolution with W, one with A, and rescale over their channels."""
         (wrapped,) = self.org_module
         lora_A = self.lora_down.weight
         _, dtype = operand_dtypes(x, lora_A)
         base = self.op(x, wrapped.weight, None, **self.kw_dict)
         low = self.op(x.to(dtype), lora_A.to(dtype), None, **self.kw_dict)
-        y = rescale(base.movedim(1, -1), low.movedim(1, -1), adapter.lora_B, gain, adapter.scaling, wrapped.bias)
+        y = rescale(base.movedim(1, -1), low.movedim(1, -1), direction.lora_B, gain, direction.scaling, wrapped.bias)
         return y.movedim(-1, 1)
 
 
-def _adapter(layer: LoConModule, dropping: bool) -> _Direction:
-    """Read at each call. scalar and the mask of rank_dropout multiply rows of B A, so those of B."""
+def _direction(layer: LoConModule, dropping: bool) -> DoraWeight:
+    """V with its kernel's dimensions flattened, without a magnitude, read at each call.
+
+    scalar and the mask of rank_dropout multiply rows of B A, so those of B.
+    """
     weight, lora_A, lora_B = (
         module.weight.flatten(1) for module in (layer.org_module[0], layer.lora_down, layer.lora_up)
     )
@@ -185,29 +180,29 @@ def _adapter(layer: LoConModule, dropping: bool) -> _Direction:
         if layer.rank_dropout_scale:
             keep /= keep.mean()
         lora_B = lora_B * keep[:, None]
-    return _Direction(weight, lora_A, lora_B * layer.scalar, layer.scale)
+    return DoraWeight(weight, lora_A, lora_B * layer.scalar, None, layer.scale)
 
 
-def _norm(layer: LoConModule, adapter: _Direction) -> Tensor:
+def _norm(layer: LoConModule, direction: DoraWeight) -> Tensor:
     """The norm (N,) of V's rows; with wd_on_out=False that of its input features or channels, (K,).
 
     An input channel of a convolution is a group of columns of the flat V: one of each position in the kernel.
     """
-    weight, lora_A, lora_B, scaling = adapter
+    weight, lora_A, lora_B, _, scaling = direction
     if layer.wd_on_out:
         return weight_norm(weight, lora_A, lora_B, scaling, norm_grad=True)
     norm = weight_norm(weight.T, lora_B.T, lora_A.T, scaling, norm_grad=True)
     return torch.linalg.vector_norm(norm.view(layer.dora_scale.numel(), -1), dim=1) if layer.isconv else norm
 
 
-def _reused_norm(layer: LoConModule, adapter: _Direction) -> Tensor:
+def _reused_norm(layer: LoConModule, direction: DoraWeight) -> Tensor:
     """`_norm`, kept in eval mode inside `frozen_adapters`; never where it has a gradient."""
     if torch.is_grad_enabled() or layer.training:
-        return _norm(layer, adapter)
+        return _norm(layer, direction)
     parts = (layer.org_module[0].weight, layer.lora_down.weight, layer.lora_up.weight, layer.scalar)
-    autocast = torch.is_autocast_enabled(adapter.weight.device.type)
-    settings = (adapter.scaling, layer.wd_on_out, autocast and torch.get_autocast_dtype(adapter.weight.device.type))
-    return reuse.norm_reusing(layer, parts, settings, lambda: _norm(layer, adapter))
+    autocast = torch.is_autocast_enabled(direction.weight.device.type)
+    settings = (direction.scaling, layer.wd_on_out, autocast and torch.get_autocast_dtype(direction.weight.device.type))
+    return reuse.norm_reusing(layer, parts, settings, lambda: _norm(layer, direction))
 
 
 def _gain(layer: LoConModule, norm: Tensor) -> Tensor:

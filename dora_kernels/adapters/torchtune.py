@@ -60,13 +60,13 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
     library = "torchtune"
 
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
-        weight, lora_A, lora_B, magnitude, scaling = _adapter(self, self._known_weight("norm_and_gain"))
-        norm = weight_norm(weight, lora_A, lora_B, scaling)
-        return norm, gain_of(magnitude.detach(), norm)
+        dora = _adapted(self, self._known_weight("norm_and_gain"))
+        norm = weight_norm(dora.weight, dora.lora_A, dora.lora_B, dora.scaling)
+        return norm, gain_of(dora.magnitude.detach(), norm)
 
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias of the frozen layer; that bias is the library's times the gain."""
-        weight, _, gain = merge_weight_and_norm(_adapter(self, self._known_weight("merged_weight_and_bias")))
+        weight, _, gain = merge_weight_and_norm(_adapted(self, self._known_weight("merged_weight_and_bias")))
         bias = self.bias
         return weight, None if bias is None else (gain * bias.detach()).to(bias.dtype)
 
@@ -88,20 +88,20 @@ class DoraKernelsDoRALinear(TakenOver, DoRALinear):
 
     def compute(self, x: Tensor, weight: Weight) -> Tensor:
         """x: (..., K) -> (..., N)."""
-        layer, bias, dropout = _adapter(self, weight), self.bias, self.dropout
+        dora, bias, dropout = _adapted(self, weight), self.bias, self.dropout
         if bias is None and not is_active(dropout):
-            return reuse.dora_linear_reusing(self, x, layer, None)
-        norm = reuse.weight_norm_reusing(self, layer)
-        gain = gain_of(layer.magnitude, norm)
+            return reuse.dora_linear_reusing(self, x, dora, None)
+        norm = reuse.weight_norm_reusing(self, dora)
+        gain = gain_of(dora.magnitude, norm)
         bias = None if bias is None else gain * bias
         if not is_active(dropout):
-            return dora_linear_core(x, layer, bias, given=Given(norm))[0]
+            return dora_linear_core(x, dora, bias, given=Given(norm))[0]
         base = linear_nf4(input=x, weight=self.weight) if self._quantize_base else F.linear(x, weight)
-        return rescale(base, F.linear(dropout(x), layer.lora_A), layer.lora_B, gain, layer.scaling, bias)
+        return rescale(base, F.linear(dropout(x), dora.lora_A), dora.lora_B, gain, dora.scaling, bias)
 
 
-def _adapter(layer: DoRALinear, weight: Weight) -> DoraWeight:
-    """Read at each call."""
+def _adapted(layer: DoRALinear, weight: Weight) -> DoraWeight:
+    """`weight` (N, K) with the adapter of `layer`, read at each call."""
     return DoraWeight(weight, layer.lora_a.weight, layer.lora_b.weight, layer.magnitude, layer.scaling)
 
 

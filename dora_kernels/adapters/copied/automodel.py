@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.adapters.copied.probe import DROPOUT
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, why_not_linear
+from dora_kernels.adapters.copied.structure import LayerParts, Structure, checked, class_names, why_not_linear
 from dora_kernels.adapters.reading import first_reason
 from dora_kernels.reference import gain_of
+from dora_kernels.types import DoraWeight
 
 
 class DoraKernelsLinearLoRA(Structure):
@@ -31,7 +32,7 @@ class DoraKernelsLinearLoRA(Structure):
         return bool(getattr(module, "use_dora", False)) and all(hasattr(module, part) for part in parts)
 
     @classmethod
-    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+    def read(cls, layer: nn.Module) -> tuple[LayerParts | None, str | None]:
         if getattr(layer, "super_fwd", None) is not None:
             return None, "super_fwd is set: the base product is another class's"
         reasons = [why_not_linear(part, getattr(layer, part)) for part in ("lora_A", "lora_B")]
@@ -44,10 +45,10 @@ class DoraKernelsLinearLoRA(Structure):
             return None, reason
         bias = layer.bias if layer.bias is not None and layer.bias.numel() else None
         weights = (layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude)
-        return checked(Adapter(*weights, layer.scale, bias))
+        return checked(LayerParts(DoraWeight(*weights, layer.scale), bias))
 
     @classmethod
-    def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
+    def stand_ins(cls, twin: nn.Module, small: LayerParts) -> None:
         super().stand_ins(twin, small)
         twin.dropout_p = DROPOUT
 
@@ -57,22 +58,22 @@ class DoraKernelsLinearLoRA(Structure):
     def own_dropout(self) -> str | None:
         return "x A^T B^T" if self.dropout_position == "post" and self.dropout_p > 0 else None
 
-    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
-        if x.dtype != adapter.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
-            return f"x is {x.dtype} and lora_A is {adapter.lora_A.dtype}, without autocast"
+    def why_not_x(self, x: Tensor, parts: LayerParts) -> str | None:
+        if x.dtype != parts.dora.lora_A.dtype and not torch.is_autocast_enabled(x.device.type):
+            return f"x is {x.dtype} and lora_A is {parts.dora.lora_A.dtype}, without autocast"
         return None
 
-    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
+    def compute(self, x: Tensor, parts: LayerParts) -> Tensor:
         """y in a dtype as wide as x's, under autocast too."""
         if not (self.training and self.dropout_p > 0):
-            y = self.linear(x, adapter)
+            y = self.linear(x, parts)
         elif self.dropout_position == "pre":
-            y = self.linear(x, adapter, F.dropout(x, self.dropout_p))
+            y = self.linear(x, parts, F.dropout(x, self.dropout_p))
         else:  # dropout of (..., N) stands between B and the gain, so the two cannot be fused
-            weight, lora_A, lora_B, _, scaling, bias, _ = adapter
-            base = F.linear(x, weight)
-            low_rank = F.dropout(F.linear(F.linear(x, lora_A), lora_B), self.dropout_p)
-            y = gain_of(adapter.magnitude, self.norm(adapter)) * (base + scaling * low_rank)
+            dora, bias, _ = parts
+            base = F.linear(x, dora.weight)
+            low_rank = F.dropout(F.linear(F.linear(x, dora.lora_A), dora.lora_B), self.dropout_p)
+            y = gain_of(dora.magnitude, self.norm(dora)) * (base + dora.scaling * low_rank)
             y = (y if bias is None else y + bias).to(base.dtype)
         return y.to(torch.promote_types(y.dtype, x.dtype))
 

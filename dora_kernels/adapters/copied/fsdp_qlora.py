@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import quant
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, why_not_linear
+from dora_kernels.adapters.copied.structure import LayerParts, Structure, checked, class_names, why_not_linear
 from dora_kernels.adapters.reading import class_name, first_reason, why_not_bypass
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.quant import QuantizedWeight
@@ -40,7 +40,7 @@ class DoraKernelsDORA(Structure):
         return hasattr(dora, "lora_A") and hasattr(dora, "lora_B") and hasattr(magnitude, "magnitude")
 
     @classmethod
-    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+    def read(cls, layer: nn.Module) -> tuple[LayerParts | None, str | None]:
         base, dora = layer.base_layer, layer.dora_layer
         reasons = [why_not_linear(part, getattr(dora, part)) for part in ("lora_A", "lora_B")]
         modules = {"base_layer": base, "dora_layer": dora, "magnitude_layer": layer.magnitude_layer}
@@ -59,37 +59,39 @@ class DoraKernelsDORA(Structure):
         if reason is not None:
             return None, reason
         magnitude = layer.magnitude_layer.magnitude
-        return checked(Adapter(weight, dora.lora_A.weight, dora.lora_B.weight, magnitude, 1.0, base.bias))
+        adapted = DoraWeight(weight, dora.lora_A.weight, dora.lora_B.weight, magnitude, 1.0)
+        return checked(LayerParts(adapted, base.bias))
 
     @classmethod
-    def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
+    def stand_ins(cls, twin: nn.Module, small: LayerParts) -> None:
         twin.base_layer = nn.Linear(1, 1, bias=False, device="cpu")
-        twin.base_layer.weight = small.weight
+        twin.base_layer.weight = small.dora.weight
         twin.base_layer.bias = small.bias
 
-    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
+    def why_not_x(self, x: Tensor, parts: LayerParts) -> str | None:
         """More than one dtype: the library's output then depends on the base layer."""
         if x.dim() != 3:
             return f"x has {x.dim()} dimensions; expected 3"
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on, in which the library returns float32"
         compute_dtype = getattr(self.base_layer, "compute_dtype", None) or x.dtype
-        dtypes = {x.dtype, compute_dtype, adapter.lora_A.dtype, adapter.magnitude.dtype}
-        if isinstance(adapter.weight, QuantizedWeight) and adapter.weight.format == "nf4_torchao":
-            dtypes.add(adapter.weight.dtype)
+        weight, lora_A, _, magnitude, _ = parts.dora
+        dtypes = {x.dtype, compute_dtype, lora_A.dtype, magnitude.dtype}
+        if isinstance(weight, QuantizedWeight) and weight.format == "nf4_torchao":
+            dtypes.add(weight.dtype)
         if len(dtypes) > 1:
             return f"x, base_layer and the adapter are {' and '.join(sorted(map(str, dtypes)))}; expected one dtype"
         return None
 
-    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
-        weight, bias = adapter.weight, adapter.bias
-        if isinstance(weight, QuantizedWeight):
-            adapter = adapter._replace(weight=weight.rounded_to(x.dtype))
+    def compute(self, x: Tensor, parts: LayerParts) -> Tensor:
+        dora, bias, _ = parts
+        if isinstance(dora.weight, QuantizedWeight):
+            dora = dora._replace(weight=dora.weight.rounded_to(x.dtype))
         if bias is None:
-            return self.linear(x, adapter)
-        norm = self.norm(adapter)
-        bias = (gain_of(adapter.magnitude, norm) * bias).to(x.dtype)
-        return dora_linear_core(x, DoraWeight(*adapter[:5]), bias, given=Given(norm))[0]
+            return self.linear(x, LayerParts(dora))
+        norm = self.norm(dora)
+        bias = (gain_of(dora.magnitude, norm) * bias).to(x.dtype)
+        return dora_linear_core(x, dora, bias, given=Given(norm))[0]
 
 
 STRUCTURES = (DoraKernelsDORA,)

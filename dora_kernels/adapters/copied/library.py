@@ -28,7 +28,7 @@ class CopiedLibrary:
         """The class that takes `layer` over and "", or None and the reason."""
         structure = self._structure_of(layer)
         try:
-            adapter, reason = structure.read(layer)
+            parts, reason = structure.read(layer)
         except (AttributeError, KeyError, TypeError) as error:  # somebody's code may lack anything
             return None, f"it is not built as the library builds it: {error}"
         if reason is None and not forward_is_the_class_s(layer):
@@ -36,7 +36,7 @@ class CopiedLibrary:
         if reason is None:
             reason = _why_not_hidden(layer, structure)
         if reason is None:
-            reason = probe.why_not_same(layer, adapter, structure)
+            reason = probe.why_not_same(layer, parts, structure)
         return (class_over(library_class(layer), structure), "") if reason is None else (None, reason)
 
     def _structure_of(self, module: nn.Module) -> type[Structure] | None:

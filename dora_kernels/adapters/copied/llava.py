@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, why_not_linear
+from dora_kernels.adapters.copied.structure import LayerParts, Structure, checked, class_names, why_not_linear
 from dora_kernels.adapters.reading import first_reason, is_active, why_not_bypass
+from dora_kernels.types import DoraWeight
 
 
 class DoraKernelsLinear(Structure):
@@ -27,7 +28,7 @@ class DoraKernelsLinear(Structure):
         return isinstance(magnitudes, nn.ModuleDict) and len(magnitudes) > 0 and hasattr(module, "active_adapter")
 
     @classmethod
-    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+    def read(cls, layer: nn.Module) -> tuple[LayerParts | None, str | None]:
         """The parts of the active adapter, or None and the reason."""
         name, N = layer.active_adapter, layer.weight.shape[0]
         if getattr(layer, "fan_in_fan_out", False):
@@ -51,13 +52,13 @@ class DoraKernelsLinear(Structure):
         reason = first_reason(reasons)
         if reason is not None:
             return None, reason
-        weights = (layer.weight, lora_A.weight, lora_B.weight, magnitude.weight.squeeze(1))
-        return checked(Adapter(*weights, scaling, layer.bias))
+        dora = DoraWeight(layer.weight, lora_A.weight, lora_B.weight, magnitude.weight.squeeze(1), scaling)
+        return checked(LayerParts(dora, layer.bias))
 
-    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
+    def compute(self, x: Tensor, parts: LayerParts) -> Tensor:
         """y in x's dtype, under autocast too."""
         dropout = self.lora_dropout[self.active_adapter]
-        return self.linear(x, adapter, dropout(x) if is_active(dropout) else None).to(x.dtype)
+        return self.linear(x, parts, dropout(x) if is_active(dropout) else None).to(x.dtype)
 
 
 STRUCTURES = (DoraKernelsLinear,)

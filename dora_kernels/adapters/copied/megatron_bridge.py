@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names
+from dora_kernels.adapters.copied.structure import LayerParts, Structure, checked, class_names
 from dora_kernels.adapters.reading import first_reason, is_active, why_not_bypass
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.weight import merge_weight_and_norm
@@ -40,7 +40,7 @@ class DoraKernelsDoRALinear(Structure):
         return hasattr(module, "base_linear_forward") and all(hasattr(adapter, part) for part in parts)
 
     @classmethod
-    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+    def read(cls, layer: nn.Module) -> tuple[LayerParts | None, str | None]:
         """The parts, or None and the reason. Sharded weights are found by their shapes, which do not fit each other."""
         adapter, to_wrap = layer.adapter, layer.to_wrap
         weights = {
@@ -68,40 +68,41 @@ class DoraKernelsDoRALinear(Structure):
         scaling = adapter.alpha / adapter.dim
         if getattr(layer, "scaling", scaling) != scaling:
             return None, f"the norm has scaling {layer.scaling} and the adapter {scaling}"
-        return checked(Adapter(*weights.values(), adapter.weight_magnitude, scaling, None))
+        return checked(LayerParts(DoraWeight(*weights.values(), adapter.weight_magnitude, scaling)))
 
     @classmethod
-    def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
+    def stand_ins(cls, twin: nn.Module, small: LayerParts) -> None:
         if "_adapter_enabled" in vars(twin):
             twin._adapter_enabled = True
-        twin.to_wrap = _Plain(small.weight)
-        twin.adapter.linear_in = _Plain(small.lora_A)
-        twin.adapter.linear_out = _Plain(small.lora_B)
+        twin.to_wrap = _Plain(small.dora.weight)
+        twin.adapter.linear_in = _Plain(small.dora.lora_A)
+        twin.adapter.linear_out = _Plain(small.dora.lora_B)
 
     def why_not_now(self) -> str | None:
         return None if getattr(self, "_adapter_enabled", True) else "its adapters are disabled"
 
-    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
+    def why_not_x(self, x: Tensor, parts: LayerParts) -> str | None:
         return None if x.dim() == 3 else f"x has {x.dim()} dimensions; expected 3"
 
-    def compute(self, x: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor | None]:
+    def compute(self, x: Tensor, parts: LayerParts) -> tuple[Tensor, Tensor | None]:
         """(y, to_wrap's bias), as the library returns them."""
         base, bias, xn = self.base_linear_forward(x)
         dropout = self.adapter.dropout
         dropped = dropout(xn) if is_active(dropout) else xn
         low, _ = self.adapter.linear_in(dropped.contiguous())
-        gain = gain_of(adapter.magnitude, self.norm(adapter))
-        y = rescale(base, low, adapter.lora_B, gain, adapter.scaling)
+        dora = parts.dora
+        gain = gain_of(dora.magnitude, self.norm(dora))
+        y = rescale(base, low, dora.lora_B, gain, dora.scaling)
         if self.training and isinstance(dropout, nn.Dropout) and self.dora_dropout != "lora":
             correction, *_ = self.base_linear_forward(dropout(xn) - xn)
             y = (y + (gain - 1) * correction).to(y.dtype)
-        wide = torch.promote_types(adapter.weight.dtype, adapter.magnitude.dtype)
+        wide = torch.promote_types(dora.weight.dtype, dora.magnitude.dtype)
         return y.to(torch.promote_types(base.dtype, wide)), bias
 
     @torch.no_grad()
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias for to_wrap. The bias is scaled where to_wrap adds it, and not where it returns it."""
-        weight, _, gain = merge_weight_and_norm(DoraWeight(*self._unmerged("merged_weight_and_bias")[:5]))
+        weight, _, gain = merge_weight_and_norm(self._unmerged("merged_weight_and_bias").dora)
         bias = getattr(self.to_wrap, "bias", None)
         if bias is None or not bias.numel():
             return weight, None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters.copied.structure import Adapter, Structure, checked, class_names, why_not_linear
+from dora_kernels.adapters.copied.structure import LayerParts, Structure, checked, class_names, why_not_linear
 from dora_kernels.adapters.reading import first_reason, is_active, why_not_bypass
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.weight import weight_norm
@@ -37,7 +37,7 @@ class DoraKernelsLinear(Structure):
         return isinstance(getattr(module, "weight_m_wdecomp", None), nn.Linear) and hasattr(module, "Wdecompose")
 
     @classmethod
-    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+    def read(cls, layer: nn.Module) -> tuple[LayerParts | None, str | None]:
         """The parts, with an A and a B of zeros for a layer that learns the magnitude alone; or None and the reason."""
         if getattr(layer, "fan_in_fan_out", False):
             return None, "fan_in_fan_out is set, with which the library adds B A to the transposed weight"
@@ -59,7 +59,8 @@ class DoraKernelsLinear(Structure):
         reason = first_reason(reasons)
         if reason is not None:
             return None, reason
-        return checked(Adapter(weight, lora_A, lora_B, magnitude.weight.squeeze(1), scaling, layer.bias, norm_grad))
+        dora = DoraWeight(weight, lora_A, lora_B, magnitude.weight.squeeze(1), scaling)
+        return checked(LayerParts(dora, layer.bias, norm_grad))
 
     def adapter_operands(self) -> DoraWeight | None:
         """None for a layer that learns the magnitude alone: its norm never changes."""
@@ -69,17 +70,19 @@ class DoraKernelsLinear(Structure):
         can_drop = isinstance(self.lora_dropout, nn.Dropout) and self.lora_dropout.p > 0
         return "the x of (gain - 1) * x W^T, as there is no low-rank product" if self.Wdecompose and can_drop else None
 
-    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
+    def compute(self, x: Tensor, parts: LayerParts) -> Tensor:
         """y in the weight's dtype, under autocast too."""
         dropout = self.lora_dropout  # where there is none, the library has a function in its place
         x_dropped = dropout(x) if isinstance(dropout, FunctionType) or is_active(dropout) else None
         x_dropped = None if x_dropped is x else x_dropped
         if self.Wdecompose:
-            layer = DoraWeight(*adapter[:5])
-            norm = reuse.norm_reusing(self, (layer.weight,), (), lambda: weight_norm(*layer[:3], 0.0))
-            y = dora_linear_core(x, layer, adapter.bias, x_dropped=x_dropped, given=Given(norm))[0]
+            dora = parts.dora
+            # of the weight alone: scaling is 0
+            arguments = (dora.weight, dora.lora_A, dora.lora_B, 0.0)
+            norm = reuse.norm_reusing(self, (dora.weight,), (), lambda: weight_norm(*arguments))
+            y = dora_linear_core(x, dora, parts.bias, x_dropped=x_dropped, given=Given(norm))[0]
         else:
-            y = self.linear(x, adapter, x_dropped)
+            y = self.linear(x, parts, x_dropped)
         return y.to(self.weight.dtype)
 
 
@@ -103,24 +106,23 @@ class DoraKernelsVisionLinear(Structure):
         return all(isinstance(parameter, nn.Parameter) for parameter in parameters)
 
     @classmethod
-    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+    def read(cls, layer: nn.Module) -> tuple[LayerParts | None, str | None]:
         if layer.weight_m.dim() != 2 or layer.weight_m.shape[1] != 1:
             return None, f"weight_m has shape {tuple(layer.weight_m.shape)}; expected (N, 1)"
         norm_grad = "DoraLinear_simple" not in class_names(layer)
         magnitude = layer.weight_m.squeeze(1)
-        return checked(
-            Adapter(layer.weight_v, layer.lora_A, layer.lora_B, magnitude, layer.scaling, layer.bias, norm_grad)
-        )
+        dora = DoraWeight(layer.weight_v, layer.lora_A, layer.lora_B, magnitude, layer.scaling)
+        return checked(LayerParts(dora, layer.bias, norm_grad))
 
-    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
+    def why_not_x(self, x: Tensor, parts: LayerParts) -> str | None:
         """More than one dtype without autocast: the library multiplies with one dense weight."""
-        dtypes = {adapter.weight.dtype, adapter.lora_A.dtype, adapter.magnitude.dtype}
+        dtypes = {parts.dora.weight.dtype, parts.dora.lora_A.dtype, parts.dora.magnitude.dtype}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
             return f"its parameters are {' and '.join(sorted(map(str, dtypes)))}, without autocast"
         return None
 
-    def compute(self, x: Tensor, adapter: Adapter) -> Tensor:
-        return self.linear(x, adapter)
+    def compute(self, x: Tensor, parts: LayerParts) -> Tensor:
+        return self.linear(x, parts)
 
 
 STRUCTURES = (DoraKernelsLinear, DoraKernelsVisionLinear)

@@ -17,16 +17,15 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dora_kernels.adapters.copied.structure import LayerParts, Structure
 from dora_kernels.adapters.taking import TakenOver, class_over, library_class
 from dora_kernels.planning.options import own_options
-
-if TYPE_CHECKING:
-    from dora_kernels.adapters.copied.structure import Adapter, Structure
+from dora_kernels.types import DoraWeight
 
 N, K, R = 7, 5, 3
 ROWS = (1.0, 10.0, 1e-1, 1e-2, 1e-3, 1e-5, 1e-7)
@@ -47,16 +46,16 @@ _results: dict[Hashable, str | None] = {}
 
 
 @torch.inference_mode(False)
-def why_not_same(layer: nn.Module, adapter: Adapter, computed_by: type[Structure]) -> str | None:
-    """The reason why `layer`, made of `adapter`, does not compute what `computed_by` computes; None if it does.
+def why_not_same(layer: nn.Module, parts: LayerParts, computed_by: type[Structure]) -> str | None:
+    """The reason why `layer`, made of `parts`, does not compute what `computed_by` computes; None if it does.
 
     Run once for layers of the same code and the same settings.
     """
-    small = _small_adapter(adapter)
-    known, unknown = _by_identity(layer, adapter, small, computed_by.opaque)
+    small = _small_parts(parts)
+    known, unknown = _by_identity(layer, parts, small, computed_by.opaque)
     if unknown is not None:
         return f"it has a tensor that is no part of a DoRA layer: {unknown}"
-    key = computed_by, _code(layer), _settings(layer, computed_by.opaque), adapter.bias is None, adapter.norm_grad
+    key = computed_by, _code(layer), _settings(layer, computed_by.opaque), parts.bias is None, parts.norm_grad
     if key in _results:
         return _results[key]
     found = _run(layer, small, known, computed_by)
@@ -66,7 +65,7 @@ def why_not_same(layer: nn.Module, adapter: Adapter, computed_by: type[Structure
     return found
 
 
-def _run(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_by: type[Structure]) -> str | None:
+def _run(layer: nn.Module, small: LayerParts, known: dict[int, Tensor], computed_by: type[Structure]) -> str | None:
     # the generator of the CPU alone: manual_seed and fork_rng would touch the accelerator's too
     state = torch.default_generator.get_state()
     try:
@@ -87,7 +86,9 @@ def _run(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_by
     return None
 
 
-def _twins(layer: nn.Module, small: Adapter, known: dict[int, Tensor], computed_by: type[Structure]) -> list[nn.Module]:
+def _twins(
+    layer: nn.Module, small: LayerParts, known: dict[int, Tensor], computed_by: type[Structure]
+) -> list[nn.Module]:
     """Two small layers of the same numbers: one of the class of `layer`, and one that is taken over."""
     cls = library_class(layer)
     twins = []
@@ -120,10 +121,10 @@ def _outcome(twin: nn.Module) -> dict[str, Tensor | None]:
 
 def _computed(twin: Structure, x: Tensor) -> Any:
     """The output of a twin that is taken over. Its forward is not called: it may hand the call to the library."""
-    adapter, against = twin.read(twin)
+    parts, against = twin.read(twin)
     if against is not None:
         raise ValueError(against)
-    return twin.compute(x, adapter)
+    return twin.compute(x, parts)
 
 
 def _differs(actual: Tensor | None, expected: Tensor | None) -> bool:
@@ -136,30 +137,33 @@ def _differs(actual: Tensor | None, expected: Tensor | None) -> bool:
     return not bool(((actual - expected).norm(dim=1) <= TOLERANCE * expected.norm(dim=1)).all())
 
 
-def _small_adapter(adapter: Adapter) -> Adapter:
-    """Random numbers in float64 for every tensor of `adapter`: B != 0, and gains from about 0.5 to 2."""
+def _small_parts(parts: LayerParts) -> LayerParts:
+    """Random numbers in float64 for every tensor of `parts`: B != 0, and gains from about 0.5 to 2."""
     generator = torch.Generator("cpu").manual_seed(SEED)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, device="cpu", generator=generator)
 
     rows = torch.tensor(ROWS, dtype=torch.float64, device="cpu")
-    bias = adapter.bias
+    bias = parts.bias
     magnitude = rows * K**0.5 * (1 + random(N).tanh()).clamp(min=0.2)
-    return adapter._replace(
+    dora = DoraWeight(
         weight=nn.Parameter(rows[:, None] * random(N, K), requires_grad=False),
         lora_A=nn.Parameter(random(R, K)),
-        lora_B=nn.Parameter(rows[:, None] * random(N, R) / max(abs(adapter.scaling), 1.0)),
+        lora_B=nn.Parameter(rows[:, None] * random(N, R) / max(abs(parts.dora.scaling), 1.0)),
         magnitude=nn.Parameter(magnitude),
-        bias=None if bias is None else nn.Parameter(rows * random(N), requires_grad=bias.requires_grad),
+        scaling=parts.dora.scaling,
     )
+    bias = None if bias is None else nn.Parameter(rows * random(N), requires_grad=bias.requires_grad)
+    return parts._replace(dora=dora, bias=bias)
 
 
 def _by_identity(
-    layer: nn.Module, adapter: Adapter, small: Adapter, opaque: tuple[str, ...]
+    layer: nn.Module, parts: LayerParts, small: LayerParts, opaque: tuple[str, ...]
 ) -> tuple[dict[int, Tensor], str | None]:
-    """The small tensor for each tensor of the layer, by id; and the name of one that is none of the adapter's."""
-    sources = {id(_owner(value)): new for value, new in zip(adapter, small, strict=True) if isinstance(value, Tensor)}
+    """The small tensor for each tensor of the layer, by id; and the name of one that is no part of it."""
+    pairs = zip((*parts.dora, parts.bias), (*small.dora, small.bias), strict=True)
+    sources = {id(_owner(value)): new for value, new in pairs if isinstance(value, Tensor)}
     known: dict[int, Tensor] = {}
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         if _is_within(name, opaque):

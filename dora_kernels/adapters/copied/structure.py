@@ -19,19 +19,15 @@ from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.functional.rescale import dora_linear_lora_dropout
 from dora_kernels.functional.validate import FLOATING, why_not_scaling
 from dora_kernels.functional.weight import merge_weight_and_norm, weight_norm
-from dora_kernels.quant import QuantizedWeight, Weight
+from dora_kernels.quant import QuantizedWeight
 from dora_kernels.reference import gain_of
 from dora_kernels.types import DoraWeight
 
 
-class Adapter(NamedTuple):
-    """What a layer is made of. Read at each call: parameters and scaling may be replaced between calls."""
+class LayerParts(NamedTuple):
+    """The parts of a layer. Read at each call: parameters and scaling may be replaced between calls."""
 
-    weight: Weight
-    lora_A: Tensor
-    lora_B: Tensor
-    magnitude: Tensor
-    scaling: float
+    dora: DoraWeight
     bias: Tensor | None = None
     norm_grad: bool = False
 
@@ -51,12 +47,12 @@ class Structure(TakenOver):
         raise NotImplementedError
 
     @classmethod
-    def read(cls, layer: nn.Module) -> tuple[Adapter | None, str | None]:
+    def read(cls, layer: nn.Module) -> tuple[LayerParts | None, str | None]:
         """The parts of `layer` and None; or None and the reason why it cannot be taken over."""
         raise NotImplementedError
 
     @classmethod
-    def stand_ins(cls, twin: nn.Module, small: Adapter) -> None:
+    def stand_ins(cls, twin: nn.Module, small: LayerParts) -> None:
         """Finish a shrunk twin of a layer (probe.py): enable its adapter and dropout, replace opaque submodules."""
         for name in ("merged", "disable_adapters"):
             if name in vars(twin):
@@ -68,14 +64,14 @@ class Structure(TakenOver):
             return "the layer is merged"
         return "its adapters are disabled" if getattr(self, "disable_adapters", False) else None
 
-    def why_not_x(self, x: Tensor, adapter: Adapter) -> str | None:
+    def why_not_x(self, x: Tensor, parts: LayerParts) -> str | None:
         """The reason why the library must compute this x."""
         return None
 
-    def read_call(self, x: Tensor) -> tuple[Adapter | None, str | None]:
-        adapter, reason = self.read(self)
-        reason = reason or self.why_not_now() or _why_not_call(x, adapter)
-        return adapter, reason or self.why_not_x(x, adapter)
+    def read_call(self, x: Tensor) -> tuple[LayerParts | None, str | None]:
+        parts, reason = self.read(self)
+        reason = reason or self.why_not_now() or _why_not_call(x, parts)
+        return parts, reason or self.why_not_x(x, parts)
 
     def drops_otherwise(self) -> bool:
         as_asked = self.dora_dropout == "lora" and self.own_dropout() is None and self.why_not_now() is None
@@ -85,53 +81,53 @@ class Structure(TakenOver):
         """True if the layer has a dropout that drops something in train mode."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.modules())
 
-    def linear(self, x: Tensor, adapter: Adapter, x_dropped: Tensor | None = None) -> Tensor:
+    def linear(self, x: Tensor, parts: LayerParts, x_dropped: Tensor | None = None) -> Tensor:
         """dora_linear of x (..., K), with norm and gain of an earlier call where reuse/ says.
 
         x_dropped takes the place of x in all that the adapter adds; with enable(dropout="lora") in the low-rank product
         alone.
         """
-        layer, bias, norm_grad = DoraWeight(*adapter[:5]), adapter.bias, adapter.norm_grad
+        dora, bias, norm_grad = parts
         lora_dropout = self.dora_dropout == "lora"
-        if norm_grad and torch.is_grad_enabled() and (adapter.lora_A.requires_grad or adapter.lora_B.requires_grad):
+        if norm_grad and torch.is_grad_enabled() and (dora.lora_A.requires_grad or dora.lora_B.requires_grad):
             if lora_dropout and x_dropped is not None:
-                norm = weight_norm(*layer[:3], layer.scaling, norm_grad=True)
-                return dora_linear_lora_dropout(x, x_dropped, layer, bias, norm)
-            return dora_linear_core(x, layer, bias, x_dropped=x_dropped, norm_grad=True)[0]
-        return reuse.dora_linear_reusing(self, x, layer, bias, x_dropped=x_dropped, lora_dropout=lora_dropout)
+                norm = weight_norm(dora.weight, dora.lora_A, dora.lora_B, dora.scaling, norm_grad=True)
+                return dora_linear_lora_dropout(x, x_dropped, dora, bias, norm)
+            return dora_linear_core(x, dora, bias, x_dropped=x_dropped, norm_grad=True)[0]
+        return reuse.dora_linear_reusing(self, x, dora, bias, x_dropped=x_dropped, lora_dropout=lora_dropout)
 
     def adapter_operands(self) -> DoraWeight | None:
-        adapter, reason = self.read(self)
-        if reason is not None or self.why_not_now() is not None or adapter.norm_grad:
+        parts, reason = self.read(self)
+        if reason is not None or self.why_not_now() is not None or parts.norm_grad:
             return None
-        return DoraWeight(*adapter[:5])
+        return parts.dora
 
-    def norm(self, adapter: Adapter) -> Tensor:
+    def norm(self, dora: DoraWeight) -> Tensor:
         """norm (N,), a constant, reused as in `linear`."""
-        return reuse.weight_norm_reusing(self, DoraWeight(*adapter[:5]))
+        return reuse.weight_norm_reusing(self, dora)
 
     @torch.no_grad()
     def norm_and_gain(self) -> tuple[Tensor, Tensor]:
-        weight, lora_A, lora_B, magnitude, scaling, *_ = self._unmerged("norm_and_gain")
-        norm = weight_norm(weight, lora_A, lora_B, scaling)
-        return norm, gain_of(magnitude, norm)
+        dora = self._unmerged("norm_and_gain").dora
+        norm = weight_norm(dora.weight, dora.lora_A, dora.lora_B, dora.scaling)
+        return norm, gain_of(dora.magnitude, norm)
 
     @torch.no_grad()
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        adapter = self._unmerged("merged_weight_and_bias")
-        (weight, _, gain), bias = merge_weight_and_norm(DoraWeight(*adapter[:5])), adapter.bias
+        dora, bias, _ = self._unmerged("merged_weight_and_bias")
+        weight, _, gain = merge_weight_and_norm(dora)
         if bias is None:
             return weight, None
         if self.bias_is_scaled:
             return weight, (gain * bias).to(bias.dtype)
         return weight, bias.detach().clone()
 
-    def _unmerged(self, function: str) -> Adapter:
-        adapter, reason = self.read(self)
+    def _unmerged(self, function: str) -> LayerParts:
+        parts, reason = self.read(self)
         reason = reason or self.why_not_now()
         if reason is not None:
             raise ValueError(f"{function}: the {library_class(self).__name__} has no adapter to read: {reason}")
-        return adapter
+        return parts
 
 
 def class_names(layer: nn.Module) -> set[str]:
@@ -150,9 +146,10 @@ def why_not_linear(part: str, module: object, shape: tuple[int, ...] | None = No
     return why_not_bypass(part, module)
 
 
-def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
-    """(`adapter`, None), or (None, the reason why its tensors cannot be read or do not fit each other)."""
-    weight, lora_A, lora_B, magnitude, scaling, bias, _ = adapter
+def checked(parts: LayerParts) -> tuple[LayerParts | None, str | None]:
+    """(`parts`, None), or (None, the reason why its tensors cannot be read or do not fit each other)."""
+    weight, lora_A, lora_B, magnitude, scaling = parts.dora
+    bias = parts.bias
     named = {"lora_A": lora_A, "lora_B": lora_B, "magnitude": magnitude}
     if not isinstance(weight, QuantizedWeight):
         named["weight"] = weight
@@ -180,15 +177,15 @@ def checked(adapter: Adapter) -> tuple[Adapter | None, str | None]:
         return None, "the base weight requires a gradient"
     if lora_A.dtype != lora_B.dtype:
         return None, f"lora_A is {lora_A.dtype} and lora_B is {lora_B.dtype}"
-    return adapter, None
+    return parts, None
 
 
-def _why_not_call(x: object, adapter: Adapter) -> str | None:
+def _why_not_call(x: object, parts: LayerParts) -> str | None:
     """The reason why the library must compute this call, whichever library that is."""
     if not isinstance(x, Tensor) or x.dim() < 2:
         return "x has fewer than two dimensions"
-    weight = adapter.weight
-    for tensor in (weight, adapter.lora_A, adapter.lora_B, adapter.magnitude, adapter.bias):
+    weight, lora_A, lora_B, magnitude, _ = parts.dora
+    for tensor in (weight, lora_A, lora_B, magnitude, parts.bias):
         reason = None if tensor is None else why_not_device(x.device, "a weight of the layer", tensor)
         if reason is not None:
             return reason

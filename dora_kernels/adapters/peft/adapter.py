@@ -29,6 +29,8 @@ from dora_kernels.adapters.reading import (  # noqa: E402
 )
 from dora_kernels.adapters.sharded import enable_first, gathered_weight, inner, is_unit, why_not_gathered  # noqa: E402
 from dora_kernels.functional.validate import why_not_scaling  # noqa: E402
+from dora_kernels.quant import Weight  # noqa: E402
+from dora_kernels.types import DoraWeight  # noqa: E402
 
 _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_result", "adapter_name")
 
@@ -68,9 +70,13 @@ class PeftAdapter(NamedTuple):
     magnitude: nn.Module | None
     scaling: float
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """lora_A, lora_B and magnitude in PEFT's shapes (of a linear layer (R, K), (N, R) and (N,)), and scaling."""
-        return _tensor(self.lora_A), _tensor(self.lora_B), self.magnitude.weight, self.scaling
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """lora_A and lora_B in PEFT's shapes, of a linear layer (R, K) and (N, R)."""
+        return _tensor(self.lora_A), _tensor(self.lora_B)
+
+    def over(self, weight: Weight) -> DoraWeight:
+        """`weight` with this adapter, in PEFT's shapes."""
+        return DoraWeight(weight, *self.factors(), self.magnitude.weight, self.scaling)
 
     def gathered(self) -> PeftAdapter:
         """This adapter with the weights of FSDP1 units in place of the units."""

@@ -59,7 +59,7 @@ class TakenOverConv(TakenOverLayer):
         norms = self.norms(weight, adapters)
         last = len(adapters) - 1
         for i, adapter in enumerate(adapters):
-            lora_A, lora_B, magnitude, scaling = adapter.tensors()
+            _, lora_A, lora_B, magnitude, scaling = adapter.over(weight)
             lora_x, residual = x.to(lora_A.dtype), None
             if dropout_is_active(self, adapter):
                 lora_x = adapter.dropout(lora_x)
@@ -91,13 +91,15 @@ class TakenOverConv(TakenOverLayer):
 
     def _as_linear(self, x: Tensor, weight: Tensor, adapter: PeftAdapter) -> Tensor:
         """dora_forward through dora_linear: x (B, C, ...) is seen as (B, ..., C), which is how it lies in memory."""
-        lora_A, lora_B, magnitude, scaling = adapter.tensors()
+        dora, x_dropped = self.as_matrices(weight, adapter), None
+        if dropout_is_active(self, adapter):
+            x_dropped = adapter.dropout(x.to(dora.lora_A.dtype)).movedim(1, -1)
         y = reuse.dora_linear_reusing(
             self,
             x.movedim(1, -1),
-            DoraWeight(weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1), magnitude.flatten(), scaling),
+            dora,
             self.base_layer.bias,
-            x_dropped=adapter.dropout(x.to(lora_A.dtype)).movedim(1, -1) if dropout_is_active(self, adapter) else None,
+            x_dropped=x_dropped,
             lora_dropout=self.dora_dropout == "lora",
         ).movedim(-1, 1)
         # the vendor's Conv1d knows no channels-last format
@@ -112,20 +114,20 @@ class TakenOverConv(TakenOverLayer):
         """norm (N,), a constant. In groups PEFT defines it by the product of B and A as they are stored."""
         if self.base_layer.groups == 1:
             return super().norm(weight, adapter)
-        lora_A, lora_B, _, scaling = adapter.tensors()
+        lora_A, lora_B = adapter.factors()
         dtype, R = accumulate_dtype(weight.dtype), lora_A.shape[0]
         # a weight in groups is small, and so is this
         with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
             left, right = lora_B.reshape(-1, R).to(dtype), lora_A.reshape(R, -1).to(dtype)
-            direction = torch.addmm(weight.reshape(len(left), -1).to(dtype), left, right, alpha=scaling)
+            direction = torch.addmm(weight.reshape(len(left), -1).to(dtype), left, right, alpha=adapter.scaling)
             return torch.linalg.vector_norm(direction.view(len(weight), -1), dim=1)
 
-    def matrices(self, weight: Tensor, adapter: PeftAdapter) -> tuple[Tensor, Tensor, Tensor]:
-        """weight (N, K), lora_A and lora_B; K runs over the weight in its order in memory."""
-        lora_A, lora_B, _, _ = adapter.tensors()
+    def as_matrices(self, weight: Tensor, adapter: PeftAdapter) -> DoraWeight:
+        """The tensors as matrices; K runs over the weight in its order in memory."""
+        _, lora_A, lora_B, magnitude, scaling = adapter.over(weight)
         if not weight.is_contiguous():  # channels-last
             weight, lora_A = weight.movedim(1, -1), lora_A.movedim(1, -1)
-        return weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1)
+        return DoraWeight(weight.flatten(1), lora_A.flatten(1), lora_B.flatten(1), magnitude.flatten(), scaling)
 
     def shaped(self, rows: Tensor) -> Tensor:
         weight = self.base_layer.weight

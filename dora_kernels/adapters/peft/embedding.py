@@ -14,6 +14,7 @@ from dora_kernels.adapters.peft.layer import TakenOverLayer, read_weight
 from dora_kernels.adapters.reading import class_name
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.reference import gain_of
+from dora_kernels.types import DoraWeight
 
 
 class DoraKernelsEmbedding(TakenOverLayer, Embedding):
@@ -52,7 +53,7 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
         embed_scale = self._get_embed_scale()  # the base layer's own, which its output has already
         norms = self.norms(weight, adapters)
         for i, adapter in enumerate(adapters):
-            lora_A, lora_B, magnitude, scaling = adapter.tensors()
+            _, lora_A, lora_B, magnitude, scaling = adapter.over(weight)
             low = self._embed(x, lora_A.T)
             if embed_scale is not None:
                 low = low * embed_scale.to(low.dtype)
@@ -63,8 +64,8 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
         """False: PEFT has no dropout here."""
         return False
 
-    def matrices(self, weight: Tensor, adapter: PeftAdapter) -> tuple[Tensor, Tensor, Tensor]:
-        return weight.T, *adapter.tensors()[:2]
+    def as_matrices(self, weight: Tensor, adapter: PeftAdapter) -> DoraWeight:
+        return adapter.over(weight.T)
 
     def shaped(self, rows: Tensor) -> Tensor:
         return rows.T.contiguous()

@@ -45,7 +45,7 @@ class TakenOverLayer(Merging):
     def norms(self, weight: Weight, adapters: list[PeftAdapter]) -> Tensor:
         """norm (adapters, N), kept as reuse/ says. weight is of the base layer's own shape."""
         stored, *storage = parts(weight)
-        factors = [factor for adapter in adapters for factor in adapter.tensors()[:2]]
+        factors = [factor for adapter in adapters for factor in adapter.factors()]
         settings = ([adapter.scaling for adapter in adapters], storage, operand_dtypes(weight, factors[0]))
         return reuse.norm_reusing(
             self,
@@ -96,7 +96,7 @@ def _why_not_call(layer: LoraLayer, x: Tensor, weight: Weight, adapters: list[Pe
         reason = why_not_adapter(adapter, layer.family, x.device)
         if reason is not None:
             return reason
-        lora_A, lora_B, _, _ = adapter.tensors()
+        lora_A, lora_B = adapter.factors()
         if lora_A.dtype != lora_B.dtype:
             return "lora_A and lora_B differ in dtype"
     return None

@@ -43,7 +43,7 @@ class TakenOverLinear(TakenOverLayer):
         if self.disable_adapters or self.merged or len(names) != 1 or reason is not None:
             return None
         adapter = read_adapter(self, names[0], self.family)
-        return None if why_not_adapter(adapter, self.family) else DoraWeight(weight, *adapter.tensors())
+        return None if why_not_adapter(adapter, self.family) else adapter.over(weight)
 
     def lora_A_to_share(self, device: torch.device) -> Tensor | None:
         """lora_A of the one active adapter, if it is trained, its dropout is not active and it is an nn.Linear."""
@@ -77,22 +77,22 @@ class TakenOverLinear(TakenOverLayer):
             result = result if bias is None else result + bias
         else:
             x_dropped, nested = self._dropped(first, x) if dropout_is_active(self, first) else None, others
-            layer = DoraWeight(weight, *first.tensors())
+            dora = first.over(weight)
             if others:
-                result, *_ = dora_linear_core(operand, layer, bias, x_dropped=x_dropped, given=Given(norms[0]))
+                result, *_ = dora_linear_core(operand, dora, bias, x_dropped=x_dropped, given=Given(norms[0]))
             else:
                 low = lows = None
                 if x_dropped is None and type(first.lora_A) is nn.Linear:  # as lora_A_to_share has it
                     low, lows = sharing.shared_low(self, x, operand, first.lora_A.weight)
                 result = reuse.dora_linear_reusing(
-                    self, operand, layer, bias, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
+                    self, operand, dora, bias, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
                 )
                 if lows is not None:
                     lows.live_with(result)
         for i, adapter in enumerate(nested, start=len(adapters) - len(nested)):
             apart = nests_apart(self, adapter) and not lora_dropout
             x_dropped = self._dropped(adapter, x) if apart or dropout_is_active(self, adapter) else None
-            result = _nest(result, operand, weight, *adapter.tensors(), norms[i], bias, x_dropped, apart)
+            result = _nest(result, operand, adapter.over(weight), norms[i], bias, x_dropped, apart)
         return result.to(dtype)
 
     def _dropped(self, adapter: PeftAdapter, x: Tensor) -> Tensor:
@@ -115,8 +115,8 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
             return None, reason
         return weight.T if layer.fan_in_fan_out else weight, why_not_bypass("base_layer", base)
 
-    def matrices(self, weight: Tensor, adapter: PeftAdapter) -> tuple[Tensor, Tensor, Tensor]:
-        return weight.T if self.fan_in_fan_out else weight, *adapter.tensors()[:2]
+    def as_matrices(self, weight: Tensor, adapter: PeftAdapter) -> DoraWeight:
+        return adapter.over(weight.T if self.fan_in_fan_out else weight)
 
     def shaped(self, rows: Tensor) -> Tensor:
         return rows.T.contiguous() if self.fan_in_fan_out else rows
@@ -125,22 +125,18 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
 def _nest(
     result: Tensor,
     x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
+    dora: DoraWeight,
     norm: Tensor,
     bias: Tensor | None,
     x_dropped: Tensor | None,
     apart: bool,
 ) -> Tensor:
     """One more adapter over `result` (..., N), the output with the adapters before it, as dora_forward says."""
-    gain = gain_of(magnitude, norm)
+    gain = gain_of(dora.magnitude, norm)
     lora_x = x if x_dropped is None else x_dropped
-    lora = F.linear(F.linear(lora_x.to(lora_A.dtype), lora_A), lora_B) * scaling
+    lora = F.linear(F.linear(lora_x.to(dora.lora_A.dtype), dora.lora_A), dora.lora_B) * dora.scaling
     if apart:
-        base = frozen_product(x_dropped.to(weight.dtype), weight)
+        base = frozen_product(x_dropped.to(dora.weight.dtype), dora.weight)
     else:
         base = result if bias is None else result - bias
     return result + (gain - 1) * base + gain * lora

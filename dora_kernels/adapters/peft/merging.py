@@ -21,19 +21,20 @@ from dora_kernels.types import DoraWeight
 
 
 class Merging(TakenOver):
-    """merge, unmerge, and what whole-model merging asks of a layer. Subclasses say which matrices a layer holds."""
+    """merge, unmerge, and what whole-model merging asks of a layer. Subclasses say which matrices its tensors are."""
 
-    def matrices(self, weight: Weight, adapter: PeftAdapter) -> tuple[Weight, Tensor, Tensor]:
-        """weight, of the base layer's shape, as (N, K), with lora_A (R, K) and lora_B (N, R) of the adapter."""
-        return weight, *adapter.tensors()[:2]
+    def as_matrices(self, weight: Weight, adapter: PeftAdapter) -> DoraWeight:
+        """weight, of the base layer's shape, with the adapter: (N, K), (R, K), (N, R) and (N,)."""
+        return adapter.over(weight)
 
     def shaped(self, rows: Tensor) -> Tensor:
-        """rows (N, K) in the shape and the strides of the base layer's weight: the first of `matrices`, undone."""
+        """rows (N, K) in the shape and the strides of the base layer's weight: the weight of `as_matrices`, undone."""
         return rows
 
     def norm(self, weight: Weight, adapter: PeftAdapter) -> Tensor:
         """norm (N,) of the adapter over weight, a constant."""
-        return weight_norm(*self.matrices(weight, adapter), adapter.scaling)
+        dora = self.as_matrices(weight, adapter)
+        return weight_norm(dora.weight, dora.lora_A, dora.lora_B, dora.scaling)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put the named adapters, or else the active ones, into the base weight, as PEFT's merge does.
@@ -129,7 +130,7 @@ class Merging(TakenOver):
         adapter = read_adapter(self, name, self.family)
         reason = "it is on meta" if weight.device.type == "meta" else None
         reason = reason or why_not_adapter(adapter, self.family, weight.device)
-        if reason is None and adapter.tensors()[0].dtype != adapter.tensors()[1].dtype:
+        if reason is None and len({factor.dtype for factor in adapter.factors()}) > 1:
             reason = "lora_A and lora_B differ in dtype"
         return None if reason is None else f"adapter {name!r}: {reason}"
 
@@ -144,9 +145,7 @@ class Merging(TakenOver):
             for name in names:
                 adapter = read_adapter(self, name, self.family)
                 norm = self.norm(base, adapter)
-                rows, A, B = self.matrices(weight, adapter)
-                layer = DoraWeight(rows, A, B, adapter.magnitude.weight.flatten(), adapter.scaling)
-                rows, norms[name], _ = merge_weight_and_norm(layer, norm)
+                rows, norms[name], _ = merge_weight_and_norm(self.as_matrices(weight, adapter), norm)
                 if safe_merge and not rows.isfinite().all():
                     raise ValueError(
                         f"merge: NaNs detected in the merged weights. The adapter {name} seems to be broken: "
@@ -160,10 +159,9 @@ class Merging(TakenOver):
         weight = self._base_weight()
         for name in reversed(self._known(self.merged_adapters)):
             adapter = read_adapter(self, name, self.family)
-            rows, A, B = self.matrices(weight, adapter)
             norm = self._caches[_norm_key(name)].to(weight.device, accumulate_dtype(weight.dtype)).flatten()
             gain = gain_of(adapter.magnitude.weight.detach().flatten(), norm)
-            weight = self.shaped(unmerge_weight(function, DoraWeight(rows, A, B, None, adapter.scaling), norm, gain))
+            weight = self.shaped(unmerge_weight(function, self.as_matrices(weight, adapter), norm, gain))
         return weight
 
 
