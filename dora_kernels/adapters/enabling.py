@@ -17,18 +17,18 @@ from dora_kernels.reuse import sharing
 def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: bool = False) -> ModelReport:
     """Compute the DoRA layers of `model` with dora_kernels, in place, and report every DoRA layer found.
 
-    dropout: what it falls on in training, with d = dropout(x), as DoraLinear's dropout_on:
-        "adapter"   what the layer's library means. For PEFT that is all that the adapter adds:
+    dropout: selects where dropout is applied in training, with d = dropout(x), as DoraLinear's dropout_on does:
+        "adapter"   where the layer's library applies it. For PEFT that is all that the adapter adds:
                     x W^T + (gain - 1) * d W^T + gain * scaling * (d A^T) B^T + bias, two products with the base weight
         "lora"      the low-rank product alone, and there is one product with the base weight:
                     gain * (x W^T + scaling * (d A^T) B^T) + bias
-        None        what it fell on before in a layer that is enabled already, in any other as "adapter"
+        None        as before for a layer that is enabled already, "adapter" for any other
     Over the masks both have the output of eval mode as their mean; the first varies more, by (gain - 1) * d W^T.
-    A library that means something else (dropout of rows of B A, say) keeps its own meaning, and the report says so.
+    A library with a third kind of dropout (of rows of B A, say) keeps it, and the report says so.
 
     fuse_shared_inputs: in training, layers that are called with the same x (q, k and v of an attention, gate and up of
     an MLP; PEFT's alone, known by their names) make x lora_A^T and dlora_A together (reuse/sharing.py).
-    Calls in which an adapter drops, or several are active, share nothing. The same function to rounding.
+    Calls with an active dropout, or with several active adapters, share nothing. Results are the same to rounding.
 
     Parameters, buffers and the state dict stay as they are; no class of the other library is patched. A layer
     that cannot be taken over is left alone and named in the report with the reason. Calling it again is
@@ -75,7 +75,7 @@ def _share(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def disable(model: nn.Module) -> ModelReport:
     """Undo enable(model): every layer is computed by its own library again, and the report says so.
 
-    Other threads may be in forward passes: a layer's call that has begun is computed by either, and right.
+    Other threads may be in forward passes: a call that has begun is computed by one of the two, correctly.
     """
     for layer in model.modules():
         give_back(layer)

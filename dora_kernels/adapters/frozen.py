@@ -14,7 +14,7 @@ from dora_kernels.adapters.reading import forward_is_the_class_s
 def frozen_like(base: nn.Module | None, weight: Tensor, bias: Tensor | None) -> nn.Module:
     """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantised.
 
-    What hangs on `base` hangs on a dense one's successor too: hooks, buffers, submodules, each dict a copy. Raises
+    Over a dense `base` it also gets the hooks, buffers and submodules of `base`, in copies of their dicts. Raises
     ValueError where its forward is neither its class's nor that between device moves of accelerate.
     """
     if base is not None and not forward_is_the_class_s(base):

@@ -51,7 +51,7 @@ def remarks(model: nn.Module, layers: Iterable[tuple[nn.Module, nn.Module]]) -> 
 def reads(cls: type[nn.Module], parent: nn.Module | None = None) -> dict[str, str]:
     """The paths of submodules whose weight code of `cls` reads when it is called, each with the name of a method.
 
-    parent: the module itself, where it has functions of its own that stand before those of its class.
+    parent: the module itself, if functions on the instance replace methods of its class.
     """
     found: dict[str, str] = {}
     # the names of methods, each with the first place in the order of bases where it may be defined
@@ -82,8 +82,8 @@ def reads(cls: type[nn.Module], parent: nn.Module | None = None) -> dict[str, st
 
 
 def _functions(value: Any, parent: nn.Module | None) -> Iterator[tuple[FunctionType, set[str]]]:
-    """The functions that are called where `value` is, and what wraps it and what it wraps; each with the names that
-    `parent` has in it: the first parameter's, and those of closures."""
+    """The functions that run when `value` is called, also through wrappers and closures; each with the names that
+    `parent` has in it: that of the first parameter, and those of closures."""
     waiting, seen = [value], set()
     while waiting:
         value = waiting.pop()

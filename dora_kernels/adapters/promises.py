@@ -64,7 +64,7 @@ class Promises:
                     )
 
     def withdraw(self, layer: nn.Module) -> None:
-        """Make the configs say that the adapters of `layer` are not to be had any more."""
+        """Make the configs say that the adapters of `layer` are gone."""
         for held in self._held:
             held.withdraw(layer)
 

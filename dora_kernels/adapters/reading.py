@@ -1,4 +1,4 @@
-"""Reading the parts of another library's layer: whether a module may be read and not called, and what it means."""
+"""Questions about the parts of another library's layer: may a weight be read, and its module not be called?"""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def inner(module: nn.Module | None) -> nn.Module | None:
 
 
 def gathered_weight(module: nn.Module) -> Tensor:
-    """module.weight; of an FSDP1 unit a copy, differentiable, which the unit's own call hands out before it lets go.
+    """module.weight; of an FSDP1 unit a differentiable copy, which the unit's own call returns while it has the weight.
 
     The call is what makes FSDP gather the weight now and reduce its gradient in the backward pass.
     """

@@ -25,7 +25,7 @@ from dora_kernels.planning import devices
 from dora_kernels.reuse import sharing
 from dora_kernels.types import DoraWeight
 
-# how many classes were changed, and which change was a layer's last, for calls that are in flight meanwhile
+# the number of changes of a class, and the number of each layer's last one: calls in flight compare them
 _switches = 0
 _last_switch: weakref.WeakKeyDictionary[nn.Module, float] = weakref.WeakKeyDictionary()
 _switching = threading.Lock()
@@ -95,10 +95,8 @@ class TakenOver:
             before = _switches
             try:
                 return self._forward(x, *args, **kwargs)
-            except (
-                AttributeError,
-                TypeError,
-            ):  # a layer given back meanwhile has no method of TakenOver, nor its super()
+            except (AttributeError, TypeError):
+                # a layer that was given back meanwhile has no method of TakenOver, nor its super()
                 if isinstance(self, TakenOver) and not _is_switched_since(self, before):
                     raise
         return library_class(self).forward(self, x, *args, **kwargs)
@@ -151,7 +149,7 @@ class TakenOver:
         raise NotImplementedError
 
     def frozen_layer(self) -> nn.Module:
-        """A layer without an adapter that computes what this one does in eval mode, to stand in its place.
+        """A layer without an adapter that computes what this one does in eval mode, to be put in its place.
 
         Its weight is new. Raises ValueError as merged_weight_and_bias, or where no such layer can stand there.
         """

@@ -29,7 +29,7 @@ class TensorFiles:
     """The tensors of one or more safetensors files, by key: shapes and dtypes at once, data when it is asked for."""
 
     def __init__(self, function: str, path: Path, files: Iterable[Path]) -> None:
-        """path: what the files are called together. Raises ValueError where one cannot be read."""
+        """path: the name for all the files in messages. Raises ValueError where one cannot be read."""
         self.function, self.path = function, path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}

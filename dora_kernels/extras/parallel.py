@@ -6,11 +6,11 @@
                    are sums over the ranks
 
 The two alternate, as ColwiseParallel and RowwiseParallel do: the column-wise layer's output is the row-wise layer's
-input. Gradients are those of one loss that every rank computes from the same output: those of tensors that every rank
-has whole come out whole, and the same on every rank.
+input. Gradients are those of one loss that every rank computes from the same output. A tensor that every rank holds
+whole gets its whole gradient, the same on every rank.
 
-`shard_dora_linear` does it to a DoraLinear, `DoraColwise` and `DoraRowwise` in a plan of parallelize_module. Not
-imported with the package: `from dora_kernels.extras import parallel`.
+`shard_dora_linear` does it to a DoraLinear, `DoraColwise` and `DoraRowwise` in a plan of parallelize_module.
+`from dora_kernels import parallel` imports it.
 """
 
 from typing import Any, NoReturn

@@ -13,7 +13,7 @@ from dora_kernels.adapters.taking import TakenOver, class_over, library_class
 
 
 class CopiedLibrary:
-    """`layers` and `class_for`, as adapters/__init__.py asks for them, of a library with these structures."""
+    """`layers` and `class_for` (see adapters/libraries.py) for a library with these structures."""
 
     def __init__(self, structures: tuple[type[Structure], ...]) -> None:
         self.structures = structures

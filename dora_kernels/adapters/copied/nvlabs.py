@@ -72,7 +72,7 @@ class DoraKernelsLinear(Structure):
 
     def compute(self, x: Tensor, parts: LayerParts) -> Tensor:
         """y in the weight's dtype, under autocast too."""
-        dropout = self.lora_dropout  # where there is none, the library has a function in its place
+        dropout = self.lora_dropout  # a function where there is no dropout
         x_dropped = dropout(x) if isinstance(dropout, FunctionType) or is_active(dropout) else None
         x_dropped = None if x_dropped is x else x_dropped
         if self.Wdecompose:

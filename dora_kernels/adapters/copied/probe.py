@@ -40,7 +40,7 @@ NOT_COPIED = ("forward", "_old_forward", "_hf_hook", "dora_dropout")
 PLAIN = (bool, int, float, str, type(None))
 """The types of attributes that are settings."""
 REMEMBERED = 1024
-"""How many kinds of layers are remembered. A layer with a number of its own is a kind of its own, and takes a run."""
+"""How many results are kept. A layer that differs from all others in a setting needs a run for itself."""
 
 _results: dict[Hashable, str | None] = {}
 
@@ -78,7 +78,7 @@ def _run(layer: nn.Module, small: LayerParts, known: dict[int, Tensor], computed
             if names:
                 mode = "train" if training else "eval"
                 return f"it computes something else than {computed_by.formula} in {mode} mode, see {', '.join(names)}"
-    except Exception as error:  # whatever somebody's code may raise
+    except Exception as error:  # somebody's code may raise anything
         message = str(error).partition("\n")[0]
         return f"its forward could not be checked: {type(error).__name__}: {message}"
     finally:
@@ -201,7 +201,7 @@ def _twin(module: nn.Module, known: dict[int, Tensor]) -> nn.Module:
 
 def _code(layer: nn.Module) -> Hashable:
     """Every function and plain attribute of the classes of a layer and its submodules, of torch's the class: libraries
-    patch classes and make new ones, a class for each layer. Weakly: what is remembered keeps nobody's class alive."""
+    patch classes and make new ones, a class for each layer. By weak references: the key keeps no class alive."""
     return tuple(tuple(map(_functions, library_class(module).__mro__)) for module in layer.modules())
 
 

@@ -8,7 +8,7 @@
     embedding.py   `lora.Embedding`
     siblings.py    the linear layers that read the same x
     quantized.py   PEFT's layers over quantised weights; imported only for a model that has such layers
-    bitsandbytes_cpu.py   what is refused, or undone first, of bitsandbytes on a CPU
+    bitsandbytes_cpu.py   faults of bitsandbytes on a CPU, refused or undone
 
 Adapter management stays PEFT's code, and so does merging into a quantised weight. It is decided at each call who
 computes it: PEFT's forward gets a merged or disabled layer, a plain LoRA adapter, hooks on a submodule that would not

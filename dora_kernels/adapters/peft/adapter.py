@@ -126,7 +126,7 @@ def why_not_adapter(adapter: PeftAdapter, family: Family, device: torch.device |
         return f"the adapter is a {class_name(adapter.variant)}"
     if not isinstance(adapter.scaling, (int, float)):
         return "scaling is a tensor"  # by prepare_model_for_compiled_hotswap; its value is on the device
-    reason = why_not_scaling(adapter.scaling, torch.float32)  # over float64, too, PEFT rather computes such a one
+    reason = why_not_scaling(adapter.scaling, torch.float32)  # PEFT computes a larger one, over float64, too
     if reason is not None:
         return reason
     factors = family.factors

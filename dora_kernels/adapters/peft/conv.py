@@ -64,7 +64,7 @@ class TakenOverConv(TakenOverLayer):
             if dropout_is_active(self, adapter):
                 lora_x = adapter.dropout(lora_x)
             if self._has_a_base_of_its_own(adapter, first=i == 0):
-                # padded with zeros, as PEFT has it, whatever the layer's padding_mode is
+                # padded with zeros as in PEFT, for every padding_mode of the layer
                 layer = self.base_layer
                 settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
                 product = self.conv_fn(lora_x.to(weight.dtype), weight, None, *settings)

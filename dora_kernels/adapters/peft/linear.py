@@ -20,7 +20,7 @@ from dora_kernels.types import DoraWeight, Given
 
 
 class TakenOverLinear(TakenOverLayer):
-    """A linear layer of PEFT's, its DoRA forward computed by dora_linear. Subclasses say what the base layer is."""
+    """A linear layer of PEFT's whose DoRA forward is dora_linear. Subclasses name the base layer."""
 
     family = LINEAR
 
@@ -82,7 +82,7 @@ class TakenOverLinear(TakenOverLayer):
                 result, *_ = dora_linear_core(operand, dora, bias, x_dropped=x_dropped, given=Given(norms[0]))
             else:
                 low = lows = None
-                if x_dropped is None and type(first.lora_A) is nn.Linear:  # as lora_A_to_share has it
+                if x_dropped is None and type(first.lora_A) is nn.Linear:  # as in lora_A_to_share
                     low, lows = sharing.shared_low(self, x, operand, first.lora_A.weight)
                 result = reuse.dora_linear_reusing(
                     self, operand, dora, bias, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
@@ -96,7 +96,7 @@ class TakenOverLinear(TakenOverLayer):
         return result.to(dtype)
 
     def _dropped(self, adapter: PeftAdapter, x: Tensor) -> Tensor:
-        """dropout(x) with PEFT's mask for the same seed, so drawn in the dtype it draws in."""
+        """dropout(x) with PEFT's mask for the same seed: drawn in the dtype in which PEFT draws it."""
         if self.draws_in_adapter_dtype or not torch.is_autocast_enabled():
             x = x.to(adapter.lora_A.weight.dtype)
         return adapter.dropout(x)

@@ -137,7 +137,7 @@ class Merging(TakenOver):
     def _merged(self, names: list[str], safe_merge: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
         """The weight with the adapters merged in this order over what is merged already, and the norm of each."""
         weight, norms = self._base_weight(), {}
-        # PEFT leaves the unmerged weight here while it merges again what it had to take apart
+        # while PEFT merges again what it had to unmerge, it keeps the unmerged weight here
         base = self._caches.get("unmerged_base_weight")
         base = self._unmerged("merge") if base is None else base
         # the merged weight does not depend on what surrounds the call

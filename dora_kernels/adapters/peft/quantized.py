@@ -134,7 +134,7 @@ if is_bnb_4bit_available():
 def _operands(
     x: Tensor, weight: QuantizedWeight, compute_dtype: torch.dtype
 ) -> tuple[Tensor, QuantizedWeight, str | None]:
-    """x and weight in compute_dtype, or under autocast in its dtype: bitsandbytes decodes to what it multiplies in."""
+    """x and weight in compute_dtype, or under autocast in its dtype, to which bitsandbytes decodes."""
     if x.dtype not in AUTOCAST_DTYPES:
         return x, weight, f"x is {x.dtype}"
     if torch.is_autocast_enabled(x.device.type):

@@ -26,7 +26,7 @@ SIBLINGS = (
 """Names of siblings; of an attention the query comes first."""
 
 CROSS = re.compile(r"cross|encoder_attn|encdec|attn2")
-"""In the name of an attention, or of what it is in: the query reads another x than key and value."""
+"""Part of the name of an attention, or of the module around it, whose query reads another x than key and value."""
 
 
 def groups(model: nn.Module) -> Iterator[list[tuple[str, TakenOverLinear]]]:

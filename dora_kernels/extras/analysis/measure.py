@@ -30,7 +30,7 @@ from torch import Tensor
 from dora_kernels.quant import QuantizedWeight, Weight
 
 _BLOCK_BYTES = 32 << 20
-"""Of a weight's rows in float64: what is read at once."""
+"""The size of the rows of a weight, in float64, that are read at once."""
 
 CANCELLED = 1e-13
 """Where |v|^2 is at most this times |w|^2 + |d|^2, w and d have cancelled but for rounding: v is a row of zeros."""

@@ -47,7 +47,7 @@ def load(row: Format, source: Path) -> Checkpoint:
 
 
 def save(row: Format, checkpoint: Checkpoint, out: Path) -> None:
-    """Write a folder, or one file, as the format has it. Under a name of its own at first: `out` is whole or not there.
+    """Write a folder or one file, as the format needs, under another name first: `out` is whole or not there.
 
     Raises ValueError where `out` exists already or the folder that it should be in does not.
     """

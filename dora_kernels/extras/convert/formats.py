@@ -1,4 +1,4 @@
-"""The formats: how each library names an adapter's tensors on disk, and what its layer means by them.
+"""The formats: the names of an adapter's tensors on disk in each library, and their meaning in its layer.
 
 A format is one row of FORMATS; `decode` and `encode` serve them all, through DoraAdapter. What a row does not say a
 file may not contain: a key that nothing accounts for is an error, and so is a plain LoRA without a magnitude.

@@ -1,4 +1,4 @@
-"""Where a format keeps alpha, and what it makes of it: one small class for each way.
+"""The ways in which a format stores alpha and computes scaling from it: a small class for each.
 
 read(module -> alpha tensor or None, module -> R, config, header, alpha) gives each module's scaling; `alpha` is what
 the caller says beside the file. write(adapters) gives tensors by module, config and header. Both raise ValueError, and

@@ -1,4 +1,4 @@
-"""The demo's two runs: fine-tunings from the same start, their steps taken in turns, and what came of them."""
+"""The demo's two runs, fine-tunings from the same start whose steps alternate, and their comparison."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ TERMS_SHARE = 0.25
 """The largest part of the weight's bytes that the terms of its norm may take to be kept: memory is why one adapts."""
 
 _BLOCK_ROWS = 1024
-"""Of a weight that is decoded and widened to float64 at once."""
+"""Rows of a weight that are decoded and widened to float64 at once."""
 
 
 class NormTerms(NamedTuple):
@@ -168,7 +168,7 @@ def _norm(
     terms: NormTerms | None,
     norm_grad: bool,
 ) -> Tensor:
-    """dvora_norm of arguments that were looked at."""
+    """dvora_norm without its checks."""
     with torch.set_grad_enabled(norm_grad and torch.is_grad_enabled()):
         if terms is None:
             lora_A, lora_B = dvora_update(vera_A, vera_B, lambda_d, lambda_b)
@@ -309,7 +309,7 @@ def _check_frozen(function: str, weight: Weight, **factors: Tensor) -> None:
 def _check_factors(
     function: str, weight: Weight, vera_A: Tensor, vera_B: Tensor, lambda_d: Tensor, lambda_b: Tensor
 ) -> None:
-    """Raise ValueError unless what the norm is made of fits."""
+    """Raise ValueError unless the weight and the factors fit each other."""
     _check_frozen(function, weight, vera_A=vera_A, vera_B=vera_B)
     (N, K), R = weight.shape, vera_A.shape[0]
     shapes = {"vera_A": (R, K), "vera_B": (N, R), "lambda_d": (R,), "lambda_b": (N,)}

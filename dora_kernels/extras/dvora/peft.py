@@ -74,7 +74,7 @@ class DvoraVeraLinear(TakenOver, VeraLinear):
     _dvora_merged: tuple[Tensor, Tensor] | None = None
 
     def read_call(self, x: Tensor) -> tuple[str | None, str | None]:
-        """The name of the active DVoRA adapter and None, or "": PEFT computes what is not DVoRA."""
+        """(the active DVoRA adapter, None), or (None, ""): PEFT computes all others."""
         name = self._active_dvora()
         if name is None:
             return None, ""
