@@ -17,7 +17,7 @@ from dora_kernels.reference import gain_of
 from dora_kernels.types import DoraWeight
 
 
-class DoraKernelsLinearLoRA(Structure):
+class AutomodelLayer(Structure):
     """Over LinearLoRA."""
 
     library = "Automodel"
@@ -78,4 +78,4 @@ class DoraKernelsLinearLoRA(Structure):
         return y.to(torch.promote_types(y.dtype, x.dtype))
 
 
-STRUCTURES = (DoraKernelsLinearLoRA,)
+STRUCTURES = (AutomodelLayer,)

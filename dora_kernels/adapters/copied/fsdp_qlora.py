@@ -22,7 +22,7 @@ from dora_kernels.types import DoraWeight, Given
 CLASSES = {"DORA", "BNBDORA", "HQQDORA"}
 
 
-class DoraKernelsDORA(Structure):
+class FsdpQloraLayer(Structure):
     """Over DORA."""
 
     library = "fsdp_qlora"
@@ -94,4 +94,4 @@ class DoraKernelsDORA(Structure):
         return dora_linear_core(x, dora, bias, given=Given(norm))[0]
 
 
-STRUCTURES = (DoraKernelsDORA,)
+STRUCTURES = (FsdpQloraLayer,)

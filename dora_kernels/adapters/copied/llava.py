@@ -13,7 +13,7 @@ from dora_kernels.adapters.reading import first_reason, is_active, why_not_bypas
 from dora_kernels.types import DoraWeight
 
 
-class DoraKernelsLinear(Structure):
+class LlavaLayer(Structure):
     """Over LLaVA's Linear."""
 
     library = "NVlabs/DoRA (LLaVA)"
@@ -61,4 +61,4 @@ class DoraKernelsLinear(Structure):
         return self.linear(x, parts, dropout(x) if is_active(dropout) else None).to(x.dtype)
 
 
-STRUCTURES = (DoraKernelsLinear,)
+STRUCTURES = (LlavaLayer,)

@@ -23,7 +23,7 @@ from dora_kernels.reference import gain_of
 from dora_kernels.types import DoraWeight
 
 
-class DoraKernelsDoRALinear(Structure):
+class MegatronBridgeLayer(Structure):
     """Over DoRALinear."""
 
     library = "Megatron-Bridge"
@@ -116,7 +116,7 @@ class DoraKernelsDoRALinear(Structure):
         raise ValueError("frozen_layer: the layer returns its bias apart; expected Megatron-Bridge's own merge")
 
 
-STRUCTURES = (DoraKernelsDoRALinear,)
+STRUCTURES = (MegatronBridgeLayer,)
 
 
 def _why_not_local(adapter: nn.Module) -> str | None:

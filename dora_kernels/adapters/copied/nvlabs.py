@@ -23,7 +23,7 @@ from dora_kernels.functional.weight import weight_norm
 from dora_kernels.types import DoraWeight, Given
 
 
-class DoraKernelsLinear(Structure):
+class NvlabsLayer(Structure):
     """Over the LLM tree's Linear, whose eval() merges. While it is merged, the library computes it."""
 
     library = "NVlabs/DoRA"
@@ -92,7 +92,7 @@ def _zeros(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight.new_zeros(1, K), weight.new_zeros(N, 1)
 
 
-class DoraKernelsVisionLinear(Structure):
+class NvlabsVisionLayer(Structure):
     """Over the VL-T5 tree's DoraLinear_simple and DoraLinear, which have no dropout, and whose bias is trained."""
 
     library = "NVlabs/DoRA"
@@ -125,4 +125,4 @@ class DoraKernelsVisionLinear(Structure):
         return self.linear(x, parts)
 
 
-STRUCTURES = (DoraKernelsLinear, DoraKernelsVisionLinear)
+STRUCTURES = (NvlabsLayer, NvlabsVisionLayer)
