@@ -54,7 +54,7 @@ def columnwise_dora_linear(
     (None: all ranks), so every rank must run the backward pass. Raises ValueError as dora_linear.
     """
     function = "columnwise_dora_linear"
-    _check(function, x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped)
+    _check(function, x, DoraWeight(weight, lora_A, lora_B, magnitude, scaling), bias, x_dropped)
     x, lora_A = _sum_gradient(x, group), _sum_gradient(lora_A, group)
     x_dropped = None if x_dropped is None else _sum_gradient(x_dropped, group)
     layer = DoraWeight(weight, lora_A, lora_B, magnitude, scaling)
@@ -75,19 +75,19 @@ def rowwise_dora_linear(
     norm: Tensor | None = None,
     norm_grad: bool = False,
 ) -> Tensor:
-    """`dora_linear` of the whole x and weight, the same on every rank; each gives k of the K features.
+    """`dora_linear` of the whole x and weight, the same on every rank; each rank has k of the K features.
 
         y = sum over ranks of gain * (x weight^T + scaling * (x lora_A^T) lora_B^T) + bias
 
     Shapes: x, x_dropped (..., k), weight (N, k), lora_A (R, k) of this rank; lora_B (N, R), magnitude (N,), bias (N,)
     the same on every rank -> (..., N). norm (N,), of `rowwise_norm`, is a constant; None computes it. Each rank scales
-    what it has by the whole row's gain, so that one sum, in y's dtype, is all that the forward pass sends beside the
-    norm's; the backward pass sums the gradients of lora_B and magnitude over group (None: all ranks).
+    its part by the whole row's gain, so the forward pass has two sums over group (None: all ranks): that of the norm,
+    and that of y in y's dtype. The backward pass sums the gradients of lora_B and magnitude.
 
     Raises ValueError as dora_linear, and before anything is sent.
     """
     function = "rowwise_dora_linear"
-    _check(function, x, weight, lora_A, lora_B, magnitude, scaling, bias, x_dropped, norm)
+    _check(function, x, DoraWeight(weight, lora_A, lora_B, magnitude, scaling), bias, x_dropped, norm)
     check_norm_grad(function, norm_grad, norm)
     lora_B = _sum_gradient(lora_B, group)
     if norm is None:
@@ -121,23 +121,19 @@ def rowwise_norm(
 def _check(
     function: str,
     x: Tensor,
-    weight: Weight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    magnitude: Tensor,
-    scaling: float,
+    layer: DoraWeight,
     bias: Tensor | None,
     x_dropped: Tensor | None,
     norm: Tensor | None = None,
 ) -> None:
     """dora_linear's checks, before a rank waits for the others."""
-    check_adapter(function, weight, lora_A, lora_B, scaling)
-    check_call(function, x, weight, magnitude, bias, x_dropped, norm)
-    check_dtypes(function, x, weight)
+    check_adapter(function, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
+    check_call(function, x, layer.weight, layer.magnitude, bias, x_dropped, norm)
+    check_dtypes(function, x, layer.weight)
 
 
 def _sum_squares(norm: Tensor, group: ProcessGroup | None) -> Tensor:
-    """The norm (N,) of rows of which each rank has norm (N,); squared in float64, where nothing overflows."""
+    """The norm (N,) of whole rows, from each rank's norm (N,) of its columns; squared in float64: no overflow."""
     squares = _sum(norm.double().square(), group)
     zero = squares == 0
     return torch.where(zero, 0, torch.where(zero, 1, squares).sqrt()).to(norm.dtype)
