@@ -59,7 +59,7 @@ def held(layer: nn.Module) -> nn.Module:
 
 
 def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
-    """The class that takes `layer` over, or None; and why."""
+    """The class that takes `layer` over and "", or None and the reason."""
     if library_class(layer) is not LoConModule:
         return None, f"the module is a {class_name(layer)}, not LyCORIS' LoConModule"
     if not forward_is_the_class_s(layer):  # parametrize() does that

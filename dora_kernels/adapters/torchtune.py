@@ -45,7 +45,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
-    """The class that takes `layer` over, or None; and why."""
+    """The class that takes `layer` over and "", or None and the reason."""
     if library_class(layer) is not DoRALinear:
         return None, f"the layer is a {class_name(layer)}, not torchtune's DoRALinear"
     if not forward_is_the_class_s(layer):

@@ -69,7 +69,7 @@ class FsdpQloraLayer(Structure):
         twin.base_layer.bias = small.bias
 
     def why_not_x(self, x: Tensor, parts: LayerParts) -> str | None:
-        """More than one dtype: the library's output then depends on the base layer."""
+        """The reason, also for more than one dtype: the library's output then depends on the base layer."""
         if x.dim() != 3:
             return f"x has {x.dim()} dimensions; expected 3"
         if torch.is_autocast_enabled(x.device.type):

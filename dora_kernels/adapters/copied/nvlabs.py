@@ -115,7 +115,7 @@ class NvlabsVisionLayer(Structure):
         return checked(LayerParts(dora, layer.bias, norm_grad))
 
     def why_not_x(self, x: Tensor, parts: LayerParts) -> str | None:
-        """More than one dtype without autocast: the library multiplies with one dense weight."""
+        """The reason, for more than one dtype without autocast: the library multiplies with one dense weight."""
         dtypes = {parts.dora.weight.dtype, parts.dora.lora_A.dtype, parts.dora.magnitude.dtype}
         if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
             return f"its parameters are {' and '.join(sorted(map(str, dtypes)))}, without autocast"

@@ -50,7 +50,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
-    """The class that takes `layer` over, and which of its adapters PEFT goes on computing; or None, and why."""
+    """The class that takes `layer` over and a remark on adapters that PEFT still computes, or None and the reason."""
     cls = _class_over(library_class(layer))
     if cls is None:
         return None, f"the layer is a {class_name(layer)}, not one of PEFT's that dora_kernels knows"
