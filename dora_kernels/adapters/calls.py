@@ -21,7 +21,7 @@ from torch.nn.modules import module as modules
 from dora_kernels.functional import tracing
 
 ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
-"""How the __module__ of DeepSpeed's hooks begins. The second is the wrapper with which it profiles them."""
+"""The beginnings of the __module__ of DeepSpeed's hooks. The second is the wrapper with which it profiles them."""
 
 
 def why_not_here(layer: Any, x: Any) -> str | None:

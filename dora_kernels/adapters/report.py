@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 NAMES_SHOWN = 3
-"""How many layer names a line of str(ModelReport) shows before it abbreviates."""
+"""The number of layer names that a line of str(ModelReport) shows before it abbreviates."""
 
 
 @dataclass(frozen=True)

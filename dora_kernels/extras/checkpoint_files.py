@@ -18,7 +18,7 @@ from torch import Tensor
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_WEIGHTS, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
 PREFIX = "base_model.model."
-"""How PEFT begins the keys of an adapter's tensors."""
+"""The beginning of the keys of an adapter's tensors in PEFT."""
 
 BASE_KEPT = (None, True, False, "gaussian", "eva", "orthogonal")
 """PEFT's init_lora_weights under which W stays what the base checkpoint holds; the others move a part of W to A and B,

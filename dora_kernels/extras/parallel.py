@@ -280,7 +280,7 @@ PLACEMENTS = {
     "column": {"weight": Shard(0), "bias": Shard(0), "A": Replicate(), "B": Shard(0), "magnitude": Shard(0)},
     "row": {"weight": Shard(1), "bias": Replicate(), "A": Shard(1), "B": Replicate(), "magnitude": Replicate()},
 }
-"""Where each tensor of a layer lies; sizes that the mesh does not divide are split as torch.chunk does."""
+"""The placement of each tensor of a layer; sizes that the mesh does not divide are split as torch.chunk does."""
 
 
 def shard_dora_linear(layer: DoraLinear, mesh: DeviceMesh, split: str) -> DoraLinear:

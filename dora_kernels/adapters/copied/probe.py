@@ -40,7 +40,7 @@ NOT_COPIED = ("forward", "_old_forward", "_hf_hook", "dora_dropout")
 PLAIN = (bool, int, float, str, type(None))
 """The types of attributes that are settings."""
 REMEMBERED = 1024
-"""How many results are kept. A layer that differs from all others in a setting needs a run for itself."""
+"""The number of results that are kept. A layer that differs from all others in a setting needs a run for itself."""
 
 _results: dict[Hashable, str | None] = {}
 

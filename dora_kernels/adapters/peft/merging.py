@@ -166,5 +166,5 @@ class Merging(TakenOver):
 
 
 def _norm_key(name: str) -> str:
-    """Where PEFT keeps the norm that an adapter was merged with."""
+    """The key under which PEFT keeps the norm that an adapter was merged with."""
     return f"{name}-weight_norm"

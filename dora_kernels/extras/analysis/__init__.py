@@ -1,4 +1,4 @@
-"""How fine-tuning moves a weight in magnitude and in direction: the analysis of the DoRA paper's section 3.2.
+"""The change of a weight in magnitude and in direction by fine-tuning: the analysis of the DoRA paper's section 3.2.
 
 `adapter_change` and `weight_change` measure one layer, `analyze` checkpoints on disk, `analyze_model` a live model;
 `draw` makes the paper's figure 2 of the result.

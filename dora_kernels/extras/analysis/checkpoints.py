@@ -43,7 +43,7 @@ UNKNOWN_MEANINGS = (
 """Options of LoraConfig under which the tuned weight is not W + scaling * B A, or is not one."""
 
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
-"""How a magnitude's key ends: as save_pretrained writes it, and as a state dict of one adapter has it."""
+"""The ends of a magnitude's key: written by save_pretrained, and in a state dict of one adapter."""
 
 
 def analyze(

@@ -13,7 +13,7 @@ METHODS = ("full", "LoRA", "DoRA")
 """full: a dense tuned weight, whatever it was tuned by; a merged adapter is one."""
 
 NAMES_SHOWN = 3
-"""How many layer names a line of str(Analysis) shows before it abbreviates."""
+"""The number of layer names that a line of str(Analysis) shows before it abbreviates."""
 
 
 @dataclass(frozen=True)

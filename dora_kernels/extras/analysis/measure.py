@@ -1,4 +1,4 @@
-"""How far a fine-tuned weight has moved in magnitude and in direction (DoRA, arXiv 2402.09353, section 3.2).
+"""The change of a fine-tuned weight in magnitude and in direction (DoRA, arXiv 2402.09353, section 3.2).
 
 For the rows w of a weight (N, K) and the rows v of the tuned one:
 
@@ -33,7 +33,7 @@ _BLOCK_BYTES = 32 << 20
 """The size of the rows of a weight, in float64, that are read at once."""
 
 CANCELLED = 1e-13
-"""Where |v|^2 is at most this times |w|^2 + |d|^2, w and d have cancelled but for rounding: v is a row of zeros."""
+"""If |v|^2 is at most this times |w|^2 + |d|^2, w and d have cancelled but for rounding: v is a row of zeros."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ DVoRA, show.py the command.
 """
 
 from dora_kernels.extras.demo.base import TUNING_TEXT, sample, standard_library, trained_base
-from dora_kernels.extras.demo.runs import Comparison, Run
+from dora_kernels.extras.demo.runs import DemoResult, Run
 from dora_kernels.extras.demo.settings import PRESETS, Preset, Settings
 from dora_kernels.extras.demo.show import COLUMNS, run
 
@@ -20,7 +20,7 @@ __all__ = [
     "COLUMNS",
     "PRESETS",
     "TUNING_TEXT",
-    "Comparison",
+    "DemoResult",
     "Preset",
     "Run",
     "Settings",

@@ -42,14 +42,14 @@ class DvoraRun(runs.Run):
     zero_at_start = "lambda_b"
 
 
-class DvoraComparison(runs.Comparison):
+class DvoraDemoResult(runs.DemoResult):
     """Two runs of DVoRA, whose operators are those of `rescale`."""
 
     method = "DVoRA"
     operators = ("rescale", "rescale_backward")
 
 
-def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> DvoraComparison:
+def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> DvoraDemoResult:
     """Fine-tune `model` with DVoRA on every linear layer, by the definition and by dora_kernels, in turns."""
     preset = PRESETS[settings.preset]
     torch.manual_seed(settings.seed)
@@ -69,4 +69,4 @@ def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -
         DvoraRun("the definition", plain_model, rate, settings),
         DvoraRun("dora_kernels", our_model, rate, settings),
     )
-    return runs.compare(DvoraComparison, *both, report, settings, progress)
+    return runs.compare(DvoraDemoResult, *both, report, settings, progress)

@@ -1,4 +1,4 @@
-"""The demo's two runs, fine-tunings from the same start whose steps alternate, and their comparison."""
+"""The demo's two runs, fine-tunings from the same start whose steps alternate, and their result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = 1e-3
 """Largest |loss difference| between the runs at any step."""
 
 EPOCHS = 6
-"""How often a fine-tuning sees each batch: the first and the last epoch compare losses of the same text."""
+"""A fine-tuning sees each batch that many times: the first and the last epoch compare losses of the same text."""
 
 
 class Run:
@@ -84,7 +84,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class DemoResult:
     """Both runs, the DoRA layers of the model, and what dora_kernels says it did."""
 
     method = "DoRA"
@@ -114,7 +114,7 @@ class Comparison:
         return differences.abs().max().item()
 
     def failures(self) -> list[str]:
-        """The promises of the demo that this comparison does not keep."""
+        """The promises of the demo that this result does not keep."""
         failed = []
         if not len(self.report.taken_over) == len(self.report) == self.layers > 0:
             failed.append(f"expected {self.layers} DoRA layers to be taken over; {self.report}")
@@ -131,7 +131,7 @@ class Comparison:
         return failed
 
 
-def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> Comparison:
+def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -> DemoResult:
     """Fine-tune `model` with DoRA on every linear layer, by stock PEFT and enabled, step by step in turns."""
     preset = PRESETS[settings.preset]
     config = LoraConfig(
@@ -152,7 +152,7 @@ def fine_tune(model: LlamaForCausalLM, settings: Settings, progress: Progress) -
         Run("stock PEFT", stock_model, preset.rate, settings),
         Run("dora_kernels", our_model, preset.rate, settings),
     )
-    return compare(Comparison, *runs, report, settings, progress)
+    return compare(DemoResult, *runs, report, settings, progress)
 
 
 def copy_over(model: PeftModel) -> PeftModel:
@@ -162,8 +162,8 @@ def copy_over(model: PeftModel) -> PeftModel:
 
 
 def compare(
-    cls: type[Comparison], stock: Run, ours: Run, report: adapters.ModelReport, settings: Settings, progress: Progress
-) -> Comparison:
+    cls: type[DemoResult], stock: Run, ours: Run, report: adapters.ModelReport, settings: Settings, progress: Progress
+) -> DemoResult:
     """Take the steps of both runs in turns, on the same batches."""
     preset, epoch = PRESETS[settings.preset], ours.epoch
     steps = settings.steps or preset.steps

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from dora_kernels.extras.demo import dvora, runs
 from dora_kernels.extras.demo.base import pack, trained_base
-from dora_kernels.extras.demo.runs import Comparison, mean
+from dora_kernels.extras.demo.runs import DemoResult, mean
 from dora_kernels.extras.demo.settings import METHODS, PRESETS, WARM_UP_STEPS, Settings
 from dora_kernels.planning import devices
 
@@ -39,59 +39,57 @@ def run(settings: Settings) -> int:
         model = trained_base(preset, device, dtype, settings.seed, progress)
         if settings.base == "nf4":
             pack(model)
-        comparison = (dvora if settings.method == "dvora" else runs).fine_tune(model, settings, progress)
-    console.print(result_table(comparison))
-    draw(comparison, settings.out)
+        result = (dvora if settings.method == "dvora" else runs).fine_tune(model, settings, progress)
+    console.print(result_table(result))
+    draw(result, settings.out)
     console.print(f"Chart: {settings.out}", soft_wrap=True)
-    failures = comparison.failures()
+    failures = result.failures()
     for failure in failures:
         console.print(f"[bold red]FAILED[/] {failure}", soft_wrap=True)
     if not failures:
-        passed = f"every layer was taken over, and the losses are those of {comparison.stock.name}"
+        passed = f"every layer was taken over, and the losses are those of {result.stock.name}"
         console.print(f"[bold green]passed[/] {passed}", soft_wrap=True)
     return 1 if failures else 0
 
 
-def result_table(comparison: Comparison) -> Table:
+def result_table(result: DemoResult) -> Table:
     """The numbers of both runs side by side."""
-    stock, ours = comparison.stock, comparison.ours
-    table = Table(title=f"{comparison.method} fine-tuning, {len(ours.losses)} steps")
+    stock, ours = result.stock, result.ours
+    table = Table(title=f"{result.method} fine-tuning, {len(ours.losses)} steps")
     table.add_column("")
     table.add_column(stock.name, justify="right")
     table.add_column(ours.name, justify="right")
-    table.add_row("layers taken over", "", f"{len(comparison.report.taken_over)} of {comparison.layers}")
-    for op in comparison.operators:
-        table.add_row(f"{op} op calls", "", f"{comparison.calls_of(op)} of {comparison.expected_calls}")
-    table.add_row("backend", "", ", ".join(sorted({backend for _, backend in comparison.calls})))
+    table.add_row("layers taken over", "", f"{len(result.report.taken_over)} of {result.layers}")
+    for op in result.operators:
+        table.add_row(f"{op} op calls", "", f"{result.calls_of(op)} of {result.expected_calls}")
+    table.add_row("backend", "", ", ".join(sorted({backend for _, backend in result.calls})))
     table.add_row("loss, first epoch", f"{stock.first_loss:.5f}", f"{ours.first_loss:.5f}")
     table.add_row("loss, last epoch", f"{stock.last_loss:.5f}", f"{ours.last_loss:.5f}")
-    table.add_row("largest |loss difference|", "", f"{comparison.largest_difference:.1e}")
+    table.add_row("largest |loss difference|", "", f"{result.largest_difference:.1e}")
     norms = (f"{mean(run.adapter_norms()):.4f}" for run in (stock, ours))
     table.add_row(f"mean |{ours.zero_at_start}| at end (0 at start)", *norms)
     table.add_row("time per step (median)", *(f"{run.step_seconds * 1e3:.1f} ms" for run in (stock, ours)))
     table.add_row(f"  {stock.name} / dora_kernels", "", f"{stock.step_seconds / ours.step_seconds:.2f} x")
-    bits = 8 * comparison.weight_bytes / comparison.weight_elements
-    table.add_row(
-        "frozen linear weights, shared", "", f"{comparison.weight_bytes / 2**20:.2f} MiB, {bits:.2f} bits each"
-    )
+    bits = 8 * result.weight_bytes / result.weight_elements
+    table.add_row("frozen linear weights, shared", "", f"{result.weight_bytes / 2**20:.2f} MiB, {bits:.2f} bits each")
     if ours.peak_bytes:
         peaks = (f"{run.peak_bytes / 2**20:.0f} MiB" for run in (stock, ours))
         table.add_row("peak GPU memory of a step", *peaks)
     return table
 
 
-def draw(comparison: Comparison, out: str) -> None:
+def draw(result: DemoResult, out: str) -> None:
     """Write a PNG of both loss curves and both runs' step times."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, (losses, times) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for run, style in ((comparison.stock, {"linewidth": 5, "alpha": 0.4}), (comparison.ours, {"linewidth": 1.2})):
+    for run, style in ((result.stock, {"linewidth": 5, "alpha": 0.4}), (result.ours, {"linewidth": 1.2})):
         losses.plot(run.losses, label=run.name, **style)
         steps = range(WARM_UP_STEPS, len(run.seconds))
         milliseconds = [1e3 * seconds for seconds in run.seconds[WARM_UP_STEPS:]]
         times.plot(steps, milliseconds, ".", label=f"{run.name}, median {run.step_seconds * 1e3:.1f} ms")
-    losses.set(title=f"largest difference {comparison.largest_difference:.1e}", xlabel="step", ylabel="loss")
+    losses.set(title=f"largest difference {result.largest_difference:.1e}", xlabel="step", ylabel="loss")
     times.set(title="time per step", xlabel="step", ylabel="ms", ylim=(0, None))
     losses.legend()
     times.legend()
