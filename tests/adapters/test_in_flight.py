@@ -103,7 +103,7 @@ def test_siblings_are_disabled_one_after_the_other():
 
     for line in itertools.count():
         model = shared_problem.shared(copy.deepcopy(stock))
-        y = interrupted(model, x, act, line, ("dora_kernels/sharing",))
+        y = interrupted(model, x, act, line, ("dora_kernels/reuse/sharing",))
         if y is None:
             break
         assert_same(y_and_gradients(y, model), expected)
