@@ -89,7 +89,7 @@ def _epilogue_config(
 
 
 def _in_vectors(matrix: torch.Tensor, multiple: int) -> bool:
-    """Whether every row of the matrix begins and ends at a multiple of so many elements, and of 16 bytes."""
+    """True if every row of the matrix begins and ends at a multiple of so many elements, and of 16 bytes."""
     stride_row, stride_column = matrix.stride()
     multiples = matrix.shape[1] % multiple == 0 and stride_row % multiple == 0
     return stride_column == 1 and multiples and matrix.data_ptr() % 16 == 0

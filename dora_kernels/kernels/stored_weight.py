@@ -1,4 +1,4 @@
-"""How the kernels read a weight: one decode function per storage format (see dora_kernels/quant/formats.py).
+"""The weight as kernels read it: one decode function per storage format (see dora_kernels/quant/formats.py).
 
 A weight reaches a kernel as one argument, a StoredWeight, and one constexpr, its Format (`weight_arguments`). It is
 decoded in registers to what its library decodes it to, rounding included. The update of it is an argument, too.
@@ -36,7 +36,7 @@ class StoredWeight(NamedTuple):
 
 
 class Format(NamedTuple):
-    """How a stored weight is read: one constexpr, FORMAT."""
+    """The format of a stored weight: one constexpr, FORMAT."""
 
     name: str  # a key of quant.FORMATS, but "row8" is "int8" or "float8"; or "dense"
     sizes: tuple[int, ...]  # the numbers of the QuantizedWeight; of "hqq4", two flags behind them

@@ -1,4 +1,4 @@
-"""What the kernels are written in: matrices and vectors as arguments, tiles of them, the low-rank product; Launch."""
+"""The parts of the kernels: matrices and vectors as arguments, tiles of them, the low-rank product; Launch."""
 
 import functools
 import math
@@ -179,7 +179,7 @@ def rank_multiple(R: int, *factors: torch.Tensor | None) -> int:
 
 
 class Launch(NamedTuple):
-    """How the kernels of one call are launched: device facts, dtypes and the precision of their dots."""
+    """The launch of one call's kernels: device facts, dtypes and the precision of their dots."""
 
     facts: devices.DeviceFacts
     operand: torch.dtype

@@ -39,7 +39,7 @@ class Sums(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What is made of the sums; None where not wanted."""
+    """The results of the sums; None if not wanted."""
 
     outer: Matrix | None  # (N, R)
     dmagnitude: torch.Tensor | None  # (N,), contiguous

@@ -17,7 +17,7 @@ _KERNELS = (
     "tests/functional/test_functional.py",
     # in processes of their own, where nobody sees which lines they run
     "tests/tools/test_guard_pages.py::test_every_launcher_stays_inside",
-    "tests/tools/test_guard_pages.py::test_every_quantized_weight_is_read_inside",
+    "tests/tools/test_guard_pages.py::test_every_quantised_weight_is_read_inside",
 )
 _PARTS = ("tests/quant/test_parts.py", "tests/functional/test_memory_safety.py")
 _QUANTIZED = ("tests/quant/test_quant.py", "tests/quant/test_quantized.py")
