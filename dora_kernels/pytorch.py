@@ -35,10 +35,10 @@ def _accumulate_blocks(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[sli
 
     The blocks share one buffer, which the caller may overwrite: each is good until the next is asked for.
     """
-    buffer = None
-    for rows in _row_blocks(*matrix.shape, matrix.device):
+    buffer, (count, columns) = None, matrix.shape
+    for rows in _row_blocks(count, columns, matrix.device):
         if buffer is None:
-            buffer = matrix.new_empty((rows.stop, matrix.shape[1]), dtype=dtype)
+            buffer = matrix.new_empty((rows.stop, columns), dtype=dtype)
         yield rows, buffer[: rows.stop - rows.start].copy_(matrix[rows])
 
 
@@ -177,7 +177,8 @@ def _column_sums(columns: Tensor, kept: Tensor | None, plain: bool, dtype: torch
         columns, one = columns.contiguous(), torch.ones_like(zero)
         operands = columns, columns if kept is None else kept, one, zero, one  # dy, z, gain, mean, variance
         wanted = [False, True, True]  # both sums come of one pass
-        return torch.ops.aten.native_batch_norm_backward(*operands, None, None, False, 0.0, wanted)[1:]
+        _, dot, total = torch.ops.aten.native_batch_norm_backward(*operands, None, None, False, 0.0, wanted)
+        return dot, total
     dot, total = zero, zero.clone()
     for rows, block in _accumulate_blocks(columns, dtype):
         if plain:
