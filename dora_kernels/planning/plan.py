@@ -48,8 +48,11 @@ DEVICES = {
 class Named(Protocol):
     """The part of devices.DeviceFacts that the planner looks at."""
 
-    name: str
-    target: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def target(self) -> str: ...
 
 
 def device_model(facts: Named) -> Device:
