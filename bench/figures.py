@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -20,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.machine import ROOT
+from bench.lib.plots import draw, plot_names, points
+from bench.lib.results import COMPARED, cases, heading, load
 from bench.studies import dropout, evaluation, scaling, shared
 from dora_kernels.extras import analysis
 from dora_kernels.planning import plan
 from dora_kernels.testing import geometric_mean
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
-COMPARED = ("peft_lora", "peft_dora", "ours")
 INFERENCE = ("inference", "inference+frozen_adapters")
 HEADLINE_PRECISION = "bf16"
 COLUMNS = 110  # of the README
@@ -54,47 +54,6 @@ PREDICTED_SHAPES = (
 
 # the sign of the slope of delta M over delta D in figure 2 of the DoRA paper
 SIGNS_IN_THE_PAPER = {"full": -1, "LoRA": 1, "DoRA": -1}
-
-Rows = list[dict[str, Any]]
-
-
-def load(results: Path, name: str) -> dict[str, dict[str, Any]]:
-    """device folder -> the JSON of one benchmark, for the devices that have it."""
-    return {path.parent.name: json.loads(path.read_text()) for path in sorted(results.glob(f"*/{name}.json"))}
-
-
-def cases(
-    rows: Rows, step: str, clock: str | None = None, variant: str = ""
-) -> dict[tuple[Any, ...], dict[str, float]]:
-    """(precision, N, K, R, M) -> provider -> milliseconds, in the order measured.
-
-    clock: "graph_ms" or "ms"; by default CUDA graph times where every provider compared has one, else eager ones: both
-    sides of a ratio use one clock. variant: of the rows that have one (shapes.LayerCase.variant).
-    """
-    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows:
-        if row["step"] == step and row["ok"] and row.get("variant", "") == variant:
-            key = tuple(row[name] for name in ("precision", "N", "K", "R", "M"))
-            groups.setdefault(key, {})[row["provider"]] = row
-    result = {}
-    for key, group in groups.items():
-        compared = [group[name] for name in ("frozen", *COMPARED) if name in group]
-        by_graph = all(row.get("graph_ms") for row in compared)
-        one = clock or ("graph_ms" if by_graph else "ms")
-        times = {name: row[one]["median"] for name, row in group.items() if row.get(one)}
-        if {"frozen", "peft_dora", "ours"} <= times.keys():
-            result[key] = times
-    return result
-
-
-def heading(device: str, data: dict[str, Any]) -> str:
-    """The device, the versions, the commit and the date of a measurement."""
-    meta = data["meta"]
-    commit = (meta["commit"] or "unknown")[:10] + (" and changes" if meta.get("dirty") else "")
-    return (
-        f"**{meta['device']}** ({device}), torch {meta['torch']}, triton {meta['triton']}, PEFT {meta['peft']}, "
-        f"commit `{commit}`, {meta['date'][:10]}"
-    )
 
 
 def headline(results: Path) -> str:
@@ -229,11 +188,6 @@ def model_table(device: str, data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def points(data: dict[str, Any]) -> analysis.Analysis:
-    """The analysis whose points the rows are."""
-    return analysis.Analysis([analysis.Point(**row) for row in data["rows"]])
-
-
 def analysis_summary(device: str, data: dict[str, Any]) -> str:
     """The finding of the magnitude and direction analysis in a sentence, and its plot."""
     result = points(data)
@@ -294,79 +248,6 @@ def predicted(shape: plan.Shape, device: plan.Device) -> tuple[str, str, str]:
         for model in (dataclasses.replace(device, launch=0.0), device)
     ]
     return f"{ratios[0]:.2f}", f"{ratios[1]:.2f}", "W'" if way == "merged" else way
-
-
-def plot_names(results: Path) -> dict[str, str]:
-    """file name -> title of every plot of speed that there is data for."""
-    names = {}
-    for device in load(results, "layer"):
-        names[f"{device}-speed"] = f"{device}: speed over PEFT DoRA"
-        names[f"{device}-tokens"] = f"{device}: step over the frozen linear layer"
-    for device in load(results, "kernels"):
-        names[f"{device}-roofline"] = f"{device}: each kernel against its roof"
-    return names
-
-
-def draw(results: Path, folder: Path) -> list[Path]:
-    """Write the plots; returns their paths."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-
-    def save(figure: Any, name: str) -> None:
-        path = folder / f"{name}.png"
-        # no date and no version in the file: the same results give the same bytes
-        figure.savefig(path, dpi=110, metadata={"Software": None})
-        pyplot.close(figure)
-        written.append(path)
-
-    def lines(data: dict[str, Any], over: str, under: str, label: str) -> Any:
-        """A panel per precision, a line per layer: milliseconds of `over` by those of `under`, against M."""
-        panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-        for (precision, N, K, R, M), times in cases(data["rows"], "forward+backward").items():
-            layers = panels.setdefault(precision, {})
-            layers.setdefault(f"{N} x {K}, R = {R}", []).append((M, times[over] / times[under]))
-        figure, axes = pyplot.subplots(
-            1, len(panels), figsize=(1.5 + 4 * len(panels), 4), layout="constrained", sharey=True, squeeze=False
-        )
-        names = list(dict.fromkeys(name for layers in panels.values() for name in layers))
-        for axis, (precision, layers) in zip(axes[0], panels.items(), strict=True):
-            for name, points in layers.items():
-                style = {"color": f"C{names.index(name) % 10}", "marker": "os^D"[names.index(name) // 10 % 4]}
-                axis.plot(*zip(*sorted(points), strict=True), label=name, **style)
-            axis.axhline(1, color="black", linewidth=0.8)
-            tokens = sorted({M for points in layers.values() for M, _ in points})
-            axis.set(title=precision, xlabel="tokens M", xscale="log")
-            axis.set_xticks(tokens, map(str, tokens))
-            axis.minorticks_off()
-        axes[0, 0].set(ylabel=label, ylim=(0, None))
-        handles = dict(pair for axis in axes[0] for pair in zip(*axis.get_legend_handles_labels()[::-1], strict=True))
-        figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="x-small")
-        figure.suptitle(f"{data['meta']['device']}: forward and backward of one layer")
-        return figure
-
-    for device, data in load(results, "layer").items():
-        save(lines(data, "peft_dora", "ours", "speed over PEFT DoRA"), f"{device}-speed")
-        save(lines(data, "ours", "frozen", "time over the frozen linear layer"), f"{device}-tokens")
-
-    for device, data in load(results, "kernels").items():
-        rows = [row for row in data["rows"] if row.get("ok", True) and row.get("percent_of_roof")]
-        figure, axes = pyplot.subplots(figsize=(9, 0.32 * len(rows) + 1.2), layout="constrained")
-        labels = [f"{row['kernel']} {row['N']}x{row['K']} R={row['R']} M={row['M']}" for row in rows]
-        axes.barh(labels, [row["percent_of_roof"] for row in rows])
-        axes.axvline(100, color="black", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set(xlabel="percent of the measured roof", title=data["meta"]["device"])
-        save(figure, f"{device}-roofline")
-
-    for device, data in load(results, "analysis").items():
-        written.append(folder / f"{device}-analysis.png")
-        analysis.draw(points(data), written[-1], f"{data['meta']['preset']} Llama, rank {data['meta']['rank']}")
-    return written
 
 
 def error_tables(results: Path) -> str:

@@ -1,9 +1,12 @@
-"""The parts of the benchmarks, in the order in which they import each other.
+"""The parts of the benchmarks.
 
-machine, report, shapes    the machine's description; JSON and tables; sizes, precisions and grids
-problem, peers, providers  one layer's tensors; formulas of others; the layers that are compared
-measure, steps             the gate and the clocks; a layer's step, measured
-roof                       what a kernel would take at the machine's measured rates
-apart                      attempts in processes of their own, which may hang
-host_driver, host_layers   bench.host without a GPU: a driver that launches nothing, and the layers over it
+    machine, report, shapes      the machine's description; JSON and tables; sizes, precisions and grids
+    problem, peers, providers    one layer's tensors; formulas of others; the layers that are compared
+    measure, steps               the gate and the clocks; a layer's step, measured
+    roof                         the time that a kernel would take at the machine's measured rates
+    apart                        attempts in processes of their own, which may hang
+    host_driver, host_layers     a driver that launches nothing, and the layers over it
+    results, plots               readers of results/, and the plots of docs/figures/
+
+Each imports from its own line and those above; steps also from studies/, for layers that share x.
 """

@@ -1,11 +1,13 @@
-"""Benchmarks that answer one question each.
+"""Benchmarks that answer one question each: python -m bench.studies.dropout.
 
-decisive      how should the package be built? one short run on a GPU
-probe         is a GEMM of our own worth it? (beside.py, gluon/; fused.py is decisive's)
-dropout       what does dropout cost?
-shared        what do layers that share x save?
-evaluation    what does frozen_adapters save in eval mode and decoding?
-analysis      the DoRA paper's figure 2, at a small size
-scaling       the arithmetic of a large model on several GPUs (predicted)
-fit           how good are the planner's predictions? its constants from measured times
+    decisive      how should the package be built? one short run on a GPU (fused.py)
+    probe         is a GEMM of our own worth it? (beside.py, gluon/)
+    dropout       what does dropout cost?
+    shared        what do layers that share x save?
+    evaluation    what does frozen_adapters save in eval mode and decoding?
+    analysis      the DoRA paper's figure 2, at a small size
+    fit           how good are the planner's predictions? its constants, from measured times
+    scaling       the arithmetic of a large model on several GPUs, predicted
+
+scaling is no command: bench.figures writes its table into docs/scaling.md.
 """
