@@ -205,7 +205,7 @@ def _in_partitions(gemm: Callable[[int], Step]) -> Mechanism:
     return Mechanism(gemm(most), few, (main, side))
 
 
-# name -> the mechanism, from the inputs of dx and cuBLAS' call on them; own: with the GEMM of bench/gluon
+# name -> the mechanism, from the inputs of dx and cuBLAS' call on them; own: with the GEMM of gluon/
 MECHANISMS: dict[str, Callable[[GemmInputs, Step], Mechanism]] = {
     "cuBLAS, priority stream": lambda inputs, mm: Mechanism(mm),
     "own GEMM, 128 programs": lambda inputs, mm: Mechanism(_own_gemm(inputs, FEWER_PROGRAMS)),

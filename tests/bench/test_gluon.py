@@ -1,5 +1,5 @@
-"""The experimental GEMM of bench/gluon where there is no GPU: what it computes, in simulated orders of events; that
-kernels broken on purpose are noticed; and that it compiles into what a program on sm_90 has.
+"""The experimental GEMM of bench/studies/gluon where there is no GPU: what it computes, in simulated orders of events;
+that kernels broken on purpose are noticed; and that it compiles into what a program on sm_90 has.
 """
 
 import os

@@ -60,7 +60,7 @@ class Wanted:
 
 @dataclasses.dataclass(frozen=True)
 class WantedGemm:
-    """A GEMM of bench/gluon, as Wanted: Gluon's kernels are compiled by a way of their own."""
+    """A GEMM of bench/studies/gluon, as Wanted: Gluon's kernels are compiled by a way of their own."""
 
     variant: str
     stage: str = "probe"
