@@ -1,7 +1,7 @@
 """The weight as kernels read it: one decode function per storage format (see dora_kernels/quant/formats.py).
 
-A weight reaches a kernel as one argument, a StoredWeight, and one constexpr, its Format (`weight_arguments`). It is
-decoded in registers to what its library decodes it to, rounding included. The update of it is an argument, too.
+A weight reaches a kernel as one argument, a StoredWeight, and one constexpr, its WeightFormat (`weight_arguments`).
+It is decoded in registers to what its library decodes it to, rounding included. The update of it is an argument, too.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class StoredWeight(NamedTuple):
     numbers: tuple[int, ...]  # strides, or sizes that follow from N and K
 
 
-class Format(NamedTuple):
+class WeightFormat(NamedTuple):
     """The format of a stored weight: one constexpr, FORMAT."""
 
     name: str  # a key of quant.FORMATS, but "row8" is "int8" or "float8"; or "dense"
@@ -273,7 +273,7 @@ def weight_stages(weight: Weight, config: configs.Config) -> int | None:
     return config.num_stages
 
 
-def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, Format]:
+def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, WeightFormat]:
     """A weight's argument and its FORMAT, for a kernel whose tiles have BLOCK_K columns."""
     N, K = weight.shape
     pointers, name, sizes, dtype = parts(weight)
@@ -295,4 +295,4 @@ def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, Format
     else:
         numbers = (K // 2,)
         group = math.gcd(K, sizes[0], BLOCK_K)
-    return StoredWeight(tuple(pointers), numbers), Format(name, tuple(sizes), group, TL_DTYPE[dtype])
+    return StoredWeight(tuple(pointers), numbers), WeightFormat(name, tuple(sizes), group, TL_DTYPE[dtype])
