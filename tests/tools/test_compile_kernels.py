@@ -22,7 +22,7 @@ SCALINGS = (0.5, 1.0, 2.0)
 
 def _run(*command: str) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools"), str(ROOT / "tests")])
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
     return subprocess.run([sys.executable, *command], env=env, text=True, capture_output=True)
 
 
@@ -133,7 +133,8 @@ def specialization_keys() -> dict[str, dict[str, dict[str, list[str]]]]:
 
 @pytest.fixture(scope="module")
 def recorded_keys() -> dict:
-    done = _run("-c", "import json, test_compile_kernels as t; print(json.dumps(t.specialization_keys()))")
+    code = "import json; from tests.tools import test_compile_kernels as t; print(json.dumps(t.specialization_keys()))"
+    done = _run("-c", code)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
