@@ -62,49 +62,45 @@ def test_what_loops_stream_is_loaded_ahead_in_16_bytes_a_thread(fast):
     assert fast.returncode == 0 and "0 complaints" in fast.stdout
 
 
-UNMERGED = """
-import compile_kernels as tool
-found = [job.specialization for job in tool.fast_jobs() if job.specialization.name == "_merge_kernel"]
-names = "weight.pointers[0]", "update.lora_A"
-print({tuple(map(one.type_of, names)) for one in found if one.target.name == "sm_90"})
-"""
-
-
-def test_a_layer_taken_apart_again_is_compiled_for():
-    """unmerge divides by the gain in float32: the kernel sees such a weight beside adapters in half precision."""
-    done = _run("-c", UNMERGED)
-    assert done.returncode == 0, done.stderr
-    assert ast.literal_eval(done.stdout) == {("*bf16", "*bf16"), ("*fp32", "*bf16")}
-
-
-def test_a_loop_that_waits_for_its_loads_is_rejected():
-    """With one stage, and in a plain `range`, which pipelines a dot's operands alone, W is loaded where it is used."""
-    only = "--target=sm_90", "--variant=bf16", "--rank=64", "--call=train", "--kernel=_norm"
-    done = _compile("--loops", *only, "--set", "norm:num_stages=1")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "on sm_90: weight.pointers[0] is loaded synchronously" in done.stderr
-
-
 @pytest.mark.nightly  # about 1800 compilations, ten minutes of one core
 def test_every_config_compiles_for_every_target():
     done = _compile(f"--jobs={os.cpu_count()}", "--loops")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
-    "override, complaint",
-    [
-        ("project:num_stages=8", "over the limit"),  # eight stages of 24 KiB; sm_120 has 99 KiB
-        ("project:num_warps=1", "spills"),  # a [128, 64] float32 tile is 256 registers of each of 32 threads
-        ("project:BLOCK_K=48", "does not compile"),  # not a power of 2
-    ],
-)
-def test_a_config_that_does_not_fit_is_rejected(override, complaint):
-    done = _compile(
-        "--target=sm_120", "--variant=bf16", "--rank=64", "--call=train", "--kernel=project", "--set", override
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert complaint in done.stderr
+# the arguments of compile_kernels.py and the end of a complaint, with what is wrong with the configuration
+PROJECT = "--target=sm_120", "--variant=bf16", "--rank=64", "--call=train", "--kernel=project", "--set"
+NORM = "--target=sm_90", "--variant=bf16", "--rank=64", "--call=train", "--kernel=_norm", "--loops", "--set"
+REJECTED = {
+    "project:num_stages=8": (PROJECT, "over the limit"),  # eight stages of 24 KiB; sm_120 has 99 KiB
+    "project:num_warps=1": (PROJECT, "spills"),  # a [128, 64] float32 tile is 256 registers of each of 32 threads
+    "project:BLOCK_K=48": (PROJECT, "does not compile"),  # not a power of 2
+    # with one stage, and in a plain `range`, which pipelines a dot's operands alone, W is loaded where it is used
+    "norm:num_stages=1": (NORM, "on sm_90: weight.pointers[0] is loaded synchronously"),
+}
+REJECT = """
+import compile_kernels, contextlib, io, json, sys
+found = {}
+for override, command in json.loads(sys.argv[1]).items():
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(said):
+        status = compile_kernels.main([*command, override])
+    found[override] = status, said.getvalue()
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def rejected() -> dict[str, tuple[int, str]]:
+    """What compile_kernels.py returns and says of each configuration, one after the other in one process."""
+    done = _run("-c", REJECT, json.dumps({override: command for override, (command, _) in REJECTED.items()}))
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("override", REJECTED)
+def test_a_config_that_does_not_fit_is_rejected(override, rejected):
+    status, said = rejected[override]
+    assert status == 1 and REJECTED[override][1] in said, said
 
 
 def specialization_keys() -> dict[str, dict[str, dict[str, list[str]]]]:
@@ -131,12 +127,28 @@ def specialization_keys() -> dict[str, dict[str, dict[str, list[str]]]]:
     return results
 
 
+def merged_operands() -> list[list[str]]:
+    """The dtypes of weight and lora_A that the merge's kernel is compiled for; run where Triton compiles."""
+    import compile_kernels as tool
+
+    found = [job.specialization for job in tool.fast_jobs() if job.specialization.name == "_merge_kernel"]
+    names = "weight.pointers[0]", "update.lora_A"
+    return sorted({tuple(map(one.type_of, names)) for one in found if one.target.name == "sm_90"})
+
+
 @pytest.fixture(scope="module")
-def recorded_keys() -> dict:
-    code = "import json; from tests.tools import test_compile_kernels as t; print(json.dumps(t.specialization_keys()))"
+def recorded() -> dict:
+    code = (
+        "from tests.tools.test_compile_kernels import *; print(json.dumps([specialization_keys(), merged_operands()]))"
+    )
     done = _run("-c", code)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return dict(zip(("keys", "merged"), json.loads(done.stdout), strict=True))
+
+
+def test_a_layer_taken_apart_again_is_compiled_for(recorded):
+    """unmerge divides by the gain in float32: the kernel sees such a weight beside adapters in half precision."""
+    assert recorded["merged"] == [["*bf16", "*bf16"], ["*fp32", "*bf16"]]
 
 
 # Kernels that are launched in more than one way as M changes, and why.
@@ -146,11 +158,11 @@ LAUNCHED_IN_WAYS = {
 
 
 @pytest.mark.parametrize("way", ["split", "merged"])
-def test_tokens_and_scaling_recompile_nothing(recorded_keys, way):
+def test_tokens_and_scaling_recompile_nothing(recorded, way):
     """A kernel may be launched for some M only (one that adds up splits), but never with another key."""
-    other_dtype = recorded_keys[way].pop("fp16")
+    other_dtype = recorded["keys"][way].pop("fp16")
     keys: dict[str, set[tuple[str, ...]]] = {}
-    for call in recorded_keys[way].values():
+    for call in recorded["keys"][way].values():
         for kernel, found in call.items():
             keys.setdefault(kernel, set()).add(tuple(found))
     ways = {kernel: len(found) for kernel, found in keys.items() if len(found) > 1}
