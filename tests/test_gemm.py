@@ -41,6 +41,13 @@ def test_a_product_on_a_gpu(monkeypatch):
             unrounded.clear()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_an_exact_base_is_rounded_to_float32_only(dtype):
+    x, weight = torch.randn(5, 130, device=DEVICE).to(dtype), torch.randn(7, 130, device=DEVICE).to(dtype)
+    base = gemm.base_product(x, weight, exact=True)
+    torch.testing.assert_close(base.double(), x.double() @ weight.double().T, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("rank", (0, 1, 16))
 def test_the_product_onto_the_low_rank_term_is_rounded_as_base_is(rank):
     x, weight = torch.randn(65, 130, device=DEVICE).bfloat16(), torch.randn(70, 130, device=DEVICE).bfloat16()
