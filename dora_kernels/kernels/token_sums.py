@@ -169,7 +169,9 @@ def _finish_sums_kernel(
     """
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
-    if results.outer is not None and gain_ptr is not None:
+    # by a name of its own: in a loop, Triton 3.6 compares no tuple with None that stands in another
+    result = results.outer
+    if result is not None and gain_ptr is not None:
         gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
         is_infinite = tl.abs(gain) == float("inf")
         any_infinite = tl.max(is_infinite.to(tl.int32), axis=0) > 0
@@ -188,13 +190,13 @@ def _finish_sums_kernel(
                 # nor may an infinite lora_B leave the sum over the tokens: NaN, as its norm makes of it anyway
                 lora_B_tile = tl.where(tl.abs(lora_B_tile) == float("inf"), float("nan"), lora_B_tile)
                 low_rank_dot += tl.sum(outer * lora_B_tile, axis=1)
-            if results.outer is not None:
+            if result is not None:
                 if gain_ptr is not None:
                     outer = gain[:, None] * outer
                     if any_infinite:
                         of_scaled = _outer_of_scaled(columns, low, gain, offs_n, offs_r, mask_n, mask_r, M)
                         outer = tl.where(is_infinite[:, None], of_scaled, outer)
-                store(results.outer, offs_n, offs_r, mask_n, mask_r, scaling * outer)
+                store(result, offs_n, offs_r, mask_n, mask_r, scaling * outer)
     if results.dmagnitude is not None:
         dot = add_splits(scaling * low_rank_dot, partial.dot, splits, N, offs_n, mask_n)
         norm = tl.load(norm_ptr + offs_n, mask=mask_n, other=0.0)
