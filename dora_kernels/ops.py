@@ -5,7 +5,7 @@ recompiles when the number of tokens changes. Autograd is in functional/autograd
 
 An operator takes no NamedTuple: `flatten_forward` and `flatten_backward` take those of types.py apart into the
 arguments of a schema, and `unflatten_...` puts them together again inside. A weight is four arguments, those of
-`quant.parts`; its N and K are those of lora_B and lora_A.
+`quant.flatten_weight`; its N and K are those of lora_B and lora_A.
 """
 
 import collections
@@ -19,7 +19,7 @@ from torch import Tensor
 from dora_kernels import passes
 from dora_kernels.planning import devices
 from dora_kernels.pytorch import PYTORCH
-from dora_kernels.quant import Weight, parts, whole
+from dora_kernels.quant import Weight, flatten_weight, unflatten_weight
 from dora_kernels.reference import accumulate_dtype
 from dora_kernels.types import Call, DoraWeight, Epilogue, Given, How, Needs, Saved, Steps
 
@@ -115,7 +115,7 @@ def flatten_forward(call: Call) -> tuple[Any, ...]:
     """The positional arguments of `forward`; given.low goes by its name, and given.merged to `backward`."""
     layer, given, how = call.layer, call.given, call.how
     return (
-        call.x, call.x_dropped, *parts(layer.weight), layer.lora_A, layer.lora_B, layer.magnitude, call.bias,
+        call.x, call.x_dropped, *flatten_weight(layer.weight), layer.lora_A, layer.lora_B, layer.magnitude, call.bias,
         given.norm, given.gain, layer.scaling, how.dtype, how.way, how.save, how.save_low, how.exact, how.backend,
     )  # fmt: skip
 
@@ -134,8 +134,8 @@ def unflatten_forward(
 def flatten_backward(dy: Tensor, saved: Saved, layer: DoraWeight, how: How, needs: Sequence[bool]) -> tuple[Any, ...]:
     """The arguments of `backward`."""
     return (
-        dy, saved.x, *parts(layer.weight), layer.lora_A, layer.lora_B, saved.norm, saved.gain, saved.low, saved.saved,
-        saved.merged, layer.scaling, how.dtype, how.way, how.save, how.dropped, how.norm_grad, list(needs),
+        dy, saved.x, *flatten_weight(layer.weight), layer.lora_A, layer.lora_B, saved.norm, saved.gain, saved.low,
+        saved.saved, saved.merged, layer.scaling, how.dtype, how.way, how.save, how.dropped, how.norm_grad, list(needs),
         saved.magnitude_dtype, saved.bias_dtype, how.backend,
     )  # fmt: skip
 
@@ -153,7 +153,7 @@ def unflatten_backward(
 
 
 def _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A: Tensor, lora_B: Tensor) -> Weight:
-    return whole(weight, weight_format, weight_numbers, weight_dtype, (lora_B.shape[0], lora_A.shape[1]))
+    return unflatten_weight(weight, weight_format, weight_numbers, weight_dtype, (lora_B.shape[0], lora_A.shape[1]))
 
 
 def _forward_fake(*flat, **given_low):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dora_kernels import ops
-from dora_kernels.quant import QuantizedWeight, parts
+from dora_kernels.quant import QuantizedWeight, flatten_weight
 from dora_kernels.types import Call, DoraWeight, Given, How, Needs, Saved
 from tests.support.problem import BACKENDS, EXACT_DTYPE, Problem
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not reg
 def forward_arguments(problem, backend, keep, dropped, norm=None, exact=False):
     x_dropped = (problem.x + 1).detach().requires_grad_(problem.x.requires_grad) if dropped else None
     return (
-        problem.x, x_dropped, *parts(problem.weight), problem.lora_A, problem.lora_B,
+        problem.x, x_dropped, *flatten_weight(problem.weight), problem.lora_A, problem.lora_B,
         problem.magnitude, problem.bias, norm, None, 0.75, problem.x.dtype, "auto", keep, bool(keep), exact, backend,
     )  # fmt: skip
 
@@ -34,9 +34,9 @@ def test_norm_and_merge(dtype, requires_grad, transposed, backend):
     problem = Problem.random(5, 12, 10, 3, dtype)
     weight = problem.weight.T.contiguous().T if transposed else problem.weight
     lora_A, lora_B = (tensor.requires_grad_(requires_grad) for tensor in (problem.lora_A, problem.lora_B))
-    torch.library.opcheck(ops.norm, (*parts(weight), lora_A, lora_B, 0.75, dtype, backend))
+    torch.library.opcheck(ops.norm, (*flatten_weight(weight), lora_A, lora_B, 0.75, dtype, backend))
     gain = torch.ones(12, device=weight.device)
-    torch.library.opcheck(ops.merge, (*parts(weight), lora_A, lora_B, gain, 0.75, dtype, backend))
+    torch.library.opcheck(ops.merge, (*flatten_weight(weight), lora_A, lora_B, gain, 0.75, dtype, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -64,7 +64,7 @@ def test_forward_and_backward(dtype, requires_grad, keep, dropped, exact, backen
     torch.library.opcheck(
         ops.backward,
         (
-            problem.dy, problem.x.detach(), *parts(problem.weight), problem.lora_A, problem.lora_B, norm, gain,
+            problem.dy, problem.x.detach(), *flatten_weight(problem.weight), problem.lora_A, problem.lora_B, norm, gain,
             low if keep else None, kept if keep else None, None, 0.75, dtype, "auto", keep, dropped, False, needs,
             torch.float32, dtype, backend,
         ),
@@ -95,7 +95,7 @@ def test_dtypes_and_layouts(dtypes, layout, backend):
     for name in ("x", "weight", "lora_A", "lora_B", "magnitude", "bias", "dy"):
         setattr(problem, name, laid_out(getattr(problem, name)).requires_grad_(name not in ("weight", "dy")))
     dtype = torch.promote_types(*dtypes)
-    adapter = (*parts(problem.weight), problem.lora_A, problem.lora_B)
+    adapter = (*flatten_weight(problem.weight), problem.lora_A, problem.lora_B)
     torch.library.opcheck(ops.norm, (*adapter, 0.75, dtype, backend))
     gain = laid_out(torch.ones(12, dtype=torch.promote_types(dtypes[0], torch.float32), device=problem.x.device))
     torch.library.opcheck(ops.merge, (*adapter, gain, 0.75, dtype, backend))
@@ -126,7 +126,7 @@ def test_norms_of_several_layers(layers, backend):
     torch.library.opcheck(ops.grouped_norm, (*arguments, scalings, torch.bfloat16, backend))
     norm, gain = ops.grouped_norm(*arguments, scalings, torch.bfloat16, backend)
     each = zip(problems, scalings, strict=True)
-    alone = [ops.norm(*parts(p.weight), p.lora_A, p.lora_B, s, torch.bfloat16, backend) for p, s in each]
+    alone = [ops.norm(*flatten_weight(p.weight), p.lora_A, p.lora_B, s, torch.bfloat16, backend) for p, s in each]
     assert torch.equal(norm, torch.cat(alone))
     torch.testing.assert_close(gain, torch.cat(arguments[3]) / norm)
 
@@ -135,7 +135,7 @@ def test_norms_of_several_layers(layers, backend):
 def test_the_gradient_of_the_norm_takes_the_adapters_in_the_dtype_that_is_asked_for(backend):
     problem, dtype = Problem.random(1, 12, 10, 3, torch.float32), torch.bfloat16
     norm = torch.linspace(0.5, 2.0, 12, device=problem.x.device)
-    stored, adapter, needs = parts(problem.weight), (problem.lora_A, problem.lora_B), [True, True]
+    stored, adapter, needs = flatten_weight(problem.weight), (problem.lora_A, problem.lora_B), [True, True]
     wide, narrow = (
         ops.norm_backward(norm - 1, *stored, *factors, norm, 0.75, dtype, needs, backend)
         for factors in (adapter, [factor.to(dtype) for factor in adapter])
@@ -191,7 +191,7 @@ WEIGHTS = {
 
 def by_name(layer, *more, **renamed):
     """What a schema calls the fields of these tuples -> their values."""
-    tensors, weight_format, numbers, dtype = parts(layer.weight)
+    tensors, weight_format, numbers, dtype = flatten_weight(layer.weight)
     weight = {"weight": tensors, "weight_format": weight_format, "weight_numbers": numbers, "weight_dtype": dtype}
     fields = {}
     for one in (layer, *more):
@@ -253,5 +253,5 @@ def test_a_backward_pass_is_flattened_as_the_schema_has_it(weight, flags):
 def test_calls_are_counted():
     problem = Problem.random(5, 12, 10, 3, torch.float32)
     before = ops.calls["norm", "reference"]
-    ops.norm(*parts(problem.weight), problem.lora_A, problem.lora_B, 0.75, torch.float32, "reference")
+    ops.norm(*flatten_weight(problem.weight), problem.lora_A, problem.lora_B, 0.75, torch.float32, "reference")
     assert ops.calls["norm", "reference"] == before + 1

@@ -11,7 +11,7 @@ from dora_kernels import gemm, ops, passes
 from dora_kernels.functional import linear
 from dora_kernels.planning import plan
 from dora_kernels.pytorch import PYTORCH
-from dora_kernels.quant import parts
+from dora_kernels.quant import flatten_weight
 from dora_kernels.types import Call, DoraWeight, Forward, Given, Gradients, How, Needs, Saved
 from tests.support.problem import BACKENDS, DEVICE, GRADIENTS, TOLERANCE, Problem
 
@@ -196,8 +196,8 @@ def test_the_operators_results_have_the_dtypes_of_what_they_are_gradients_of(dty
     norm = torch.ones(12, device=DEVICE)
     low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
     results = ops.backward(
-        problem.dy, problem.x, *parts(problem.weight), problem.lora_A, problem.lora_B, norm, norm, low, base, None,
-        0.75, dtype, "auto", "base", False, norm_grad, [True, False, True, True, True, True],
+        problem.dy, problem.x, *flatten_weight(problem.weight), problem.lora_A, problem.lora_B, norm, norm, low, base,
+        None, 0.75, dtype, "auto", "base", False, norm_grad, [True, False, True, True, True, True],
         dtype, torch.float32, "reference",
     )  # fmt: skip
     dx, _, dA, dB, dmagnitude, dbias, _ = (result.dtype for result in results)

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from dora_kernels import ops
 from dora_kernels.functional import derivatives
-from dora_kernels.quant import DENSE, Weight, whole
+from dora_kernels.quant import DENSE, Weight, unflatten_weight
 from dora_kernels.reference import accumulate_dtype, dense, dora_linear_ref, gain_of, row_norms
 from dora_kernels.types import Call, DoraWeight, Forward, Given, Gradients, How, Needs, Saved
 
 Storage = tuple[str, list[int], torch.dtype]
-"""What `quant.parts` says of a weight beside its tensors, which autograd has to see."""
+"""What `quant.flatten_weight` says of a weight beside its tensors, which autograd has to see."""
 
 
 def folded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,7 +136,7 @@ def _stored(tensors: Sequence[Tensor], storage: Storage, how: How, lora_A: Tenso
     """The weight (N, K) as an operator takes it: a dense one in the dtype of the base GEMM."""
     if storage[0] == DENSE:
         return _in_dtype(tensors[0], how.base_dtype)
-    return whole(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
+    return unflatten_weight(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
 
 
 def _gradients(ctx: Any, dy: Tensor, needs: Needs) -> Sequence[Tensor]:
@@ -198,7 +198,7 @@ def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: Needs) -> list[Ten
 
 def _in_accumulate_dtype(tensors: Sequence[Tensor], storage: Storage, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """weight (N, K) in the accumulate dtype."""
-    weight = whole(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
+    weight = unflatten_weight(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
     accumulate = accumulate_dtype(weight.dtype)
     with torch.no_grad():
         return dense(weight, accumulate).to(accumulate)

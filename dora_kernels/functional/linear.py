@@ -17,7 +17,7 @@ from dora_kernels.functional.validate import (
 from dora_kernels.ops import is_autocast
 from dora_kernels.planning import plan
 from dora_kernels.planning.options import current_options
-from dora_kernels.quant import QuantizedWeight, Weight, parts
+from dora_kernels.quant import QuantizedWeight, Weight, flatten_weight
 from dora_kernels.reference import accumulate_dtype
 from dora_kernels.types import NOTHING_GIVEN, DoraWeight, Given, How
 
@@ -108,7 +108,7 @@ def dora_linear_core(
     norm = None if given.norm is None else given.norm.detach().to(accumulate_dtype(base_dtype)).contiguous()
     gain = None if given.gain is None else given.gain.contiguous()
     how = _how(x, x_dropped, layer, given, norm_grad, (base_dtype, dtype))
-    tensors, *storage = parts(weight)
+    tensors, *storage = flatten_weight(weight)
     # outside the Function, which then saves its inputs: a second derivative leads on through them
     x_rows = folded(x, base_dtype)
     # wider adapters see what was dropped as it is; the Function widens it, and saves it narrow

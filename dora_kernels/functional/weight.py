@@ -8,7 +8,7 @@ from dora_kernels.functional.autograd import WeightNorm
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_norm_grad, check_row
 from dora_kernels.planning.options import current_options
-from dora_kernels.quant import Weight, parts
+from dora_kernels.quant import Weight, flatten_weight
 from dora_kernels.reference import gain_of
 from dora_kernels.types import DoraWeight
 
@@ -28,10 +28,10 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, 
     backend = current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
     if norm_grad:
-        tensors, *storage = parts(weight)
+        tensors, *storage = flatten_weight(weight)
         return WeightNorm.apply(lora_A, lora_B, scaling, dtype, backend, storage, *tensors)
     with torch.no_grad():
-        return ops.norm(*parts(weight), lora_A, lora_B, scaling, dtype, backend)
+        return ops.norm(*flatten_weight(weight), lora_A, lora_B, scaling, dtype, backend)
 
 
 def merge_weight(weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
@@ -50,7 +50,7 @@ def merge_weight_and_norm(layer: DoraWeight, norm: Tensor | None = None) -> tupl
     backend = current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
     with torch.no_grad():
-        stored = parts(weight)
+        stored = flatten_weight(weight)
         norm = ops.norm(*stored, lora_A, lora_B, scaling, dtype, backend) if norm is None else norm
         gain = gain_of(magnitude, norm)
         return ops.merge(*stored, lora_A, lora_B, gain, scaling, dtype, backend), norm, gain
@@ -79,7 +79,7 @@ def unmerge_weight(function: str, layer: DoraWeight, norm: Tensor, gain: Tensor)
     backend = current_options().backend
     dtype = torch.promote_types(merged.dtype, lora_A.dtype)  # whatever autocast says now
     with torch.no_grad():
-        stored = parts(merged.to(gain.dtype) / torch.where(gain == 0, 1, gain)[:, None])
+        stored = flatten_weight(merged.to(gain.dtype) / torch.where(gain == 0, 1, gain)[:, None])
         # By the kernel that merged: the product's own error then cancels. By another GEMM it stays, and a float32
         # weight comes back 5.9 units in the last place of its largest entry off, not 2.9; worse where TF32 is allowed.
         # A half weight under float32 adapters was merged in bf16x6 or bf16x3 on a GPU, and is here, where it is float32

@@ -25,7 +25,7 @@ from dora_kernels.kernels.tile import (
     matrix,
 )
 from dora_kernels.planning import configs
-from dora_kernels.quant import DENSE, Weight, parts
+from dora_kernels.quant import DENSE, Weight, flatten_weight
 
 
 class StoredWeight(NamedTuple):
@@ -265,7 +265,7 @@ def weight_stages(weight: Weight, config: configs.Config) -> int | None:
     HQQ's scale for every group would spill (128 bytes a thread on sm_120), and what is not loaded in whole vectors is
     loaded as before, but copied once more.
     """
-    rows, weight_format, _, _ = parts(weight)
+    rows, weight_format, _, _ = flatten_weight(weight)
     if weight_format in ("codebook4", "hqq4"):
         return None
     if weight_format in (DENSE, "row8") and (rows[0].stride(1) != 1 or rows[0].stride(0) % 16):
@@ -276,7 +276,7 @@ def weight_stages(weight: Weight, config: configs.Config) -> int | None:
 def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, WeightFormat]:
     """A weight's argument and its FORMAT, for a kernel whose tiles have BLOCK_K columns."""
     N, K = weight.shape
-    pointers, name, sizes, dtype = parts(weight)
+    pointers, name, sizes, dtype = flatten_weight(weight)
     numbers: tuple[int, ...] = ()
     group = 1  # 64 where K is a multiple of 64
     if name == DENSE:

@@ -1,7 +1,7 @@
 """Quantized weights: one container for what each library stores, its readers and its decoders."""
 
 from dora_kernels.quant.bitsandbytes_cpu import is_decoded_wrongly, is_packed_for_cpu, unpack_for_cpu
-from dora_kernels.quant.formats import DENSE, FORMATS, QuantizedWeight, Weight, parts, whole
+from dora_kernels.quant.formats import DENSE, FORMATS, QuantizedWeight, Weight, flatten_weight, unflatten_weight
 from dora_kernels.quant.product import frozen_product
 from dora_kernels.quant.readers import is_quantized, read, read_or_reason, sources
 
@@ -14,10 +14,10 @@ __all__ = [
     "is_decoded_wrongly",
     "is_packed_for_cpu",
     "is_quantized",
-    "parts",
+    "flatten_weight",
     "read",
     "read_or_reason",
     "sources",
     "unpack_for_cpu",
-    "whole",
+    "unflatten_weight",
 ]

@@ -108,17 +108,17 @@ DENSE = "dense"
 """The format of a Tensor."""
 
 
-def parts(weight: Weight) -> tuple[list[Tensor], str, list[int], torch.dtype]:
-    """(tensors, format, numbers, dtype): a weight as an operator of ops.py takes it; `whole` is the way back."""
+def flatten_weight(weight: Weight) -> tuple[list[Tensor], str, list[int], torch.dtype]:
+    """(tensors, format, numbers, dtype): a weight as an operator of ops.py takes it."""
     if isinstance(weight, Tensor):
         return [weight], DENSE, [], weight.dtype
     return list(weight.tensors), weight.format, list(weight.numbers), weight.dtype
 
 
-def whole(
+def unflatten_weight(
     tensors: list[Tensor], weight_format: str, numbers: list[int], dtype: torch.dtype, shape: tuple[int, int]
 ) -> Weight:
-    """The weight (N, K) of which `parts` were taken, and so with parts that were looked at."""
+    """The weight (N, K) that `flatten_weight` was given: its tensors have been checked."""
     if weight_format == DENSE:
         return tensors[0]
     return _unchecked(weight_format, shape, dtype, tuple(tensors), tuple(numbers))

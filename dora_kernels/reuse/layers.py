@@ -12,7 +12,7 @@ from dora_kernels.functional.rescale import dora_linear_lora_dropout
 from dora_kernels.functional.validate import check_adapter
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.planning.options import current_options
-from dora_kernels.quant import parts, sources
+from dora_kernels.quant import flatten_weight, sources
 from dora_kernels.reuse import store
 from dora_kernels.types import DoraWeight, Given
 
@@ -36,7 +36,7 @@ def dora_linear_reusing(
     """
     if lora_dropout and x_dropped is not None:
         return _with_lora_dropout(module, x, layer, bias, x_dropped, function)
-    stored, *storage = parts(layer.weight)
+    stored, *storage = flatten_weight(layer.weight)
     tensors = (*sources(stored), layer.lora_A, layer.lora_B, layer.magnitude)
     call = store.call_of(module, tensors, x.device)
     given, rest = Given(low=low), {"x_dropped": x_dropped, "function": function}
@@ -79,13 +79,13 @@ def _merge(kept: store.Kept, x: Tensor, layer: DoraWeight) -> store.Kept:
     if weight.dtype != base_dtype or not x.requires_grad:
         return kept
     backend = current_options().backend
-    return kept._replace(merged=ops.merge(*parts(weight), lora_A, lora_B, kept.gain, scaling, dtype, backend))
+    return kept._replace(merged=ops.merge(*flatten_weight(weight), lora_A, lora_B, kept.gain, scaling, dtype, backend))
 
 
 def weight_norm_reusing(module: nn.Module, layer: DoraWeight) -> Tensor:
     """`weight_norm` for `module`, of an earlier call where that is safe."""
     weight, lora_A, lora_B, _, scaling = layer
-    stored, *storage = parts(weight)
+    stored, *storage = flatten_weight(weight)
     settings = (scaling, storage, operand_dtypes(weight, lora_A))
     compute = functools.partial(weight_norm, weight, lora_A, lora_B, scaling)
     return norm_reusing(module, (*sources(stored), lora_A, lora_B), settings, compute)

@@ -12,7 +12,7 @@ from dora_kernels import ops
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_row
 from dora_kernels.planning.options import current_options
-from dora_kernels.quant import parts
+from dora_kernels.quant import flatten_weight
 from dora_kernels.reuse import store
 from dora_kernels.types import DoraWeight
 
@@ -92,7 +92,7 @@ class Scope:
             shareable = all(tensor.is_contiguous() for tensor in tensors) and layer.weight.dtype == base_dtype
             if not shareable or not store.can_keep(tensors, x.device):
                 continue
-            _, *storage = parts(layer.weight)
+            _, *storage = flatten_weight(layer.weight)
             fingerprint = store.fingerprint_of(tensors, (layer.scaling, storage, (base_dtype, dtype)), x.device)
             if store.find(module, IN_SCOPE, tensors, fingerprint) is None:
                 dtypes = (layer.weight.dtype, layer.lora_A.dtype, layer.magnitude.dtype, dtype)

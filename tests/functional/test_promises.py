@@ -16,7 +16,7 @@ from torch import Tensor
 import dora_kernels
 from dora_kernels import ops, options, reference
 from dora_kernels.planning import configs, devices
-from dora_kernels.quant import parts
+from dora_kernels.quant import flatten_weight
 from dora_kernels.types import DoraWeight
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, core
 
@@ -42,7 +42,7 @@ def forward_call(problem: Problem, kind: str, backend: str) -> tuple[object, ...
     keep, dropped, exact = FORWARD[kind]
     dtype = torch.promote_types(problem.x.dtype, problem.lora_A.dtype)
     return (
-        problem.x, problem.x * 2 if dropped else None, *parts(problem.weight), problem.lora_A, problem.lora_B,
+        problem.x, problem.x * 2 if dropped else None, *flatten_weight(problem.weight), problem.lora_A, problem.lora_B,
         problem.magnitude, problem.bias, None, None, 0.75, dtype, "auto", keep, bool(keep), exact, backend,
     )  # fmt: skip
 
@@ -52,8 +52,8 @@ def backward_call(problem: Problem, kind: str, backend: str, way: str, norm_grad
     arguments = forward_call(problem, kind, backend)
     _, norm, gain, low, kept = ops.forward(*arguments)
     return (
-        problem.dy, problem.x, *parts(problem.weight), problem.lora_A, problem.lora_B, norm, gain, low, kept, None,
-        0.75, arguments[13], way, keep, dropped, norm_grad, [True, dropped, True, True, True, True],
+        problem.dy, problem.x, *flatten_weight(problem.weight), problem.lora_A, problem.lora_B, norm, gain, low, kept,
+        None, 0.75, arguments[13], way, keep, dropped, norm_grad, [True, dropped, True, True, True, True],
         problem.magnitude.dtype, problem.x.dtype, backend,
     )  # fmt: skip
 
@@ -88,7 +88,7 @@ def problem(request):
 class TestEveryOperator:
     def test_norm_and_merge(self, problem, backend):
         dtype = torch.promote_types(problem.x.dtype, problem.lora_A.dtype)
-        adapter = (*parts(problem.weight), problem.lora_A, problem.lora_B)
+        adapter = (*flatten_weight(problem.weight), problem.lora_A, problem.lora_B)
         check_call(ops.norm, (*adapter, 0.75, dtype, backend))
         check_call(ops.merge, (*adapter, torch.rand(34, device=DEVICE), 0.75, dtype, backend))
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from dora_kernels import ops, options, weight_norm
 from dora_kernels.functional.rescale import dora_linear_lora_dropout, rescale
-from dora_kernels.quant import parts
+from dora_kernels.quant import flatten_weight
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.types import DoraWeight
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, two_pieces
@@ -188,7 +188,7 @@ def test_opcheck(dtypes, backend):
     for needs, residual in zip((*subsets, [True] * 5), (False, False, False, True), strict=True):
         arguments = (problem.dy, base, low, problem.lora_B, gain, 0.75, residual, needs, torch.float32, backend)
         torch.library.opcheck(ops.rescale_backward, arguments)
-    adapter = (*parts(problem.weight), problem.lora_A, problem.lora_B)
+    adapter = (*flatten_weight(problem.weight), problem.lora_A, problem.lora_B)
     for needs in ([True, False], [False, True]):
         torch.library.opcheck(ops.norm_backward, (gain, *adapter, gain + 1, 0.75, dtypes[1], needs, backend))
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dora_kernels
 from dora_kernels import DoraLinear, ops, options, passes, pytorch, quant, reference
 from dora_kernels.planning import configs, devices, plan
-from dora_kernels.quant import QuantizedWeight, parts
+from dora_kernels.quant import QuantizedWeight, flatten_weight
 from dora_kernels.types import Call, Given, How, Needs, Saved
 from tests.support.packed_weights import HQQ_KINDS, KINDS, quantized
 from tests.support.problem import BACKENDS, DEVICE, EXACT_DTYPE, GRADIENTS, TOLERANCE, Problem, core
@@ -314,7 +314,7 @@ def test_the_planner_counts_packed_bytes():
 def test_operators(kind, backend):
     N, K, R = MODERATE
     problem, stored = problem_over(quantized(kind, N, K, torch.bfloat16), 5, R)
-    weight, adapter, dtype = parts(stored.weight), (problem.lora_A, problem.lora_B), torch.bfloat16
+    weight, adapter, dtype = flatten_weight(stored.weight), (problem.lora_A, problem.lora_B), torch.bfloat16
     torch.library.opcheck(ops.norm, (*weight, *adapter, 0.75, dtype, backend))
     norm = ops.norm(*weight, *adapter, 0.75, dtype, backend)
     gain = torch.ones_like(norm)

@@ -48,7 +48,7 @@ def by_columns(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.T.contiguous().T if tensor.dim() == 2 else tensor.repeat_interleave(2)[::2]
 
 
-def quantised(name: str):
+def stored(name: str):
     """A weight (N, K) of random parts, with just as many numbers as it needs."""
     from dora_kernels.quant import QuantizedWeight
 
@@ -70,10 +70,10 @@ def quantised(name: str):
     return QuantizedWeight("codebook4", (N, K), torch.float32, parts, numbers)
 
 
-def of_quantised(name: str) -> list[torch.Tensor]:
+def of_stored(name: str) -> list[torch.Tensor]:
     from dora_kernels import kernels
 
-    weight = quantised(name)
+    weight = stored(name)
     N, K = weight.shape
     lora_A, lora_B, magnitude = torch.randn(3, K), torch.randn(N, 3), torch.rand(N)
     merged = kernels.merge(weight, lora_A, lora_B, magnitude, 0.75)
@@ -116,7 +116,7 @@ def test_every_launcher_stays_inside(launcher, side):
 @pytest.mark.parametrize("side", guard_pages.SIDES)
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_quantised_weight_is_read_inside(name, side):
-    assert guard_pages.in_child(lambda: differences(lambda: of_quantised(name), side)) == ([], "")
+    assert guard_pages.in_child(lambda: differences(lambda: of_stored(name), side)) == ([], "")
 
 
 # file, what is there, what is planted, who launches it
@@ -168,7 +168,7 @@ def with_planted(folder: Path, file: str, here: str, fault: str, launcher: str) 
         plant(folder, file, here, fault)
         with guard_pages.guard_pages(side):
             if launcher in FORMATS:
-                results = of_quantised(launcher)
+                results = of_stored(launcher)
             else:
                 results = launch(launcher, tensors_of(Problem.random(33, 70, 90, 20, torch.float32)))
         return [number for number, result in enumerate(results) if result.isnan().any()]

@@ -15,7 +15,7 @@ from dora_kernels.adapters.reading import why_not_device, why_not_plain
 from dora_kernels.adapters.sharded import enable_first, requires_grad, why_not_gathered
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import FLOATING
-from dora_kernels.quant import Weight, parts, sources
+from dora_kernels.quant import Weight, flatten_weight, sources
 
 
 class TakenOverLayer(Merging):
@@ -44,7 +44,7 @@ class TakenOverLayer(Merging):
 
     def norms(self, weight: Weight, adapters: list[PeftAdapter]) -> Tensor:
         """norm (adapters, N), kept as reuse/ says. weight is of the base layer's own shape."""
-        stored, *storage = parts(weight)
+        stored, *storage = flatten_weight(weight)
         factors = [factor for adapter in adapters for factor in adapter.factors()]
         settings = ([adapter.scaling for adapter in adapters], storage, operand_dtypes(weight, factors[0]))
         return reuse.norm_reusing(

@@ -15,7 +15,7 @@ from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import check_call, check_norm_grad, check_tensor, check_transforms
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.ops import is_autocast
-from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, parts, sources
+from dora_kernels.quant import QuantizedWeight, Weight, flatten_weight, frozen_product, sources
 from dora_kernels.reference import accumulate_dtype, gain_of, over_norm, row_norms
 
 TERMS_SHARE = 0.25
@@ -243,7 +243,7 @@ def dvora_linear_reusing(
     `frozen_adapters` keeps the norm itself.
     """
     check_transforms(function, x)
-    stored, *storage = parts(weight)
+    stored, *storage = flatten_weight(weight)
     stored = sources(stored)
     factors = (vera_A, vera_B, lambda_d, lambda_b)
     arguments = (x, weight, *factors, magnitude, bias)
