@@ -62,7 +62,7 @@ class MergeableLinear(nn.Module):
         return super()._apply(*arguments, **keywords)
 
     def base(self) -> tuple[Weight, Tensor | None]:
-        """The weight and the bias beneath the adapter; a quantised one is read anew: its library may have moved it."""
+        """The weight and the bias beneath the adapter; a quantized one is read anew: its library may have moved it."""
         if self.base_layer is None:
             return self.weight, self.bias
         return read(self.base_layer), self.base_layer.bias
@@ -105,7 +105,7 @@ class MergeableLinear(nn.Module):
     def merge(self, safe_merge: bool = False) -> None:
         """Put the adapter into weight, in place: the layer then costs what nn.Linear costs. Does nothing if merged.
 
-        Over a quantised layer, which has no place for it, the weight is a new dense one.
+        Over a quantized layer, which has no place for it, the weight is a new dense one.
 
         Until unmerge() the adapter gets no gradient, and the state dict can be neither saved nor loaded.
 
@@ -171,7 +171,7 @@ class DoraLinear(MergeableLinear):
     Over the masks both have the output without dropout as their mean; the first varies more, by (gain - 1) * d W^T.
 
     State dict: weight, bias (as nn.Linear) and lora_A.weight (R, K), lora_B.weight (N, R), lora_magnitude_vector (N,),
-    the names under which PEFT saves an adapter, so that weights move both ways. Over a quantised layer (`from_linear`)
+    the names under which PEFT saves an adapter, so that weights move both ways. Over a quantized layer (`from_linear`)
     weight and bias are None while not merged: that layer is the submodule base_layer, and saves and moves itself.
 
     A fresh layer computes what its nn.Linear computes: lora_B is zero and the magnitude is the row norms of weight.
@@ -224,7 +224,7 @@ class DoraLinear(MergeableLinear):
         """A layer that computes what `linear` does and shares its weight and bias, which it freezes.
 
         Shared means that merge() changes `linear` too, and whatever is tied to its weight. Not so for a layer that
-        bitsandbytes, torchao or HQQ has quantised: it is kept as base_layer, merge() makes a dense weight beside it,
+        bitsandbytes, torchao or HQQ has quantized: it is kept as base_layer, merge() makes a dense weight beside it,
         and unmerge() drops that again.
         """
         weight, bias, base_layer = read_linear("DoraLinear.from_linear", linear)
@@ -293,15 +293,15 @@ def default_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def read_linear(function: str, linear: nn.Module) -> tuple[Weight, Tensor | None, nn.Module | None]:
-    """weight, bias and, where it is quantised, `linear` itself: what a layer over `linear` is made of.
+    """weight, bias and, where it is quantized, `linear` itself: what a layer over `linear` is made of.
 
-    Raises ValueError, in the name of `function`, where it is neither nn.Linear nor quantised by a library we read.
+    Raises ValueError, in the name of `function`, where it is neither nn.Linear nor quantized by a library we read.
     """
     quantized = isinstance(linear, nn.Module) and is_quantized(linear)
     if type(linear) is not nn.Linear and not quantized:
         raise ValueError(
             f"{function}: linear is {type(linear).__name__}; "
-            "expected torch.nn.Linear, or a layer quantised by bitsandbytes, torchao or HQQ"
+            "expected torch.nn.Linear, or a layer quantized by bitsandbytes, torchao or HQQ"
         )
     if quantized:
         weight, reason = read_or_reason(linear)

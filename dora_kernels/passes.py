@@ -31,7 +31,7 @@ def _device_model(tensor: Tensor) -> plan.Device:
 def forward(steps: Steps, call: Call) -> Forward:
     """y (M, N), norm (N,) and gain (N,) unless given, low (M, R) if save_low, and what dmagnitude will need.
 
-    A dense weight (N, K) is in the dtype of the base GEMM, x's, to which a quantised one is decoded. It then stands
+    A dense weight (N, K) is in the dtype of the base GEMM, x's, to which a quantized one is decoded. It then stands
     dense for no longer than its products take, and never twice at a time.
     Nothing that is saved is y: fused RoPE and SwiGLU kernels overwrite a layer's output behind autograd's back.
     """
@@ -178,7 +178,7 @@ def shared_low_backward(steps: Steps, x: Tensor, dlows: Sequence[Tensor], dtype:
 def _add_norm_gradient(
     steps: Steps, dA: Tensor | None, dB: Tensor | None, c: Tensor, layer: DoraWeight
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dA and dB with the gradient through the norm added; nothing (N, K) is made but of a quantised weight.
+    """dA and dB with the gradient through the norm added; nothing (N, K) is made but of a quantized weight.
 
     scaling is multiplied by twice, never its square: that of 2e19 is none of float32's.
 

@@ -70,7 +70,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight (N, K) itself or, of a quantised one (quant/), a dense copy in dtype."""
+    """weight (N, K) itself or, of a quantized one (quant/), a dense copy in dtype."""
     return weight if isinstance(weight, Tensor) else weight.dequantize(dtype=dtype)
 
 

@@ -208,7 +208,7 @@ def assert_flattened(operation, flat, expected):
 
 
 def assert_same(actual, expected):
-    """Field by field, tensors by identity; a quantised weight is another object of the same parts."""
+    """Field by field, tensors by identity; a quantized weight is another object of the same parts."""
     for name, one, other in zip(expected._fields, actual, expected, strict=True):
         if name == "weight" and not isinstance(other, torch.Tensor):
             one, other = (dict(vars(weight)) for weight in (one, other))

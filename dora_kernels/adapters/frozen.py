@@ -12,7 +12,7 @@ from dora_kernels.adapters.reading import forward_is_the_class_s
 
 
 def frozen_like(base: nn.Module | None, weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantised.
+    """A layer of the kind of `base` with another weight and bias, frozen; nn.Linear where that is None or quantized.
 
     Over a dense `base` it also gets the hooks, buffers and submodules of `base`, in copies of their dicts. Raises
     ValueError where its forward is neither its class's nor that between device moves of accelerate.

@@ -144,7 +144,7 @@ class TakenOver:
     def merged_weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         """The weight and the bias, new tensors, of the frozen layer that computes what this one does in eval mode.
 
-        In the base layer's shapes and dtype, dense over a quantised weight. Raises ValueError as norm_and_gain.
+        In the base layer's shapes and dtype, dense over a quantized weight. Raises ValueError as norm_and_gain.
         """
         raise NotImplementedError
 

@@ -44,7 +44,7 @@ def dora_linear(
     magnitude (N,), bias (N,) -> y (..., N). A row whose norm is 0 has gain 0: its output is the bias, and its gradients
     are 0. So has a row whose norm float32 cannot hold: entries all below about 1e-23 or one above 1e19.
 
-    Dtypes: x and weight share one (under autocast both are cast to autocast's; a quantised weight is decoded to x's),
+    Dtypes: x and weight share one (under autocast both are cast to autocast's; a quantized weight is decoded to x's),
     which y has too; the adapters and the magnitude may have another one, float32 over bfloat16 say. norm and gain are
     float32, float64 for float64.
 
@@ -181,7 +181,7 @@ def _check_low(function: str, low: Tensor, x: Tensor, lora_A: Tensor, dtype: tor
 def check_dtypes(function: str, x: Tensor, weight: Weight) -> None:
     """Raise ValueError unless x and weight share a dtype, or are brought to one."""
     autocast = is_autocast(x.device.type)
-    # a quantised weight is decoded to what is asked for, as its library's own layer does
+    # a quantized weight is decoded to what is asked for, as its library's own layer does
     converted = autocast or isinstance(weight, QuantizedWeight)
     if x.dtype != weight.dtype and (not converted or torch.float64 in (x.dtype, weight.dtype)):
         raise ValueError(

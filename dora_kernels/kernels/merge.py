@@ -85,5 +85,5 @@ def merge(
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:
-    """weight (N, K) itself or, of a quantised one, a dense copy in dtype; as `reference.dense`."""
+    """weight (N, K) itself or, of a quantized one, a dense copy in dtype; as `reference.dense`."""
     return weight if isinstance(weight, torch.Tensor) else merge(weight, None, None, None, 0.0, out_dtype=dtype)

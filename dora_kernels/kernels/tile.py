@@ -190,7 +190,7 @@ class Launch(NamedTuple):
     def of(cls, weight: Weight, operand: torch.dtype) -> "Launch":
         """The launch for low-rank operands of dtype `operand` beside `weight`, or beside other numbers."""
         facts = devices.device_facts(weight.device)
-        # a quantised weight has 8 bits at the most, whatever dtype its library decodes it to
+        # a quantized weight has 8 bits at the most, whatever dtype its library decodes it to
         beside = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
         return cls(
             facts=facts,

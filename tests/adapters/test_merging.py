@@ -334,7 +334,7 @@ def test_merged_weight_and_bias(kind, adapters):
 
 
 def test_over_a_quantised_weight():
-    """The dense layer that stands for it; merging into the quantised weight itself stays PEFT's."""
+    """The dense layer that stands for it; merging into the quantized weight itself stays PEFT's."""
     model = quantized_problem.build("nf4", adapters=2).eval()
     dora_kernels.enable(model)
     x = torch.randn(3, 24, device=DEVICE)

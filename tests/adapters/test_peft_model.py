@@ -292,7 +292,7 @@ class Mixed(nn.Module):
 
 
 class SpecialLinear(nn.Linear):
-    """As a quantised layer is: a subclass whose weight need not be what forward multiplies with."""
+    """As a quantized layer is: a subclass whose weight need not be what forward multiplies with."""
 
 
 def test_report_names_every_layer_and_why():
@@ -317,12 +317,12 @@ class Wrapper(nn.Module):
         self.weight = module.weight
 
 
-class QuantisedTensor(torch.Tensor):
-    """As torchao quantises: nn.Linear itself, over a tensor whose storage is something else."""
+class QuantizedTensor(torch.Tensor):
+    """As torchao quantizes: nn.Linear itself, over a tensor whose storage is something else."""
 
 
-def quantised(tensor):
-    return nn.Parameter(tensor.as_subclass(QuantisedTensor), requires_grad=False)
+def quantized(tensor):
+    return nn.Parameter(tensor.as_subclass(QuantizedTensor), requires_grad=False)
 
 
 def wrap_lora_a(layer):
@@ -339,11 +339,11 @@ LEFT_ALONE = {
     "torch.int8": lambda layer: setattr(
         layer.base_layer, "weight", nn.Parameter(torch.ones(40, 24, dtype=torch.int8), requires_grad=False)
     ),
-    "the base weight is a tests.adapters.test_peft_model.QuantisedTensor, not a plain tensor": lambda layer: setattr(
-        layer.base_layer, "weight", quantised(torch.ones(40, 24))
+    "the base weight is a tests.adapters.test_peft_model.QuantizedTensor, not a plain tensor": lambda layer: setattr(
+        layer.base_layer, "weight", quantized(torch.ones(40, 24))
     ),
-    "a weight of the adapter is a tests.adapters.test_peft_model.QuantisedTensor, not a plain tensor": lambda layer: (
-        setattr(layer.lora_A["default"], "weight", quantised(torch.ones(5, 24)))
+    "a weight of the adapter is a tests.adapters.test_peft_model.QuantizedTensor, not a plain tensor": lambda layer: (
+        setattr(layer.lora_A["default"], "weight", quantized(torch.ones(5, 24)))
     ),
     "expected nn.Linear, or Conv1D with fan_in_fan_out": lambda layer: setattr(layer, "fan_in_fan_out", True),
 }

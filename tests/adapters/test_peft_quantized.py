@@ -1,4 +1,4 @@
-"""QDoRA under PEFT: an enabled model over a quantised base gives what PEFT gives, and no dense weight outlives a GEMM.
+"""QDoRA under PEFT: an enabled model over a quantized base gives what PEFT gives, and no dense weight outlives a GEMM.
 
 The yardstick is stock PEFT in the same dtypes over nn.Linear layers of the same decoded weights (`dense`); exact is
 that in float64. Stock PEFT over bitsandbytes is compared with directly where it is right on a CPU.
@@ -189,7 +189,7 @@ def cuda_autocast():
 
 @pytest.mark.parametrize("format", ["nf4", "int8", "hqq"])
 def test_no_float32_leaks_under_autocast(format):
-    """Under CUDA's autocast PEFT's quantised layers return float32, promoted by the magnitude; nn.Linear does not."""
+    """Under CUDA's autocast PEFT's quantized layers return float32, promoted by the magnitude; nn.Linear does not."""
     model = build(format, dtype=torch.bfloat16)
     ours = enabled(model)
     x, _ = inputs(model, torch.bfloat16)
@@ -281,7 +281,7 @@ def test_weight_that_was_repacked(caplog, monkeypatch):
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8", "hqq"])
 def test_merged_weights_are_peft_s(format):
-    """Decoded, merged and quantised again; and the merged model computes with them."""
+    """Decoded, merged and quantized again; and the merged model computes with them."""
     stock = build(format, sizes=ALIGNED)
     ours = enabled(stock)
     x, _ = inputs(stock)

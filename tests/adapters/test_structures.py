@@ -80,13 +80,13 @@ def test_fsdp_qlora_over_a_quantised_weight(kind):
             getattr(twin, name).load_state_dict(getattr(layer, name).state_dict())
         return nn.Sequential(twin).double()
 
-    quantised = Case(build, exact)
-    CHECKS["parity"](quantised, "reference", 0)
-    model, x = quantised.make(0)
+    quantized = Case(build, exact)
+    CHECKS["parity"](quantized, "reference", 0)
+    model, x = quantized.make(0)
     assert only(model[0]).taken_over
     y, (weight, bias) = model(x), model[0].merged_weight_and_bias()
     assert rms_error(nn.functional.linear(x, weight, bias), y.detach().double()) < 1e-5
-    CHECKS["training"](quantised, "reference", 0)
+    CHECKS["training"](quantized, "reference", 0)
 
 
 def test_a_layer_that_learns_the_magnitude_alone_in_a_scope():

@@ -230,7 +230,7 @@ def test_refusals_come_before_any_work(base, tmp_path, monkeypatch):
     del state["layers.1.k_proj.weight"]
     refused("has no layers.1.k_proj.weight, which", base=save(state, tmp_path / "missing"))
     state = net().state_dict() | {"layers.1.k_proj.weight": torch.ones(80, 1, dtype=torch.uint8)}
-    refused("stored as U8; expected a base that is not quantised", base=save(state, tmp_path / "quantised"))
+    refused("stored as U8; expected a base that is not quantized", base=save(state, tmp_path / "quantized"))
     refused("is an adapter; expected the checkpoint of a model", base=tmp_path / "adapter")
     refused("is no checkpoint; expected a safetensors file", base=tmp_path)
     refused("cannot be read", base=tmp_path / "adapter" / "adapter_config.json")

@@ -1,4 +1,4 @@
-"""A quantised weight reads no further than its parts go: they are looked at, wherever they come from."""
+"""A quantized weight reads no further than its parts go: they are looked at, wherever they come from."""
 
 import copy
 import dataclasses
@@ -31,7 +31,7 @@ PARTS = {
 }
 
 
-# Quantised weights.
+# Quantized weights.
 
 
 def wrong_parts(tensor):

@@ -1,4 +1,4 @@
-"""dora_linear over quantised weights: every storage format, on the kernel code and on the reference."""
+"""dora_linear over quantized weights: every storage format, on the kernel code and on the reference."""
 
 import contextlib
 import dataclasses
@@ -425,5 +425,5 @@ def test_a_layer_that_cannot_be_read_is_refused():
     linear.weight.SCB = None
     with pytest.raises(ValueError, match="not quantized yet"):
         DoraLinear.from_linear(linear, rank=4, alpha=6.0)
-    with pytest.raises(ValueError, match="linear is Bilinear; expected torch.nn.Linear, or a layer quantised by"):
+    with pytest.raises(ValueError, match="linear is Bilinear; expected torch.nn.Linear, or a layer quantized by"):
         DoraLinear.from_linear(nn.Bilinear(2, 2, 2), rank=4, alpha=6.0)

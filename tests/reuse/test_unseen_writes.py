@@ -48,7 +48,7 @@ WRITES = {
 
 
 def stored(model):
-    """What a layer computes from: its parameters and, of a quantised weight, the scales."""
+    """What a layer computes from: its parameters and, of a quantized weight, the scales."""
     tensors = [p for p in model.parameters() if p.is_floating_point() and type(p) is nn.Parameter]
     for module in model.modules():
         weight = getattr(module, "weight", None)
@@ -63,7 +63,7 @@ def stored(model):
     return tensors
 
 
-# the interpreter takes a second for a quantised layer's call: what is kept does not depend on who computed it
+# the interpreter takes a second for a quantized layer's call: what is kept does not depend on who computed it
 SETTINGS = {
     "eval": (False, "reference", WRITES),
     "train": (True, "reference", ("data.copy_", "a fused step")),

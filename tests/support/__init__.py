@@ -5,7 +5,7 @@ peft_problem, quantized_, vera_, llama_, shared_, compile_, distributed_, conver
 layer_kinds: one layer of every kind, as it is and enabled, for what has to hold of all of them alike.
 conformance_checks: what enable() promises of a library's layers; library_layers, structure_cases and restated_layers
     are such layers.
-packed_weights: a quantised weight in every format. launcher_operands: every launcher of kernels/, its operands by name.
+packed_weights: a quantized weight in every format. launcher_operands: every launcher of kernels/, its operands by name.
 process_worlds: ranks of gloo. micro_demo: the demo in a second. derivative_routes, parity_ratios: how far two differ.
 gluon_simulator, gluon_schedule: a warp-specialised kernel on a CPU.
 empty_layers, container_fuzzer: programs, run in processes of their own, which what they look for may end.

@@ -221,7 +221,7 @@ def _assert_same_state(ours: nn.Module, stock: nn.Module) -> None:
     assert list(state) == list(expected)
     for name, value in expected.items():
         assert type(state[name]) is type(value), name
-        if type(value) is Tensor:  # of a quantised tensor there is no equal()
+        if type(value) is Tensor:  # of a quantized tensor there is no equal()
             assert torch.equal(state[name], value), name
 
 

@@ -121,7 +121,7 @@ def leaves(value):
 
 
 def assert_same(actual, expected):
-    """In float64 to 1e-9 of the largest number, in float32 (quantised weights have no other) to 1e-5."""
+    """In float64 to 1e-9 of the largest number, in float32 (quantized weights have no other) to 1e-5."""
     actual, expected = leaves(actual), leaves(expected)
     assert len(actual) == len(expected) > 0
     for ours, stock in zip(actual, expected, strict=True):

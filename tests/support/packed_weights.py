@@ -1,4 +1,4 @@
-"""Quantised weights made of random numbers, in every format; what libraries make is compared elsewhere."""
+"""Quantized weights made of random numbers, in every format; what libraries make is compared elsewhere."""
 
 import torch
 from torch import Tensor

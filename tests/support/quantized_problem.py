@@ -1,4 +1,4 @@
-"""The small PEFT model over quantised weights, and its dense twin: the same numbers in nn.Linear layers."""
+"""The small PEFT model over quantized weights, and its dense twin: the same numbers in nn.Linear layers."""
 
 import copy
 import inspect
@@ -53,8 +53,8 @@ def hqq(linear, dtype, axis=1):
 
 def torchao_int8(linear, dtype):
     quantization = pytest.importorskip("torchao.quantization")
-    how_to_quantise = inspect.signature(TorchaoLoraLinear.__init__).parameters["get_apply_tensor_subclass"]
-    if how_to_quantise.default is inspect.Parameter.empty:
+    how_to_quantize = inspect.signature(TorchaoLoraLinear.__init__).parameters["get_apply_tensor_subclass"]
+    if how_to_quantize.default is inspect.Parameter.empty:
         pytest.skip("this PEFT takes a torchao layer only from transformers")
     linear = linear.to(DEVICE, dtype).requires_grad_(False)
     quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
@@ -65,12 +65,12 @@ FORMATS = {"nf4": nf4, "fp4": fp4, "int8": int8, "hqq": hqq, "torchao int8": tor
 
 
 def build(format, dtype=torch.float32, sizes=STRADDLING, settings=None, **config):
-    """A stock PEFT model in train mode over quantised layers, with active DoRA adapters (see peft_problem.adapt)."""
+    """A stock PEFT model in train mode over quantized layers, with active DoRA adapters (see peft_problem.adapt)."""
     torch.manual_seed(0)
     net = Net(sizes=sizes)
     net.up = FORMATS[format](net.up, dtype, **(settings or {}))
     net.down = FORMATS[format](net.down, dtype, **(settings or {}))
-    # what transformers sets on a model it has loaded quantised; PEFT chooses its layer classes by them
+    # what transformers sets on a model it has loaded quantized; PEFT chooses its layer classes by them
     net.is_loaded_in_4bit, net.is_loaded_in_8bit = format in ("nf4", "fp4"), format == "int8"
     return adapt(net, **config)
 

@@ -54,7 +54,7 @@ class FsdpQloraLayer(Structure):
             weight, reason = quant.read_or_reason(base)
             reasons.append(reason)
         elif type(base) is not nn.Linear:
-            reasons.append(f"base_layer is a {class_name(base)}; expected nn.Linear or a quantised one")
+            reasons.append(f"base_layer is a {class_name(base)}; expected nn.Linear or a quantized one")
         reason = first_reason(reasons)
         if reason is not None:
             return None, reason

@@ -7,7 +7,7 @@ with a dropout of one half. The rows of the twin's weight have sizes from 1e-7 t
 small rows.
 
 The test cannot see a branch that is taken only for other numbers, shapes, devices or dtypes; what happens inside the
-submodules in Structure.opaque (a parallel or a quantised base layer), which plain ones replace; and attributes that
+submodules in Structure.opaque (a parallel or a quantized base layer), which plain ones replace; and attributes that
 change after enable().
 """
 

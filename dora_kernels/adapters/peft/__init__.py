@@ -7,10 +7,10 @@
     conv.py        `lora.Conv1d`, `lora.Conv2d`, `lora.Conv3d`
     embedding.py   `lora.Embedding`
     siblings.py    the linear layers that read the same x
-    quantized.py   PEFT's layers over quantised weights; imported only for a model that has such layers
+    quantized.py   PEFT's layers over quantized weights; imported only for a model that has such layers
     bitsandbytes_cpu.py   faults of bitsandbytes on a CPU, refused or undone
 
-Adapter management stays PEFT's code, and so does merging into a quantised weight. It is decided at each call who
+Adapter management stays PEFT's code, and so does merging into a quantized weight. It is decided at each call who
 computes it: PEFT's forward gets a merged or disabled layer, a plain LoRA adapter, hooks on a submodule that would not
 be called, and everything else that is not known to mean exactly what dora_kernels computes. The decision reads
 attributes only: it never waits for the device, and torch.compile traces it.
@@ -39,7 +39,7 @@ CLASSES: dict[type[nn.Module], type[TakenOverLayer]] = {cls.__bases__[-1]: cls f
 """The class that takes over each of PEFT's over a dense weight."""
 
 QUANTIZED_LAYERS = ("peft.tuners.lora.bnb", "peft.tuners.lora.hqq", "peft.tuners.lora.torchao")
-"""The modules that define PEFT's layers over quantised weights; some import their library."""
+"""The modules that define PEFT's layers over quantized weights; some import their library."""
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,4 +1,4 @@
-"""PEFT's `lora.Linear`: its DoRA forward through dora_linear. quantized.py has the same over quantised weights."""
+"""PEFT's `lora.Linear`: its DoRA forward through dora_linear. quantized.py has the same over quantized weights."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """merge and unmerge of PEFT's layers by dora_kernels, in PEFT's calls and with its bookkeeping.
 
 Nothing of the size of B A is made. As in the forward pass, the norm is that of the unmerged weight, also for an adapter
-that is merged over others. PEFT itself merges a quantised base, an adapter with a bias or of plain LoRA and a
+that is merged over others. PEFT itself merges a quantized base, an adapter with a bias or of plain LoRA and a
 convolution in groups. The norms are kept where PEFT keeps them, so that either can undo the other's merge.
 """
 
@@ -124,7 +124,7 @@ class Merging(TakenOver):
     def _why_not_merge(self, name: str, quantized: bool = False) -> str | None:
         weight, reason = self.read_base(self)
         if reason is None and isinstance(weight, QuantizedWeight) and not quantized:
-            reason = "the base weight is quantised"
+            reason = "the base weight is quantized"
         if reason is not None:
             return reason
         adapter = read_adapter(self, name, self.family)

@@ -1,7 +1,7 @@
-"""PEFT's DoRA layers over quantised weights: bitsandbytes' 4 and 8 bits, HQQ's 4 bits, torchao's 8 bits.
+"""PEFT's DoRA layers over quantized weights: bitsandbytes' 4 and 8 bits, HQQ's 4 bits, torchao's 8 bits.
 
 Imported only for a model that has such layers, and their libraries with it. Merging stays PEFT's: it decodes, merges
-and quantises again.
+and quantizes again.
 
 The library's own product is never called for a layer that is taken over: its weight is read as it is stored. So 8-bit
 layers of bitsandbytes multiply with the decoded weight everywhere, and not with x rounded to 8 bits too.

@@ -150,7 +150,7 @@ def adapter_layers(base: TensorFiles, folder: Path) -> tuple[list[Layer], list[L
                 f"analyze: {base} has no {name}.weight, which {folder} changes; expected the adapter's base"
             )
         if reason := _why_not_dense(base, key):
-            raise ValueError(f"analyze: {key} of {base}: {reason}; expected a base that is not quantised")
+            raise ValueError(f"analyze: {key} of {base}: {reason}; expected a base that is not quantized")
         N, K = base.shapes[key][:: -1 if config["fan_in_fan_out"] else 1]
         R, scaling = _rank_and_scaling(config, name)
         if shape_A != (R, K) or shape_B != (N, R):

@@ -50,7 +50,7 @@ def adapter_change(
 ) -> Change:
     """The change that an adapter makes: LoRA's without a magnitude, DoRA's with one.
 
-    weight (N, K), dense or quantised, lora_A (R, K), lora_B (N, R), magnitude (N,). The tuned row is
+    weight (N, K), dense or quantized, lora_A (R, K), lora_B (N, R), magnitude (N,). The tuned row is
     v = w + d, d = scaling * lora_B @ lora_A, and with a magnitude v * magnitude / |v|: its norm is |magnitude|, or 0
     where v is a row of zeros, and a negative magnitude turns it round.
 
@@ -86,7 +86,7 @@ def adapter_change(
 
 @torch.no_grad()
 def weight_change(weight: Weight, tuned: Weight) -> Change:
-    """The change from weight (N, K) to tuned (N, K), each dense or quantised.
+    """The change from weight (N, K) to tuned (N, K), each dense or quantized.
 
     Raises ValueError where shapes do not fit or a value is not finite.
     """

@@ -20,7 +20,7 @@ def analyze_model(
 ) -> Analysis:
     """The change of every linear layer with an active LoRA or DoRA adapter of PEFT's, over the base weight beneath it.
 
-    The base may be quantised. With `pretrained`, a model of the same modules: the change from its 2-D parameters to
+    The base may be quantized. With `pretrained`, a model of the same modules: the change from its 2-D parameters to
     those of `model`. checkpoint: the name of the points. Adapter layers that cannot be analysed are named in
     the result.
 

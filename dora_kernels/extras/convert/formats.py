@@ -169,7 +169,7 @@ _ROWS = (
         InHeader(uniform=True),
         bias="either",
     ),
-    # the names of its modules, which it writes over a quantised base; over a dense one it writes peft
+    # the names of its modules, which it writes over a quantized base; over a dense one it writes peft
     Format("automodel", "lora_A.weight", "lora_B.weight", "lora_magnitude", InConfig(), folder=True),
     Format("dora_kernels", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", InHeader()),
 )

@@ -71,7 +71,7 @@ class DvoraLinear(MergeableLinear):
     Trained are vera_lambda_d (R,), vera_lambda_b (N,) and vera_magnitude_vector (N,). With dropout p > 0, in training
     the adapter sees dropout(x) and the base layer x, as in PEFT's DoRA.
 
-    State dict: weight, bias (as nn.Linear, not over a quantised layer: that is the submodule base_layer), the three
+    State dict: weight, bias (as nn.Linear, not over a quantized layer: that is the submodule base_layer), the three
     above, and projection.vera_A, projection.vera_B if the projection is saved.
 
     projection is a submodule, the same object in every layer: moves, casts and deepcopy of a model keep it shared.
@@ -106,7 +106,7 @@ class DvoraLinear(MergeableLinear):
     ) -> "DvoraLinear":
         """A layer that computes what `linear` does and shares its weight and bias, which it freezes.
 
-        A layer that bitsandbytes, torchao or HQQ has quantised becomes the submodule base_layer. Raises ValueError for
+        A layer that bitsandbytes, torchao or HQQ has quantized becomes the submodule base_layer. Raises ValueError for
         other layers, for one that is larger than the projection or elsewhere, and for numbers that make no sense.
         """
         layer = cls.__new__(cls)

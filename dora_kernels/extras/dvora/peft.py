@@ -37,7 +37,7 @@ def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
     it loads into a VeRA model: convert first, then load. PEFT's shared vera_A and vera_B stay what they are.
 
     Raises ValueError, and changes nothing, unless every VeRA layer that has the adapter can be computed here: over
-    nn.Linear, Conv1D, or a layer quantised by bitsandbytes, torchao or HQQ, unmerged, without hooks. ImportError where
+    nn.Linear, Conv1D, or a layer quantized by bitsandbytes, torchao or HQQ, unmerged, without hooks. ImportError where
     PEFT saves a VeRA layer's own parameters alone.
     """
     if not hasattr(tuners_utils, "_get_tuner_state_dict_key_prefixes"):
