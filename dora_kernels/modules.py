@@ -52,12 +52,12 @@ class MergeableLinear(nn.Module):
         return None
 
     def train(self, mode: bool = True) -> "MergeableLinear":
-        """As nn.Module.train; a change of mode ends what `frozen_adapters` reuses."""
+        """nn.Module.train; a change of mode ends what `frozen_adapters` reuses."""
         reuse.mode_set(self, mode)
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **keywords: Any) -> "MergeableLinear":
-        """As nn.Module._apply, through which moves and casts go."""
+        """nn.Module._apply, through which moves and casts go; it ends what `frozen_adapters` reuses."""
         reuse.invalidate(self)
         return super()._apply(*arguments, **keywords)
 
@@ -255,7 +255,7 @@ class DoraLinear(MergeableLinear):
             self.lora_magnitude_vector.copy_(norm)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
-        """As MergeableLinear.factors."""
+        """lora_A, lora_B, magnitude and scaling."""
         return self.lora_A.weight, self.lora_B.weight, self.lora_magnitude_vector, self.scaling
 
     def forward(self, x: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class DoraLinear(MergeableLinear):
         )
 
     def adapter_operands(self) -> DoraWeight | None:
-        """As MergeableLinear.adapter_operands; None while merged."""
+        """The inputs of the norm, for `frozen_adapters`; None while merged."""
         return None if self.merged else self._adapted(self.base()[0])
 
     def extra_repr(self) -> str:

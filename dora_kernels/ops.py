@@ -30,7 +30,7 @@ calls: collections.Counter[tuple[str, str]] = collections.Counter()
 _library = torch.library.Library("dora_kernels", "DEF")
 
 OPERATORS: dict[str, Callable[..., Any]] = {}
-"""What runs behind each operator, by its name."""
+"""The function behind each operator, by its name."""
 
 
 def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
@@ -63,7 +63,7 @@ def _steps(operator: str, requested: str, *operands: Weight | None) -> Steps:
 
 
 def is_autocast(device_type: str) -> bool:
-    """Whether autocast is on for a device; meta has none, and asking is an error there.
+    """True if autocast is on for a device; meta has none, and asking is an error there.
 
     So it is on lazy, vulkan and mkldnn, where this raises torch's RuntimeError: no layer is run there.
     torch.amp.is_autocast_available would ask more generally, and breaks the graph of torch.compile in torch 2.11.

@@ -1,4 +1,4 @@
-"""What flows between the rooms: a layer's weight, what is given, how a call is computed, and what comes of it.
+"""The values that flow between the rooms: a layer's weight, what is given, how a call is computed, its results.
 
 NamedTuples without state, which torch.compile traces.
 
@@ -25,7 +25,7 @@ class DoraWeight(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What was made before a call and is handed in; of what is None, the call makes its own."""
+    """Results made before a call and handed in; the call makes its own of those that are None."""
 
     norm: Tensor | None = None  # (N,), the row norms of the direction
     gain: Tensor | None = None  # (N,) = magnitude / norm, given with norm or not at all
@@ -37,7 +37,7 @@ NOTHING_GIVEN = Given()
 
 
 class How(NamedTuple):
-    """How a call is computed. None of it depends on the number of tokens."""
+    """The choices made before a call. None of them depends on the number of tokens."""
 
     base_dtype: torch.dtype  # in which x meets the weight
     dtype: torch.dtype  # in which x meets the adapter
@@ -74,7 +74,7 @@ class Forward(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What a forward pass leaves for its backward pass."""
+    """The tensors that a forward pass leaves for its backward pass."""
 
     x: Tensor | None  # (M, K), what the adapter saw
     norm: Tensor  # (N,)
@@ -87,7 +87,7 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward pass has to compute."""
+    """The gradients that a backward pass has to compute."""
 
     x: bool
     x_dropped: bool
@@ -96,7 +96,7 @@ class Needs(NamedTuple):
     magnitude: bool
     bias: bool
     low: bool = False
-    """Where the forward pass was given low: dA falls out of dlow, elsewhere."""
+    """True if the forward pass was given low: dA is then made from dlow, elsewhere."""
 
 
 class Gradients(NamedTuple):

@@ -19,7 +19,7 @@ from dora_kernels.reference import accumulate_dtype, dense, dora_linear_ref, gai
 from dora_kernels.types import Call, DoraWeight, Forward, Given, Gradients, How, Needs, Saved
 
 Storage = tuple[str, list[int], torch.dtype]
-"""What `quant.flatten_weight` says of a weight beside its tensors, which autograd has to see."""
+"""Format, numbers and dtype of a flattened weight; its tensors are apart, for autograd has to see them."""
 
 
 def folded(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,10 +15,10 @@ from dora_kernels.ops import without_autocast
 
 
 def wanted(dy: Tensor) -> bool:
-    """Whether this backward pass has to be made of torch's own operators, which autograd and torch.func see through.
+    """True if this backward pass has to be made of torch's own operators, which autograd and torch.func see through.
 
-    That is where autograd records it (create_graph=True), where dy is a batch of gradients (is_grads_batched=True,
-    functional.jacobian(vectorize=True), torch.func.vmap over torch.autograd.grad), and where it is a dual tensor.
+    It has to be if autograd records it (create_graph=True), if dy is a batch of gradients (is_grads_batched=True,
+    functional.jacobian(vectorize=True), torch.func.vmap over torch.autograd.grad), and if dy is a dual tensor.
     """
     if torch.is_grad_enabled():
         return True
@@ -29,12 +29,12 @@ def wanted(dy: Tensor) -> bool:
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether `tensor` is a batch that looks like one tensor; so may any be inside a transform of torch.func."""
+    """True if `tensor` may be a batch that looks like one tensor; inside a transform of torch.func any may be."""
     return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def is_dual(tensor: Tensor) -> bool:
-    """Whether `tensor` carries a tangent of forward-mode AD."""
+    """True if `tensor` carries a tangent of forward-mode AD."""
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 

@@ -134,7 +134,7 @@ def _how(
     norm_grad: bool,
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> How:
-    """How a call is computed that saves what the gradients wanted of it need. dtypes: `operand_dtypes`."""
+    """The How of a call that saves what the gradients wanted of it need. dtypes: `operand_dtypes`."""
     options, (base_dtype, dtype) = current_options(), dtypes
     exact, dropped = options.precision == "exact", x_dropped is not None
     save, needs_B = "", False

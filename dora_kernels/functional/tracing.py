@@ -1,4 +1,4 @@
-"""Who else looks at the operators that run now: a graph that somebody makes of them, or a transform of torch.func.
+"""Questions about who else sees the operators that run now: a graph being made of them, or a transform of torch.func.
 
 Asked in the calls of layers, so of torch's C++ state: 0.5 us and 0.15 us.
 """
@@ -17,8 +17,8 @@ _transformed = torch._C._are_functorch_transforms_active
 
 
 def is_traced() -> bool:
-    """Whether the operators that run now may go into a graph: torch.compile, torch.export, torch.jit.trace, make_fx,
-    and both ways to ONNX, which are made of these.
+    """True if the operators that run now may go into a graph: of torch.compile, torch.export, torch.jit.trace, make_fx,
+    or of either way to ONNX, which uses one of these.
 
     True under any TorchDispatchMode, too: whether it counts operators (FlopCounterMode, selective checkpointing) or
     records them cannot be asked. Fake tensors are made under one. A CUDA graph is no graph of operators, and is asked
@@ -33,7 +33,7 @@ def is_traced() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func (grad, vmap, jvp, functionalize) or forward-mode AD gives tensors another meaning now.
+    """True if torch.func (grad, vmap, jvp, functionalize) or forward-mode AD gives tensors another meaning now.
 
     Dynamo can trace this, with the transforms inside a compiled function. Forward-mode AD is for all threads: what
     another one has begun is seen here, too, and whether it means this call its tensors say (`may_carry_tangents`).
@@ -42,7 +42,7 @@ def is_transformed() -> bool:
 
 
 def may_carry_tangents(x: object, others: Callable[[], Iterable[object]]) -> bool:
-    """Whether what is transformed now means a call with x and others(): 5 us for each, under forward-mode AD.
+    """True if the transform in force may concern a call with x and others(). Takes 5 us each, under forward-mode AD.
 
     True where that cannot be asked: inside torch.func, while torch.compile traces, of subclasses of tensors. There the
     others are not even read: Dynamo of torch 2.11 fails at a parameter that torch.func has put in its place.

@@ -1,4 +1,4 @@
-"""What every public function asks of its arguments: ValueError where shapes, dtypes, devices or scaling do not fit."""
+"""Checks of every public function's arguments: ValueError if shapes, dtypes, devices or scaling do not fit."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ from dora_kernels.quant.parts import FLOATING
 
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
 DROPOUTS = ("adapter", "lora")
-"""What dropout may fall on: all that an adapter adds, or its low-rank product alone."""
+"""The targets of dropout: all that an adapter adds, or its low-rank product alone."""
 LARGEST = {dtype: torch.finfo(dtype).max for dtype in FLOATING}
 """The largest finite number of each dtype."""
 _ZERO_IN_FLOAT32 = 2.0**-150
-"""What is no larger rounds to 0 in float32: half its smallest number."""
+"""Half of float32's smallest number: it, and all that is smaller, rounds to 0 in float32."""
 _MOST_ELEMENTS = 2**60
 """Of a matrix: of more, torch cannot say how many bytes they are."""
 
@@ -115,7 +115,7 @@ def check_scaling(function: str, scaling: float, dtype: torch.dtype) -> float:
 
 
 def why_not_scaling(scaling: object, dtype: torch.dtype) -> str | None:
-    """Why `scaling` is no number with which tensors of dtype can be multiplied; None if it is."""
+    """The reason that tensors of dtype cannot be multiplied with `scaling`; None if they can."""
     largest = LARGEST[torch.float64 if dtype == torch.float64 else torch.float32]
     # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes
     if _is_number(scaling) and -largest <= scaling <= largest:

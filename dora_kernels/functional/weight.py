@@ -1,4 +1,4 @@
-"""What is made of the weight and its adapter alone: the norm, the merged weight, and the weight out of a merged one."""
+"""Functions of the weight and its adapter alone: the norm, the merged weight, and the weight out of a merged one."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from dora_kernels.reference import gain_of
 from dora_kernels.types import DoraWeight
 
 ROWS_SHOWN = 8
-"""How many rows an error names."""
+"""The number of rows that an error names."""
 
 
 def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, *, norm_grad: bool = False) -> Tensor:
