@@ -172,7 +172,8 @@ def merged_against_split(bench: Bench) -> list[Row]:
                 with torch.no_grad(), dora_kernels.options(way=way):
                     ms[way] = bench.graph_ms(forward)
             shape = plan.Shape.of(o.x, o.weight, o.lora_A)
-            planner = plan.forward_way("auto", "", False, shape, plan.device_model(facts), must_split=False, wide=False)
+            asks = {"needs_base": False, "adapters_are_wider": False}
+            planner = plan.forward_way("auto", False, shape, plan.device_model(facts), **asks)
             rows.append({"M": case.M, "N": case.N, "K": case.K, "R": case.R, "ms": ms, "planner": planner})
     return rows
 

@@ -101,9 +101,9 @@ def choices(rows: Rows, device: plan.Device) -> list[bool]:
     for case, ways in times.items():
         precision = PRECISIONS[case.precision]
         shape = plan.Shape(case.M, case.N, case.K, case.R, precision.dtype.itemsize)
-        wide = precision.adapter_dtype != precision.dtype and not precision.autocast
+        wider = precision.adapter_dtype != precision.dtype and not precision.autocast
         if len(ways) == 2:
-            picked = plan.forward_way("auto", "", True, shape, device, must_split=False, wide=wide)
+            picked = plan.forward_way("auto", True, shape, device, needs_base=False, adapters_are_wider=wider)
             right.append(ways[picked] <= 1.03 * min(ways.values()))
     return right
 

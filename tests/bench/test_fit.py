@@ -55,7 +55,7 @@ def test_the_constants_are_found_again(kernel_rows):
 
 def test_the_way_that_is_faster_is_the_right_one():
     shape = plan.Shape(32768, 4096, 4096, 64, 2)
-    assert plan.forward_way("auto", "", True, shape, TRUE, must_split=False, wide=False) == "merged"
+    assert plan.forward_way("auto", True, shape, TRUE, needs_base=False, adapters_are_wider=False) == "merged"
     # at 16 tokens split is picked: right, wrong, and too close to call
     for split, merged, right in ((1.0, 2.0, True), (2.0, 1.0, False), (1.02, 1.0, True)):
         rows = layer_rows("split", {16: split}) + layer_rows("merged", {16: merged})

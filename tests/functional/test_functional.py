@@ -49,7 +49,7 @@ def test_as_exact_as_pytorch(dtypes, way, backend):
         if shape in LARGE_SHAPES:
             ratios += [comparison.ratio for comparison in comparisons]
     if way == "merged" and dtypes[0] != dtypes[1]:
-        return  # asked for by name only: the merged weight rounds the wider adapters (see plan.kept_tensor)
+        return  # asked for by name only: the merged weight rounds the wider adapters (see plan.saved_tensor)
     assert geometric_mean(ratios) <= MEAN_RATIO
 
 
