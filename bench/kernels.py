@@ -104,15 +104,15 @@ class KernelOperands:
 
 def _token_sums(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
     dB, dmagnitude, dbias = torch.empty_like(o.lora_B), torch.empty_like(o.norm), torch.empty_like(o.bias)
-    given = {"gain": o.gain, "kept": o.base, "norm": o.norm, "lora_B": o.lora_B}
-    steps.token_sums(o.dy, o.low, SCALING, outer=dB, dmagnitude=dmagnitude, dbias=dbias, **given)
+    given = {"gain": o.gain, "saved": o.base, "norm": o.norm, "lora_B": o.lora_B}
+    steps.token_sums(o.dy, o.low, SCALING, dB=dB, dmagnitude=dmagnitude, dbias=dbias, **given)
     return {"dB": dB, "dmagnitude": dmagnitude, "dbias": dbias}
 
 
 def _column_sums(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
     """The sums beside dB: all that the kernel forms where dB is a product of the library (plan.outer_by_kernel)."""
     dmagnitude, dbias = torch.empty_like(o.norm), torch.empty_like(o.bias)
-    steps.token_sums(o.dy, None, SCALING, gain=o.gain, kept=o.base, norm=o.norm, dmagnitude=dmagnitude, dbias=dbias)
+    steps.token_sums(o.dy, None, SCALING, gain=o.gain, saved=o.base, norm=o.norm, dmagnitude=dmagnitude, dbias=dbias)
     return {"dmagnitude": dmagnitude, "dbias": dbias}
 
 

@@ -125,14 +125,14 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
             dy,
             low if dB is not None or lacks_low_rank else None,
             scaling,
-            outer=dB,
+            dB=dB,
             gain=gain,
-            kept=saved_tensor if dmagnitude is not None else None,
+            saved=saved_tensor if dmagnitude is not None else None,
             norm=norm,
             lora_B=lora_B if lacks_low_rank else None,
             dmagnitude=dmagnitude,
             dbias=dbias,
-            scaled=dz,
+            dz=dz,
         )
     if needs.low:
         dlow = steps.project(dy, lora_B.T, scale=gain * scaling)
@@ -242,14 +242,14 @@ def rescale_backward(
             dy,
             low if needs_B or needs_gain else None,
             scaling,
-            outer=dB,
+            dB=dB,
             gain=gain,
-            kept=base if needs_gain else None,
+            saved=base if needs_gain else None,
             norm=torch.ones_like(gain) if needs_gain else None,
             lora_B=B if needs_gain else None,
             dmagnitude=dgain,
             dbias=dbias,
-            scaled=None if residual else dbase,
+            dz=None if residual else dbase,
         )
     if needs_base and residual:
         torch.mul(dy, gain - 1, out=dbase)  # not rounded before dy is taken off

@@ -165,74 +165,74 @@ def _scale_columns(matrix: Tensor, gain: Tensor, bias: Tensor | None, out: Tenso
     return out
 
 
-def _column_sums(columns: Tensor, kept: Tensor | None, plain: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(sum_m columns * kept unless kept is None, sum_m columns if plain), (N,) in dtype; what is not wanted is 0.
+def _column_sums(dy: Tensor, saved: Tensor | None, plain: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(sum_m dy * saved unless saved is None, sum_m dy if plain), (N,) in dtype; what is not wanted is 0.
 
     On a CPU in half precision the backward pass of that batch norm: half the time of converted blocks. It adds token
     after token: over 32768 of them 3e-6 is lost, where torch.sum loses 2e-7, too much in float32 alone.
     """
-    zero = columns.new_zeros(columns.shape[1], dtype=dtype)
-    half = columns.dtype in (torch.bfloat16, torch.float16) and (kept is None or kept.dtype == columns.dtype)
-    if half and columns.device.type == "cpu" and columns.numel() > 0:  # without elements it ends the process: SIGFPE
-        columns, one = columns.contiguous(), torch.ones_like(zero)
-        operands = columns, columns if kept is None else kept, one, zero, one  # dy, z, gain, mean, variance
+    zero = dy.new_zeros(dy.shape[1], dtype=dtype)
+    half = dy.dtype in (torch.bfloat16, torch.float16) and (saved is None or saved.dtype == dy.dtype)
+    if half and dy.device.type == "cpu" and dy.numel() > 0:  # without elements it ends the process: SIGFPE
+        dy, one = dy.contiguous(), torch.ones_like(zero)
+        operands = dy, dy if saved is None else saved, one, zero, one  # dy, z, gain, mean, variance
         wanted = [False, True, True]  # both sums come of one pass
         _, dot, total = torch.ops.aten.native_batch_norm_backward(*operands, None, None, False, 0.0, wanted)
         return dot, total
     dot, total = zero, zero.clone()
-    for rows, block in _accumulate_blocks(columns, dtype):
+    for rows, block in _accumulate_blocks(dy, dtype):
         if plain:
             total += block.sum(0)
-        if kept is not None:
-            dot += block.mul_(kept[rows]).sum(0)
+        if saved is not None:
+            dot += block.mul_(saved[rows]).sum(0)
     return dot, total
 
 
-def _outer_of_scaled(scale: Tensor, product: Tensor, columns: Tensor, low: Tensor) -> Tensor:
-    """(scale * columns)^T low, (N, R), from product = columns^T low.
+def _dB_of_dz(scale: Tensor, product: Tensor, dy: Tensor, low: Tensor) -> Tensor:
+    """(scale * dy)^T low, (N, R), from product = dy^T low.
 
     An infinite scale may not leave the sum: that of inf and -inf is NaN, and so is inf * 0. Those rows are summed once
     more; on a GPU, which would have to be waited for to know of them, they are NaN throughout.
     """
-    outer, infinite = scale[:, None] * product, scale.isinf()
+    dB, infinite = scale[:, None] * product, scale.isinf()
     if scale.device.type != "cpu":
-        outer.masked_fill_(infinite[:, None], torch.nan)
+        dB.masked_fill_(infinite[:, None], torch.nan)
     elif infinite.any():
-        outer[infinite] = (scale[infinite] * columns[:, infinite].to(scale.dtype)).T @ low.to(scale.dtype)
-    return outer
+        dB[infinite] = (scale[infinite] * dy[:, infinite].to(scale.dtype)).T @ low.to(scale.dtype)
+    return dB
 
 
 def token_sums(
-    columns: Tensor,
+    dy: Tensor,
     low: Tensor | None,
     scaling: float,
     *,
-    outer: Tensor | None = None,
+    dB: Tensor | None = None,
     gain: Tensor | None = None,
-    kept: Tensor | None = None,
+    saved: Tensor | None = None,
     norm: Tensor | None = None,
     lora_B: Tensor | None = None,
     dmagnitude: Tensor | None = None,
     dbias: Tensor | None = None,
-    scaled: Tensor | None = None,
+    dz: Tensor | None = None,
 ) -> None:
-    """Sums over the tokens of columns (M, N), written into the tensors given.
+    """Sums over the tokens of dy (M, N), written into the tensors given.
 
-    outer (N, R) = scaling * gain * columns^T low;  dbias (N,) = sum_m columns;  scaled (M, N) = gain * columns;
-    dmagnitude (N,) = (sum_m columns * kept + scaling * rowsum((columns^T low) * lora_B)) / norm, 0 where norm is 0,
-    without the low-rank term where lora_B is None (kept then is gain-free z and not base).
+    dB (N, R) = scaling * gain * dy^T low;  dbias (N,) = sum_m dy;  dz (M, N) = gain * dy;
+    dmagnitude (N,) = (sum_m dy * saved + scaling * rowsum((dy^T low) * lora_B)) / norm, 0 where norm is 0,
+    without the low-rank term where lora_B is None (saved then is gain-free z and not base).
     """
-    accumulate = accumulate_dtype(columns.dtype)
-    if scaled is not None:
-        _scale_columns(columns, gain, None, scaled)
-    if outer is not None and lora_B is None and scaled is not None and scaled.dtype == low.dtype:
-        outer.copy_(outer_product(scaled, low, scaling, outer.dtype))
+    accumulate = accumulate_dtype(dy.dtype)
+    if dz is not None:
+        _scale_columns(dy, gain, None, dz)
+    if dB is not None and lora_B is None and dz is not None and dz.dtype == low.dtype:
+        dB.copy_(outer_product(dz, low, scaling, dB.dtype))
     elif low is not None:
-        product = matmul(columns.to(low.dtype).T, low, accumulate)
-        if outer is not None:
-            outer.copy_(scaling * product if gain is None else _outer_of_scaled(scaling * gain, product, columns, low))
+        product = matmul(dy.to(low.dtype).T, low, accumulate)
+        if dB is not None:
+            dB.copy_(scaling * product if gain is None else _dB_of_dz(scaling * gain, product, dy, low))
     if dmagnitude is not None or dbias is not None:
-        dot, total = _column_sums(columns, None if dmagnitude is None else kept, dbias is not None, accumulate)
+        dot, total = _column_sums(dy, None if dmagnitude is None else saved, dbias is not None, accumulate)
     if dmagnitude is not None:
         if lora_B is not None:
             # nor may an infinite lora_B leave the sum over the tokens: NaN, as its norm makes of it anyway

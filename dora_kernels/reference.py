@@ -178,36 +178,36 @@ def merged_forward(
 
 
 def token_sums(
-    columns: Tensor,
+    dy: Tensor,
     low: Tensor | None,
     scaling: float,
     *,
-    outer: Tensor | None = None,
+    dB: Tensor | None = None,
     gain: Tensor | None = None,
-    kept: Tensor | None = None,
+    saved: Tensor | None = None,
     norm: Tensor | None = None,
     lora_B: Tensor | None = None,
     dmagnitude: Tensor | None = None,
     dbias: Tensor | None = None,
-    scaled: Tensor | None = None,
+    dz: Tensor | None = None,
 ) -> None:
-    """Sums over the tokens of columns (M, N), written into the tensors given.
+    """Sums over the tokens of dy (M, N), written into the tensors given.
 
-    outer (N, R) = scaling * gain * columns^T low;  dbias (N,) = sum_m columns;  scaled (M, N) = gain * columns;
-    dmagnitude (N,) = (sum_m columns * kept + scaling * rowsum((columns^T low) * lora_B)) / norm, 0 where norm is 0,
-    without the low-rank term where lora_B is None (kept then is gain-free z and not base).
+    dB (N, R) = scaling * gain * dy^T low;  dbias (N,) = sum_m dy;  dz (M, N) = gain * dy;
+    dmagnitude (N,) = (sum_m dy * saved + scaling * rowsum((dy^T low) * lora_B)) / norm, 0 where norm is 0,
+    without the low-rank term where lora_B is None (saved then is gain-free z and not base).
     """
-    columns = columns.to(accumulate_dtype(columns.dtype))
-    gained = columns if gain is None else gain * columns
-    if outer is not None:
-        outer.copy_(scaling * gained.T @ low.to(columns.dtype))
-    if scaled is not None:
-        scaled.copy_(gained)
+    dy = dy.to(accumulate_dtype(dy.dtype))
+    gained = dy if gain is None else gain * dy
+    if dB is not None:
+        dB.copy_(scaling * gained.T @ low.to(dy.dtype))
+    if dz is not None:
+        dz.copy_(gained)
     if dbias is not None:
-        dbias.copy_(columns.sum(0))
+        dbias.copy_(dy.sum(0))
     if dmagnitude is not None:
-        z = kept if lora_B is None else kept + scaling * low.to(columns.dtype) @ lora_B.to(columns.dtype).T
-        dmagnitude.copy_(over_norm((columns * z).sum(0), norm))
+        z = saved if lora_B is None else saved + scaling * low.to(dy.dtype) @ lora_B.to(dy.dtype).T
+        dmagnitude.copy_(over_norm((dy * z).sum(0), norm))
 
 
 def outer_product(left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype) -> Tensor:

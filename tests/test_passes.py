@@ -220,7 +220,7 @@ def test_under_autocast_every_operand_is_in_autocasts_dtype(norm_grad, dropout, 
                 key: value for key, value in given.items() if isinstance(value, torch.Tensor) and value.dim() == 2
             }
             # what a step writes has the dtype of its gradient
-            wide.extend((name, key) for key in tensors.keys() - {"outer"} if tensors[key].dtype != torch.bfloat16)
+            wide.extend((name, key) for key in tensors.keys() - {"dB"} if tensors[key].dtype != torch.bfloat16)
             bias = given.get("bias")
             wide.extend([(name, "bias")] if bias is not None and bias.dtype != torch.bfloat16 else [])
             return function(*arguments, **keywords)

@@ -73,7 +73,7 @@ def test_many_tokens_in_float32_are_summed_as_exactly_as_by_torch():
 def test_a_low_that_is_wider_than_the_columns_is_not_rounded_to_them():
     problem = Problem.random(64, 40, 36, 6, torch.bfloat16, torch.float32)
     low, gain = problem.x.float() @ problem.lora_A.T, torch.rand(40, device=DEVICE)
-    outer, scaled = torch.empty_like(problem.lora_B), torch.empty_like(problem.dy)
-    pytorch.token_sums(problem.dy, low, 0.75, outer=outer, gain=gain, scaled=scaled)
+    dB, dz = torch.empty_like(problem.lora_B), torch.empty_like(problem.dy)
+    pytorch.token_sums(problem.dy, low, 0.75, dB=dB, gain=gain, dz=dz)
     exact = 0.75 * gain[:, None] * (problem.dy.double().T @ low.double())
-    assert (outer - exact).norm() < 1e-6 * exact.norm()
+    assert (dB - exact).norm() < 1e-6 * exact.norm()

@@ -171,9 +171,9 @@ EXEMPTIONS = (
     ),
     Exemption(
         "token_sums",
-        "columns",
+        "dy",
         "K is odd, as above: these are the columns of x",
-        lambda one: not one.aligned("columns.stride_0"),
+        lambda one: not one.aligned("dy.stride_0"),
     ),
     Exemption(
         "norm",
@@ -195,15 +195,15 @@ EXEMPTIONS = (
     ),
     Exemption(
         "token_sums",
-        "columns",
+        "dy",
         "bf16 beside float32 adapters: loaded a step ahead into registers, where it is split for the dot",
-        lambda one: (one.type_of("columns"), one.type_of("low")) == ("*bf16", "*fp32"),
+        lambda one: (one.type_of("dy"), one.type_of("low")) == ("*bf16", "*fp32"),
     ),
     Exemption(
         "token_sums",
-        "columns",
+        "dy",
         "tf32 products want the summed dimension contiguous: transposed on its way, in the 4 bytes of a number",
-        lambda one: one.constants()["DTYPES"].precision == "tf32x3" and one.type_of("columns") == "*fp32",
+        lambda one: one.constants()["DTYPES"].precision == "tf32x3" and one.type_of("dy") == "*fp32",
     ),
 )
 

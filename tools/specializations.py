@@ -283,7 +283,7 @@ class Specialization:
         return any(kind != "constexpr" for kind in kinds)
 
     def flags(self) -> str:
-        """The optional parts that are compiled in: "low kept total", and before them the format of a weight."""
+        """The optional parts that are compiled in: "low saved total", and before them the format of a weight."""
         constants = self.constants()
         optional = dict.fromkeys(re.findall(r"([\w.]+) is not None", self.kernel.src))
         present = [name for name in optional if name.partition(".")[0] in self.signature and self.has(name)]

@@ -12,5 +12,5 @@ def outer_product(left: torch.Tensor, right: torch.Tensor, scaling: float, out_d
     if not plan.outer_by_kernel(left.shape[1], same_dtype=right.dtype == left.dtype):
         return gemm.outer_product(left, right, scaling, out_dtype)
     result = right.new_empty((left.shape[1], right.shape[1]), dtype=out_dtype)
-    token_sums(right, left, scaling, outer=result.T)
+    token_sums(right, left, scaling, dB=result.T)  # dA^T is to x what dB is to dy
     return result

@@ -33,7 +33,7 @@ def _fold_rows(tile, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 class Sums(NamedTuple):
     """Partial sums over the tokens, one of each split, in DTYPES.accumulate, contiguous; None where not wanted."""
 
-    outer: torch.Tensor | None = None  # (splits, N, R)
+    dB: torch.Tensor | None = None  # (splits, N, R)
     dot: torch.Tensor | None = None  # (splits, N)
     total: torch.Tensor | None = None  # (splits, N)
 
@@ -41,19 +41,19 @@ class Sums(NamedTuple):
 class Results(NamedTuple):
     """The results of the sums; None if not wanted."""
 
-    outer: Matrix | None  # (N, R)
+    dB: Matrix | None  # (N, R)
     dmagnitude: torch.Tensor | None  # (N,), contiguous
     dbias: torch.Tensor | None  # (N,), contiguous
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
 def _token_sums_kernel(
-    columns,  # (M, N)
-    low,  # (M, R), or None without outer
-    kept,  # (M, N), or None without dot
-    gain_ptr,  # (N,) in DTYPES.accumulate, contiguous; read for scaled
+    dy,  # (M, N)
+    low,  # (M, R), or None without dB
+    saved,  # (M, N), or None without dot
+    gain_ptr,  # (N,) in DTYPES.accumulate, contiguous; read for dz
     partial,  # Sums
-    scaled_ptr,  # (M, N), contiguous, or None
+    dz_ptr,  # (M, N), contiguous, or None
     M,
     N,
     R,
@@ -66,11 +66,11 @@ def _token_sums_kernel(
     STAGES: tl.constexpr,
     DTYPES: tl.constexpr,
 ):
-    """Over the split's rows m: outer[n, r] = sum columns[m, n] low[m, r]; dot[n] = sum columns * kept;
-    total[n] = sum columns; and scaled = gain * columns.
+    """Over the split's rows m: dB[n, r] = sum dy[m, n] low[m, r]; dot[n] = sum dy * saved;
+    total[n] = sum dy; and dz = gain * dy.
 
     One program owns a [BLOCK_N, BLOCK_R] tile of one split; what has no r belongs to the first block of r. The blocks
-    of r of one tile start one after the other: they read the same columns, from memory once and then from the L2 cache.
+    of r of one tile start one after the other: they read the same dy, from memory once and then from the L2 cache.
     dot and total are SUM_ROWS sums each until the end: in the loop no thread waits for what another one has summed.
     """
     if low is not None:
@@ -87,41 +87,41 @@ def _token_sums_kernel(
     first = tl.program_id(0) == 0
     end_if_first = tl.where(first, end, start)
     mask_n_if_first = offs_n < tl.where(first, N, 0)
-    outer = tl.zeros([BLOCK_N, BLOCK_R], dtype=DTYPES.accumulate)
+    dB = tl.zeros([BLOCK_N, BLOCK_R], dtype=DTYPES.accumulate)
     dot = tl.zeros([SUM_ROWS, BLOCK_N], dtype=DTYPES.accumulate)
     total = tl.zeros([SUM_ROWS, BLOCK_N], dtype=DTYPES.accumulate)
-    if scaled_ptr is not None:
+    if dz_ptr is not None:
         gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
     for m in tl.range(start, end, BLOCK_M, num_stages=STAGES):
         offs_m = m + tl.arange(0, BLOCK_M).to(tl.int64)
         mask_m = offs_m < end
-        tile = load(columns, offs_m, offs_n, mask_m, mask_n)  # [BLOCK_M, BLOCK_N]
+        tile = load(dy, offs_m, offs_n, mask_m, mask_n)  # [BLOCK_M, BLOCK_N]
         if low is not None:
             low_tile = load(low, offs_m, offs_r, mask_m, mask_r)  # [BLOCK_M, BLOCK_R]
-            outer = add_dot(outer, tl.trans(tile.to(DTYPES.operand)), low_tile, DTYPES)
-        if kept is not None:
-            kept_tile = load(kept, offs_m, offs_n, offs_m < end_if_first, mask_n)  # [BLOCK_M, BLOCK_N]
-            product = tile.to(DTYPES.accumulate) * kept_tile.to(DTYPES.accumulate)
+            dB = add_dot(dB, tl.trans(tile.to(DTYPES.operand)), low_tile, DTYPES)
+        if saved is not None:
+            saved_tile = load(saved, offs_m, offs_n, offs_m < end_if_first, mask_n)  # [BLOCK_M, BLOCK_N]
+            product = tile.to(DTYPES.accumulate) * saved_tile.to(DTYPES.accumulate)
             dot += _fold_rows(product, SUM_ROWS, BLOCK_M, BLOCK_N)
         if partial.total is not None:
             total += _fold_rows(tile.to(DTYPES.accumulate), SUM_ROWS, BLOCK_M, BLOCK_N)
-        if scaled_ptr is not None:
-            scaled = gain[None, :] * tile.to(DTYPES.accumulate)
-            pointers = scaled_ptr + offs_m[:, None] * N + offs_n[None, :]
+        if dz_ptr is not None:
+            dz = gain[None, :] * tile.to(DTYPES.accumulate)
+            pointers = dz_ptr + offs_m[:, None] * N + offs_n[None, :]
             mask = (offs_m < end_if_first)[:, None] & mask_n[None, :]
-            tl.store(pointers, scaled.to(scaled_ptr.dtype.element_ty), mask=mask)
+            tl.store(pointers, dz.to(dz_ptr.dtype.element_ty), mask=mask)
     if low is not None:
-        pointers = partial.outer + (split * N + offs_n)[:, None] * R + offs_r[None, :]
-        tl.store(pointers, outer, mask=mask_n[:, None] & mask_r[None, :])
-    if kept is not None:
+        pointers = partial.dB + (split * N + offs_n)[:, None] * R + offs_r[None, :]
+        tl.store(pointers, dB, mask=mask_n[:, None] & mask_r[None, :])
+    if saved is not None:
         tl.store(partial.dot + split * N + offs_n, tl.sum(dot, axis=0), mask=mask_n_if_first)
     if partial.total is not None:
         tl.store(partial.total + split * N + offs_n, tl.sum(total, axis=0), mask=mask_n_if_first)
 
 
 @triton.jit
-def _outer_of_scaled(
-    columns,  # (M, N)
+def _dB_of_dz(
+    dy,  # (M, N)
     low,  # (M, R)
     gain,  # [BLOCK_N]
     offs_n,
@@ -130,22 +130,22 @@ def _outer_of_scaled(
     mask_r,
     M,
 ):
-    """sum_m (gain[n] * columns[m, n]) * low[m, r], [BLOCK_N, BLOCK_R], one token after the other."""
-    columns_ptrs = columns.ptr + offs_n * columns.stride_1
+    """sum_m (gain[n] * dy[m, n]) * low[m, r], [BLOCK_N, BLOCK_R], one token after the other."""
+    dy_ptrs = dy.ptr + offs_n * dy.stride_1
     low_ptrs = low.ptr + offs_r * low.stride_1
-    outer = tl.zeros([offs_n.shape[0], offs_r.shape[0]], dtype=gain.dtype)
+    dB = tl.zeros([offs_n.shape[0], offs_r.shape[0]], dtype=gain.dtype)
     for _ in range(0, M):
-        columns_row = tl.load(columns_ptrs, mask=mask_n, other=0.0).to(gain.dtype)  # [BLOCK_N]
+        dy_row = tl.load(dy_ptrs, mask=mask_n, other=0.0).to(gain.dtype)  # [BLOCK_N]
         low_row = tl.load(low_ptrs, mask=mask_r, other=0.0).to(gain.dtype)  # [BLOCK_R]
-        outer += (gain * columns_row)[:, None] * low_row[None, :]
-        columns_ptrs += columns.stride_0
+        dB += (gain * dy_row)[:, None] * low_row[None, :]
+        dy_ptrs += dy.stride_0
         low_ptrs += low.stride_0
-    return outer
+    return dB
 
 
-@triton.jit(do_not_specialize=["M", "outer_splits", "splits"])
+@triton.jit(do_not_specialize=["M", "dB_splits", "splits"])
 def _finish_sums_kernel(
-    columns,  # (M, N)
+    dy,  # (M, N)
     low,  # (M, R), or None
     partial,  # Sums
     lora_B,  # (N, R), or None where dot lacks nothing
@@ -155,22 +155,22 @@ def _finish_sums_kernel(
     M,
     N,
     R,
-    outer_splits,
+    dB_splits,
     splits,
     scaling,
     ACC_DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """outer = scaling * gain * sum of outer; dmagnitude = dot / norm, 0 where norm is 0; dbias = total.
+    """dB = scaling * gain * sum of the partial dB; dmagnitude = dot / norm, 0 where norm is 0; dbias = total.
 
-    Where the kept tensor was base, the low-rank part of dot is scaling * sum_r outer[n, r] lora_B[n, r]. The splits are
-    summed in order. An infinite gain stays in the sum (inf - inf and inf * 0 are NaN): columns and low are read for it.
+    Where the saved tensor was base, the low-rank part of dot is scaling * sum_r dB[n, r] lora_B[n, r]. The splits are
+    summed in order. An infinite gain stays in the sum (inf - inf and inf * 0 are NaN): dy and low are read for it.
     """
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
     # by a name of its own: in a loop, Triton 3.6 compares no tuple with None that stands in another
-    result = results.outer
+    result = results.dB
     if result is not None and gain_ptr is not None:
         gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
         is_infinite = tl.abs(gain) == float("inf")
@@ -181,22 +181,22 @@ def _finish_sums_kernel(
             offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
             mask_r = offs_r < R
             mask = mask_n[:, None] & mask_r[None, :]
-            outer = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC_DTYPE)
-            for split in range(0, outer_splits):
+            dB = tl.zeros([BLOCK_N, BLOCK_R], dtype=ACC_DTYPE)
+            for split in range(0, dB_splits):
                 rows = split * N + offs_n
-                outer += tl.load(partial.outer + rows[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
+                dB += tl.load(partial.dB + rows[:, None] * R + offs_r[None, :], mask=mask, other=0.0)
             if lora_B is not None:
                 lora_B_tile = load(lora_B, offs_n, offs_r, mask_n, mask_r).to(ACC_DTYPE)  # [BLOCK_N, BLOCK_R]
                 # nor may an infinite lora_B leave the sum over the tokens: NaN, as its norm makes of it anyway
                 lora_B_tile = tl.where(tl.abs(lora_B_tile) == float("inf"), float("nan"), lora_B_tile)
-                low_rank_dot += tl.sum(outer * lora_B_tile, axis=1)
+                low_rank_dot += tl.sum(dB * lora_B_tile, axis=1)
             if result is not None:
                 if gain_ptr is not None:
-                    outer = gain[:, None] * outer
+                    dB = gain[:, None] * dB
                     if any_infinite:
-                        of_scaled = _outer_of_scaled(columns, low, gain, offs_n, offs_r, mask_n, mask_r, M)
-                        outer = tl.where(is_infinite[:, None], of_scaled, outer)
-                store(result, offs_n, offs_r, mask_n, mask_r, scaling * outer)
+                        of_scaled = _dB_of_dz(dy, low, gain, offs_n, offs_r, mask_n, mask_r, M)
+                        dB = tl.where(is_infinite[:, None], of_scaled, dB)
+                store(result, offs_n, offs_r, mask_n, mask_r, scaling * dB)
     if results.dmagnitude is not None:
         dot = add_splits(scaling * low_rank_dot, partial.dot, splits, N, offs_n, mask_n)
         norm = tl.load(norm_ptr + offs_n, mask=mask_n, other=0.0)
@@ -211,36 +211,36 @@ def _finish_sums_kernel(
 
 def _partial_sums(
     launch: Launch,
-    columns: torch.Tensor,
+    dy: torch.Tensor,
     low: torch.Tensor | None,
     gain: torch.Tensor | None,
-    kept: torch.Tensor | None,
+    saved: torch.Tensor | None,
     want_total: bool,
-    scaled: torch.Tensor | None,
+    dz: torch.Tensor | None,
 ) -> Sums:
-    """outer (splits, N, R), dot and total (splits, N) over the tokens of each split, None where not wanted."""
-    M, N = columns.shape
+    """dB (splits, N, R), dot and total (splits, N) over the tokens of each split, None where not wanted."""
+    M, N = dy.shape
     R = 0 if low is None else low.shape[1]
     config = launch.config("token_sums")
     tiles = config.tiles(R)
     blocks_r, blocks_n = max(1, ceil_div(R, tiles["BLOCK_R"])), ceil_div(N, config.BLOCK_N)
     rows_per_split, splits = launch.split(blocks_r * blocks_n, M, config.BLOCK_M, config)
     # as many rows as the threads of a program load at once, 16 bytes each: those between are a thread's own to sum
-    rows_at_once = 16 * launch.threads(config) // (columns.itemsize * config.BLOCK_N)
+    rows_at_once = 16 * launch.threads(config) // (dy.itemsize * config.BLOCK_N)
     # a base in float32 takes the room of two steps more: on sm_120 three would need 102 KB of 99
-    stages = min(config.num_stages, 2) if kept is not None and kept.itemsize > columns.itemsize else config.num_stages
+    stages = min(config.num_stages, 2) if saved is not None and saved.itemsize > dy.itemsize else config.num_stages
 
     def partial(wanted: bool, *shape: int) -> torch.Tensor | None:
-        return columns.new_empty((splits, *shape), dtype=launch.accumulate) if wanted else None
+        return dy.new_empty((splits, *shape), dtype=launch.accumulate) if wanted else None
 
-    sums = Sums(partial(low is not None, N, R), partial(kept is not None, N), partial(want_total, N))
+    sums = Sums(partial(low is not None, N, R), partial(saved is not None, N), partial(want_total, N))
     _token_sums_kernel[blocks_r, blocks_n, splits](
-        matrix(columns),
+        matrix(dy),
         matrix(low),
-        matrix(kept),
+        matrix(saved),
         gain,
         sums,
-        scaled,
+        dz,
         M,
         N,
         R,
@@ -255,49 +255,49 @@ def _partial_sums(
 
 
 def token_sums(
-    columns: torch.Tensor,
+    dy: torch.Tensor,
     low: torch.Tensor | None,
     scaling: float,
     *,
-    outer: torch.Tensor | None = None,
+    dB: torch.Tensor | None = None,
     gain: torch.Tensor | None = None,
-    kept: torch.Tensor | None = None,
+    saved: torch.Tensor | None = None,
     norm: torch.Tensor | None = None,
     lora_B: torch.Tensor | None = None,
     dmagnitude: torch.Tensor | None = None,
     dbias: torch.Tensor | None = None,
-    scaled: torch.Tensor | None = None,
+    dz: torch.Tensor | None = None,
 ) -> None:
-    """Sums over the tokens of columns (M, N), written into the tensors given; as `reference.token_sums`."""
-    M, N = columns.shape
+    """Sums over the tokens of dy (M, N), written into the tensors given; as `reference.token_sums`."""
+    M, N = dy.shape
     R = 0 if low is None else low.shape[1]
-    launch = Launch.of(columns, columns.dtype if low is None else low.dtype)
+    launch = Launch.of(dy, dy.dtype if low is None else low.dtype)
     if N == 0:
         return
-    by_kernel = low is not None and plan.outer_by_kernel(R, same_dtype=low.dtype == columns.dtype)
+    by_kernel = low is not None and plan.outer_by_kernel(R, same_dtype=low.dtype == dy.dtype)
     want_dot, want_total = dmagnitude is not None, dbias is not None
     sums = Sums()
-    if by_kernel or want_dot or want_total or scaled is not None:
-        kept = kept if want_dot else None
-        sums = _partial_sums(launch, columns, low if by_kernel else None, gain, kept, want_total, scaled)
+    if by_kernel or want_dot or want_total or dz is not None:
+        saved = saved if want_dot else None
+        sums = _partial_sums(launch, dy, low if by_kernel else None, gain, saved, want_total, dz)
     if low is not None and not by_kernel:
-        sums = sums._replace(outer=matmul(columns.T, low, launch.accumulate)[None])
-    if outer is None and dmagnitude is None and dbias is None:
+        sums = sums._replace(dB=matmul(dy.T, low, launch.accumulate)[None])
+    if dB is None and dmagnitude is None and dbias is None:
         return
     finish = launch.config("finish_sums")
     splits = len(sums.dot) if want_dot else len(sums.total) if want_total else 0
     _finish_sums_kernel[ceil_div(N, finish.BLOCK_N),](
-        matrix(columns),
+        matrix(dy),
         matrix(low),
         sums,
         matrix(lora_B),
         gain,
         norm,
-        Results(matrix(outer), dmagnitude, dbias),
+        Results(matrix(dB), dmagnitude, dbias),
         M,
         N,
         R,
-        0 if sums.outer is None else len(sums.outer),
+        0 if sums.dB is None else len(sums.dB),
         splits,
         scaling,
         ACC_DTYPE=launch.dtypes.accumulate,

@@ -16,19 +16,19 @@ HALF = (torch.bfloat16, torch.float16)
 def test_sums_over_the_tokens(dtype):
     """Positive numbers, so that a sum is larger than each and would be rounded coarsely."""
     problem = Problem.random(150, 40, 36, 6, dtype)
-    columns, kept, low = problem.dy.abs(), (problem.dy + 1).abs(), (problem.x @ problem.lora_A.T).abs()
+    dy, saved, low = problem.dy.abs(), (problem.dy + 1).abs(), (problem.x @ problem.lora_A.T).abs()
     gain, norm = torch.rand(40, device=DEVICE), 1 + torch.rand(40, device=DEVICE)
     sums = {
-        "outer": torch.empty(40, 6, device=DEVICE),
+        "dB": torch.empty(40, 6, device=DEVICE),
         "dmagnitude": torch.empty(40, device=DEVICE),
         "dbias": torch.empty(40, device=DEVICE),
     }
-    kernels.token_sums(columns, low, 0.75, gain=gain, kept=kept, norm=norm, **sums)
-    columns, kept, low = columns.double(), kept.double(), low.double()
+    kernels.token_sums(dy, low, 0.75, gain=gain, saved=saved, norm=norm, **sums)
+    dy, saved, low = dy.double(), saved.double(), low.double()
     expected = {
-        "outer": 0.75 * gain[:, None] * (columns.T @ low),
-        "dmagnitude": (columns * kept).sum(0) / norm,
-        "dbias": columns.sum(0),
+        "dB": 0.75 * gain[:, None] * (dy.T @ low),
+        "dmagnitude": (dy * saved).sum(0) / norm,
+        "dbias": dy.sum(0),
     }
     for name in sums:
         torch.testing.assert_close(sums[name].double(), expected[name].double(), **TOLERANCE, msg=name)

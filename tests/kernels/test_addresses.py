@@ -79,23 +79,23 @@ def run_epilogue(base, low, lora_B, bias, residual):
     return (kernels.epilogue(base, low, lora_B, torch.arange(1.0, 4.0), bias, 0.75, torch.float32, residual),)
 
 
-def run_token_sums(columns, low, kept, lora_B, outer=None):
-    outer = columns.new_empty(3, 3) if outer is None else outer
-    dmagnitude, dbias, scaled = columns.new_empty(3), columns.new_empty(3), columns.new_empty(3, 3)
+def run_token_sums(dy, low, saved, lora_B, dB=None):
+    dB = dy.new_empty(3, 3) if dB is None else dB
+    dmagnitude, dbias, dz = dy.new_empty(3), dy.new_empty(3), dy.new_empty(3, 3)
     kernels.token_sums(
-        columns,
+        dy,
         low,
         0.75,
-        outer=outer,
+        dB=dB,
         gain=torch.arange(1.0, 4.0),
-        kept=kept,
+        saved=saved,
         norm=torch.arange(2.0, 5.0),
         lora_B=lora_B,
         dmagnitude=dmagnitude,
         dbias=dbias,
-        scaled=scaled,
+        dz=dz,
     )
-    return outer, dmagnitude, dbias, scaled
+    return dB, dmagnitude, dbias, dz
 
 
 # every argument that a launcher takes with its strides; all are 3 long in every axis
@@ -104,7 +104,7 @@ STRIDED = {
     run_merge: {"weight": 2, "lora_A": 2, "lora_B": 2},
     run_project: {"rows": 2, "factor": 2},
     run_epilogue: {"base": 2, "low": 2, "lora_B": 2, "bias": 1, "residual": 2},
-    run_token_sums: {"columns": 2, "low": 2, "kept": 2, "lora_B": 2, "outer": 2},
+    run_token_sums: {"dy": 2, "low": 2, "saved": 2, "lora_B": 2, "dB": 2},
 }
 CASES = [(run, name, axis) for run, names in STRIDED.items() for name, axes in names.items() for axis in range(axes)]
 
@@ -115,11 +115,11 @@ def test_a_stride_of_2_to_the_30(run, name, axis, memory, monkeypatch):
     monkeypatch.setattr("dora_kernels.planning.plan.project_by_kernel", lambda *arguments, **keywords: True)
     generator = torch.Generator().manual_seed(0)
     arguments = {
-        other: torch.randn((3,) * axes, generator=generator) for other, axes in STRIDED[run].items() if other != "outer"
+        other: torch.randn((3,) * axes, generator=generator) for other, axes in STRIDED[run].items() if other != "dB"
     }
     expected = run(**arguments)
-    if name == "outer":  # an output
-        arguments["outer"] = far(memory, (3, 3), axis)
+    if name == "dB":  # an output
+        arguments["dB"] = far(memory, (3, 3), axis)
     else:
         arguments[name] = moved(memory, arguments[name], axis)
     same(run(**arguments), expected)
@@ -229,28 +229,28 @@ def test_epilogue_writes_rows_of_2_to_the_30(memory):
 
 
 @on_cpu
-@pytest.mark.parametrize("output", ("outer", "dot", "total", "scaled"))
+@pytest.mark.parametrize("output", ("dB", "dot", "total", "dz"))
 def test_token_sums_writes_2_to_the_30_apart(output, memory):
     """`split * N` with N = 2^30 for the partial sums, and rows of gain * dy that long."""
     problem = Problem.random(96, 32, 40, 1, torch.float32)
     low, kept = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
-    huge, splits = memory[2**31 :], 1 if output == "scaled" else 3
-    sums = Sums(**{output: huge} if output != "scaled" else {})
-    rows = 3 if output == "scaled" else 96
+    huge, splits = memory[2**31 :], 1 if output == "dz" else 3
+    sums = Sums(**{output: huge} if output != "dz" else {})
+    rows = 3 if output == "dz" else 96
     written = corner(memory, columns=32)
     _token_sums_kernel[1, 1, splits](
-        tile.matrix(problem.dy), tile.matrix(low if output == "outer" else None),
-        tile.matrix(kept if output == "dot" else None), problem.magnitude, sums, huge if output == "scaled" else None,
+        tile.matrix(problem.dy), tile.matrix(low if output == "dB" else None),
+        tile.matrix(kept if output == "dot" else None), problem.magnitude, sums, huge if output == "dz" else None,
         rows, FAR, 1, 32, R_MULTIPLE=1, SUM_ROWS=16, STAGES=2, **tiles("token_sums"),
     )  # fmt: skip
     expected = {
-        "outer": lambda: (problem.dy.T @ low)[:, 0],
+        "dB": lambda: (problem.dy.T @ low)[:, 0],
         "dot": lambda: (problem.dy * kept).sum(0),
         "total": lambda: problem.dy.sum(0),
-        "scaled": lambda: (problem.magnitude * problem.dy)[:3],
+        "dz": lambda: (problem.magnitude * problem.dy)[:3],
     }[output]()
     assert (written != 0).all()
-    torch.testing.assert_close(written if output == "scaled" else written.sum(0), expected)
+    torch.testing.assert_close(written if output == "dz" else written.sum(0), expected)
 
 
 @pytest.mark.parametrize("kernel", ("norm", "norm_high_rank", "project", "token_sums"))

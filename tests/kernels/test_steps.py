@@ -112,14 +112,14 @@ def merged_forward(steps: Steps, o: SimpleNamespace) -> Results:
 
 def token_sums(steps: Steps, o: SimpleNamespace) -> Results:
     """Each sum alone and all of them, from base, which lacks the low-rank product, and from z."""
-    outputs = {"outer": o.lora_B, "dmagnitude": o.magnitude, "dbias": o.bias, "scaled": o.dy}
+    outputs = {"dB": o.lora_B, "dmagnitude": o.magnitude, "dbias": o.bias, "dz": o.dy}
     for wanted, lacks_low_rank in itertools.product((*outputs, ""), (False, True)):
         written = {name: torch.empty_like(like) for name, like in outputs.items() if wanted in (name, "")}
         if "dmagnitude" in written:
-            given = {"gain": o.gain, "kept": o.base, "norm": o.norm, "lora_B": o.lora_B if lacks_low_rank else None}
+            given = {"gain": o.gain, "saved": o.base, "norm": o.norm, "lora_B": o.lora_B if lacks_low_rank else None}
         else:
-            given = {"gain": o.gain if lacks_low_rank or "scaled" in written else None}
-        reads_low = "outer" in written or ("dmagnitude" in written and lacks_low_rank)
+            given = {"gain": o.gain if lacks_low_rank or "dz" in written else None}
+        reads_low = "dB" in written or ("dmagnitude" in written and lacks_low_rank)
         steps.token_sums(o.dy, o.low if reads_low else None, SCALING, **given, **written)
         yield from ((f"{name} of {wanted or 'all'}, {lacks_low_rank=}", tensor) for name, tensor in written.items())
 

@@ -29,11 +29,11 @@ def test_a_rank_of_8_in_rows_of_another_width(width):
     index = torch.arange(33, device=low.device) % 3 - 1
 
     def results(low, lora_B):
-        gain, outer = problem.magnitude, torch.empty_like(problem.lora_B)
-        kernels.token_sums(problem.dy, low, 0.75, outer=outer)
+        gain, dB = problem.magnitude, torch.empty_like(problem.lora_B)
+        kernels.token_sums(problem.dy, low, 0.75, dB=dB)
         bank = lora_B.contiguous()[None], gain[None], gain[:1], None, index
         return (
-            outer,
+            dB,
             kernels.norm(problem.weight, problem.lora_A, lora_B, 0.75)[0],
             kernels.merge(problem.weight, problem.lora_A, lora_B, None, 0.75),
             kernels.project(problem.dy, lora_B.T, gain),

@@ -20,7 +20,7 @@ def test_a_high_rank_sums_its_product_in_the_gemm_library(R, adapter, expected, 
     matmul, dB = module.matmul, torch.empty_like(problem.lora_B)
     monkeypatch.setattr(module, "matmul", lambda *arguments: used.append(arguments) or matmul(*arguments))
     low = problem.x.to(adapter) @ problem.lora_A.T
-    kernels.token_sums(problem.dy, low, 0.75, outer=dB)
+    kernels.token_sums(problem.dy, low, 0.75, dB=dB)
     assert len(used) == expected
     exact = 0.75 * problem.dy.double().T @ low.double()
     assert (dB - exact).norm() <= 4e-3 * exact.norm()

@@ -12,7 +12,7 @@ OPERANDS = {
     "epilogue": ("base", "low", "lora_B", "residual", "bias"),
     "bank_epilogue": ("base", "low", "bias"),
     "grouped_norm": GROUPED,
-    "token_sums": ("dy", "low", "base", "lora_B", "outer"),
+    "token_sums": ("dy", "low", "base", "lora_B", "dB"),
 }
 
 
@@ -35,8 +35,8 @@ def launch(launcher: str, t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return [kernels.bank_epilogue(t["base"], t["low"], lora_B, gain, scaling, t["bias"], index)]
     if launcher == "grouped_norm":
         return list(kernels.grouped_norm(*([t[name], t[name]] for name in GROUPED), [0.75, 0.5]))
-    sums = {"outer": t["outer"], "dmagnitude": torch.empty_like(t["gain"])}
-    keywords = {"gain": t["gain"], "kept": t["base"], "norm": t["gain"], "lora_B": t["lora_B"]}
+    sums = {"dB": t["dB"], "dmagnitude": torch.empty_like(t["gain"])}
+    keywords = {"gain": t["gain"], "saved": t["base"], "norm": t["gain"], "lora_B": t["lora_B"]}
     kernels.token_sums(t["dy"], t["low"], 0.75, **keywords, **sums)
     return list(sums.values())
 
@@ -46,4 +46,4 @@ def tensors_of(problem: Problem) -> dict[str, torch.Tensor]:
     tensors = {name: value for name, value in vars(problem).items() if isinstance(value, torch.Tensor)}
     tensors |= {"base": problem.x @ problem.weight.T, "low": problem.x @ problem.lora_A.T, "residual": problem.dy + 1}
     gain = problem.magnitude.to(torch.promote_types(problem.x.dtype, torch.float32))
-    return tensors | {"gain": gain, "scale": 1 + gain.new_ones(problem.x.shape[1]), "outer": 0 * problem.lora_B}
+    return tensors | {"gain": gain, "scale": 1 + gain.new_ones(problem.x.shape[1]), "dB": 0 * problem.lora_B}

@@ -200,24 +200,24 @@ def _complaints(*results, everything: bool = False) -> list[str]:
 
 
 def test_a_load_in_a_loop_is_asynchronous_and_of_16_bytes():
-    assert not _complaints(_compiled(("1", "columns", 16, True), ("", "columns", 2, False)))
-    found = _complaints(_compiled(("1", "kept", 16, False), ("1.1", "columns", 8, True)))
-    assert found == ["kept is loaded synchronously", "columns is loaded in 8 bytes a thread, expected 16"]
+    assert not _complaints(_compiled(("1", "dy", 16, True), ("", "dy", 2, False)))
+    found = _complaints(_compiled(("1", "saved", 16, False), ("1.1", "dy", 8, True)))
+    assert found == ["saved is loaded synchronously", "dy is loaded in 8 bytes a thread, expected 16"]
 
 
 def test_without_a_loop_all_loads_count():
-    assert _complaints(_compiled(("", "kept", 16, False))) == ["kept is loaded synchronously"]
+    assert _complaints(_compiled(("", "saved", 16, False))) == ["saved is loaded synchronously"]
 
 
 def test_rows_of_8_numbers_may_come_in_halves():
     assert not _complaints(_compiled(("1", "low", 8, True), rank=8))
     assert _complaints(_compiled(("1", "low", 4, True), rank=8))
     assert _complaints(_compiled(("1", "low", 8, True), rank=64))
-    assert _complaints(_compiled(("1", "columns", 8, True), rank=8)), "its rows are long"
+    assert _complaints(_compiled(("1", "dy", 8, True), rank=8)), "its rows are long"
 
 
 def test_loads_that_only_the_machine_code_has_are_noticed():
-    read = _compiled(("1", "columns", 16, True), loops={"": {"LDG.32": 1}, "1": {"LDGSTS.128": 4, "LDG.128": 1}})
+    read = _compiled(("1", "dy", 16, True), loops={"": {"LDG.32": 1}, "1": {"LDGSTS.128": 4, "LDG.128": 1}})
     assert _complaints(read) == ["LDG.128 is not in the PTX"]
     merged = _compiled(("", "weight.pointers[0]", 16, False), name="_merge_kernel", loops={"": {"LDG.8": 1}})
     assert _complaints(merged) == ["LDG.8 is not in the PTX"], "no exemption covers it"
@@ -229,10 +229,12 @@ def test_an_exemption_covers_its_kernel_argument_and_condition_alone(monkeypatch
     )
     monkeypatch.setattr(hot_loops, "EXEMPTIONS", (entry,))
     gather = ("1", "weight.pointers[1]", 2, False)
-    assert not _complaints(_compiled(gather, name="_norm_kernel", FORMAT="hqq4"), everything=True)
-    assert _complaints(_compiled(gather, name="_norm_kernel", FORMAT="dense"))
-    assert _complaints(_compiled(gather, name="_merge_kernel", FORMAT="hqq4"))
-    assert _complaints(_compiled(("1", "weight.pointers[0]", 2, False), name="_norm_kernel", FORMAT="hqq4"))
+    assert not _complaints(_compiled(gather, name="_norm_kernel", FORMAT=SimpleNamespace(name="hqq4")), everything=True)
+    assert _complaints(_compiled(gather, name="_norm_kernel", FORMAT=SimpleNamespace(name="dense")))
+    assert _complaints(_compiled(gather, name="_merge_kernel", FORMAT=SimpleNamespace(name="hqq4")))
+    assert _complaints(
+        _compiled(("1", "weight.pointers[0]", 2, False), name="_norm_kernel", FORMAT=SimpleNamespace(name="hqq4"))
+    )
 
 
 def test_an_exemption_that_nothing_needs_is_complained_of(monkeypatch):

@@ -65,7 +65,7 @@ _NO_FEATURES = "layers without in features may share their lows or not: those ar
 EXCLUDED = (
     Excluded(_TOKEN_SUMS, "_token_sums_kernel", "tl.load(gain_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
-    Excluded(_TOKEN_SUMS, "_outer_of_scaled", "tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_TOKEN_SUMS, "_dB_of_dz", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_PROJECT, "_project_kernel", "tl.load(scale_ptr", ("0.0 -> 1.0",), _MASKED),
     Excluded(_EPILOGUE, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_TILE, "add_splits", "acc += tl.load(", ("0.0 -> 1.0",), _MASKED),
@@ -113,7 +113,7 @@ EXCLUDED = (
     Excluded(_WEIGHT_FUNCTIONS, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
     Excluded(_SERVING, "bank_linear", "F.linear(rows.to(base_dtype)", ("rows.to(", "weight.to("), _LINEAR),
     Excluded(_SERVING, "bank_linear", "check_adapter(", ("1.0",), "a scaling that is checked, and used nowhere"),
-    Excluded(_OPS, "_steps", "tensors[0].device", ("0 -> 1",), _ONE_DEVICE),
+    Excluded(_OPS, "_steps", "operands[0].device", ("0 -> 1",), _ONE_DEVICE),
     Excluded(_OPS, "plain_mode", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
@@ -133,15 +133,17 @@ EXCLUDED = (
     Excluded(_MERGE, "_merge_kernel", "offs_k = k +", ("tl.arange(0, BLOCK_K).to",), _INT64),
     Excluded(_MERGE, "_merge_kernel", "k = tl.", ("tl.program_id(1).to(tl.int64) -> tl.program_id(1)",), _INT64),
     Excluded(_TOKEN_SUMS, "_token_sums_kernel", "product =", ("tile.to(DTYPES.accumulate) -> tile",), _CAST),
-    Excluded(_TOKEN_SUMS, "_token_sums_kernel", "product =", ("kept_tile.to(DTYPES.accumulate) -> kept_tile",), _CAST),
-    Excluded(_TOKEN_SUMS, "_token_sums_kernel", "scaled = gain", ("tile.to(DTYPES.accumulate) -> tile",), _CAST),
-    Excluded(_TOKEN_SUMS, "_token_sums_kernel", "tl.store(", ("scaled.to(",), _CAST),
+    Excluded(
+        _TOKEN_SUMS, "_token_sums_kernel", "product =", ("saved_tile.to(DTYPES.accumulate) -> saved_tile",), _CAST
+    ),
+    Excluded(_TOKEN_SUMS, "_token_sums_kernel", "dz = gain", ("tile.to(DTYPES.accumulate) -> tile",), _CAST),
+    Excluded(_TOKEN_SUMS, "_token_sums_kernel", "tl.store(", ("dz.to(",), _CAST),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "lora_B_tile = load(", ("load(",), _CAST),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "any_infinite =", ("is_infinite.to(tl.int32) -> is_infinite",), _CAST),
     Excluded(
         _TOKEN_SUMS, "_finish_sums_kernel", "axis=0) > 0", ("tl.max(is_infinite.to(tl.int32), axis=0) > 0",), _SPEED
     ),
-    Excluded(_TOKEN_SUMS, "_outer_of_scaled", "tl.load(", ("tl.load(",), _CAST),
+    Excluded(_TOKEN_SUMS, "_dB_of_dz", "tl.load(", ("tl.load(",), _CAST),
     Excluded(_TILE, "store", "tl.store(", ("tile.to(",), _CAST),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "tl.store(", ("dmagnitude.to(", "total.to("), _CAST),
     Excluded(
@@ -162,7 +164,7 @@ EXCLUDED = (
     Excluded(_NORM, "row_squares", "squares += _sum_squares(", ("w.to(DTYPES.accumulate) -> w",), _CAST),
     Excluded(_NORM, "_finish_norm_kernel", "magnitude_tile =", ("load_vector(",), _CAST),
     Excluded(_MERGE, "_merge_kernel", "tl.store(", ("merged.to(",), _CAST),
-    Excluded(_AUTOGRAD, "DoraLinearFunction.backward", ".to(ctx.dropped_dtype)", ("dx_dropped.to(",), _GRADIENT),
+    Excluded(_AUTOGRAD, "DoraLinearFunction.backward", ".to(ctx.dropped_dtype)", ("made.x_dropped.to(",), _GRADIENT),
     Excluded(_PROJECT, "project", "if splits > 1:", ("splits > 1", "1 -> 0"), "a sum of one part is that part"),
     Excluded(_TILE, "Launch.threads", "return", ("config.num_warps *", "self.facts", "64", "32"), _SPLITS),
     Excluded(_EPILOGUE, "epilogue", "ONE_CHUNK=", ("R <=",), _TILES),
@@ -252,7 +254,7 @@ EXCLUDED = (
         _SPEED,
     ),
     Excluded(_PYTORCH, "epilogue", "if low is None and", ("base.dtype == out_dtype",), _SPEED),
-    Excluded(_PYTORCH, "_column_sums", "if half and", ('columns.device.type == "cpu"',), _SPEED),
+    Excluded(_PYTORCH, "_column_sums", "if half and", ('dy.device.type == "cpu"',), _SPEED),
     Excluded(_SHARING, "shared_low", "operand.shape[-1] == 0", ("-1", "1", "0"), _NO_FEATURES),
     Excluded(_SHARING, "_key", "cuda_stream if on_cuda", ("0 -> 1",), "any number, where there is no stream"),
     Excluded(_SHARING, "_key", "stream_capturing", ("on_cuda and",), "nothing is captured where there is no GPU"),
