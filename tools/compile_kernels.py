@@ -4,7 +4,7 @@
     python tools/compile_kernels.py --fast                         # what `make test` runs
     python tools/compile_kernels.py --target sm_120 --kernel norm  # some of it
     python tools/compile_kernels.py --target sm_90 --set epilogue:BLOCK_M=64 --set epilogue:num_warps=4
-    python tools/compile_kernels.py --loops --documented           # the table of loops in docs/performance.md
+    python tools/compile_kernels.py --loops --documented           # the table of loops in docs/machine_code.md
     python tools/compile_kernels.py --loops --target sm_90 --rank 64 --call train --shape 512 4096 4096
 
 What is compiled is what calls of the public functions would launch (specializations.py). The table has one row per
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--every", action="store_true", help="a row per specialisation, and for code outside of loops")
     parser.add_argument("--loops", action="store_true", help="what loops consist of (default: on sm_90)")
-    parser.add_argument("--documented", action="store_true", help="with --loops: the rows of docs/performance.md")
+    parser.add_argument("--documented", action="store_true", help="with --loops: the rows of docs/machine_code.md")
     parser.add_argument(
         "--fast", action="store_true", help="each kernel and format on sm_90, dots on sm_120 and gfx942"
     )

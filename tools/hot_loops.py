@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DocumentedCall:
-    """Calls whose kernels docs/performance.md shows."""
+    """Calls whose kernels docs/machine_code.md shows."""
 
     call: str
     kernels: tuple[str, ...]

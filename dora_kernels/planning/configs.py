@@ -57,7 +57,7 @@ def splits(blocks: int, steps: int, facts: DeviceFacts, config: Config) -> int:
     Programs run in rounds of as many as the device holds by `waves`; the last round takes as long as a full one,
     however few programs it has. 112 tiles are one round on 132 multiprocessors, 85% full; in seven parts they are 784
     programs in six rounds, 99% full. waves is 1 for all of token_sums, though of its sum for dA three programs fit on
-    a multiprocessor, and of the one for R = 64 one (docs/performance.md): if more fit, there are fewer rounds than
+    a multiprocessor, and of the one for R = 64 one (docs/machine_code.md): if more fit, there are fewer rounds than
     counted here. Depends on shapes and device only, so that the order of summation is the same in every call.
     """
     return _fastest_split(max(blocks, 1), steps, facts.multiprocessors * config.waves)
