@@ -96,7 +96,8 @@ def grouped_norm(
     scalings: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
     """norm and gain of many layers, (sum of N,), one after the other."""
-    norms, gains = zip(*map(norm, weights, lora_As, lora_Bs, scalings, magnitudes), strict=True)
+    layers = zip(weights, lora_As, lora_Bs, scalings, magnitudes, strict=True)
+    norms, gains = zip(*(norm(*layer) for layer in layers), strict=True)
     return torch.cat(norms), torch.cat(gains)
 
 

@@ -42,7 +42,7 @@ class How(NamedTuple):
     base_dtype: torch.dtype  # in which x meets the weight
     dtype: torch.dtype  # in which x meets the adapter
     way: str  # options(way=...)
-    save: str  # the tensor that the forward pass saves for dmagnitude, one of plan.intermediate; "" for none
+    save: str  # the tensor that the forward pass saves for dmagnitude, one of plan.INTERMEDIATES; "" for none
     backend: str  # options(backend=...)
     # for the forward pass alone
     save_low: bool = False  # whether it saves low

@@ -128,7 +128,7 @@ def test_what_is_saved_is_what_the_record_says(kind, backend, monkeypatch):
         names = [argument.name for argument in backward._schema.arguments]
         keep, magnitude = names.index("keep"), Gradients._fields.index("magnitude")
         records.append(flat[keep])
-        for record in ("base", "z_gemm", "z_merged"):
+        for record in ("base",) if "dropout" in arguments else ("base", "z_gemm", "z_merged"):
             wrong[record] = backward(*flat[:keep], record, *flat[keep + 1 :])[magnitude]
         return backward(*flat)
 
@@ -160,12 +160,42 @@ def _relative(actual, exact):
 def test_a_record_of_something_else_is_refused(save):
     problem = Problem.random(5, 12, 10, 3, torch.float32)
     how = How(torch.float32, torch.float32, "auto", save, "reference")
-    with pytest.raises(ValueError, match=f"keep is '{save}'; expected one of base, z_gemm, z_merged"):
+    expected = f"keep is '{save}'; expected 'base' or 'z_gemm' or 'z_merged', or nothing"
+    with pytest.raises(ValueError, match=expected):
         ops.forward(*ops.flatten_forward(Call(problem.x, None, problem.layer, None, Given(), how)))
+    with pytest.raises(ValueError, match=expected):
+        ops.backward(*backward_arguments(problem, how))
+
+
+def backward_arguments(problem, how, intermediate=True):
     row = torch.ones(12, device=DEVICE)
-    saved = Saved(problem.x, row, row, None, problem.dy, None, torch.float32, torch.float32)
-    with pytest.raises(ValueError, match=f"keep is '{save}'; expected one of base, z_gemm, z_merged"):
-        ops.backward(*ops.flatten_backward(problem.dy, saved, problem.layer, how, Needs(*[True, False] * 3)))
+    tensor = problem.dy if intermediate else None
+    saved = Saved(problem.x, row, row, None, tensor, None, torch.float32, torch.float32)
+    return ops.flatten_backward(problem.dy, saved, problem.layer, how, Needs(*[True, False] * 3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("save", ("z_gemm", "z_merged"))
+@pytest.mark.parametrize("asked", ({"exact": True}, {"dropped": True}), ids=str)
+def test_a_tensor_that_the_call_cannot_make_is_not_saved(asked, save, backend):
+    """Where base is needed for itself, z would be that of another x, or rounded."""
+    problem = Problem.random(5, 12, 10, 3, torch.float32, dropout=0.4)
+    how = How(torch.float32, torch.float32, "auto", save, backend, **asked)
+    x_dropped = problem.x_dropped if "dropped" in asked else None
+    with pytest.raises(ValueError, match=f"keep is '{save}'; expected 'base', or nothing"):
+        ops.forward(*ops.flatten_forward(Call(problem.x, x_dropped, problem.layer, None, Given(), how)))
+    if "dropped" in asked:
+        with pytest.raises(ValueError, match=f"keep is '{save}'; expected 'base', or nothing"):
+            ops.backward(*backward_arguments(problem, how))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("save", "intermediate"), (("", True), ("", False), ("base", False), ("z_gemm", False)))
+def test_dmagnitude_is_not_made_of_nothing(save, intermediate, backend):
+    problem = Problem.random(5, 12, 10, 3, torch.float32)
+    how = How(torch.float32, torch.float32, "auto", save, backend)
+    with pytest.raises(ValueError, match=f"dmagnitude is wanted, and keep is '{save}'; expected what its forward"):
+        ops.backward(*backward_arguments(problem, how, intermediate))
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def forward_way(
     if adapters_are_wider or (device is DEVICES["cpu"] and shape.itemsize == 2):
         return "split"
     if device is DEVICES["cpu"] and not norm_given:
-        # the reference makes weight + scaling * B @ A for the norm anyway, block by block, in float32: merging it is
+        # pytorch.py makes weight + scaling * B @ A for the norm anyway, block by block, in float32: merging it is
         # nearly free where it needs no conversion
         return "merged"
     return _faster(lambda s, way: forward_costs(s, way, norm_given), shape, device, ("split", "merged"))
