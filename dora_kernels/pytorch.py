@@ -1,9 +1,9 @@
 """The steps in PyTorch, tuned for CPUs: backend="reference". reference.py defines them.
 
-Where a step would hold a whole matrix in float32 it goes through blocks of rows, and where it scales or sums columns of
-half precision it is a batch norm, which does so in one pass. A weight may be quantized (quant/): it is read through
-weight[rows], a block of its rows in weight.dtype. The low-rank operands of a step have one dtype, that of lora_A and
-lora_B: passes.py has settled it.
+Where a step would hold a whole matrix in float32 it goes through blocks of rows, and where it scales columns, or sums
+those of half precision, it is a batch norm, which does so in one pass. A weight may be quantized (quant/): it is read
+through weight[rows], a block of its rows in weight.dtype. The low-rank operands of a step have one dtype, that of
+lora_A and lora_B: passes.py has cast them.
 """
 
 from collections.abc import Iterator, Sequence

@@ -14,7 +14,7 @@ from dora_kernels.types import Call, DoraWeight, Given, How, Needs, Saved
 from tests.support.problem import BACKENDS, EXACT_DTYPE, Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
-# opcheck calls the bare operators, whose autograd lives in autograd.py
+# opcheck calls the bare operators, whose autograd lives in functional/autograd.py
 pytestmark = pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
 
 

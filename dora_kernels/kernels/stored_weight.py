@@ -48,7 +48,7 @@ class Update(NamedTuple):
     """The low-rank update scaling * lora_B @ lora_A of a weight (N, K), as one argument of a kernel.
 
     Kernels take it after the sizes. ptxas allocates by the order of arguments, too: with it first, the merge of an HQQ
-    weight at R = 64 had 88 registers and not 80 on sm_90, and that of an int8 weight 64.
+    weight at R = 64 took 88 registers on sm_90 in place of 80, and that of an int8 weight 64 in place of 80.
     """
 
     lora_A: Matrix  # (R, K)

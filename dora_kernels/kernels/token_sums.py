@@ -169,7 +169,7 @@ def _finish_sums_kernel(
     """
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
-    # by a name of its own: in a loop, Triton 3.6 compares no tuple with None that stands in another
+    # Triton 3.6 cannot compare a field of a tuple with None inside a loop
     result = results.dB
     if result is not None and gain_ptr is not None:
         gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]

@@ -10,6 +10,8 @@ import dora_kernels
 import dora_kernels.testing
 
 ROOT = Path(__file__).parents[2]
+# files that users and other libraries have
+OF_OTHERS = ("adapter_config.json",)
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -37,6 +39,13 @@ def test_the_readme_is_for_ten_minutes():
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
         assert (page.parent / target).exists() or (ROOT / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    """A path, or a file's name alone, in backticks."""
+    for name in re.findall(r"`([\w./]+\.(?:py|md|json|txt|toml))`", page.read_text()):
+        assert list(ROOT.rglob(name)) or name in OF_OTHERS, f"{page.name} names {name}"
 
 
 def test_every_row_of_the_compatibility_tables_names_a_test():
