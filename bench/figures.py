@@ -37,8 +37,8 @@ NO_GPU = (
 )
 STATUS = (
     "**No GPU has run the kernels yet.** They run in Triton's interpreter, in the tests, and compile ahead of time for "
-    "every GPU that has a configuration, without spills; on a CPU the package runs plain PyTorch. What is said of "
-    "speed on a GPU is a prediction, and marked as one."
+    "every GPU that has a configuration, with at most 64 bytes spilled; on a CPU the package runs plain PyTorch. "
+    "What is said of speed on a GPU is a prediction: there, small eager steps, which the host decides, are the slower."
 )
 
 # plan.DEVICES has the constants of these under the driver's names
@@ -66,7 +66,7 @@ def headline(results: Path) -> str:
             if precision == HEADLINE_PRECISION and set(COMPARED) <= times.keys():
                 groups.setdefault(M, []).append(times)
         lines = [
-            "| tokens | frozen layer | PEFT LoRA | PEFT DoRA | dora_kernels | over PEFT DoRA |",
+            "| tokens | frozen layer | PEFT LoRA | PEFT DoRA | dora_kernels | dora_kernels / PEFT DoRA |",
             "| --- " * 6 + "|",
         ]
         for M, group in groups.items():

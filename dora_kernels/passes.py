@@ -39,7 +39,7 @@ def forward(steps: Steps, call: Call) -> Forward:
     layer = _cast_adapter(layer, how.dtype)
     weight, lora_A, lora_B, magnitude, scaling = layer
     adapter_input = x if x_dropped is None else x_dropped
-    _check_save(how.save, needs_base=how.exact or x_dropped is not None)
+    _check_save("forward", how.save, needs_base=how.exact or x_dropped is not None)
     intermediate = how.save or _intermediate_to_y(call)
     low = given.low
     if low is None and (intermediate != "z_merged" or how.save_low):
@@ -66,11 +66,11 @@ def forward(steps: Steps, call: Call) -> Forward:
     return Forward(y, norm, None if given.gain is not None else gain, new_low, made if how.save else None)
 
 
-def _check_save(save: str, *, needs_base: bool = False) -> None:
+def _check_save(function: str, save: str, *, needs_base: bool) -> None:
     """Raise ValueError unless `save` names a tensor that this pass makes: dmagnitude is made by what it says."""
     expected = ("base",) if needs_base else plan.INTERMEDIATES
     if save and save not in expected:
-        raise ValueError(f"keep is {save!r}; expected {' or '.join(map(repr, expected))}, or nothing")
+        raise ValueError(f"{function}: keep is {save!r}; expected {' or '.join(map(repr, expected))}, or nothing")
 
 
 def _cast_adapter(layer: DoraWeight, dtype: torch.dtype) -> DoraWeight:
@@ -98,14 +98,15 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
     dx = dy @ (gain * (weight + scaling * lora_B @ lora_A)), through that matrix or through dz = gain * dy
     dlow = scaling * P
     """
-    _check_save(how.save, needs_base=how.dropped)
+    _check_save("backward", how.save, needs_base=how.dropped)
     x, norm, gain, low, saved_tensor, merged, magnitude_dtype, bias_dtype = saved
     A_dtype, B_dtype = layer.lora_A.dtype, layer.lora_B.dtype
     layer = _cast_adapter(layer, how.dtype)
     weight, lora_A, lora_B, _, scaling = layer
     through_norm = how.norm_grad and (needs.lora_A or needs.lora_B)
     if (needs.magnitude or through_norm) and (saved_tensor is None or not how.save):
-        raise ValueError(f"dmagnitude is wanted, and keep is {how.save!r}; expected what its forward pass has kept")
+        asked = f"backward: dmagnitude is wanted, and keep is {how.save!r}"
+        raise ValueError(f"{asked}; expected what its forward pass has kept")
     dx_way = ""
     if needs.x and not how.dropped:
         dx_way = plan.dx_way(how.way, plan.Shape.of(dy, weight, lora_A), _device_model(dy))

@@ -249,17 +249,17 @@ def merged_forward(
     lora_B: Tensor,
     magnitude: Tensor,
     bias: Tensor | None,
-    given_gain: Tensor | None,
+    gain: Tensor | None,
     scaling: float,
-    keep: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """(y, norm unless the gain is given, gain, z if keep) through the merged weight; z is y before gain and bias.
+    """(y, norm unless the gain is given, gain, z if save) through the merged weight; z is y before gain and bias.
 
     Each block of rows of weight + scaling * B @ A is made once, for the norm and for the product alike.
     """
     y = x.new_empty((x.shape[0], weight.shape[0]))
-    z = torch.empty_like(y) if keep else None
-    norm, gain = None, given_gain
+    z = torch.empty_like(y) if save else None
+    norm = None
     if gain is None:
         norm = magnitude.new_empty(magnitude.shape, dtype=accumulate_dtype(weight.dtype))
         gain = torch.empty_like(norm)

@@ -164,18 +164,18 @@ def merged_forward(
     lora_B: Tensor,
     magnitude: Tensor,
     bias: Tensor | None,
-    given_gain: Tensor | None,
+    gain: Tensor | None,
     scaling: float,
-    keep: bool,
+    save: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """(y, norm unless the gain is given, gain, z if keep) through the merged weight; z is y before gain and bias."""
-    norm, gain, merged = None, given_gain, direction(weight, lora_A, lora_B, scaling)
+    """(y, norm unless the gain is given, gain, z if save) through the merged weight; z is y before gain and bias."""
+    norm, merged = None, direction(weight, lora_A, lora_B, scaling)
     if gain is None:
         norm = row_norms(merged)
         gain = gain_of(magnitude, norm)
     z = x.to(merged.dtype) @ merged.T
     y = gain * z if bias is None else gain * z + bias
-    return y.to(x.dtype), norm, gain, z.to(x.dtype) if keep else None
+    return y.to(x.dtype), norm, gain, z.to(x.dtype) if save else None
 
 
 def token_sums(

@@ -17,8 +17,6 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import dora_kernels
-from dora_kernels.extras.demo import standard_library
-from dora_kernels.extras.trainer import FrozenAdaptersCallback
 
 TEXT = ("json/*.py",)
 
@@ -84,7 +82,7 @@ def add_adapters(model: torch.nn.Module, rank: int) -> PeftModel:
 
 def sequences(tokenizer: transformers.PreTrainedTokenizerBase, length: int) -> list[dict[str, list[int]]]:
     """The text in pieces of `length` tokens."""
-    ids = tokenizer(bytes(standard_library(TEXT)).decode(), add_special_tokens=False)["input_ids"]
+    ids = tokenizer(bytes(dora_kernels.demo.standard_library(TEXT)).decode(), add_special_tokens=False)["input_ids"]
     pieces = [ids[start : start + length] for start in range(0, len(ids) - length + 1, length)]
     return [{"input_ids": piece, "labels": piece} for piece in pieces]
 
@@ -97,7 +95,7 @@ def main(arguments: list[str] | None = None) -> transformers.Trainer:
     if not options.stock:
         print(dora_kernels.enable(model))
         # norms once an optimizer step, not once a micro-batch; under --compile no graph can keep them
-        callbacks.append(FrozenAdaptersCallback())
+        callbacks.append(dora_kernels.trainer.FrozenAdaptersCallback())
     rows = sequences(tokenizer, options.sequence)
     settings = {
         "output_dir": options.out,

@@ -172,7 +172,7 @@ EXEMPTIONS = (
     Exemption(
         "token_sums",
         "dy",
-        "K is odd, as above: these are the columns of x",
+        "K is odd, as above: dy is x where the sum is dA",
         lambda one: not one.aligned("dy.stride_0"),
     ),
     Exemption(
@@ -218,9 +218,7 @@ def faults(job: "Job", compiled: "Compiled") -> Iterator[tuple[str, str]]:
     judged = looped or compiled.loads
     for load in dict.fromkeys(judged):
         # a row of 8 numbers is 16 bytes, of which a thread may take half; rows of other tensors are long
-        enough = (
-            8 if job.rank % 16 and load.argument in ("low", "lora_B", "lora_B_ptr", "update.lora_B", "factor") else 16
-        )
+        enough = 8 if job.rank % 16 and load.argument in ROWS_OF_R else 16
         if not load.asynchronous:
             yield load.argument, f"{load.argument} is loaded synchronously"
         elif load.bytes < enough:

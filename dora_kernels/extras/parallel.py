@@ -187,7 +187,7 @@ def _check_one(gradient: Tensor) -> None:
     """Raise NotImplementedError where `gradient` is a batch of them: no collective takes one."""
     if not torch.compiler.is_compiling() and is_batched(gradient):
         raise NotImplementedError(
-            "dora_kernels.extras.parallel: the backward pass has a batch of gradients (is_grads_batched=True, "
+            "dora_kernels.parallel: the backward pass has a batch of gradients (is_grads_batched=True, "
             "functional.jacobian(vectorize=True), torch.func.vmap); expected one at a time where a layer is split"
         )
 

@@ -16,15 +16,15 @@ def merged_forward(
     lora_B: torch.Tensor,
     magnitude: torch.Tensor,
     bias: torch.Tensor | None,
-    given_gain: torch.Tensor | None,
+    gain: torch.Tensor | None,
     scaling: float,
-    keep: bool,
+    save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """(y, norm unless the gain is given, gain, z if keep) through a merged weight; as `reference.merged_forward`."""
-    row_norm, gain = None, given_gain
+    """(y, norm unless the gain is given, gain, z if save) through a merged weight; as `reference.merged_forward`."""
+    row_norm = None
     if gain is None:
         row_norm, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
-    if not keep:
+    if not save:
         merged = merge(weight, lora_A, lora_B, gain, scaling, out_dtype=x.dtype)
         return F.linear(x, merged, bias), row_norm, gain, None
     z = F.linear(x, merge(weight, lora_A, lora_B, None, scaling, out_dtype=x.dtype))

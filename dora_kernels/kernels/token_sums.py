@@ -48,7 +48,7 @@ class Results(NamedTuple):
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
 def _token_sums_kernel(
-    dy,  # (M, N)
+    dy,  # (M, N); where outer_product makes dA, x
     low,  # (M, R), or None without dB
     saved,  # (M, N), or None without dot
     gain_ptr,  # (N,) in DTYPES.accumulate, contiguous; read for dz

@@ -1,6 +1,7 @@
 """The tile configuration of each kernel: tuned/<gpu>.json where tools/tune.py measured, else the defaults in CONFIGS.
 
-No default has been measured on a GPU. They were compiled ahead of time, without spills and within the shared memory.
+No default has been measured on a GPU. They were compiled ahead of time: at most 64 bytes spilled, within the shared
+memory.
 """
 
 import functools

@@ -191,10 +191,10 @@ class TestBatchInvariance:
     def test_a_row_of_gain_times_dy(self, problem):
         kernels = pytest.importorskip("dora_kernels.kernels")
         gain, whole = problem.magnitude.float(), torch.empty_like(problem.dy)
-        kernels.token_sums(problem.dy, None, 0.75, gain=gain, scaled=whole)
+        kernels.token_sums(problem.dy, None, 0.75, gain=gain, dz=whole)
         for rows in (slice(0, 1), slice(32, 33), slice(3, 30)):
             part = torch.empty_like(problem.dy[rows])
-            kernels.token_sums(problem.dy[rows], None, 0.75, gain=gain, scaled=part)
+            kernels.token_sums(problem.dy[rows], None, 0.75, gain=gain, dz=part)
             assert torch.equal(part, whole[rows])
 
     @pytest.mark.parametrize("backend", BACKENDS)

@@ -104,10 +104,10 @@ def bank_epilogue(steps: Steps, o: SimpleNamespace) -> Results:
 
 
 def merged_forward(steps: Steps, o: SimpleNamespace) -> Results:
-    for (name, given), keep in itertools.product(each(bias=o.bias, given_gain=o.gain), (False, True)):
-        given |= {"scaling": SCALING, "keep": keep}
+    for (name, given), save in itertools.product(each(bias=o.bias, gain=o.gain), (False, True)):
+        given |= {"scaling": SCALING, "save": save}
         results = steps.merged_forward(o.x, o.weight, o.lora_A, o.lora_B, o.magnitude, **given)
-        yield from zip((f"{result}, {name} {keep=}" for result in ("y", "norm", "gain", "z")), results, strict=True)
+        yield from zip((f"{result}, {name} {save=}" for result in ("y", "norm", "gain", "z")), results, strict=True)
 
 
 def token_sums(steps: Steps, o: SimpleNamespace) -> Results:
