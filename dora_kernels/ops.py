@@ -11,7 +11,7 @@ arguments of a schema, and `unflatten_...` puts them together again inside. A we
 import collections
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,31 +29,34 @@ calls: collections.Counter[tuple[str, str]] = collections.Counter()
 
 _library = torch.library.Library("dora_kernels", "DEF")
 
+_Run = TypeVar("_Run", bound=Callable[..., Any])
+
 OPERATORS: dict[str, Callable[..., Any]] = {}
 """The function behind each operator, by its name."""
 
 
-def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+def _operator(schema: str, fake: Callable[..., Any]) -> Callable[[_Run], _Run]:
     """A decorator that makes a function the operator of this schema; its one overload takes the function's place.
 
-    fake: from the same arguments to results without values.
+    fake: from the same arguments to results without values. To mypy the overload is the function.
     """
 
-    def operator(run: Callable[..., Any]) -> torch._ops.OpOverload:
+    def operator(run: _Run) -> _Run:
         name = schema.partition("(")[0]
         _library.define(schema)
         _library.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"dora_kernels::{name}", fake, lib=_library)
         OPERATORS[name] = run
-        return getattr(torch.ops.dora_kernels, name).default
+        overload: _Run = getattr(torch.ops.dora_kernels, name).default
+        return overload
 
     return operator
 
 
-def _steps(operator: str, requested: str, *operands: Weight | None) -> Steps:
+def _steps(operator: str, requested: str, first: Weight, *others: Weight | None) -> Steps:
     """The steps of the backend that takes the operands; counts the call."""
-    dtypes = [operand.dtype for operand in operands if operand is not None]
-    backend = devices.backend_for(requested, operands[0].device, *dtypes)
+    dtypes = [operand.dtype for operand in others if operand is not None]
+    backend = devices.backend_for(requested, first.device, first.dtype, *dtypes)
     calls[operator, backend] += 1
     if backend == "reference":
         return PYTORCH
@@ -71,7 +74,7 @@ def is_autocast(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """torch.autocast off, inside; also on meta, where torch has none to turn off."""
     return torch.autocast(device_type, enabled=False) if is_autocast(device_type) else contextlib.nullcontext()
 
@@ -79,7 +82,7 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 _ALREADY_PLAIN = contextlib.nullcontext()
 
 
-def plain_mode(operand: Weight) -> contextlib.AbstractContextManager:
+def plain_mode(operand: Weight) -> contextlib.AbstractContextManager[object]:
     """Inside: no autograd, no autocast, the operand's device current. functional/ has handled all three.
 
     Autocast would still convert the operands; kernels launch on the current device, and a model may be on several.
@@ -103,7 +106,9 @@ def _or_empty(like: Tensor, tensors: Sequence[Tensor | None]) -> tuple[Tensor, .
     return tuple(like.new_empty(0) if tensor is None else tensor for tensor in tensors)
 
 
-def _empty(like: Tensor, needs: Sequence[bool], shapes: Sequence[Any], dtypes: Sequence[torch.dtype]) -> tuple:
+def _empty(
+    like: Tensor, needs: Sequence[bool], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]
+) -> tuple[Tensor, ...]:
     """New tensors of these shapes and dtypes, without elements where not needed."""
     sizes = zip(needs, shapes, dtypes, strict=True)
     return tuple(
@@ -121,12 +126,14 @@ def flatten_forward(call: Call) -> tuple[Any, ...]:
 
 
 def unflatten_forward(
-    x, x_dropped, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, magnitude, bias, norm, gain,
-    scaling, dtype, way, keep, keep_low, exact, backend, *, given_low=None,
+    x: Tensor, x_dropped: Tensor | None, weight: list[Tensor], weight_format: str, weight_numbers: list[int],
+    weight_dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, bias: Tensor | None,
+    norm: Tensor | None, gain: Tensor | None, scaling: float, dtype: torch.dtype, way: str, keep: str, keep_low: bool,
+    exact: bool, backend: str, *, given_low: Tensor | None = None,
 ) -> Call:  # fmt: skip
     """The call of which these are the arguments."""
-    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    layer = DoraWeight(weight, lora_A, lora_B, magnitude, scaling)
+    whole = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    layer = DoraWeight(whole, lora_A, lora_B, magnitude, scaling)
     how = How(x.dtype, dtype, way, keep, backend, keep_low, exact)
     return Call(x, x_dropped, layer, bias, Given(norm, gain, given_low), how)
 
@@ -141,22 +148,27 @@ def flatten_backward(dy: Tensor, saved: Saved, layer: DoraWeight, how: How, need
 
 
 def unflatten_backward(
-    dy, x, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, norm, gain, low, kept, merged, scaling,
-    dtype, way, keep, dropped, norm_grad, needs, magnitude_dtype, bias_dtype, backend,
+    dy: Tensor, x: Tensor | None, weight: list[Tensor], weight_format: str, weight_numbers: list[int],
+    weight_dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor, norm: Tensor, gain: Tensor, low: Tensor | None,
+    kept: Tensor | None, merged: Tensor | None, scaling: float, dtype: torch.dtype, way: str, keep: str, dropped: bool,
+    norm_grad: bool, needs: list[bool], magnitude_dtype: torch.dtype, bias_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Saved, DoraWeight, How, Needs]:  # fmt: skip
     """dy, what was saved, the layer without its magnitude, how, and the gradients needed."""
-    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    whole = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
     saved = Saved(x, norm, gain, low, kept, merged, magnitude_dtype, bias_dtype)
-    layer = DoraWeight(weight, lora_A, lora_B, None, scaling)
+    layer = DoraWeight(whole, lora_A, lora_B, None, scaling)  # type: ignore[arg-type]  # the direction alone
     how = How(dy.dtype, dtype, way, keep, backend, False, False, dropped, norm_grad)
     return dy, saved, layer, how, Needs(*needs)
 
 
-def _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A: Tensor, lora_B: Tensor) -> Weight:
+def _whole(
+    weight: list[Tensor], weight_format: str, weight_numbers: list[int], weight_dtype: torch.dtype, lora_A: Tensor,
+    lora_B: Tensor,
+) -> Weight:  # fmt: skip
     return unflatten_weight(weight, weight_format, weight_numbers, weight_dtype, (lora_B.shape[0], lora_A.shape[1]))
 
 
-def _forward_fake(*flat, **given_low):
+def _forward_fake(*flat: Any, **given_low: Any) -> tuple[Tensor, ...]:
     x, _, layer, _, given, how = unflatten_forward(*flat, **given_low)
     (M, _), (N, R), accumulate = x.shape, layer.lora_B.shape, accumulate_dtype(x.dtype)
     made = (True, given.norm is None, given.gain is None, how.save_low and given.low is None, bool(how.save))
@@ -172,7 +184,7 @@ def _forward_fake(*flat, **given_low):
     " -> (Tensor y, Tensor norm, Tensor gain, Tensor low, Tensor kept)",
     fake=_forward_fake,
 )
-def forward(*flat, **given_low):
+def forward(*flat: Any, **given_low: Any) -> tuple[Tensor, ...]:
     call = unflatten_forward(*flat, **given_low)
     layer, given, how = call.layer, call.given, call.how
     steps = _steps("forward", how.backend, call.x, call.x_dropped, *layer[:4], call.bias, *given)
@@ -180,7 +192,7 @@ def forward(*flat, **given_low):
         return _or_empty(call.x, passes.forward(steps, call))
 
 
-def _backward_fake(*flat):
+def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
     dy, saved, layer, how, needs = unflatten_backward(*flat)
     (M, N), (R, K), A_dtype, B_dtype = dy.shape, layer.lora_A.shape, layer.lora_A.dtype, layer.lora_B.dtype
     dtypes = (dy.dtype, dy.dtype, A_dtype, B_dtype, saved.magnitude_dtype, saved.bias_dtype, how.dtype)
@@ -195,7 +207,7 @@ def _backward_fake(*flat):
     " -> (Tensor dx, Tensor dx_dropped, Tensor dA, Tensor dB, Tensor dmagnitude, Tensor dbias, Tensor dlow)",
     fake=_backward_fake,
 )
-def backward(*flat):
+def backward(*flat: Any) -> tuple[Tensor, ...]:
     dy, saved, layer, how, needs = unflatten_backward(*flat)
     tensors = (saved.x, *layer[:3], saved.norm, saved.gain, saved.low, saved.saved, saved.merged)
     steps = _steps("backward", how.backend, dy, *tensors)
@@ -210,11 +222,14 @@ def backward(*flat):
         lora_B.shape[:1], dtype=accumulate_dtype(weight_dtype)
     ),
 )
-def norm(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, scaling, dtype, backend):
-    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    steps = _steps("norm", backend, weight, lora_A, lora_B)
-    with plain_mode(weight):
-        return steps.norm(weight, lora_A.to(dtype), lora_B.to(dtype), scaling)[0]
+def norm(
+    weight: list[Tensor], weight_format: str, weight_numbers: list[int], weight_dtype: torch.dtype, lora_A: Tensor,
+    lora_B: Tensor, scaling: float, dtype: torch.dtype, backend: str,
+) -> Tensor:  # fmt: skip
+    whole = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    steps = _steps("norm", backend, whole, lora_A, lora_B)
+    with plain_mode(whole):
+        return steps.norm(whole, lora_A.to(dtype), lora_B.to(dtype), scaling)[0]
 
 
 @_operator(
@@ -224,36 +239,36 @@ def norm(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, sc
         (lora_B.shape[0], lora_A.shape[1]), dtype=weight_dtype
     ),
 )
-def merge(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, gain, scaling, dtype, backend):
-    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    steps = _steps("merge", backend, weight, lora_A, lora_B)
-    with plain_mode(weight):
-        return steps.merge(weight, lora_A.to(dtype), lora_B.to(dtype), gain, scaling)
-
-
-def _norm_backward_fake(
-    dnorm, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, norm, scaling, dtype, needs, backend
-):
-    return _empty(dnorm, needs, (lora_A.shape, lora_B.shape), (lora_A.dtype, lora_B.dtype))
+def merge(
+    weight: list[Tensor], weight_format: str, weight_numbers: list[int], weight_dtype: torch.dtype, lora_A: Tensor,
+    lora_B: Tensor, gain: Tensor, scaling: float, dtype: torch.dtype, backend: str,
+) -> Tensor:  # fmt: skip
+    whole = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    steps = _steps("merge", backend, whole, lora_A, lora_B)
+    with plain_mode(whole):
+        return steps.merge(whole, lora_A.to(dtype), lora_B.to(dtype), gain, scaling)
 
 
 @_operator(
     "norm_backward(Tensor dnorm, Tensor[] weight, str weight_format, int[] weight_numbers, ScalarType weight_dtype, "
     "Tensor lora_A, Tensor lora_B, Tensor norm, float scaling, ScalarType dtype, bool[] needs, str backend)"
     " -> (Tensor dA, Tensor dB)",
-    fake=_norm_backward_fake,
+    fake=lambda dnorm, weight, weight_format, numbers, weight_dtype, lora_A, lora_B, norm, scaling, dtype, needs, _: (
+        _empty(dnorm, needs, (lora_A.shape, lora_B.shape), (lora_A.dtype, lora_B.dtype))
+    ),
 )
 def norm_backward(
-    dnorm, weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B, norm, scaling, dtype, needs, backend
-):
-    weight = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
-    layer = DoraWeight(weight, lora_A, lora_B, None, scaling)
+    dnorm: Tensor, weight: list[Tensor], weight_format: str, weight_numbers: list[int], weight_dtype: torch.dtype,
+    lora_A: Tensor, lora_B: Tensor, norm: Tensor, scaling: float, dtype: torch.dtype, needs: list[bool], backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    whole = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
+    layer = DoraWeight(whole, lora_A, lora_B, None, scaling)  # type: ignore[arg-type]  # the direction alone
     steps = _steps("norm_backward", backend, *layer[:3])
-    with plain_mode(weight):
+    with plain_mode(whole):
         return _or_empty(dnorm, passes.norm_backward(steps, dnorm, norm, layer, dtype, needs))
 
 
-def _grouped_norm_fake(weights, lora_As, lora_Bs, magnitudes, scalings, dtype, backend):
+def _grouped_norm_fake(weights: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
     total, accumulate = sum(weight.shape[0] for weight in weights), accumulate_dtype(weights[0].dtype)
     return tuple(weights[0].new_empty(total, dtype=accumulate) for _ in range(2))
 
@@ -263,7 +278,10 @@ def _grouped_norm_fake(weights, lora_As, lora_Bs, magnitudes, scalings, dtype, b
     "ScalarType dtype, str backend) -> (Tensor norm, Tensor gain)",
     fake=_grouped_norm_fake,
 )
-def grouped_norm(weights, lora_As, lora_Bs, magnitudes, scalings, dtype, backend):
+def grouped_norm(
+    weights: list[Tensor], lora_As: list[Tensor], lora_Bs: list[Tensor], magnitudes: list[Tensor],
+    scalings: list[float], dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     steps = _steps("grouped_norm", backend, weights[0], lora_As[0], magnitudes[0])
     with plain_mode(weights[0]):
         lora_As, lora_Bs = ([tensor.to(dtype) for tensor in tensors] for tensors in (lora_As, lora_Bs))
@@ -275,24 +293,30 @@ def grouped_norm(weights, lora_As, lora_Bs, magnitudes, scalings, dtype, backend
     "str backend) -> Tensor",
     fake=lambda base, *_: base.new_empty(base.shape),
 )
-def rescale(base, low, lora_B, gain, bias, residual, scaling, backend):
+def rescale(
+    base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor, bias: Tensor | None, residual: Tensor | None,
+    scaling: float, backend: str,
+) -> Tensor:  # fmt: skip
     steps = _steps("rescale", backend, base, low, lora_B)
     with plain_mode(base):
         return steps.epilogue(base, low, lora_B.to(low.dtype), gain, bias, scaling, base.dtype, residual)
-
-
-def _rescale_backward_fake(dy, base, low, lora_B, gain, scaling, residual, needs, bias_dtype, backend):
-    shapes = (dy.shape, low.shape, lora_B.shape, gain.shape, gain.shape)
-    return _empty(dy, needs, shapes, (dy.dtype, low.dtype, lora_B.dtype, gain.dtype, bias_dtype))
 
 
 @_operator(
     "rescale_backward(Tensor dy, Tensor? base, Tensor low, Tensor lora_B, Tensor gain, float scaling, "
     "bool residual, bool[] needs, ScalarType bias_dtype, str backend) "
     "-> (Tensor dbase, Tensor dlow, Tensor dB, Tensor dgain, Tensor dbias)",
-    fake=_rescale_backward_fake,
+    fake=lambda dy, base, low, lora_B, gain, scaling, residual, needs, bias_dtype, backend: _empty(
+        dy,
+        needs,
+        (dy.shape, low.shape, lora_B.shape, gain.shape, gain.shape),
+        (dy.dtype, low.dtype, lora_B.dtype, gain.dtype, bias_dtype),
+    ),
 )
-def rescale_backward(dy, base, low, lora_B, gain, scaling, residual, needs, bias_dtype, backend):
+def rescale_backward(
+    dy: Tensor, base: Tensor | None, low: Tensor, lora_B: Tensor, gain: Tensor, scaling: float, residual: bool,
+    needs: list[bool], bias_dtype: torch.dtype, backend: str,
+) -> tuple[Tensor, ...]:  # fmt: skip
     steps = _steps("rescale_backward", backend, dy, low, lora_B)
     operands = Epilogue(base, low, lora_B, gain, scaling)
     with plain_mode(dy):
@@ -304,7 +328,10 @@ def rescale_backward(dy, base, low, lora_B, gain, scaling, residual, needs, bias
     "str backend) -> Tensor",
     fake=lambda base, *_: base.new_empty(base.shape),
 )
-def bank_epilogue(base, low, lora_B, gain, scaling, bias, index, backend):
+def bank_epilogue(
+    base: Tensor, low: Tensor, lora_B: Tensor, gain: Tensor, scaling: Tensor, bias: Tensor | None, index: Tensor,
+    backend: str,
+) -> Tensor:  # fmt: skip
     steps = _steps("bank_epilogue", backend, base, low, lora_B)
     with plain_mode(base):
         return steps.bank_epilogue(base, low, lora_B, gain, scaling, bias, index)
@@ -314,7 +341,7 @@ def bank_epilogue(base, low, lora_B, gain, scaling, bias, index, backend):
     "shared_low(Tensor x, Tensor[] lora_As, ScalarType dtype, str backend) -> Tensor",
     fake=lambda x, lora_As, dtype, backend: x.new_empty((x.shape[0], sum(A.shape[0] for A in lora_As)), dtype=dtype),
 )
-def shared_low(x, lora_As, dtype, backend):
+def shared_low(x: Tensor, lora_As: list[Tensor], dtype: torch.dtype, backend: str) -> Tensor:
     steps = _steps("shared_low", backend, x, *lora_As)
     with plain_mode(x):
         return passes.shared_low(steps, x, lora_As, dtype)
@@ -324,7 +351,7 @@ def shared_low(x, lora_As, dtype, backend):
     "shared_low_backward(Tensor x, Tensor[] dlows, ScalarType dtype, str backend) -> Tensor[]",
     fake=lambda x, dlows, dtype, backend: [x.new_empty((dlow.shape[1], x.shape[1]), dtype=dtype) for dlow in dlows],
 )
-def shared_low_backward(x, dlows, dtype, backend):
+def shared_low_backward(x: Tensor, dlows: list[Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
     steps = _steps("shared_low_backward", backend, x, *dlows)
     with plain_mode(x):
         return passes.shared_low_backward(steps, x, dlows, dtype)

@@ -41,18 +41,18 @@ def forward(steps: Steps, call: Call) -> Forward:
     adapter_input = x if x_dropped is None else x_dropped
     _check_save("forward", how.save, needs_base=how.exact or x_dropped is not None)
     intermediate = how.save or _intermediate_to_y(call)
-    low = given.low
-    if low is None and (intermediate != "z_merged" or how.save_low):
-        low = steps.project(adapter_input, lora_A)
-    new_low = low if how.save_low and given.low is None else None
-    norm, gain = None, given.gain
+    norm, low, gain = None, given.low, given.gain
     if gain is None and given.norm is not None:
         gain = gain_of(magnitude, given.norm)
     if intermediate == "z_merged":
+        new_low = steps.project(adapter_input, lora_A) if how.save_low and low is None else None
         save = how.save == "z_merged"
         y, norm, gain, z = steps.merged_forward(x, weight, lora_A, lora_B, magnitude, bias, gain, scaling, save)
         return Forward(y, norm, None if given.gain is not None else gain, new_low, z)
 
+    if low is None:
+        low = steps.project(adapter_input, lora_A)
+    new_low = low if how.save_low and given.low is None else None
     if given.norm is None:
         norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
     dense = steps.dense(weight, x.dtype)
@@ -145,13 +145,14 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
     if needs.lora_A:
         dA = steps.outer_product(projected, x, scaling, grad_dtype(A_dtype))
     if through_norm:
+        assert dmagnitude is not None  # for it was asked for above
         # c is d(loss)/dV over V = weight + scaling * B @ A; gain and dmagnitude are both 0 where norm is
         c = -gain * dmagnitude / torch.where(norm == 0, 1, norm)
         dA, dB = _add_norm_gradient(steps, dA, dB, c, layer)
         dA, dB = None if dA is None else dA.to(A_dtype), None if dB is None else dB.to(B_dtype)
         dmagnitude = dmagnitude.to(magnitude_dtype) if needs.magnitude else None
 
-    if dx_way == "dz":
+    if dz is not None:
         dx = dz @ steps.dense(weight, dz.dtype)
         through_low, factor = (projected, scaling) if dlow is None else (dlow, 1.0)
         add_product(dx, through_low.to(dz.dtype), lora_A.to(dz.dtype), factor)

@@ -20,7 +20,7 @@ class DoraWeight(NamedTuple):
     weight: Weight  # (N, K)
     lora_A: Tensor  # (R, K)
     lora_B: Tensor  # (N, R)
-    magnitude: Tensor | None  # (N,); None where the direction alone is meant, as in the backward pass
+    magnitude: Tensor  # (N,); None where the direction alone is meant, as in the backward pass: nothing reads it there
     scaling: float
 
 

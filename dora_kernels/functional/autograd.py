@@ -16,7 +16,7 @@ from dora_kernels import ops
 from dora_kernels.functional import derivatives
 from dora_kernels.quant import DENSE, Weight, unflatten_weight
 from dora_kernels.reference import accumulate_dtype, dense, dora_linear_ref, gain_of, row_norms
-from dora_kernels.types import Call, DoraWeight, Forward, Given, Gradients, How, Needs, Saved
+from dora_kernels.types import Call, DoraWeight, Given, Gradients, How, Needs, Saved
 
 Storage = tuple[str, list[int], torch.dtype]
 """Format, numbers and dtype of a flattened weight; its tensors are apart, for autograd has to see them."""
@@ -69,7 +69,8 @@ class DoraLinearFunction(torch.autograd.Function):
         dropped = None if x_dropped is None else _in_dtype(x_dropped, how.dtype)
         base_bias = None if bias is None else _in_dtype(bias, how.base_dtype)
         arguments = ops.flatten_forward(Call(x, dropped, layer, base_bias, Given(norm, gain, low), how))
-        made = Forward(*ops.forward(*arguments, **({} if low is None else {"given_low": low})))
+        given_low = {} if low is None else {"given_low": low}
+        y, made_norm, made_gain, made_low, saved = ops.forward(*arguments, **given_low)
         if ctx is not None:
             shared = None if low is None else low.grad_fn
             ctx.shared = shared if getattr(shared, "_forward_cls", None) is SharedLow else None
@@ -86,21 +87,21 @@ class DoraLinearFunction(torch.autograd.Function):
                 lora_A,
                 lora_B,
                 magnitude,
-                made.norm if norm is None else norm,
-                made.gain if gain is None else gain,
-                (made.low if low is None else low) if how.save_low else None,
-                made.saved if how.save else None,
+                made_norm if norm is None else norm,
+                made_gain if gain is None else gain,
+                (made_low if low is None else low) if how.save_low else None,
+                saved if how.save else None,
                 merged if x.requires_grad else None,
                 *tensors,
             )
-            ctx.mark_non_differentiable(made.norm, made.gain)
+            ctx.mark_non_differentiable(made_norm, made_gain)
             # or autograd makes zeros for norm and gain, two launches in every backward pass
             ctx.set_materialize_grads(False)
             ctx.scaling, ctx.how, ctx.storage = scaling, how, storage
             ctx.low_given = low is not None
             ctx.dropped_dtype = None if x_dropped is None else x_dropped.dtype
             ctx.bias_dtype = magnitude.dtype if bias is None else bias.dtype
-        return made.y, made.norm, made.gain
+        return y, made_norm, made_gain
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -109,8 +110,8 @@ class DoraLinearFunction(torch.autograd.Function):
         x, x_dropped, lora_A, lora_B, magnitude, bias, _norm, _gain, _merged, low, *constants = ctx.needs_input_grad
         needs = Needs(x, x_dropped, lora_A and not ctx.low_given, lora_B, magnitude, bias, low)
         make = _gradients_of_the_definition if derivatives.wanted(dy) else _gradients
-        made = make(ctx, dy, needs)
-        made = Gradients(*(one if needed else None for one, needed in zip(made, needs, strict=True)))
+        results = make(ctx, dy, needs)
+        made = Gradients(*(one if needed else None for one, needed in zip(results, needs, strict=True)))
         dx_dropped = None if made.x_dropped is None else made.x_dropped.to(ctx.dropped_dtype)
         return made.x, dx_dropped, *made[2:6], None, None, None, made.low, *(None for _ in constants)
 
@@ -198,7 +199,7 @@ def _gradients_of_the_definition(ctx: Any, dy: Tensor, needs: Needs) -> list[Ten
 
 def _in_accumulate_dtype(tensors: Sequence[Tensor], storage: Storage, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """weight (N, K) in the accumulate dtype."""
-    weight = unflatten_weight(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
+    weight: Any = unflatten_weight(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
     accumulate = accumulate_dtype(weight.dtype)
     with torch.no_grad():
         return dense(weight, accumulate).to(accumulate)
@@ -226,6 +227,7 @@ class WeightNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dnorm: Tensor) -> tuple[Tensor | None, ...]:
         lora_A, lora_B, norm, *tensors = ctx.saved_tensors
+        storage: Storage
         scaling, dtype, backend, storage = ctx.settings
         needs_A, needs_B, *constants = ctx.needs_input_grad
         needs = [needs_A, needs_B]
@@ -258,7 +260,8 @@ class SharedLow(torch.autograd.Function):
         ctx.settings = lora_As[0].dtype, backend
         ctx.lows = weakref.ref(lows)
         ctx.unpacked = -1, None
-        return low.split([lora_A.shape[0] for lora_A in lora_As], 1)
+        parts: tuple[Tensor, ...] = low.split([lora_A.shape[0] for lora_A in lora_As], 1)
+        return parts
 
     @staticmethod
     def rows_of(node: Any) -> Tensor:
@@ -268,7 +271,8 @@ class SharedLow(torch.autograd.Function):
             node.unpacked = now, *node.saved_tensors
             # at the end of this backward pass, in which the node itself may not run
             torch.autograd.Variable._execution_engine.queue_callback(functools.partial(SharedLow.forget_rows, node))
-        return node.unpacked[1]
+        rows: Tensor = node.unpacked[1]
+        return rows
 
     @staticmethod
     def forget_rows(node: Any) -> None:

@@ -6,6 +6,7 @@ instead. Ordinary training pays for it with one question a backward pass, and wi
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,12 +40,12 @@ def is_dual(tensor: Tensor) -> bool:
 
 
 def gradients(
-    definition: Callable[..., Tensor], inputs: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor
+    definition: Callable[..., Tensor], inputs: Sequence[Any], needs: Sequence[bool], dy: Tensor
 ) -> list[Tensor | None]:
     """The gradients of definition(*inputs) for dy, each None unless needed, with their own graph where it is recorded.
 
     definition: computes in the accumulate dtype. inputs: as save_for_backward has returned them, so that the graph of
-    the gradients leads on to what they were made from.
+    the gradients leads on to what they were made from; None is not needed.
     """
     with torch.enable_grad(), without_autocast(dy.device.type):
         # a view each: the pass through the definition ends there, and runs no hook of the tensors themselves

@@ -1,6 +1,7 @@
 """The public functions: validation, shape folding, dtypes under autocast, and autograd."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,7 +109,8 @@ def dora_linear_core(
     norm = None if given.norm is None else given.norm.detach().to(accumulate_dtype(base_dtype)).contiguous()
     gain = None if given.gain is None else given.gain.contiguous()
     how = _how(x, x_dropped, layer, given, norm_grad, (base_dtype, dtype))
-    tensors, *storage = flatten_weight(weight)
+    stored = flatten_weight(weight)
+    tensors, storage = stored[0], stored[1:]
     # outside the Function, which then saves its inputs: a second derivative leads on through them
     x_rows = folded(x, base_dtype)
     # wider adapters see what was dropped as it is; the Function widens it, and saves it narrow
@@ -117,7 +119,7 @@ def dora_linear_core(
     held = [x if x_dropped is None else x_dropped] if grad and not torch.compiler.is_compiling() else []
     adapter = (lora_A, lora_B, magnitude, bias)
     given_rows = (norm, gain, given.merged, given.low)
-    arguments = (x_rows, dropped_rows, *adapter, *given_rows, scaling, held, how, storage, *tensors)
+    arguments: tuple[Any, ...] = (x_rows, dropped_rows, *adapter, *given_rows, scaling, held, how, storage, *tensors)
     made = DoraLinearFunction.apply(*arguments) if grad else DoraLinearFunction.forward(None, *arguments)
     y, new_norm, new_gain = made
     if held and not lora_A.requires_grad:
@@ -190,7 +192,7 @@ def check_dtypes(function: str, x: Tensor, weight: Weight) -> None:
         )
 
 
-def operand_dtypes(x: Tensor, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]:
+def operand_dtypes(x: Weight, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]:
     """The dtypes in which x meets the weight and in which it meets the adapters: autocast's, else their own.
 
     As nn.Linear's: autocast leaves float64 alone, and adapters wider than x widen their own products only.

@@ -5,6 +5,7 @@ their own ways; what follows is the same for all of them, and one pass.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,13 +96,14 @@ class _Rescale(torch.autograd.Function):
         scaling, bias_dtype, residual, backend = ctx.settings
         needs = list(ctx.needs_input_grad[:5])
         bias_dtype = bias_dtype or gain.dtype
+        made: Sequence[Tensor | None]
         if derivatives.wanted(dy):
             operands = Epilogue(base, low, lora_B, gain, scaling)
-            gradients = _gradients_of_the_definition(dy, operands, residual, needs, bias_dtype)
+            made = _gradients_of_the_definition(dy, operands, residual, needs, bias_dtype)
         else:
             arguments = (scaling, residual, needs, bias_dtype, backend)
-            gradients = ops.rescale_backward(dy, base, low, lora_B, gain, *arguments)
-        gradients = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+            made = ops.rescale_backward(dy, base, low, lora_B, gain, *arguments)
+        gradients = (gradient if needed else None for gradient, needed in zip(made, needs, strict=True))
         return *gradients, dy if ctx.needs_input_grad[5] else None, None, None
 
 

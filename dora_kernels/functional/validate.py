@@ -1,5 +1,7 @@
 """Checks of every public function's arguments: ValueError if shapes, dtypes, devices or scaling do not fit."""
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -24,11 +26,11 @@ _INSTEAD = (
 )
 
 
-def _shape(tensor: Tensor) -> tuple[int, ...]:
+def _shape(tensor: Weight) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
-def check_transforms(function: str, *tensors: Tensor | None) -> None:
+def check_transforms(function: str, *tensors: Weight | None) -> None:
     """Raise NotImplementedError inside a transform of torch.func, where a tensor is a dual one of forward-mode AD, and
     where the first one is what torch.fx.symbolic_trace passes in a tensor's place.
 
@@ -137,7 +139,7 @@ def check_probability(function: str, name: str, value: float) -> float:
     return float(value)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -193,7 +195,7 @@ def check_flag(function: str, name: str, value: bool) -> None:
         raise ValueError(f"{function}: {name} is {value!r}; expected True or False")
 
 
-def check_placement(function: str, device: object, **dtypes: object) -> None:
+def check_placement(function: str, device: Any, **dtypes: object) -> None:
     """Raise ValueError unless device is one of torch's or None, and the dtypes are floating-point or None."""
     for name, value in dtypes.items():
         if value is not None and (not isinstance(value, torch.dtype) or value not in FLOATING):
@@ -224,7 +226,7 @@ def check_row(function: str, name: str, tensor: Tensor, weight: Weight, called: 
         )
 
 
-def check_tensor(function: str, name: str, tensor: Tensor, weight: Weight | None, called: str = "weight") -> None:
+def check_tensor(function: str, name: str, tensor: object, weight: Weight | None, called: str = "weight") -> None:
     """Raise ValueError unless `tensor` is a dense floating-point tensor on the device of weight, if there is one."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{function}: {name} is {type(tensor).__name__}; expected a torch.Tensor")
@@ -299,7 +301,7 @@ def check_rescale(
                 f"{function}: residual is {residual.dtype} of shape {_shape(residual)} but base is {base.dtype} of "
                 f"shape {_shape(base)}; expected the same"
             )
-    for name, tensor in (("gain", gain), ("bias", bias)):
-        if tensor is not None:
-            check_row(function, name, tensor, lora_B, "lora_B")
+    for name, row in (("gain", gain), ("bias", bias)):
+        if row is not None:
+            check_row(function, name, row, lora_B, "lora_B")
     return check_scaling(function, scaling, base.dtype)

@@ -28,8 +28,9 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, 
     backend = current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
     if norm_grad:
-        tensors, *storage = flatten_weight(weight)
-        return WeightNorm.apply(lora_A, lora_B, scaling, dtype, backend, storage, *tensors)
+        stored = flatten_weight(weight)
+        norm: Tensor = WeightNorm.apply(lora_A, lora_B, scaling, dtype, backend, stored[1:], *stored[0])
+        return norm
     with torch.no_grad():
         return ops.norm(*flatten_weight(weight), lora_A, lora_B, scaling, dtype, backend)
 
@@ -64,6 +65,7 @@ def unmerge_weight(function: str, layer: DoraWeight, norm: Tensor, gain: Tensor)
     small that the row lies below the dtype's normal numbers (6e-5 in float16) and has lost digits.
     """
     merged, lora_A, lora_B, _, scaling = layer
+    assert isinstance(merged, Tensor)  # a quantized weight is merged into a new dense one
     shrunk = (
         (merged.abs().amax(1) < torch.finfo(merged.dtype).tiny) & (gain.abs() < 0.5) if merged.numel() else gain == 0
     )

@@ -113,7 +113,6 @@ EXCLUDED = (
     Excluded(_WEIGHT_FUNCTIONS, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
     Excluded(_SERVING, "bank_linear", "F.linear(rows.to(base_dtype)", ("rows.to(", "weight.to("), _LINEAR),
     Excluded(_SERVING, "bank_linear", "check_adapter(", ("1.0",), "a scaling that is checked, and used nowhere"),
-    Excluded(_OPS, "_steps", "operands[0].device", ("0 -> 1",), _ONE_DEVICE),
     Excluded(_OPS, "plain_mode", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_TOKEN_SUMS, "_finish_sums_kernel", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
