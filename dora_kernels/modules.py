@@ -35,7 +35,7 @@ class MergeableLinear(nn.Module):
         super().__init__()
         self.weight = None if weight is None else weight.requires_grad_(False)
         self.bias = None if bias is None else bias.requires_grad_(False)
-        self.base_layer = None if base_layer is None else base_layer.requires_grad_(False)
+        self.base_layer: Any = None if base_layer is None else base_layer.requires_grad_(False)
         # norm and gain with which the weight was merged; None while it is not
         self._merged_with: tuple[Tensor, Tensor] | None = None
 
@@ -59,7 +59,8 @@ class MergeableLinear(nn.Module):
     def _apply(self, *arguments: Any, **keywords: Any) -> "MergeableLinear":
         """nn.Module._apply, through which moves and casts go; it ends what `frozen_adapters` reuses."""
         reuse.invalidate(self)
-        return super()._apply(*arguments, **keywords)
+        super()._apply(*arguments, **keywords)
+        return self
 
     def base(self) -> tuple[Weight, Tensor | None]:
         """The weight and the bias beneath the adapter; a quantized one is read anew: its library may have moved it."""
@@ -234,7 +235,7 @@ class DoraLinear(MergeableLinear):
         if base_layer is not None:
             layer.weight, layer.base_layer = None, base_layer.requires_grad_(False)
         else:
-            layer.weight = weight.requires_grad_(False)
+            layer.weight = weight.requires_grad_(False)  # type: ignore[union-attr]  # nn.Linear's, dense
             layer.bias = None if bias is None else bias.requires_grad_(False)
         layer.lora_A.to_empty(device=weight.device)
         layer.lora_B.to_empty(device=weight.device)
@@ -292,7 +293,7 @@ def default_adapter_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def read_linear(function: str, linear: nn.Module) -> tuple[Weight, Tensor | None, nn.Module | None]:
+def read_linear(function: str, linear: Any) -> tuple[Weight, Tensor | None, nn.Module | None]:
     """weight, bias and, where it is quantized, `linear` itself: what a layer over `linear` is made of.
 
     Raises ValueError, in the name of `function`, where it is neither nn.Linear nor quantized by a library we read.
