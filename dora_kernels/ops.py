@@ -142,8 +142,8 @@ def flatten_backward(dy: Tensor, saved: Saved, layer: DoraWeight, how: How, need
     """The arguments of `backward`."""
     return (
         dy, saved.x, *flatten_weight(layer.weight), layer.lora_A, layer.lora_B, saved.norm, saved.gain, saved.low,
-        saved.saved, saved.merged, layer.scaling, how.dtype, how.way, how.save, how.dropped, how.norm_grad, list(needs),
-        saved.magnitude_dtype, saved.bias_dtype, how.backend,
+        saved.intermediate, saved.merged, layer.scaling, how.dtype, how.way, how.save, how.dropped, how.norm_grad,
+        list(needs), saved.magnitude_dtype, saved.bias_dtype, how.backend,
     )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
 )
 def backward(*flat: Any) -> tuple[Tensor, ...]:
     dy, saved, layer, how, needs = unflatten_backward(*flat)
-    tensors = (saved.x, *layer[:3], saved.norm, saved.gain, saved.low, saved.saved, saved.merged)
+    tensors = (saved.x, *layer[:3], saved.norm, saved.gain, saved.low, saved.intermediate, saved.merged)
     steps = _steps("backward", how.backend, dy, *tensors)
     with plain_mode(dy):
         return _or_empty(dy, passes.backward(steps, dy, saved, layer, how, needs))

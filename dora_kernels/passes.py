@@ -40,11 +40,11 @@ def forward(steps: Steps, call: Call) -> Forward:
     weight, lora_A, lora_B, magnitude, scaling = layer
     adapter_input = x if x_dropped is None else x_dropped
     _check_save("forward", how.save, needs_base=how.exact or x_dropped is not None)
-    intermediate = how.save or _intermediate_to_y(call)
+    kind = how.save or _planned_intermediate(call)
     norm, low, gain = None, given.low, given.gain
     if gain is None and given.norm is not None:
         gain = gain_of(magnitude, given.norm)
-    if intermediate == "z_merged":
+    if kind == "z_merged":
         new_low = steps.project(adapter_input, lora_A) if how.save_low and low is None else None
         save = how.save == "z_merged"
         y, norm, gain, z = steps.merged_forward(x, weight, lora_A, lora_B, magnitude, bias, gain, scaling, save)
@@ -56,7 +56,7 @@ def forward(steps: Steps, call: Call) -> Forward:
     if given.norm is None:
         norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
     dense = steps.dense(weight, x.dtype)
-    if intermediate == "z_gemm":
+    if kind == "z_gemm":
         made, low_to_add = product_onto_low_rank(x, dense, low, lora_B, scaling), None
     else:
         made, low_to_add = base_product(adapter_input.to(x.dtype), dense, how.exact), low
@@ -81,8 +81,8 @@ def _cast_adapter(layer: DoraWeight, dtype: torch.dtype) -> DoraWeight:
     return DoraWeight(weight, lora_A.to(dtype), lora_B.to(dtype), magnitude, scaling)
 
 
-def _intermediate_to_y(call: Call) -> str:
-    """The `plan.intermediate` of a forward pass that saves none."""
+def _planned_intermediate(call: Call) -> str:
+    """The `plan.intermediate` that is chosen if nothing is saved."""
     x, how = call.x, call.how
     shape = plan.Shape.of(x, call.layer.weight, call.layer.lora_A)
     asks = {"needs_base": how.exact or call.x_dropped is not None, "adapters_are_wider": how.dtype != x.dtype}
@@ -99,12 +99,12 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
     dlow = scaling * P
     """
     _check_save("backward", how.save, needs_base=how.dropped)
-    x, norm, gain, low, saved_tensor, merged, magnitude_dtype, bias_dtype = saved
+    x, norm, gain, low, intermediate, merged, magnitude_dtype, bias_dtype = saved
     A_dtype, B_dtype = layer.lora_A.dtype, layer.lora_B.dtype
     layer = _cast_adapter(layer, how.dtype)
     weight, lora_A, lora_B, _, scaling = layer
     through_norm = how.norm_grad and (needs.lora_A or needs.lora_B)
-    if (needs.magnitude or through_norm) and (saved_tensor is None or not how.save):
+    if (needs.magnitude or through_norm) and (intermediate is None or not how.save):
         asked = f"backward: dmagnitude is wanted, and keep is {how.save!r}"
         raise ValueError(f"{asked}; expected what its forward pass has kept")
     dx_way = ""
@@ -131,7 +131,7 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
             scaling,
             dB=dB,
             gain=gain,
-            saved=saved_tensor if dmagnitude is not None else None,
+            saved=intermediate if dmagnitude is not None else None,
             norm=norm,
             lora_B=lora_B if lacks_low_rank else None,
             dmagnitude=dmagnitude,

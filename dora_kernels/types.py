@@ -64,13 +64,13 @@ class Call(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """The results of a forward pass; norm and gain are None where given, low and saved where not asked for."""
+    """The results of a forward pass; norm and gain are None where given, low and intermediate where not asked for."""
 
     y: Tensor  # (M, N)
     norm: Tensor | None  # (N,)
     gain: Tensor | None  # (N,)
     low: Tensor | None  # (M, R)
-    saved: Tensor | None  # (M, N), as how.save says
+    intermediate: Tensor | None  # (M, N), as how.save says
 
 
 class Saved(NamedTuple):
@@ -80,7 +80,7 @@ class Saved(NamedTuple):
     norm: Tensor  # (N,)
     gain: Tensor  # (N,)
     low: Tensor | None  # (M, R)
-    saved: Tensor | None  # (M, N), as how.save says
+    intermediate: Tensor | None  # (M, N), as how.save says
     merged: Tensor | None  # (N, K), as in Given
     magnitude_dtype: torch.dtype
     bias_dtype: torch.dtype

@@ -240,7 +240,7 @@ def test_a_backward_pass_is_flattened_as_the_schema_has_it(weight, flags):
     saved = Saved(call.x, *call.given[:2], call.given.low, call.bias, call.given.merged, torch.float64, torch.float16)
     needs = Needs(True, True, False, True, False, False, True)
     flat = ops.flatten_backward(call.x_dropped, saved, call.layer, call.how, needs)
-    expected = by_name(call.layer, call.how, saved, saved="kept") | {"dy": call.x_dropped, "needs": list(needs)}
+    expected = by_name(call.layer, call.how, saved, intermediate="kept") | {"dy": call.x_dropped, "needs": list(needs)}
     assert_flattened(ops.backward, flat, expected)
     assert len(schema_arguments(ops.backward)) == len(flat)
     dy, *again, again_needs = ops.unflatten_backward(*flat)

@@ -141,7 +141,7 @@ def test_what_is_saved_is_what_the_record_says(kind, backend, monkeypatch):
     seen = double.x if problem.x_dropped is None else double.x_dropped
     tensors = {"base": seen @ double.weight.T}
     tensors["z"] = tensors["base"] + double.scaling * seen @ double.lora_A.T @ double.lora_B.T
-    saved, name = Forward(*made[0]).saved, expected.partition("_")[0]
+    saved, name = Forward(*made[0]).intermediate, expected.partition("_")[0]
     assert saved.dtype == (torch.float32 if kind == "base, unrounded" else dtypes[0])
     assert _relative(saved, tensors[name]) < 0.01 < 0.1 < _relative(saved, tensors["z" if name == "base" else "base"])
 

@@ -113,7 +113,19 @@ class DoraLinearFunction(torch.autograd.Function):
         results = make(ctx, dy, needs)
         made = Gradients(*(one if needed else None for one, needed in zip(results, needs, strict=True)))
         dx_dropped = None if made.x_dropped is None else made.x_dropped.to(ctx.dropped_dtype)
-        return made.x, dx_dropped, *made[2:6], None, None, None, made.low, *(None for _ in constants)
+        return (
+            made.x,
+            dx_dropped,
+            made.lora_A,
+            made.lora_B,
+            made.magnitude,
+            made.bias,
+            None,
+            None,
+            None,
+            made.low,
+            *(None for _ in constants),
+        )
 
 
 def let_x_change(node: Any) -> None:

@@ -1,4 +1,4 @@
-"""The public functions: validation, shape folding, dtypes under autocast, and autograd."""
+"""dora_linear: validation, shape folding, dtypes under autocast, and what the call saves."""
 
 import math
 from typing import Any
@@ -56,7 +56,7 @@ def dora_linear(
     of the formula as norm_grad has it, in plain PyTorch, at PyTorch's cost. Inside torch.compile they are refused, by
     AOTAutograd, by torch.func ("Batching rule not implemented") or by us.
 
-    Bits: the same call gives the same ones, in y and in every gradient. norm, gain and the merged weight do not see x,
+    Deterministic: repeated calls are bitwise equal, in y and every gradient. norm, gain and the merged weight see no x,
     and the kernels make a row of y from that row of base and low alone, at every M; but base and low come from GEMMs,
     where the library or the split of a sum may round a row otherwise at another M. So y of one token in another batch
     is not promised to the bit. The numbers of the other tokens do not reach it, nor does a NaN or inf among them.

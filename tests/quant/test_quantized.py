@@ -277,7 +277,7 @@ def test_one_dense_temporary_at_a_time(kind, dropped, way, steps, monkeypatch):
     # the reference merges block by block, and multiplies each block
     assert counted.most == (0 if steps is pytorch.PYTORCH and save == "z_merged" else 1)
     with DenseTensors(N * K) as counted:
-        saved = Saved(problem.x, norm, gain, made.low, made.saved, None, dtype, dtype)
+        saved = Saved(problem.x, norm, gain, made.low, made.intermediate, None, dtype, dtype)
         passes.backward(steps, problem.dy, saved, layer, how, Needs(True, dropped, True, True, True, True))
     assert counted.most == 1
 
