@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels.kernels.tile import (
+    DTYPE_OF_NAME,
     TL_DTYPE,
     Launch,
     Matrix,
@@ -41,7 +42,12 @@ class WeightFormat(NamedTuple):
     name: str  # a key of quant.FORMATS, but "row8" is "int8" or "float8"; or "dense"
     sizes: tuple[int, ...]  # the numbers of the QuantizedWeight; of "hqq4", two flags behind them
     group: int  # columns from one multiple of it to the next share a scale in every row
-    dtype: tl.dtype  # what it is decoded to
+    dtype_name: str  # of what it is decoded to; see tile.Dtypes
+
+    @property
+    def dtype(self) -> tl.dtype:
+        """The dtype that the weight is decoded to."""
+        return DTYPE_OF_NAME[self.dtype_name]
 
 
 class Update(NamedTuple):
@@ -295,4 +301,4 @@ def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, Weight
     else:
         numbers = (K // 2,)
         group = math.gcd(K, sizes[0], BLOCK_K)
-    return StoredWeight(tuple(pointers), numbers), WeightFormat(name, tuple(sizes), group, TL_DTYPE[dtype])
+    return StoredWeight(tuple(pointers), numbers), WeightFormat(name, tuple(sizes), group, TL_DTYPE[dtype].name)

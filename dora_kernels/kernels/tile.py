@@ -19,6 +19,7 @@ TL_DTYPE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+DTYPE_OF_NAME = {dtype.name: dtype for dtype in TL_DTYPE.values()}
 
 
 class Matrix(NamedTuple):
@@ -37,11 +38,25 @@ class Vector(NamedTuple):
 
 
 class Dtypes(NamedTuple):
-    """The dtypes that a kernel works in, and the precision of its dots: one constexpr, DTYPES."""
+    """The dtypes that a kernel works in, and the precision of its dots: one constexpr, DTYPES.
 
-    operand: tl.dtype
-    accumulate: tl.dtype
+    Names and no tl.dtype: what a JIT hook is told goes through json, which knows tl.dtype outside of tuples alone. In
+    lower case: Triton 3.6 reads a "D" or "S" in a constexpr's strings as an attribute.
+    """
+
+    operand_name: str
+    accumulate_name: str
     precision: str
+
+    @property
+    def operand(self) -> tl.dtype:
+        """The dtype of what a dot multiplies."""
+        return DTYPE_OF_NAME[self.operand_name]
+
+    @property
+    def accumulate(self) -> tl.dtype:
+        """The dtype of sums."""
+        return DTYPE_OF_NAME[self.accumulate_name]
 
 
 def matrix(tensor: torch.Tensor | None) -> Matrix | None:
@@ -226,4 +241,4 @@ class Launch(NamedTuple):
 @functools.cache  # few, and each would take as long to make as three to look up
 def _dtypes(operand: torch.dtype, accumulate: torch.dtype, precision: str) -> Dtypes:
     """Of torch's dtypes, Triton's."""
-    return Dtypes(TL_DTYPE[operand], TL_DTYPE[accumulate], precision)
+    return Dtypes(TL_DTYPE[operand].name, TL_DTYPE[accumulate].name, precision)

@@ -4,12 +4,14 @@ All of it runs in subprocesses: in this one Triton may be interpreting, which le
 """
 
 import ast
+import inspect
 import json
 import os
 import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -136,14 +138,32 @@ def merged_operands() -> list[list[str]]:
     return sorted({tuple(map(one.type_of, names)) for one in found if one.target.name == "sm_90"})
 
 
+def told_to_hooks() -> list[str]:
+    """The kernels of which Triton's JIT can tell its hooks (triton.knobs.runtime); run where Triton compiles."""
+    import compile_kernels as tool
+    from triton.runtime.jit import serialize_specialization_data
+
+    found = {job.specialization.name: job.specialization for job in tool.fast_jobs()}
+    takes_target = "target" in inspect.signature(serialize_specialization_data).parameters  # from Triton 3.7 on
+    for name, one in found.items():
+        rest = {"options": SimpleNamespace(), "key": str(one.key)} | (
+            {"target": SimpleNamespace()} if takes_target else {}
+        )
+        serialize_specialization_data(name, one.signature, one.constexprs, one.attrs, **rest)
+    return sorted(found)
+
+
 @pytest.fixture(scope="module")
 def recorded() -> dict:
-    code = (
-        "from tests.tools.test_compile_kernels import *; print(json.dumps([specialization_keys(), merged_operands()]))"
-    )
-    done = _run("-c", code)
+    functions = "specialization_keys(), merged_operands(), told_to_hooks()"
+    done = _run("-c", f"from tests.tools.test_compile_kernels import *; print(json.dumps([{functions}]))")
     assert done.returncode == 0, done.stderr
-    return dict(zip(("keys", "merged"), json.loads(done.stdout), strict=True))
+    return dict(zip(("keys", "merged", "told"), json.loads(done.stdout), strict=True))
+
+
+def test_hooks_of_the_jit_are_told_of_every_kernel(recorded):
+    """In json, which knows no tl.dtype inside of a tuple: the first launch under a hook would raise."""
+    assert {"_norm_kernel", "_epilogue_kernel", "_token_sums_kernel", "_merge_kernel"} <= set(recorded["told"])
 
 
 def test_a_layer_taken_apart_again_is_compiled_for(recorded):
