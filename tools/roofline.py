@@ -21,10 +21,7 @@ import torch  # noqa: E402
 
 from bench import figures  # noqa: E402
 from bench.lib import machine, report, roof  # noqa: E402
-from dora_kernels.planning import (
-    devices,  # noqa: E402
-    plan,  # noqa: E402
-)
+from dora_kernels.planning import devices, plan  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ OFF_DEVICE = _files(
     "bench", "distributed", "repo", "tools", "test_cli.py", "kernels/test_interpreter.py", "reuse/test_constants.py",
     "adapters/test_structure_claims.py", "extras/test_analysis.py", "extras/test_analysis_checkpoints.py",
     "extras/test_convert.py", "extras/test_convert_libraries.py", "extras/test_convert_refusals.py",
-    "extras/test_demo_dvora.py",
+    "extras/test_demo_dvora.py", "extras/test_names.py", "planning/test_configs.py", "planning/test_options.py",
 )  # fmt: skip
 # Every kernel and operator, and the promises that a GPU can break: graphs, streams, reuse, faults.
 CORE = tuple(
