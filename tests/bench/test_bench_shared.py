@@ -63,6 +63,7 @@ print(shared.LLAMA)
 """
 
 
+@pytest.mark.nightly
 def test_what_runs_on_a_gpu_needs_no_rich():
     done = subprocess.run([sys.executable, "-c", WITHOUT_RICH], text=True, capture_output=True, cwd=ROOT)
     assert done.stdout.strip() == str(shared.LLAMA), done.stderr

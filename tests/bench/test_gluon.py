@@ -139,6 +139,7 @@ assert gemm.main({"too large": gemm.GemmVariant(stages=5)}) == 1
 """
 
 
+@pytest.mark.nightly
 @needs_gluon
 def test_every_variant_compiles_into_what_a_program_has():
     done = compiled(COMPILE)
@@ -187,6 +188,7 @@ for variant in (gemm.VARIANTS["two outputs"], gemm.VARIANTS["dx"]):
 """
 
 
+@pytest.mark.nightly
 @needs_gluon
 def test_what_is_compiled_ahead_is_what_a_launch_compiles():
     done = compiled(LAUNCH)

@@ -203,6 +203,7 @@ def run(*command: str, **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], cwd=ROOT, env=env, text=True, capture_output=True)
 
 
+@pytest.mark.nightly
 def test_the_command_writes_its_rows(tmp_path):
     out = tmp_path / "a" / "kernels.json"
     arguments = ("--device", "cpu", "--case", "16x32x48x8", "--kernel", "norm", "--out", str(out), "--commit", "c")

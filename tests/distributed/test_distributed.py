@@ -157,7 +157,7 @@ def losses_with_checkpoints(rank, size, engine):
     return train(model, batch("llama", torch.float64, rank, size), called=called), calls("forward")
 
 
-@pytest.mark.parametrize("engine", ("ddp", "fsdp2", "fsdp1", "fsdp1 policy"))
+@pytest.mark.parametrize("engine", ("ddp", "fsdp2", "fsdp1", pytest.param("fsdp1 policy", marks=pytest.mark.nightly)))
 def test_activation_checkpointing(engine):
     stock = build_llama(torch.float64)
     expected = train(stock, batch("llama", torch.float64))

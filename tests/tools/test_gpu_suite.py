@@ -300,7 +300,7 @@ sys.exit(gpu_suite.main(["--plan", "first", "--out", sys.argv[1]]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pretends to have a GPU")
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT))
+@pytest.mark.parametrize("number", (signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.nightly)))
 def test_what_was_measured_is_saved_where_the_suite_is_terminated(number, tmp_path):
     environment = dict(os.environ, TRITON_CACHE_DIR=str(tmp_path / "cache"))
     command = [sys.executable, "-c", TERMINATED, str(tmp_path / "out")]
@@ -523,6 +523,7 @@ def test_the_table_of_the_tuning_goes_into_the_package(won, tmp_path, monkeypatc
     assert telling._tuned(tmp_path) == "norm 0.90, merge -"
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a GPU that is not there")
 def test_what_the_benchmarks_launch_is_known_before(tmp_path):
     """Recorded and, for want of time, not compiled; and without --target there is no GPU to compile for."""
@@ -568,6 +569,7 @@ def run_code(code, tmp_path, *prelude):
     return subprocess.run(command, env=env, cwd=ROOT, text=True, capture_output=True)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a GPU that is not there")
 def test_warm_knows_tuned_tiles_and_what_the_probe_launches(tmp_path):
     pytest.importorskip("triton")
@@ -602,6 +604,7 @@ print("good", time.monotonic() - start < 30)
 """
 
 
+@pytest.mark.nightly
 def test_a_compilation_that_fails_or_never_ends_costs_no_other(tmp_path):
     pytest.importorskip("triton")
     done = run_code(IN_ALL_CORES, tmp_path)

@@ -301,6 +301,7 @@ print(sum(error.startswith("_merge_kernel") for error in failed), precompile.car
 """
 
 
+@pytest.mark.nightly
 def test_candidates_are_compiled_ahead_and_failures_are_told(tmp_path):
     variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]), "CUDA_VISIBLE_DEVICES": ""}
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
