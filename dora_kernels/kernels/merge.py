@@ -7,7 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.stored_weight import direction_tile, known_rank, update, weight_arguments, weight_config
+from dora_kernels.kernels.stored_weight import (
+    direction_tile,
+    known_rank,
+    update_argument,
+    weight_arguments,
+    weight_config,
+)
 from dora_kernels.kernels.tile import Launch, block_offsets, rank_multiple
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
@@ -73,7 +79,7 @@ def merge(
         merged,
         N,
         K,
-        update(lora_A, lora_B, scaling),
+        update_argument(lora_A, lora_B, scaling),
         FORMAT=weight_format,
         SUBTRACT_WEIGHT=subtract_weight,
         R_MULTIPLE=rank_multiple(R, lora_B),

@@ -63,7 +63,7 @@ class Update(NamedTuple):
     scaling: float
 
 
-def update(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, scaling: float) -> Update | None:
+def update_argument(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, scaling: float) -> Update | None:
     """The update as an argument; None where there is no adapter."""
     return None if lora_A is None else Update(matrix(lora_A), matrix(lora_B), lora_A.shape[0], scaling)
 

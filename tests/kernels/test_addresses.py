@@ -170,7 +170,7 @@ def test_merge_writes_rows_of_2_to_the_30(memory):
     expected = reference.merge(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
     stored, weight_format = stored_weight.weight_arguments(far_weight, 32)
     _merge_kernel[1, 1](
-        stored, problem.magnitude, huge, 3, FAR, stored_weight.update(lora_A, problem.lora_B, 0.75),
+        stored, problem.magnitude, huge, 3, FAR, stored_weight.update_argument(lora_A, problem.lora_B, 0.75),
         FORMAT=weight_format, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("merge"),
     )  # fmt: skip
     torch.testing.assert_close(merged, expected)
@@ -183,7 +183,7 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
     partial = corner(memory, columns=32)
     stored, weight_format = stored_weight.weight_arguments(problem.weight, 32)
     _norm_kernel[1, 3](
-        stored, memory[2**31 :], FAR, 96, 32, stored_weight.update(problem.lora_A, problem.lora_B, 0.75),
+        stored, memory[2**31 :], FAR, 96, 32, stored_weight.update_argument(problem.lora_A, problem.lora_B, 0.75),
         FORMAT=weight_format, ONE_CHUNK=True, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
     )  # fmt: skip
     norm, _ = reference.norm(problem.weight, problem.lora_A, problem.lora_B, 0.75)
