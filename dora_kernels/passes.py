@@ -85,7 +85,7 @@ def _planned_intermediate(call: Call) -> str:
     """The `plan.intermediate` that is chosen if nothing is saved."""
     x, how = call.x, call.how
     shape = plan.Shape.of(x, call.layer.weight, call.layer.lora_A)
-    asks = {"needs_base": how.exact or call.x_dropped is not None, "adapters_are_wider": how.dtype != x.dtype}
+    asks = plan.asks(how.exact, call.x_dropped is not None, how.dtype, x.dtype)
     way = plan.forward_way(how.way, call.given.norm is not None, shape, _device_model(x), **asks)
     return plan.intermediate(way, x.dtype, how.backend, x.device, **asks)
 

@@ -143,7 +143,7 @@ def _how(
     if torch.is_grad_enabled():
         needs_A, needs_B = layer.lora_A.requires_grad and given.low is None, layer.lora_B.requires_grad
         if layer.magnitude.requires_grad or (norm_grad and (needs_A or needs_B)):
-            asks = {"needs_base": exact or dropped, "adapters_are_wider": dtype != base_dtype}
+            asks = plan.asks(exact, dropped, dtype, base_dtype)
             save = plan.saved_tensor(options.way, base_dtype, options.backend, x.device, **asks)
     save_low = needs_B or save == "base"
     return How(base_dtype, dtype, options.way, save, options.backend, save_low, exact, dropped, norm_grad)

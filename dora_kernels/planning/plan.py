@@ -9,7 +9,7 @@ same thing, so what matters is the ratio of bandwidth to FLOPs to launch cost.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 
@@ -194,6 +194,18 @@ def dx_way(asked: str, shape: Shape, device: Device) -> str:
         M, N, K = shape.M, shape.N, shape.K
         return "dz" if M * (N + K) <= 4 * N * K else "merged"
     return _faster(dx_costs, shape, device, ("merged", "dz"))
+
+
+class Asks(TypedDict):
+    """The keywords of the planner's questions about a forward pass; `saved_tensor` says what they mean."""
+
+    needs_base: bool
+    adapters_are_wider: bool
+
+
+def asks(exact: bool, dropped: bool, dtype: torch.dtype, base_dtype: torch.dtype) -> Asks:
+    """The keywords for a call with these choices: dtype is that of the low-rank product."""
+    return {"needs_base": exact or dropped, "adapters_are_wider": dtype != base_dtype}
 
 
 INTERMEDIATES = ("base", "z_gemm", "z_merged")
