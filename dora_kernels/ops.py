@@ -134,7 +134,7 @@ def unflatten_forward(
     """The call of which these are the arguments."""
     whole = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
     layer = DoraWeight(whole, lora_A, lora_B, magnitude, scaling)
-    how = How(x.dtype, dtype, way, keep, backend, keep_low, exact)
+    how = How(x.dtype, dtype, way, save=keep, backend=backend, save_low=keep_low, exact=exact)
     return Call(x, x_dropped, layer, bias, Given(norm, gain, given_low), how)
 
 
@@ -157,7 +157,7 @@ def unflatten_backward(
     whole = _whole(weight, weight_format, weight_numbers, weight_dtype, lora_A, lora_B)
     saved = Saved(x, norm, gain, low, kept, merged, magnitude_dtype, bias_dtype)
     layer = DoraWeight(whole, lora_A, lora_B, None, scaling)  # type: ignore[arg-type]  # the direction alone
-    how = How(dy.dtype, dtype, way, keep, backend, False, False, dropped, norm_grad)
+    how = How(dy.dtype, dtype, way, save=keep, backend=backend, dropped=dropped, norm_grad=norm_grad)
     return dy, saved, layer, how, Needs(*needs)
 
 

@@ -145,8 +145,17 @@ def _how(
         if layer.magnitude.requires_grad or (norm_grad and (needs_A or needs_B)):
             asks = plan.asks(exact, dropped, dtype, base_dtype)
             save = plan.saved_tensor(options.way, base_dtype, options.backend, x.device, **asks)
-    save_low = needs_B or save == "base"
-    return How(base_dtype, dtype, options.way, save, options.backend, save_low, exact, dropped, norm_grad)
+    return How(
+        base_dtype,
+        dtype,
+        options.way,
+        save=save,
+        backend=options.backend,
+        save_low=needs_B or save == "base",
+        exact=exact,
+        dropped=dropped,
+        norm_grad=norm_grad,
+    )
 
 
 def unfolded(y: Tensor, leading: torch.Size) -> Tensor:
