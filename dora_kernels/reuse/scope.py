@@ -98,9 +98,9 @@ class Scope:
                 dtypes = (layer.weight.dtype, layer.lora_A.dtype, layer.magnitude.dtype, dtype)
                 groups.setdefault(dtypes, []).append((module, layer, fingerprint))
         for (*_, dtype), members in groups.items():
-            fields = DoraWeight(*map(list, zip(*(layer for _, layer, _ in members), strict=True)))
-            norms, gains = ops.grouped_norm(*fields, dtype, current_options().backend)
-            sizes = [weight.shape[0] for weight in fields.weight]
+            weights, *rest = (list(field) for field in zip(*(layer for _, layer, _ in members), strict=True))
+            norms, gains = ops.grouped_norm(weights, *rest, dtype, current_options().backend)
+            sizes = [weight.shape[0] for weight in weights]
             for member, norm, gain in zip(members, norms.split(sizes), gains.split(sizes), strict=True):
                 module, layer, fingerprint = member
                 store.keep(module, IN_SCOPE, store.Kept.of(layer[:4], fingerprint, norm, gain), generation)
