@@ -20,7 +20,7 @@ from dora_kernels.adapters.frozen import frozen_like
 from dora_kernels.adapters.promises import Promises
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional.linear import operand_dtypes
-from dora_kernels.functional.validate import check_adapter, check_bank, check_call, check_row
+from dora_kernels.functional.validate import check_adapter, check_call, check_row, check_tensor
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.modules import MergeableLinear
 from dora_kernels.planning.options import current_options
@@ -131,7 +131,7 @@ class AdapterBank:
     scaling: Tensor
 
     def __post_init__(self) -> None:
-        check_bank(self.lora_A, self.lora_B, self.gain, self.scaling)
+        _check_bank(self.lora_A, self.lora_B, self.gain, self.scaling)
         for name in ("lora_B", "gain", "scaling"):
             object.__setattr__(self, name, getattr(self, name).contiguous())
 
@@ -200,7 +200,7 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
     if not isinstance(weight, Tensor):
         raise ValueError(f"bank_linear: weight is {type(weight).__name__}; expected a torch.Tensor")
     lora_A, lora_B = bank.lora_A, bank.lora_B
-    check_bank(lora_A, lora_B, bank.gain, bank.scaling)  # again: what a tensor holds may have been changed since
+    _check_bank(lora_A, lora_B, bank.gain, bank.scaling)  # again: what a tensor holds may have been changed since
     R = lora_B.shape[2]
     check_adapter("bank_linear", weight, lora_A[:R], lora_B[0], 1.0)
     check_call("bank_linear", x, weight, bank.gain[0], bias, None, None)
@@ -245,3 +245,28 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
         current_options().backend,
     )
     return y.view(*x.shape[:-1], N)
+
+
+def _check_bank(lora_A: Tensor, lora_B: Tensor, gain: Tensor, scaling: Tensor) -> None:
+    """Raise ValueError unless these are the fields of an AdapterBank."""
+    fields = (("lora_A", lora_A, 2), ("lora_B", lora_B, 3), ("gain", gain, 2), ("scaling", scaling, 1))
+    for name, tensor, dimensions in fields:
+        check_tensor("AdapterBank", name, tensor, lora_B, "lora_B")
+        if tensor.dim() != dimensions:
+            raise ValueError(f"AdapterBank: {name} has shape {tuple(tensor.shape)}; expected {dimensions} dimensions")
+    E, N, R = lora_B.shape
+    if E == 0:
+        raise ValueError(f"AdapterBank: lora_B has shape {tuple(lora_B.shape)}; expected at least one adapter")
+    shapes = (("lora_A", lora_A, (E * R, lora_A.shape[1])), ("gain", gain, (E, N)), ("scaling", scaling, (E,)))
+    for name, tensor, shape in shapes:
+        if tensor.shape != shape:
+            raise ValueError(
+                f"AdapterBank: {name} has shape {tuple(tensor.shape)} but lora_B has shape {tuple(lora_B.shape)}; "
+                f"expected {shape}"
+            )
+    if lora_A.dtype != lora_B.dtype:
+        raise ValueError(f"AdapterBank: lora_A is {lora_A.dtype} but lora_B is {lora_B.dtype}; expected one dtype")
+    if gain.dtype not in (torch.float32, torch.float64) or scaling.dtype != gain.dtype:
+        raise ValueError(
+            f"AdapterBank: gain is {gain.dtype} and scaling {scaling.dtype}; expected both float32, or both float64"
+        )

@@ -241,31 +241,6 @@ def check_tensor(function: str, name: str, tensor: object, weight: Weight | None
         )
 
 
-def check_bank(lora_A: Tensor, lora_B: Tensor, gain: Tensor, scaling: Tensor) -> None:
-    """Raise ValueError unless these are the fields of a serving.AdapterBank."""
-    fields = (("lora_A", lora_A, 2), ("lora_B", lora_B, 3), ("gain", gain, 2), ("scaling", scaling, 1))
-    for name, tensor, dimensions in fields:
-        check_tensor("AdapterBank", name, tensor, lora_B, "lora_B")
-        if tensor.dim() != dimensions:
-            raise ValueError(f"AdapterBank: {name} has shape {_shape(tensor)}; expected {dimensions} dimensions")
-    E, N, R = lora_B.shape
-    if E == 0:
-        raise ValueError(f"AdapterBank: lora_B has shape {_shape(lora_B)}; expected at least one adapter")
-    shapes = (("lora_A", lora_A, (E * R, lora_A.shape[1])), ("gain", gain, (E, N)), ("scaling", scaling, (E,)))
-    for name, tensor, shape in shapes:
-        if tensor.shape != shape:
-            raise ValueError(
-                f"AdapterBank: {name} has shape {_shape(tensor)} but lora_B has shape {_shape(lora_B)}; "
-                f"expected {shape}"
-            )
-    if lora_A.dtype != lora_B.dtype:
-        raise ValueError(f"AdapterBank: lora_A is {lora_A.dtype} but lora_B is {lora_B.dtype}; expected one dtype")
-    if gain.dtype not in (torch.float32, torch.float64) or scaling.dtype != gain.dtype:
-        raise ValueError(
-            f"AdapterBank: gain is {gain.dtype} and scaling {scaling.dtype}; expected both float32, or both float64"
-        )
-
-
 def check_rescale(
     function: str,
     base: Tensor,
