@@ -10,21 +10,17 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from peft.tuners.lora.layer import LoraLayer  # noqa: E402
-from transformers.pytorch_utils import Conv1D  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from transformers.pytorch_utils import Conv1D
 
-import dora_kernels  # noqa: E402
-from dora_kernels import (  # noqa: E402
-    DoraLinear,
-    ops,
-    options,  # noqa: E402
-)
-from dora_kernels.extras import serving  # noqa: E402
-from dora_kernels.testing import compare, rms_error  # noqa: E402
-from tests.support import quantized_problem  # noqa: E402
-from tests.support.peft_problem import adapt, build, calls, layers  # noqa: E402
-from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
+import dora_kernels
+from dora_kernels import DoraLinear, ops, options
+from dora_kernels.extras import serving
+from dora_kernels.testing import compare, rms_error
+from tests.support import quantized_problem
+from tests.support.peft_problem import adapt, build, calls, layers
+from tests.support.problem import BACKENDS, DEVICE
 
 LAYERS = {
     "linear": lambda: nn.Linear(12, 10),

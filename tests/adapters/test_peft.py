@@ -12,17 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import dora_kernels  # noqa: E402
-from dora_kernels import (  # noqa: E402
-    ops,
-    options,  # noqa: E402
-    passes,
-)
-from dora_kernels.testing import check_layer, geometric_mean, rms_error  # noqa: E402
-from dora_kernels.testing.run import shared_dropout  # noqa: E402
+import dora_kernels
+from dora_kernels import ops, options, passes
+from dora_kernels.testing import check_layer, geometric_mean, rms_error
+from dora_kernels.testing.run import shared_dropout
 from tests.support.peft_problem import (
     assert_as_good,
     build,
@@ -34,7 +30,7 @@ from tests.support.peft_problem import (
     tensors,
     training_step,
 )
-from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
+from tests.support.problem import BACKENDS, DEVICE
 
 
 def assert_parity(model, x, *, autocast=None):

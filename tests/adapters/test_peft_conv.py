@@ -11,16 +11,13 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
+from peft import LoraConfig, get_peft_model
 
-import dora_kernels  # noqa: E402
-from dora_kernels import (
-    ops,  # noqa: E402
-    options,  # noqa: E402
-)
-from dora_kernels.adapters.peft.conv import DoraKernelsConv2d  # noqa: E402
-from dora_kernels.testing import check_layer, geometric_mean, rms_error  # noqa: E402
-from dora_kernels.testing.run import shared_dropout  # noqa: E402
+import dora_kernels
+from dora_kernels import ops, options
+from dora_kernels.adapters.peft.conv import DoraKernelsConv2d
+from dora_kernels.testing import check_layer, geometric_mean, rms_error
+from dora_kernels.testing.run import shared_dropout
 from tests.support.peft_problem import (
     CONVOLUTIONS,
     LAST,
@@ -35,7 +32,7 @@ from tests.support.peft_problem import (
     tensors,
     training_step,
 )
-from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
+from tests.support.problem import BACKENDS, DEVICE
 
 CASES = {
     "1d": {"dims": 1},

@@ -10,18 +10,15 @@ from torch import nn
 
 pytest.importorskip("peft")
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-import dora_kernels  # noqa: E402
-from dora_kernels import (
-    ops,  # noqa: E402
-    options,  # noqa: E402
-)
-from dora_kernels.adapters.peft.embedding import DoraKernelsEmbedding  # noqa: E402
-from dora_kernels.testing import check_layer, compare, geometric_mean, rms_error  # noqa: E402
-from tests.support.peft_problem import TOKENS, WIDTH, build_embedding, calls, enabled, layers, randomise  # noqa: E402
-from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
+import dora_kernels
+from dora_kernels import ops, options
+from dora_kernels.adapters.peft.embedding import DoraKernelsEmbedding
+from dora_kernels.testing import check_layer, compare, geometric_mean, rms_error
+from tests.support.peft_problem import TOKENS, WIDTH, build_embedding, calls, enabled, layers, randomise
+from tests.support.problem import BACKENDS, DEVICE
 
 
 def tensors(model, ids, dy, autocast=None):

@@ -16,20 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
 
-import dora_kernels  # noqa: E402
-from dora_kernels import (  # noqa: E402
-    disable,
-    enable,
-    ops,
-    options,  # noqa: E402
-    quant,
-    reuse,
-)
-from dora_kernels.planning import devices  # noqa: E402
-from dora_kernels.testing import rms_error  # noqa: E402
+import dora_kernels
+from dora_kernels import disable, enable, ops, options, quant, reuse
+from dora_kernels.planning import devices
+from dora_kernels.testing import rms_error
 from tests.support.peft_problem import assert_as_good, calls, enabled, exact_tensors, layers, tensors, training_step
-from tests.support.problem import DEVICE  # noqa: E402
-from tests.support.quantized_problem import ALIGNED, FORMATS, STRADDLING, TRAPPED, build, dense  # noqa: E402
+from tests.support.problem import DEVICE
+from tests.support.quantized_problem import ALIGNED, FORMATS, STRADDLING, TRAPPED, build, dense
 
 
 def inputs(model, dtype=torch.float32):

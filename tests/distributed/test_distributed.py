@@ -22,20 +22,20 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
 
-from peft.tuners.lora.layer import Linear as LoraLinear  # noqa: E402
-from peft.utils.other import fsdp_auto_wrap_policy  # noqa: E402
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict  # noqa: E402
-from torch.distributed.fsdp._fully_shard import _fsdp_param  # noqa: E402
-from torch.distributed.fsdp.wrap import ModuleWrapPolicy  # noqa: E402
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils.other import fsdp_auto_wrap_policy
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-import dora_kernels  # noqa: E402
-from dora_kernels import DvoraLinear, VeraProjection, ops, reuse  # noqa: E402
-from dora_kernels.adapters.taking import TakenOver  # noqa: E402
-from dora_kernels.extras.dvora import dvora_linear_ref  # noqa: E402
-from dora_kernels.planning import devices  # noqa: E402
+import dora_kernels
+from dora_kernels import DvoraLinear, VeraProjection, ops, reuse
+from dora_kernels.adapters.taking import TakenOver
+from dora_kernels.extras.dvora import dvora_linear_ref
+from dora_kernels.planning import devices
 from tests.support.distributed_problem import STEPS, batch, blocks, build_llama, build_net, fsdp2, train, worst
-from tests.support.peft_problem import calls, layers  # noqa: E402
-from tests.support.process_worlds import world  # noqa: E402
+from tests.support.peft_problem import calls, layers
+from tests.support.process_worlds import world
 
 SIZES = (2, pytest.param(4, marks=pytest.mark.nightly))
 BUILD = {"net": build_net, "llama": build_llama}

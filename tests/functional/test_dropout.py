@@ -10,17 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
 
-import dora_kernels  # noqa: E402
-from dora_kernels import (  # noqa: E402
-    DoraLinear,
-    ops,
-    options,  # noqa: E402
-)
-from dora_kernels.testing import compare, rms_error  # noqa: E402
-from dora_kernels.testing.run import shared_dropout  # noqa: E402
-from tests.support import conformance_checks, quantized_problem  # noqa: E402
-from tests.support.peft_problem import adapt, build, calls, layers, tensors, training_step  # noqa: E402
-from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
+import dora_kernels
+from dora_kernels import DoraLinear, ops, options
+from dora_kernels.testing import compare, rms_error
+from dora_kernels.testing.run import shared_dropout
+from tests.support import conformance_checks, quantized_problem
+from tests.support.peft_problem import adapt, build, calls, layers, tensors, training_step
+from tests.support.problem import BACKENDS, DEVICE
 
 FACTORIES = {
     "linear": lambda: nn.Linear(24, 20),

@@ -16,23 +16,17 @@ from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("peft")
 
-import dora_kernels  # noqa: E402
-from dora_kernels import (  # noqa: E402
-    DoraLinear,
-    DvoraLinear,
-    VeraProjection,
-    ops,
-    options,  # noqa: E402
-)
-from dora_kernels.extras.dvora import dvora_linear_ref  # noqa: E402
-from dora_kernels.functional.autograd import SharedLow  # noqa: E402
-from dora_kernels.reference import dora_linear_ref  # noqa: E402
-from dora_kernels.testing.run import shared_dropout  # noqa: E402
-from tests.support import library_layers, peft_problem, quantized_problem, shared_problem  # noqa: E402
-from tests.support.derivative_routes import assert_equal, derivatives, grad, squares, weights  # noqa: E402
-from tests.support.peft_problem import calls, enabled  # noqa: E402
-from tests.support.problem import BACKENDS, DEVICE  # noqa: E402
-from tests.support.structure_cases import CASES as STRUCTURES  # noqa: E402
+import dora_kernels
+from dora_kernels import DoraLinear, DvoraLinear, VeraProjection, ops, options
+from dora_kernels.extras.dvora import dvora_linear_ref
+from dora_kernels.functional.autograd import SharedLow
+from dora_kernels.reference import dora_linear_ref
+from dora_kernels.testing.run import shared_dropout
+from tests.support import library_layers, peft_problem, quantized_problem, shared_problem
+from tests.support.derivative_routes import assert_equal, derivatives, grad, squares, weights
+from tests.support.peft_problem import calls, enabled
+from tests.support.problem import BACKENDS, DEVICE
+from tests.support.structure_cases import CASES as STRUCTURES
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="float64 kernels run in the interpreter only")
 X = torch.linspace(-2, 2, 4 * 24, dtype=torch.float64).sin().view(2, 2, 24)
