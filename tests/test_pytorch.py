@@ -52,22 +52,22 @@ def test_scaled_columns_are_exact_and_rounded_once(dtype, shape, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("wider", (False, True), ids=("same", "wider"))
 def test_column_sums(wider, dtype, shape, layout):
-    columns = LAYOUTS[layout](*shape).to(DEVICE, dtype)
+    dy = LAYOUTS[layout](*shape).to(DEVICE, dtype)
     accumulate = reference.accumulate_dtype(dtype)
-    kept = torch.randn(shape, device=DEVICE).to(accumulate if wider else dtype)
-    dot, total = pytorch._column_sums(columns, kept, True, accumulate)
+    saved = torch.randn(shape, device=DEVICE).to(accumulate if wider else dtype)
+    dot, total = pytorch._column_sums(dy, saved, True, accumulate)
     assert dot.dtype == total.dtype == accumulate
-    torch.testing.assert_close(dot.double(), (columns.double() * kept.double()).sum(0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(total.double(), columns.double().sum(0), rtol=1e-4, atol=1e-4)
-    alone = pytorch._column_sums(columns, None, True, accumulate)[1]
+    torch.testing.assert_close(dot.double(), (dy.double() * saved.double()).sum(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total.double(), dy.double().sum(0), rtol=1e-4, atol=1e-4)
+    alone = pytorch._column_sums(dy, None, True, accumulate)[1]
     torch.testing.assert_close(alone, total, rtol=1e-4, atol=1e-4)
 
 
 def test_many_tokens_in_float32_are_summed_as_exactly_as_by_torch():
-    columns, kept = torch.randn(2, 30_000, 8, device=DEVICE)
-    dot, _ = pytorch._column_sums(columns, kept, False, torch.float32)
-    exact = (columns.double() * kept.double()).sum(0)
-    assert (dot - exact).norm() <= 2 * ((columns * kept).sum(0) - exact).norm() + 1e-7 * exact.norm()
+    dy, saved = torch.randn(2, 30_000, 8, device=DEVICE)
+    dot, _ = pytorch._column_sums(dy, saved, False, torch.float32)
+    exact = (dy.double() * saved.double()).sum(0)
+    assert (dot - exact).norm() <= 2 * ((dy * saved).sum(0) - exact).norm() + 1e-7 * exact.norm()
 
 
 def test_a_low_that_is_wider_than_the_columns_is_not_rounded_to_them():

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from dora_kernels import ops
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.planning import devices
-from tests.support.layer_kinds import QUANTISED, STOCK, assert_same, dvora, lora_dropout, pair, some, y_and_gradients
+from tests.support.layer_kinds import QUANTIZED, STOCK, assert_same, dvora, lora_dropout, pair, some, y_and_gradients
 
-LAYERS = [*STOCK, *QUANTISED]
+LAYERS = [*STOCK, *QUANTIZED]
 ONE_OF_EACH = ("peft", "peft, conv2d", "peft, embedding", "lycoris", "torchtune", "llm", "llava", "megatron", "nf4")
 
 

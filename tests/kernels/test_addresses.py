@@ -233,19 +233,19 @@ def test_epilogue_writes_rows_of_2_to_the_30(memory):
 def test_token_sums_writes_2_to_the_30_apart(output, memory):
     """`split * N` with N = 2^30 for the partial sums, and rows of gain * dy that long."""
     problem = Problem.random(96, 32, 40, 1, torch.float32)
-    low, kept = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
+    low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
     huge, splits = memory[2**31 :], 1 if output == "dz" else 3
     sums = Sums(**{output: huge} if output != "dz" else {})
     rows = 3 if output == "dz" else 96
     written = corner(memory, columns=32)
     _token_sums_kernel[1, 1, splits](
         tile.matrix(problem.dy), tile.matrix(low if output == "dB" else None),
-        tile.matrix(kept if output == "dot" else None), problem.magnitude, sums, huge if output == "dz" else None,
+        tile.matrix(base if output == "dot" else None), problem.magnitude, sums, huge if output == "dz" else None,
         rows, FAR, 1, 32, R_MULTIPLE=1, SUM_ROWS=16, STAGES=2, **tiles("token_sums"),
     )  # fmt: skip
     expected = {
         "dB": lambda: (problem.dy.T @ low)[:, 0],
-        "dot": lambda: (problem.dy * kept).sum(0),
+        "dot": lambda: (problem.dy * base).sum(0),
         "total": lambda: problem.dy.sum(0),
         "dz": lambda: (problem.magnitude * problem.dy)[:3],
     }[output]()

@@ -92,13 +92,13 @@ STOCK = {
 """name -> build(dtype): a stock model and an x."""
 
 # not bitsandbytes' int8: on a CPU the second call of a stock layer whose first was hooked fails
-QUANTISED = {name: functools.partial(quantized_problem.build, name) for name in ("nf4", "hqq", "torchao int8")}
+QUANTIZED = {name: functools.partial(quantized_problem.build, name) for name in ("nf4", "hqq", "torchao int8")}
 
 
 def pair(name, dtype=torch.float64):
     """(stock model in train mode, the same enabled, x). Nothing drops: masks would differ from call to call."""
     torch.manual_seed(len(name))
-    stock, x = STOCK[name](dtype) if name in STOCK else (QUANTISED[name](), torch.randn(3, 24, device=DEVICE))
+    stock, x = STOCK[name](dtype) if name in STOCK else (QUANTIZED[name](), torch.randn(3, 24, device=DEVICE))
     stock = randomise(stock).train()
     for module in stock.modules():
         for probability in ("p", "dropout_p"):
