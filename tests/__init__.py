@@ -6,5 +6,5 @@ runtime/ and distributed/ test the package under PyTorch's own machinery (compil
 ranks), bench/ and tools/ the programs of those folders, repo/ the repository: the order of imports, docs, examples.
 support/ has what tests share, and says what is where. conftest.py makes fresh memory NaN under every test.
 
-Markers: `gpu` needs a device; `nightly` is the full sweep of what a run shows of one or two examples.
+Markers: `gpu` needs a device; `nightly` is slow, or the full sweep of what a run shows of one or two examples.
 """

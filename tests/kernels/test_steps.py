@@ -20,7 +20,7 @@ from dora_kernels.types import Steps
 from tests.support.problem import DTYPES
 from tests.support.step_problem import DEVICE, DTYPE, SHAPES, TOLERANCE, Problem
 
-# three of PyTorch's blocks of rows, the last of them ragged; kernels have several tiles in the shapes above
+# three of PyTorch's blocks of rows, the last of them ragged; kernels have several tiles in SHAPES
 BLOCKS = (600, 590, 10, 3)
 SCALING = 0.75
 Results = Iterator[tuple[str, Tensor | None]]

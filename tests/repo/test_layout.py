@@ -47,6 +47,6 @@ def test_folders_are_the_package_s():
 
 
 def test_no_two_files_have_one_name():
-    """tools/gpu_stages/device_tests.py and tools/pretended_gpu name files without their folders."""
+    """docs/ and tools/pretended_gpu name files without their folders."""
     names = Counter(path.name for path in FILES if path.name.startswith("test_"))
     assert set(names.values()) == {1}, names.most_common(3)

@@ -1,7 +1,8 @@
 """What several tests share; nothing here imports a test, and no test imports another (tests/repo/test_layout.py).
 
 problem: one DoRA call of random numbers, and its three results: actual, yardstick, exact. step_problem: a single step.
-peft_problem, quantized_, vera_, llama_, shared_, compile_, distributed_, convert_problem: a small model of that kind.
+peft_problem, quantized_, vera_, llama_, shared_, distributed_problem: a small model of that kind. convert_problem:
+    random adapters in a file of any format. compile_problem: a backend of torch.compile that remembers our operators.
 layer_kinds: one layer of every kind, as it is and enabled, for what has to hold of all of them alike.
 conformance_checks: what enable() promises of a library's layers; library_layers, structure_cases and restated_layers
     are such layers.
