@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from dora_kernels import DoraLinear, options
-from dora_kernels.reference import dora_linear_ref
-from tests.support.problem import BACKENDS, DEVICE
+from tests.support.problem import BACKENDS, DEVICE, definition
 
 
 @pytest.fixture
@@ -20,13 +19,6 @@ def layer():
         layer.lora_B.weight.normal_()
         layer.lora_magnitude_vector.mul_(1 + torch.rand(20, device=DEVICE))
     return layer
-
-
-def definition(layer, x, **arguments):
-    return dora_linear_ref(
-        x, layer.weight, layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector, layer.scaling,
-        layer.bias, **arguments,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("bias", (True, False))

@@ -20,12 +20,11 @@ import dora_kernels
 from dora_kernels import DoraLinear, DvoraLinear, VeraProjection, ops, options
 from dora_kernels.extras.dvora import dvora_linear_ref
 from dora_kernels.functional.autograd import SharedLow
-from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing.run import shared_dropout
 from tests.support import library_layers, peft_problem, quantized_problem, shared_problem
 from tests.support.derivative_routes import assert_equal, derivatives, grad, squares, weights
 from tests.support.peft_problem import calls, enabled
-from tests.support.problem import BACKENDS, DEVICE
+from tests.support.problem import BACKENDS, DEVICE, definition
 from tests.support.structure_cases import CASES as STRUCTURES
 
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="float64 kernels run in the interpreter only")
@@ -168,8 +167,7 @@ def test_the_modules(dropout, backend):
         return nn.functional.dropout(x, dropout) if dropout else None
 
     def dora(_, x):
-        adapter = (layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector, layer.scaling)
-        return dora_linear_ref(x, layer.weight, *adapter, layer.bias, x_dropped=dropped(x))
+        return definition(layer, x, x_dropped=dropped(x))
 
     def dvora(_, x):
         arguments = (*other._vera(), other.vera_magnitude_vector, other.bias)

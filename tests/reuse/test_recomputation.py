@@ -10,9 +10,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from dora_kernels import options
-from dora_kernels.reference import dora_linear_ref
 from dora_kernels.reuse import store
-from tests.support.problem import DEVICE
+from tests.support.problem import DEVICE, definition
 
 pytest.importorskip("peft")
 
@@ -99,11 +98,6 @@ def test_a_call_with_other_weights_between_a_forward_pass_and_its_backward_pass(
 def layer_and_input():
     layer, x = ENABLED["DoraLinear"]()
     return layer.train().double(), x.double()
-
-
-def definition(layer, x):
-    adapter = (layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector)
-    return dora_linear_ref(x, layer.weight, *adapter, layer.scaling, layer.bias)
 
 
 def leave_without_gradients(layer, x):

@@ -16,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dora_kernels
 from dora_kernels import DoraLinear, reuse
 from dora_kernels.functional import linear
-from dora_kernels.reference import dora_linear_ref
-from tests.support.problem import DEVICE
+from tests.support.problem import DEVICE, definition
 
 
 @pytest.fixture
@@ -34,18 +33,6 @@ def frozen(layer):
     """The layer inside frozen_adapters."""
     with dora_kernels.frozen_adapters(layer):
         yield layer
-
-
-def definition(layer, x):
-    return dora_linear_ref(
-        x,
-        layer.weight,
-        layer.lora_A.weight,
-        layer.lora_B.weight,
-        layer.lora_magnitude_vector,
-        layer.scaling,
-        layer.bias,
-    )
 
 
 @pytest.mark.parametrize("training", (False, True))

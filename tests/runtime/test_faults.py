@@ -25,8 +25,7 @@ import dora_kernels
 from dora_kernels import DoraLinear, ops, options, reuse
 from dora_kernels.planning import configs, devices
 from dora_kernels.planning.options import Options, current_options
-from dora_kernels.reference import dora_linear_ref
-from tests.support.problem import BACKENDS, DEVICE, GRADIENTS, Problem, core
+from tests.support.problem import BACKENDS, DEVICE, GRADIENTS, Problem, core, definition
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("split", "merged")
@@ -51,11 +50,6 @@ def layer() -> DoraLinear:
     with torch.no_grad():
         layer.lora_B.weight.normal_()
     return layer
-
-
-def definition(layer: DoraLinear, x: torch.Tensor) -> torch.Tensor:
-    adapter = (layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector)
-    return dora_linear_ref(x, layer.weight, *adapter, layer.scaling, layer.bias)
 
 
 class Exhausted(TorchDispatchMode):

@@ -45,6 +45,12 @@ def two_pieces(x, weight, lora_A, lora_B, magnitude, scaling, bias=None, *, x_dr
     return rescale(F.linear(x, weight), low, lora_B, gain, scaling, bias)
 
 
+def definition(layer, x, **arguments) -> Tensor:
+    """y of a DoraLinear as reference.py defines it."""
+    adapter = (layer.lora_A.weight, layer.lora_B.weight, layer.lora_magnitude_vector)
+    return dora_linear_ref(x, layer.weight, *adapter, layer.scaling, layer.bias, **arguments)
+
+
 @dataclass
 class Problem:
     """The tensors of one call, from random_inputs."""
