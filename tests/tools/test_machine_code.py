@@ -3,7 +3,6 @@
 tools/hot_loops.py judges the loads of sm_90 by it and prints the table; tools/targets.py says how many programs fit.
 """
 
-import importlib.util
 import pathlib
 import sys
 from types import SimpleNamespace
@@ -11,18 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
 
+import hot_loops  # noqa: E402
+import machine_code  # noqa: E402
 
-def _load(name: str):
-    """A file of tools/ as a module; tools/ is no package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_under_test", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-hot_loops, machine_code = _load("hot_loops"), _load("machine_code")
 # _token_sums_kernel for sm_90 as it sums dA (Triton 3.7.1, nvdisasm -c): its loop, and what is around it cut short
 SASS = pathlib.Path(__file__).with_name("token_sums.sass").read_text()
 
@@ -289,4 +281,6 @@ def test_a_kernel_without_a_loop_has_one_row_and_others_one_for_each_loop():
 )
 def test_programs_a_multiprocessor_holds(name, registers, shared, warps, expected):
     pytest.importorskip("triton")
-    assert _load("targets").TARGETS[name].resident(registers, shared, warps) == expected
+    from targets import TARGETS
+
+    assert TARGETS[name].resident(registers, shared, warps) == expected

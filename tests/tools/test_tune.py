@@ -1,6 +1,5 @@
 """The table of tuned configurations: what is chosen, how it is written, what the package makes of it."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -18,20 +17,12 @@ from dora_kernels.planning.configs import Config
 from dora_kernels.planning.devices import DeviceFacts
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import candidates  # noqa: E402
+import tune  # noqa: E402
+
 H200 = DeviceFacts("NVIDIA H200", "sm_90", 132)
-
-
-def load(name: str):
-    """A file of tools/ as a module; tools/ is no package."""
-    spec = importlib.util.spec_from_file_location(f"{name}_under_test", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses looks its module up
-    spec.loader.exec_module(module)
-    return module
-
-
-tune = load("tune")
-candidates = sys.modules["candidates"]
 DEFAULTS = configs.CONFIGS["sm_90", 2]
 NORM = tune.fields_of(DEFAULTS["norm"])
 
