@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 
-from tests.support.problem import DEVICE, Problem
+from tests.support.problem import Problem
 
 pytest.importorskip("triton")
 
 from tests.support.launcher_operands import OPERANDS, launch, tensors_of  # noqa: E402
 
-DTYPE = torch.float64 if DEVICE == "cpu" else torch.float32
 GUARD, UNTOUCHED = 1024, 77.0
 # ragged in every axis, a rank of one chunk exactly, one of everything: a mask that lets one element more through
 # writes behind the last row
@@ -44,7 +43,7 @@ def guards(monkeypatch):
     "arguments", ({}, {"norm_grad": True}, {"dropout": 0.4}), ids=("plain", "norm_grad", "dropout")
 )
 def test_nothing_is_written_outside(arguments, shape, way, guards):
-    problem = Problem.random(*shape, DTYPE, dropout=arguments.get("dropout", 0.0))
+    problem = Problem.random(*shape, dropout=arguments.get("dropout", 0.0))
     results = problem.ours("triton", way, **({"norm_grad": True} if "norm_grad" in arguments else {}))
     assert len(guards) > 10 and all((guard == UNTOUCHED).all() for guard in guards)
     assert all(tensor.isfinite().all() for tensor in results.values())
@@ -66,7 +65,7 @@ def hemmed(tensor: torch.Tensor, contiguous: bool) -> torch.Tensor:
 def test_nothing_is_read_outside(launcher, shape, monkeypatch):
     """What lies around an operand is NaN, and 0 * NaN would show, too."""
     monkeypatch.setattr("dora_kernels.planning.plan.project_by_kernel", lambda *arguments, **keywords: True)
-    tensors = tensors_of(Problem.random(*shape, DTYPE))
+    tensors = tensors_of(Problem.random(*shape))
     expected = [tensor.clone() for tensor in launch(launcher, tensors)]
     for operand in OPERANDS[launcher]:
         actual = launch(launcher, tensors | {operand: hemmed(tensors[operand], launcher == "grouped_norm")})

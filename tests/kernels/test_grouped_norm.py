@@ -5,7 +5,8 @@ import collections
 import pytest
 
 from dora_kernels import reference
-from tests.support.step_problem import DTYPE, SHAPES, Problem, close
+from tests.support.problem import Problem
+from tests.support.step_problem import SHAPES, close
 
 kernels = pytest.importorskip("dora_kernels.kernels")
 
@@ -16,7 +17,7 @@ kernels = pytest.importorskip("dora_kernels.kernels")
     ids=str,
 )
 def test_grouped_norm(shapes):
-    problems = [Problem.random(*shape, DTYPE, seed=seed) for seed, shape in enumerate(shapes)]
+    problems = [Problem.random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     names = ("weight", "lora_A", "lora_B", "magnitude")
     tensors = [[getattr(problem, name) for problem in problems] for name in names]
     tensors[0][0][3] = tensors[2][0][3] = 0  # a zero row
@@ -43,7 +44,7 @@ def test_grouped_norm(shapes):
 )
 def test_grouped_norm_tells_the_compiler_what_holds_of_every_layer(change, aligned, rank_multiple, monkeypatch):
     """Of a hint that is false nothing shows but on a GPU, where the loads are in vectors."""
-    problem = Problem.random(1, 7, 48, 32, DTYPE)
+    problem = Problem.random(1, 7, 48, 32)
     layer = [problem.weight, problem.lora_A, problem.lora_B, problem.magnitude]
     told = []
     launcher = collections.defaultdict(lambda: lambda *arguments, **hints: told.append(hints))

@@ -17,8 +17,8 @@ from dora_kernels import pytorch, reference
 from dora_kernels.planning import plan
 from dora_kernels.testing import MEAN_RATIO, compare, geometric_mean
 from dora_kernels.types import Steps
-from tests.support.problem import DTYPES
-from tests.support.step_problem import DEVICE, DTYPE, SHAPES, TOLERANCE, Problem
+from tests.support.problem import DEVICE, DTYPES, EXACT_DTYPE, Problem
+from tests.support.step_problem import SHAPES, TOLERANCE
 
 # three of PyTorch's blocks of rows, the last of them ragged; kernels have several tiles in SHAPES
 BLOCKS = (600, 590, 10, 3)
@@ -188,7 +188,7 @@ def parameters(function: Callable) -> list[tuple]:
     ids=lambda value: str(value).replace(" ", ""),
 )
 def test_a_step_is_its_definition(implementation, name, shape, monkeypatch):
-    o = operands(shape, DTYPE)
+    o = operands(shape, EXACT_DTYPE)
     actual = results_of(implementation, name, o, monkeypatch)
     for (one, result), (_, expected) in zip(actual, CALLS[name](reference, o), strict=True):
         assert (result is None) == (expected is None), one

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from tests.support.step_problem import DTYPE, Problem, close, tiles
+from tests.support.problem import EXACT_DTYPE, Problem
+from tests.support.step_problem import close, tiles
 
 kernels = pytest.importorskip("dora_kernels.kernels")
 
@@ -24,7 +25,7 @@ def test_what_the_rank_and_the_strides_are_multiples_of():
 @pytest.mark.parametrize("width", (8, 9, 12, 24))
 def test_a_rank_of_8_in_rows_of_another_width(width):
     """What the compiler is told to be multiples of 8 is cut to that: a wrong word would read other elements."""
-    problem = Problem.random(33, 70, 48, 8, DTYPE)
+    problem = Problem.random(33, 70, 48, 8)
     low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
     index = torch.arange(33, device=low.device) % 3 - 1
 
@@ -37,7 +38,7 @@ def test_a_rank_of_8_in_rows_of_another_width(width):
             kernels.norm(problem.weight, problem.lora_A, lora_B, 0.75)[0],
             kernels.merge(problem.weight, problem.lora_A, lora_B, None, 0.75),
             kernels.project(problem.dy, lora_B.T, gain),
-            kernels.epilogue(base, low, lora_B, gain, None, 0.75, DTYPE),
+            kernels.epilogue(base, low, lora_B, gain, None, 0.75, EXACT_DTYPE),
             kernels.bank_epilogue(base, low, *bank),
         )
 
@@ -63,7 +64,7 @@ TILES = [
 
 @pytest.mark.parametrize(("kernel", "sizes"), TILES, ids=str)
 def test_tile_sizes_do_not_change_the_result(kernel, sizes):
-    tensors = tensors_of(Problem.random(33, 70, 90, 20, DTYPE))
+    tensors = tensors_of(Problem.random(33, 70, 90, 20))
     expected = launch(kernel, tensors)
     with tiles(kernel, sizes):
         for one, other in zip(launch(kernel, tensors), expected, strict=True):

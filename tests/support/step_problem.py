@@ -1,4 +1,4 @@
-"""What the tests of single steps share: dtype, tolerance, shapes with their reasons, tiles."""
+"""What the tests of single steps share: a tolerance, shapes with their reasons, tiles."""
 
 import contextlib
 
@@ -7,8 +7,7 @@ import torch
 
 from dora_kernels.planning import configs
 from dora_kernels.planning.configs import Config
-from tests.support.problem import DEVICE, Problem
-from tests.support.problem import EXACT_DTYPE as DTYPE
+from tests.support.problem import DEVICE
 
 # float64 through the interpreter shows the index arithmetic to 1e-12
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-10} if DEVICE == "cpu" else {"rtol": 1e-4, "atol": 1e-4}
@@ -41,6 +40,3 @@ def tiles(kernel: str, sizes: dict[str, int]):
         patch.setattr(configs, "config_for", chosen)
         yield
     assert kernel in launched, launched
-
-
-__all__ = ["DEVICE", "DTYPE", "SHAPES", "TOLERANCE", "Problem", "close", "tiles"]
