@@ -36,8 +36,8 @@ from bench.lib.problem import FROZEN_INFERENCE, PASSES
 from bench.lib.providers import PROVIDERS, providers_of
 from bench.lib.report import memory, problems, table, write
 from bench.lib.shapes import GRIDS, PRECISIONS, QUANTIZED, LayerCase, dropout_case, sizes_of
+from bench.lib.siblings import LLAMA, SharedCase
 from bench.lib.steps import HOST_TOKENS, Found, StepRow, count_launches, measure_case, measure_shared
-from bench.studies import shared
 from dora_kernels.planning import plan
 
 # without --grid: what is not named of --shape, --tokens, --rank and --precision (a GPU without any: the core grid)
@@ -69,7 +69,7 @@ COUNT_SECONDS = 6
 
 
 def run(
-    cases: Sequence[LayerCase | shared.SharedCase],
+    cases: Sequence[LayerCase | SharedCase],
     out: pathlib.Path,
     measure: Callable[[Any, Found], list[StepRow]],
     seconds: float,
@@ -86,7 +86,7 @@ def run(
     """
     end = clock() + seconds
     counting = min(COUNT_SECONDS, seconds / 4) if count else 0
-    rows: dict[LayerCase | shared.SharedCase, list[dict[str, Any]]] = {}
+    rows: dict[LayerCase | SharedCase, list[dict[str, Any]]] = {}
     left_out = {case: str(case) for case in cases}
     information = information | ({"conditions": {}} if conditions else {})
 
@@ -99,7 +99,7 @@ def run(
             break
         print(case, flush=True)
 
-        def found(measured: list[StepRow], missing: list[str], case: LayerCase | shared.SharedCase = case) -> None:
+        def found(measured: list[StepRow], missing: list[str], case: LayerCase | SharedCase = case) -> None:
             if missing:
                 rows[case] = [asdict(row) for row in measured]
                 left_out[case] = f"{case}: {', '.join(missing)}"
@@ -155,8 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     steps = arguments.step or (DECODE_STEPS if arguments.grid == "decode" else list(PASSES))
 
-    def measure(case: LayerCase | shared.SharedCase, found: Found) -> list[StepRow]:
-        if isinstance(case, shared.SharedCase):
+    def measure(case: LayerCase | SharedCase, found: Found) -> list[StepRow]:
+        if isinstance(case, SharedCase):
             return measure_shared(case, device, arguments.step_seconds, arguments.rounds)
         timing = (arguments.step_seconds, arguments.rounds, arguments.host or None, found)
         return measure_case(case, providers_of(case, arguments.provider), steps, *timing)
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 DECODE_STEPS = ["inference", FROZEN_INFERENCE]
 
 
-def cases_of(arguments: argparse.Namespace, device: str) -> list[LayerCase | shared.SharedCase]:
+def cases_of(arguments: argparse.Namespace, device: str) -> list[LayerCase | SharedCase]:
     """A named grid or some of its cases, or the product of the axes; ValueError where both are asked for."""
     default = DEFAULT_GPU if device == "cuda" else DEFAULT_CPU
     named = [name for name in default if getattr(arguments, name)]
@@ -203,12 +203,12 @@ def cases_of(arguments: argparse.Namespace, device: str) -> list[LayerCase | sha
     return grid(axes["shape"], axes["tokens"], axes["rank"], axes["precision"], device)
 
 
-def _selected(text: str, cases: list[LayerCase], device: str) -> list[LayerCase | shared.SharedCase]:
+def _selected(text: str, cases: list[LayerCase], device: str) -> list[LayerCase | SharedCase]:
     """The cases that an argument of --case means: "3", "1-4", "8192x4096x4096x64:bf16", "dropout", "shared"."""
     if text == "dropout":
         return [dropout_case(device)]
     if text == "shared":
-        return [shared.SharedCase("q, k, v", "bf16", 64, 16) if device == "cpu" else shared.LLAMA]
+        return [SharedCase("q, k, v", "bf16", 64, 16) if device == "cpu" else LLAMA]
     try:
         if "x" in text:
             sizes, precision = sizes_of(text)

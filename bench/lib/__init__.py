@@ -2,11 +2,11 @@
 
     machine, report, shapes      the machine's description; JSON and tables; sizes, precisions and grids
     problem, peers, providers    one layer's tensors; formulas of others; the layers that are compared
-    measure, steps               the gate and the clocks; a layer's step, measured
+    measure, siblings, steps     the gate and the clocks; layers that share x; a layer's step, measured
     roof                         the time that a kernel would take at the machine's measured rates
     apart                        attempts in processes of their own, which may hang
     host_driver, host_layers     a driver that launches nothing, and the layers over it
     results, plots               readers of results/, and the plots of docs/figures/
 
-Each imports from its own line and those above; steps also from studies/, for layers that share x.
+Each imports from its own line and those above.
 """

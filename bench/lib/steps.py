@@ -26,7 +26,7 @@ from bench.lib.measure import (
 from bench.lib.problem import PASSES, TRAINING, LayerProblem, TimedLayer
 from bench.lib.providers import COMPILED, Provider, providers_of
 from bench.lib.shapes import LayerCase, layer_names
-from bench.studies import shared
+from bench.lib.siblings import BLOCKS, SharedCase, checked
 
 # above it the device takes longer than the host, whose time nobody sees then
 HOST_TOKENS = 2048
@@ -281,17 +281,17 @@ def _time_graphs(
 
 
 def measure_shared(
-    case: shared.SharedCase, device: torch.device, seconds: float, rounds: tuple[int, int] = (5, 100)
+    case: SharedCase, device: torch.device, seconds: float, rounds: tuple[int, int] = (5, 100)
 ) -> list[StepRow]:
     """A row each for the frozen layers, stock PEFT, ours apart and ours sharing the low-rank product: a training step.
 
-    Raises RuntimeError as bench.studies.shared.checked.
+    Raises RuntimeError as siblings.checked.
     """
-    problem, models, comparisons = shared.checked(case, device)
+    problem, models, comparisons = checked(case, device)
     models = {"frozen": problem.frozen(), "peft_dora": problem.model, "ours": models["apart"]} | {
         "ours_shared": models["shared"]
     }
-    features, widths = shared.BLOCKS[case.block]
+    features, widths = BLOCKS[case.block]
     sizes = {"M": case.M, "N": sum(widths.values()), "K": features, "R": case.R, "precision": case.precision}
     rows, calls, held = {}, {}, {}
     for name, model in models.items():

@@ -17,7 +17,7 @@ from bench.lib.measure import Gate, GateError, Timing, failure, interleave
 from bench.lib.problem import FROZEN_INFERENCE, PASSES, LayerProblem, TimedLayer, forward_backward, reference
 from bench.lib.providers import COMPILED, PROVIDERS, default_providers, ours, peft_dora, providers_of
 from bench.lib.shapes import PRECISIONS, QUANTIZED, LayerCase
-from bench.studies import shared
+from bench.lib.siblings import BLOCKS, LLAMA, SharedCase
 from dora_kernels import ops
 from dora_kernels.testing import rms_error
 
@@ -83,8 +83,8 @@ def test_inference_inside_frozen_adapters_is_inside():
 
 
 def test_siblings_of_one_x_are_rows(monkeypatch):
-    monkeypatch.setitem(shared.BLOCKS, "q, k", (24, {"q_proj": 16, "k_proj": 8}))
-    rows = steps.measure_shared(shared.SharedCase("q, k", "fp32", 5, 3), torch.device(DEVICE), 0.0, (1, 1))
+    monkeypatch.setitem(BLOCKS, "q, k", (24, {"q_proj": 16, "k_proj": 8}))
+    rows = steps.measure_shared(SharedCase("q, k", "fp32", 5, 3), torch.device(DEVICE), 0.0, (1, 1))
     assert [row.provider for row in rows] == ["frozen", "peft_dora", "ours", "ours_shared"]
     assert all((row.N, row.K, row.variant, row.ok) == (24, 24, "q, k", True) and row.ms.runs == 1 for row in rows)
 
@@ -340,7 +340,7 @@ def test_launches_are_counted_after_all_timing_while_there_is_time(tmp_path):
         return {"clock_mhz": len(order)}
 
     path = tmp_path / "layer.json"
-    cases = [case(M=1), shared.SharedCase("q, k, v", "bf16", 2, 1), case(M=3), case(M=4)]
+    cases = [case(M=1), SharedCase("q, k, v", "bf16", 2, 1), case(M=3), case(M=4)]
     rows = layer.run(cases, path, measured, 55, {}, clock, count, conditions)
     assert order == [("time", 1), ("time", 2), ("time", 3), ("time", 4), ("count", 1), ("count", 3)]
     assert [row["launches"] for row in rows] == [9.0, None, None, None, 9.0, None, None, None]
@@ -365,12 +365,12 @@ def test_launches_have_a_part_of_the_time_and_the_most_different_cases_come_firs
         return {("ours", "forward"): 9.0}
 
     core = shapes.core_grid("cuda")
-    cases = [*core[:3], shapes.dropout_case(), shared.LLAMA, *core[3:]]
+    cases = [*core[:3], shapes.dropout_case(), LLAMA, *core[3:]]
     rows = layer.run(cases, tmp_path / "layer.json", measured, 45, {}, clock, count)
     # 1 and 3, dropout, one token, 512
     assert [case for case, _ in counted][:3] == [core[0], core[2], cases[3]] and len(counted) >= 3
     assert {at for _, at in counted} == {len(timed)} and 12 <= len(timed) < len(cases)
-    assert layer._telling(case for case in cases if case != shared.LLAMA)[3:5] == [core[3], core[5]]
+    assert layer._telling(case for case in cases if case != LLAMA)[3:5] == [core[3], core[5]]
     assert [row["launches"] for row in rows].count(9.0) == len(counted)
     assert clock.now - start < 45 + 2.9
     timed.clear()

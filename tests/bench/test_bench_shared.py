@@ -8,24 +8,25 @@ import pytest
 import torch
 
 from bench import figures
+from bench.lib import siblings
 from bench.lib.measure import Timing
 from bench.studies import shared
 from tests.support.problem import DEVICE
 
 pytest.importorskip("peft")
 ROOT = Path(__file__).parents[2]
-CASE = shared.SharedCase("q, k", "fp32", 5, 3)
+CASE = siblings.SharedCase("q, k", "fp32", 5, 3)
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(shared, "BLOCKS", {"q, k": (24, {"q_proj": 16, "k_proj": 8})})
+    monkeypatch.setattr(siblings, "BLOCKS", {"q, k": (24, {"q_proj": 16, "k_proj": 8})})
     monkeypatch.setattr(shared, "interleave", lambda steps, *_: {way: Timing.of([2.0]) for way in steps})
 
 
-@pytest.mark.parametrize("precision", shared.PRECISIONS)
+@pytest.mark.parametrize("precision", siblings.PRECISIONS)
 def test_a_case(small, precision):
-    rows = shared.measure(shared.SharedCase("q, k", precision, 5, 3), torch.device(DEVICE), 0)
+    rows = shared.measure(siblings.SharedCase("q, k", precision, 5, 3), torch.device(DEVICE), 0)
     assert [row["way"] for row in rows] == ["apart", "shared"]
     held = [row["saved_bytes"] for row in rows]
     # autocast makes a copy of x (5, 24) for each layer, or one
@@ -34,22 +35,22 @@ def test_a_case(small, precision):
 
 @pytest.mark.parametrize("fused", (False, True))
 def test_a_way_that_does_not_do_what_its_name_says_is_not_timed(small, fused, monkeypatch):
-    enabled = shared.SharedProblem.enabled
-    monkeypatch.setattr(shared.SharedProblem, "enabled", lambda self, _: enabled(self, fused))
+    enabled = siblings.SharedProblem.enabled
+    monkeypatch.setattr(siblings.SharedProblem, "enabled", lambda self, _: enabled(self, fused))
     with pytest.raises(RuntimeError, match=f"was shared {int(fused)} times"):
         shared.measure(CASE, torch.device(DEVICE), 0)
 
 
 @pytest.mark.parametrize("name", ("y1", "dx", "k_proj.lora_A"))
 def test_wrong_numbers_are_not_timed(small, name, monkeypatch):
-    step = shared.SharedProblem.step
+    step = siblings.SharedProblem.step
 
     def wrong(self, model):
         results = step(self, model)
         off = 1 if model is self.model else 1.001
         return {key: value * off if name in key else value for key, value in results.items()}
 
-    monkeypatch.setattr(shared.SharedProblem, "step", wrong)
+    monkeypatch.setattr(siblings.SharedProblem, "step", wrong)
     with pytest.raises(RuntimeError, match=f"apart: .*{name}.*: error"):
         shared.measure(CASE, torch.device(DEVICE), 0)
 
@@ -57,16 +58,17 @@ def test_wrong_numbers_are_not_timed(small, name, monkeypatch):
 WITHOUT_RICH = """
 import sys
 sys.modules["rich"] = None
-from bench.studies import decisive, probe, shared
+from bench.studies import decisive, probe
+from bench.lib import siblings
 from bench import kernels, layer, model
-print(shared.LLAMA)
+print(siblings.LLAMA)
 """
 
 
 @pytest.mark.nightly
 def test_what_runs_on_a_gpu_needs_no_rich():
     done = subprocess.run([sys.executable, "-c", WITHOUT_RICH], text=True, capture_output=True, cwd=ROOT)
-    assert done.stdout.strip() == str(shared.LLAMA), done.stderr
+    assert done.stdout.strip() == str(siblings.LLAMA), done.stderr
 
 
 def test_the_tables(tmp_path):

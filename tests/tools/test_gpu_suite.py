@@ -398,8 +398,7 @@ def layer_cases(plan):
 
 
 def test_the_layers_cases_are_the_ones_meant():
-    from bench.lib import shapes
-    from bench.studies import shared
+    from bench.lib import shapes, siblings
 
     first, second, everything = map(layer_cases, ("first", "second", "all"))
     core = shapes.core_grid("cuda")
@@ -407,7 +406,7 @@ def test_the_layers_cases_are_the_ones_meant():
     assert all(second[provider] == core[:1] for provider in benchmarks.COMPILED)
     sizes = [(case.M, case.N, case.K, case.R) for case in second["layer"] if case in core]
     assert {telling.SQUARE, telling.WIDE, telling.FEW} <= set(sizes)
-    assert {shared.LLAMA, shapes.dropout_case("cuda")} <= set(second["layer"]) <= set(everything["layer"])
+    assert {siblings.LLAMA, shapes.dropout_case("cuda")} <= set(second["layer"]) <= set(everything["layer"])
     assert set(core) <= set(everything["layer"])
 
 
