@@ -35,7 +35,8 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     """Per case and step: the frozen linear in ms, and every provider's median over it and over PEFT DoRA.
 
     Graph times where frozen, PEFT DoRA and ours all have one, else eager ones; inference by both clocks, for a graph
-    computes the norm that an eager call has kept. A dash where there is no time. The means are of a case's first line.
+    computes the norm that eager calls in frozen_adapters keep. A dash where there is no time. The means are of a case's
+    first line.
     """
     groups = _by_case(rows)
     names = list(dict.fromkeys(name for group in groups.values() for name in group if name != "frozen"))

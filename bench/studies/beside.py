@@ -27,7 +27,7 @@ from bench.lib.shapes import LayerCase
 from bench.studies.gluon.candidates import SECONDS_EACH, Candidate, GemmInputs, sizes
 
 BLOCK, STAGES = 16384, 6  # 32 KiB a block: 160 KiB of shared memory
-# What it reads: dy alone, and dy with x or the kept base, at 8192 x 4096
+# What it reads: dy alone, and dy with x or the saved base, at 8192 x 4096
 WORK_MEBIBYTES = (64, 128)
 # 1024 tiles of 128 x 256 take 8 waves on 128 multiprocessors as on 132
 FEWER_PROGRAMS = 128

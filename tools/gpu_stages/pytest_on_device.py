@@ -43,7 +43,7 @@ def junit_name(nodeid: str) -> str:
 
 def context_is_broken() -> bool:
     """True if the device answers every call with the error of an earlier one."""
-    torch = sys.modules.get("torch")  # without which nobody has made one; a start of it takes seconds
+    torch = sys.modules.get("torch")  # not imported for this, which takes seconds: without it there is no context
     if torch is None or not torch.cuda.is_initialized():
         return False
     try:

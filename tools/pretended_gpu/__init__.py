@@ -88,14 +88,14 @@ def _tensors(values):
             yield value
 
 
-def _launch_imported(launch: ModuleType) -> None:
+def _devices_imported(devices: ModuleType) -> None:
     """The package takes the interpreter for a compiler: host tensors are none of its business."""
 
     def interpreting() -> bool:
         return False
 
     interpreting.cache_clear = lambda: None
-    launch.interpreting = interpreting
+    devices.interpreting = interpreting
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -105,7 +105,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     after: dict[str, Callable[[ModuleType], None]] = {
         "torch": _torch_imported,
         "triton.runtime.interpreter": _interpreter_imported,
-        "dora_kernels.planning.devices": _launch_imported,
+        "dora_kernels.planning.devices": _devices_imported,
     }
 
     def find_spec(self, name, path=None, target=None):
