@@ -69,6 +69,7 @@ class KernelOperands:
     gain: Tensor  # (N,)
     norm: Tensor  # (N,)
     bias: Tensor  # (N,)
+    scaled_B: Tensor  # (N, R), gain * lora_B
 
     @classmethod
     def random(cls, case: LayerCase, seed: int = 0) -> KernelOperands:
@@ -83,18 +84,20 @@ class KernelOperands:
         def spread() -> Tensor:
             return 0.5 + torch.rand(N, device=case.device, generator=generator, dtype=accumulate_dtype(dtype))
 
+        lora_B, gain = normal(N, R, size=0.1 * R**-0.5, dtype=operand), spread()
         return cls(
             x=normal(M, K),
             weight=normal(N, K, size=K**-0.5),
             lora_A=normal(R, K, size=K**-0.5, dtype=operand),
-            lora_B=normal(N, R, size=0.1 * R**-0.5, dtype=operand),
+            lora_B=lora_B,
             dy=normal(M, N),
             base=normal(M, N),
             low=normal(M, R, dtype=operand),
             projected=normal(M, R, dtype=operand),
-            gain=spread(),
+            gain=gain,
             norm=spread(),
             bias=normal(N),
+            scaled_B=(gain[:, None] * lora_B).to(operand),
         )
 
     def double(self) -> KernelOperands:
@@ -116,6 +119,12 @@ def _column_sums(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
     return {"dmagnitude": dmagnitude, "dbias": dbias}
 
 
+def _project(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
+    """With the launch that makes the counters: of a backward pass they are there."""
+    counters = torch.zeros(len(o.dy), dtype=torch.int32, device=o.dy.device)
+    return {"P": steps.project(o.dy, o.scaled_B.T, counters=counters)}
+
+
 def _norm(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
     norm, gain = steps.norm(o.weight, o.lora_A, o.lora_B, SCALING, o.norm)
     return {"norm": norm, "gain": gain}
@@ -125,7 +134,7 @@ CALLS: dict[str, Callable[[KernelOperands, Steps], dict[str, Tensor]]] = {
     "norm": _norm,
     "merge": lambda o, steps: {"merged": steps.merge(o.weight, o.lora_A, o.lora_B, o.gain, SCALING)},
     "low": lambda o, steps: {"low": steps.project(o.x, o.lora_A)},
-    "project": lambda o, steps: {"P": steps.project(o.dy, o.lora_B.T, scale=o.gain)},
+    "project": _project,
     "epilogue": lambda o, steps: {"y": steps.epilogue(o.base, o.low, o.lora_B, o.gain, o.bias, SCALING, o.base.dtype)},
     "token_sums": _token_sums,
     "column_sums": _column_sums,
@@ -137,7 +146,7 @@ LIBRARY: dict[str, Callable[[KernelOperands], Tensor]] = {
     "norm": lambda o: torch.linalg.vector_norm(_added(o), dim=1, dtype=o.norm.dtype),
     "merge": lambda o: _added(o),
     "low": lambda o: o.x.to(o.lora_A.dtype) @ o.lora_A.T,
-    "project": lambda o: gemm.project(o.dy, o.lora_B.T, o.gain),
+    "project": lambda o: gemm.project(o.dy, o.scaled_B.T),
     "epilogue": lambda o: torch.addmm(o.base, o.low.to(o.base.dtype), o.lora_B.T.to(o.base.dtype), alpha=SCALING),
     "token_sums": lambda o: o.dy.T.to(o.low.dtype) @ o.low,
     "column_sums": lambda o: torch.sum(o.dy * o.base, dim=0, dtype=o.norm.dtype),

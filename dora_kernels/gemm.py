@@ -37,18 +37,20 @@ def add_product(block: Tensor, left: Tensor, right: Tensor, scaling: float) -> T
     return block.addmm_(left, right, alpha=scaling)
 
 
-def project(rows: Tensor, factor: Tensor, scale: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-    """rows (M, K) @ (factor (R, K) * scale (K,)).T -> (M, R): low = x @ A.T and P = dy @ (gain * B).
+def project(
+    rows: Tensor, factor: Tensor, out_dtype: torch.dtype | None = None, counters: Tensor | None = None
+) -> Tensor:
+    """rows (M, K) @ factor (R, K).T -> (M, R): low = x @ A.T and P = dy @ (gain * B).
 
-    In factor's dtype, which out_dtype may widen.
+    In factor's dtype, which out_dtype may widen. Nothing is counted.
     """
     dtype = factor.dtype
-    if scale is not None:
-        factor = (factor * scale).to(dtype)
     return matmul(rows.to(dtype), factor.T, out_dtype or dtype)
 
 
-def outer_product(left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype) -> Tensor:
+def outer_product(
+    left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype, counters: Tensor | None = None
+) -> Tensor:
     """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype: dA. In left's dtype."""
     # the GEMM scales what it has summed, and then rounds; a scaling of 0 as in `add_product`
     if left.dtype == out_dtype != torch.float16 and scaling != 0:

@@ -17,6 +17,7 @@ from dora_kernels.types import (
     Gradients,
     How,
     Needs,
+    Prepared,
     Saved,
     Steps,
 )
@@ -53,8 +54,9 @@ def forward(steps: Steps, call: Call) -> Forward:
     if low is None:
         low = steps.project(adapter_input, lora_A)
     new_low = low if how.save_low and given.low is None else None
+    unfinished = None
     if given.norm is None:
-        norm, gain = steps.norm(weight, lora_A, lora_B, scaling, magnitude)
+        norm, gain, unfinished = steps.start_norm(weight, lora_A, lora_B, scaling, magnitude)
     dense = steps.dense(weight, x.dtype)
     if kind == "z_gemm":
         made, low_to_add = product_onto_low_rank(x, dense, low, lora_B, scaling), None
@@ -62,7 +64,7 @@ def forward(steps: Steps, call: Call) -> Forward:
         made, low_to_add = base_product(adapter_input.to(x.dtype), dense, how.exact), low
     residual = None if x_dropped is None else base_product(x, dense, how.exact)
     del dense
-    y = steps.epilogue(made, low_to_add, lora_B, gain, bias, scaling, x.dtype, residual)
+    y = steps.epilogue(made, low_to_add, lora_B, gain, bias, scaling, x.dtype, residual, unfinished)
     return Forward(y, norm, None if given.gain is not None else gain, new_low, made if how.save else None)
 
 
@@ -124,7 +126,24 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
     if dx_way == "dz":
         dz = gain.new_empty(dy.shape, dtype=dy.dtype)
     lacks_low_rank = dmagnitude is not None and how.save == "base"
-    if dB is not None or dmagnitude is not None or dbias is not None or dz is not None:
+    wants_sums = dB is not None or dmagnitude is not None or dbias is not None or dz is not None
+    wants_P = needs.lora_A or needs.low or dx_way == "dz"
+    prepared = Prepared(
+        scaled_B=torch.empty_like(lora_B) if wants_P else None,
+        factor=scaling if needs.low else 1.0,
+        counters=steps.counters(dy, *weight.shape),
+    )
+    if dx_way == "merged":
+        if merged is None:  # comes first, and prepares what the other steps need on its way
+            merged = steps.merge(weight, lora_A, lora_B, gain, scaling, out_dtype=dy.dtype, prepared=prepared)
+        elif wants_sums or wants_P:
+            steps.prepare(prepared, lora_B, gain)
+        dx = dy @ merged
+        del merged
+    elif wants_sums or wants_P:
+        steps.prepare(prepared, lora_B, gain)
+    counters = (None, None, None) if prepared.counters is None else prepared.counters
+    if wants_sums:
         steps.token_sums(
             dy,
             low if dB is not None or lacks_low_rank else None,
@@ -137,13 +156,13 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
             dmagnitude=dmagnitude,
             dbias=dbias,
             dz=dz,
+            counters=counters[0],
         )
-    if needs.low:
-        dlow = steps.project(dy, lora_B.T, scale=gain * scaling)
-    elif needs.lora_A or dx_way == "dz":
-        projected = steps.project(dy, lora_B.T, scale=gain)
+    if prepared.scaled_B is not None:
+        projected = steps.project(dy, prepared.scaled_B.T, counters=counters[1])
+        dlow = projected if needs.low else None
     if needs.lora_A:
-        dA = steps.outer_product(projected, x, scaling, grad_dtype(A_dtype))
+        dA = steps.outer_product(projected, x, scaling, grad_dtype(A_dtype), counters=counters[2])
     if through_norm:
         assert dmagnitude is not None  # for it was asked for above
         # c is d(loss)/dV over V = weight + scaling * B @ A; gain and dmagnitude are both 0 where norm is
@@ -154,13 +173,8 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
 
     if dz is not None:
         dx = dz @ steps.dense(weight, dz.dtype)
-        through_low, factor = (projected, scaling) if dlow is None else (dlow, 1.0)
-        add_product(dx, through_low.to(dz.dtype), lora_A.to(dz.dtype), factor)
-    elif dx_way == "merged":
-        if merged is None:
-            merged = steps.merge(weight, lora_A, lora_B, gain, scaling, out_dtype=dy.dtype)
-        dx = dy @ merged
-    elif needs.x:
+        add_product(dx, projected.to(dz.dtype), lora_A.to(dz.dtype), scaling if dlow is None else 1.0)
+    elif needs.x and dx is None:
         dx = dy @ steps.dense(weight, dy.dtype)
     if needs.x_dropped:
         difference = steps.merge(weight, lora_A, lora_B, gain, scaling, subtract_weight=True, out_dtype=dy.dtype)
@@ -242,6 +256,10 @@ def rescale_backward(
         dgain = torch.empty_like(gain)
     if needs_bias:
         dbias = gain.new_empty(gain.shape, dtype=bias_dtype)
+    scaled_B = torch.empty_like(B) if needs_low else None
+    prepared = Prepared(scaled_B, 1.0, steps.counters(dy, len(B), 0))
+    steps.prepare(prepared, B, gain)
+    counters = (None, None) if prepared.counters is None else prepared.counters
     if any((needs_base, needs_B, needs_gain, needs_bias)):
         steps.token_sums(
             dy,
@@ -255,9 +273,10 @@ def rescale_backward(
             dmagnitude=dgain,
             dbias=dbias,
             dz=None if residual else dbase,
+            counters=counters[0],
         )
     if needs_base and residual:
         torch.mul(dy, gain - 1, out=dbase)  # not rounded before dy is taken off
-    if needs_low:
-        dlow = steps.project(dy, B.T, scale=gain).mul_(scaling)
+    if scaled_B is not None:
+        dlow = steps.project(dy, scaled_B.T, counters=counters[1]).mul_(scaling)
     return EpilogueGradients(dbase, dlow, dB, dgain, dbias)

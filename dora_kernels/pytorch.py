@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels.gemm import add_product, matmul, outer_product, project
-from dora_kernels.reference import accumulate_dtype, dense, gain_of, over_norm
-from dora_kernels.types import Steps
+from dora_kernels.reference import accumulate_dtype, counters, dense, gain_of, over_norm, prepare
+from dora_kernels.types import Prepared, Steps, Unfinished
 
 # A block of rows in float32. On a CPU it stays in the caches, and yet is worth waking the threads for: a training step
 # in bf16 wakes them 30 times with 4 MiB and 54 times with 1 MiB (64 tokens, 3072 x 1280). Elsewhere it bounds memory.
@@ -64,6 +64,15 @@ def norm(
     return norm, None if magnitude is None else gain_of(magnitude, norm)
 
 
+def start_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor
+) -> tuple[Tensor, Tensor, Unfinished | None]:
+    """norm (N,), gain (N,), and None: both are written."""
+    norm_, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
+    assert gain is not None  # there is a magnitude
+    return norm_, gain, None
+
+
 def grouped_norm(
     weights: Sequence[Tensor],
     lora_As: Sequence[Tensor],
@@ -85,6 +94,9 @@ def merge(
     scaling: float,
     subtract_weight: bool = False,
     out_dtype: torch.dtype | None = None,
+    *,
+    unfinished: Unfinished | None = None,
+    prepared: Prepared | None = None,
 ) -> Tensor:
     """gain * (weight + scaling * lora_B @ lora_A) [- weight], (N, K) in out_dtype or weight.dtype, rounded once."""
     merged = torch.empty(weight.shape, dtype=out_dtype or weight.dtype, device=weight.device)
@@ -94,6 +106,8 @@ def merge(
         if subtract_weight:
             direction.sub_(weight[rows])
         merged[rows] = direction
+    if prepared is not None and gain is not None:
+        prepare(prepared, lora_B, gain)
     return merged
 
 
@@ -106,6 +120,7 @@ def epilogue(
     scaling: float,
     out_dtype: torch.dtype,
     residual: Tensor | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Tensor:
     """gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base], (M, N) in out_dtype, rounded once."""
     y = torch.empty(base.shape, dtype=out_dtype, device=base.device)
@@ -215,6 +230,7 @@ def token_sums(
     dmagnitude: Tensor | None = None,
     dbias: Tensor | None = None,
     dz: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     """Sums over the tokens of dy (M, N), written into the tensors given.
 
@@ -280,8 +296,11 @@ def merged_forward(
 PYTORCH = Steps(
     dense=dense,
     norm=norm,
+    start_norm=start_norm,
     grouped_norm=grouped_norm,
     merge=merge,
+    counters=counters,
+    prepare=prepare,
     project=project,
     epilogue=epilogue,
     merged_forward=merged_forward,

@@ -88,6 +88,15 @@ def norm(
     return norm, None if magnitude is None else gain_of(magnitude, norm)
 
 
+def start_norm(
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor
+) -> tuple[Tensor, Tensor, tuple | None]:
+    """norm (N,), gain (N,) and types.Unfinished where the step that reads gain first has to write them: None here."""
+    norm_, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
+    assert gain is not None  # there is a magnitude
+    return norm_, gain, None
+
+
 def grouped_norm(
     weights: Sequence[Tensor],
     lora_As: Sequence[Tensor],
@@ -109,6 +118,9 @@ def merge(
     scaling: float,
     subtract_weight: bool = False,
     out_dtype: torch.dtype | None = None,
+    *,
+    unfinished: tuple | None = None,
+    prepared: tuple | None = None,
 ) -> Tensor:
     """gain * (weight + scaling * lora_B @ lora_A) [- weight], (N, K) in out_dtype or weight.dtype."""
     merged = direction(weight, lora_A, lora_B, scaling)
@@ -116,14 +128,31 @@ def merge(
         merged = gain[:, None] * merged
     if subtract_weight:
         merged = merged - dense(weight, weight.dtype)
+    if prepared is not None and gain is not None:
+        prepare(prepared, lora_B, gain)
     return merged.to(out_dtype or weight.dtype)
 
 
-def project(rows: Tensor, factor: Tensor, scale: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-    """rows (M, K) @ (factor (R, K) * scale (K,)).T -> (M, R) in out_dtype or factor.dtype: x @ A.T, dy @ (gain * B)."""
+def counters(dy: Tensor, N: int, K: int) -> Tensor | None:
+    """Memory for what the steps of a backward pass count in, which `prepare` zeroes; None where they do not count."""
+    return None
+
+
+def prepare(prepared: tuple[Tensor | None, float, Tensor | None], lora_B: Tensor, gain: Tensor) -> None:
+    """Writes types.Prepared: scaled_B (N, R) = factor * gain * lora_B, and counters = 0."""
+    scaled_B, factor, counters = prepared
+    if scaled_B is not None:
+        scaled_B.copy_((factor * gain)[:, None] * lora_B)
+    if counters is not None:
+        counters.zero_()
+
+
+def project(
+    rows: Tensor, factor: Tensor, out_dtype: torch.dtype | None = None, counters: Tensor | None = None
+) -> Tensor:
+    """rows (M, K) @ factor (R, K).T -> (M, R) in out_dtype or factor.dtype: x @ A.T, dy @ (gain * B)."""
     accumulate = accumulate_dtype(factor.dtype)
-    scaled = factor if scale is None else factor * scale
-    return (rows.to(accumulate) @ scaled.to(accumulate).T).to(out_dtype or factor.dtype)
+    return (rows.to(accumulate) @ factor.to(accumulate).T).to(out_dtype or factor.dtype)
 
 
 def epilogue(
@@ -135,6 +164,7 @@ def epilogue(
     scaling: float,
     out_dtype: torch.dtype,
     residual: Tensor | None = None,
+    unfinished: tuple | None = None,
 ) -> Tensor:
     """gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base], (M, N) in out_dtype."""
     z = base if low is None else base + scaling * low.to(gain.dtype) @ lora_B.to(gain.dtype).T
@@ -191,6 +221,7 @@ def token_sums(
     dmagnitude: Tensor | None = None,
     dbias: Tensor | None = None,
     dz: Tensor | None = None,
+    counters: Tensor | None = None,
 ) -> None:
     """Sums over the tokens of dy (M, N), written into the tensors given.
 
@@ -211,7 +242,9 @@ def token_sums(
         dmagnitude.copy_(over_norm((dy * z).sum(0), norm))
 
 
-def outer_product(left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype) -> Tensor:
+def outer_product(
+    left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype, counters: Tensor | None = None
+) -> Tensor:
     """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype: dA."""
     accumulate = accumulate_dtype(left.dtype)
     return (scaling * left.to(accumulate).T @ right.to(accumulate)).to(out_dtype)

@@ -111,6 +111,23 @@ class Gradients(NamedTuple):
     low: Tensor | None  # (M, R)
 
 
+class Unfinished(NamedTuple):
+    """norm and gain that the step which reads gain first is to write: `start_norm` has left the sums they come from."""
+
+    squares: Tensor  # (parts, N); the sum over the parts is norm^2
+    magnitude: Tensor  # (N,)
+    norm: Tensor  # (N,), to be written
+    gain: Tensor  # (N,), to be written
+
+
+class Prepared(NamedTuple):
+    """The tensors that the first step of a backward pass, `merge` or `prepare`, writes for the steps after it."""
+
+    scaled_B: Tensor | None  # (N, R) = factor * gain * lora_B, rounded once; None where no product is made with it
+    factor: float
+    counters: Tensor | None  # (3, ...), int32: see `counters`; None where no step counts
+
+
 class Epilogue(NamedTuple):
     """The operands of the last step, gain * (base + scaling * low @ lora_B.T), whatever base and low are."""
 
@@ -136,8 +153,11 @@ class Steps(NamedTuple):
 
     dense: Callable[..., Tensor]
     norm: Callable[..., tuple[Tensor, Tensor | None]]
+    start_norm: Callable[..., tuple[Tensor, Tensor, Unfinished | None]]
     grouped_norm: Callable[..., tuple[Tensor, Tensor]]
     merge: Callable[..., Tensor]
+    counters: Callable[..., Tensor | None]
+    prepare: Callable[..., None]
     project: Callable[..., Tensor]
     epilogue: Callable[..., Tensor]
     merged_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor | None]]

@@ -130,7 +130,7 @@ EXEMPTIONS = (
         "a float32 for each column: 16 KB at N = 4096, which every program of a column takes from the L2 cache",
     ),
     Exemption("*", "bias", "a number for each column, as gain"),
-    Exemption("project", "scale_ptr", "a number for each step's columns, 256 bytes beside 24 KB; asynchronous"),
+    Exemption("project", "partial_ptr", "the parts of a block, once at its end and just written: in the L2 cache"),
     Exemption("bank_epilogue", "scaling_ptr", "one number"),
     Exemption(
         "finish_*",

@@ -7,19 +7,23 @@ interpreter.repair()  # before the first kernel runs; does nothing outside TRITO
 from dora_kernels.kernels.bank_epilogue import bank_epilogue  # noqa: E402
 from dora_kernels.kernels.epilogue import epilogue  # noqa: E402
 from dora_kernels.kernels.grouped_norm import grouped_norm  # noqa: E402
-from dora_kernels.kernels.merge import dense, merge  # noqa: E402
+from dora_kernels.kernels.merge import dense, merge, prepare  # noqa: E402
 from dora_kernels.kernels.merged_forward import merged_forward  # noqa: E402
-from dora_kernels.kernels.norm import norm  # noqa: E402
+from dora_kernels.kernels.norm import norm, start_norm  # noqa: E402
 from dora_kernels.kernels.outer_product import outer_product  # noqa: E402
 from dora_kernels.kernels.project import project  # noqa: E402
+from dora_kernels.kernels.tile import counters  # noqa: E402
 from dora_kernels.kernels.token_sums import token_sums  # noqa: E402
 from dora_kernels.types import Steps  # noqa: E402
 
 KERNELS = Steps(
     dense=dense,
     norm=norm,
+    start_norm=start_norm,
     grouped_norm=grouped_norm,
     merge=merge,
+    counters=counters,
+    prepare=prepare,
     project=project,
     epilogue=epilogue,
     merged_forward=merged_forward,

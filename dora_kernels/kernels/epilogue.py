@@ -18,6 +18,7 @@ from dora_kernels.kernels.tile import (
     vector,
 )
 from dora_kernels.planning.configs import HIGH_RANK, Config, ceil_div
+from dora_kernels.types import Unfinished
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -104,6 +105,7 @@ def epilogue(
     scaling: float,
     out_dtype: torch.dtype,
     residual: torch.Tensor | None = None,
+    unfinished: Unfinished | None = None,
 ) -> torch.Tensor:
     """y (M, N) in out_dtype from base in one read and one write; as `reference.epilogue`."""
     M, N = base.shape

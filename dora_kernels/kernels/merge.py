@@ -17,6 +17,8 @@ from dora_kernels.kernels.stored_weight import (
 from dora_kernels.kernels.tile import Launch, block_offsets, rank_multiple
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
+from dora_kernels.reference import prepare
+from dora_kernels.types import Prepared, Unfinished
 
 
 @triton.jit
@@ -62,6 +64,9 @@ def merge(
     scaling: float,
     subtract_weight: bool = False,
     out_dtype: torch.dtype | None = None,
+    *,
+    unfinished: Unfinished | None = None,
+    prepared: Prepared | None = None,
 ) -> torch.Tensor:
     """The merged weight (N, K); as `reference.merge`, and without an adapter weight itself."""
     N, K = weight.shape
@@ -87,6 +92,8 @@ def merge(
         DTYPES=launch.dtypes,
         **tiles,
     )
+    if prepared is not None:
+        prepare(prepared, lora_B, gain)
     return merged
 
 

@@ -19,8 +19,8 @@ from dora_kernels.kernels.stored_weight import (
 )
 from dora_kernels.kernels.tile import (
     Launch,
+    add_parts,
     add_product,
-    add_splits,
     block_offsets,
     load,
     load_vector,
@@ -29,6 +29,7 @@ from dora_kernels.kernels.tile import (
 )
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
+from dora_kernels.types import Unfinished
 
 
 @triton.jit
@@ -157,7 +158,7 @@ def _finish_norm_kernel(
     offs_n = block_offsets(tl.program_id(0), BLOCK_N)
     mask_n = offs_n < N
     squares = tl.zeros([BLOCK_N], dtype=partial_ptr.dtype.element_ty)
-    norm = root(add_splits(squares, partial_ptr, splits, N, offs_n, mask_n))
+    norm = root(add_parts(squares, partial_ptr, splits, N, offs_n, mask_n))
     tl.store(norm_ptr + offs_n, norm, mask=mask_n)
     if magnitude is not None:
         magnitude_tile = load_vector(magnitude, offs_n, mask_n).to(norm.dtype)  # [BLOCK_N]
@@ -204,3 +205,11 @@ def norm(
         partial, vector(magnitude), result, gain, N, splits, **finish.tiles()
     )
     return result, gain
+
+
+def start_norm(
+    weight: Weight, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, magnitude: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, Unfinished | None]:
+    """norm (N,), gain (N,) and what the step that reads gain first is to write them from; as `reference.start_norm`."""
+    result, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
+    return result, gain, None

@@ -7,10 +7,16 @@ from dora_kernels.kernels.token_sums import token_sums
 from dora_kernels.planning import plan
 
 
-def outer_product(left: torch.Tensor, right: torch.Tensor, scaling: float, out_dtype: torch.dtype) -> torch.Tensor:
+def outer_product(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    scaling: float,
+    out_dtype: torch.dtype,
+    counters: torch.Tensor | None = None,
+) -> torch.Tensor:
     """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype; as `reference.outer_product`."""
     if not plan.outer_by_kernel(left.shape[1], same_dtype=right.dtype == left.dtype):
         return gemm.outer_product(left, right, scaling, out_dtype)
     result = right.new_empty((left.shape[1], right.shape[1]), dtype=out_dtype)
-    token_sums(right, left, scaling, dB=result.T)  # dA^T is to x what dB is to dy
+    token_sums(right, left, scaling, dB=result.T, counters=counters)  # dA^T is to x what dB is to dy
     return result

@@ -1,4 +1,10 @@
-"""The parts of the kernels: matrices and vectors as arguments, tiles of them, the low-rank product; Launch."""
+"""The parts of the kernels: matrices and vectors as arguments, tiles, products, a program's share of the work; Launch.
+
+The work of a kernel is `blocks` of its output, of so many `steps` each along the dimension that it walks. Its programs
+take these units in contiguous ranges, block by block: a block is cut where one program's range ends and the next one's
+begins, all multiprocessors have as much to do whatever the sizes are, and what a block needs in every step, lora_B say,
+is loaded once. The sums of a block that is cut are made in `parts`, one of each program, and added in their order.
+"""
 
 import functools
 import math
@@ -28,6 +34,8 @@ class Matrix(NamedTuple):
     ptr: torch.Tensor
     stride_0: int
     stride_1: int
+    # of a float32 matrix given as DTYPES.parts matrices in bfloat16 that sum to it: how far apart they are
+    stride_part: int | None = None
 
 
 class Vector(NamedTuple):
@@ -47,6 +55,7 @@ class Dtypes(NamedTuple):
     operand_name: str
     accumulate_name: str
     precision: str
+    parts: int = 1  # of a float32 operand that is given in bfloat16 (load_parts)
 
     @property
     def operand(self) -> tl.dtype:
@@ -61,7 +70,7 @@ class Dtypes(NamedTuple):
 
 def matrix(tensor: torch.Tensor | None) -> Matrix | None:
     """A 2-D tensor as an argument; None where there is none, which a kernel tests by `is not None` as it compiles."""
-    return None if tensor is None else Matrix(tensor, *tensor.stride())
+    return None if tensor is None else Matrix(tensor, *tensor.stride(), None)
 
 
 def vector(tensor: torch.Tensor | None) -> Vector | None:
@@ -86,13 +95,13 @@ def known_multiple(number, OF: tl.constexpr):
 @triton.jit
 def known_rows(matrix, OF: tl.constexpr):
     """matrix, of which the compiler then knows that its rows are a multiple of OF elements apart."""
-    return Matrix(matrix.ptr, known_multiple(matrix.stride_0, OF), matrix.stride_1)
+    return Matrix(matrix.ptr, known_multiple(matrix.stride_0, OF), matrix.stride_1, matrix.stride_part)
 
 
 @triton.jit
 def transposed(matrix):
     """matrix.T"""
-    return Matrix(matrix.ptr, matrix.stride_1, matrix.stride_0)
+    return Matrix(matrix.ptr, matrix.stride_1, matrix.stride_0, matrix.stride_part)
 
 
 @triton.jit
@@ -116,8 +125,37 @@ def load_vector(vector, offs, mask):
 
 
 @triton.jit
+def load_parts(matrix, offs_0, offs_1, mask_0, mask_1, DTYPES: tl.constexpr):
+    """matrix[offs_0, offs_1] as a tuple of tiles that sum to it, the largest first; one tile of most matrices."""
+    tiles = (load(matrix, offs_0, offs_1, mask_0, mask_1),)
+    if matrix.stride_part is not None:
+        for part in tl.static_range(1, DTYPES.parts):
+            lower = Matrix(matrix.ptr + part * matrix.stride_part, matrix.stride_0, matrix.stride_1, None)
+            tiles = tiles + (load(lower, offs_0, offs_1, mask_0, mask_1),)
+    return tiles
+
+
+@triton.jit
 def add_dot(acc, left, right, DTYPES: tl.constexpr):
-    """acc + left @ right, of tiles"""
+    """acc + left @ right, of tuples of tiles as `load_parts` gives them."""
+    if len(left) == 1 and len(right) == 1:
+        acc = _dot(left[0], right[0], acc, DTYPES)
+    else:
+        # the smallest products first; those of parts 3 + 1, 2 + 2 and 1 + 3, each 2^-16 of the first, are the last ones
+        small = tl.zeros_like(acc)
+        for below in tl.static_range(DTYPES.parts - 1, 0, -1):
+            for part in tl.static_range(below + 1):
+                if part < len(left) and below - part < len(right):
+                    small = _dot(left[part], right[below - part], small, DTYPES)
+        # inf has parts inf and 0, and inf * 0 is NaN where inf times the number that ends in that 0 is not
+        small = tl.where(small == small, small, 0.0)
+        acc += _dot(left[0], right[0], small, DTYPES)
+    return acc
+
+
+@triton.jit
+def _dot(left, right, acc, DTYPES: tl.constexpr):
+    """acc + left @ right, of tiles."""
     return tl.dot(
         left.to(DTYPES.operand),
         right.to(DTYPES.operand),
@@ -125,6 +163,16 @@ def add_dot(acc, left, right, DTYPES: tl.constexpr):
         input_precision=DTYPES.precision,
         out_dtype=DTYPES.accumulate,
     )
+
+
+@triton.jit
+def resident(factor, offs, mask, R, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr, DTYPES: tl.constexpr):
+    """factor[offs, :R] for all steps of a block: a tuple of CHUNKS chunks [len(offs), BLOCK_R], in parts."""
+    chunks = ()
+    for chunk in tl.static_range(CHUNKS):
+        offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+        chunks = chunks + (load_parts(factor, offs, offs_r, mask, offs_r < R, DTYPES),)
+    return chunks
 
 
 @triton.jit
@@ -144,8 +192,8 @@ def add_product(
     """acc + left[offs_0, r : r + BLOCK_R] @ right[r : r + BLOCK_R, offs_1]"""
     offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
     mask_r = offs_r < R
-    a = load(left, offs_0, offs_r, mask_0, mask_r)  # [BLOCK_0, BLOCK_R]
-    b = load(right, offs_r, offs_1, mask_r, mask_1)  # [BLOCK_R, BLOCK_1]
+    a = load_parts(left, offs_0, offs_r, mask_0, mask_r, DTYPES)  # [BLOCK_0, BLOCK_R]
+    b = load_parts(right, offs_r, offs_1, mask_r, mask_1, DTYPES)  # [BLOCK_R, BLOCK_1]
     return add_dot(acc, a, b, DTYPES)
 
 
@@ -173,12 +221,68 @@ def low_rank(
 
 
 @triton.jit
-def add_splits(acc, partial_ptr, splits, size, offs, mask):
-    """acc + partial[0, offs] + partial[1, offs] + ..., in this order, for partial sums (splits, size)."""
-    for split in range(0, splits):
-        # no int64 needed: there are several splits only where the output is small (configs.splits)
-        acc += tl.load(partial_ptr + split * size + offs, mask=mask, other=0.0)
+def steps_over(size, BLOCK: tl.constexpr):
+    """The steps of BLOCK over `size` elements; one over none, so that a sum over nothing is written as 0."""
+    return tl.maximum(tl.cdiv(size, BLOCK), 1)
+
+
+@triton.jit
+def unit_range(units):
+    """(first, end) of this program's units of work, one more or less than any other program's."""
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    return program * units // programs, (program + 1) * units // programs
+
+
+@triton.jit
+def steps_of(block, steps, first, end):
+    """(start, stop): the steps of a block that are among the units from first to end."""
+    return tl.maximum(first - block * steps, 0), tl.minimum(end - block * steps, steps)
+
+
+@triton.jit
+def part_of(block, steps, units):
+    """(part, parts): this program's place among those that share the steps of a block, and how many they are."""
+    programs = tl.num_programs(0).to(tl.int64)
+    first = ((block * steps + 1) * programs - 1) // units  # the program whose range has the block's first unit
+    last = ((block + 1) * steps * programs - 1) // units
+    return tl.program_id(0) - first, last - first + 1
+
+
+@triton.jit
+def is_last(counter_ptr, parts):
+    """True in the last program of a block to come here, after it has stored its part: it sees the parts of all.
+
+    The counter is 0 before. It is the one atomic of the package: which program is the last one differs from call to
+    call, what it adds up, and in which order, does not.
+    """
+    # Triton has one thread release what all have stored, and puts no barrier between the two
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
+
+
+@triton.jit
+def add_parts(acc, partial_ptr, parts, size, offs, mask):
+    """acc + partial[0, offs] + partial[1, offs] + ..., in this order, for partial sums (parts, size)."""
+    for part in range(0, parts):
+        # no int64 needed: there are several parts only where the output is small (Launch.programs)
+        acc += tl.load(partial_ptr + part * size + offs, mask=mask, other=0.0)
     return acc
+
+
+# A counter for each block of so many rows or columns, the smallest that a tile may have (configs.py)
+COUNTED = 16
+
+
+def counters(dy: torch.Tensor, N: int, K: int) -> torch.Tensor:
+    """(3, ...), for the counters of the sums over the tokens of dy, of P and of dA; as `reference.counters`."""
+    return dy.new_empty((3, ceil_div(max(len(dy), N, K, 1), COUNTED)), dtype=torch.int32)
+
+
+def zeroed(counters: torch.Tensor | None, blocks: int, device: torch.device) -> torch.Tensor:
+    """`counters`, which are 0, where given and as many as the blocks; else new ones, in a launch of their own."""
+    if counters is not None and len(counters) >= blocks:
+        return counters
+    return torch.zeros(blocks, dtype=torch.int32, device=device)
 
 
 def rank_multiple(R: int, *factors: torch.Tensor | None) -> int:
@@ -231,6 +335,10 @@ class Launch(NamedTuple):
         steps = ceil_div(size, block)
         per_split = ceil_div(steps, configs.splits(blocks, steps, self.facts, config)) * block
         return per_split, max(1, ceil_div(size, max(per_split, 1)))
+
+    def programs(self, blocks: int, steps: int, config: configs.Config, sums: bool) -> int:
+        """The number of programs that share the work; sums: what the steps of a block give is summed up."""
+        return configs.programs(blocks, steps, self.facts.multiprocessors * config.waves, sums)
 
     @property
     def dtypes(self) -> Dtypes:

@@ -11,7 +11,7 @@ from dora_kernels.kernels.tile import (
     Launch,
     Matrix,
     add_dot,
-    add_splits,
+    add_parts,
     block_offsets,
     known_multiple,
     known_rows,
@@ -98,7 +98,7 @@ def _token_sums_kernel(
         tile = load(dy, offs_m, offs_n, mask_m, mask_n)  # [BLOCK_M, BLOCK_N]
         if low is not None:
             low_tile = load(low, offs_m, offs_r, mask_m, mask_r)  # [BLOCK_M, BLOCK_R]
-            dB = add_dot(dB, tl.trans(tile.to(DTYPES.operand)), low_tile, DTYPES)
+            dB = add_dot(dB, (tl.trans(tile.to(DTYPES.operand)),), (low_tile,), DTYPES)
         if saved is not None:
             saved_tile = load(saved, offs_m, offs_n, offs_m < end_if_first, mask_n)  # [BLOCK_M, BLOCK_N]
             product = tile.to(DTYPES.accumulate) * saved_tile.to(DTYPES.accumulate)
@@ -198,14 +198,14 @@ def _finish_sums_kernel(
                         dB = tl.where(is_infinite[:, None], of_scaled, dB)
                 store(result, offs_n, offs_r, mask_n, mask_r, scaling * dB)
     if results.dmagnitude is not None:
-        dot = add_splits(scaling * low_rank_dot, partial.dot, splits, N, offs_n, mask_n)
+        dot = add_parts(scaling * low_rank_dot, partial.dot, splits, N, offs_n, mask_n)
         norm = tl.load(norm_ptr + offs_n, mask=mask_n, other=0.0)
         divisor = tl.where(norm == 0, 1.0, norm)
         dmagnitude = tl.where(norm == 0, 0.0, dot / divisor)
         tl.store(results.dmagnitude + offs_n, dmagnitude.to(results.dmagnitude.dtype.element_ty), mask=mask_n)
     if results.dbias is not None:
         total = tl.zeros([BLOCK_N], dtype=ACC_DTYPE)
-        total = add_splits(total, partial.total, splits, N, offs_n, mask_n)
+        total = add_parts(total, partial.total, splits, N, offs_n, mask_n)
         tl.store(results.dbias + offs_n, total.to(results.dbias.dtype.element_ty), mask=mask_n)
 
 
@@ -267,6 +267,7 @@ def token_sums(
     dmagnitude: torch.Tensor | None = None,
     dbias: torch.Tensor | None = None,
     dz: torch.Tensor | None = None,
+    counters: torch.Tensor | None = None,
 ) -> None:
     """Sums over the tokens of dy (M, N), written into the tensors given; as `reference.token_sums`."""
     M, N = dy.shape

@@ -19,7 +19,8 @@ from dora_kernels.planning.devices import DeviceFacts, logger
 class Config:
     """Tile sizes and schedule of one kernel; a tile size that the kernel does not have is None.
 
-    waves: programs that should be in flight per multiprocessor; it sets how far a reduction is split.
+    waves: programs that a multiprocessor holds at a time; it sets among how many the work is shared out.
+    maxnreg: registers that a thread may have, where the compiler would take more and a program fewer would fit.
     """
 
     BLOCK_M: int | None = None
@@ -29,10 +30,11 @@ class Config:
     num_warps: int = 4
     num_stages: int = 2
     waves: int = 1
+    maxnreg: int | None = None
 
     def tiles(self, R: int | None = None) -> dict[str, int]:
         """The keyword arguments of a launch; BLOCK_R shrinks to a small R, but not below tl.dot's minimum of 16."""
-        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R", "num_warps", "num_stages")
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R", "num_warps", "num_stages", "maxnreg")
         sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if R is not None and self.BLOCK_R is not None:
             sizes["BLOCK_R"] = min(self.BLOCK_R, max(16, 1 << max(R - 1, 0).bit_length()))
@@ -47,6 +49,46 @@ def ceil_div(number: int, by: int) -> int:
 # The cost of one more part of a split sum, in steps: filling the pipeline before the first step, and writing partial
 # sums that another kernel reads (a prediction: at 64 x 128 x 64 they are as many bytes as 1.6 steps load).
 PART_STEPS = 2
+# Whole blocks, or as many equal parts of each, are taken where they keep this much of the device at work: fewer partial
+# sums, and no program that begins a second block.
+FULL = 0.9
+# The same of a sum that is made in whole blocks because there are no counters to finish parts with.
+FILLED = 0.75
+
+
+@functools.lru_cache(maxsize=4096)
+def programs(blocks: int, steps: int, at_once: int, sums: bool) -> int:
+    """The number of programs that share `blocks` of `steps` steps each, where at_once run at a time (kernels/tile.py).
+
+    sums: what the steps of a block give is summed up, so that cutting it costs partial sums: no part has fewer than
+    PART_STEPS steps. Depends on shapes and device only: the order of summation is the same in every call.
+    """
+    blocks, steps = max(blocks, 1), max(steps, 1)
+    units = blocks * steps
+    if not sums:
+        return min(at_once, units)
+    equal_parts = max(1, min(at_once // blocks, steps // PART_STEPS))
+    if blocks * equal_parts >= FULL * at_once * ceil_div(blocks, at_once):
+        return blocks * equal_parts
+    return min(at_once, max(blocks, units // PART_STEPS))
+
+
+@functools.lru_cache(maxsize=4096)
+def most_parts(blocks: int, steps: int, programs: int) -> int:
+    """The number of parts of the block that is cut into most (kernels/tile.py, part_of)."""
+    blocks, steps = max(blocks, 1), max(steps, 1)
+    if programs % blocks == 0:
+        return programs // blocks
+    if programs < blocks:
+        return 2
+    units = blocks * steps
+
+    def program_of(unit: int) -> int:
+        return ((unit + 1) * programs - 1) // units
+
+    return max(program_of(first + steps - 1) - program_of(first) + 1 for first in range(0, units, steps))
+
+
 # The most programs one after the other on a multiprocessor if a sum is split further than to fill the device once: it
 # bounds the partial sums to 35 MB on 132 multiprocessors.
 MOST_ROUNDS = 8
@@ -85,7 +127,8 @@ _HALF = {
     "norm_high_rank": Config(BLOCK_N=128, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=3),
     "merge": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
     "merge_high_rank": Config(BLOCK_N=128, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=3),
-    "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=4),
+    "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4),
+    "low": Config(BLOCK_M=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=4),  # for whole blocks: twice as many
     # 128 registers, and two programs a multiprocessor; under dropout 128 x 128 spills 120 bytes a thread on sm_90
     "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     # where there is nothing but base, low and lora_B, in whole vectors, and the device is filled (kernels/epilogue.py)
@@ -94,7 +137,6 @@ _HALF = {
     "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
     "finish_norm": Config(BLOCK_N=128, num_warps=4, num_stages=1),
     "finish_sums": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
-    "finish_project": Config(BLOCK_M=1024, num_warps=4, num_stages=1),
 }
 # 4-byte operands: the same tiles would need twice the shared memory and registers.
 _FLOAT = _HALF | {
@@ -103,6 +145,7 @@ _FLOAT = _HALF | {
     "merge": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2),
     "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2),
     "project": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
+    "low": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
     "epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
     "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
     "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
@@ -124,6 +167,7 @@ _HALF_GFX = _HALF | {
     "norm_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=2, waves=2),
     "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
     "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
+    "low": Config(BLOCK_M=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
     "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
 }
 # The interpreter pays per tile operation; tiles of 32 leave ragged edges and several steps at test shapes.
@@ -133,13 +177,13 @@ _INTERPRETER = {
     "merge": Config(BLOCK_N=32, BLOCK_K=32, BLOCK_R=16),
     "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=16),
     "project": Config(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16, waves=4),
+    "low": Config(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16),
     "epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
     "epilogue_high_rank": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16),
     "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
     "token_sums": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16, waves=4),
     "finish_norm": Config(BLOCK_N=32),
     "finish_sums": Config(BLOCK_N=16, BLOCK_R=16),
-    "finish_project": Config(BLOCK_M=256),
 }
 # Above this rank the products over R outweigh reading the weight: larger tiles.
 HIGH_RANK = 64
@@ -198,6 +242,8 @@ def _checked(fields: dict[str, int], default: Config) -> Config:
         power = name != "num_warps" or (type(value) is int and value & (value - 1) == 0)
         if type(value) is not int or not least <= value <= most or not power:
             raise ValueError(f"tuned: {name} is {value!r}; expected {least} to {most}, num_warps a power of two")
+    if config.maxnreg is not None and (type(config.maxnreg) is not int or not 24 <= config.maxnreg <= 255):
+        raise ValueError(f"tuned: maxnreg is {config.maxnreg!r}; expected 24 to 255")
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R"):
         value, tile = getattr(config, name), getattr(default, name) is not None
         if (value is not None) != tile:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dora_kernels.planning import plan
 from tests.support.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
@@ -43,13 +44,14 @@ def test_a_norm(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_a_projection(dtype):
-    """Into a float32 result; the factor times the scale is rounded to the operand's dtype first."""
+def test_a_projection(dtype, monkeypatch):
+    """Into a float32 result, of whole blocks and of parts."""
+    monkeypatch.setattr(plan, "project_by_kernel", lambda *sizes, **asked: True)
     problem = Problem.random(5, 40, 150, 6, dtype)
-    scale = 1 + torch.rand(150, device=DEVICE)
-    actual = kernels.project(problem.x, problem.lora_A, scale, torch.float32)
-    factor = (problem.lora_A.float() * scale).to(dtype)
-    torch.testing.assert_close(actual.double(), problem.x.double() @ factor.double().T, **TOLERANCE)
+    for counters in (None, torch.zeros(1, dtype=torch.int32, device=DEVICE)):
+        actual = kernels.project(problem.x, problem.lora_A, torch.float32, counters)
+        expected = problem.x.double() @ problem.lora_A.double().T
+        torch.testing.assert_close(actual.double(), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)

@@ -5,17 +5,22 @@ output that a kernel writes through sizes of its own has rows of 2^30 elements, 
 of that size is touched: the memory is reserved and never committed, but for the few pages that are read and written.
 """
 
+import contextlib
 import mmap
 import sys
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
 
 from dora_kernels import reference
-from dora_kernels.planning import configs, devices
+from dora_kernels.planning import configs, devices, plan
 from tests.support.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
+from triton.runtime.interpreter import interpreter_builder  # noqa: E402
+
 from dora_kernels.kernels import stored_weight, tile  # noqa: E402
 from dora_kernels.kernels.epilogue import _epilogue_kernel  # noqa: E402
 from dora_kernels.kernels.merge import _merge_kernel  # noqa: E402
@@ -72,7 +77,8 @@ def run_merge(weight, lora_A, lora_B):
 
 
 def run_project(rows, factor):
-    return (kernels.project(rows, factor, torch.arange(1.0, 4.0)),)
+    with mock.patch.object(plan, "project_by_kernel", return_value=True):
+        return (kernels.project(rows, factor),)
 
 
 def run_epilogue(base, low, lora_B, bias, residual):
@@ -155,6 +161,14 @@ def tiles(kernel: str) -> dict[str, object]:
     return {"DTYPES": launch.dtypes} | launch.config(kernel).tiles(3)
 
 
+@contextlib.contextmanager
+def num_programs(count: int) -> Iterator[None]:
+    """Inside, the programs launched are the first ones of so many."""
+    set_grid_dim = interpreter_builder.set_grid_dim
+    with mock.patch.object(interpreter_builder, "set_grid_dim", lambda *_: set_grid_dim(count, 1, 1)):
+        yield
+
+
 def corner(memory: torch.Tensor, rows: int = 3, columns: int = 3) -> torch.Tensor:
     """The first columns of a contiguous (rows, FAR) matrix, zeroed."""
     return memory.as_strided((rows, columns), (FAR, 1), 2**31).zero_()
@@ -195,24 +209,28 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
 def test_project_writes_rows_of_2_to_the_30(memory):
     problem = Problem.random(3, 3, 32, 16, torch.float32)
     projected = corner(memory, columns=16)
-    _project_kernel[1, 1](
-        tile.matrix(problem.x), tile.matrix(problem.lora_A.T), None, memory[2**31 :], 3, 32, FAR, 32,
-        R_MULTIPLE=1, **tiles("project"),
-    )  # fmt: skip
+    with num_programs(FAR // 16):
+        _project_kernel[1,](
+            tile.matrix(problem.x), tile.matrix(problem.lora_A.T), memory[2**31 :], None, None, 3, 32, FAR,
+            R_MULTIPLE=1, **tiles("project"),
+        )  # fmt: skip
     torch.testing.assert_close(projected, problem.x @ problem.lora_A.T)
 
 
 @on_cpu
 def test_project_writes_partial_sums_2_to_the_30_apart(memory):
-    """`(split * M + m) * R` with M = 2^30."""
+    """`part * M * R` with M = 2^30."""
     problem = Problem.random(32, 3, 96, 1, torch.float32)
-    projected = corner(memory, columns=32)
-    _project_kernel[1, 3](
-        tile.matrix(problem.x), tile.matrix(problem.lora_A.T), None, memory[2**31 :], FAR, 96, 1, 32,
-        R_MULTIPLE=1, **tiles("project"),
-    )  # fmt: skip
-    assert (projected != 0).all()
-    torch.testing.assert_close(projected.sum(0)[:, None], problem.x @ problem.lora_A.T)
+    projected, result, counters = corner(memory, columns=32), torch.zeros(32, 1), torch.zeros(1, dtype=torch.int32)
+    with num_programs(3 * FAR // 32):
+        _project_kernel[3,](
+            tile.matrix(problem.x), tile.matrix(problem.lora_A.T), result, memory[2**31 :], counters, FAR, 96, 1,
+            R_MULTIPLE=1, **tiles("project"),
+        )  # fmt: skip
+    expected = problem.x @ problem.lora_A.T
+    assert (projected != 0).all() and counters.item() == 3
+    torch.testing.assert_close(projected.sum(0)[:, None], expected)
+    torch.testing.assert_close(result, expected)
 
 
 @on_cpu

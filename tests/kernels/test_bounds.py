@@ -26,7 +26,7 @@ def guards(monkeypatch):
         size = math.prod(shape)
         whole = torch.full((size + 2 * GUARD,), UNTOUCHED, dtype=dtype, device=device)
         made.extend((whole[:GUARD], whole[GUARD + size :]))
-        return whole[GUARD : GUARD + size].fill_(math.nan).view(shape)
+        return whole[GUARD : GUARD + size].fill_(math.nan if whole.is_floating_point() else 12345).view(shape)
 
     def new_empty(self, *shape, dtype=None, device=None, **_):
         shape = shape[0] if shape and not isinstance(shape[0], int) else shape

@@ -16,7 +16,7 @@ from torch import Tensor
 from dora_kernels import pytorch, reference
 from dora_kernels.planning import plan
 from dora_kernels.testing import MEAN_RATIO, compare, geometric_mean
-from dora_kernels.types import Steps
+from dora_kernels.types import Prepared, Steps
 from tests.support.problem import DEVICE, DTYPES, EXACT_DTYPE, Problem
 from tests.support.step_problem import SHAPES, TOLERANCE
 
@@ -81,10 +81,34 @@ def merge(steps: Steps, o: SimpleNamespace) -> Results:
     yield "by default", steps.merge(o.weight, o.lora_A, o.lora_B, o.gain, SCALING)
 
 
+def start_norm(steps: Steps, o: SimpleNamespace) -> Results:
+    """norm and gain as the epilogue leaves them, and the y that it makes of them."""
+    norm, gain, unfinished = steps.start_norm(o.weight, o.lora_A, o.lora_B, SCALING, o.magnitude)
+    rest = o.bias, SCALING, o.x.dtype
+    yield "y", steps.epilogue(o.base, o.low, o.lora_B, gain, *rest, unfinished=unfinished)
+    yield from (("norm", norm), ("gain", gain))
+    norm, gain, unfinished = steps.start_norm(o.weight, o.lora_A, o.lora_B, SCALING, o.magnitude)
+    yield "merged", steps.merge(o.weight, o.lora_A, o.lora_B, gain, SCALING, unfinished=unfinished)
+    yield from (("norm of merged", norm), ("gain of merged", gain))
+
+
+def prepare(steps: Steps, o: SimpleNamespace) -> Results:
+    """By the step itself and by merge on its way; what counts finds zeros."""
+    for factor, alone in itertools.product((1.0, SCALING), (False, True)):
+        prepared = Prepared(torch.empty_like(o.lora_B), factor, steps.counters(o.dy, *o.weight.shape))
+        if alone:
+            steps.prepare(prepared, o.lora_B, o.gain)
+        else:
+            yield "merged", steps.merge(o.weight, o.lora_A, o.lora_B, o.gain, SCALING, prepared=prepared)
+        assert prepared.counters is None or not prepared.counters.any()
+        yield f"{factor=} {alone=}", prepared.scaled_B
+
+
 def project(steps: Steps, o: SimpleNamespace) -> Results:
-    for (name, given), out_dtype in itertools.product(each(scale=o.gain), (None, o.gain.dtype)):
-        yield f"{name} {out_dtype}", steps.project(o.dy, o.lora_B.T, out_dtype=out_dtype, **given)
-    yield "other strides", steps.project(o.residual, o.lora_B.T.contiguous(), o.gain)
+    for out_dtype, counted in itertools.product((None, o.gain.dtype), (False, True)):
+        counters = torch.zeros(o.dy.shape[0], dtype=torch.int32, device=DEVICE) if counted else None
+        yield f"{out_dtype} {counted=}", steps.project(o.dy, o.lora_B.T, out_dtype, counters)
+    yield "other strides", steps.project(o.residual, o.lora_B.T.contiguous())
 
 
 def epilogue(steps: Steps, o: SimpleNamespace) -> Results:
@@ -131,7 +155,19 @@ def outer_product(steps: Steps, o: SimpleNamespace) -> Results:
 
 CALLS = {
     call.__name__: call
-    for call in (norm, grouped_norm, merge, project, epilogue, bank_epilogue, merged_forward, token_sums, outer_product)
+    for call in (
+        norm,
+        start_norm,
+        grouped_norm,
+        merge,
+        prepare,
+        project,
+        epilogue,
+        bank_epilogue,
+        merged_forward,
+        token_sums,
+        outer_product,
+    )
 }
 # Where the planner may leave a product to the GEMM library
 PRODUCTS = ("project", "token_sums", "outer_product")
@@ -166,8 +202,11 @@ STEPS = [name for name, step in pytorch.PYTORCH._asdict().items() if callable(st
 
 
 def test_every_step_is_called():
-    """But `dense`, which PyTorch's has from the definition; test_quantized.py holds the kernel to it bit for bit."""
-    assert set(STEPS) - {"dense"} == CALLS.keys() and pytorch.PYTORCH.dense is reference.dense
+    """But `dense`, which PyTorch's has from the definition; test_quantized.py holds the kernel to it bit for bit.
+
+    And `counters`, which is memory for others.
+    """
+    assert set(STEPS) - {"dense", "counters"} == CALLS.keys() and pytorch.PYTORCH.dense is reference.dense
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -37,7 +37,7 @@ def test_a_rank_of_8_in_rows_of_another_width(width):
             dB,
             kernels.norm(problem.weight, problem.lora_A, lora_B, 0.75)[0],
             kernels.merge(problem.weight, problem.lora_A, lora_B, None, 0.75),
-            kernels.project(problem.dy, lora_B.T, gain),
+            launch("project", {"x": problem.dy, "lora_A": lora_B.T})[0],
             kernels.epilogue(base, low, lora_B, gain, None, 0.75, EXACT_DTYPE),
             kernels.bank_epilogue(base, low, *bank),
         )

@@ -163,7 +163,7 @@ def test_a_named_backend_computes_everything(backend, messages):
     assert delta(before) == {(operator, backend): count for operator, count in counts.items()} and messages() == []
 
 
-@pytest.mark.parametrize("step", ("norm", "token_sums"), ids=("forward", "backward"))
+@pytest.mark.parametrize("step", ("start_norm", "token_sums"), ids=("forward", "backward"))
 def test_a_kernel_that_fails_is_not_replaced_by_the_reference(step, monkeypatch):
     """A launch that the driver refuses, say: the error comes out, and the next call is right."""
     kernels = pytest.importorskip("dora_kernels.kernels")
