@@ -29,7 +29,8 @@ def launch(launcher: str, t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return [kernels.merge(t["weight"], t["lora_A"], t["lora_B"], t["gain"], 0.75)]
     if launcher == "project":
         with mock.patch.object(plan, "project_by_kernel", return_value=True):
-            return [kernels.project(t["x"], t["lora_A"])]
+            counters = torch.zeros(len(t["x"]), dtype=torch.int32, device=t["x"].device)
+            return [kernels.project(t["x"], t["lora_A"], counters=counters)]
     if launcher == "epilogue":
         more = (t["gain"], t["bias"], 0.75, t["x"].dtype, t["residual"])
         return [kernels.epilogue(t["base"], t["low"], t["lora_B"], *more)]
