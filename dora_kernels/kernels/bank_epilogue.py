@@ -59,8 +59,8 @@ def _bank_epilogue_kernel(
     for e in range(first, last + 1):
         mine = adapted & (index == e)
         if tl.max(mine.to(tl.int32), axis=0) > 0:
-            low_e = Matrix(low.ptr + e * R * low.stride_1, low.stride_0, low.stride_1, None)  # (M, R)
-            lora_B_e = Matrix(lora_B_ptr + e * N * R, R, 1, None)  # (N, R)
+            low_e = Matrix(low.ptr + e * R * low.stride_1, low.stride_0, low.stride_1)  # (M, R)
+            lora_B_e = Matrix(lora_B_ptr + e * N * R, R, 1)  # (N, R)
             product = low_rank(low_e, transposed(lora_B_e), offs_m, offs_n, mine, mask_n, R, BLOCK_R, ONE_CHUNK, DTYPES)
             # not a sum for all rows: 0 * inf of another row's adapter is NaN
             y = tl.where(mine[:, None], y + tl.load(scaling_ptr + e) * product, y)

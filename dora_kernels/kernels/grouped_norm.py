@@ -58,7 +58,7 @@ def _grouped_norm_kernel(
     mask_n = offs_n < N
     scaling = tl.load(scaling_ptr + layer)
     weight = StoredWeight((weight_ptr,), (K, 1))
-    update = Update(Matrix(lora_A_ptr, K, 1, None), Matrix(lora_B_ptr, R, 1, None), R, scaling)
+    update = Update(Matrix(lora_A_ptr, K, 1), Matrix(lora_B_ptr, R, 1), R, scaling)
     squares = row_squares(
         weight, update, offs_n, mask_n, 0, K, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, ONE_CHUNK, DTYPES, STAGES
     )

@@ -63,7 +63,7 @@ def _project_kernel(
             offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
             mask_k = offs_k < K
             rows_tile = load(rows, offs_m, offs_k, mask_m, mask_k)  # [BLOCK_M, BLOCK_K]
-            factor_tile = load_parts(factor, offs_k, offs_r, mask_k, mask_r, DTYPES)  # [BLOCK_K, BLOCK_R]
+            factor_tile = load_parts(factor, offs_k, offs_r, mask_k, mask_r, R, 1, DTYPES)  # [BLOCK_K, BLOCK_R]
             acc = add_dot(acc, (rows_tile,), factor_tile, DTYPES)
         offs = offs_m[:, None] * R + offs_r[None, :]
         mask = mask_m[:, None] & mask_r[None, :]

@@ -113,7 +113,7 @@ def weight_tile(
 @triton.jit
 def elements(weight):
     """The matrix (N, K) of a weight that is stored one element after the other: of a dense one, or in 8 bits each."""
-    return Matrix(weight.pointers[0], weight.numbers[0], weight.numbers[1], None)
+    return Matrix(weight.pointers[0], weight.numbers[0], weight.numbers[1])
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def _nibbles(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_K: tl.con
         # 16 bytes for the 64 codes that a thread has of a tile of 64 x 128. A byte for each code would take 64
         row_bytes = weight.numbers[0]
         offs_byte = tl.multiple_of(k // 2, BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2).to(tl.int64)
-        rows = Matrix(weight.pointers[0], row_bytes, 1, None)
+        rows = Matrix(weight.pointers[0], row_bytes, 1)
         packed = load(rows, offs_n, offs_byte, mask_n, offs_byte < row_bytes)  # [BLOCK_N, BLOCK_K // 2]
         codes = tl.interleave(packed >> 4, packed & 15)
     else:

@@ -34,8 +34,6 @@ class Matrix(NamedTuple):
     ptr: torch.Tensor
     stride_0: int
     stride_1: int
-    # of a float32 matrix given as DTYPES.parts matrices in bfloat16 that sum to it: how far apart they are
-    stride_part: int | None = None
 
 
 class Vector(NamedTuple):
@@ -55,7 +53,7 @@ class Dtypes(NamedTuple):
     operand_name: str
     accumulate_name: str
     precision: str
-    parts: int = 1  # of a float32 operand that is given in bfloat16 (load_parts)
+    parts: int = 1  # in which a float32 operand is given, in bfloat16 (load_parts)
 
     @property
     def operand(self) -> tl.dtype:
@@ -70,7 +68,7 @@ class Dtypes(NamedTuple):
 
 def matrix(tensor: torch.Tensor | None) -> Matrix | None:
     """A 2-D tensor as an argument; None where there is none, which a kernel tests by `is not None` as it compiles."""
-    return None if tensor is None else Matrix(tensor, *tensor.stride(), None)
+    return None if tensor is None else Matrix(tensor, *tensor.stride())
 
 
 def vector(tensor: torch.Tensor | None) -> Vector | None:
@@ -95,13 +93,13 @@ def known_multiple(number, OF: tl.constexpr):
 @triton.jit
 def known_rows(matrix, OF: tl.constexpr):
     """matrix, of which the compiler then knows that its rows are a multiple of OF elements apart."""
-    return Matrix(matrix.ptr, known_multiple(matrix.stride_0, OF), matrix.stride_1, matrix.stride_part)
+    return Matrix(matrix.ptr, known_multiple(matrix.stride_0, OF), matrix.stride_1)
 
 
 @triton.jit
 def transposed(matrix):
     """matrix.T"""
-    return Matrix(matrix.ptr, matrix.stride_1, matrix.stride_0, matrix.stride_part)
+    return Matrix(matrix.ptr, matrix.stride_1, matrix.stride_0)
 
 
 @triton.jit
@@ -125,13 +123,19 @@ def load_vector(vector, offs, mask):
 
 
 @triton.jit
-def load_parts(matrix, offs_0, offs_1, mask_0, mask_1, DTYPES: tl.constexpr):
-    """matrix[offs_0, offs_1] as a tuple of tiles that sum to it, the largest first; one tile of most matrices."""
+def load_parts(matrix, offs_0, offs_1, mask_0, mask_1, R, RANK_AXIS: tl.constexpr, DTYPES: tl.constexpr):
+    """matrix[offs_0, offs_1] as a tuple of DTYPES.parts tiles that sum to it, the largest first: mostly one.
+
+    The parts of a float32 matrix, in bfloat16, stand side by side along the rank, R apart.
+    """
+    PARTS: tl.constexpr = DTYPES.parts
     tiles = (load(matrix, offs_0, offs_1, mask_0, mask_1),)
-    if matrix.stride_part is not None:
-        for part in tl.static_range(1, DTYPES.parts):
-            lower = Matrix(matrix.ptr + part * matrix.stride_part, matrix.stride_0, matrix.stride_1, None)
-            tiles = tiles + (load(lower, offs_0, offs_1, mask_0, mask_1),)
+    for part in tl.static_range(1, PARTS):
+        if RANK_AXIS == 0:
+            tile = load(matrix, part * R + offs_0, offs_1, mask_0, mask_1)
+        else:
+            tile = load(matrix, offs_0, part * R + offs_1, mask_0, mask_1)
+        tiles = tiles + (tile,)
     return tiles
 
 
@@ -142,8 +146,9 @@ def add_dot(acc, left, right, DTYPES: tl.constexpr):
         acc = _dot(left[0], right[0], acc, DTYPES)
     else:
         # the smallest products first; those of parts 3 + 1, 2 + 2 and 1 + 3, each 2^-16 of the first, are the last ones
+        PARTS: tl.constexpr = DTYPES.parts
         small = tl.zeros_like(acc)
-        for below in tl.static_range(DTYPES.parts - 1, 0, -1):
+        for below in tl.static_range(PARTS - 1, 0, -1):
             for part in tl.static_range(below + 1):
                 if part < len(left) and below - part < len(right):
                     small = _dot(left[part], right[below - part], small, DTYPES)
@@ -171,7 +176,7 @@ def resident(factor, offs, mask, R, CHUNKS: tl.constexpr, BLOCK_R: tl.constexpr,
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
         offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
-        chunks = chunks + (load_parts(factor, offs, offs_r, mask, offs_r < R, DTYPES),)
+        chunks = chunks + (load_parts(factor, offs, offs_r, mask, offs_r < R, R, 1, DTYPES),)
     return chunks
 
 
@@ -192,8 +197,8 @@ def add_product(
     """acc + left[offs_0, r : r + BLOCK_R] @ right[r : r + BLOCK_R, offs_1]"""
     offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
     mask_r = offs_r < R
-    a = load_parts(left, offs_0, offs_r, mask_0, mask_r, DTYPES)  # [BLOCK_0, BLOCK_R]
-    b = load_parts(right, offs_r, offs_1, mask_r, mask_1, DTYPES)  # [BLOCK_R, BLOCK_1]
+    a = load_parts(left, offs_0, offs_r, mask_0, mask_r, R, 1, DTYPES)  # [BLOCK_0, BLOCK_R]
+    b = load_parts(right, offs_r, offs_1, mask_r, mask_1, R, 0, DTYPES)  # [BLOCK_R, BLOCK_1]
     return add_dot(acc, a, b, DTYPES)
 
 
