@@ -152,8 +152,8 @@ def add_dot(acc, left, right, DTYPES: tl.constexpr):
             for part in tl.static_range(below + 1):
                 if part < len(left) and below - part < len(right):
                     small = _dot(left[part], right[below - part], small, DTYPES)
-        # inf has parts inf and 0, and inf * 0 is NaN where inf times the number that ends in that 0 is not
-        small = tl.where(small == small, small, 0.0)
+        # inf * 0 is NaN, and a number's lower parts may be 0, or of the other sign: that is not what inf times it is
+        small = tl.where(tl.abs(small) < float("inf"), small, 0.0)
         acc += _dot(left[0], right[0], small, DTYPES)
     return acc
 

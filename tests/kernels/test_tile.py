@@ -3,11 +3,15 @@
 import pytest
 import torch
 
-from tests.support.problem import EXACT_DTYPE, Problem
+from dora_kernels.planning import configs
+from tests.support.problem import DEVICE, EXACT_DTYPE, Problem
 from tests.support.step_problem import close, tiles
 
 kernels = pytest.importorskip("dora_kernels.kernels")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
 
+from dora_kernels.kernels import tile  # noqa: E402
 from tests.support.launcher_operands import launch, tensors_of  # noqa: E402
 
 
@@ -69,3 +73,68 @@ def test_tile_sizes_do_not_change_the_result(kernel, sizes):
     with tiles(kernel, sizes):
         for one, other in zip(launch(kernel, tensors), expected, strict=True):
             close(one, other)
+
+
+@triton.jit
+def _shares_kernel(owner_ptr, part_ptr, parts_ptr, blocks, size, BLOCK: tl.constexpr):
+    """For each unit of work the program that has it, its part, and the parts of its block."""
+    steps = tile.steps_over(size, BLOCK)
+    units = blocks.to(tl.int64) * steps
+    first, end = tile.unit_range(units)
+    for block in range(first // steps, tl.cdiv(end, steps)):
+        start, stop = tile.steps_of(block, steps, first, end)
+        part, parts = tile.part_of(block, steps, units)
+        for step in range(start, stop):
+            unit = block * steps + step
+            tl.store(owner_ptr + unit, tl.program_id(0))
+            tl.store(part_ptr + unit, part)
+            tl.store(parts_ptr + unit, parts)
+
+
+@pytest.mark.parametrize("programs", (1, 2, 3, 7, 20))
+@pytest.mark.parametrize(("blocks", "size"), ((2, 80), (3, 10), (4, 160), (7, 33), (2, 0)))
+def test_the_work_is_shared_in_contiguous_ranges(blocks, size, programs):
+    """Of as many units each, but for one, and in the order of the blocks; parts are numbered as programs are."""
+    steps = max(1, -(-size // 16))
+    units = blocks * steps
+    programs = min(programs, units)
+    owner, part, parts = torch.full((3, units), -1, dtype=torch.int32, device=DEVICE)
+    _shares_kernel[programs,](owner, part, parts, blocks, size, BLOCK=16)
+    shares = owner.bincount(minlength=programs)
+    assert torch.equal(owner, owner.sort().values) and shares.max() - shares.min() <= 1 and len(shares) == programs
+    for block in range(blocks):
+        mine = slice(block * steps, (block + 1) * steps)
+        assert torch.equal(part[mine], owner[mine] - owner[mine][0])
+        assert (parts[mine] == owner[mine].unique().numel()).all()
+    assert parts.max() <= configs.most_parts(blocks, steps, programs)
+
+
+@pytest.mark.parametrize("parts", (2, 3))
+def test_products_of_parts_are_summed_from_the_smallest(parts):
+    """Of all pairs but those below the last part; what is infinite does not meet the zeros of a lower part."""
+    dtypes = tile.Dtypes("fp32", "fp32", "ieee", parts)
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(16, parts * 20, generator=generator).to(DEVICE) for _ in range(2))
+    left[3, 1], left[3, 21::20], right[5, 20:] = torch.inf, 0, 0
+    out = torch.empty(16, 16, device=DEVICE)
+    _parts_kernel[1,](tile.matrix(left), tile.matrix(right), out, 20, DTYPES=dtypes)
+    pieces = [[one[:, 20 * part : 20 * part + 20].double() for part in range(parts)] for one in (left, right)]
+    pairs = [(i, j) for i in range(parts) for j in range(parts - i)]
+    expected = sum(pieces[0][i] @ pieces[1][j].T for i, j in pairs)
+    expected[3] = (pieces[0][0] @ pieces[1][0].T)[3]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert out[3].isinf().all() and out[3].sign().unique().numel() == 2 and out.isinf().sum() == 16
+
+
+@triton.jit
+def _parts_kernel(left, right, out_ptr, R, DTYPES: tl.constexpr):
+    """left (16, R) @ right (16, R).T, in chunks of 16."""
+    offs = tl.arange(0, 16).to(tl.int64)
+    acc = tl.zeros([16, 16], dtype=tl.float32)
+    mask = offs < 16
+    chunks = tile.resident(left, offs, mask, R, 2, 16, DTYPES)
+    for chunk in tl.static_range(2):
+        offs_r = chunk * 16 + offs
+        other = tile.load_parts(tile.transposed(right), offs_r, offs, offs_r < R, mask, R, 0, DTYPES)
+        acc = tile.add_dot(acc, chunks[chunk], other, DTYPES)
+    tl.store(out_ptr + offs[:, None] * 16 + offs[None, :], acc)

@@ -26,6 +26,53 @@ def test_block_r_shrinks_to_a_small_rank():
     assert "BLOCK_M" not in config.tiles() and config.tiles()["num_warps"] == 4
 
 
+def owners(blocks, steps, programs):
+    """The program of every unit of work, as kernels/tile.py shares them out."""
+    units = blocks * steps
+    return [((unit + 1) * programs - 1) // units for unit in range(units)]
+
+
+def test_sums_are_cut_as_far_as_the_device_is_filled():
+    def programs(blocks, steps, waves=1):
+        return configs.programs(blocks, steps, 132 * waves, True)
+
+    assert programs(32, 128) == 4 * 32  # equal parts of each block keep 97% of the device at work
+    assert programs(112, 128) == 132  # of one part of each block 85%: cut where it falls
+    assert programs(128, 64) == 128 and programs(132, 64) == 132 and programs(125, 64) == 125
+    assert programs(500, 100) == 500 and programs(141, 100) == 132  # the second round would be all but empty
+    assert programs(1, 128) == 64 and programs(32, 3) == 48  # no part of fewer than two steps
+    assert programs(32, 1) == 32 and programs(0, 100) == 50 and programs(32, 0) == 32
+
+
+def test_what_is_not_summed_up_is_cut_among_all():
+    assert configs.programs(112, 64, 264, False) == 264
+    assert configs.programs(1, 3, 264, False) == 3 and configs.programs(0, 0, 264, False) == 1
+
+
+@pytest.mark.parametrize("at_once", (1, 7, 132))
+@pytest.mark.parametrize("steps", (1, 2, 5, 32, 129))
+def test_every_program_has_as_much_to_do_and_parts_are_counted(steps, at_once):
+    for blocks in (*range(1, 20), 111, 131, 132, 133, 148, 400):
+        programs = configs.programs(blocks, steps, at_once, True)
+        shares = [0] * programs
+        of_units = owners(blocks, steps, programs)
+        for owner in of_units:
+            shares[owner] += 1
+        assert of_units == sorted(of_units) and min(shares) > 0 and max(shares) - min(shares) <= 1
+        parts = [len(set(of_units[first : first + steps])) for first in range(0, blocks * steps, steps)]
+        exact = programs >= blocks or blocks % programs == 0
+        assert configs.most_parts(blocks, steps, programs) == (max(parts) if exact else 2) >= max(parts)
+        rounds = configs.ceil_div(programs, at_once)
+        assert programs <= at_once or programs >= configs.FULL * rounds * at_once  # no round that is all but empty
+
+
+def test_what_a_sum_is_cut_into_is_worked_out_once():
+    for known in (configs.programs, configs.most_parts):
+        assert known.cache_info().maxsize is not None, (
+            "M varies, and the results of a long run must not fill the memory"
+        )
+
+
 def test_a_sum_that_fits_is_split_into_one_round_and_none_into_empty_parts():
     config = Config(waves=1)
     assert configs.splits(32, 100, H200, config) == 4  # 32 tiles on 132 multiprocessors
