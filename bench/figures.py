@@ -4,7 +4,7 @@
     python -m bench.figures --check    # exit status 1 where the text is not what the results say
 
 Every measured number comes from bench/results/<device>/*.json; a device or a benchmark without a file has no figure.
-The predictions in docs/performance.md come from the cost model of dora_kernels/planning/plan.py.
+The predictions in docs/performance.md come from the cost model of dora_kernels/planning/costs.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bench.lib.plots import draw, plot_names, points
 from bench.lib.results import COMPARED, cases, heading, load
 from bench.studies import dropout, evaluation, scaling, shared
 from dora_kernels.extras import analysis
-from dora_kernels.planning import plan
+from dora_kernels.planning import costs, plan
 from dora_kernels.testing import geometric_mean
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -32,7 +32,7 @@ HEADLINE_PRECISION = "bf16"
 COLUMNS = 110  # of the README
 NOTHING = "Nothing has been measured yet: `bench/results/` is empty."
 NO_GPU = (
-    "No GPU has run this yet: there is no measured GPU figure, and the constants in `plan.py` and the tile sizes in\n"
+    "No GPU has run this yet: there is no measured GPU figure, and the constants in `costs.py` and the tile sizes in\n"
     "`configs.py` are predictions from bytes, FLOPs and ahead-of-time compilation."
 )
 STATUS = (
@@ -41,8 +41,10 @@ STATUS = (
     "What is said of speed on a GPU is a prediction: there, small eager steps, which the host decides, are the slower."
 )
 
-# plan.DEVICES has the constants of these under the driver's names
+# costs.DEVICES has the constants of these under the driver's names
 CARDS = {"H200": "NVIDIA H200", "H100": "NVIDIA H100 80GB HBM3"}
+# seconds between two kernels of a CUDA graph, and of a stream that the host keeps filled
+GAPS = {"graph": 1e-6, "eager": 4e-6}
 # in bf16: M, N, K, R
 PREDICTED_SHAPES = (
     (8192, 4096, 4096, 64),
@@ -230,24 +232,30 @@ def figures(results: Path) -> str:
 
 def predictions() -> str:
     """The cost model's prediction of a training step in bf16 on each of CARDS, as a Markdown table."""
-    columns = [f"{card}: {column}" for card in CARDS for column in ("bytes", "planner", "dx by")]
+    columns = [f"{card}: {column}" for card in CARDS for column in (*GAPS, "launches", "dx by")]
     lines = [f"| M, N, K, R | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
     for sizes in PREDICTED_SHAPES:
-        cells = [cell for name in CARDS.values() for cell in predicted(plan.Shape(*sizes, 2), plan.DEVICES[name])]
+        cells = [cell for name in CARDS.values() for cell in predicted(costs.Shape(*sizes, 2), costs.DEVICES[name])]
         lines.append(f"| {', '.join(map(str, sizes))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def predicted(shape: plan.Shape, device: plan.Device) -> tuple[str, str, str]:
-    """A step over the frozen linear layer by bytes and FLOPs alone, the same with launches, and how dx is made."""
+def predicted(shape: costs.Shape, device: costs.Device) -> tuple[str, ...]:
+    """A step over the frozen linear layer with each of GAPS before a launch, the launches, and how dx is made."""
     way = plan.dx_way("auto", shape, device)
-    steps = plan.forward_costs(shape, "split") | plan.backward_costs(shape, way)
-    product = plan.gemm(shape.M, shape.N, shape.K)
-    ratios = [
-        plan.seconds(steps, shape, model) / (2 * product.seconds(shape, model))
-        for model in (dataclasses.replace(device, launch=0.0), device)
-    ]
-    return f"{ratios[0]:.2f}", f"{ratios[1]:.2f}", "W'" if way == "merged" else way
+    steps = costs.forward_costs(shape, "split", device) | costs.backward_costs(shape, way, device)
+    ratios = []
+    for gap in GAPS.values():
+        model = dataclasses.replace(device, launch=gap)
+        ratios.append(costs.seconds(steps, shape, model) / costs.seconds(frozen_costs(shape, device), shape, model))
+    launches = sum(step.launches for step in steps.values())
+    return *(f"{ratio:.2f}" for ratio in ratios), str(launches), "W'" if way == "merged" else way
+
+
+def frozen_costs(shape: costs.Shape, device: costs.Device) -> dict[str, costs.Cost]:
+    """The costs of the two products of a frozen linear layer."""
+    M, N, K = shape[:3]
+    return {"base": costs.gemm(M, N, K, device), "dx": costs.gemm(M, K, N, device)}
 
 
 def error_tables(results: Path) -> str:

@@ -38,7 +38,7 @@ from bench.lib.report import memory, problems, table, write
 from bench.lib.shapes import GRIDS, PRECISIONS, QUANTIZED, LayerCase, dropout_case, sizes_of
 from bench.lib.siblings import LLAMA, SharedCase
 from bench.lib.steps import HOST_TOKENS, Found, StepRow, count_launches, measure_case, measure_shared
-from dora_kernels.planning import plan
+from dora_kernels.planning import costs
 
 # without --grid: what is not named of --shape, --tokens, --rank and --precision (a GPU without any: the core grid)
 DEFAULT_GPU = {"shape": [(4096, 4096)], "tokens": [8192, 512], "rank": [64, 16], "precision": ["bf16", "bf16-autocast"]}
@@ -134,7 +134,7 @@ def _telling(cases: Iterable[LayerCase]) -> list[LayerCase]:
     kinds: dict[tuple, list[LayerCase]] = {}
     for case in cases:
         tokens = (case.M > 16) + (case.M > HOST_TOKENS)
-        kinds.setdefault((case.precision, case.variant, case.R >= plan.SKINNY_RANK, tokens), []).append(case)
+        kinds.setdefault((case.precision, case.variant, case.R >= costs.SKINNY_RANK, tokens), []).append(case)
     return [case for group in itertools.zip_longest(*kinds.values()) for case in group if case is not None]
 
 

@@ -9,7 +9,7 @@ import torch
 import dora_kernels
 from dora_kernels import gemm, ops, passes
 from dora_kernels.functional import linear
-from dora_kernels.planning import plan
+from dora_kernels.planning import costs, plan
 from dora_kernels.pytorch import PYTORCH
 from dora_kernels.quant import flatten_weight
 from dora_kernels.types import Call, DoraWeight, Forward, Given, Gradients, How, Needs, Saved
@@ -39,7 +39,7 @@ def test_the_planner_is_told_the_sizes_of_the_call(asked):
     problem = Problem.random(3, 40, 36, 6, torch.bfloat16)
     problem.ours("reference")
     problem.ours("reference", needs=())
-    shape = plan.Shape(M=3, N=40, K=36, R=6, itemsize=2)
+    shape = costs.Shape(M=3, N=40, K=36, R=6, itemsize=2)
     questions = {name: (arguments, keywords) for name, arguments, keywords in asked}
     assert questions["saved_tensor"][0] == ("auto", torch.bfloat16, "reference", problem.x.device)
     assert questions["forward_way"][0][:3] == ("auto", False, shape)
@@ -66,9 +66,9 @@ def test_the_planner_is_told_what_a_call_asks_for(needs, dtypes, arguments, expe
 
 
 def test_a_device_that_is_no_cpu_is_not_planned_for_as_one():
-    assert passes._device_model(torch.empty(0, device="meta")) is plan.DEVICES["NVIDIA H200"]
+    assert passes._device_model(torch.empty(0, device="meta")) is costs.DEVICES["NVIDIA H200"]
     if DEVICE == "cpu":
-        assert passes._device_model(torch.empty(0)) is plan.DEVICES["cpu"]
+        assert passes._device_model(torch.empty(0)) is costs.DEVICES["cpu"]
 
 
 def test_dx_is_not_planned_where_it_is_not_wanted(asked):

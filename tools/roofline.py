@@ -5,7 +5,7 @@
     python tools/roofline.py --predict        # what the planner's constants of each card predict; nothing is measured
 
 bytes/s counts bytes read and bytes written of one copy of a 2 GiB buffer; FLOP/s is an 8192^3 product by the vendor's
-library, float32 at full precision. Medians, L2 flushed. Beside each stands the constant that plan.py has for this card.
+library, float32 at full precision. Medians, L2 flushed. Beside each stands the constant of costs.py for this card.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 from bench import figures  # noqa: E402
 from bench.lib import machine, report, roof  # noqa: E402
-from dora_kernels.planning import devices, plan  # noqa: E402
+from dora_kernels.planning import costs, devices  # noqa: E402
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     information = machine.meta(device, arguments.commit)
     report.write(out, information | {"conditions": machine.conditions(device)}, rows)
     print(information["device"])
-    model = plan.device_model(devices.device_facts(device))
+    model = costs.device_model(devices.device_facts(device))
     constants = {"copy": model.bandwidth, "bf16": model.matmul, "fp16": model.matmul, "fp32": model.matmul_float32}
     for row in rows:
         planned = constants[row["dtype"] or row["what"]]
         measured = f"{1e-12 * row['value']:>9.3f} T{row['unit']}"
-        print(f"{row['what']:<8}{row['dtype'] or '':<6}{measured}, plan.py has {1e-12 * planned:.3f}")
+        print(f"{row['what']:<8}{row['dtype'] or '':<6}{measured}, costs.py has {1e-12 * planned:.3f}")
     return 0
 
 

@@ -26,7 +26,7 @@ import triton.backends.nvidia.driver as nvidia
 
 import dora_kernels
 from dora_kernels import passes
-from dora_kernels.planning import devices, plan
+from dora_kernels.planning import costs, devices, plan
 
 H100 = devices.DeviceFacts("an H100 that is not there", "sm_90", 132)
 SOURCE = pathlib.Path(__file__).with_name("host_driver.c")
@@ -83,24 +83,30 @@ def loaded() -> Driver:
 
 
 @contextlib.contextmanager
-def pretended_gpu(planned: plan.Shape) -> Iterator[None]:
+def pretended_gpu(planned: costs.Shape) -> Iterator[None]:
     """Inside, calls with CPU tensors go to the Triton kernels as calls with an H100's would.
 
     planned: the sizes that the planner is told. The tensors are tiny, so that torch's operators on the CPU cost their
     dispatch and no more; the ways and the launches are to be those of a real layer.
     """
 
-    def shape_of(*tensors: object) -> plan.Shape:
+    def shape_of(*tensors: object) -> costs.Shape:
         own_shape(*tensors)  # its time is part of a call
         return planned
 
-    own_shape, device_model = plan.Shape.of, passes._device_model
+    def asked_of(own: Callable[..., bool]) -> Callable[..., bool]:
+        """plan.project_by_kernel or outer_by_kernel, told the planned number of rows and their length."""
+        return lambda M, K, *rest, **named: own(planned.M, planned.K, *rest, **named)
+
+    own_shape, device_model = costs.Shape.of, passes._device_model
     on_gpu = types.SimpleNamespace(device=torch.device("cuda", 0))
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
             (devices, "device_facts", functools.cache(lambda device: H100)),
             (passes, "_device_model", lambda tensor: device_model(on_gpu)),
-            (plan.Shape, "of", staticmethod(shape_of)),
+            (costs.Shape, "of", staticmethod(shape_of)),
+            (plan, "project_by_kernel", asked_of(plan.project_by_kernel)),
+            (plan, "outer_by_kernel", asked_of(plan.outer_by_kernel)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         # "auto" takes the reference for CPU tensors before it looks at their device's facts

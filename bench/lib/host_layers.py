@@ -28,7 +28,7 @@ from bench.lib.problem import SCALING, LayerProblem, TimedLayer
 from bench.lib.report import aligned, write
 from bench.lib.shapes import LayerCase
 from dora_kernels import kernels, ops
-from dora_kernels.planning import plan
+from dora_kernels.planning import costs
 from dora_kernels.types import Steps
 
 # N = 128 is two steps of the kernel of P, so that it splits its sum as at real sizes; K = 64 keeps PEFT's product with
@@ -42,7 +42,7 @@ STEPS = {
     "training": ("forward", "forward+backward"),
     "inference": ("inference", f"inference{IN_SCOPE}"),
 }
-PLANNED = {"training": plan.Shape(8192, 4096, 4096, R, 2), "inference": plan.Shape(16, 4096, 4096, R, 2)}
+PLANNED = {"training": costs.Shape(8192, 4096, 4096, R, 2), "inference": costs.Shape(16, 4096, 4096, R, 2)}
 """The sizes that the planner is told; --tokens sets another M for training."""
 PRECISIONS = ("bf16", "bf16-autocast")
 OURS = ("dora_linear", "DoraLinear", "enabled PEFT layer")
@@ -157,7 +157,7 @@ Key = tuple[str, str]
 
 
 @contextlib.contextmanager
-def prepared(precision: str, kind: str, names: Sequence[str], planned: plan.Shape) -> Iterator[dict[Key, Step]]:
+def prepared(precision: str, kind: str, names: Sequence[str], planned: costs.Shape) -> Iterator[dict[Key, Step]]:
     """Inside, the steps of one kind (of STEPS), called before, on the pretended GPU."""
     problem = problem_of(precision)
     with contextlib.ExitStack() as stack:

@@ -17,7 +17,7 @@ import torch
 
 from bench.lib.measure import stopwatch_of
 from bench.lib.shapes import LayerCase
-from dora_kernels.planning import plan
+from dora_kernels.planning import costs
 
 # name -> dtype of x and weight, dtype of the low-rank operands
 DTYPES = {
@@ -107,26 +107,40 @@ class Work:
     flops: float
 
 
-def shape_of(case: LayerCase) -> plan.Shape:
-    """The case as plan.py sees it."""
-    return plan.Shape(case.M, case.N, case.K, case.R, DTYPES[case.precision][0].itemsize)
+def shape_of(case: LayerCase) -> costs.Shape:
+    """The case as costs.py sees it."""
+    return costs.Shape(case.M, case.N, case.K, case.R, DTYPES[case.precision][0].itemsize)
 
 
-def planned_cost(kernel: str, case: LayerCase) -> plan.Cost:
-    """The cost that plan.py counts for a kernel of bench.kernels: elements of the main tensors, FLOPs and launches.
+def planned_cost(
+    kernel: str, case: LayerCase, device: costs.Device = costs.DEVICES["NVIDIA H200"], by: str = "kernel"
+) -> costs.Cost:
+    """The cost that costs.py counts for a kernel of bench.kernels.
 
-    token_sums: with dB among them, at any rank, as bench.kernels measures it; column_sums: without.
+    token_sums: with dB among them, at any rank; column_sums: without. by: whose low and outer_product, "library" or
+    "kernel"; base, dx and "dB" alone are the library's. device: whose tiles; the elements of the main tensors and the
+    FLOPs are the same on all.
     """
     shape = shape_of(case)
-    M, N, R = case.M, case.N, case.R
-    costs = plan.forward_costs(shape, "split") | plan.backward_costs(shape, "merged")
-    costs |= {"dB": plan.Cost(M * N, 2 * M * N * R), "column_sums": plan.Cost(2 * M * N, 0, launches=2)}
-    costs["token_sums"] = plan.Cost(2 * M * N, 2 * M * N * R, launches=2)
-    return costs[{"project": "P", "outer_product": "dA"}.get(kernel, kernel)]
+    M, N, K = shape[:3]
+    cost_of: dict[str, Callable[[], costs.Cost]] = {
+        "norm": lambda: costs.norm_cost(shape, device),
+        "merge": lambda: costs.merge_cost(shape, device),
+        "low": lambda: costs.project_costs(shape, "low", device)[by]["low"],
+        "project": lambda: costs.project_costs(shape, "P", device)["kernel"]["P"],
+        "epilogue": lambda: costs.epilogue_cost(shape, device),
+        "token_sums": lambda: costs.outer_costs(shape, "dB", device)["kernel"]["token_sums"],
+        "column_sums": lambda: costs.outer_costs(shape, "dB", device)["library"]["token_sums"],
+        "dB": lambda: costs.outer_costs(shape, "dB", device)["library"]["dB"],
+        "outer_product": lambda: costs.outer_costs(shape, "dA", device)[by]["dA"],
+        "base": lambda: costs.gemm(M, N, K, device),
+        "dx": lambda: costs.gemm(M, K, N, device),
+    }
+    return cost_of[kernel]()
 
 
 def work(kernel: str, case: LayerCase) -> Work:
-    """The main tensors and the FLOPs as plan.py counts them, and the low-rank operands beside them."""
+    """The main tensors and the FLOPs as costs.py counts them, and the low-rank operands beside them."""
     operand = DTYPES[case.precision][1]
     M, N, K = case.M, case.N, case.K
     rows = {

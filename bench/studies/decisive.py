@@ -33,7 +33,7 @@ from bench.lib.report import write
 from bench.lib.roof import Roof, median_ms, roof_for
 from bench.lib.shapes import LayerCase
 from bench.studies.fused import FUSED_TILES, fused_linear
-from dora_kernels.planning import devices, plan
+from dora_kernels.planning import costs, devices, plan
 from dora_kernels.testing import compare
 from dora_kernels.types import Steps
 
@@ -171,9 +171,9 @@ def merged_against_split(bench: Bench) -> list[Row]:
 
                 with torch.no_grad(), dora_kernels.options(way=way):
                     ms[way] = bench.graph_ms(forward)
-            shape = plan.Shape.of(o.x, o.weight, o.lora_A)
+            shape = costs.Shape.of(o.x, o.weight, o.lora_A)
             asks = {"needs_base": False, "adapters_are_wider": False}
-            planner = plan.forward_way("auto", False, shape, plan.device_model(facts), **asks)
+            planner = plan.forward_way("auto", False, shape, costs.device_model(facts), **asks)
             rows.append({"M": case.M, "N": case.N, "K": case.K, "R": case.R, "ms": ms, "planner": planner})
     return rows
 

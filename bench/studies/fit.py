@@ -1,10 +1,10 @@
-"""Fit the constants of plan.py to what was measured, on half of the shapes; judge them on the other half.
+"""Fit the constants of costs.py to what was measured, on half of the shapes; judge them on the other half.
 
     python -m bench.studies.fit nvidia-h200                   # reads bench/results/nvidia-h200/{kernels,layer}.json
     python -m bench.studies.fit some-card --target sm_120
 
-Prints the constants as a line for plan.DEVICES, and of the shapes that were not fitted to: how many steps are predicted
-within 25%, and how often the planner picks the faster way of a forward pass. The same for the constants in use.
+Prints the constants of costs.Device, and of the shapes that were not fitted to: how many steps are predicted within
+25%, and how often the planner picks the faster way of a forward pass. The same for the constants in use.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.machine import ROOT
-from bench.lib.roof import DTYPES, planned_cost
+from bench.lib.roof import planned_cost, shape_of
 from bench.lib.shapes import PRECISIONS, LayerCase
-from dora_kernels.planning import plan
+from dora_kernels.planning import costs, plan
 
 WITHIN = 0.25
+BY_LIBRARY = {"base", "dx", "low", "outer_product"}
+CONSTANTS = [field.name for field in dataclasses.fields(costs.Device) if field.type is float]
 Rows = list[dict[str, Any]]
 
 
@@ -41,39 +43,37 @@ def halves(rows: Rows) -> tuple[Rows, Rows]:
 
 
 def measured_steps(rows: Rows) -> Rows:
-    """The rows of kernels.json that plan.py predicts: our kernels, and the GEMMs of the base that the library does."""
-    by = {"base": "library", "dx": "library"}
-    return [row for row in rows if row["ms"] and row["by"] == by.get(row["kernel"], "kernel")]
+    """The rows of kernels.json that costs.py predicts: our kernels, and the products that may be the library's."""
+    return [row for row in rows if row["ms"] and (row["by"] == "kernel" or row["kernel"] in BY_LIBRARY)]
 
 
-def predicted_seconds(row: dict[str, Any], device: plan.Device) -> float:
-    """The time that plan.py predicts for a row of kernels.json."""
+def predicted_seconds(row: dict[str, Any], device: costs.Device) -> float:
+    """The time that costs.py predicts for a row of kernels.json."""
     case = case_of(row)
-    shape = plan.Shape(case.M, case.N, case.K, case.R, DTYPES[case.precision][0].itemsize)
-    return planned_cost(row["kernel"], case).seconds(shape, device)
+    return planned_cost(row["kernel"], case, device, row["by"]).seconds(shape_of(case), device)
 
 
-def misfit(rows: Rows, device: plan.Device) -> list[float]:
+def misfit(rows: Rows, device: costs.Device) -> list[float]:
     """|log(predicted / measured)| of each row."""
     return [abs(math.log(1e3 * predicted_seconds(row, device) / row["ms"]["median"])) for row in rows]
 
 
-def fit(rows: Rows, start: plan.Device) -> plan.Device:
+def fit(rows: Rows, start: costs.Device) -> costs.Device:
     """The constants with the smallest mean misfit: each in turn by steps that shrink from 1.5 to 1.01.
 
     The mean of absolute logarithms, so that one outlier counts as one row. What no row depends on stays as it is.
     """
 
-    def cost(device: plan.Device) -> float:
+    def cost(device: costs.Device) -> float:
         return statistics.fmean(misfit(rows, device))
 
     best, least = start, cost(start)
     factor = 1.5
     while factor > 1.01:
         improved = False
-        for field in dataclasses.fields(plan.Device):
+        for name in CONSTANTS:
             for scale in (factor, 1 / factor):
-                tried = dataclasses.replace(best, **{field.name: scale * getattr(best, field.name)})
+                tried = dataclasses.replace(best, **{name: scale * getattr(best, name)})
                 if cost(tried) < least:
                     best, least, improved = tried, cost(tried), True
         if not improved:
@@ -81,13 +81,13 @@ def fit(rows: Rows, start: plan.Device) -> plan.Device:
     return best
 
 
-def share_within(rows: Rows, device: plan.Device) -> float:
+def share_within(rows: Rows, device: costs.Device) -> float:
     """The share of rows whose prediction is within WITHIN of the measurement."""
     close = [abs(1e3 * predicted_seconds(row, device) / row["ms"]["median"] - 1) <= WITHIN for row in rows]
     return statistics.fmean(close)
 
 
-def choices(rows: Rows, device: plan.Device) -> list[bool]:
+def choices(rows: Rows, device: costs.Device) -> list[bool]:
     """For each forward pass of layer.json without gradients: whether plan.py picks the way measured faster.
 
     A pick that is within 3% of the faster way is right: that is what two runs of one of them differ by.
@@ -100,7 +100,7 @@ def choices(rows: Rows, device: plan.Device) -> list[bool]:
     right = []
     for case, ways in times.items():
         precision = PRECISIONS[case.precision]
-        shape = plan.Shape(case.M, case.N, case.K, case.R, precision.dtype.itemsize)
+        shape = costs.Shape(case.M, case.N, case.K, case.R, precision.dtype.itemsize)
         wider = precision.adapter_dtype != precision.dtype and not precision.autocast
         if len(ways) == 2:
             picked = plan.forward_way("auto", True, shape, device, needs_base=False, adapters_are_wider=wider)
@@ -108,7 +108,7 @@ def choices(rows: Rows, device: plan.Device) -> list[bool]:
     return right
 
 
-def verdict(name: str, device: plan.Device, steps: Rows, layers: Rows) -> str:
+def verdict(name: str, device: costs.Device, steps: Rows, layers: Rows) -> str:
     """One line: what the constants predict of rows that they were not fitted to."""
     right = choices(layers, device)
     ways = f"{sum(right)} of {len(right)} ways" if right else "no ways measured"
@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.studies.fit", description=__doc__.partition("\n")[0])
     parser.add_argument("device", help="a folder of --results")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--target", choices=plan.DEVICES, help="whose constants are in use there (default: the card's)")
+    parser.add_argument("--target", choices=costs.DEVICES, help="whose constants are in use (default: the card's)")
     arguments = parser.parse_args(argv)
     folder = arguments.results / arguments.device
     steps = measured_steps(_rows(folder / "kernels.json"))
@@ -133,10 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     fitted_steps, judged_steps = halves(steps)
     _, judged_layers = halves(layers) if layers else ([], [])
     card = json.loads((folder / "kernels.json").read_text()).get("meta", {}).get("device")
-    before = plan.DEVICES[arguments.target or (card if card in plan.DEVICES else "sm_90")]
+    before = costs.DEVICES[arguments.target or (card if card in costs.DEVICES else "sm_90")]
     after = fit(fitted_steps, before)
-    numbers = ", ".join(f"{name}={value:.3g}" for name, value in dataclasses.asdict(after).items())
-    print(f"Device({numbers})")
+    print(f"replace(device, {', '.join(f'{name}={getattr(after, name):.3g}' for name in CONSTANTS)})")
     print(verdict("in use", before, judged_steps, judged_layers))
     print(verdict("fitted", after, judged_steps, judged_layers))
     return 0

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bench.lib.shapes import LAYERS
-from dora_kernels.planning import plan
+from dora_kernels.planning import costs, plan
 
+H200 = costs.DEVICES["NVIDIA H200"]
 MODEL = "Llama-3.1-70B"
 BLOCKS = 80
 # of the linear layers of a block, by the names in bench/lib/shapes.py
@@ -81,17 +82,16 @@ class RankStep:
 
     @property
     def seconds_computed(self) -> float:
-        """Of the linear layers on an H200, by plan.py: two forward passes (one recomputed) and one backward pass."""
+        """Of the linear layers on an H200, by costs.py: two forward passes (one recomputed) and one backward pass."""
         total = 0.0
         for N, K, count in layers():
-            shape = plan.Shape(TOKENS, N, K, RANK, 2, 0.0 if self.base == "bf16" else NF4_BYTES)
-            dx = plan.dx_way("auto", shape, plan.DEVICES["NVIDIA H200"])
+            shape = costs.Shape(TOKENS, N, K, RANK, 2, 0.0 if self.base == "bf16" else NF4_BYTES)
             passes = (
-                plan.forward_costs(shape, "split"),
-                plan.forward_costs(shape, "split", norm_given=True),  # recomputed with the norm of the first
-                plan.backward_costs(shape, dx),
+                costs.forward_costs(shape, "split", H200),
+                costs.forward_costs(shape, "split", H200, norm_given=True),  # recomputed with the norm of the first
+                costs.backward_costs(shape, plan.dx_way("auto", shape, H200), H200),
             )
-            total += count * sum(plan.seconds(steps, shape, plan.DEVICES["NVIDIA H200"]) for steps in passes)
+            total += count * sum(costs.seconds(steps, shape, H200) for steps in passes)
         return BLOCKS * total
 
 
@@ -112,9 +112,8 @@ def adapter_weights() -> int:
 
 def norm_seconds() -> float:
     """Of all norms of the model once: what `frozen_adapters` saves for each micro-batch but the first of a step."""
-    shapes = [(plan.Shape(TOKENS, N, K, RANK, 2), count) for N, K, count in layers()]
-    steps = [(plan.forward_costs(shape, "split")["norm"], shape, count) for shape, count in shapes]
-    return BLOCKS * sum(count * step.seconds(shape, plan.DEVICES["NVIDIA H200"]) for step, shape, count in steps)
+    shapes = [(costs.Shape(TOKENS, N, K, RANK, 2), count) for N, K, count in layers()]
+    return BLOCKS * sum(count * costs.norm_cost(shape, H200).seconds(shape, H200) for shape, count in shapes)
 
 
 def table() -> str:

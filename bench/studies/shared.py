@@ -23,7 +23,7 @@ from bench.lib.machine import ROOT, device_folder, meta
 from bench.lib.measure import interleave, peak_bytes, saved_bytes, stopwatch_of
 from bench.lib.report import write
 from bench.lib.siblings import BLOCKS, PRECISIONS, WAYS, SharedCase, checked
-from dora_kernels.planning import plan
+from dora_kernels.planning import costs, plan
 
 # M, K, the N of each sibling, R: q, k and v of Llama-3.1-8B at two lengths, without grouped queries, of Llama-3.1-70B;
 # gate and up of Llama-3.1-8B
@@ -53,22 +53,21 @@ def measure(case: SharedCase, device: torch.device, seconds: float) -> list[dict
     ]
 
 
-def predicted(M: int, K: int, widths: Sequence[int], R: int, device: plan.Device) -> tuple[float, float]:
+def predicted(M: int, K: int, widths: Sequence[int], R: int, device: costs.Device) -> tuple[float, float]:
     """Seconds of a bf16 training step of siblings, apart and shared, by the cost model."""
-    shapes = [plan.Shape(M, N, K, R, itemsize=2) for N in widths]
+    shapes = [costs.Shape(M, N, K, R, itemsize=2) for N in widths]
     apart = saved = 0.0
     for shape in shapes:
-        forward, backward = (
-            plan.forward_costs(shape, "split"),
-            plan.backward_costs(shape, plan.dx_way("auto", shape, device)),
-        )
-        apart += plan.seconds(forward | backward, shape, device)
+        forward = costs.forward_costs(shape, "split", device)
+        backward = costs.backward_costs(shape, plan.dx_way("auto", shape, device), device)
+        apart += costs.seconds(forward | backward, shape, device)
         saved += forward["low"].seconds(shape, device) + backward["dA"].seconds(shape, device)
-    ranks = R * len(shapes)
+    together = costs.Shape(M, sum(widths), K, R * len(shapes), itemsize=2)
+    shared = costs.forward_costs(together, "split", device), costs.backward_costs(together, "merged", device)
     # beside the two products: lora_A put together, dlow put together, dA taken apart, each read and written
-    copies = plan.Cost(4 * ranks * K + 2 * M * ranks, 0, launches=2 + len(shapes))
-    shared = (plan.Cost(M * K, 2 * M * K * ranks), plan.Cost(M * K, 2 * M * K * ranks, launches=2), copies)
-    return apart, apart - saved + sum(step.seconds(shapes[0], device) for step in shared)
+    copies = costs.Cost(4 * together.R * K + 2 * M * together.R, 0, launches=2 + len(shapes))
+    steps = (shared[0]["low"], shared[1]["dA"], copies)
+    return apart, apart - saved + sum(step.seconds(together, device) for step in steps)
 
 
 def measured_table(rows: list[dict[str, Any]]) -> str:
@@ -95,7 +94,7 @@ def predicted_table() -> str:
     """The cost model's predictions for bf16 on an H200, as a table."""
     lines = ["| M | N | K | R | apart | shared | shared over apart |", "| --- " * 7 + "|"]
     for M, K, widths, R in PREDICTED:
-        apart, shared = predicted(M, K, widths, R, plan.DEVICES["NVIDIA H200"])
+        apart, shared = predicted(M, K, widths, R, costs.DEVICES["NVIDIA H200"])
         cells = (M, ", ".join(map(str, widths)), K, R, f"{1e3 * apart:.2f} ms", f"{1e3 * shared:.2f} ms")
         lines.append(f"| {' | '.join(map(str, (*cells, f'{shared / apart:.3f}')))} |")
     return "\n".join(lines)

@@ -5,6 +5,7 @@ import torch
 from dora_kernels import gemm
 from dora_kernels.kernels.token_sums import token_sums
 from dora_kernels.planning import plan
+from dora_kernels.planning.devices import device_facts
 
 
 def outer_product(
@@ -15,8 +16,10 @@ def outer_product(
     counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype; as `reference.outer_product`."""
-    if not plan.outer_by_kernel(left.shape[1], same_dtype=right.dtype == left.dtype):
+    (M, R), K = left.shape, right.shape[1]
+    facts, same = device_facts(right.device), right.dtype == left.dtype
+    if not plan.outer_by_kernel(M, K, R, right.itemsize, facts, same_dtype=same, beside=False):
         return gemm.outer_product(left, right, scaling, out_dtype)
-    result = right.new_empty((left.shape[1], right.shape[1]), dtype=out_dtype)
+    result = right.new_empty((R, K), dtype=out_dtype)
     token_sums(right, left, scaling, dB=result.T, counters=counters)  # dA^T is to x what dB is to dy
     return result

@@ -93,9 +93,10 @@ def project(
     out_dtype = out_dtype or dtype
     M, K = rows.shape
     R = factor.shape[0]
-    if not plan.project_by_kernel(R, scaled=counters is not None, same_dtype=rows.dtype == dtype):
-        return gemm.project(rows, factor, out_dtype)
     launch = Launch.of(rows, dtype)
+    same = rows.dtype == dtype
+    if not plan.project_by_kernel(M, K, R, rows.itemsize, launch.facts, same_dtype=same, counted=counters is not None):
+        return gemm.project(rows, factor, out_dtype)
     result = rows.new_empty((M, R), dtype=out_dtype)
     if result.numel() == 0:
         return result

@@ -275,10 +275,13 @@ def token_sums(
     launch = Launch.of(dy, dy.dtype if low is None else low.dtype)
     if N == 0:
         return
-    by_kernel = low is not None and plan.outer_by_kernel(R, same_dtype=low.dtype == dy.dtype)
     want_dot, want_total = dmagnitude is not None, dbias is not None
+    beside = want_dot or want_total or dz is not None
+    by_kernel = low is not None and plan.outer_by_kernel(
+        M, N, R, dy.itemsize, launch.facts, same_dtype=low.dtype == dy.dtype, beside=beside
+    )
     sums = Sums()
-    if by_kernel or want_dot or want_total or dz is not None:
+    if by_kernel or beside:
         saved = saved if want_dot else None
         sums = _partial_sums(launch, dy, low if by_kernel else None, gain, saved, want_total, dz)
     if low is not None and not by_kernel:

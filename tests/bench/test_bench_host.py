@@ -1,4 +1,4 @@
-"""bench.host: every row has a time and its launches, counted over a driver that launches nothing; plan.py's are those.
+"""bench.host: every row has a time and its launches, counted over a driver that launches nothing; costs.py's are those.
 
 In processes of their own: there Triton compiles, where the other tests interpret.
 """
@@ -15,9 +15,10 @@ import torch
 
 from bench import host
 from bench.lib import host_driver, host_layers
-from dora_kernels.planning import devices, plan
+from dora_kernels.planning import costs, devices
 
 ROOT = Path(__file__).parents[2]
+H100 = costs.device_model(host_driver.H100)
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc builds the driver")
 
 COUNT = """
@@ -43,7 +44,7 @@ for way in ("split", "merged"):
 from bench.lib.problem import LayerProblem
 from bench.lib.shapes import LayerCase
 
-for R in (16, 128):
+for R in (16, 384):
     problem = LayerProblem.random(LayerCase(host_layers.M, host_layers.N, host_layers.K, R, "bf16"))
     step = host_layers.step_of(host_layers.function(problem), problem, "forward+backward")
     with host_driver.pretended_gpu(host_layers.PLANNED["training"]):
@@ -112,33 +113,34 @@ def test_the_launchers_of_a_training_step(measured):
 @needs_gcc
 @pytest.mark.parametrize(("way", "dx"), (("split", "dz"), ("merged", "merged")))
 def test_the_planner_counts_the_launches(measured, way, dx):
-    def launches(steps: dict[str, plan.Cost]) -> int:
+    def launches(steps: dict[str, costs.Cost]) -> int:
         return sum(step.launches for step in steps.values())
 
     shape, ways = host_layers.PLANNED["training"], ("split", "merged")
     counted = {name: sum(both) for name, both in measured["ways"].items() if name.startswith(ways)}
-    assert counted[f"{way} inference"] == launches(plan.forward_costs(shape, way))
+    assert counted[f"{way} inference"] == launches(costs.forward_costs(shape, way, H100))
     backward = counted[f"{way} forward+backward"] - counted[f"{way} forward"]
-    assert backward == launches(plan.backward_costs(shape, dx))
+    assert backward == launches(costs.backward_costs(shape, dx, H100))
     reused = [row for row in measured["rows"] if row["step"] == "inference in frozen_adapters"]
     assert reused and all(
-        row["triton"] + row["library"].count("mm") == launches(plan.forward_costs(shape, "split", norm_given=True))
+        row["triton"] + row["library"].count("mm")
+        == launches(costs.forward_costs(shape, "split", H100, norm_given=True))
         for row in reused
     )
 
 
 @needs_gcc
-@pytest.mark.parametrize("R", (16, 128))
+@pytest.mark.parametrize("R", (16, 384))
 def test_the_planner_counts_the_launches_of_each_step(measured, R):
-    """By the kernels, and from R = 128 on by the GEMM library."""
+    """By the kernels, and at R = 384 by the GEMM library."""
     counted: dict[str, list[int]] = {}
     for name, by_kernel, library in measured["ways"][f"launchers, R = {R}"]:
         # on a GPU the library rounds what it sums for token_sums to float32 by itself
         library = [one for one in library if name != "token_sums" or one != "_to_copy"]
         counted.setdefault(name, []).append(by_kernel + len(library))
-    steps = plan.backward_costs(plan.Shape(8192, 4096, 4096, R, 2), "merged")
+    steps = costs.backward_costs(costs.Shape(8192, 4096, 4096, R, 2), "merged", H100)
     planned = {name: step.launches for name, step in steps.items()}
-    assert ("dB" in planned) == (R == 128)
+    assert ("dB" in planned) == (R == 384)
     assert counted["project"][1:] == [planned["P"]]  # the first is low, of the forward pass
     assert counted["outer_product"] == [planned["dA"]]
     assert counted["token_sums"] == [planned["token_sums"] + planned.get("dB", 0)]

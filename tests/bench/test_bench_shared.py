@@ -84,7 +84,7 @@ def test_the_tables(tmp_path):
 
 
 def test_less_is_predicted_where_weights_are_narrow():
-    device = shared.plan.DEVICES["NVIDIA H200"]
+    device = shared.costs.DEVICES["NVIDIA H200"]
     narrow, wide = (
         shared.predicted(8192, 4096, widths, 64, device) for widths in ((4096, 1024, 1024), (4096, 4096, 4096))
     )

@@ -21,7 +21,7 @@ from bench.lib.roof import Roof, Work, work
 from bench.lib.shapes import LayerCase
 from bench.studies import decisive
 from dora_kernels.kernels import KERNELS
-from dora_kernels.planning import devices, plan
+from dora_kernels.planning import costs, devices, plan
 from dora_kernels.pytorch import PYTORCH
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,8 @@ def test_work_of_wider_operands():
 
 def test_the_sums_include_the_product_at_any_rank():
     wide = replace(CASE, R=384)
-    assert not plan.outer_by_kernel(384, same_dtype=True)  # in the package it is the library's, in bench.kernels not
+    # in the package it is the library's, in bench.kernels not
+    assert "dB" in costs.backward_costs(roof.shape_of(wide), "merged", costs.DEVICES["NVIDIA H200"])
     assert work("token_sums", wide) == Work(2 * (2 * 2**25 + 384 * (8192 + 4096)), 2 * 2**25 * 384)
 
 
@@ -81,7 +82,8 @@ def test_the_sums_without_the_product_are_what_the_package_launches_at_high_rank
     sums = module.Sums(dot=torch.zeros(1), total=torch.zeros(1))
     monkeypatch.setattr(module, "_partial_sums", lambda launch, *given: launched.append(given) or sums)
     monkeypatch.setattr(module, "_finish_sums_kernel", collections.defaultdict(lambda: lambda *given, **named: None))
-    o = KernelOperands.random(replace(SMALL, R=plan.SKINNY_RANK))
+    monkeypatch.setattr(plan, "outer_by_kernel", lambda *given, **named: False)
+    o = KernelOperands.random(SMALL)
     for call in ("token_sums", "column_sums"):
         kernels.CALLS[call](o, KERNELS)
     product, without = launched
@@ -177,7 +179,9 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
 def test_every_call_is_by_kernel_inside():
     before = plan.project_by_kernel, plan.outer_by_kernel
     with kernels.every_call_by_kernel():
-        assert plan.project_by_kernel(384, scaled=False, same_dtype=True) and plan.outer_by_kernel(384, same_dtype=True)
+        given = 8192, 4096, 384, 2, costs.DEVICES["NVIDIA H200"].facts
+        assert plan.project_by_kernel(*given, same_dtype=True, counted=False)
+        assert plan.outer_by_kernel(*given, same_dtype=True, beside=True)
     assert (plan.project_by_kernel, plan.outer_by_kernel) == before
 
 

@@ -1,14 +1,16 @@
-"""The planner is a pure function: its choices and its predictions, without a device."""
+"""The planner is a pure function: its choices, without a device."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
-from dora_kernels.planning import devices, plan
+from dora_kernels.planning import costs, devices, plan
+from dora_kernels.planning.costs import Shape
 from dora_kernels.planning.devices import DeviceFacts
-from dora_kernels.planning.plan import Shape
 
-H200, H100 = plan.DEVICES["NVIDIA H200"], plan.DEVICES["NVIDIA H100 80GB HBM3"]
-CPU = plan.DEVICES["cpu"]
+H200, H100 = costs.DEVICES["NVIDIA H200"], costs.DEVICES["NVIDIA H100 80GB HBM3"]
+CPU = costs.DEVICES["cpu"]
 
 
 def forward_way(asked="auto", norm_given=False, shape=None, device=H200, needs_base=False, adapters_are_wider=False):
@@ -101,58 +103,74 @@ def test_what_a_training_step_saves(dtype, asked, needs_base, adapters_are_wider
     assert plan.saved_tensor(asked, dtype, "auto", torch.device("cuda"), **asks) == expected
 
 
-@pytest.mark.parametrize(
-    ("shape", "low", "high"),
-    [
-        # the floor of a split step, by hand: bytes at 4.3 TB/s and FLOPs at 790 TFLOP/s give 1.17 at the first shape;
-        # every launch gap counted on top must stay below 1.30
-        (Shape(8192, 4096, 4096, 64, 2), 1.17, 1.30),
-        (Shape(8192, 8192, 8192, 64, 2), 1.08, 1.16),
-        (Shape(8192, 14336, 4096, 384, 2), 1.15, 1.40),
-    ],
-)
-def test_predicted_step_over_the_frozen_linear(shape, low, high):
-    frozen = 2 * plan.gemm(shape.M, shape.N, shape.K).seconds(shape, H200)
-    steps = plan.forward_costs(shape, "split") | plan.backward_costs(shape, "merged")
-    assert low < plan.seconds(steps, shape, H200) / frozen < high
+def by_kernel(R, *, M=8192, K=4096, itemsize=2, facts=H200.facts):
+    """Who makes low, P, dB and dA: True for our kernel."""
+    given = M, K, R, itemsize, facts
+    return {
+        "low": plan.project_by_kernel(*given, same_dtype=True, counted=False),
+        "P": plan.project_by_kernel(*given, same_dtype=True, counted=True),
+        "dB": plan.outer_by_kernel(*given, same_dtype=True, beside=True),
+        "dA": plan.outer_by_kernel(*given, same_dtype=True, beside=False),
+    }
 
 
-def test_a_step_is_bound_by_bytes_or_by_flops():
-    shape = Shape(8192, 4096, 4096, 64, 2)
-    base = plan.gemm(8192, 4096, 4096)
-    assert base.seconds(shape, H200) == pytest.approx(2 * 8192 * 4096 * 4096 / 790e12 + 4e-6)
-    norm = plan.forward_costs(shape, "split")["norm"]
-    assert norm.seconds(shape, H200) == pytest.approx(2 * 4096 * 4096 / 4.3e12 + 8e-6)
+@pytest.mark.parametrize("card", (H200, H100))
+@pytest.mark.parametrize("R", (8, 16, 64))
+def test_low_ranks_are_our_kernels(card, R):
+    assert all(by_kernel(R, facts=card.facts).values())
 
 
 @pytest.mark.parametrize(
-    ("name", "target", "expected"),
-    [
-        ("NVIDIA H200", "sm_90", H200),
-        ("NVIDIA H100 80GB HBM3", "sm_90", H100),
-        ("NVIDIA H100 PCIe", "sm_90", plan.DEVICES["sm_90"]),
-        ("NVIDIA A100-SXM4-80GB", "sm_80", plan.DEVICES["sm_80"]),
-        ("Some GPU", "", H200),
-        ("cpu", "interpreter", CPU),
-        ("cpu", "", CPU),
-    ],
+    ("R", "P", "dB", "dA"),
+    # dB leaves us where reading dy from the L2 cache for every 64 of R takes longer than reading it from memory again
+    [(128, False, True, False), (256, False, True, False), (384, False, False, False), (1024, False, False, False)],
 )
-def test_the_constants_of_a_card_by_its_name_then_by_its_target(name, target, expected):
-    assert plan.device_model(DeviceFacts(name, target, 132)) is expected
+def test_high_ranks_are_the_library_s(R, P, dB, dA):
+    assert by_kernel(R) == {"low": False, "P": P, "dB": dB, "dA": dA}
 
 
-def test_a_card_with_less_bandwidth_takes_longer_over_bytes_alone():
-    shape = Shape(8192, 4096, 4096, 64, 2)
-    step = plan.forward_costs(shape, "split")["epilogue"]
-    bytes_alone = {device: step.seconds(shape, device) - device.launch for device in (H200, H100)}
-    assert bytes_alone[H100] / bytes_alone[H200] == pytest.approx(4.3 / 3.0)
-    gemm = plan.gemm(8192, 4096, 4096)
-    assert gemm.seconds(shape, H100) == gemm.seconds(shape, H200)
+@pytest.mark.parametrize(
+    ("M", "ours"), [(1, False), (512, False), (6272, False), (6336, True), (8192, True), (8512, False), (65536, True)]
+)
+def test_low_is_ours_where_whole_blocks_fill_the_device(M, ours):
+    """Blocks of 64 rows on 132 multiprocessors: 98 are three quarters less one, 133 a second round of one."""
+    found = by_kernel(64, M=M, facts=H100.facts)
+    assert found == {"low": ours, "P": True, "dB": True, "dA": True}
 
 
-def test_kernel_or_gemm_library():
-    assert plan.project_by_kernel(8, scaled=True, same_dtype=True)
-    assert not plan.project_by_kernel(8, scaled=False, same_dtype=True)
-    assert not plan.project_by_kernel(384, scaled=True, same_dtype=True)
-    assert plan.project_by_kernel(384, scaled=False, same_dtype=False)
-    assert plan.outer_by_kernel(64, same_dtype=True) and not plan.outer_by_kernel(128, same_dtype=True)
+def test_two_dtypes_are_our_kernel_s():
+    given = 1, 4096, 1024, 2, H200.facts
+    assert plan.project_by_kernel(*given, same_dtype=False, counted=False)
+    assert plan.outer_by_kernel(*given, same_dtype=False, beside=False)
+    assert not plan.project_by_kernel(*given, same_dtype=True, counted=False)
+    assert not plan.outer_by_kernel(*given, same_dtype=True, beside=False)
+
+
+def test_a_measurement_of_the_library_flips_the_choice(monkeypatch):
+    """Device.skinny is where it is entered."""
+    assert all(by_kernel(16).values())
+    monkeypatch.setitem(costs.DEVICES, "NVIDIA H200", replace(H200, skinny=0.95))
+    assert by_kernel(16) == {"low": False, "P": False, "dB": True, "dA": False}
+    monkeypatch.undo()
+    assert all(by_kernel(16).values())
+
+
+def test_the_interpreter_takes_what_a_gpu_would():
+    assert by_kernel(64, facts=DeviceFacts("cpu", "interpreter", 2)) == by_kernel(64)
+    assert by_kernel(8, facts=DeviceFacts("cpu", "interpreter", 2), itemsize=8) == by_kernel(8)
+
+
+def test_a_choice_is_worked_out_once(monkeypatch):
+    """A step asks four to six times, on the host, and what it asks of is the same in every step."""
+    questions = {
+        "forward": lambda: plan.forward_way(
+            "auto", False, Shape(77, 40, 36, 6, 2), H200, needs_base=False, adapters_are_wider=False
+        ),
+        "dx": lambda: plan.dx_way("auto", Shape(77, 40, 36, 6, 2), H200),
+        "by kernel": lambda: by_kernel(6, M=77, K=36),
+    }
+    answers = {name: ask() for name, ask in questions.items()}
+    monkeypatch.setattr(costs, "fastest", lambda *_: pytest.fail("worked out again"))
+    assert {name: ask() for name, ask in questions.items()} == answers
+    for known in (plan._faster_forward, plan._faster_dx, plan._faster_project, plan._faster_outer):
+        assert known.cache_info().maxsize is not None, "M varies, and a long run must not fill the memory"

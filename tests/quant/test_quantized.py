@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dora_kernels
 from dora_kernels import DoraLinear, ops, options, passes, pytorch, quant, reference
-from dora_kernels.planning import configs, devices, plan
+from dora_kernels.planning import configs, costs, devices, plan
 from dora_kernels.quant import QuantizedWeight, flatten_weight
 from dora_kernels.types import Call, Given, How, Needs, Saved
 from tests.support.packed_weights import HQQ_KINDS, KINDS, quantized
@@ -293,16 +293,17 @@ def test_only_packed_storage_is_saved():
 
 
 def test_the_planner_counts_packed_bytes():
-    dense, packed = plan.Shape(512, 4096, 4096, 64, 2), plan.Shape(512, 4096, 4096, 64, 2, packed=0.52)
-    H200 = plan.DEVICES["NVIDIA H200"]
-    norms = [plan.forward_costs(shape, "split")["norm"].bytes(shape) for shape in (dense, packed)]
+    dense = costs.Shape(512, 4096, 4096, 64, 2)
+    packed = dense._replace(packed=0.52)
+    H200 = costs.DEVICES["NVIDIA H200"]
+    norms = [costs.norm_cost(shape, H200).bytes(shape) for shape in (dense, packed)]
     assert norms == pytest.approx([2 * 4096**2, 0.52 * 4096**2])
-    assert plan.forward_costs(packed, "merged")["merge"].bytes(packed) == pytest.approx(2.52 * 4096**2)
+    assert costs.merge_cost(packed, H200).bytes(packed) == pytest.approx(2.52 * 4096**2)
     # a product with the weight itself writes a dense temporary, as a merged one does: merging it costs nothing more
     assert plan.dx_way("auto", dense, H200) == "dz" and plan.dx_way("auto", packed, H200) == "merged"
     weight = quantized("codebook4 nested", 64, 128)
-    shape = plan.Shape.of(torch.empty(5, 128, dtype=torch.bfloat16), weight, torch.empty(4, 128))
-    assert shape == plan.Shape(5, 64, 128, 4, 2, packed=weight.nbytes / (64 * 128))
+    shape = costs.Shape.of(torch.empty(5, 128, dtype=torch.bfloat16), weight, torch.empty(4, 128))
+    assert shape == costs.Shape(5, 64, 128, 4, 2, packed=weight.nbytes / (64 * 128))
 
 
 # Operators, torch.compile and modules.

@@ -1,0 +1,283 @@
+"""The cost model: what each step of a pass moves, multiplies and launches, and how long a device takes for it.
+
+Four things limit a step: device memory, the L2 cache, from which the multiprocessors read an adapter's tiles again and
+again, the FLOPs, and the gap before its launch. Tile sizes are those of configs.py. Every constant, those of `DEVICES`
+too, is a prediction unless a comment says otherwise; `python -m bench.studies.fit` fits them to measurements.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from dora_kernels.planning import configs
+from dora_kernels.planning.configs import Config, ceil_div
+from dora_kernels.planning.devices import DeviceFacts
+from dora_kernels.quant import Weight
+
+
+@dataclass(frozen=True, eq=False)  # known by identity: the planner's caches look it up in 0.1 us and not in 1
+class Device:
+    """The constants of a device.
+
+    bandwidth: of a copy in device memory, in bytes/s. matmul, matmul_float32: GEMMs in FLOP/s. launch: the gap before
+    a kernel, in s. l2: bytes/s from the L2 cache to all multiprocessors, infinite on a CPU. skinny: the share of the
+    bandwidth that the GEMM library reaches in products of a rank below SKINNY_RANK: whether our kernels make them hangs
+    on it, and a measurement is entered here.
+    """
+
+    facts: DeviceFacts
+    bandwidth: float
+    matmul: float
+    matmul_float32: float
+    launch: float
+    l2: float
+    skinny: float = 0.6
+
+
+# 790 TFLOP/s is a published cuBLAS measurement on random data; 4 us is the gap between two kernels on the device, not
+# the host's time for a launch (about 17 us, hidden from M of about 2000 on). Copies: 4.3 TB/s published for an H200,
+# 3.0 for an H100 SXM, whose HBM3 has 3.35 by its data sheet where the H200's HBM3e has 4.8. L2: public GEMMs of 780
+# TFLOP/s without multicast read 8 TB/s from it, 54% of 64 bytes a clock for each of 132 multiprocessors at 1.755 GHz.
+# An A100 and a B200 are taken to reach the same share, an RTX 5090 and an MI300X half of it: an RTX 4090 is said to
+# read 5 TB/s, a quarter of its multiprocessors' 64 bytes a clock.
+_H200 = Device(DeviceFacts("NVIDIA H200", "sm_90", 132), 4.3e12, 790e12, 50e12, 4e-6, 8e12)
+_H100 = Device(DeviceFacts("NVIDIA H100 80GB HBM3", "sm_90", 132), 3.0e12, 790e12, 50e12, 4e-6, 8e12)
+# by the name that the driver gives a card, and for all other cards by target (devices.py)
+DEVICES = {
+    "NVIDIA H200": _H200,
+    "NVIDIA H100 80GB HBM3": _H100,
+    "sm_80": Device(DeviceFacts("", "sm_80", 108), 1.5e12, 250e12, 18e12, 4e-6, 5e12),
+    "sm_90": _H200,
+    "sm_100": Device(DeviceFacts("", "sm_100", 148), 6.5e12, 1500e12, 60e12, 4e-6, 10e12),
+    "sm_120": Device(DeviceFacts("", "sm_120", 170), 1.5e12, 350e12, 80e12, 4e-6, 7e12),
+    "gfx942": Device(DeviceFacts("", "gfx942", 304), 4.0e12, 600e12, 100e12, 8e-6, 11e12),
+    # two cores of a current server; torch's own dispatch is the launch
+    "cpu": Device(DeviceFacts("cpu", "interpreter", 2), 20e9, 150e9, 150e9, 5e-6, float("inf")),
+}
+
+
+def device_model(facts: DeviceFacts) -> Device:
+    """The constants of a card by its name, else by its target; the H200's for a GPU that is not listed."""
+    return DEVICES.get(facts.name) or DEVICES.get(facts.target, _H200)
+
+
+class Shape(NamedTuple):
+    """The sizes of one call: M tokens, N out features, K in features, rank R.
+
+    itemsize: bytes of an element of the base GEMM. packed: bytes of an element of a quantized weight, scales and all; 0
+    for a dense one.
+    """
+
+    M: int
+    N: int
+    K: int
+    R: int
+    itemsize: int
+    packed: float = 0.0
+
+    @classmethod
+    def of(cls, rows: torch.Tensor, weight: Weight, lora_A: torch.Tensor) -> "Shape":
+        """The shape of a call with `rows` (M, ...) of x or dy."""
+        N, K = weight.shape
+        packed = 0.0 if isinstance(weight, torch.Tensor) else weight.nbytes / max(N * K, 1)
+        return cls(rows.shape[0], N, K, lora_A.shape[0], rows.itemsize, packed)
+
+
+# Shares of the copy bandwidth. STREAMED: kernels that walk with every load on its way before its use, over ranges that
+# end at the same time. PROJECTED: the projections, in whole blocks of rows, or in parts that are summed.
+STREAMED, PROJECTED = 0.93, 0.88
+# Shares of the matmul rate. Between two products the tensor cores wait while the same warps square, scale or store the
+# last tile: the norm and the merged weight at R = 384 have 24 products among 456 instructions of a tile, the epilogue
+# and the sums over the tokens do more beside theirs, and the projections wait for each 64 or 128 columns.
+MERGING, SUMMING = 0.75, 0.6
+# cuBLAS reaches 40-70% of its roof on skinny GEMMs up to SKINNY_RANK (Device.skinny), and from there on the bandwidth
+# of our own projections and SKINNY_MATMUL of its FLOPs: 384 columns are 1.5 of its tiles' 256.
+SKINNY_RANK = 128
+SKINNY_MATMUL = 0.7
+# A base GEMM's tiles fill rounds of all multiprocessors but the last; where they are few, the library takes smaller
+# tiles, or splits K, and reads 1.33 times as much for each FLOP.
+GEMM_TILE = 128 * 256
+FEW_TILES = 0.82
+# The highest rank whose lora_B stays in shared memory while a program walks.
+RESIDENT_RANK = 384
+# The part of the second longest of a step's times that the longest does not hide, where both are equal.
+UNHIDDEN = 0.25
+
+
+class Cost(NamedTuple):
+    """One kernel, GEMM or elementwise pass: elements moved, FLOPs, launches, elements read of the stored weight.
+
+    l2: elements that the multiprocessors read through the L2 cache, beside the stored weight; writes have a way of
+    their own. 0 for the library's GEMMs, whose tiles are larger and shared among multiprocessors. copy, dots: the
+    shares of the device's bandwidth and matmul rate that the step reaches. filled: of the multiprocessors at work.
+    """
+
+    elements: float
+    flops: float
+    launches: int = 1
+    stored: float = 0
+    l2: float = 0
+    copy: float = 1.0
+    dots: float = 1.0
+    filled: float = 1.0
+
+    def bytes(self, shape: Shape) -> float:
+        """The bytes moved in device memory."""
+        return self.elements * shape.itemsize + self.stored * (shape.packed or shape.itemsize)
+
+    def bytes_through_l2(self, shape: Shape) -> float:
+        """The bytes that the multiprocessors read."""
+        return self.l2 * shape.itemsize + self.stored * (shape.packed or shape.itemsize)
+
+    def seconds(self, shape: Shape, device: Device) -> float:
+        """The longest of the times of memory, L2 cache and FLOPs, what it leaves of the next, and the launches."""
+        rate = device.matmul if shape.itemsize == 2 else device.matmul_float32
+        # the shares are those of a GPU's kernels: on a CPU the steps are PyTorch's
+        on_cpu = device.facts.name == "cpu"
+        copy, dots, filled = (1.0, 1.0, 1.0) if on_cpu else (self.copy, self.dots, self.filled)
+        memory = self.bytes(shape) / (device.bandwidth * copy)
+        _, second, longest = sorted((memory, self.bytes_through_l2(shape) / device.l2, self.flops / (rate * dots)))
+        if longest > 0:
+            longest += UNHIDDEN * second * (second / longest) ** 3
+        return longest / filled + self.launches * device.launch
+
+
+def gemm(m: int, n: int, k: int, device: Device) -> Cost:
+    """The cost of (m, k) @ (k, n) by the GEMM library, none of the three skinny."""
+    multiprocessors = device.facts.multiprocessors
+    tiles = max(m * n / GEMM_TILE, 1)
+    full = tiles / (multiprocessors * ceil_div(tiles, multiprocessors))
+    return Cost(m * k + k * n + m * n, 2 * m * n * k, dots=max(FEW_TILES, full))
+
+
+def skinny_gemm(elements: float, flops: float, R: int, device: Device) -> Cost:
+    """The cost of a product of rank R by the GEMM library that moves so many elements."""
+    return Cost(elements, flops, copy=device.skinny if R < SKINNY_RANK else PROJECTED, dots=SKINNY_MATMUL)
+
+
+def config_of(kernel: str, shape: Shape, device: Device, R: int = 0) -> Config:
+    """The configuration of the kernel on the device; given a high rank R, the one that it has for those."""
+    operand = torch.bfloat16 if shape.itemsize == 2 else torch.float32
+    name = kernel if R <= configs.HIGH_RANK else f"{kernel}_high_rank"
+    return configs.config_for(name, device.facts, operand)
+
+
+def adapter_reads(R: int, streamed: int | None, walked: int | None) -> float:
+    """The elements of lora_A and lora_B that are read for each element of a tile.
+
+    streamed: the tile's size along which the factor that comes with every tile is shared. walked: its size along the
+    walk; lora_B is read once for all of that where its R fits in shared memory, and else for every tile, too.
+    """
+    assert streamed is not None and walked is not None
+    return R / streamed + (0 if R <= RESIDENT_RANK else R / walked)
+
+
+def dense_costs(shape: Shape) -> dict[str, Cost]:
+    """The cost of decoding a quantized weight into a dense temporary, before a product with the weight itself."""
+    elements = shape.N * shape.K
+    return {"dense": Cost(elements, 0, stored=elements, copy=STREAMED)} if shape.packed else {}
+
+
+def norm_cost(shape: Shape, device: Device) -> Cost:
+    """The cost of the norm: one read of the weight."""
+    elements, tile = shape.N * shape.K, config_of("norm", shape, device, shape.R)
+    l2 = elements * adapter_reads(shape.R, tile.BLOCK_N, tile.BLOCK_K)
+    return Cost(0, 2 * elements * shape.R, stored=elements, l2=l2, copy=STREAMED, dots=MERGING)
+
+
+def merge_cost(shape: Shape, device: Device) -> Cost:
+    """The cost of the merged weight: one read of the weight and one write."""
+    elements, tile = shape.N * shape.K, config_of("merge", shape, device, shape.R)
+    l2 = elements * adapter_reads(shape.R, tile.BLOCK_N, tile.BLOCK_K)
+    return Cost(elements, 2 * elements * shape.R, stored=elements, l2=l2, copy=STREAMED, dots=MERGING)
+
+
+def epilogue_cost(shape: Shape, device: Device) -> Cost:
+    """The cost of the epilogue: one read of base and one write of y."""
+    elements, tile = shape.M * shape.N, config_of("epilogue", shape, device, shape.R)
+    l2 = elements * (1 + adapter_reads(shape.R, tile.BLOCK_N, tile.BLOCK_M))
+    return Cost(2 * elements, 2 * elements * shape.R, l2=l2, copy=STREAMED, dots=SUMMING)
+
+
+def project_costs(shape: Shape, product: str, device: Device) -> dict[str, dict[str, Cost]]:
+    """The costs of low, or of P, by our kernel and by the GEMM library.
+
+    Our kernel reads the rows for every chunk of R, from memory and then from the L2 cache, and the factor for every
+    block of rows. A block of low is one program's: the forward pass has no counters to finish parts of a sum with.
+    """
+    M, R = shape.M, shape.R
+    elements = M * (shape.K if product == "low" else shape.N)
+    tile = config_of("low" if product == "low" else "project", shape, device)
+    assert tile.BLOCK_M is not None
+    chunks = max(1, ceil_div(R, tile.tiles(R)["BLOCK_R"]))
+    blocks = max(1, chunks * ceil_div(M, tile.BLOCK_M))
+    at_once = device.facts.multiprocessors
+    filled = blocks / (at_once * ceil_div(blocks, at_once)) if product == "low" else 1.0
+    flops, l2 = 2 * elements * R, elements * (chunks + R / tile.BLOCK_M)
+    ours = Cost(elements, flops, l2=l2, copy=PROJECTED, dots=SUMMING, filled=filled)
+    return {"kernel": {product: ours}, "library": {product: skinny_gemm(elements, flops, R, device)}}
+
+
+def outer_costs(shape: Shape, product: str, device: Device) -> dict[str, dict[str, Cost]]:
+    """The costs of a product summed over the tokens, dA, or dB with the sums beside it, by our kernel and the library.
+
+    Our kernel reads dy (x for dA) once for every chunk of R, from memory and then from the L2 cache, and makes dB of
+    the dy that the sums of dy * base are made of; the library reads dy for itself.
+    """
+    R, tile = shape.R, config_of("token_sums", shape, device)
+    assert tile.BLOCK_N is not None
+    elements = shape.M * (shape.N if product == "dB" else shape.K)
+    flops, l2 = 2 * elements * R, elements * (max(1, ceil_div(R, tile.tiles(R)["BLOCK_R"])) + R / tile.BLOCK_N)
+    library = {product: skinny_gemm(elements, flops, R, device)}
+    if product == "dA":
+        return {"kernel": {"dA": Cost(elements, flops, l2=l2, copy=STREAMED, dots=SUMMING)}, "library": library}
+    sums = Cost(2 * elements, 0, l2=2 * elements, copy=STREAMED)
+    ours = sums._replace(flops=flops, l2=elements + l2, dots=SUMMING)
+    return {"kernel": {"token_sums": ours}, "library": library | {"token_sums": sums}}
+
+
+def seconds(costs: dict[str, Cost], shape: Shape, device: Device) -> float:
+    """The time of the steps one after another."""
+    return sum(cost.seconds(shape, device) for cost in costs.values())
+
+
+def fastest(ways: dict[str, dict[str, Cost]], shape: Shape, device: Device) -> str:
+    """The name of the way whose steps take the least time; the first one in a tie."""
+    return min(ways, key=lambda name: seconds(ways[name], shape, device))
+
+
+def faster_project(shape: Shape, product: str, device: Device) -> str:
+    """ "kernel" or "library" for low, or for P; low by whole blocks only where these fill the device."""
+    ways = project_costs(shape, product, device)
+    return "library" if ways["kernel"][product].filled < configs.FILLED else fastest(ways, shape, device)
+
+
+def forward_costs(shape: Shape, way: str, device: Device, norm_given: bool = False) -> dict[str, Cost]:
+    """The costs of the steps of one forward pass, by name."""
+    M, N, K, _, _, _ = shape
+    costs = {} if norm_given else {"norm": norm_cost(shape, device)}
+    if way == "merged":
+        return costs | {"merge": merge_cost(shape, device), "y": gemm(M, N, K, device)}
+    low = project_costs(shape, "low", device)[faster_project(shape, "low", device)]
+    return costs | low | dense_costs(shape) | {"base": gemm(M, N, K, device), "epilogue": epilogue_cost(shape, device)}
+
+
+def dx_costs(shape: Shape, way: str, device: Device) -> dict[str, Cost]:
+    """The costs of the steps that make dx; P = dy @ (gain * lora_B) is made for dA in any case."""
+    M, N, K, R, _, _ = shape
+    if way == "merged":
+        return {"merge": merge_cost(shape, device), "dx": gemm(M, K, N, device)}
+    # dz costs one write: the kernel that sums dy over the tokens has it in registers. What the merged weight's kernel
+    # would have prepared, gain * lora_B and the counters, takes a launch of its own
+    costs = {"prepare": Cost(2 * N * R, 0), "dz": Cost(M * N, 0, launches=0, copy=STREAMED)} | dense_costs(shape)
+    return costs | {"dx": gemm(M, K, N, device), "addmm": skinny_gemm(2 * M * K, 2 * M * K * R, R, device)}
+
+
+def backward_costs(shape: Shape, dx: str, device: Device) -> dict[str, Cost]:
+    """The costs of a backward pass in which every gradient is wanted, of adapters in the dtype of the base GEMM."""
+    costs = project_costs(shape, "P", device)[faster_project(shape, "P", device)]
+    for product in ("dB", "dA"):
+        ways = outer_costs(shape, product, device)
+        costs = costs | ways[fastest(ways, shape, device)]
+    return costs | dx_costs(shape, dx, device)
