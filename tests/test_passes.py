@@ -294,13 +294,14 @@ def test_the_planner_decides_between_the_kernel_and_the_library(answer, other, s
     for name in ("project", "outer_product"):
         monkeypatch.setattr(gemm, name, lambda *_, name=name: used.append(name))
     for name in ("project_by_kernel", "outer_by_kernel"):
-        monkeypatch.setattr(plan, name, lambda *ranks, **keywords: asked.append((*ranks, keywords)) or answer)
+        monkeypatch.setattr(plan, name, lambda *given, **keywords: asked.append((*given[:4], keywords)) or answer)
     counters = torch.zeros(1, dtype=torch.int32, device=DEVICE) if scaled else None
     kernels.project(problem.x, problem.lora_A, counters=counters)
     kernels.outer_product(problem.lora_B, problem.dy.T, 1.0, torch.float32)
     # the kernel is launched by the sums over the tokens, which ask again
-    questions = [(3, {"scaled": scaled, "same_dtype": not other})] + (1 + answer) * [(3, {"same_dtype": not other})]
-    assert asked == questions
+    low = (5, 10, 3, 2, {"same_dtype": not other, "counted": scaled})
+    dB = (12, 5, 3, 2, {"same_dtype": not other, "beside": False})
+    assert asked == [low] + (1 + answer) * [dB]
     assert used == ([] if answer else ["project", "outer_product"])
 
 

@@ -5,6 +5,7 @@ again, the FLOPs, and the gap before its launch. Tile sizes are those of configs
 too, is a prediction unless a comment says otherwise; `python -m bench.studies.fit` fits them to measurements.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ DEVICES = {
     "sm_120": Device(DeviceFacts("", "sm_120", 170), 1.5e12, 350e12, 80e12, 4e-6, 7e12),
     "gfx942": Device(DeviceFacts("", "gfx942", 304), 4.0e12, 600e12, 100e12, 8e-6, 11e12),
     # two cores of a current server; torch's own dispatch is the launch
-    "cpu": Device(DeviceFacts("cpu", "interpreter", 2), 20e9, 150e9, 150e9, 5e-6, float("inf")),
+    "cpu": Device(DeviceFacts("cpu", "interpreter", 2), 20e9, 150e9, 150e9, 5e-6, math.inf),
 }
 
 
@@ -147,7 +148,7 @@ def gemm(m: int, n: int, k: int, device: Device) -> Cost:
     """The cost of (m, k) @ (k, n) by the GEMM library, none of the three skinny."""
     multiprocessors = device.facts.multiprocessors
     tiles = max(m * n / GEMM_TILE, 1)
-    full = tiles / (multiprocessors * ceil_div(tiles, multiprocessors))
+    full = tiles / (multiprocessors * math.ceil(tiles / multiprocessors))
     return Cost(m * k + k * n + m * n, 2 * m * n * k, dots=max(FEW_TILES, full))
 
 
@@ -256,7 +257,7 @@ def faster_project(shape: Shape, product: str, device: Device) -> str:
 def forward_costs(shape: Shape, way: str, device: Device, norm_given: bool = False) -> dict[str, Cost]:
     """The costs of the steps of one forward pass, by name."""
     M, N, K, _, _, _ = shape
-    costs = {} if norm_given else {"norm": norm_cost(shape, device)}
+    costs: dict[str, Cost] = {} if norm_given else {"norm": norm_cost(shape, device)}
     if way == "merged":
         return costs | {"merge": merge_cost(shape, device), "y": gemm(M, N, K, device)}
     low = project_costs(shape, "low", device)[faster_project(shape, "low", device)]
