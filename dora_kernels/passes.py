@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels.gemm import add_product, base_product, product_onto_low_rank
-from dora_kernels.planning import devices, plan
+from dora_kernels.planning import costs, devices, plan
 from dora_kernels.reference import gain_of, over_norm
 from dora_kernels.types import (
     Call,
@@ -23,10 +23,10 @@ from dora_kernels.types import (
 )
 
 
-def _device_model(tensor: Tensor) -> plan.Device:
+def _device_model(tensor: Tensor) -> costs.Device:
     if tensor.device.type == "cpu":
-        return plan.DEVICES["cpu"]
-    return plan.device_model(devices.device_facts(tensor.device))
+        return costs.DEVICES["cpu"]
+    return costs.device_model(devices.device_facts(tensor.device))
 
 
 def forward(steps: Steps, call: Call) -> Forward:
@@ -86,7 +86,7 @@ def _cast_adapter(layer: DoraWeight, dtype: torch.dtype) -> DoraWeight:
 def _planned_intermediate(call: Call) -> str:
     """The `plan.intermediate` that is chosen if nothing is saved."""
     x, how = call.x, call.how
-    shape = plan.Shape.of(x, call.layer.weight, call.layer.lora_A)
+    shape = costs.Shape.of(x, call.layer.weight, call.layer.lora_A)
     asks = plan.asks(how.exact, call.x_dropped is not None, how.dtype, x.dtype)
     way = plan.forward_way(how.way, call.given.norm is not None, shape, _device_model(x), **asks)
     return plan.intermediate(way, x.dtype, how.backend, x.device, **asks)
@@ -111,7 +111,7 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
         raise ValueError(f"{asked}; expected what its forward pass has kept")
     dx_way = ""
     if needs.x and not how.dropped:
-        dx_way = plan.dx_way(how.way, plan.Shape.of(dy, weight, lora_A), _device_model(dy))
+        dx_way = plan.dx_way(how.way, costs.Shape.of(dy, weight, lora_A), _device_model(dy))
 
     def grad_dtype(dtype: torch.dtype) -> torch.dtype:
         return gain.dtype if through_norm else dtype

@@ -256,7 +256,7 @@ def faster_project(shape: Shape, product: str, device: Device) -> str:
 
 def forward_costs(shape: Shape, way: str, device: Device, norm_given: bool = False) -> dict[str, Cost]:
     """The costs of the steps of one forward pass, by name."""
-    M, N, K, _, _, _ = shape
+    M, N, K = shape[:3]
     costs: dict[str, Cost] = {} if norm_given else {"norm": norm_cost(shape, device)}
     if way == "merged":
         return costs | {"merge": merge_cost(shape, device), "y": gemm(M, N, K, device)}
@@ -266,7 +266,7 @@ def forward_costs(shape: Shape, way: str, device: Device, norm_given: bool = Fal
 
 def dx_costs(shape: Shape, way: str, device: Device) -> dict[str, Cost]:
     """The costs of the steps that make dx; P = dy @ (gain * lora_B) is made for dA in any case."""
-    M, N, K, R, _, _ = shape
+    M, N, K, R = shape[:4]
     if way == "merged":
         return {"merge": merge_cost(shape, device), "dx": gemm(M, K, N, device)}
     # dz costs one write: the kernel that sums dy over the tokens has it in registers. What the merged weight's kernel

@@ -117,9 +117,11 @@ def test_predictions_name_their_cards():
     )
     found = dict(zip(header, first, strict=True))
     assert found["M, N, K, R"] == "8192, 4096, 4096, 64"
-    # all that is not the frozen layer's two products is bytes
-    assert 1 < float(found["H200: bytes"]) < float(found["H100: bytes"]) < float(found["H100: planner"])
-    assert (float(found["H100: bytes"]) - 1) / (float(found["H200: bytes"]) - 1) == pytest.approx(4.3 / 3.0, rel=0.05)
+    assert 1 < float(found["H200: graph"]) < float(found["H200: eager"]) < float(found["H100: eager"])
+    # all that is not the frozen layer's two products is bytes, from memory and in part from the L2 cache, and gaps
+    more = (float(found["H100: graph"]) - 1) / (float(found["H200: graph"]) - 1)
+    assert 1.25 < more < 4.3 / 3.0
+    assert found["H200: launches"] == found["H100: launches"] == "9"
 
 
 def test_a_provider_that_failed_the_gate_is_left_out():
