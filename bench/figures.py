@@ -10,7 +10,6 @@ The predictions in docs/performance.md come from the cost model of dora_kernels/
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import sys
 import textwrap
@@ -21,9 +20,8 @@ from typing import Any
 from bench.lib.machine import ROOT
 from bench.lib.plots import draw, plot_names, points
 from bench.lib.results import COMPARED, cases, heading, load
-from bench.studies import dropout, evaluation, scaling, shared
+from bench.studies import dropout, evaluation, predictions, scaling, shared
 from dora_kernels.extras import analysis
-from dora_kernels.planning import costs, plan
 from dora_kernels.testing import geometric_mean
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -39,19 +37,6 @@ STATUS = (
     "**No GPU has run the kernels yet.** They run in Triton's interpreter, in the tests, and compile ahead of time for "
     "every GPU that has a configuration, with at most 64 bytes spilled; on a CPU the package runs plain PyTorch. "
     "What is said of speed on a GPU is a prediction: there, small eager steps, which the host decides, are the slower."
-)
-
-# costs.DEVICES has the constants of these under the driver's names
-CARDS = {"H200": "NVIDIA H200", "H100": "NVIDIA H100 80GB HBM3"}
-# seconds between two kernels of a CUDA graph, and of a stream that the host keeps filled
-GAPS = {"graph": 1e-6, "eager": 4e-6}
-# in bf16: M, N, K, R
-PREDICTED_SHAPES = (
-    (8192, 4096, 4096, 64),
-    (8192, 14336, 4096, 384),
-    (8192, 8192, 8192, 64),
-    (65536, 4096, 4096, 64),
-    (512, 4096, 4096, 64),
 )
 
 # the sign of the slope of delta M over delta D in figure 2 of the DoRA paper
@@ -230,34 +215,6 @@ def figures(results: Path) -> str:
     return "\n\n".join(parts) if parts else NOTHING
 
 
-def predictions() -> str:
-    """The cost model's prediction of a training step in bf16 on each of CARDS, as a Markdown table."""
-    columns = [f"{card}: {column}" for card in CARDS for column in (*GAPS, "launches", "dx by")]
-    lines = [f"| M, N, K, R | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|"]
-    for sizes in PREDICTED_SHAPES:
-        cells = [cell for name in CARDS.values() for cell in predicted(costs.Shape(*sizes, 2), costs.DEVICES[name])]
-        lines.append(f"| {', '.join(map(str, sizes))} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def predicted(shape: costs.Shape, device: costs.Device) -> tuple[str, ...]:
-    """A step over the frozen linear layer with each of GAPS before a launch, the launches, and how dx is made."""
-    way = plan.dx_way("auto", shape, device)
-    steps = costs.forward_costs(shape, "split", device) | costs.backward_costs(shape, way, device)
-    ratios = []
-    for gap in GAPS.values():
-        model = dataclasses.replace(device, launch=gap)
-        ratios.append(costs.seconds(steps, shape, model) / costs.seconds(frozen_costs(shape, device), shape, model))
-    launches = sum(step.launches for step in steps.values())
-    return *(f"{ratio:.2f}" for ratio in ratios), str(launches), "W'" if way == "merged" else way
-
-
-def frozen_costs(shape: costs.Shape, device: costs.Device) -> dict[str, costs.Cost]:
-    """The costs of the two products of a frozen linear layer."""
-    M, N, K = shape[:3]
-    return {"base": costs.gemm(M, N, K, device), "dx": costs.gemm(M, K, N, device)}
-
-
 def error_tables(results: Path) -> str:
     """The errors of ours, PyTorch and PEFT, a line for each dtype and tensor (tools/measure_errors.py)."""
     tables = []
@@ -300,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = ROOT / "docs" / "figures"
     contents = {
         ROOT / "README.md": headline(results),
-        ROOT / "docs" / "performance.md": predictions(),
+        ROOT / "docs" / "performance.md": f"{predictions.ratios_table()}\n\n{predictions.steps_table()}",
         ROOT / "docs" / "correctness.md": error_tables(results),
         ROOT / "docs" / "scaling.md": scaling.section(),
     }
@@ -314,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     texts[performance] = replaced(texts[performance], shared_inputs, "shared inputs")
     texts[performance] = replaced(texts[performance], figures(results), "one layer")
+    texts[performance] = replaced(texts[performance], predictions.nf4_table(), "4-bit base")
     for name, table in {"dropout": dropout.table, "evaluation": evaluation.table}.items():
         tables = [
             f"{heading(device, data)}, threads: {data['meta']['threads']}:\n\n{table(data['rows'])}"

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench import figures  # noqa: E402
 from bench.lib import machine, report, roof  # noqa: E402
+from bench.studies import predictions  # noqa: E402
 from dora_kernels.planning import costs, devices  # noqa: E402
 
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.predict:
         print("predicted, not measured: a training step in bf16 over the frozen linear layer")
-        print(figures.predictions())
+        print(predictions.ratios_table())
         return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("roofline: --device cuda but torch sees no GPU; expected a GPU, or --device cpu", file=sys.stderr)

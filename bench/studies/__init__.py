@@ -7,7 +7,8 @@
     evaluation    what does frozen_adapters save in eval mode and decoding?
     analysis      the DoRA paper's figure 2, at a small size
     fit           how good are the planner's predictions? its constants, from measured times
+    predictions   how long does a training step take on a GPU, by the cost model?
     scaling       the arithmetic of a large model on several GPUs, predicted
 
-scaling is no command: bench.figures writes its table into docs/scaling.md.
+predictions and scaling are no commands: bench.figures writes their tables into docs/.
 """

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from bench import figures
+from bench.studies import predictions
 
 
 def row(provider, ms, *, graph=None, ok=True, M=64, step="forward+backward"):
@@ -113,7 +114,7 @@ def test_what_is_no_ordinary_case_stands_apart(results):
 
 def test_predictions_name_their_cards():
     header, _, first, *_ = (
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in figures.predictions().splitlines()
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in predictions.ratios_table().splitlines()
     )
     found = dict(zip(header, first, strict=True))
     assert found["M, N, K, R"] == "8192, 4096, 4096, 64"
