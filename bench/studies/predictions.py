@@ -1,4 +1,4 @@
-"""What the cost model predicts of a training step on GPUs, for docs/performance.md: nothing here is measured.
+"""The predictions of the cost model for a training step on GPUs, for docs/performance.md: nothing here is measured.
 
 python tools/roofline.py --predict        # prints the first table
 """
