@@ -11,7 +11,6 @@ import pathlib
 import pstats
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
 from typing import Any
 from unittest import mock
 
@@ -292,9 +291,9 @@ def run(arguments: argparse.Namespace, driver: host_driver.Driver) -> None:
     for precision, (kind, part) in itertools.product(arguments.precision, (("training", 0.5), ("inference", 0.3))):
         planned = PLANNED[kind]
         if kind == "training":
-            planned = replace(planned, M=arguments.tokens)
+            planned = planned._replace(M=arguments.tokens)
         with prepared(precision, kind, arguments.provider, planned) as steps:
-            of = {"precision": precision, "planned": asdict(planned)}
+            of = {"precision": precision, "planned": planned._asdict()}
             rows += [of | row for row in measure(steps, driver, part * share)]
             ours = {name: call for (name, step), call in steps.items() if name in OURS and step == "forward+backward"}
             if "dora_linear" in ours:

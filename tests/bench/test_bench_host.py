@@ -23,6 +23,7 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc builds t
 
 COUNT = """
 import json, sys
+import torch
 import dora_kernels
 from bench import host
 from bench.lib import host_driver
@@ -49,10 +50,12 @@ for R in (16, 384):
     step = host_layers.step_of(host_layers.function(problem), problem, "forward+backward")
     with host_driver.pretended_gpu(host_layers.PLANNED["training"]):
         step()
-        counts[f"launchers, R = {R}"] = [
-            (name, driver.launches(launcher), host_layers.library_launches(launcher))
-            for name, launcher in host_layers._launchers(step)
-        ]
+        launchers = host_layers._launchers(step)
+        with torch.no_grad():  # as in our operators
+            counts[f"launchers, R = {R}"] = [
+                (name, driver.launches(launcher), host_layers.library_launches(launcher))
+                for name, launcher in launchers
+            ]
 print(json.dumps(counts))
 """
 
@@ -92,20 +95,20 @@ def test_every_row_has_a_time(measured):
 @needs_gcc
 @pytest.mark.parametrize("provider", host_layers.OURS)
 def test_launches_of_a_training_step(measured, provider):
-    """bf16: norm 2, low, base, epilogue; token_sums 2, P 2, dA 2, W', dx. autocast: lora_A, lora_B cast twice."""
+    """bf16: norm, low, base, epilogue; W', dx, token_sums, P, dA. autocast: lora_A, lora_B cast twice."""
     counts = {
         row["precision"]: (row["triton"], sorted(row["library"]))
         for row in measured["rows"]
         if row["provider"] == provider and row["step"] == "forward+backward"
     }
-    assert counts == {"bf16": (10, ["mm"] * 3), "bf16-autocast": (10, ["_to_copy"] * 4 + ["mm"] * 3)}
+    assert counts == {"bf16": (7, ["mm"] * 2), "bf16-autocast": (7, ["_to_copy"] * 4 + ["mm"] * 2)}
 
 
 @needs_gcc
 def test_the_launchers_of_a_training_step(measured):
     launchers = [row for row in measured["meta"]["launchers"] if row["precision"] == "bf16"]
     counts = {row["launcher"]: row["launches"] for row in launchers}
-    assert counts == {"norm": 2, "epilogue": 1, "token_sums": 2, "project": 2, "outer_product": 2, "merge": 1}
+    assert counts == dict.fromkeys(("start_norm", "epilogue", "token_sums", "project", "outer_product", "merge"), 1)
     for row in launchers:
         assert 0 < row["kernel_us"] < row["jit_us"] and 0 < row["us"], row
 
