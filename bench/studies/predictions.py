@@ -68,7 +68,7 @@ def steps_table() -> str:
         for card, device in CARDS.items():
             graph = dataclasses.replace(device, launch=0.0)
             times = {name: 1e6 * cost.seconds(shape, graph) for name, cost in step_costs(shape, device)[0].items()}
-            cells = [f"{times[name]:.3g}" if name in times else "" for name in STEPS]
+            cells = [f"{times[name]:.{0 if times[name] >= 100 else 1}f}" if name in times else "" for name in STEPS]
             lines.append(f"| {', '.join(map(str, sizes))} | {card} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
