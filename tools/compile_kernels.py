@@ -9,9 +9,9 @@
 
 What is compiled is what calls of the public functions would launch (specializations.py). The table has one row per
 kernel, variant, rank and target: the worst of its calls. Exit status 1 where a kernel does not compile, spills
-registers in earnest, or needs more shared memory than the device has. Only the first of these is an error to Triton
-before a launch. With --loops a second table says what the machine code of each loop consists of (hot_loops.py), and
-loops on sm_90 that load as they should not are complained of too.
+registers in earnest, needs more shared memory than the device has, or has atomics that it may not have (atomics.py).
+Only the first of these is an error to Triton before a launch. With --loops a second table says what the machine code of
+each loop consists of (hot_loops.py), and loops on sm_90 that load as they should not are complained of too.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+import atomics
 import hot_loops
 import machine_code
 import triton
@@ -67,7 +68,7 @@ UNLIKE_OTHERS = (
 class Compiled:
     """The compiler's figures for a specialisation; `error` is empty if it compiled.
 
-    programs: how many a multiprocessor holds, 0 where that is not known, and what limits them. loops: the name of each
+    programs: how many a multiprocessor holds, and what limits them. faults: of its atomics. loops: the name of each
     loop, "" for what is outside, and its instructions by kind. dataclasses.asdict makes JSON of it.
     """
 
@@ -77,6 +78,7 @@ class Compiled:
     error: str = ""
     programs: int = 0
     limited_by: str = ""
+    faults: tuple[str, ...] = ()
     loops: dict[str, dict[str, int]] = field(default_factory=dict)
     loads: tuple[machine_code.Load, ...] = ()
 
@@ -93,9 +95,14 @@ def compile_ahead(specialization: Specialization, loops: bool = False) -> Compil
     registers, spills = _cuda_usage(kernel, specialization) if cuda else _hip_usage(kernel)
     programs, limited_by = specialization.target.resident(registers, shared, kernel.metadata.num_warps)
     compiled = Compiled(registers, spills, shared, programs=programs, limited_by=limited_by)
-    if not (loops and cuda):
+    if not cuda:
+        return dataclasses.replace(compiled, faults=tuple(atomics.amd_faults(kernel.asm["amdgcn"])))
+    if not (loops or re.search(r"\b(?:atom|red)\.", kernel.asm["ptx"])):
         return compiled
     code = machine_code.instructions(_of_cubin(kernel, triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf"))
+    compiled = dataclasses.replace(compiled, faults=tuple(atomics.faults(code)))
+    if not loops:
+        return compiled
     return dataclasses.replace(
         compiled,
         loops={loop.name: dict(loop.counts()) for loop in machine_code.loops(code)},
@@ -212,7 +219,9 @@ def verdict(compiled: Compiled, target: Target) -> str:
         return f"does not compile: {compiled.error}"
     if compiled.shared > target.shared_limit:
         return "over the limit"
-    return "spills" if compiled.spills > HARMLESS_SPILLS else ""
+    if compiled.spills > HARMLESS_SPILLS:
+        return "spills"
+    return "; ".join(compiled.faults)
 
 
 _worklist: list[Job] = []  # inherited by the forked workers: a Specialization cannot be pickled

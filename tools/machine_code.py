@@ -22,7 +22,8 @@ class Instruction:
 
 
 _LABEL = re.compile(r"\s*(\.L_x_\d+|\$L__\w+):")
-_SASS = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+# of Blackwell's, nvdisasm tells the waits, too: BAR.SYNC.DEFER_BLOCKING 0x0 &req={4} ?trans6;
+_SASS = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)(?:\s*[&?][^\s;]+)*\s*;")
 _PTX = re.compile(r"\s*(?:@(!?%\w+)\s+)?([a-z][\w.:]*)\s*(.*?);")
 
 
@@ -73,6 +74,15 @@ def _successors(code: Sequence[Instruction], last: int, following: int, labelled
     sometimes = code[last].predicate or (operation == "BRA" and not code[last].operands.startswith("`"))
     if (sometimes or not (found or operation in _ENDS)) and last + 1 < len(code):
         found.append(following)
+    return found
+
+
+def successors(code: Sequence[Instruction]) -> list[list[int]]:
+    """For each instruction, those that may be executed next."""
+    blocks, following = _blocks(code)
+    found = [[index + 1] for index in range(len(code))]
+    for block, targets in zip(blocks, following, strict=True):
+        found[block[-1]] = [blocks[target][0] for target in targets]
     return found
 
 

@@ -8,15 +8,15 @@ from triton.backends.compiler import GPUTarget
 @dataclass(frozen=True)
 class Target:
     """A GPU: whose configs it takes (configs.py), its shared memory for one program in bytes, and what a multiprocessor
-    holds (0: not known).
+    holds.
     """
 
     name: str
     family: str
     shared_limit: int
     multiprocessors: int
-    warps: int = 0
-    programs: int = 0
+    warps: int
+    programs: int
 
     @property
     def gpu(self) -> GPUTarget:
@@ -26,17 +26,18 @@ class Target:
         return GPUTarget("cuda", int(self.name.removeprefix("sm_")), 32)
 
     def resident(self, registers: int, shared: int, warps: int) -> tuple[int, str]:
-        """(programs with these resources that a multiprocessor holds, what it runs out of); (0, "") if not known.
+        """(programs with these resources that a multiprocessor holds, what it runs out of).
 
         registers: of a thread; shared: bytes of a program. The tensor memory of sm_100 is not counted.
         """
-        if not self.programs:
-            return 0, ""
-        # registers are given to a warp in units of 256, and each of the four schedulers has a quarter of the 65536
-        of_scheduler = 65536 // 4 // max(1, -(-registers * 32 // 256) * 256)
+        amd = self.name.startswith("gfx")
+        # registers are given to a warp in units, and each of the four schedulers has a quarter of them; and of each
+        # program's shared memory CUDA's driver keeps 1 KiB
+        threads, all_registers, unit, kept = (64, 4 * 512 * 64, 512, 0) if amd else (32, 65536, 256, 1024)
+        of_scheduler = all_registers // 4 // max(unit, -(-registers * threads // unit) * unit)
         room = {
             "registers": 4 * of_scheduler // warps,
-            "shared memory": (self.shared_limit + 1024) // (shared + 1024),
+            "shared memory": (self.shared_limit + kept) // max(shared + kept, 1),
             "threads": self.warps // warps,
             "programs": self.programs,
         }
@@ -45,7 +46,8 @@ class Target:
 
 
 # shared memory, warps and blocks: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", the
-# memory less the 1 KiB that the driver keeps of each program's; CDNA3 and CDNA4 ISA guides, LDS per workgroup
+# memory less the 1 KiB that the driver keeps of each program's; CDNA3 and CDNA4 ISA guides: LDS, and on each of four
+# schedulers 512 vector registers of 64 lanes and 8 wavefronts
 TARGETS = {
     target.name: target
     for target in (
@@ -55,7 +57,7 @@ TARGETS = {
         Target("sm_90", "sm_90", 232448, 132, 64, 32),
         Target("sm_100", "sm_100", 232448, 148, 64, 32),
         Target("sm_120", "sm_120", 101376, 170, 48, 24),
-        Target("gfx942", "gfx942", 65536, 304),
-        Target("gfx950", "gfx942", 163840, 256),
+        Target("gfx942", "gfx942", 65536, 304, 32, 16),
+        Target("gfx950", "gfx942", 163840, 256, 32, 16),
     )
 }

@@ -82,6 +82,14 @@ def test_code_that_ptxas_puts_aside_is_no_loop_of_its_own():
     }
 
 
+def test_operands_end_before_what_blackwell_waits_for():
+    text = "/*02b0*/  @P1 BAR.SYNC.DEFER_BLOCKING 0x0          &req={4} &wr=0x2 ?trans6;\n/*02c0*/ ERRBAR ?trans1;"
+    assert machine_code.instructions(text) == [
+        machine_code.Instruction("BAR.SYNC.DEFER_BLOCKING", "0x0", "P1"),
+        machine_code.Instruction("ERRBAR"),
+    ]
+
+
 def test_threads_meet_again_where_bssy_says():
     found = _names(
         ".L_x_0:", "BSSY B0, `(.L_x_1)", "@P0 BRA `(.L_x_2)", "BSYNC B0", ".L_x_1:", "@P1 BRA `(.L_x_0)", "EXIT",
@@ -276,7 +284,9 @@ def test_a_kernel_without_a_loop_has_one_row_and_others_one_for_each_loop():
         ("sm_90", 32, 0, 1, (32, "programs")),
         ("sm_86", 32, 0, 1, (16, "programs")),
         ("sm_120", 32, 0, 8, (6, "threads")),  # 48 warps
-        ("gfx942", 32, 0, 4, (0, "")),
+        ("gfx942", 128, 32768, 8, (2, "registers")),  # 512 of each of the four schedulers' lanes
+        ("gfx942", 129, 0, 8, (1, "registers")),
+        ("gfx942", 64, 32769, 4, (1, "shared memory")),
     ],
 )
 def test_programs_a_multiprocessor_holds(name, registers, shared, warps, expected):
