@@ -9,9 +9,10 @@
 
 What is compiled is what calls of the public functions would launch (specializations.py). The table has one row per
 kernel, variant, rank and target: the worst of its calls. Exit status 1 where a kernel does not compile, spills
-registers in earnest, needs more shared memory than the device has, or has atomics that it may not have (atomics.py).
-Only the first of these is an error to Triton before a launch. With --loops a second table says what the machine code of
-each loop consists of (hot_loops.py), and loops on sm_90 that load as they should not are complained of too.
+registers in earnest, needs more shared memory than the device has, shares its work out among more programs than fit at
+a time, or has atomics that it may not have (atomics.py). Only the first of these is an error to Triton before a launch.
+With --loops a second table says what the machine code of each loop consists of (hot_loops.py), and loops on sm_90 that
+load as they should not are complained of too.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 import atomics
 import hot_loops
 import machine_code
+import traffic
 import triton
 from specializations import (
     CALLS,
@@ -38,7 +40,7 @@ from specializations import (
     Specialization,
     recording,
 )
-from targets import TARGETS, Target
+from targets import TARGETS
 from triton.compiler import ASTSource
 
 from dora_kernels.planning import configs
@@ -81,6 +83,7 @@ class Compiled:
     faults: tuple[str, ...] = ()
     loops: dict[str, dict[str, int]] = field(default_factory=dict)
     loads: tuple[machine_code.Load, ...] = ()
+    traffic: float = 0.0  # traffic.over_memory
 
 
 def compile_ahead(specialization: Specialization, loops: bool = False) -> Compiled:
@@ -103,10 +106,14 @@ def compile_ahead(specialization: Specialization, loops: bool = False) -> Compil
     compiled = dataclasses.replace(compiled, faults=tuple(atomics.faults(code)))
     if not loops:
         return compiled
+    ptx, pointers = kernel.asm["ptx"], specialization.pointers()
+    loads = machine_code.loads(ptx, pointers)
+    read = {load.argument for load in loads} - machine_code.stored(ptx, pointers)
     return dataclasses.replace(
         compiled,
         loops={loop.name: dict(loop.counts()) for loop in machine_code.loops(code)},
-        loads=tuple(machine_code.loads(kernel.asm["ptx"], specialization.pointers())),
+        loads=tuple(loads),
+        traffic=traffic.over_memory(specialization, kernel.asm["ttir"], read),
     )
 
 
@@ -213,14 +220,17 @@ def fast_jobs(overrides: dict[str, dict] | None = None) -> list[Job]:
     return jobs
 
 
-def verdict(compiled: Compiled, target: Target) -> str:
+def verdict(compiled: Compiled, specialization: Specialization) -> str:
     """ "" where the kernel can run as it should."""
+    target, work = specialization.target, specialization.work
     if compiled.error:
         return f"does not compile: {compiled.error}"
     if compiled.shared > target.shared_limit:
         return "over the limit"
     if compiled.spills > HARMLESS_SPILLS:
         return "spills"
+    if work and work.waves > compiled.programs:
+        return f"waves={work.waves}, and a multiprocessor holds {compiled.programs} ({compiled.limited_by})"
     return "; ".join(compiled.faults)
 
 
@@ -250,7 +260,7 @@ def print_table(results: list[tuple[Job, Compiled]], every: bool = False) -> lis
     complaints: dict[str, None] = {}  # a dict keeps the order and drops what is said twice
     for job, compiled in results:
         specialization, target = job.specialization, job.specialization.target
-        complaint = verdict(compiled, target)
+        complaint = verdict(compiled, specialization)
         if complaint:
             complaints[f"{specialization.name} ({job.variant}, R={job.rank}) on {target.name}: {complaint}"] = None
         row = (specialization.name, job.variant, job.rank, target.name)

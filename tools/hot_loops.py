@@ -3,7 +3,8 @@
 What keeps the memory busy is loads under way. A synchronous one (LDG) is waited for by the warp that needs it; an
 asynchronous one (LDGSTS, or TMA) is issued several steps ahead, into shared memory, and takes no registers meanwhile.
 So on sm_90 a loop, or the whole of a kernel without one, loads asynchronously and in 16 bytes a thread, the most that
-one instruction can; EXEMPTIONS says where not, and why.
+one instruction can; EXEMPTIONS says where not, and why. What a program loads once for each of its blocks, of which it
+has one or two mostly, is not judged.
 """
 
 import math
@@ -49,7 +50,8 @@ def short(name: str) -> str:
 
 HEADER = (
     "kernel", "of", "target", "variant", "M, N, K, R", "tiles", "registers", "shared", "programs", "grid", "waves",
-    "loop", "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL", "tensor cores",
+    "memory", "from L2", "loop", "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL",
+    "tensor cores",
 )  # fmt: skip
 
 
@@ -57,7 +59,8 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
     """A row of the table for each loop: its own instructions, without those of loops inside it.
 
     programs: how many a multiprocessor holds, and what limits them. waves: how often the grid fills all of these
-    places. What is in no loop has a row where there is no loop, or with `every`; its loop is a dash.
+    places. memory: MB of all tensors that are read or written. from L2: how often what is read is loaded (traffic.py).
+    What is in no loop has a row where there is no loop, or with `every`; its loop is a dash.
     """
     specialization, sizes = job.specialization, ", ".join(map(str, (*job.shape, job.rank)))
     grid, places = specialization.grid, compiled.programs * specialization.target.multiprocessors
@@ -73,6 +76,8 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
         f"{compiled.programs} ({compiled.limited_by})",
         "x".join(map(str, grid)),
         f"{math.prod(grid) / places:.2f}" if places else "",
+        f"{sum(specialization.bytes_of.values()) / 1e6:.1f}",
+        f"{compiled.traffic:.2f}" if compiled.traffic else "",
     )
     table = []
     for name, counts in compiled.loops.items():
@@ -216,7 +221,10 @@ def faults(job: "Job", compiled: "Compiled") -> Iterator[tuple[str, str]]:
     """(argument, what is wrong with a load of it) in loops or, in a kernel that has none, anywhere."""
     looped = [load for load in compiled.loads if load.loop]
     judged = looped or compiled.loads
+    blocks = job.specialization.walks_blocks()
     for load in dict.fromkeys(judged):
+        if blocks and "." not in load.loop:
+            continue
         # a row of 8 numbers is 16 bytes, of which a thread may take half; rows of other tensors are long
         enough = 8 if job.rank % 16 and load.argument in ROWS_OF_R else 16
         if not load.asynchronous:

@@ -8,7 +8,8 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -225,9 +226,33 @@ CORE_CALLS = (
 )
 
 
+def _within(name: str, value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+    """(name, value, path) of an argument or of all that is in it, where it is a tuple; see Specialization.arguments."""
+    if not isinstance(value, tuple):
+        yield name.removesuffix(".ptr"), value, path
+        return
+    fields = getattr(value, "_fields", None)
+    for index, part in enumerate(value):
+        yield from _within(f"{name}.{fields[index]}" if fields else f"{name}[{index}]", part, (*path, index))
+
+
+class Work(NamedTuple):
+    """What the programs of a launch share out (dora_kernels/kernels/tile.py), of whom `waves` a multiprocessor are
+    taken to run at a time.
+    """
+
+    blocks: int
+    steps: int
+    waves: int
+
+
 @dataclass(frozen=True)
 class Specialization:
-    """A kernel as Triton's JIT would have compiled it at a launch."""
+    """A kernel as Triton's JIT would have compiled it at a launch.
+
+    work: None where a program has a tile, and the grid is of tiles. bytes_of: of each tensor among the arguments, 0 for
+    one that is given a second time.
+    """
 
     kernel: JITFunction
     key: str
@@ -237,10 +262,16 @@ class Specialization:
     attrs: dict
     options: object
     grid: tuple[int, ...] = ()
+    work: Work | None = None
+    bytes_of: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    def walks_blocks(self) -> bool:
+        """True if the programs share out work (dora_kernels/kernels/tile.py): their outermost loops are over blocks."""
+        return "unit_range(" in self.kernel.src
 
     def constants(self) -> dict[str, object]:
         """The values of the arguments that were compiled in, those in tuples apart."""
@@ -253,16 +284,9 @@ class Specialization:
         The type of what was compiled in, such as a tensor that is not there, is "constexpr".
         """
 
-        def within(name: str, kind: str | tuple, path: tuple[int, ...]) -> Iterator[tuple[str, tuple]]:
-            if not isinstance(kind, tuple):
-                yield name.removesuffix(".ptr"), (kind, path)
-                return
-            fields = getattr(kind, "_fields", None)
-            for index, part in enumerate(kind):
-                yield from within(f"{name}.{fields[index]}" if fields else f"{name}[{index}]", part, (*path, index))
-
         kinds = enumerate(self.signature.items())
-        return dict(one for index, (name, kind) in kinds for one in within(name, kind, (index,)))
+        found = ((one, index) for index, (name, kind) in kinds for one in _within(name, kind))
+        return {name: (kind, (index, *path)) for (name, kind, path), index in found}
 
     def type_of(self, argument: str) -> str:
         """Of an argument by its name in `arguments`: "*bf16", "i32", "constexpr"."""
@@ -322,18 +346,30 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
     if devices.interpreting():
         raise RuntimeError("recording: TRITON_INTERPRET is set, which leaves nothing to compile; expected it unset")
     recorded: list[Specialization] = []
-    grids: list[tuple[int, ...]] = []  # of the launches under way
-    run, config_for = JITFunction.run, configs.config_for
+    launch: dict[str, Any] = {"work": None}  # what is known of the launch under way
+    run, config_for, programs = JITFunction.run, configs.config_for, configs.programs
 
     def run_warmup(self, *args, grid, warmup, **kwargs):
-        grids.append(tuple(grid))
+        tensors = (one for pair in zip(self.arg_names, args, strict=False) for one in _within(*pair))
+        sizes: dict[str, int] = {}
+        seen = set()
+        for name, value, _ in tensors:
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()._cdata
+                sizes[name] = 0 if storage in seen else value.numel() * value.itemsize
+                seen.add(storage)
+        launch.update(grid=tuple(grid), bytes_of=sizes)
         try:
             return run(self, *args, grid=grid, warmup=True, **kwargs)
         finally:
-            grids.pop()
+            launch["work"] = None
 
     def record(self, key, signature, device, constexprs, options, attrs, warmup):
-        recorded.append(Specialization(self, key, target, signature, constexprs, attrs, options, grids[-1]))
+        recorded.append(Specialization(self, key, target, signature, constexprs, attrs, options, **launch))
+
+    def programs_of(blocks, steps, at_once, sums):
+        launch["work"] = Work(blocks, steps, at_once // target.multiprocessors)
+        return programs(blocks, steps, at_once, sums)
 
     def config_with_overrides(kernel, facts, operand):
         return dataclasses.replace(config_for(kernel, facts, operand), **(overrides or {}).get(kernel, {}))
@@ -345,6 +381,7 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
             (JITFunction, "_do_compile", record),
             (devices, "device_facts", lambda device: facts),
             (configs, "config_for", config_with_overrides),
+            (configs, "programs", programs_of),
             # meta tensors would take the fake implementations, and autocast does not know the meta device
             *((ops, name, ops.OPERATORS[name]) for name in ops.OPERATORS),
             (torch, "autocast", lambda *device_type, **options: contextlib.nullcontext()),

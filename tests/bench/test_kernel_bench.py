@@ -308,7 +308,7 @@ for descriptors in (True, False):
             x, low, weight, lora_B = empty(8192, 4096), empty(8192, 384), empty(14336, 4096), empty(14336, 384)
             decisive.fused_linear(x, low, weight, lora_B, gain, tiles, descriptors, keep_z=descriptors)
         assert len(recorded) == 1
-        complaint = compile_kernels.verdict(compile_kernels.compile_ahead(recorded[0]), target)
+        complaint = compile_kernels.verdict(compile_kernels.compile_ahead(recorded[0]), recorded[0])
         assert not complaint, (descriptors, tiles, complaint)
 print("all")
 """

@@ -173,6 +173,10 @@ def test_loads_of_ptx_and_the_arguments_that_they_read():
     ]
 
 
+def test_what_a_kernel_stores_to():
+    assert machine_code.stored(PTX, ["weight_ptr", "", "factor_ptr"]) == {"factor_ptr"}
+
+
 def _compiled(*loads: tuple, name: str = "_other_kernel", rank: int = 64, loops: dict | None = None, **constants):
     """(job, compiled) with these loads (loop, argument, bytes, asynchronous); the machine code has them too."""
     loads = [machine_code.Load(*load) for load in loads]
@@ -188,11 +192,13 @@ def _compiled(*loads: tuple, name: str = "_other_kernel", rank: int = 64, loops:
         constants=lambda: constants,
         flags=lambda: "dense",
         tiles=lambda: "BLOCK_N=64 warps=4 stages=3",
+        bytes_of={"dy": 3 << 20, "dB": 1 << 20},
+        walks_blocks=lambda: name == "_walking_kernel",
     )
     job = SimpleNamespace(variant="bf16", rank=rank, call="train", shape=(8192, 4096, 4096))
     job.specialization = specialization
     resources = {"registers": 140, "spills": 0, "shared": 65536, "programs": 3, "limited_by": "registers", "error": ""}
-    return job, SimpleNamespace(loops=loops, loads=loads, **resources)
+    return job, SimpleNamespace(loops=loops, loads=loads, traffic=2.0, **resources)
 
 
 def _complaints(*results, everything: bool = False) -> list[str]:
@@ -207,6 +213,12 @@ def test_a_load_in_a_loop_is_asynchronous_and_of_16_bytes():
 
 def test_without_a_loop_all_loads_count():
     assert _complaints(_compiled(("", "saved", 16, False))) == ["saved is loaded synchronously"]
+
+
+def test_what_is_loaded_once_a_block_is_not_judged():
+    loads = ("1", "lora_B", 16, False), ("1.1", "dy", 16, False)
+    assert _complaints(_compiled(*loads, name="_walking_kernel")) == ["dy is loaded synchronously"]
+    assert len(_complaints(_compiled(*loads))) == 2
 
 
 def test_rows_of_8_numbers_may_come_in_halves():
@@ -256,6 +268,7 @@ def test_the_table_has_a_row_for_what_is_outside_and_for_each_loop():
     assert (outside["kernel"], outside["target"], outside["M, N, K, R"]) == ("other", "sm_90", "8192, 4096, 4096, 64")
     assert (outside["registers"], outside["programs"]) == ("140", "3 (registers)")
     assert (outside["grid"], outside["waves"], outside["loop"], outside["instructions"]) == ("64x4", "0.65", "-", "7")
+    assert (outside["memory"], outside["from L2"]) == ("4.2", "2.00")
     assert (outer["kernel"], outer["loop"]) == ("", "1")
     assert (outer["instructions"], outer["int+pred"], outer["BAR"], outer["SHFL"]) == ("21", "7", "5", "0")
     assert outer["device memory"] == "8 LDG.128" and not outer["shared memory"] and not outer["tensor cores"]

@@ -1,0 +1,69 @@
+"""The bytes that the programs of a launch load, over those that there are: what the L2 cache gives for one from memory.
+
+Counted, not measured: in Triton's intermediate code a load has the shape and the dtype of a tile, and how often it is
+executed follows from the work that the programs share out (dora_kernels/kernels/tile.py). Every tile counts as a whole
+one. What stands behind a condition does not count: the parts that the last program adds up, a sum for infinite gains.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specializations import Specialization
+
+_LOAD = re.compile(r"\btt\.load\b.* : tensor<([\dx]+)x!tt\.ptr<[a-z]*(\d+)\w*>>")
+
+
+def tile_bytes(ttir: str) -> Counter:
+    """Loop -> bytes of the tiles that one pass of it loads, loops inside it apart.
+
+    "" is what is in no loop, "2.1" the first loop in the second one.
+    """
+    found, children = Counter({"": 0}), Counter()
+    regions = [""]  # those that are open: the name of the loop, "?" behind a condition
+    for line in ttir.splitlines():
+        text = re.sub(r"\s*loc\(.*\)$", "", line.strip())
+        if text.startswith("}"):
+            regions.pop()
+        inner = regions[-1]
+        if load := _LOAD.search(text):
+            found[inner] += math.prod(map(int, load[1].split("x"))) * int(load[2]) // 8
+        if not text.endswith("{"):
+            continue
+        if "scf.for" in text and inner != "?":
+            children[inner] += 1
+            inner = f"{inner}.{children[inner]}".lstrip(".")
+            found[inner] += 0
+        elif re.search(r"\bscf\.(if|while)\b", text) or text == "} else {":
+            inner = "?"
+        regions.append(inner)
+    del found["?"]
+    return found
+
+
+def loaded(specialization: "Specialization", ttir: str) -> int:
+    """Bytes that all programs load: tiles of a kernel without loops, or with one over blocks and in it one over steps.
+
+    0 where that is not what the kernel has, as where a step walks a high rank.
+    """
+    tiles, programs = tile_bytes(ttir), math.prod(specialization.grid)
+    if set(tiles) == {""}:
+        return programs * tiles[""]
+    work = specialization.work
+    # beside the steps, a block may have loops over its parts: one tile of theirs is as good as none
+    steps = max(tiles, key=lambda loop: (loop.count("."), tiles[loop]))
+    if work is None or steps.count(".") != 1:
+        return 0
+    units = work.blocks * work.steps
+    bounds = [program * units // programs for program in range(programs + 1)]
+    visits = sum(-(-end // work.steps) - start // work.steps for start, end in zip(bounds, bounds[1:], strict=False))
+    return programs * tiles[""] + visits * tiles[steps.partition(".")[0]] + units * tiles[steps]
+
+
+def over_memory(specialization: "Specialization", ttir: str, read: Collection[str]) -> float:
+    """Bytes loaded by all programs over those of the arguments that are `read`; 0 where that is not known."""
+    there = sum(specialization.bytes_of.get(name.removesuffix("->"), 0) for name in read)
+    return loaded(specialization, ttir) / there if there else 0.0
