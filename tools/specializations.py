@@ -371,8 +371,8 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
         launch["work"] = Work(blocks, steps, at_once // target.multiprocessors)
         return programs(blocks, steps, at_once, sums)
 
-    def config_with_overrides(kernel, facts, operand):
-        return dataclasses.replace(config_for(kernel, facts, operand), **(overrides or {}).get(kernel, {}))
+    def config_with_overrides(kernel, *arguments):
+        return dataclasses.replace(config_for(kernel, *arguments), **(overrides or {}).get(kernel, {}))
 
     facts = devices.DeviceFacts(target.name, target.family, target.multiprocessors)
     with contextlib.ExitStack() as stack:

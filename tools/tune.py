@@ -4,12 +4,12 @@
     python tools/tune.py --kernel norm merge --operand-bytes 4      # float32 adapters over a bf16 weight
     python tools/tune.py --out /tmp/table.json --fresh
 
-Every candidate is held to the reference before it is timed, against the default of configs.py, at two or three shapes,
-interleaved, L2 flushed. A candidate wins where it takes less than 0.97 of the default's time (geometric mean over the
-shapes) and loses at none. Ranks up to configs.HIGH_RANK and above it are apart, as in configs.py: what is best at one
-of 16 and 64 is nearly so at the other, and no tile is at 64 and at 384. The times of all candidates are kept, so that
-another rule can be applied without the card. The file is replaced after every kernel; a later run skips what this
-commit has finished.
+The candidates are compiled first; one that spills, or does not fit this GPU, is not tried. Every other one is held to
+the reference before it is timed, against the default of configs.py, at two or three shapes, interleaved, L2 flushed.
+A candidate wins where it takes less than 0.97 of the default's time (geometric mean over the shapes) and loses at none.
+Ranks up to configs.HIGH_RANK and above it are apart, as in configs.py: what is best at one of 16 and 64 is nearly so at
+the other, and no tile is at 64 and at 384. The times of all candidates are kept, so that another rule can be applied
+without the card. The file is replaced after every kernel; a later run skips what this commit has finished.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -33,27 +34,23 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import precompile  # noqa: E402
 import torch  # noqa: E402
-from candidates import PRECISIONS, SUBJECTS, candidates  # noqa: E402
+from candidates import PRECISIONS, SUBJECTS  # noqa: E402
+from precompile import Judged  # noqa: E402
 
 from bench import kernels  # noqa: E402
 from bench.lib import machine  # noqa: E402
 from bench.lib.measure import interleave, stopwatch_of  # noqa: E402
 from bench.lib.shapes import LayerCase  # noqa: E402
-from dora_kernels.planning import configs, devices  # noqa: E402
+from dora_kernels.planning import configs  # noqa: E402
 from dora_kernels.planning.configs import Config  # noqa: E402
 from dora_kernels.testing import geometric_mean  # noqa: E402
 
 WIN = 0.97
 # no shape may pay for the others: two timings of one configuration differ by about this
 LOSS = 1.02
-# bytes of a thread's stack that ptxas uses of its own accord (tools/compile_kernels.py)
-HARMLESS_SPILLS = 64
-
 
 # config -> seconds at each job of the subject; None where it was wrong or refused
 Times = dict[Config, "list[float] | None"]
-# config -> kernel -> registers, bytes of stack and of shared memory, of a thread and a program, as loaded
-Loaded = dict[Config, dict[str, tuple[int, int, int]]]
 
 
 def choose(default: Config, times: Times) -> tuple[Config, float]:
@@ -90,14 +87,12 @@ def write_table(path: Path, table: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-Measure = Callable[[str, int, Sequence[Config]], tuple[Times, Loaded]]
+Measure = Callable[[str, int, Sequence[Config]], Times]
 
 
 def tune(
-    names: Sequence[str],
+    candidates: dict[str, Judged],
     operand_bytes: int,
-    defaults: dict[str, Config],
-    shared_limit: int,
     measure: Measure,
     path: Path,
     information: dict[str, Any],
@@ -106,7 +101,8 @@ def tune(
     clock: Callable[[], float] = time.monotonic,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Tune the kernels in order until `seconds` are over; returns those left out. `path` is replaced after each.
+    """Tune the kernels in order, with the candidates of each that are tried, until `seconds` are over; returns those
+    left out. `path` is replaced after each.
 
     device: whose conditions are kept for the end of each kernel.
     """
@@ -116,19 +112,21 @@ def tune(
     size = str(operand_bytes)
     configs, measured = (table[part].setdefault(size, {}) for part in ("configs", "measured"))
     commit = information.get("commit")
-    for place, name in enumerate(names):
+    for place, (name, judged) in enumerate(candidates.items()):
         if not fresh and commit and measured.get(name, {}).get("commit") == commit:
             print(f"{name}: finished before", flush=True)
             continue
         if clock() >= end:
-            print(f"out of time, left out: {', '.join(names[place:])}", flush=True)
-            return list(names[place:])
-        default = defaults[name]
-        times, loaded = measure(name, operand_bytes, candidates(name, default, operand_bytes, shared_limit))
+            left_out = list(candidates)[place:]
+            print(f"out of time, left out: {', '.join(left_out)}", flush=True)
+            return left_out
+        default = next(iter(judged.tried))
+        times = measure(name, operand_bytes, list(judged.tried))
         measured[name] = record = {
             "jobs": [f"{job} {'x'.join(map(str, sizes))}" for job, *sizes in SUBJECTS[name].jobs],
             "times": [[fields_of(config), found] for config, found in times.items()],
-            "loaded": [[fields_of(config), found] for config, found in loaded.items() if found],
+            "compiled": [[fields_of(config), found] for config, found in judged.tried.items()],
+            "refused": [[fields_of(config), why] for config, why in judged.refused.items()],
             "conditions": machine.conditions(device) if device else {},
         }
         try:
@@ -156,26 +154,21 @@ def fields_of(config: Config) -> dict[str, int]:
 def _overriding() -> Iterator[dict[str, Config]]:
     """Inside, config_for gives what is in the dict yielded, else configs.CONFIGS: never the table of an earlier run."""
     overrides: dict[str, Config] = {}
+    default_for = configs.config_for
 
-    def config_for(kernel: str, facts: devices.DeviceFacts, operand: torch.dtype) -> Config:
-        return overrides.get(kernel) or configs.CONFIGS[facts.target, operand.itemsize][kernel]
+    def config_for(kernel: str, *arguments: Any) -> Config:
+        return overrides.get(kernel) or default_for(kernel, *arguments)
 
-    with mock.patch.object(configs, "config_for", config_for):
+    untuned = mock.patch.object(configs, "tuned_configs", lambda name, target: {})
+    with untuned, mock.patch.object(configs, "config_for", config_for):
         yield overrides
 
 
 def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, int] = (10, 30)) -> Measure:
-    """Check and time candidates on `device`; `seconds` of timing for each job and kernel.
+    """Check and time candidates on `device`; `seconds` of timing for each job and kernel."""
 
-    One that spills in earnest is not timed, but for the default, the first one.
-    """
-    # kernel, bytes and configuration -> what was loaded for it. What is there is not loaded again: `waves` sets how
-    # many programs there are and nothing that is compiled, and tiles may be tried at low and at high ranks.
-    usage_of: dict[tuple[str, int, Config], dict[str, tuple[int, int, int]]] = {}
-
-    def measure(kernel: str, operand_bytes: int, configs: Sequence[Config]) -> tuple[Times, Loaded]:
+    def measure(kernel: str, operand_bytes: int, configs: Sequence[Config]) -> Times:
         times: Times = {config: [] for config in configs}
-        loaded: Loaded = {config: {} for config in configs}
         for job, *sizes in SUBJECTS[kernel].jobs:
             case = LayerCase(*sizes, PRECISIONS[operand_bytes], device.type)
             steps, _ = kernels.steps_for(case)
@@ -184,18 +177,11 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
             calls = {}
             with _overriding() as overrides, kernels.every_call_by_kernel():
                 for config in [config for config in configs if times[config] is not None]:
-                    overrides[kernel], known = config, in_process()
+                    overrides[kernel] = config
                     try:
                         wrong = kernels.failure(checker.comparisons(job, steps))
-                    except Exception as error:  # too much shared memory, say
+                    except Exception as error:
                         wrong = f"{type(error).__name__}: {error}"[:200]
-                    code = kernel.removesuffix("_high_rank"), operand_bytes, dataclasses.replace(config, waves=1)
-                    usage = usage_of.setdefault(code, {})
-                    usage |= {name: new for (name, _), new in in_process().items() - known.items()}
-                    loaded[config] |= usage
-                    spilt = max((stack for _, stack, _ in loaded[config].values()), default=0)
-                    if not wrong and config != configs[0] and spilt > HARMLESS_SPILLS:
-                        wrong = f"spills {spilt} bytes a thread"
                     if wrong:
                         times[config] = None
                         print(f"{kernel}: {fields_of(config)} at {case}: {wrong}", flush=True)
@@ -212,22 +198,9 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
                 times[config].append(float(f"{1e-3 * timing.median:.4g}"))
             del operands, calls
             gc.collect()
-        return times, loaded
+        return times
 
     return measure
-
-
-def in_process() -> dict[tuple[str, str], tuple[int, int, int]]:
-    """(kernel, key of the specialisation) -> its usage as in `Loaded`, of all that this process has loaded so far."""
-    found = {}
-    modules = [module for name, module in list(sys.modules.items()) if name.startswith("dora_kernels.kernels.")]
-    for name, kernel in {name: value for module in modules for name, value in vars(module).items()}.items():
-        # of a JITFunction: device -> (key -> compiled kernel, ...); the interpreter has none
-        for compiled, *_ in getattr(kernel, "device_caches", {}).values():
-            for key, one in compiled.items():
-                if getattr(one, "n_regs", None) is not None:  # Triton gives the stack in words of 4 bytes
-                    found[name, key] = one.n_regs, 4 * one.n_spills, one.metadata.shared
-    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -242,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     start = time.monotonic()
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as one:
-        gpu, target, shared_limit = one.submit(precompile.card).result()
+        gpu, target = one.submit(precompile.card).result()
     if not gpu:
         print(f"tune: torch {torch.__version__} sees no GPU; expected one", file=sys.stderr)
         return 2
@@ -250,21 +223,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tune: no kernel configuration is known for {gpu}; expected one in configs.py", file=sys.stderr)
         return 2
     operand_bytes, names = arguments.operand_bytes, [name for name in SUBJECTS if name in arguments.kernel]
-    try:
-        wanted = precompile.specializations_of(names, operand_bytes, target, shared_limit)
-        failed = precompile.compile_all(wanted, processes=max(2, (os.cpu_count() or 2) - 1))
-        print(f"compiled {len(wanted)} in {time.monotonic() - start:.0f} s, {len(failed)} failed")
-        print(*failed[:5], sep="\n", flush=True)
-    except Exception as error:  # only the time of the first calls is lost
-        print(f"compiling ahead failed: {type(error).__name__}: {error}"[:300], flush=True)
+    launched = precompile.launched_by(names, operand_bytes, target)
+    wanted = precompile.each_once(itertools.chain.from_iterable(launched.values()))
+    figures = precompile.compile_all(list(wanted.values()), processes=max(2, (os.cpu_count() or 2) - 1))
+    candidates = precompile.judge(launched, dict(zip(wanted, figures, strict=True)))
+    print(f"compiled {len(wanted)} in {time.monotonic() - start:.0f} s")
+    for name, judged in candidates.items():
+        for config, why in judged.refused.items():
+            print(f"{name}: {fields_of(config)} is not tried: {why}", flush=True)
     device = torch.device("cuda", torch.cuda.current_device())
-    defaults = configs.CONFIGS[target.family, operand_bytes]
     information = machine.meta(device, arguments.commit)
     path = arguments.out or configs.tuned_path(gpu)
     left = arguments.seconds - (time.monotonic() - start)
     settings = {"fresh": arguments.fresh, "device": device}
-    measure = measure_on(torch.device(device.type))
-    left_out = tune(names, operand_bytes, defaults, shared_limit, measure, path, information, left, **settings)
+    left_out = tune(
+        candidates, operand_bytes, measure_on(torch.device(device.type)), path, information, left, **settings
+    )
     return 1 if left_out else 0
 
 

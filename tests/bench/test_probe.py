@@ -187,7 +187,7 @@ for section in probe.SECTIONS.values():
     section(probe.Probe(case, (case,)))
 assert probe.main([]) == 2
 target = tune.precompile.TARGETS["sm_90"]
-wanted = tune.precompile.specializations_of(["merge"], 2, target, target.shared_limit)
+wanted = tune.precompile.launched_by(["merge"], 2, target)
 assert wanted and tune.main([]) == 2
 assert not used, f"before its forks, CUDA was asked: {used}"
 

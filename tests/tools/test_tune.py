@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import candidates  # noqa: E402
+import precompile  # noqa: E402
 import tune  # noqa: E402
+from compile_kernels import Compiled  # noqa: E402
 
 H200 = DeviceFacts("NVIDIA H200", "sm_90", 132)
 DEFAULTS = configs.CONFIGS["sm_90", 2]
@@ -120,13 +122,12 @@ def test_every_table_of_the_package_is_whole(path, monkeypatch, caplog):
     assert len(tuned) == sum(len(kernels) for kernels in table["configs"].values()) and not caplog.records
 
 
-def test_candidates_are_configurations_that_can_run():
+def test_candidates_are_configurations_of_their_kernels():
     for size in tune.PRECISIONS:
         defaults = configs.CONFIGS["sm_90", size]
         for kernel, subject in tune.SUBJECTS.items():
-            found = tune.candidates(kernel, defaults[kernel], size, 232448)
-            assert found[0] == defaults[kernel] and len(set(found)) == len(found)
-            assert 8 <= len(found) <= 16, (kernel, size)
+            found = candidates.candidates(kernel, defaults[kernel], "sm_90")
+            assert found[0] == defaults[kernel] and len(set(found)) == len(found) > 8
             for config in found:
                 assert configs._checked(tune.fields_of(config), defaults[kernel]) == config
             ranks = [R for _, _, _, _, R in subject.jobs]
@@ -135,22 +136,62 @@ def test_candidates_are_configurations_that_can_run():
             assert min(ranks) > configs.HIGH_RANK if high else max(ranks) <= configs.HIGH_RANK
 
 
-def test_the_largest_tile_of_a_high_rank_is_tried():
-    largest = {"BLOCK_M": 128, "BLOCK_N": 256, "num_warps": 8, "num_stages": 2}
-    default = replace(DEFAULTS["epilogue"], BLOCK_M=64)
-    found = tune.candidates("epilogue_high_rank", default, 2, 232448)
-    assert replace(default, **largest) in found and not candidates.fits("epilogue_high_rank", default, 2, 100)
+def test_amd_is_given_no_bound_on_registers():
+    default = replace(DEFAULTS["epilogue"], maxnreg=None)
+    bounded = [config for config in candidates.candidates("epilogue", default, "sm_90") if config.maxnreg]
+    assert bounded and not any(config.maxnreg for config in candidates.candidates("epilogue", default, "gfx942"))
 
 
-def test_what_cannot_fit_is_no_candidate():
-    config = Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=4)
-    # 4 stages of 64 columns of 128 rows of x and of 64 rows of the factor, 2 bytes each: 96 KiB
-    assert candidates.fits("project", config, 2, 98304) and not candidates.fits("project", config, 2, 98303)
-    norm = Config(BLOCK_N=128, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=1)
-    assert candidates.fits("norm", norm, 2, 1 << 20) and not candidates.fits(
-        "norm", replace(norm, BLOCK_K=256), 2, 1 << 20
+def compiled(registers: int = 100, spills: int = 0, shared: int = 1024, programs: int = 2, **more) -> Compiled:
+    return Compiled(registers, spills, shared, programs=programs, limited_by="registers", **more)
+
+
+def judged(**found: Compiled) -> precompile.Judged:
+    """Of a default and of candidates that launch two kernels each, the second with these figures."""
+    target = precompile.TARGETS["sm_90"]
+
+    def launched(name: str):
+        return SimpleNamespace(name=name, key=name, target=target, work=SimpleNamespace(waves=2))
+
+    rooms = {Config(BLOCK_N=16 << place): [launched("fine"), launched(name)] for place, name in enumerate(found)}
+    figures = {(name, name): one for name, one in ({"fine": compiled(programs=4)} | found).items()}
+    return precompile.judge({("norm", config): recorded for config, recorded in rooms.items()}, figures)["norm"]
+
+
+def test_only_what_compiles_spills_nothing_and_fits_is_tried():
+    found = judged(
+        default=compiled(spills=696, shared=1 << 20, programs=0),
+        good=compiled(spills=64),
+        spilling=compiled(spills=68),
+        large=compiled(shared=232449, programs=0),
+        failed=Compiled(error="not compiled in 2 s"),
+        counting=compiled(faults=("no barrier",)),
+        alone=compiled(programs=1),
     )
-    assert len(tune.candidates("project", config, 2, 98303)) < len(tune.candidates("project", config, 2, 98304))
+    sizes = [config.BLOCK_N for config in found.tried]
+    assert sizes == [16, 32], "the default is timed all the same: there is nothing else to compare with"
+    assert {config.BLOCK_N: why for config, why in found.refused.items()} == {
+        64: "spills",
+        128: "over the limit",
+        256: "does not compile: not compiled in 2 s",
+        512: "no barrier",
+        1024: "waves=2, and a multiprocessor holds 1 (registers)",
+    }
+    assert found.tried[Config(BLOCK_N=32)] == {"fine": (100, 0, 1024, 4), "good": (100, 64, 1024, 2)}
+
+
+def test_the_worst_of_what_a_kernel_is_compiled_for_counts():
+    target = precompile.TARGETS["sm_90"]
+    recorded = [SimpleNamespace(name="norm", key=str(R), target=target, work=None) for R in (64, 16)]
+    figures = {
+        ("norm", "64"): compiled(registers=128, shared=65536),
+        ("norm", "16"): compiled(registers=150, programs=3),
+    }
+    launched = {("norm", Config(BLOCK_N=size)): recorded for size in (16, 32)}
+    found = precompile.judge(launched, figures)["norm"]
+    assert found.tried[Config(BLOCK_N=32)] == {"norm": (150, 0, 65536, 2)}
+    figures["norm", "64"] = compiled(spills=100)
+    assert precompile.judge(launched, figures)["norm"].refused == {Config(BLOCK_N=32): "spills"}
 
 
 A, B, C = (Config(BLOCK_N=size) for size in (16, 32, 64))
@@ -172,21 +213,30 @@ def test_a_wrong_candidate_never_wins_and_a_wrong_default_says_so():
         tune.choose(A, {A: None, B: [1.0]})
 
 
-def run_tune(path, times, names=("norm", "merge"), seconds=100.0, commit="c1", clock=lambda: 0.0, fresh=False):
+# of each kernel the default, one more, and one that is wrong; and one that is not tried
+TRIED = {
+    name: precompile.Judged(
+        {config: {"_kernel": (128, 0, 4096, 2)} for config in (DEFAULTS[name], OTHER, replace(OTHER, num_stages=1))},
+        {replace(OTHER, num_warps=1): "spills"},
+    )
+    for name, OTHER in ((name, replace(DEFAULTS[name], num_warps=16)) for name in ("norm", "merge"))
+}
+
+
+def run_tune(path, times, seconds=100.0, commit="c1", clock=lambda: 0.0, fresh=False):
     """(left out, kernels measured) of tune.tune, the second candidate taking `times[kernel]` of the default's time."""
     measured = []
 
     def measure(kernel, operand_bytes, configs):
         measured.append(kernel)
         found = {config: [times[kernel] if place == 1 else 1.0] for place, config in enumerate(configs)}
-        return found | {configs[-1]: None}, {configs[0]: {"_kernel": (128, 0, 4096)}, configs[1]: {}}
+        return found | {configs[-1]: None}
 
-    arguments = (names, 2, DEFAULTS, 232448, measure, path, {"commit": commit}, seconds, fresh, clock)
-    return tune.tune(*arguments), measured
+    return tune.tune(TRIED, 2, measure, path, {"commit": commit}, seconds, fresh, clock), measured
 
 
 def second(kernel: str) -> dict[str, int]:
-    return tune.fields_of(tune.candidates(kernel, DEFAULTS[kernel], 2, 232448)[1])
+    return tune.fields_of(list(TRIED[kernel].tried)[1])
 
 
 def test_only_winners_are_written_and_the_package_reads_them(folder):
@@ -197,11 +247,11 @@ def test_only_winners_are_written_and_the_package_reads_them(folder):
     assert table["measured"]["2"]["merge"]["over_default"] == 1.0
     record = table["measured"]["2"]["norm"]
     assert record["jobs"] == ["norm 16x4096x4096x64", "norm 16x8192x8192x64"] and record["commit"] == "c1"
-    fields = [tune.fields_of(config) for config in tune.candidates("norm", DEFAULTS["norm"], 2, 232448)]
-    assert [found[0] for found in record["times"]] == fields
-    assert [found[1] for found in record["times"]] == [[1.0], [0.8], *[[1.0]] * (len(fields) - 3), None]
-    assert record["tried"] == len(fields) - 1
-    assert record["loaded"] == [[NORM, {"_kernel": [128, 0, 4096]}]]
+    fields = [tune.fields_of(config) for config in TRIED["norm"].tried]
+    assert record["times"] == list(map(list, zip(fields, [[1.0], [0.8], None], strict=True)))
+    assert record["tried"] == 2 and [found[0] for found in record["compiled"]] == fields
+    assert record["compiled"][0][1] == {"_kernel": [128, 0, 4096, 2]}
+    assert record["refused"] == [[fields[1] | {"num_warps": 1}, "spills"]]
     configs.tuned_configs.cache_clear()
     assert norm_config() == Config(**second("norm")) != DEFAULTS["norm"]
 
@@ -249,61 +299,56 @@ def test_candidates_are_checked_on_the_real_kernels(monkeypatch):
         return call(operands, steps)
 
     monkeypatch.setitem(tune.kernels.CALLS, "merge", spy)
-    spilling = replace(default, num_warps=8)
-    loaded = iter(({}, {("_a", "1"): (255, 696, 0)}, {}, {}, {}, {}, {}, {("_a", "2"): (255, 696, 0)}))
-    monkeypatch.setattr(tune, "in_process", lambda: next(loaded))
-    measure = tune.measure_on(torch.device("cpu"), 0, (1, 1))
-    times, found = measure("merge", 2, [default, other, broken, spilling])
-    assert times[broken] is times[spilling] is None and len(times[default]) == len(times[other]) == 1
+    times = tune.measure_on(torch.device("cpu"), 0, (1, 1))("merge", 2, [default, other, broken])
+    assert times[broken] is None and len(times[default]) == len(times[other]) == 1
     assert 0 < times[default][0] < 60  # seconds
-    # the default is timed all the same: there is nothing else to compare with
-    assert found == {default: {"_a": (255, 696, 0)}, other: {}, broken: {}, spilling: {"_a": (255, 696, 0)}}
     assert {default, other, broken} <= set(used) and configs.config_for is config_for
 
-    # neither loads anything: what differs in waves alone has the same code, and tiles tried at low ranks are there
-    loaded = iter([{}] * 6)
-    more, fine = (replace(config, waves=config.waves + 1) for config in (spilling, other))
-    times, found = measure("merge", 2, [default, more, fine])
-    assert times[more] is None and len(times[default]) == len(times[fine]) == 1
-    assert found == {default: {"_a": (255, 696, 0)}, more: {"_a": (255, 696, 0)}, fine: {}}
 
-
-def test_what_a_process_has_loaded(monkeypatch):
-    one, unloaded = (SimpleNamespace(n_regs=n, n_spills=174, metadata=SimpleNamespace(shared=512)) for n in (255, None))
-    kernel = SimpleNamespace(device_caches={0: ({"key": one, "other": unloaded}, {}, None, None, None)})
-    room = SimpleNamespace(_some_kernel=kernel, constant=1)
-    monkeypatch.setitem(sys.modules, "dora_kernels.kernels.invented", room)
-    assert tune.in_process()["_some_kernel", "key"] == (255, 696, 512)
-    assert ("_some_kernel", "other") not in tune.in_process()
-
-
+# prints what is tried of each subject on sm_90, and complains of a default; the broken one is what a compiler may say
 PRECOMPILE = """
+import json, os, sys
 import precompile
 from dataclasses import replace
-target = precompile.TARGETS["sm_90"]
-precompile.SUBJECTS["merge"] = replace(
-    precompile.SUBJECTS["merge"], values=((64, 64, 4, 2, 1),), jobs=precompile.SUBJECTS["merge"].jobs[:1]
-)
-wanted = precompile.specializations_of(["merge"], 2, target, target.shared_limit)
-print(len(wanted), *(one.tiles() for one in wanted), sep="; ")
-broken = replace(wanted[0], constexprs={})
-failed = precompile.compile_all([wanted[0], broken], 2)
-print(sum(error.startswith("_merge_kernel") for error in failed), precompile.card()[0] == "")
+target, names, most = precompile.TARGETS["sm_90"], sys.argv[2:], int(sys.argv[1])
+for name in names:
+    subject = precompile.SUBJECTS[name]
+    precompile.SUBJECTS[name] = replace(subject, values=subject.values[:most or None])
+launched = precompile.launched_by(names, 2, target)
+wanted = precompile.each_once(one for recorded in launched.values() for one in recorded)
+broken = replace(next(iter(wanted.values())), constexprs={})
+*figures, failed = precompile.compile_all([*wanted.values(), broken], os.cpu_count(), seconds=1200)
+assert failed.error.startswith(broken.name), failed
+compiled = dict(zip(wanted, figures))
+for recorded in (launched[name, precompile.configs.CONFIGS["sm_90", 2][name]] for name in names):
+    for one in recorded:
+        assert not precompile.verdict(compiled[one.name, one.key], one), (one.name, one.tiles())
+assert precompile.card()[0] == ""
+judged = precompile.judge(launched, compiled)
+print(json.dumps({name: len(judged[name].tried) for name in names}))
 """
+
+
+def tried(folder: Path, most: int, *names: str) -> dict[str, int]:
+    """Subject -> candidates that are tried on sm_90, of the first `most` or, for 0, all."""
+    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]), "CUDA_VISIBLE_DEVICES": ""}
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    command = [sys.executable, "-c", PRECOMPILE, str(most), *names]
+    done = subprocess.run(command, env=env | {"TRITON_CACHE_DIR": str(folder)}, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.mark.nightly
 def test_candidates_are_compiled_ahead_and_failures_are_told(tmp_path):
-    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]), "CUDA_VISIBLE_DEVICES": ""}
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
-    command = [sys.executable, "-c", PRECOMPILE]
-    done = subprocess.run(command, env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    tiles, counts = done.stdout.splitlines()
-    default = "BLOCK_N=64 BLOCK_K=128 BLOCK_R=64 warps=8 stages=2"
-    assert tiles == f"2; {default}; BLOCK_N=64 BLOCK_K=64 BLOCK_R=64 warps=4 stages=2"
-    assert counts == "1 True"
+    assert tried(tmp_path, 2, "merge") == {"merge": 3}
     assert list(tmp_path.rglob("_merge_kernel.cubin"))
+
+
+@pytest.mark.nightly
+def test_of_every_subject_enough_is_left_to_choose_from(tmp_path):
+    left = tried(tmp_path, 0, *tune.SUBJECTS)
+    assert left.keys() == tune.SUBJECTS.keys() and min(left.values()) >= 8, left
 
 
 def test_fields_of_a_configuration_make_it_again():

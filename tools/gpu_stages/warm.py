@@ -70,14 +70,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = start + arguments.seconds
     if arguments.target:
         name, target = "", specializations.TARGETS[arguments.target]
-        shared_limit = target.shared_limit
     else:
         with concurrent.futures.ProcessPoolExecutor(1, precompile.FORK) as one:
-            name, target, shared_limit = one.submit(precompile.card).result()
+            name, target = one.submit(precompile.card).result()
         if target is None:
             print(f"warm: {name or 'no GPU'}; expected a GPU that there are configurations for", file=sys.stderr)
             return 2
-    wanted = workload.wanted(name, target, shared_limit, arguments.part, arguments.tuning)
+    wanted = workload.wanted(name, target, arguments.part, arguments.tuning)
     recorded = time.monotonic() - start
     results = precompile.in_all_cores(compile_one, wanted, arguments.processes, end)
     compiled = time.monotonic() - start

@@ -80,9 +80,7 @@ class WantedGemm:
         return {"registers": found["registers"], "spills": found["stack"], "shared": found["shared"], "error": ""}
 
 
-def wanted(
-    card: str, target: Target, shared_limit: int, parts: Collection[str], tuning: bool
-) -> list[Wanted | WantedGemm]:
+def wanted(card: str, target: Target, parts: Collection[str], tuning: bool) -> list[Wanted | WantedGemm]:
     """All that these parts of the plans launch on the card of that name, each once, in their order.
 
     tuning: with its candidates. What is already tuned on this card has the tiles of its table.
@@ -94,7 +92,8 @@ def wanted(
             for recorded in PARTS[stage](target):
                 _add(found, stage, recorded)
     if tuning:
-        _add(found, "tuning", precompile.specializations_of(list(SUBJECTS), 2, target, shared_limit))
+        for recorded in precompile.launched_by(list(SUBJECTS), 2, target).values():
+            _add(found, "tuning", recorded)
     gemms = "probe" in parts and target.name == "sm_90" and not gemm.why_not_gluon()
     return [*found.values(), *(map(WantedGemm, gemm.VARIANTS) if gemms else ())]
 
