@@ -64,11 +64,16 @@ def _until(wanted: str, start: int, steps: Sequence[Sequence[int]], code: Sequen
     return found
 
 
-def amd_faults(assembly: str) -> list[str]:
-    """What is wrong with the atomics of AMD's assembly: that there are any.
+def amd_faults(assembly: str, whole: bool) -> list[str]:
+    """What is wrong with the atomics of AMD's assembly. whole: no program counts but for itself.
 
     A barrier is a bare s_barrier there (Triton 3.6.0 and 3.7.1, gfx942), which waits for no wavefront's stores, and the
-    one that counts waits for its own. LLVM mended the same for gfx10 to gfx11 (llvm-project, pull request 161638).
+    one that counts waits for its own: threads of the same program see what was stored before it, other programs may
+    not. LLVM mended the same for gfx10 and gfx11 (llvm-project, pull request 161638).
     """
     found = dict.fromkeys(re.findall(r"\b(?:global|flat|buffer|ds)_(?:atomic_\w+|add_\w+|cmpst_\w+)", assembly))
-    return [f"{operation}: the barrier before it would wait for nobody's stores" for operation in found]
+    others = [one for one in found if one != "global_atomic_add"]
+    wrong = [f"{one}: the one atomic that kernels may have is global_atomic_add" for one in others]
+    if "global_atomic_add" in found and not whole:
+        wrong.append("a block is cut among programs, and the barrier before the count waits for nobody's stores")
+    return wrong

@@ -99,7 +99,9 @@ def compile_ahead(specialization: Specialization, loops: bool = False) -> Compil
     programs, limited_by = specialization.target.resident(registers, shared, kernel.metadata.num_warps)
     compiled = Compiled(registers, spills, shared, programs=programs, limited_by=limited_by)
     if not cuda:
-        return dataclasses.replace(compiled, faults=tuple(atomics.amd_faults(kernel.asm["amdgcn"])))
+        work, (programs, *_) = specialization.work, specialization.grid
+        whole = work is None or work.blocks % programs == 0
+        return dataclasses.replace(compiled, faults=tuple(atomics.amd_faults(kernel.asm["amdgcn"], whole)))
     if not (loops or re.search(r"\b(?:atom|red)\.", kernel.asm["ptx"])):
         return compiled
     code = machine_code.instructions(_of_cubin(kernel, triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf"))

@@ -103,7 +103,8 @@ def project(
     small = launch.config("low")
     blocks_r = ceil_div(R, small.tiles(R)["BLOCK_R"])
     config, programs, parts = small, blocks_r * ceil_div(M, small.BLOCK_M), 1
-    if counters is not None or programs < configs.FILLED * launch.facts.multiprocessors:
+    fills = programs >= configs.FILLED * launch.facts.multiprocessors
+    if launch.counts and (counters is not None or not fills):
         config = launch.config("project")
         blocks, steps = blocks_r * ceil_div(M, config.BLOCK_M), ceil_div(K, config.BLOCK_K)
         programs = launch.programs(blocks, steps, config, sums=True)

@@ -341,6 +341,14 @@ class Launch(NamedTuple):
         per_split = ceil_div(steps, configs.splits(blocks, steps, self.facts, config)) * block
         return per_split, max(1, ceil_div(size, max(per_split, 1)))
 
+    @property
+    def counts(self) -> bool:
+        """True where the last of several programs may finish what all of them have stored (`is_last`).
+
+        Not on AMD's: a barrier there waits for nobody's stores, and the one that counts for its own (tools/atomics.py).
+        """
+        return not self.facts.target.startswith("gfx")
+
     def programs(self, blocks: int, steps: int, config: configs.Config, sums: bool) -> int:
         """The number of programs that share the work; sums: what the steps of a block give is summed up."""
         return configs.programs(blocks, steps, self.facts.multiprocessors * config.waves, sums)

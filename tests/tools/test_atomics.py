@@ -88,7 +88,13 @@ def test_code_without_atomics_has_no_faults():
     assert faults("/*0000*/ STG.E [R2.64], R3 ;\n/*0010*/ EXIT ;") == []
 
 
-def test_on_amd_any_atomic_is_a_fault():
-    assert atomics.amd_faults("\ts_barrier\n\tglobal_load_dwordx4 v[0:3], v4, s[0:1]\n\tds_read_b32 v0, v1") == []
-    found = atomics.amd_faults("\ts_barrier\n\tbuffer_wbl2 sc1\n\tglobal_atomic_add v1, v1, v2, s[4:5] sc0")
-    assert len(found) == 1 and found[0].startswith("global_atomic_add: ")
+AMD = "\ts_barrier\n\tbuffer_wbl2 sc1\n\ts_waitcnt vmcnt(0)\n\tglobal_atomic_add v1, v1, v2, s[4:5] sc0\n"
+
+
+def test_on_amd_no_program_may_count_on_what_another_has_stored():
+    plain = "\ts_barrier\n\tglobal_load_dwordx4 v[0:3], v4, s[0:1]\n\tds_read_b32 v0, v1"
+    assert atomics.amd_faults(plain, whole=False) == atomics.amd_faults(AMD, whole=True) == []
+    assert len(atomics.amd_faults(AMD, whole=False)) == 1
+    for other in ("global_atomic_add_f32", "global_atomic_pk_add_bf16", "buffer_atomic_add", "ds_add_u32"):
+        found = atomics.amd_faults(AMD.replace("global_atomic_add", other), whole=True)
+        assert len(found) == 1 and found[0].startswith(f"{other}: ")
