@@ -14,8 +14,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from dora_kernels.kernels.tile import is_last  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENS = (1, 16, 100, 1000, 4096, 65536)
@@ -156,12 +161,42 @@ def told_to_hooks() -> list[str]:
     return sorted(found)
 
 
+@triton.jit
+def counting_kernel(partial_ptr, counter_ptr, MEETING: tl.constexpr):
+    """Stores and counts; MEETING: as the package does, else without the barrier in between."""
+    offs = tl.program_id(0) * 128 + tl.arange(0, 128)
+    tl.store(partial_ptr + offs, offs)
+    if MEETING:
+        last = is_last(counter_ptr, tl.num_programs(0))
+    else:
+        last = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1
+    if last:
+        tl.store(partial_ptr, 0)
+
+
+def counted() -> list[list[str]]:
+    """The faults of counting_kernel, with and without the barrier; run where Triton compiles."""
+    import compile_kernels as tool
+
+    tensor = torch.empty(512, dtype=torch.int32, device="meta")
+    with tool.recording(tool.TARGETS["sm_90"], tool.VARIANTS["bf16"]) as recorded:
+        for meeting in (True, False):
+            counting_kernel[4,](tensor, tensor, MEETING=meeting)
+    return [list(tool.compile_ahead(one).faults) for one in recorded]
+
+
 @pytest.fixture(scope="module")
 def recorded() -> dict:
-    functions = "specialization_keys(), merged_operands(), told_to_hooks()"
+    functions = "specialization_keys(), merged_operands(), told_to_hooks(), counted()"
     done = _run("-c", f"from tests.tools.test_compile_kernels import *; print(json.dumps([{functions}]))")
     assert done.returncode == 0, done.stderr
-    return dict(zip(("keys", "merged", "told"), json.loads(done.stdout), strict=True))
+    return dict(zip(("keys", "merged", "told", "counted"), json.loads(done.stdout), strict=True))
+
+
+def test_a_count_without_a_barrier_before_it_is_a_fault(recorded):
+    """Of a kernel without shared memory: for what is in it Triton may put a barrier there, which is no promise."""
+    with_it, without = recorded["counted"]
+    assert with_it == [] and len(without) == 1 and "tl.debug_barrier() lacks" in without[0]
 
 
 def test_hooks_of_the_jit_are_told_of_every_kernel(recorded):
