@@ -143,7 +143,9 @@ EXEMPTIONS = (
         "partial sums, 64 KB to 4 MB at 8192 x 4096, R = 64, just written: they are in the L2 cache; small programs, 8 "
         "and more a multiprocessor",
     ),
-    Exemption("merge", "*", "a tile a program, nothing to load ahead for; 2 or 3 programs a multiprocessor take turns"),
+    Exemption("norm", "update.lora_B magnitude", "once for a block of rows: it stays for all steps along K"),
+    Exemption("grouped_norm", "lora_B_ptr magnitude_ptr", "once for a program, as above"),
+    Exemption("merge", "update.lora_B unfinished.*", "once for a block of rows, as in the norm"),
     Exemption(
         "epilogue",
         "*",
@@ -187,10 +189,10 @@ EXEMPTIONS = (
         lambda one: one.constants()["FORMAT"].name == "dense" and one.type_of("weight.numbers[1]") != "constexpr",
     ),
     Exemption(
-        "norm",
+        "*",
         "weight.pointers.0",
-        "Triton pipelines innermost loops, and with a quantized weight this one has the chunks of R in it",
-        lambda one: not one.constants()["ONE_CHUNK"] and _format("int8", "float8", "nf4_torchao")(one),
+        "Triton pipelines innermost loops: where lora_B does not stay, this one has the chunks of R in it",
+        lambda one: one.constants().get("CHUNKS") == 0 and one.has("update"),
     ),
     Exemption(
         "norm",

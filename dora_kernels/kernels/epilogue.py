@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels.kernels.norm import finished_gain, unfinished_argument
 from dora_kernels.kernels.tile import (
     Launch,
     block_offsets,
@@ -26,7 +27,8 @@ def _epilogue_kernel(
     base,  # (M, N)
     low,  # (M, R) or None
     lora_B,  # (N, R)
-    gain_ptr,  # (N,) in DTYPES.accumulate, contiguous
+    gain_ptr,  # (N,) in DTYPES.accumulate, contiguous; not read if unfinished
+    unfinished,  # what gain is made of, or None
     bias,  # (N,) or None
     residual,  # (M, N) or None
     y_ptr,  # (M, N), contiguous
@@ -53,7 +55,10 @@ def _epilogue_kernel(
     mask_n = offs_n < N
     mask = mask_m[:, None] & mask_n[None, :]
     base_tile = load(base, offs_m, offs_n, mask_m, mask_n).to(DTYPES.accumulate)  # [BLOCK_M, BLOCK_N]
-    gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
+    if unfinished is not None:
+        gain = finished_gain(unfinished, N, offs_n, mask_n, tl.program_id(0) == 0)  # [BLOCK_N]
+    else:
+        gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
     y = base_tile
     if low is not None:
         product = low_rank(low, transposed(lora_B), offs_m, offs_n, mask_m, mask_n, R, BLOCK_R, ONE_CHUNK, DTYPES)
@@ -114,13 +119,14 @@ def epilogue(
     config = _epilogue_config(launch, base, low, lora_B, residual)
     tiles = config.tiles(R)
     y = base.new_empty((M, N), dtype=out_dtype)
-    if y.numel() == 0:
+    if N == 0 or (M == 0 and unfinished is None):
         return y
-    _epilogue_kernel[ceil_div(M, config.BLOCK_M), ceil_div(N, config.BLOCK_N)](
+    _epilogue_kernel[max(1, ceil_div(M, config.BLOCK_M)), ceil_div(N, config.BLOCK_N)](
         matrix(base),
         matrix(low),
         matrix(lora_B),
         gain,
+        unfinished_argument(unfinished),
         vector(bias),
         matrix(residual),
         y,

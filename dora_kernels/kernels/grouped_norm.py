@@ -11,8 +11,14 @@ import triton
 import triton.language as tl
 
 from dora_kernels.kernels.norm import gain_of, root, row_squares
-from dora_kernels.kernels.stored_weight import StoredWeight, Update, weight_arguments, weight_config
-from dora_kernels.kernels.tile import TL_DTYPE, Launch, Matrix, block_offsets, known_multiple
+from dora_kernels.kernels.stored_weight import (
+    StoredWeight,
+    Update,
+    walk_config,
+    weight_arguments,
+    weight_config,
+)
+from dora_kernels.kernels.tile import TL_DTYPE, Launch, Matrix, block_offsets, known_multiple, steps_over
 from dora_kernels.planning.configs import ceil_div
 
 
@@ -31,7 +37,7 @@ def _grouped_norm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     DTYPES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -59,8 +65,9 @@ def _grouped_norm_kernel(
     scaling = tl.load(scaling_ptr + layer)
     weight = StoredWeight((weight_ptr,), (K, 1))
     update = Update(Matrix(lora_A_ptr, K, 1), Matrix(lora_B_ptr, R, 1), R, scaling)
+    steps = steps_over(K, BLOCK_K)
     squares = row_squares(
-        weight, update, offs_n, mask_n, 0, K, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, ONE_CHUNK, DTYPES, STAGES
+        weight, update, offs_n, mask_n, 0, steps, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, CHUNKS, DTYPES, STAGES
     )
     magnitude = tl.load(magnitude_ptr + offs_n, mask=mask_n, other=0.0).to(DTYPES.accumulate)
     norm = root(squares)
@@ -80,6 +87,7 @@ def grouped_norm(
     launch = Launch.of(weights[0], lora_As[0].dtype)
     most_R = max(lora_A.shape[0] for lora_A in lora_As)
     config = weight_config(launch, "norm", weights[0], most_R)
+    config, chunks = walk_config(launch, config, weights[0], most_R)
     tiles = config.tiles(most_R)
     _, weight_format = weight_arguments(weights[0], config.BLOCK_K)
     layers, blocks, total = [], [], 0
@@ -106,7 +114,7 @@ def grouped_norm(
         ALIGNED=aligned,
         R_MULTIPLE=math.gcd(16, *(row[6] for row in layers)),
         STAGES=config.num_stages if aligned else None,
-        ONE_CHUNK=most_R <= tiles["BLOCK_R"],
+        CHUNKS=chunks,
         DTYPES=launch.dtypes,
         **tiles,
     )

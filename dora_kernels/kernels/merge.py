@@ -1,4 +1,4 @@
-"""The merged weight: gain * (weight + scaling * lora_B @ lora_A).
+"""The merged weight: gain * (weight + scaling * lora_B @ lora_A), and what a backward pass begins with beside it.
 
 lora_B @ lora_A is formed in registers and never stands in device memory.
 """
@@ -7,21 +7,52 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels import types
+from dora_kernels.kernels.norm import finished_gain, unfinished_argument
 from dora_kernels.kernels.stored_weight import (
     direction_tile,
     known_rank,
     update_argument,
+    walk_config,
     weight_arguments,
     weight_config,
+    weight_stages,
 )
-from dora_kernels.kernels.tile import Launch, block_offsets, rank_multiple
+from dora_kernels.kernels.tile import (
+    Launch,
+    Matrix,
+    block_offsets,
+    load,
+    matrix,
+    rank_multiple,
+    resident,
+    steps_of,
+    steps_over,
+    store,
+    unit_range,
+)
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
-from dora_kernels.reference import prepare
-from dora_kernels.types import Prepared, Unfinished
 
 
 @triton.jit
+def _scale_rows(scaled_B, lora_B, factor, gain, offs_n, mask_n, R, BLOCK_R: tl.constexpr):
+    """scaled_B[offs_n] = factor * gain * lora_B[offs_n], rounded once."""
+    for r in range(0, R, BLOCK_R):
+        offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+        tile = load(lora_B, offs_n, offs_r, mask_n, offs_r < R).to(gain.dtype)  # [BLOCK_N, BLOCK_R]
+        store(scaled_B, offs_n, offs_r, mask_n, offs_r < R, (factor * gain)[:, None] * tile)
+
+
+@triton.jit
+def _zero(counters_ptr, count, BLOCK: tl.constexpr):
+    """counters = 0, by all programs together."""
+    for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        tl.store(counters_ptr + offs, tl.zeros([BLOCK], dtype=tl.int32), mask=offs < count)
+
+
+@triton.jit(do_not_specialize=["count"])
 def _merge_kernel(
     weight,  # (N, K) as stored
     gain_ptr,  # (N,) in DTYPES.accumulate, contiguous, or None
@@ -29,31 +60,57 @@ def _merge_kernel(
     N,
     K,
     update,  # (N, K) or None
+    unfinished,  # what gain is made of, or None
+    scaled_B,  # (N, R) or None
+    factor,
+    counters_ptr,  # (count,) or None
+    count,
     FORMAT: tl.constexpr,
     SUBTRACT_WEIGHT: tl.constexpr,
     R_MULTIPLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     DTYPES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """merged = gain * (weight + scaling * lora_B @ lora_A) [- weight]. One program owns a [BLOCK_N, BLOCK_K] tile."""
+    """merged = gain * (weight + scaling * lora_B @ lora_A) [- weight]; scaled_B = factor * gain * lora_B; counters = 0.
+
+    One program owns a range of steps of BLOCK_K columns, in blocks of BLOCK_N rows.
+    """
+    if counters_ptr is not None:
+        _zero(counters_ptr, count, BLOCK_N)
     if update is not None:
         update = known_rank(update, R_MULTIPLE)
-    offs_n = block_offsets(tl.program_id(0), BLOCK_N)
-    k = tl.program_id(1).to(tl.int64) * BLOCK_K
-    mask_n = offs_n < N
-    w, merged = direction_tile(
-        weight, update, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, ONE_CHUNK, DTYPES
-    )  # [BLOCK_N, BLOCK_K], both
-    if gain_ptr is not None:
-        merged = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)[:, None] * merged
-    if SUBTRACT_WEIGHT:
-        merged -= w
-    offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-    pointers = merged_ptr + offs_n[:, None] * K + offs_k[None, :]
-    tl.store(pointers, merged.to(merged_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_k < K)[None, :])
+    is_unfinished: tl.constexpr = unfinished is not None  # Triton 3.6 cannot ask a tuple inside a loop
+    steps = steps_over(K, BLOCK_K)
+    first, end = unit_range(tl.cast(tl.cdiv(N, BLOCK_N), tl.int64) * steps)
+    for block in range(first // steps, tl.cdiv(end, steps)):
+        offs_n = block_offsets(block, BLOCK_N)
+        mask_n = offs_n < N
+        start, stop = steps_of(block, steps, first, end)
+        if is_unfinished:
+            gain = finished_gain(unfinished, N, offs_n, mask_n, start == 0)  # [BLOCK_N]
+        elif gain_ptr is not None:
+            gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
+        lora_B = ()
+        if update is not None:
+            lora_B = resident(update.lora_B, offs_n, mask_n, update.R, CHUNKS, BLOCK_R, DTYPES)
+        if scaled_B is not None:
+            if start == 0:
+                _scale_rows(scaled_B, update.lora_B, factor, gain, offs_n, mask_n, update.R, BLOCK_R)
+        for step in tl.range(start.to(tl.int32), stop.to(tl.int32), num_stages=STAGES):
+            k = step * BLOCK_K
+            w, merged = direction_tile(
+                weight, update, lora_B, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, CHUNKS, DTYPES
+            )  # [BLOCK_N, BLOCK_K], both
+            if gain_ptr is not None:
+                merged = gain[:, None] * merged
+            if SUBTRACT_WEIGHT:
+                merged -= w
+            offs_k = tl.arange(0, BLOCK_K)
+            store(Matrix(merged_ptr + tl.cast(k, tl.int64), K, 1), offs_n, offs_k, mask_n, offs_k < K - k, merged)
 
 
 def merge(
@@ -65,36 +122,84 @@ def merge(
     subtract_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     *,
-    unfinished: Unfinished | None = None,
-    prepared: Prepared | None = None,
+    unfinished: types.Unfinished | None = None,
+    prepared: types.Prepared | None = None,
 ) -> torch.Tensor:
     """The merged weight (N, K); as `reference.merge`, and without an adapter weight itself."""
     N, K = weight.shape
     R = 0 if lora_A is None else lora_A.shape[0]
     launch = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
+    merged = weight.new_empty((N, K), dtype=out_dtype or weight.dtype)
+    if merged.numel() == 0 and unfinished is None and prepared is None:
+        return merged
     config = weight_config(launch, "merge", weight, R)
+    config, chunks = walk_config(launch, config, weight, R, merged.dtype.itemsize)
     tiles = config.tiles(R)
     stored, weight_format = weight_arguments(weight, config.BLOCK_K)
-    merged = weight.new_empty((N, K), dtype=out_dtype or weight.dtype)
-    if merged.numel() == 0:
-        return merged
-    _merge_kernel[ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K)](
+    scaled_B, factor, counters = (None, 1.0, None) if prepared is None else prepared
+    programs = launch.programs(ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K), config, sums=False)
+    _merge_kernel[programs,](
         stored,
         gain,
         merged,
         N,
         K,
         update_argument(lora_A, lora_B, scaling),
+        unfinished_argument(unfinished),
+        matrix(scaled_B),
+        factor,
+        counters,
+        0 if counters is None else counters.numel(),
         FORMAT=weight_format,
         SUBTRACT_WEIGHT=subtract_weight,
         R_MULTIPLE=rank_multiple(R, lora_B),
-        ONE_CHUNK=R <= tiles["BLOCK_R"],
+        CHUNKS=chunks,
+        STAGES=weight_stages(weight, config),
         DTYPES=launch.dtypes,
         **tiles,
     )
-    if prepared is not None:
-        prepare(prepared, lora_B, gain)
     return merged
+
+
+@triton.jit(do_not_specialize=["count"])
+def _prepare_kernel(
+    lora_B,  # (N, R)
+    gain_ptr,  # (N,), contiguous
+    scaled_B,  # (N, R) or None
+    factor,
+    counters_ptr,  # (count,) or None
+    count,
+    N,
+    R,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """scaled_B = factor * gain * lora_B, counters = 0. One program owns BLOCK_N rows."""
+    if counters_ptr is not None:
+        _zero(counters_ptr, count, BLOCK_N)
+    if scaled_B is not None:
+        offs_n = block_offsets(tl.program_id(0), BLOCK_N)
+        mask_n = offs_n < N
+        gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
+        _scale_rows(scaled_B, lora_B, factor, gain, offs_n, mask_n, R, BLOCK_R)
+
+
+def prepare(prepared: types.Prepared, lora_B: torch.Tensor, gain: torch.Tensor) -> None:
+    """prepared.scaled_B (N, R) and the counters, where no `merge` writes them; as `reference.prepare`."""
+    scaled_B, factor, counters = prepared
+    N, R = lora_B.shape
+    config = Launch.of(lora_B, lora_B.dtype).config("prepare")
+    _prepare_kernel[max(1, ceil_div(N, config.BLOCK_N)),](
+        matrix(lora_B),
+        gain,
+        matrix(scaled_B),
+        factor,
+        counters,
+        0 if counters is None else counters.numel(),
+        N,
+        R,
+        **config.tiles(R),
+    )
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:

@@ -1,123 +1,66 @@
 """The row norm of weight + scaling * lora_B @ lora_A, and with it the gain.
 
-With few rows or many columns the sum over K is split; the partial sums are added in a fixed order, so that the
-result is bitwise the same in every call.
+`norm` takes one launch. So does `start_norm`, which shares the rows' columns among as many programs as the device
+holds, and leaves their sums of squares to the step that reads gain first: `finished_gain` adds them up in a fixed
+order, so that the result is bitwise the same in every call.
 """
+
+import dataclasses
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from dora_kernels import types
 from dora_kernels.kernels.stored_weight import (
     direction_tile,
-    elements,
     known_rank,
     update_argument,
+    walk_config,
     weight_arguments,
     weight_config,
     weight_stages,
 )
 from dora_kernels.kernels.tile import (
     Launch,
+    Vector,
     add_parts,
-    add_product,
     block_offsets,
-    load,
     load_vector,
+    part_of,
     rank_multiple,
+    resident,
+    steps_of,
+    steps_over,
+    unit_range,
     vector,
 )
-from dora_kernels.planning.configs import ceil_div
+from dora_kernels.planning.configs import ceil_div, most_parts
 from dora_kernels.quant import Weight
-from dora_kernels.types import Unfinished
+from dora_kernels.reference import accumulate_dtype
+
+# Of a block that one program sums alone: each reads all of lora_A, whose 64 ranks are twice the bytes of 32 rows.
+LEAST_ROWS = 32
 
 
-@triton.jit
-def row_squares(
-    weight,  # (N, K) as stored
-    update,  # (N, K)
-    offs_n,
-    mask_n,
-    start,
-    end,
-    K,
-    FORMAT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    DTYPES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """sum over k from start to end of (weight + scaling * lora_B @ lora_A)[offs_n, k]^2."""
-    squares = tl.zeros([BLOCK_N], dtype=DTYPES.accumulate)
-    if FORMAT.name == "dense" and not ONE_CHUNK and STAGES is not None:
-        # one loop over k and r: Triton pipelines innermost loops only. Each step would wait twice, for the weight and
-        # for the first chunks; here the weight comes with the last chunk, and the masks ask for nothing before
-        chunks = tl.cdiv(update.R, BLOCK_R)
-        steps = tl.cdiv((end - start).to(tl.int32), BLOCK_K) * chunks
-        product = tl.zeros([BLOCK_N, BLOCK_K], dtype=DTYPES.accumulate)
-        for step in tl.range(0, steps, num_stages=STAGES):
-            chunk = step % chunks
-            last = chunk == chunks - 1
-            offs_k = start + (step // chunks).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-            mask_k = offs_k < K
-            mask_k_if_last = offs_k < tl.where(last, K, 0)
-            w = load(elements(weight), offs_n, offs_k, mask_n, mask_k_if_last)  # [BLOCK_N, BLOCK_K]
-            product = add_product(
-                product, update.lora_B, update.lora_A, chunk * BLOCK_R,
-                offs_n, offs_k, mask_n, mask_k, update.R, BLOCK_R, DTYPES,
-            )  # fmt: skip
-            if last:
-                squares += _sum_squares(w.to(DTYPES.accumulate) + update.scaling * product, mask_k)
-                product = tl.zeros([BLOCK_N, BLOCK_K], dtype=DTYPES.accumulate)
-    else:
-        for k in tl.range(start, end, BLOCK_K, num_stages=STAGES):
-            _, direction = direction_tile(
-                weight, update, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, ONE_CHUNK, DTYPES
-            )
-            squares += _sum_squares(direction, k + tl.arange(0, BLOCK_K) < K)
-    return squares
+class Unfinished(NamedTuple):
+    """types.Unfinished as one argument of a kernel."""
+
+    squares: torch.Tensor  # (parts, N), contiguous
+    parts: int
+    magnitude: torch.Tensor  # (N,)
+    magnitude_stride: int
+    norm: torch.Tensor  # (N,) in squares' dtype, contiguous
+    gain: torch.Tensor  # (N,) as norm
 
 
-@triton.jit
-def _sum_squares(direction, mask_k):
-    """Of each row of direction [BLOCK_N, BLOCK_K], the sum of the squares inside the mask."""
-    # columns past K are zero in weight and lora_A, but not in the product where lora_B is inf or NaN
-    return tl.sum(tl.where(mask_k[None, :], direction * direction, 0.0), axis=1)
-
-
-@triton.jit
-def _norm_kernel(
-    weight,  # (N, K) as stored
-    partial_ptr,  # (splits, N) in DTYPES.accumulate, contiguous
-    N,
-    K,
-    columns_per_split,
-    update,  # (N, K)
-    FORMAT: tl.constexpr,
-    R_MULTIPLE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    DTYPES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """partial[split, n] = sum over the split's k of (weight + scaling * lora_B @ lora_A)[n, k]^2.
-
-    One program owns BLOCK_N rows and the columns of one split.
-    """
-    update = known_rank(update, R_MULTIPLE)
-    offs_n = block_offsets(tl.program_id(0), BLOCK_N)
-    split = tl.program_id(1).to(tl.int64)
-    mask_n = offs_n < N
-    start = split * columns_per_split
-    end = tl.minimum(start + columns_per_split, K)
-    squares = row_squares(
-        weight, update, offs_n, mask_n, start, end, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, ONE_CHUNK, DTYPES, STAGES
-    )
-    tl.store(partial_ptr + split * N + offs_n, squares, mask=mask_n)
+def unfinished_argument(unfinished: types.Unfinished | None) -> Unfinished | None:
+    """What `start_norm` has left as an argument; None where it has left nothing."""
+    if unfinished is None:
+        return None
+    squares, magnitude, norm, gain = unfinished
+    return Unfinished(squares, squares.shape[0], magnitude, magnitude.stride(0), norm, gain)
 
 
 @triton.jit
@@ -142,27 +85,99 @@ def gain_of(magnitude, norm):
 
 
 @triton.jit
-def _finish_norm_kernel(
-    partial_ptr,  # (splits, N), contiguous
+def finished_gain(unfinished, N, offs_n, mask_n, writes):
+    """gain[offs_n] of an Unfinished over N rows; where `writes`, norm and gain are written, too."""
+    squares = tl.zeros([offs_n.shape[0]], dtype=unfinished.squares.dtype.element_ty)
+    norm = root(add_parts(squares, unfinished.squares, unfinished.parts, N, offs_n, mask_n))
+    gain = gain_of(
+        load_vector(Vector(unfinished.magnitude, unfinished.magnitude_stride), offs_n, mask_n).to(norm.dtype), norm
+    )
+    tl.store(unfinished.norm + offs_n, norm, mask=mask_n & writes)
+    tl.store(unfinished.gain + offs_n, gain, mask=mask_n & writes)
+    return gain
+
+
+@triton.jit
+def row_squares(
+    weight,  # (N, K) as stored
+    update,  # (N, K)
+    offs_n,
+    mask_n,
+    start,
+    stop,
+    K,
+    FORMAT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """sum over k in steps start to stop of BLOCK_K of (weight + scaling * lora_B @ lora_A)[offs_n, k]^2."""
+    lora_B = resident(update.lora_B, offs_n, mask_n, update.R, CHUNKS, BLOCK_R, DTYPES)
+    squares = tl.zeros([BLOCK_N], dtype=DTYPES.accumulate)
+    for step in tl.range(tl.cast(start, tl.int32), tl.cast(stop, tl.int32), num_stages=STAGES):
+        k = step * BLOCK_K
+        _, direction = direction_tile(
+            weight, update, lora_B, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, CHUNKS, DTYPES
+        )
+        if k + BLOCK_K > K:
+            # columns past K are zero in weight and lora_A, but not in the product where lora_B is inf or NaN
+            direction = tl.where((k + tl.arange(0, BLOCK_K) < K)[None, :], direction, 0.0)
+        squares += tl.sum(direction * direction, axis=1)
+    return squares
+
+
+@triton.jit
+def _norm_kernel(
+    weight,  # (N, K) as stored
+    squares_ptr,  # (parts, N) in DTYPES.accumulate, contiguous, or None
     magnitude,  # (N,) or None
-    norm_ptr,  # (N,) in partial's dtype, contiguous
+    norm_ptr,  # (N,) in DTYPES.accumulate, contiguous; None with squares_ptr
     gain_ptr,  # (N,) as norm; None without a magnitude
     N,
-    splits,
+    K,
+    update,  # (N, K)
+    parts,
+    FORMAT: tl.constexpr,
+    R_MULTIPLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    DTYPES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
-    """norm = sqrt(sum of the partial sums); gain = magnitude / norm, 0 where norm is 0.
+    """squares[part, n] = sum over the part's k of (weight + scaling * lora_B @ lora_A)[n, k]^2, 0 in parts there are
+    not; or, without squares, norm = sqrt(sum over all k) and gain = magnitude / norm, 0 where norm is 0.
 
-    One program owns BLOCK_N rows.
+    One program owns a range of steps of BLOCK_K columns, in blocks of BLOCK_N rows; without squares, whole blocks.
     """
-    offs_n = block_offsets(tl.program_id(0), BLOCK_N)
-    mask_n = offs_n < N
-    squares = tl.zeros([BLOCK_N], dtype=partial_ptr.dtype.element_ty)
-    norm = root(add_parts(squares, partial_ptr, splits, N, offs_n, mask_n))
-    tl.store(norm_ptr + offs_n, norm, mask=mask_n)
-    if magnitude is not None:
-        magnitude_tile = load_vector(magnitude, offs_n, mask_n).to(norm.dtype)  # [BLOCK_N]
-        tl.store(gain_ptr + offs_n, gain_of(magnitude_tile, norm), mask=mask_n)
+    update = known_rank(update, R_MULTIPLE)
+    steps = steps_over(K, BLOCK_K)
+    units = tl.cast(tl.cdiv(N, BLOCK_N), tl.int64) * steps
+    first, end = unit_range(units)
+    for block in range(first // steps, tl.cdiv(end, steps)):
+        offs_n = block_offsets(block, BLOCK_N)
+        mask_n = offs_n < N
+        start, stop = steps_of(block, steps, first, end)
+        squares = row_squares(
+            weight, update, offs_n, mask_n, start, stop, K,
+            FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, CHUNKS, DTYPES, STAGES,
+        )  # fmt: skip
+        if squares_ptr is not None:
+            part, parts_of_block = part_of(block, steps, units)
+            tl.store(squares_ptr + part * N + offs_n, squares, mask=mask_n)
+            if part == parts_of_block - 1:
+                for empty in range(parts_of_block, parts):
+                    tl.store(squares_ptr + tl.cast(empty, tl.int64) * N + offs_n, tl.zeros_like(squares), mask=mask_n)
+        else:
+            norm = root(squares)
+            tl.store(norm_ptr + offs_n, norm, mask=mask_n)
+            if magnitude is not None:
+                magnitude_tile = load_vector(magnitude, offs_n, mask_n).to(norm.dtype)  # [BLOCK_N]
+                tl.store(gain_ptr + offs_n, gain_of(magnitude_tile, norm), mask=mask_n)
 
 
 def norm(
@@ -172,44 +187,70 @@ def norm(
     scaling: float,
     magnitude: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """norm (N,) and, with a magnitude, gain (N,); as `reference.norm`."""
+    """norm (N,) and, with a magnitude, gain (N,), of whole rows; as `reference.norm`."""
+    norm = weight.new_empty((weight.shape[0],), dtype=accumulate_dtype(weight.dtype))
+    gain = None if magnitude is None else torch.empty_like(norm)
+    _launch(weight, lora_A, lora_B, scaling, magnitude, norm, gain)
+    return norm, gain
+
+
+def start_norm(
+    weight: Weight,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, types.Unfinished | None]:
+    """norm (N,) and gain (N,), and what they are still to be written by; as `reference.start_norm`."""
+    norm = weight.new_empty((weight.shape[0],), dtype=accumulate_dtype(weight.dtype))
+    gain = torch.empty_like(norm)
+    squares = _launch(weight, lora_A, lora_B, scaling)
+    return norm, gain, types.Unfinished(squares, magnitude, norm, gain)
+
+
+def _launch(
+    weight: Weight,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor | None = None,
+    norm: torch.Tensor | None = None,
+    gain: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """Writes norm and gain; without a norm to write, sums of squares (parts, N)."""
     N, K = weight.shape
     R = lora_A.shape[0]
     launch = Launch.of(weight, lora_A.dtype)
     config = weight_config(launch, "norm", weight, R)
+    if norm is not None:  # whole rows: fewer in a block, where there are not enough of them
+        while config.BLOCK_N > LEAST_ROWS and ceil_div(N, config.BLOCK_N) < launch.facts.multiprocessors:
+            config = dataclasses.replace(config, BLOCK_N=config.BLOCK_N // 2)
+    config, chunks = walk_config(launch, config, weight, R)
     tiles = config.tiles(R)
-    rows = ceil_div(N, config.BLOCK_N)
-    columns_per_split, splits = launch.split(rows, K, config.BLOCK_K, config)
-    stored, weight_format = weight_arguments(weight, config.BLOCK_K)
-    partial = weight.new_empty((splits, N), dtype=launch.accumulate)
-    result = weight.new_empty((N,), dtype=launch.accumulate)
-    gain = None if magnitude is None else torch.empty_like(result)
+    blocks, steps = ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K)
+    programs, parts, squares = blocks, 1, None
+    if norm is None:
+        programs = launch.programs(blocks, steps, config, sums=True)
+        parts = most_parts(blocks, steps, programs)
+        squares = weight.new_empty((parts, N), dtype=launch.accumulate)
     if N == 0:
-        return result, gain
-    _norm_kernel[rows, splits](
+        return squares
+    stored, weight_format = weight_arguments(weight, config.BLOCK_K)
+    _norm_kernel[programs,](
         stored,
-        partial,
+        squares,
+        vector(magnitude),
+        norm,
+        gain,
         N,
         K,
-        columns_per_split,
         update_argument(lora_A, lora_B, scaling),
+        parts,
         FORMAT=weight_format,
         R_MULTIPLE=rank_multiple(R, lora_B),
         STAGES=weight_stages(weight, config),
-        ONE_CHUNK=R <= tiles["BLOCK_R"],
+        CHUNKS=chunks,
         DTYPES=launch.dtypes,
         **tiles,
     )
-    finish = launch.config("finish_norm")
-    _finish_norm_kernel[ceil_div(N, finish.BLOCK_N),](
-        partial, vector(magnitude), result, gain, N, splits, **finish.tiles()
-    )
-    return result, gain
-
-
-def start_norm(
-    weight: Weight, lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, magnitude: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, Unfinished | None]:
-    """norm (N,), gain (N,) and what the step that reads gain first is to write them from; as `reference.start_norm`."""
-    result, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
-    return result, gain, None
+    return squares

@@ -18,9 +18,11 @@ from dora_kernels.kernels.tile import (
     Launch,
     Matrix,
     Vector,
+    add_dot,
     known_multiple,
     known_rows,
     load,
+    load_parts,
     load_vector,
     low_rank,
     matrix,
@@ -89,7 +91,8 @@ def weight_tile(
     """weight[offs_n, k : k + BLOCK_K] in FORMAT.dtype, 0 outside; k is a multiple of BLOCK_K."""
     offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
     if FORMAT.name == "dense":
-        tile = load(elements(weight), offs_n, offs_k, mask_n, offs_k < K)  # [BLOCK_N, BLOCK_K]
+        columns = tl.arange(0, BLOCK_K).to(tl.int64)
+        tile = load(right_of(elements(weight), k), offs_n, columns, mask_n, columns < K - k)  # [BLOCK_N, BLOCK_K]
     elif FORMAT.name == "int8" or FORMAT.name == "float8":
         tile = load(elements(weight), offs_n, offs_k, mask_n, offs_k < K)
         scale = load_vector(Vector(weight.pointers[1], weight.numbers[2]), offs_n, mask_n).to(tl.float32)  # [BLOCK_N]
@@ -108,6 +111,12 @@ def weight_tile(
         tl.static_assert(FORMAT.name == "hqq4")
         tile = _hqq4(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K)
     return tile.to(FORMAT.dtype)
+
+
+@triton.jit
+def right_of(matrix, k):
+    """matrix[:, k:]"""
+    return Matrix(matrix.ptr + tl.cast(k, tl.int64) * matrix.stride_1, matrix.stride_0, matrix.stride_1)
 
 
 @triton.jit
@@ -224,6 +233,7 @@ def _hqq4(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_N: tl.conste
 def direction_tile(
     weight,  # (N, K) as stored
     update,  # (N, K) or None
+    lora_B,  # its lora_B[offs_n], of CHUNKS chunks: see `resident`
     offs_n,
     mask_n,
     k,
@@ -232,17 +242,29 @@ def direction_tile(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     DTYPES: tl.constexpr,
 ):
     """weight and weight + scaling * lora_B @ lora_A at offs_n and the BLOCK_K columns from k, a multiple of BLOCK_K."""
     w = weight_tile(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K).to(DTYPES.accumulate)  # [BLOCK_N, BLOCK_K]
     direction = w
     if update is not None:
-        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-        direction += update.scaling * low_rank(
-            update.lora_B, update.lora_A, offs_n, offs_k, mask_n, offs_k < K, update.R, BLOCK_R, ONE_CHUNK, DTYPES
-        )
+        if CHUNKS > 0:
+            columns = tl.arange(0, BLOCK_K).to(tl.int64)
+            product = tl.zeros([BLOCK_N, BLOCK_K], dtype=DTYPES.accumulate)
+            for chunk in tl.static_range(CHUNKS):
+                offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+                lora_A = load_parts(
+                    right_of(update.lora_A, k), offs_r, columns, offs_r < update.R, columns < K - k, update.R, 0, DTYPES
+                )
+                product = add_dot(product, lora_B[chunk], lora_A, DTYPES)
+        else:
+            offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
+            mask_k = offs_k < K
+            product = low_rank(
+                update.lora_B, update.lora_A, offs_n, offs_k, mask_n, mask_k, update.R, BLOCK_R, False, DTYPES
+            )
+        direction += update.scaling * product
     return w, direction
 
 
@@ -261,6 +283,18 @@ def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> config
     elif weight.format == "codebook4" and R > configs.HIGH_RANK and launch.facts.target == "sm_80":
         share = 2  # 88 bytes a thread otherwise
     return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
+
+
+def walk_config(
+    launch: Launch, config: configs.Config, weight: Weight, R: int, out_bytes: int = 0
+) -> tuple[configs.Config, int]:
+    """(config, CHUNKS) of the norm or merge kernel; out_bytes: of an element that is written."""
+    weight_bytes = weight.dtype.itemsize
+    if not isinstance(weight, torch.Tensor):
+        # loaded in 8 bits at the most, and decoded it passes through shared memory, on to the layout of the product
+        weight_bytes, out_bytes = 1, max(4, out_bytes)
+    operand_bytes, target = launch.operand.itemsize, launch.facts.target
+    return configs.with_lora_B_resident(config, R, operand_bytes, weight_bytes, out_bytes, target)
 
 
 def weight_stages(weight: Weight, config: configs.Config) -> int | None:

@@ -79,7 +79,7 @@ def vector(tensor: torch.Tensor | None) -> Vector | None:
 @triton.jit
 def block_offsets(pid, BLOCK: tl.constexpr):
     """The int64 offsets of block `pid`: they are multiplied by strides, and 2^31 elements is one large activation."""
-    return pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return tl.cast(pid, tl.int64) * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit

@@ -4,6 +4,7 @@ No default has been measured on a GPU. They were compiled ahead of time: at most
 memory.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -119,14 +120,65 @@ def _fastest_split(blocks: int, steps: int, at_once: int) -> int:
     return best
 
 
+# Bytes of shared memory for one program; a multiprocessor has 1 KiB more, as much as it keeps of each program's
+# (tools/targets.py). The interpreter's is chosen for the tests: a rank of 20 fits in any dtype, one of 33 in float32.
+SHARED = {
+    "sm_80": 166912,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+    "interpreter": 40000,
+}
+# (target, bytes of an operand) -> the most chunks of lora_B that stay without spilling registers, where that is not any
+# number. mma.sync takes its operands from registers, and float32 is cut there into what tensor cores multiply.
+MOST_CHUNKS = {("sm_80", 4): 1, ("sm_120", 4): 1, ("sm_90", 4): 2, ("sm_100", 4): 2, ("gfx942", 4): 2, ("sm_100", 2): 2}
+
+
+@functools.lru_cache(maxsize=4096)
+def with_lora_B_resident(
+    config: Config, R: int, operand_bytes: int, weight_bytes: int, out_bytes: int, target: str
+) -> tuple[Config, int]:
+    """(config, chunks) of a walk along K, as norm and merge are: lora_B stays in so many chunks of BLOCK_R.
+
+    0 chunks where shared memory has no room for them, and for two steps: R is then walked in every step. The config has
+    as many programs a multiprocessor, of the waves given, as there is room for, and with these as many stages; where
+    that is one program, its threads may have any number of registers.
+    """
+    BLOCK_R = config.tiles(R)["BLOCK_R"]
+    tile, chunks = config.BLOCK_N * config.BLOCK_K, ceil_div(R, BLOCK_R)
+    lora_A, lora_B = operand_bytes * BLOCK_R * config.BLOCK_K, operand_bytes * BLOCK_R * config.BLOCK_N
+    if chunks <= MOST_CHUNKS.get((target, operand_bytes), chunks):
+        choices = [(chunks, waves) for waves in range(config.waves, 0, -1)]
+    else:
+        choices = []
+    for chunks, waves in (*choices, (0, 1)):
+        stays, loaded = (chunks * lora_B, chunks * lora_A) if chunks else (0, lora_A + lora_B)
+        for stages in range(config.num_stages, 1, -1):
+            # the weight has a buffer less: a step has it in registers when the next load begins
+            shared = stays + stages * loaded + tile * ((stages - 1) * weight_bytes + out_bytes)
+            if waves * (shared + 1024) <= SHARED[target] + 1024:
+                maxnreg = config.maxnreg if waves == config.waves else None
+                return dataclasses.replace(config, num_stages=stages, waves=waves, maxnreg=maxnreg), chunks
+    return dataclasses.replace(config, num_stages=2, waves=1, maxnreg=None), 0
+
+
+# Of norm and merge, for half precision: lora_A is read once for a block of rows, 128 x 64 takes half as much of it as
+# 64 x 128; 121 to 128 registers and two programs a multiprocessor up to R = 128, up to R = 384 one.
+_WALK = Config(BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4, waves=2, maxnreg=128)
+_WALK_HIGH_RANK = dataclasses.replace(_WALK, BLOCK_R=128)
+# 4-byte operands: those tiles would need twice the shared memory and registers; 64 x 64 spills in the merge.
+_WALK_FLOAT = Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=8, num_stages=2)
+
+
+def _walks(config: Config, high_rank: Config) -> dict[str, Config]:
+    """The entries of the kernels that walk along K."""
+    return {"norm": config, "norm_high_rank": high_rank, "merge": config, "merge_high_rank": high_rank}
+
+
 # Starting points for sm_90, by the registers and shared memory that tools/compile_kernels.py shows.
-_HALF = {
-    "norm": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=3, waves=2),
-    # lora_A is read once per block of rows and lora_B once per block of columns: at 8192 x 8192, R = 384, tiles of
-    # 128 x 128 move 0.8 GB through the L2 cache, tiles of 64 x 128 move 1.2
-    "norm_high_rank": Config(BLOCK_N=128, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=3),
-    "merge": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
-    "merge_high_rank": Config(BLOCK_N=128, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=3),
+_HALF = _walks(_WALK, _WALK_HIGH_RANK) | {
+    "prepare": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
     "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4),
     "low": Config(BLOCK_M=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=4),  # for whole blocks: twice as many
     # 128 registers, and two programs a multiprocessor; under dropout 128 x 128 spills 120 bytes a thread on sm_90
@@ -135,54 +187,62 @@ _HALF = {
     "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
-    "finish_norm": Config(BLOCK_N=128, num_warps=4, num_stages=1),
     "finish_sums": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
 }
 # 4-byte operands: the same tiles would need twice the shared memory and registers.
-_FLOAT = _HALF | {
-    "norm": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2, waves=2),
-    "norm_high_rank": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2, waves=2),
-    "merge": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2),
-    "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=32, num_warps=8, num_stages=2),
-    "project": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
-    "low": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
-    "epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
-    "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
-    "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
-    "token_sums": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=64, num_warps=8, num_stages=2),
-}
+_FLOAT = (
+    _HALF
+    | _walks(_WALK_FLOAT, _WALK_FLOAT)
+    | {
+        "project": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
+        "low": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
+        "epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+        "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+        "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+        "token_sums": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=64, num_warps=8, num_stages=2),
+    }
+)
 # low is read once per block of columns and lora_B once per block of rows: at 8192 x 14336, R = 384, tiles of 128 x 256
 # move 1.3 GB through the L2 cache, tiles of 64 x 128 2.3. 255 registers, and none spilled; sm_80 spills 312 bytes.
 _HALF_SM90 = _HALF | {
     "epilogue_high_rank": Config(BLOCK_M=128, BLOCK_N=256, BLOCK_R=64, num_warps=8, num_stages=2),
 }
-# Half of sm_90's shared memory: the tiles of 128 x 128 spill.
-_HALF_SM120 = _HALF | {
-    "norm_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2, waves=2),
-    "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
-}
+# 180 registers and more at R = 128
+_HALF_SM100 = _HALF | _walks(_WALK, dataclasses.replace(_WALK_HIGH_RANK, waves=1, maxnreg=None))
+# Of 64 rows, 384 ranks of lora_B fit into the shared memory.
+_HALF_SM80 = _HALF | _walks(_WALK, dataclasses.replace(_WALK_HIGH_RANK, BLOCK_N=64))
+_FLOAT_SM90 = _FLOAT | _walks(*2 * [dataclasses.replace(_WALK_FLOAT, waves=2, maxnreg=128)])
+# Half of sm_90's shared memory: two programs of 128 x 64 do not fit, and the tiles of 128 x 128 spill.
+_HALF_SM120 = _HALF | _walks(
+    Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4, waves=2),
+    Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
+)
 # 64 KB of shared memory, and a wavefront of 64: fewer stages.
-_HALF_GFX = _HALF | {
-    "norm": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=2, waves=2),
-    "norm_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=2, waves=2),
-    "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
-    "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
-    "low": Config(BLOCK_M=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
-    "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
-}
+_HALF_GFX = (
+    _HALF
+    | _walks(
+        Config(BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2),
+        Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    )
+    | {
+        "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
+        "low": Config(BLOCK_M=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
+        "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    }
+)
 # The interpreter pays per tile operation; tiles of 32 leave ragged edges and several steps at test shapes.
 _INTERPRETER = {
     "norm": Config(BLOCK_N=32, BLOCK_K=32, BLOCK_R=16, waves=4),
     "norm_high_rank": Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=16, waves=4),
-    "merge": Config(BLOCK_N=32, BLOCK_K=32, BLOCK_R=16),
-    "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=16),
+    "merge": Config(BLOCK_N=32, BLOCK_K=32, BLOCK_R=16, waves=2),
+    "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=16, waves=2),
     "project": Config(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16, waves=4),
     "low": Config(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16),
     "epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
     "epilogue_high_rank": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16),
     "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
     "token_sums": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16, waves=4),
-    "finish_norm": Config(BLOCK_N=32),
+    "prepare": Config(BLOCK_N=16, BLOCK_R=16),
     "finish_sums": Config(BLOCK_N=16, BLOCK_R=16),
 }
 # Above this rank the products over R outweigh reading the weight: larger tiles.
@@ -190,12 +250,12 @@ HIGH_RANK = 64
 
 # (target, bytes of an operand) -> kernel -> Config. compiled: never run on the device; tested: run by the tests.
 CONFIGS: dict[tuple[str, int], dict[str, Config]] = {
-    ("sm_80", 2): _HALF,  # compiled
+    ("sm_80", 2): _HALF_SM80,  # compiled
     ("sm_80", 4): _FLOAT,  # compiled
     ("sm_90", 2): _HALF_SM90,  # compiled
-    ("sm_90", 4): _FLOAT,  # compiled
-    ("sm_100", 2): _HALF,  # compiled
-    ("sm_100", 4): _FLOAT,  # compiled
+    ("sm_90", 4): _FLOAT_SM90,  # compiled
+    ("sm_100", 2): _HALF_SM100,  # compiled
+    ("sm_100", 4): _FLOAT_SM90,  # compiled
     ("sm_120", 2): _HALF_SM120,  # compiled
     ("sm_120", 4): _FLOAT,  # compiled
     ("gfx942", 2): _HALF_GFX,  # compiled

@@ -131,25 +131,29 @@ def test_a_stride_of_2_to_the_30(run, name, axis, memory, monkeypatch):
     same(run(**arguments), expected)
 
 
-# In the norm's one loop over K and R, which it has where the weight is loaded in whole vectors and R is in chunks: of
-# the weight only the rows can be far apart, of the adapters the columns too, of which there are more than 3.
-WALKED = {"weight": ((3, 80), (0,)), "lora_A": ((33, 80), (0, 1)), "lora_B": ((3, 33), (0, 1))}
+# Where R is in chunks, of a lora_B that stays (33) and of one that is walked (130): of the weight only the rows can be
+# far apart, of the adapters the columns too, of which there are more than 3.
+WALKED = {"weight": (0,), "lora_A": (0, 1), "lora_B": (0, 1)}
 
 
 @on_cpu
-@pytest.mark.parametrize(("name", "axis"), [(name, axis) for name, (_, axes) in WALKED.items() for axis in axes])
-def test_a_long_stride_in_the_loop_over_both(name, axis, memory):
+@pytest.mark.parametrize(("name", "axis"), [(name, axis) for name, axes in WALKED.items() for axis in axes])
+@pytest.mark.parametrize(("R", "chunks"), ((33, 3), (130, 0)))
+def test_a_long_stride_where_the_rank_is_in_chunks(R, chunks, name, axis, memory):
+    shapes = {"weight": (3, 80), "lora_A": (R, 80), "lora_B": (3, R)}
     generator = torch.Generator().manual_seed(0)
-    arguments = {other: torch.randn(shape, generator=generator) for other, (shape, _) in WALKED.items()}
-    expected = run_norm(**arguments, magnitude=torch.ones(3))
+    arguments = {other: torch.randn(shape, generator=generator) for other, shape in shapes.items()}
+    expected = run_norm(**arguments, magnitude=torch.ones(3)), run_merge(**arguments)
     size = arguments[name].shape[axis]
     strides = [1, 1]
     strides[axis] = 2 ** (31 - (size - 1).bit_length() + 1)
     assert 2**31 <= (size - 1) * strides[axis] < 2**32
     arguments[name] = memory.as_strided(arguments[name].shape, strides, 2**31).copy_(arguments[name])
-    config = configs.config_for("norm", devices.device_facts(memory.device), torch.float32)
-    assert stored_weight.weight_stages(arguments["weight"], config) and config.BLOCK_R < 33
-    same(run_norm(**arguments, magnitude=torch.ones(3)), expected)
+    launch = tile.Launch.of(memory, torch.float32)
+    config = launch.config("norm", R)
+    assert stored_weight.walk_config(launch, config, arguments["weight"], R)[1] == chunks
+    same(run_norm(**arguments, magnitude=torch.ones(3)), expected[0])
+    same(run_merge(**arguments), expected[1])
 
 
 # Outputs are contiguous: their rows are as long as a size says. These launch the first program (or, for partial sums,
@@ -183,25 +187,30 @@ def test_merge_writes_rows_of_2_to_the_30(memory):
     lora_A[:, :3] = problem.lora_A
     expected = reference.merge(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
     stored, weight_format = stored_weight.weight_arguments(far_weight, 32)
-    _merge_kernel[1, 1](
-        stored, problem.magnitude, huge, 3, FAR, stored_weight.update_argument(lora_A, problem.lora_B, 0.75),
-        FORMAT=weight_format, SUBTRACT_WEIGHT=False, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("merge"),
-    )  # fmt: skip
+    update = stored_weight.update_argument(lora_A, problem.lora_B, 0.75)
+    with num_programs(FAR // 32):
+        _merge_kernel[1,](
+            stored, problem.magnitude, huge, 3, FAR, update, None, None, 1.0, None, 0,
+            FORMAT=weight_format, SUBTRACT_WEIGHT=False, CHUNKS=1, R_MULTIPLE=1, STAGES=2, **tiles("merge"),
+        )  # fmt: skip
     torch.testing.assert_close(merged, expected)
 
 
 @on_cpu
 def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
-    """`split * N` with N = 2^30: more rows than any weight has, but the offset must hold."""
-    problem = Problem.random(3, 32, 96, 3, torch.float32)
+    """`part * N` with N = 2^30: more rows than any weight has, but the offset must hold."""
+    problem = Problem.random(3, 32, 64, 3, torch.float32)
     partial = corner(memory, columns=32)
+    partial[2] = torch.nan
     stored, weight_format = stored_weight.weight_arguments(problem.weight, 32)
-    _norm_kernel[1, 3](
-        stored, memory[2**31 :], FAR, 96, 32, stored_weight.update_argument(problem.lora_A, problem.lora_B, 0.75),
-        FORMAT=weight_format, ONE_CHUNK=True, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
-    )  # fmt: skip
+    update = stored_weight.update_argument(problem.lora_A, problem.lora_B, 0.75)
+    with num_programs(2 * FAR // 32):
+        _norm_kernel[2,](
+            stored, memory[2**31 :], None, None, None, FAR, 64, update, 3,
+            FORMAT=weight_format, CHUNKS=1, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
+        )  # fmt: skip
     norm, _ = reference.norm(problem.weight, problem.lora_A, problem.lora_B, 0.75)
-    assert (partial > 0).all()
+    assert (partial[:2] > 0).all() and (partial[2] == 0).all()
     torch.testing.assert_close(partial.sum(0).sqrt(), norm)
 
 
@@ -239,8 +248,9 @@ def test_epilogue_writes_rows_of_2_to_the_30(memory):
     base, low = problem.x @ problem.weight.T, problem.x @ problem.lora_A.T
     y = corner(memory, columns=32)
     _epilogue_kernel[1, 1](
-        tile.matrix(base), tile.matrix(low), tile.matrix(problem.lora_B), problem.magnitude, tile.vector(problem.bias),
-        None, memory[2**31 :], 3, FAR, 3, 0.75, ONE_CHUNK=True, R_MULTIPLE=1, **tiles("epilogue"),
+        tile.matrix(base), tile.matrix(low), tile.matrix(problem.lora_B), problem.magnitude, None,
+        tile.vector(problem.bias), None, memory[2**31 :], 3, FAR, 3, 0.75,
+        ONE_CHUNK=True, R_MULTIPLE=1, **tiles("epilogue"),
     )  # fmt: skip
     arguments = (base, low, problem.lora_B, problem.magnitude, problem.bias, 0.75, torch.float32)
     torch.testing.assert_close(y, reference.epilogue(*arguments))
@@ -271,7 +281,7 @@ def test_token_sums_writes_2_to_the_30_apart(output, memory):
     torch.testing.assert_close(written if output == "dz" else written.sum(0), expected)
 
 
-@pytest.mark.parametrize("kernel", ("norm", "norm_high_rank", "project", "token_sums"))
+@pytest.mark.parametrize("kernel", ("project", "token_sums"))
 @pytest.mark.parametrize("key", configs.CONFIGS, ids=str)
 def test_split_sums_stay_small(key, kernel):
     """The kernels that add partial sums up may compute `split * size` in 32 bits: only a small output is split.

@@ -236,7 +236,7 @@ from triton.compiler import ASTSource
 inputs = tool.Inputs.of(tool.VARIANTS["bf16"], 64, N=4096, K=4096, R=64)
 with tool.recording(tool.TARGETS["sm_90"], tool.VARIANTS["bf16"]) as recorded:
     tool.step(inputs, scaling=0.5)
-found = next(one for one in recorded if one.name == "_finish_norm_kernel")
+found = next(one for one in recorded if one.name == "_epilogue_kernel")
 source = ASTSource(found.kernel, found.signature, found.constexprs, found.attrs)
 kernel = triton.compile(source, target=found.target.gpu, options=found.options.__dict__)
 print(sorted(set(re.findall(r"\\b(?:sqrt|rsqrt|div|rcp)\\.[a-z0-9.]+", kernel.asm["ptx"]))))
