@@ -121,18 +121,29 @@ def _fastest_split(blocks: int, steps: int, at_once: int) -> int:
 
 
 # Bytes of shared memory for one program; a multiprocessor has 1 KiB more, as much as it keeps of each program's
-# (tools/targets.py). The interpreter's is chosen for the tests: a rank of 20 fits in any dtype, one of 33 in float32.
+# (tools/targets.py).
 SHARED = {
     "sm_80": 166912,
     "sm_90": 232448,
     "sm_100": 232448,
     "sm_120": 101376,
     "gfx942": 65536,
-    "interpreter": 40000,
+    "interpreter": 1 << 30,
 }
 # (target, bytes of an operand) -> the most chunks of lora_B that stay without spilling registers, where that is not any
-# number. mma.sync takes its operands from registers, and float32 is cut there into what tensor cores multiply.
-MOST_CHUNKS = {("sm_80", 4): 1, ("sm_120", 4): 1, ("sm_90", 4): 2, ("sm_100", 4): 2, ("gfx942", 4): 2, ("sm_100", 2): 2}
+# number. mma.sync takes its operands from registers, and float32 is cut there into what tensor cores multiply. In the
+# interpreter, tests see ranks of 33 that stay and, in float64, that are walked.
+MOST_CHUNKS = {
+    ("sm_80", 4): 1,
+    ("sm_90", 4): 2,
+    ("sm_100", 2): 2,
+    ("sm_100", 4): 2,
+    ("sm_120", 4): 1,
+    ("gfx942", 4): 2,
+    ("interpreter", 2): 3,
+    ("interpreter", 4): 3,
+    ("interpreter", 8): 2,
+}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -128,3 +128,39 @@ def test_no_number_of_parts_within_the_bound_would_take_less_time(steps, waves):
         within = [n for n in range(1, steps + 1) if blocks * n <= configs.MOST_ROUNDS * at_once] or [1]
         assert parts == 1 or parts in within
         assert time(blocks, parts) == min(time(blocks, n) for n in (1, *within))
+
+
+@pytest.mark.parametrize(
+    ("target", "kernel", "R", "operand_bytes", "out_bytes", "expected"),
+    [
+        # chunks, programs a multiprocessor, stages, whether registers are limited so that two programs fit
+        ("sm_90", "norm", 8, 2, 0, (1, 2, 4, True)),
+        ("sm_90", "norm", 64, 2, 0, (1, 2, 4, True)),
+        ("sm_90", "merge", 64, 2, 2, (1, 2, 4, True)),
+        ("sm_90", "norm_high_rank", 128, 2, 0, (1, 2, 3, True)),
+        ("sm_90", "norm_high_rank", 256, 2, 0, (2, 1, 3, False)),
+        ("sm_90", "norm_high_rank", 384, 2, 0, (3, 1, 2, False)),
+        ("sm_90", "merge_high_rank", 384, 2, 2, (3, 1, 2, False)),
+        ("sm_90", "merge_high_rank", 512, 2, 2, (0, 1, 3, False)),
+        ("sm_80", "norm_high_rank", 384, 2, 0, (3, 1, 2, False)),
+        ("sm_120", "norm_high_rank", 384, 2, 0, (0, 1, 2, False)),
+        ("sm_120", "norm", 64, 4, 0, (0, 1, 2, False)),
+        ("gfx942", "norm", 64, 2, 0, (1, 1, 2, False)),
+    ],
+)
+def test_lora_B_stays_where_shared_memory_has_room(target, kernel, R, operand_bytes, out_bytes, expected):
+    given = configs.CONFIGS[target, operand_bytes][kernel]
+    config, chunks = configs.with_lora_B_resident(given, R, operand_bytes, 2, out_bytes, target)
+    assert (chunks, config.waves, config.num_stages, config.maxnreg is not None) == expected
+    # what the compiler allocates at least: lora_B, and all stages of lora_A
+    ranks = max(chunks, 1) * config.tiles(R)["BLOCK_R"]
+    allocated = operand_bytes * ranks * ((config.BLOCK_N if chunks else 0) + config.num_stages * config.BLOCK_K)
+    assert config.waves * (allocated + 1024) <= configs.SHARED[target] + 1024
+    assert (config.BLOCK_N, config.BLOCK_K) == (given.BLOCK_N, given.BLOCK_K)
+
+
+def test_the_interpreter_keeps_some_ranks_and_walks_others():
+    """In the shapes of the tests, so that they see both."""
+    norm = configs.CONFIGS["interpreter", 8]["norm"]
+    chunks = [configs.with_lora_B_resident(norm, R, 8, 8, 0, "interpreter")[1] for R in (16, 20, 33, 40)]
+    assert chunks == [1, 2, 0, 0] and configs.with_lora_B_resident(norm, 33, 4, 4, 0, "interpreter")[1] == 3

@@ -5,12 +5,15 @@ from unittest import mock
 import torch
 
 from dora_kernels.planning import plan
+from dora_kernels.types import Prepared
 from tests.support.problem import Problem
 
 GROUPED = ("weight", "lora_A", "lora_B", "magnitude")
 OPERANDS = {
     "norm": ("weight", "lora_A", "lora_B", "magnitude"),
+    "start_norm": ("weight", "lora_A", "lora_B", "magnitude"),
     "merge": ("weight", "lora_A", "lora_B"),
+    "prepare": ("lora_B",),
     "project": ("x", "lora_A"),
     "epilogue": ("base", "low", "lora_B", "residual", "bias"),
     "bank_epilogue": ("base", "low", "bias"),
@@ -25,6 +28,16 @@ def launch(launcher: str, t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
     if launcher == "norm":
         return list(kernels.norm(t["weight"], t["lora_A"], t["lora_B"], 0.75, t["magnitude"]))
+    if launcher == "start_norm":  # with the step that finishes it, and what else that writes
+        adapter = t["weight"], t["lora_A"], t["lora_B"]
+        norm, gain, unfinished = kernels.start_norm(*adapter, 0.75, t["magnitude"])
+        prepared = prepared_for(t)
+        merged = kernels.merge(*adapter, gain, 0.75, unfinished=unfinished, prepared=prepared)
+        return [norm, gain, merged, prepared.scaled_B, prepared.counters]
+    if launcher == "prepare":
+        prepared = prepared_for(t)
+        kernels.prepare(prepared, t["lora_B"], t["gain"])
+        return [prepared.scaled_B, prepared.counters]
     if launcher == "merge":
         return [kernels.merge(t["weight"], t["lora_A"], t["lora_B"], t["gain"], 0.75)]
     if launcher == "project":
@@ -44,6 +57,14 @@ def launch(launcher: str, t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     keywords = {"gain": t["gain"], "saved": t["base"], "norm": t["gain"], "lora_B": t["lora_B"]}
     kernels.token_sums(t["dy"], t["low"], 0.75, **keywords, **sums)
     return list(sums.values())
+
+
+def prepared_for(t: dict[str, torch.Tensor]) -> Prepared:
+    """To be written from lora_B: in rows of their own, whatever the strides of lora_B are."""
+    N, R = t["lora_B"].shape
+    return Prepared(
+        t["gain"].new_empty((N, R), dtype=t["lora_B"].dtype), 0.5, t["gain"].new_empty(70, dtype=torch.int32)
+    )
 
 
 def tensors_of(problem: Problem) -> dict[str, torch.Tensor]:
