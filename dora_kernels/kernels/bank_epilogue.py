@@ -44,28 +44,27 @@ def _bank_epilogue_kernel(
 ):
     """y[m] = gain[e] * (base[m] + scaling[e] * low[m, e * R :] @ lora_B[e].T) + bias, e = index[m]; base + bias for -1.
 
-    One program owns a [BLOCK_M, BLOCK_N] tile, and walks the adapters between the least and the largest of its rows.
+    One program owns a [BLOCK_M, BLOCK_N] tile, and walks the adapters that its rows have.
     """
     R, low = known_multiple(R, R_MULTIPLE), known_rows(low, R_MULTIPLE)
     offs_m = block_offsets(tl.program_id(0), BLOCK_M)
     offs_n = block_offsets(tl.program_id(1), BLOCK_N)
     mask_m = offs_m < M
     mask_n = offs_n < N
-    index = tl.load(index_ptr + offs_m, mask=mask_m, other=-1)  # [BLOCK_M]
-    adapted = (index >= 0) & (index < E)
-    first = tl.min(tl.where(adapted, index, E), axis=0)
-    last = tl.max(tl.where(adapted, index, -1), axis=0)
+    index = tl.load(index_ptr + offs_m, mask=mask_m, other=-1)
+    adapter = tl.where((index >= 0) & (index < E), index, E).to(tl.int32)  # [BLOCK_M]
     y = load(base, offs_m, offs_n, mask_m, mask_n).to(DTYPES.accumulate)  # [BLOCK_M, BLOCK_N]
-    for e in range(first, last + 1):
-        mine = adapted & (index == e)
-        if tl.max(mine.to(tl.int32), axis=0) > 0:
-            low_e = Matrix(low.ptr + e * R * low.stride_1, low.stride_0, low.stride_1)  # (M, R)
-            lora_B_e = Matrix(lora_B_ptr + e * N * R, R, 1)  # (N, R)
-            product = low_rank(low_e, transposed(lora_B_e), offs_m, offs_n, mine, mask_n, R, BLOCK_R, ONE_CHUNK, DTYPES)
-            # not a sum for all rows: 0 * inf of another row's adapter is NaN
-            y = tl.where(mine[:, None], y + tl.load(scaling_ptr + e) * product, y)
-    gain_pointers = gain_ptr + index[:, None] * N + offs_n[None, :]
-    y *= tl.load(gain_pointers, mask=adapted[:, None] & mask_n[None, :], other=1.0)
+    next_adapter = tl.min(adapter, axis=0)
+    while next_adapter < E:
+        mine = adapter == next_adapter
+        e = next_adapter.to(tl.int64)
+        low_e = Matrix(low.ptr + e * R * low.stride_1, low.stride_0, low.stride_1)  # (M, R)
+        lora_B_e = Matrix(lora_B_ptr + e * N * R, R, 1)  # (N, R)
+        product = low_rank(low_e, transposed(lora_B_e), offs_m, offs_n, mine, mask_n, R, BLOCK_R, ONE_CHUNK, DTYPES)
+        gain = tl.load(gain_ptr + e * N + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
+        # not a sum for all rows: 0 * inf of another row's adapter is NaN
+        y = tl.where(mine[:, None], gain[None, :] * (y + tl.load(scaling_ptr + e) * product), y)
+        next_adapter = tl.min(tl.where(adapter > next_adapter, adapter, E), axis=0)
     if bias is not None:
         y += load_vector(bias, offs_n, mask_n).to(DTYPES.accumulate)[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
