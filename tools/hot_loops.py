@@ -146,11 +146,12 @@ EXEMPTIONS = (
     Exemption("norm", "update.lora_B magnitude", "once for a block of rows: it stays for all steps along K"),
     Exemption("grouped_norm", "lora_B_ptr magnitude_ptr", "once for a program, as above"),
     Exemption("merge", "update.lora_B unfinished.*", "once for a block of rows, as in the norm"),
+    Exemption("epilogue", "lora_B unfinished.*", "once for a block of columns: it stays for all steps along M"),
     Exemption(
         "epilogue",
-        "*",
-        "a tile a program, as merge",
-        lambda one: one.constants()["ONE_CHUNK"] or not one.has("low"),
+        "base residual",
+        "Triton pipelines innermost loops: where lora_B does not stay, this one has the chunks of R in it",
+        lambda one: one.constants()["CHUNKS"] == 0 and one.has("low"),
     ),
     Exemption("bank_epilogue", "low lora_B_ptr", "the loop is over the adapters of a tile of rows, mostly one"),
     Exemption(

@@ -1,5 +1,8 @@
 """The epilogue of the forward pass: gain, low-rank product and bias over what the GEMM library made of x and weight."""
 
+import dataclasses
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -7,18 +10,26 @@ import triton.language as tl
 from dora_kernels.kernels.norm import finished_gain, unfinished_argument
 from dora_kernels.kernels.tile import (
     Launch,
+    Matrix,
+    add_dot,
     block_offsets,
     known_multiple,
     known_rows,
     load,
+    load_parts,
     load_vector,
     low_rank,
     matrix,
     rank_multiple,
+    steps_of,
+    steps_over,
+    store,
     transposed,
+    unit_range,
     vector,
 )
-from dora_kernels.planning.configs import HIGH_RANK, Config, ceil_div
+from dora_kernels.planning import configs
+from dora_kernels.planning.configs import Config, ceil_div
 from dora_kernels.types import Unfinished
 
 
@@ -40,65 +51,57 @@ def _epilogue_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
     DTYPES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """y = gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base].
 
-    One program owns a [BLOCK_M, BLOCK_N] tile.
+    One program owns a range of steps of BLOCK_M rows, in blocks of BLOCK_N columns.
     """
     if low is not None:
         R, low, lora_B = known_multiple(R, R_MULTIPLE), known_rows(low, R_MULTIPLE), known_rows(lora_B, R_MULTIPLE)
-    offs_m = block_offsets(tl.program_id(0), BLOCK_M)
-    offs_n = block_offsets(tl.program_id(1), BLOCK_N)
-    mask_m = offs_m < M
-    mask_n = offs_n < N
-    mask = mask_m[:, None] & mask_n[None, :]
-    base_tile = load(base, offs_m, offs_n, mask_m, mask_n).to(DTYPES.accumulate)  # [BLOCK_M, BLOCK_N]
-    if unfinished is not None:
-        gain = finished_gain(unfinished, N, offs_n, mask_n, tl.program_id(0) == 0)  # [BLOCK_N]
-    else:
-        gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
-    y = base_tile
-    if low is not None:
-        product = low_rank(low, transposed(lora_B), offs_m, offs_n, mask_m, mask_n, R, BLOCK_R, ONE_CHUNK, DTYPES)
-        y += scaling * product
-    y = gain[None, :] * y
-    if bias is not None:
-        y += load_vector(bias, offs_n, mask_n).to(DTYPES.accumulate)[None, :]
-    if residual is not None:
-        y += load(residual, offs_m, offs_n, mask_m, mask_n).to(DTYPES.accumulate) - base_tile
-    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-def _epilogue_config(
-    launch: Launch,
-    base: torch.Tensor,
-    low: torch.Tensor | None,
-    lora_B: torch.Tensor,
-    residual: torch.Tensor | None,
-) -> Config:
-    """The configuration of the epilogue: a high rank's large tile where it spills nothing and fills the device.
-
-    It has no register to spare: 128 x 256 spills 190 to 1700 bytes a thread beside a residual, with a base in another
-    dtype, and where base, low or lora_B is not loaded in whole vectors of 16 bytes.
-    """
-    M, N = base.shape
-    R = lora_B.shape[1]
-    if R > HIGH_RANK and low is not None and residual is None and base.dtype == low.dtype:
-        large = launch.config("epilogue", R)
-        fills = ceil_div(M, large.BLOCK_M) * ceil_div(N, large.BLOCK_N) >= launch.facts.multiprocessors
-        # 16 is what the JIT sees by itself, 8 what rank_multiple tells it
-        if fills and _in_vectors(base, 16) and _in_vectors(low, 8) and _in_vectors(lora_B, 8):
-            return large
-    return launch.config("epilogue")
-
-
-def _in_vectors(matrix: torch.Tensor, multiple: int) -> bool:
-    """True if every row of the matrix begins and ends at a multiple of so many elements, and of 16 bytes."""
-    stride_row, stride_column = matrix.stride()
-    multiples = matrix.shape[1] % multiple == 0 and stride_row % multiple == 0
-    return stride_column == 1 and multiples and matrix.data_ptr() % 16 == 0
+    steps = steps_over(M, BLOCK_M)
+    first, end = unit_range(tl.cdiv(N, BLOCK_N) * steps.to(tl.int64))
+    for block in range(first // steps, tl.cdiv(end, steps)):
+        offs_n = block_offsets(block, BLOCK_N)
+        mask_n = offs_n < N
+        start, stop = steps_of(block, steps, first, end)
+        if unfinished is not None:
+            gain = finished_gain(unfinished, N, offs_n, mask_n, start == 0)  # [BLOCK_N]
+        else:
+            gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)
+        if bias is not None:
+            bias_tile = load_vector(bias, offs_n, mask_n).to(DTYPES.accumulate)  # [BLOCK_N]
+        chunks = ()
+        if low is not None:
+            for chunk in tl.static_range(CHUNKS):
+                offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+                chunks += (load_parts(transposed(lora_B), offs_r, offs_n, offs_r < R, mask_n, R, 0, DTYPES),)
+        for step in tl.range(start.to(M.dtype), stop.to(M.dtype), num_stages=STAGES):
+            # 32 bits, but for the product with a stride: in 64, two programs a multiprocessor would spill 48 bytes
+            offs_m = (step * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+            mask_m = tl.arange(0, BLOCK_M) < M - step * BLOCK_M  # and no sum that could pass 2^31
+            base_tile = load(base, offs_m, offs_n, mask_m, mask_n).to(DTYPES.accumulate)  # [BLOCK_M, BLOCK_N]
+            y = base_tile
+            if low is not None:
+                if CHUNKS == 0:
+                    y += scaling * low_rank(
+                        low, transposed(lora_B), offs_m, offs_n, mask_m, mask_n, R, BLOCK_R, False, DTYPES
+                    )
+                for chunk in tl.static_range(CHUNKS):
+                    offs_r = chunk * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)
+                    low_tiles = load_parts(low, offs_m, offs_r, mask_m, offs_r < R, R, 1, DTYPES)  # [BLOCK_M, BLOCK_R]
+                    # each is added by itself: where one dot adds to another's, Triton shares out rows alone among the
+                    # warps, and of 64 rows 8 warps would make each product twice, with 18 barriers instead of 2
+                    product = add_dot(tl.zeros_like(y), low_tiles, chunks[chunk], DTYPES)
+                    y += scaling * product
+            y = gain[None, :] * y
+            if bias is not None:
+                y += bias_tile[None, :]
+            if residual is not None:
+                y += load(residual, offs_m, offs_n, mask_m, mask_n).to(DTYPES.accumulate) - base_tile
+            store(Matrix(y_ptr, N, 1), offs_m, offs_n, mask_m, mask_n, y)
 
 
 def epilogue(
@@ -112,16 +115,26 @@ def epilogue(
     residual: torch.Tensor | None = None,
     unfinished: Unfinished | None = None,
 ) -> torch.Tensor:
-    """y (M, N) in out_dtype from base in one read and one write; as `reference.epilogue`."""
+    """y (M, N) in out_dtype from base in one read and one write; as `reference.epilogue`.
+
+    Writes norm and gain, too, where they are unfinished.
+    """
     M, N = base.shape
     R = lora_B.shape[1]
-    launch = Launch.of(base, lora_B.dtype)
-    config = _epilogue_config(launch, base, low, lora_B, residual)
-    tiles = config.tiles(R)
     y = base.new_empty((M, N), dtype=out_dtype)
     if N == 0 or (M == 0 and unfinished is None):
         return y
-    _epilogue_kernel[max(1, ceil_div(M, config.BLOCK_M)), ceil_div(N, config.BLOCK_N)](
+    launch = Launch.of(base, lora_B.dtype)
+    config, chunks = _config(
+        launch.config("epilogue", 0 if low is None else R),
+        0 if low is None else R,
+        launch.operand.itemsize,
+        base.dtype.itemsize + (0 if residual is None else residual.dtype.itemsize),
+        out_dtype.itemsize,
+        N % 16 == 0 and _in_vectors(base) and (residual is None or _in_vectors(residual)),
+        launch.facts.target,
+    )
+    _epilogue_kernel[launch.programs(ceil_div(N, config.BLOCK_N), ceil_div(M, config.BLOCK_M), config, sums=False),](
         matrix(base),
         matrix(low),
         matrix(lora_B),
@@ -135,8 +148,35 @@ def epilogue(
         R,
         scaling,
         R_MULTIPLE=rank_multiple(R, low, lora_B),
-        ONE_CHUNK=R <= tiles["BLOCK_R"],
+        CHUNKS=chunks,
+        STAGES=None if chunks == 0 and low is not None else config.num_stages,
         DTYPES=launch.dtypes,
-        **tiles,
+        **config.tiles(R),
     )
     return y
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(
+    config: Config, R: int, operand_bytes: int, streamed_bytes: int, out_bytes: int, in_vectors: bool, target: str
+) -> tuple[Config, int]:
+    """(config, CHUNKS): as configs.with_lora_B_resident, with blocks of half as many columns if lora_B then fits.
+
+    Reading low twice as often is less than reading low and lora_B: at R = 512 144 KB for 64 x 128 of y instead of 208.
+    """
+    if not in_vectors:  # loads, and masks, for each element
+        config = dataclasses.replace(config, waves=1, maxnreg=None)
+    if streamed_bytes > operand_bytes:  # as many bytes in flight, and 100 bytes of a third step's addresses spill
+        config = dataclasses.replace(config, num_stages=2)
+    sizes = R, operand_bytes, streamed_bytes, out_bytes, target
+    found = configs.with_lora_B_resident(config, *sizes)
+    if found[1] == 0 < R:
+        narrow = configs.with_lora_B_resident(dataclasses.replace(config, BLOCK_N=config.BLOCK_N // 2), *sizes)
+        found = narrow if narrow[1] else found
+    return found
+
+
+def _in_vectors(matrix: torch.Tensor) -> bool:
+    """True if the compiler sees that the rows begin at multiples of 16 bytes."""
+    stride_row, stride_column = matrix.stride()
+    return stride_column == 1 and stride_row % 16 == 0 and matrix.data_ptr() % 16 == 0

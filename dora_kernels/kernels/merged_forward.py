@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from dora_kernels.kernels.epilogue import epilogue
 from dora_kernels.kernels.merge import merge
-from dora_kernels.kernels.norm import norm
+from dora_kernels.kernels.norm import start_norm
 from dora_kernels.quant import Weight
 
 
@@ -21,11 +21,12 @@ def merged_forward(
     save: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """(y, norm unless the gain is given, gain, z if save) through a merged weight; as `reference.merged_forward`."""
-    row_norm = None
+    row_norm = unfinished = None
     if gain is None:
-        row_norm, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
+        row_norm, gain, unfinished = start_norm(weight, lora_A, lora_B, scaling, magnitude)
     if not save:
-        merged = merge(weight, lora_A, lora_B, gain, scaling, out_dtype=x.dtype)
+        merged = merge(weight, lora_A, lora_B, gain, scaling, out_dtype=x.dtype, unfinished=unfinished)
         return F.linear(x, merged, bias), row_norm, gain, None
     z = F.linear(x, merge(weight, lora_A, lora_B, None, scaling, out_dtype=x.dtype))
-    return epilogue(z, None, lora_B, gain, bias, scaling, x.dtype), row_norm, gain, z
+    y = epilogue(z, None, lora_B, gain, bias, scaling, x.dtype, unfinished=unfinished)
+    return y, row_norm, gain, z

@@ -148,26 +148,28 @@ MOST_CHUNKS = {
 
 @functools.lru_cache(maxsize=4096)
 def with_lora_B_resident(
-    config: Config, R: int, operand_bytes: int, weight_bytes: int, out_bytes: int, target: str
+    config: Config, R: int, operand_bytes: int, streamed_bytes: int, out_bytes: int, target: str
 ) -> tuple[Config, int]:
-    """(config, chunks) of a walk along K, as norm and merge are: lora_B stays in so many chunks of BLOCK_R.
+    """(config, chunks) of a walk along K, as norm and merge are, or M, as the epilogue: lora_B stays in so many chunks.
 
+    streamed_bytes: of what a step loads for each element of its tile; out_bytes: of what it stores.
     0 chunks where shared memory has no room for them, and for two steps: R is then walked in every step. The config has
     as many programs a multiprocessor, of the waves given, as there is room for, and with these as many stages; where
     that is one program, its threads may have any number of registers.
     """
     BLOCK_R = config.tiles(R)["BLOCK_R"]
-    tile, chunks = config.BLOCK_N * config.BLOCK_K, ceil_div(R, BLOCK_R)
-    lora_A, lora_B = operand_bytes * BLOCK_R * config.BLOCK_K, operand_bytes * BLOCK_R * config.BLOCK_N
+    walked = config.BLOCK_K or config.BLOCK_M
+    tile, chunks = config.BLOCK_N * walked, ceil_div(R, BLOCK_R)
+    other, lora_B = operand_bytes * BLOCK_R * walked, operand_bytes * BLOCK_R * config.BLOCK_N
     if chunks <= MOST_CHUNKS.get((target, operand_bytes), chunks):
         choices = [(chunks, waves) for waves in range(config.waves, 0, -1)]
     else:
         choices = []
     for chunks, waves in (*choices, (0, 1)):
-        stays, loaded = (chunks * lora_B, chunks * lora_A) if chunks else (0, lora_A + lora_B)
+        stays, loaded = (chunks * lora_B, chunks * other) if chunks else (0, other + lora_B)
         for stages in range(config.num_stages, 1, -1):
-            # the weight has a buffer less: a step has it in registers when the next load begins
-            shared = stays + stages * loaded + tile * ((stages - 1) * weight_bytes + out_bytes)
+            # what is streamed has a buffer less: a step has it in registers when the next load begins
+            shared = stays + stages * loaded + tile * ((stages - 1) * streamed_bytes + out_bytes)
             if waves * (shared + 1024) <= SHARED[target] + 1024:
                 maxnreg = config.maxnreg if waves == config.waves else None
                 return dataclasses.replace(config, num_stages=stages, waves=waves, maxnreg=maxnreg), chunks
@@ -192,10 +194,10 @@ _HALF = _walks(_WALK, _WALK_HIGH_RANK) | {
     "prepare": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
     "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4),
     "low": Config(BLOCK_M=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=4),  # for whole blocks: twice as many
-    # 128 registers, and two programs a multiprocessor; under dropout 128 x 128 spills 120 bytes a thread on sm_90
-    "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
-    # where there is nothing but base, low and lora_B, in whole vectors, and the device is filled (kernels/epilogue.py)
-    "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    # two programs a multiprocessor, of which one loads and stores while the other one computes; by itself the compiler
+    # takes 148 registers and more, for one program
+    "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3, waves=2, maxnreg=128),
+    "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=128, num_warps=8, num_stages=3, waves=2, maxnreg=128),
     "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2, waves=2, maxnreg=128),
     "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
     "finish_sums": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
@@ -207,22 +209,26 @@ _FLOAT = (
     | {
         "project": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
         "low": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
-        "epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
-        "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+        "epilogue": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+        "epilogue_high_rank": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
         "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
         "token_sums": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=64, num_warps=8, num_stages=2),
     }
 )
-# low is read once per block of columns and lora_B once per block of rows: at 8192 x 14336, R = 384, tiles of 128 x 256
-# move 1.3 GB through the L2 cache, tiles of 64 x 128 2.3. 255 registers, and none spilled; sm_80 spills 312 bytes.
-_HALF_SM90 = _HALF | {
-    "epilogue_high_rank": Config(BLOCK_M=128, BLOCK_N=256, BLOCK_R=64, num_warps=8, num_stages=2),
-}
-# 180 registers and more at R = 128
-_HALF_SM100 = _HALF | _walks(_WALK, dataclasses.replace(_WALK_HIGH_RANK, waves=1, maxnreg=None))
+# Products come out of tensor memory many at a time: 180 registers and more in norm and merge at R = 128, and 195 in the
+# epilogue at any rank.
+_HALF_SM100 = (
+    _HALF
+    | _walks(_WALK, dataclasses.replace(_WALK_HIGH_RANK, waves=1, maxnreg=None))
+    | {
+        "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
+        "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
+    }
+)
 # Of 64 rows, 384 ranks of lora_B fit into the shared memory.
 _HALF_SM80 = _HALF | _walks(_WALK, dataclasses.replace(_WALK_HIGH_RANK, BLOCK_N=64))
-_FLOAT_SM90 = _FLOAT | _walks(*2 * [dataclasses.replace(_WALK_FLOAT, waves=2, maxnreg=128)])
+_FLOAT_SM100 = _FLOAT | _walks(*2 * [dataclasses.replace(_WALK_FLOAT, waves=2, maxnreg=128)])
+_FLOAT_SM90 = _FLOAT_SM100 | {"epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2)}
 # Half of sm_90's shared memory: two programs of 128 x 64 do not fit, and the tiles of 128 x 128 spill.
 _HALF_SM120 = _HALF | _walks(
     Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4, waves=2),
@@ -238,6 +244,8 @@ _HALF_GFX = (
     | {
         "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
         "low": Config(BLOCK_M=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
+        "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+        "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
         "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
         "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     }
@@ -250,8 +258,8 @@ _INTERPRETER = {
     "merge_high_rank": Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=16, waves=2),
     "project": Config(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16, waves=4),
     "low": Config(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16),
-    "epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
-    "epilogue_high_rank": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16),
+    "epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16, waves=2),
+    "epilogue_high_rank": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16, waves=2),
     "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
     "token_sums": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16, waves=4),
     "prepare": Config(BLOCK_N=16, BLOCK_R=16),
@@ -264,10 +272,10 @@ HIGH_RANK = 64
 CONFIGS: dict[tuple[str, int], dict[str, Config]] = {
     ("sm_80", 2): _HALF_SM80,  # compiled
     ("sm_80", 4): _FLOAT,  # compiled
-    ("sm_90", 2): _HALF_SM90,  # compiled
+    ("sm_90", 2): _HALF,  # compiled
     ("sm_90", 4): _FLOAT_SM90,  # compiled
     ("sm_100", 2): _HALF_SM100,  # compiled
-    ("sm_100", 4): _FLOAT_SM90,  # compiled
+    ("sm_100", 4): _FLOAT_SM100,  # compiled
     ("sm_120", 2): _HALF_SM120,  # compiled
     ("sm_120", 4): _FLOAT,  # compiled
     ("gfx942", 2): _HALF_GFX,  # compiled

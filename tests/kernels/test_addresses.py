@@ -247,11 +247,12 @@ def test_epilogue_writes_rows_of_2_to_the_30(memory):
     problem = Problem.random(3, 32, 40, 3, torch.float32)
     base, low = problem.x @ problem.weight.T, problem.x @ problem.lora_A.T
     y = corner(memory, columns=32)
-    _epilogue_kernel[1, 1](
-        tile.matrix(base), tile.matrix(low), tile.matrix(problem.lora_B), problem.magnitude, None,
-        tile.vector(problem.bias), None, memory[2**31 :], 3, FAR, 3, 0.75,
-        ONE_CHUNK=True, R_MULTIPLE=1, **tiles("epilogue"),
-    )  # fmt: skip
+    with num_programs(FAR // 32):
+        _epilogue_kernel[1,](
+            tile.matrix(base), tile.matrix(low), tile.matrix(problem.lora_B), problem.magnitude, None,
+            tile.vector(problem.bias), None, memory[2**31 :], 3, FAR, 3, 0.75,
+            CHUNKS=1, R_MULTIPLE=1, STAGES=2, **tiles("epilogue"),
+        )  # fmt: skip
     arguments = (base, low, problem.lora_B, problem.magnitude, problem.bias, 0.75, torch.float32)
     torch.testing.assert_close(y, reference.epilogue(*arguments))
 
