@@ -42,6 +42,12 @@ class Config:
         return sizes
 
 
+@functools.cache
+def unlimited(config: Config) -> Config:
+    """`config` for a call that takes more registers than maxnreg allows: one program a multiprocessor."""
+    return config if config.maxnreg is None else dataclasses.replace(config, waves=1, maxnreg=None)
+
+
 def ceil_div(number: int, by: int) -> int:
     """number / by, rounded up. triton.cdiv takes 1.4 us for it on the host, and a step divides 25 times."""
     return -(-number // by)
@@ -199,8 +205,9 @@ _HALF = _walks(_WALK, _WALK_HIGH_RANK) | {
     "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3, waves=2, maxnreg=128),
     "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=128, num_warps=8, num_stages=3, waves=2, maxnreg=128),
     "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2, waves=2, maxnreg=128),
-    "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
-    "finish_sums": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
+    # two programs a multiprocessor: while one waits, for its tiles or at a barrier, the other one works. 128 registers
+    # are too few at BLOCK_M = 64, and enough at 32, but for what writes dz: that runs alone
+    "token_sums": Config(BLOCK_M=32, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=5, waves=2, maxnreg=128),
 }
 # 4-byte operands: the same tiles would need twice the shared memory and registers.
 _FLOAT = (
@@ -230,9 +237,13 @@ _HALF_SM80 = _HALF | _walks(_WALK, dataclasses.replace(_WALK_HIGH_RANK, BLOCK_N=
 _FLOAT_SM100 = _FLOAT | _walks(*2 * [dataclasses.replace(_WALK_FLOAT, waves=2, maxnreg=128)])
 _FLOAT_SM90 = _FLOAT_SM100 | {"epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2)}
 # Half of sm_90's shared memory: two programs of 128 x 64 do not fit, and the tiles of 128 x 128 spill.
-_HALF_SM120 = _HALF | _walks(
-    Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4, waves=2),
-    Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
+_HALF_SM120 = (
+    _HALF
+    | _walks(
+        Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4, waves=2),
+        Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    )
+    | {"token_sums": Config(BLOCK_M=32, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=4)}
 )
 # 64 KB of shared memory, and a wavefront of 64: fewer stages.
 _HALF_GFX = (
@@ -247,7 +258,7 @@ _HALF_GFX = (
         "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
         "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
         "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
-        "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+        "token_sums": Config(BLOCK_M=32, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     }
 )
 # The interpreter pays per tile operation; tiles of 32 leave ragged edges and several steps at test shapes.
@@ -263,7 +274,6 @@ _INTERPRETER = {
     "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
     "token_sums": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16, waves=4),
     "prepare": Config(BLOCK_N=16, BLOCK_R=16),
-    "finish_sums": Config(BLOCK_N=16, BLOCK_R=16),
 }
 # Above this rank the products over R outweigh reading the weight: larger tiles.
 HIGH_RANK = 64

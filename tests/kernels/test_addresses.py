@@ -260,26 +260,36 @@ def test_epilogue_writes_rows_of_2_to_the_30(memory):
 @on_cpu
 @pytest.mark.parametrize("output", ("dB", "dot", "total", "dz"))
 def test_token_sums_writes_2_to_the_30_apart(output, memory):
-    """`split * N` with N = 2^30 for the partial sums, and rows of gain * dy that long."""
+    """`part * N` with N = 2^30 for the partial sums, tiles of dB that are as far apart, and rows of gain * dy."""
     problem = Problem.random(96, 32, 40, 1, torch.float32)
     low, base = problem.x @ problem.lora_A.T, problem.x @ problem.weight.T
-    huge, splits = memory[2**31 :], 1 if output == "dz" else 3
-    sums = Sums(**{output: huge} if output != "dz" else {})
-    rows = 3 if output == "dz" else 96
+    huge, parts, rows = memory[2**31 :], 1 if output == "dz" else 3, 3 if output == "dz" else 96
+    sums = {name: huge if name == output else None for name in ("dB", "dot", "total")}
+    results = {name: torch.zeros(32, 1) for name in ("dB", "dot", "total") if name == output}
     written = corner(memory, columns=32)
-    _token_sums_kernel[1, 1, splits](
-        tile.matrix(problem.dy), tile.matrix(low if output == "dB" else None),
-        tile.matrix(base if output == "dot" else None), problem.magnitude, sums, huge if output == "dz" else None,
-        rows, FAR, 1, 32, R_MULTIPLE=1, SUM_ROWS=16, STAGES=2, **tiles("token_sums"),
-    )  # fmt: skip
+    N = FAR
+    if output == "dB":  # a column of a tile, which is 16 wide
+        N, written = FAR // 16, memory.as_strided((3, 32), (FAR, 16), 2**31).zero_()
+    counters = torch.zeros(1, dtype=torch.int32)
+    with num_programs(parts * N // 32):
+        _token_sums_kernel[parts,](
+            tile.matrix(problem.dy), tile.matrix(low if output == "dB" else None),
+            tile.matrix(base if output == "dot" else None), tile.matrix(problem.dy), tile.matrix(low), None,
+            problem.magnitude if output == "dz" else None, torch.ones(32), Sums(**sums), counters,
+            tile.matrix(results.get("dB")), results.get("dot"), results.get("total"),
+            huge if output == "dz" else None, rows, N, 1, 1.0, R_MULTIPLE=1, SUM_ROWS=16, STAGES=2,
+            **tiles("token_sums"),
+        )  # fmt: skip
     expected = {
         "dB": lambda: (problem.dy.T @ low)[:, 0],
         "dot": lambda: (problem.dy * base).sum(0),
         "total": lambda: problem.dy.sum(0),
         "dz": lambda: (problem.magnitude * problem.dy)[:3],
     }[output]()
-    assert (written != 0).all()
+    assert (written != 0).all() and counters.item() == parts
     torch.testing.assert_close(written if output == "dz" else written.sum(0), expected)
+    if output in results:
+        torch.testing.assert_close(results[output][:, 0], expected)
 
 
 @pytest.mark.parametrize("kernel", ("project", "token_sums"))

@@ -121,7 +121,7 @@ def test_every_quantised_weight_is_read_inside(name, side):
 
 # file, what is there, what is planted, who launches it
 FAULTS = {
-    "a mask left out": ("tile.py", "split * size + offs, mask=mask, other=0.0)", "split * size + offs)", "norm"),
+    "a mask left out": ("tile.py", "part * size + offs, mask=mask, other=0.0)", "part * size + offs)", "norm"),
     "a tile read in any case": (
         "tile.py",
         "mask_0[:, None] & mask_1[None, :], other",
@@ -129,8 +129,8 @@ FAULTS = {
         "norm",
     ),
     "too early": ("norm.py", "load_vector(magnitude, offs_n,", "load_vector(magnitude, (offs_n - 1),", "norm"),
-    "a row too many": ("token_sums.py", "rows_per_split, M)", "rows_per_split, M + 1)", "token_sums"),
-    "a sum too late": ("token_sums.py", "(results.dmagnitude +", "(results.dmagnitude + 1 +", "token_sums"),
+    "a row too many": ("token_sums.py", "BLOCK_M) < M  #", "BLOCK_M) <= M  #", "token_sums"),
+    "a sum too late": ("token_sums.py", "(dmagnitude_ptr +", "(dmagnitude_ptr + 1 +", "token_sums"),
     "a column too many": ("project.py", "mask_k = offs_k < end", "mask_k = offs_k <= end", "project"),
     "a bias unmasked": ("tile.py", "vector.stride, mask=mask, other=0.0)", "vector.stride)", "epilogue"),
     "a write too far": ("merge.py", "(offs_k < K)[None, :])", "(offs_k <= K)[None, :])", "merge"),
