@@ -156,20 +156,28 @@ EXEMPTIONS = (
     Exemption("bank_epilogue", "low lora_B_ptr", "the loop is over the adapters of a tile of rows, mostly one"),
     Exemption(
         "norm",
-        "weight.pointers.*",
-        "a thread looks 64 codes up in the codebook: asynchronous, they would be copies of 4 bytes each, 255 registers "
-        "and 135 KB of shared memory, and one program a multiprocessor instead of two",
-        _format("codebook4"),
-    ),
-    Exemption(
-        "norm", "weight.pointers.[1-4]", "lookups, and scales of 1 and 2 bytes for 64 weights", _format("nf4_torchao")
+        "weight.pointers.[1-3]",
+        "scales of 64 weights: asynchronous, 4 bytes each, which is the least that can be",
+        lambda one: _format("codebook4", "nf4_torchao", "hqq4")(one) and one.constants()["FORMAT"].group > 1,
     ),
     Exemption(
         "norm",
         "weight.pointers.*",
-        "a scale and a zero for every weight, as lookups of codebook4; where they are for 64 weights, asynchronous "
-        "loads of the codes spill 128 bytes a thread on sm_120",
-        _format("hqq4"),
+        "K is odd: a row may begin within a byte, and each code has an address of its own",
+        lambda one: _format("codebook4")(one) and one.constants()["FORMAT"].group == 1,
+    ),
+    Exemption(
+        "norm",
+        "weight.pointers.0",
+        "K = 4304, an odd multiple of 16: every other row of codes starts at an odd multiple of 8 bytes",
+        lambda one: _format("codebook4")(one) and not one.aligned("weight.numbers[0]"),
+    ),
+    Exemption(
+        "norm",
+        "weight.pointers.*",
+        "a scale and a zero for every weight: asynchronous, they would take 120 KB of shared memory, and leave room "
+        "for one program a multiprocessor instead of two",
+        lambda one: _format("hqq4")(one) and one.constants()["FORMAT"].group == 1,
     ),
     Exemption(
         "norm",
@@ -199,7 +207,7 @@ EXEMPTIONS = (
         "norm",
         "weight.pointers.0",
         "float32 operands: tiles of 64 x 64 codes are 8 bytes a thread",
-        lambda one: one.constants()["FORMAT"].name == "nf4_torchao" and one.type_of("update.lora_A") == "*fp32",
+        lambda one: _format("codebook4", "nf4_torchao")(one) and one.type_of("update.lora_A") == "*fp32",
     ),
     Exemption(
         "token_sums",

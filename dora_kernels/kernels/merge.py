@@ -17,6 +17,7 @@ from dora_kernels.kernels.stored_weight import (
     weight_arguments,
     weight_config,
     weight_stages,
+    with_tables,
 )
 from dora_kernels.kernels.tile import (
     Launch,
@@ -83,6 +84,7 @@ def _merge_kernel(
         _zero(counters_ptr, count, BLOCK_N)
     if update is not None:
         update = known_rank(update, R_MULTIPLE)
+    weight = with_tables(weight, FORMAT)
     is_unfinished: tl.constexpr = unfinished is not None  # Triton 3.6 cannot ask a tuple inside a loop
     steps = steps_over(K, BLOCK_K)
     first, end = unit_range(tl.cast(tl.cdiv(N, BLOCK_N), tl.int64) * steps)

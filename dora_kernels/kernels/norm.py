@@ -21,6 +21,7 @@ from dora_kernels.kernels.stored_weight import (
     weight_arguments,
     weight_config,
     weight_stages,
+    with_tables,
 )
 from dora_kernels.kernels.tile import (
     Launch,
@@ -155,6 +156,7 @@ def _norm_kernel(
     One program owns a range of steps of BLOCK_K columns, in blocks of BLOCK_N rows; without squares, whole blocks.
     """
     update = known_rank(update, R_MULTIPLE)
+    weight = with_tables(weight, FORMAT)
     steps = steps_over(K, BLOCK_K)
     units = tl.cast(tl.cdiv(N, BLOCK_N), tl.int64) * steps
     first, end = unit_range(units)

@@ -1,4 +1,4 @@
-"""The weight as kernels read it: one decode function per storage format (see dora_kernels/quant/formats.py).
+"""The weight as kernels read it, in any storage format (see dora_kernels/quant/formats.py); 4 bits: four_bits.py.
 
 A weight reaches a kernel as one argument, a StoredWeight, and one constexpr, its WeightFormat (`weight_arguments`).
 It is decoded in registers to what its library decodes it to, rounding included. The update of it is an argument, too.
@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels.kernels.four_bits import codebook, codebook4, hqq4, nf4_torchao
 from dora_kernels.kernels.tile import (
     DTYPE_OF_NAME,
     TL_DTYPE,
@@ -44,6 +45,7 @@ class WeightFormat(NamedTuple):
     name: str  # a key of quant.FORMATS, but "row8" is "int8" or "float8"; or "dense"
     sizes: tuple[int, ...]  # the numbers of the QuantizedWeight; of "hqq4", two flags behind them
     group: int  # columns from one multiple of it to the next share a scale in every row
+    words: bool  # numbers of 1 or 2 bytes, its scales, can be loaded by the words of 4 bytes that they lie in
     dtype_name: str  # of what it is decoded to; see tile.Dtypes
 
     @property
@@ -78,8 +80,30 @@ def known_rank(update, MULTIPLE: tl.constexpr):
 
 
 @triton.jit
+def with_tables(weight, FORMAT: tl.constexpr):
+    """weight, with the tables that each tile looks numbers up in, and what is one number, loaded in place of pointers.
+
+    Kernels begin with it: a loop would load them in each of its steps.
+    """
+    if FORMAT.name == "codebook4":
+        packed, absmax, code = weight.pointers[0], weight.pointers[1], codebook(weight.pointers[2])
+        if FORMAT.sizes[1] > 0:
+            nested_code, offset = tl.load(weight.pointers[4] + tl.arange(0, 256)), tl.load(weight.pointers[5])
+            result = StoredWeight((packed, absmax, code, weight.pointers[3], nested_code, offset), weight.numbers)
+        else:
+            result = StoredWeight((packed, absmax, code), weight.numbers)
+    elif FORMAT.name == "nf4_torchao":
+        packed, scalers, factor = weight.pointers[0], weight.pointers[1], weight.pointers[2]
+        mean, lut = tl.load(weight.pointers[3]).to(tl.float32), codebook(weight.pointers[4])
+        result = StoredWeight((packed, scalers, factor, mean, lut), weight.numbers)
+    else:
+        result = weight
+    return result
+
+
+@triton.jit
 def weight_tile(
-    weight,  # (N, K) as stored
+    weight,  # (N, K) as stored, `with_tables`
     offs_n,
     mask_n,
     k,
@@ -100,16 +124,12 @@ def weight_tile(
             tile = _float8(tile)
         tile = scale[:, None] * tile.to(tl.float32)
     elif FORMAT.name == "codebook4":
-        codes = _nibbles(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_K)
-        scale = _codebook4_scale(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_K)
-        tile = _scaled(tl.load(weight.pointers[2] + codes), scale, FORMAT.group, BLOCK_N, BLOCK_K)
+        tile = codebook4(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K)
     elif FORMAT.name == "nf4_torchao":
-        codes = _nibbles(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_K)
-        scale = _nf4_torchao_scale(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_K)
-        tile = _scaled(tl.load(weight.pointers[4] + codes).to(tl.float32), scale, FORMAT.group, BLOCK_N, BLOCK_K)
+        tile = nf4_torchao(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K)
     else:
         tl.static_assert(FORMAT.name == "hqq4")
-        tile = _hqq4(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K)
+        tile = hqq4(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K)
     return tile.to(FORMAT.dtype)
 
 
@@ -132,101 +152,6 @@ def _float8(bits):
     half = ((bits & 0x80).to(tl.uint16) << 8) | (magnitude << 7)
     value = 256.0 * half.to(tl.float16, bitcast=True).to(tl.float32)
     return tl.where(magnitude == 0x7F, float("nan"), value)
-
-
-@triton.jit
-def _nibbles(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The 4-bit codes of weight[offs_n, k : k + BLOCK_K], the high nibble first, 0 outside; [BLOCK_N, BLOCK_K]."""
-    if FORMAT.group % 2 == 0:
-        # K is even, so that the codes of a byte are neighbours in a row and each byte is loaded once: 2 instructions of
-        # 16 bytes for the 64 codes that a thread has of a tile of 64 x 128. A byte for each code would take 64
-        row_bytes = weight.numbers[0]
-        offs_byte = tl.multiple_of(k // 2, BLOCK_K // 2) + tl.arange(0, BLOCK_K // 2).to(tl.int64)
-        rows = Matrix(weight.pointers[0], row_bytes, 1)
-        packed = load(rows, offs_n, offs_byte, mask_n, offs_byte < row_bytes)  # [BLOCK_N, BLOCK_K // 2]
-        codes = tl.interleave(packed >> 4, packed & 15)
-    else:
-        offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-        element = offs_n[:, None] * K + offs_k[None, :]
-        packed = tl.load(weight.pointers[0] + element // 2, mask=mask_n[:, None] & (offs_k < K)[None, :], other=0)
-        codes = tl.where(element % 2 == 0, packed >> 4, packed & 15)
-    return codes.to(tl.int32)
-
-
-@triton.jit
-def _groups(offs_n, mask_n, k, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The first element, in the flat weight, of each run of GROUP columns, and which runs there are."""
-    offs_k = k + tl.arange(0, BLOCK_K // GROUP).to(tl.int64) * GROUP
-    return offs_n[:, None] * K + offs_k[None, :], mask_n[:, None] & (offs_k < K)[None, :]
-
-
-@triton.jit
-def _scaled(values, scale, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """values [BLOCK_N, BLOCK_K] times scale [BLOCK_N, BLOCK_K // GROUP], one for each run of GROUP columns."""
-    if GROUP > 1:
-        values = tl.reshape(values, [BLOCK_N, BLOCK_K // GROUP, GROUP]) * scale[:, :, None]
-        values = tl.reshape(values, [BLOCK_N, BLOCK_K])
-    else:
-        values *= scale
-    return values
-
-
-@triton.jit
-def _codebook4_scale(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """absmax, [BLOCK_N, BLOCK_K // FORMAT.group] in float32, 0 outside."""
-    element, mask = _groups(offs_n, mask_n, k, K, FORMAT.group, BLOCK_K)
-    block = element // FORMAT.sizes[0]
-    scale = tl.load(weight.pointers[1] + block, mask=mask, other=0)
-    if FORMAT.sizes[1] > 0:
-        code = tl.load(weight.pointers[4] + scale.to(tl.int32))
-        nested_absmax = tl.load(weight.pointers[3] + block // FORMAT.sizes[1], mask=mask, other=0.0)
-        scale = tl.where(mask, code * nested_absmax + tl.load(weight.pointers[5]), 0.0)
-    return scale
-
-
-@triton.jit
-def _nf4_torchao_scale(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_K: tl.constexpr):
-    """scaler / factor + mean, each rounded to FORMAT.dtype; a float32 for each run of FORMAT.group, 0 outside."""
-    element, mask = _groups(offs_n, mask_n, k, K, FORMAT.group, BLOCK_K)
-    block = element // FORMAT.sizes[0]
-    scaler = tl.load(weight.pointers[1] + block, mask=mask, other=0).to(tl.float32)
-    factor = tl.load(weight.pointers[2] + block // FORMAT.sizes[1], mask=mask, other=1.0).to(tl.float32)
-    quotient = tl.div_rn(scaler, factor).to(FORMAT.dtype).to(tl.float32)
-    scale = (quotient + tl.load(weight.pointers[3]).to(tl.float32)).to(FORMAT.dtype).to(tl.float32)
-    return tl.where(mask, scale, 0.0)
-
-
-@triton.jit
-def _wrapped(offs_n, k, K, period, WHOLE_ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(n * K + k) % period; WHOLE_ROWS: period is a multiple of K, and one remainder a row will do."""
-    offs_k = k + tl.arange(0, BLOCK_K).to(tl.int64)
-    if WHOLE_ROWS:
-        result = (offs_n * K % period)[:, None] + offs_k[None, :]
-    else:
-        result = (offs_n[:, None] * K + offs_k[None, :]) % period
-    return result
-
-
-@triton.jit
-def _hqq4(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(code - zero) * scale, each rounded to FORMAT.dtype, [BLOCK_N, BLOCK_K] in float32, 0 outside."""
-    # a byte serves two distant rows, which two programs load: one byte a weight, half of them from the L2 cache
-    half, groups = weight.numbers[0], weight.numbers[1]
-    element, mask = _groups(offs_n, mask_n, k, K, 1, BLOCK_K)
-    packed = tl.load(weight.pointers[0] + _wrapped(offs_n, k, K, half, FORMAT.sizes[2], BLOCK_K), mask=mask, other=0)
-    codes = tl.where(element < half, packed >> 4, packed & 15).to(tl.float32)
-    if FORMAT.sizes[1] == 1:
-        element, mask = _groups(offs_n, mask_n, k, K, FORMAT.group, BLOCK_K)
-        group = element // FORMAT.sizes[0]
-    else:
-        group = _wrapped(offs_n, k, K, groups, FORMAT.sizes[3], BLOCK_K)
-    scale = tl.load(weight.pointers[1] + group, mask=mask, other=0.0).to(FORMAT.dtype).to(tl.float32)
-    zero = tl.load(weight.pointers[2] + group, mask=mask, other=0.0).to(FORMAT.dtype).to(tl.float32)
-    if FORMAT.group > 1:
-        codes = tl.reshape(codes, [BLOCK_N, BLOCK_K // FORMAT.group, FORMAT.group])
-        scale, zero = scale[:, :, None], zero[:, :, None]
-    tile = (codes - zero).to(FORMAT.dtype).to(tl.float32) * scale
-    return tl.reshape(tile, [BLOCK_N, BLOCK_K])
 
 
 @triton.jit
@@ -275,13 +200,9 @@ def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> config
         return config
     share = 1
     if weight.format != "row8" and weight.shape[1] % 2:
-        share = 4  # each code of 4 bits has an address of its own: 1256 bytes a thread on sm_120 otherwise
-    elif weight.format in ("codebook4", "nf4_torchao") and launch.operand.itemsize == 4:
-        share = 2  # 400 bytes a thread on sm_120 otherwise
-    elif weight.format == "codebook4" and weight.shape[1] % 64:
-        share = 2  # a scale for every 16 codes and not for 64: 136 bytes a thread on sm_100 otherwise
-    elif weight.format == "codebook4" and R > configs.HIGH_RANK and launch.facts.target == "sm_80":
-        share = 2  # 88 bytes a thread otherwise
+        share = 4  # each code of 4 bits has an address of its own: 1436 bytes a thread on sm_120 otherwise
+    elif weight.format == "hqq4" and launch.facts.target == "sm_120":
+        share = 2  # 168 bytes a thread otherwise
     return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
 
 
@@ -300,17 +221,17 @@ def walk_config(
 def weight_stages(weight: Weight, config: configs.Config) -> int | None:
     """For how many steps of a loop over K all its loads are on their way; None: those that feed no dot are waited for.
 
-    None where that would cost more than it hides: the 64 codes that a thread looks up in the codebook, or HQQ's scale
-    for every weight, would pass through shared memory too (135 KB, and one program a multiprocessor instead of two),
-    HQQ's scale for every group would spill (128 bytes a thread on sm_120), and what is not loaded in whole vectors is
-    loaded as before, but copied once more.
+    None for what is not loaded in whole vectors, which would be loaded as before, but copied once more, and where it
+    would cost more than it hides: HQQ's scale and zero for every weight (axis 0) would take 120 KB of shared memory,
+    and leave room for one program a multiprocessor instead of two.
     """
-    rows, weight_format, _, _ = flatten_weight(weight)
-    if weight_format in ("codebook4", "hqq4"):
-        return None
-    if weight_format in (DENSE, "row8") and (rows[0].stride(1) != 1 or rows[0].stride(0) % 16):
-        return None
-    return config.num_stages
+    rows, weight_format, numbers, _ = flatten_weight(weight)
+    if weight_format in (DENSE, "row8"):
+        whole_vectors = rows[0].stride(1) == 1 and rows[0].stride(0) % 16 == 0
+    else:
+        whole_vectors = weight.shape[1] % 2 == 0
+    scale_of_each = weight_format == "hqq4" and numbers[1] == 0
+    return config.num_stages if whole_vectors and not scale_of_each else None
 
 
 def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, WeightFormat]:
@@ -319,6 +240,7 @@ def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, Weight
     pointers, name, sizes, dtype = flatten_weight(weight)
     numbers: tuple[int, ...] = ()
     group = 1  # 64 where K is a multiple of 64
+    words = False
     if name == DENSE:
         numbers = pointers[0].stride()
     elif name == "row8":
@@ -326,13 +248,17 @@ def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, Weight
         name = "int8" if q.dtype == torch.int8 else "float8"
         pointers = q.view(torch.int8 if name == "int8" else torch.uint8), scale
         numbers = (*q.stride(), *scale.stride())
-    elif name == "hqq4":
-        group_size, axis = sizes
-        half, groups = N * K // 2, N * K // group_size
-        numbers = half, groups
-        sizes = group_size, axis, K > 0 and half % K == 0, K > 0 and groups % K == 0
-        group = math.gcd(K, group_size, BLOCK_K) if axis == 1 else 1
     else:
-        numbers = (K // 2,)
-        group = math.gcd(K, sizes[0], BLOCK_K)
-    return StoredWeight(tuple(pointers), numbers), WeightFormat(name, tuple(sizes), group, TL_DTYPE[dtype].name)
+        if name == "hqq4":
+            group_size, axis = sizes
+            half, groups = N * K // 2, N * K // group_size
+            numbers = half, groups
+            sizes = group_size, axis, K > 0 and half % K == 0, K > 0 and groups % K == 0
+            group = math.gcd(K, group_size, BLOCK_K) if axis == 1 else 1
+        else:
+            numbers = (K // 2,)
+            group = math.gcd(K, sizes[0], BLOCK_K)
+        # a scale of every weight comes in whole vectors, or has an address of its own: nothing to be had by words
+        words = group > 1 and all(part.data_ptr() % 4 == 0 and part.nbytes % 4 == 0 for part in pointers[1:3])
+    stored = StoredWeight(tuple(pointers), numbers)
+    return stored, WeightFormat(name, tuple(sizes), group, words, TL_DTYPE[dtype].name)

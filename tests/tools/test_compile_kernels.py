@@ -69,6 +69,26 @@ def test_what_loops_stream_is_loaded_ahead_in_16_bytes_a_thread(fast):
     assert fast.returncode == 0 and "0 complaints" in fast.stdout
 
 
+FOUR_BITS = """
+import compile_kernels as tool, dataclasses, json
+jobs = tool.jobs_for(["sm_90"], ["bf16"], (64,), ("codebook4", "codebook4 nested", "nf4_torchao", "hqq4 axis 1"))
+norms = tool.compile_all([job for job in jobs if job.specialization.name == "_norm_kernel"], loops_on=("sm_90",))
+print(json.dumps({job.call: dataclasses.asdict(compiled) for job, compiled in norms}))
+"""
+
+
+def test_norms_over_4_bits_look_nothing_up_in_device_memory():
+    """Nor wait for each other's lookups: an absmax was a chain of three loads, and a step had 27 barriers."""
+    done = _run("-c", FOUR_BITS)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert len(found) == 4
+    for call, compiled in found.items():
+        (loop,) = (counts for counts in compiled["loops"].values() if any("MMA" in kind for kind in counts))
+        assert not [kind for kind in loop if kind.partition(".")[0] == "LDG"], (call, loop)
+        assert loop["BAR"] <= 5 and compiled["programs"] >= 2 and compiled["spills"] == 0, (call, compiled)
+
+
 @pytest.mark.nightly  # about 1800 compilations, ten minutes of one core
 def test_every_config_compiles_for_every_target():
     done = _compile(f"--jobs={os.cpu_count()}", "--loops")

@@ -136,8 +136,8 @@ FAULTS = {
     "a write too far": ("merge.py", "(offs_k < K)[None, :])", "(offs_k <= K)[None, :])", "merge"),
     "an index unmasked": ("bank_epilogue.py", "offs_m, mask=mask_m, other=-1)", "offs_m)", "bank_epilogue"),
     "a row of another layer": ("grouped_norm.py", "mask_n = offs_n < N", "mask_n = offs_n <= N", "grouped_norm"),
-    "a byte too many": ("stored_weight.py", "offs_byte < row_bytes", "offs_byte <= row_bytes", "nf4"),
-    "a scale too far": ("stored_weight.py", "pointers[1] + block, mask", "pointers[1] + block + 1, mask", "nf4"),
+    "a byte too many": ("four_bits.py", "offs_byte < row_bytes", "offs_byte <= row_bytes", "nf4"),
+    "a scale too far": ("four_bits.py", "pointers[1], block, mask", "pointers[1], block + 1, mask", "nf4"),
 }
 UNWRITTEN = ("norm.py", "_tile, norm), mask=mask_n)", "_tile, norm), mask=mask_n & (offs_n > 0))", "norm")
 
