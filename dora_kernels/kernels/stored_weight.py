@@ -201,8 +201,8 @@ def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> config
     share = 1
     if weight.format != "row8" and weight.shape[1] % 2:
         share = 4  # each code of 4 bits has an address of its own: 1436 bytes a thread on sm_120 otherwise
-    elif weight.format == "hqq4" and launch.facts.target == "sm_120":
-        share = 2  # 168 bytes a thread otherwise
+    elif weight.format == "hqq4" and launch.facts.target in ("sm_100", "sm_120"):
+        share = 2  # 88 and 168 bytes a thread otherwise
     return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
 
 
