@@ -20,8 +20,9 @@ def codebook4(weight, offs_n, mask_n, k, K, FORMAT: tl.constexpr, BLOCK_N: tl.co
     if FORMAT.sizes[1] > 0:
         nested_absmax = tl.load(weight.pointers[3] + block // FORMAT.sizes[1], mask=mask, other=0.0)
         # of one dimension, this is a gather from shared memory: 256 numbers are too many for the lanes of a warp
-        nested_code = tl.gather(weight.pointers[4], tl.ravel(absmax.to(tl.int32)), 0)
-        absmax = tl.where(mask, tl.reshape(nested_code, absmax.shape) * nested_absmax + weight.pointers[5], 0.0)
+        index = tl.reshape(absmax.to(tl.int32), [absmax.numel])
+        code = tl.reshape(tl.gather(weight.pointers[4], index, 0), absmax.shape)
+        absmax = tl.where(mask, code * nested_absmax + weight.pointers[5], 0.0)
     codes = _nibbles(weight, offs_n, mask_n, k, K, FORMAT, BLOCK_K)
     return _scaled(looked_up(weight.pointers[2], codes, BLOCK_N, BLOCK_K), absmax, FORMAT.group, BLOCK_N, BLOCK_K)
 
@@ -124,7 +125,9 @@ def _load_numbers(pointer, index, mask, FORMAT: tl.constexpr):
 def _groups(offs_n, mask_n, k, K, GROUP: tl.constexpr, BLOCK_K: tl.constexpr):
     """The first element, in the flat weight, of each run of GROUP columns, and which runs there are."""
     offs_k = k + tl.arange(0, BLOCK_K // GROUP).to(tl.int64) * GROUP
-    return offs_n[:, None] * K + offs_k[None, :], mask_n[:, None] & (offs_k < K)[None, :]
+    # unsigned: to divide it by the size of a block is to shift it, without a case for numbers below 0
+    element = (offs_n[:, None] * K + offs_k[None, :]).to(tl.uint64)
+    return element, mask_n[:, None] & (offs_k < K)[None, :]
 
 
 @triton.jit

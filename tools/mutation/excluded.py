@@ -173,7 +173,7 @@ EXCLUDED = (
     Excluded(_STORED, "weight_tile", "scale = load_vector(", ("load_vector(",), _CAST),
     Excluded(_STORED, "weight_tile", "tile = scale", ("tile.to(",), _CAST),
     Excluded(_FOUR_BITS, "_nibbles", "return codes", ("codes.to(",), _CAST),
-    Excluded(_FOUR_BITS, "codebook4", "nested_code = tl.gather(", ("absmax.to(",), _CAST),
+    Excluded(_FOUR_BITS, "codebook4", "index = tl.reshape(", ("absmax.to(",), _CAST),
     Excluded(
         _FOUR_BITS,
         "nf4_torchao",
