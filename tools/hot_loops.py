@@ -155,35 +155,29 @@ EXEMPTIONS = (
     ),
     Exemption("bank_epilogue", "low lora_B_ptr", "the loop is over the adapters of a tile of rows, mostly one"),
     Exemption(
-        "norm",
+        "*",
         "weight.pointers.[1-3]",
-        "scales of 64 weights: asynchronous, 4 bytes each, which is the least that can be",
-        lambda one: _format("codebook4", "nf4_torchao", "hqq4")(one) and one.constants()["FORMAT"].group > 1,
+        "scales of 64 weights, or of a row: asynchronous, 4 bytes each, which is the least that can be",
+        lambda one: one.constants()["FORMAT"].group > 1 or _format("int8", "float8")(one),
     ),
     Exemption(
-        "norm",
-        "weight.pointers.*",
-        "K is odd: a row may begin within a byte, and each code has an address of its own",
+        "*",
+        "weight.pointers.* update.lora_A",
+        "K is odd: a row may begin within a byte, and each code, and each number of lora_A, has an address of its own",
         lambda one: _format("codebook4")(one) and one.constants()["FORMAT"].group == 1,
     ),
     Exemption(
-        "norm",
+        "*",
         "weight.pointers.0",
         "K = 4304, an odd multiple of 16: every other row of codes starts at an odd multiple of 8 bytes",
         lambda one: _format("codebook4")(one) and not one.aligned("weight.numbers[0]"),
     ),
     Exemption(
-        "norm",
+        "*",
         "weight.pointers.*",
         "a scale and a zero for every weight: asynchronous, they would take 120 KB of shared memory, and leave room "
         "for one program a multiprocessor instead of two",
         lambda one: _format("hqq4")(one) and one.constants()["FORMAT"].group == 1,
-    ),
-    Exemption(
-        "norm",
-        "update.lora_A",
-        "K is odd: every other row starts at an odd multiple of 2 bytes",
-        lambda one: one.constants()["FORMAT"].name == "codebook4" and one.constants()["FORMAT"].group == 1,
     ),
     Exemption(
         "token_sums",
