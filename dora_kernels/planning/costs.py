@@ -6,7 +6,7 @@ too, is a prediction unless a comment says otherwise; `python -m bench.studies.f
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -100,8 +100,6 @@ SKINNY_MATMUL = 0.7
 # tiles, or splits K, and reads 1.33 times as much for each FLOP.
 GEMM_TILE = 128 * 256
 FEW_TILES = 0.82
-# The highest rank whose lora_B stays in shared memory while a program walks.
-RESIDENT_RANK = 384
 # The part of the second longest of a step's times that the longest does not hide, where both are equal.
 UNHIDDEN = 0.25
 
@@ -164,14 +162,20 @@ def config_of(kernel: str, shape: Shape, device: Device, R: int = 0) -> Config:
     return configs.config_for(name, device.facts, operand)
 
 
-def adapter_reads(R: int, streamed: int | None, walked: int | None) -> float:
-    """The elements of lora_A and lora_B that are read for each element of a tile.
+def walk_reads(kernel: str, shape: Shape, device: Device, out_bytes: int) -> float:
+    """The elements of lora_A (of low) and lora_B read for each element of the weight (of base) by a kernel that walks.
 
-    streamed: the tile's size along which the factor that comes with every tile is shared. walked: its size along the
-    walk; lora_B is read once for all of that where its R fits in shared memory, and else for every tile, too.
+    The one comes with every tile; lora_B is read once for a whole walk where it fits in shared memory, and else with
+    every tile, too.
     """
-    assert streamed is not None and walked is not None
-    return R / streamed + (0 if R <= RESIDENT_RANK else R / walked)
+    R, tile = shape.R, config_of(kernel, shape, device, shape.R)
+    tile = replace(tile, BLOCK_K=tile.BLOCK_K or tile.BLOCK_M)
+    assert tile.BLOCK_N is not None and tile.BLOCK_K is not None
+    operand_bytes, streamed_bytes = min(shape.itemsize, 4), shape.itemsize
+    if shape.packed and kernel != "epilogue":  # decoded in shared memory, in float32
+        streamed_bytes, out_bytes = 1, 4
+    _, chunks = configs.with_lora_B_resident(tile, R, operand_bytes, streamed_bytes, out_bytes, device.facts.target)
+    return R / tile.BLOCK_N + (0 if chunks else R / tile.BLOCK_K)
 
 
 def dense_costs(shape: Shape) -> dict[str, Cost]:
@@ -182,22 +186,22 @@ def dense_costs(shape: Shape) -> dict[str, Cost]:
 
 def norm_cost(shape: Shape, device: Device) -> Cost:
     """The cost of the norm: one read of the weight."""
-    elements, tile = shape.N * shape.K, config_of("norm", shape, device, shape.R)
-    l2 = elements * adapter_reads(shape.R, tile.BLOCK_N, tile.BLOCK_K)
+    elements = shape.N * shape.K
+    l2 = elements * walk_reads("norm", shape, device, out_bytes=0)
     return Cost(0, 2 * elements * shape.R, stored=elements, l2=l2, copy=STREAMED, dots=MERGING)
 
 
 def merge_cost(shape: Shape, device: Device) -> Cost:
     """The cost of the merged weight: one read of the weight and one write."""
-    elements, tile = shape.N * shape.K, config_of("merge", shape, device, shape.R)
-    l2 = elements * adapter_reads(shape.R, tile.BLOCK_N, tile.BLOCK_K)
+    elements = shape.N * shape.K
+    l2 = elements * walk_reads("merge", shape, device, shape.itemsize)
     return Cost(elements, 2 * elements * shape.R, stored=elements, l2=l2, copy=STREAMED, dots=MERGING)
 
 
 def epilogue_cost(shape: Shape, device: Device) -> Cost:
     """The cost of the epilogue: one read of base and one write of y."""
-    elements, tile = shape.M * shape.N, config_of("epilogue", shape, device, shape.R)
-    l2 = elements * (1 + adapter_reads(shape.R, tile.BLOCK_N, tile.BLOCK_M))
+    elements = shape.M * shape.N
+    l2 = elements * (1 + walk_reads("epilogue", shape, device, shape.itemsize))
     return Cost(2 * elements, 2 * elements * shape.R, l2=l2, copy=STREAMED, dots=SUMMING)
 
 
