@@ -12,7 +12,7 @@ from bench.studies import fit
 from dora_kernels.planning import costs, plan
 
 H200 = costs.DEVICES["NVIDIA H200"]
-TRUE = replace(H200, bandwidth=2e12, matmul=300e12, matmul_float32=20e12, launch=9e-6, l2=4e12, skinny=0.4)
+TRUE = replace(H200, bandwidth=2e12, matmul=300e12, matmul_float32=20e12, launch=9e-6, l2=2e12, skinny=0.4)
 WRONG = replace(TRUE, bandwidth=6e12, matmul=1500e12, launch=2e-6, l2=8e12, skinny=0.8)
 
 
