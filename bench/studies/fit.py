@@ -63,7 +63,7 @@ def misfit(rows: Rows, device: costs.Device) -> list[float]:
 def fit(rows: Rows, start: costs.Device) -> costs.Device:
     """The constants with the smallest mean misfit: each in turn by steps that shrink from 1.5 to 1.01.
 
-    The mean of absolute logarithms, so that one outlier counts as one row. What no row clearly depends on stays as it is.
+    The mean of absolute logarithms, so that one outlier counts as one row. What no row clearly depends on stays.
     """
 
     def cost(device: costs.Device) -> float:

@@ -107,15 +107,17 @@ UNHIDDEN = 0.25
 class Cost(NamedTuple):
     """One kernel, GEMM or elementwise pass: elements moved, FLOPs, launches, elements read of the stored weight.
 
-    l2: elements that the multiprocessors read through the L2 cache, beside the stored weight; writes have a way of
-    their own. 0 for the library's GEMMs, whose tiles are larger and shared among multiprocessors. copy, dots: the
-    shares of the device's bandwidth and matmul rate that the step reaches. filled: of the multiprocessors at work.
+    again: elements that are read from memory a second time and more often. l2: elements that the multiprocessors read
+    through the L2 cache, beside the stored weight; writes have a way of their own. 0 for the library's GEMMs, whose
+    tiles are larger and shared among multiprocessors. copy, dots: the shares of the device's bandwidth and matmul rate
+    that the step reaches. filled: of the multiprocessors at work.
     """
 
     elements: float
     flops: float
     launches: int = 1
     stored: float = 0
+    again: float = 0
     l2: float = 0
     copy: float = 1.0
     dots: float = 1.0
@@ -123,7 +125,7 @@ class Cost(NamedTuple):
 
     def bytes(self, shape: Shape) -> float:
         """The bytes moved in device memory."""
-        return self.elements * shape.itemsize + self.stored * (shape.packed or shape.itemsize)
+        return (self.elements + self.again) * shape.itemsize + self.stored * (shape.packed or shape.itemsize)
 
     def bytes_through_l2(self, shape: Shape) -> float:
         """The bytes that the multiprocessors read."""
@@ -208,38 +210,50 @@ def epilogue_cost(shape: Shape, device: Device) -> Cost:
 def project_costs(shape: Shape, product: str, device: Device) -> dict[str, dict[str, Cost]]:
     """The costs of low, or of P, by our kernel and by the GEMM library.
 
-    Our kernel reads the rows for every chunk of R, from memory and then from the L2 cache, and the factor for every
-    block of rows. A block of low is one program's: the forward pass has no counters to finish parts of a sum with.
+    A block of low is one program's: the forward pass has no counters to finish parts of a sum with.
     """
     M, R = shape.M, shape.R
     elements = M * (shape.K if product == "low" else shape.N)
     tile = config_of("low" if product == "low" else "project", shape, device)
     assert tile.BLOCK_M is not None
-    chunks = max(1, ceil_div(R, tile.tiles(R)["BLOCK_R"]))
-    blocks = max(1, chunks * ceil_div(M, tile.BLOCK_M))
+    blocks, again, chunks = chunk_reads(R, tile, ceil_div(M, tile.BLOCK_M), device)
     at_once = device.facts.multiprocessors
     filled = blocks / (at_once * ceil_div(blocks, at_once)) if product == "low" else 1.0
     flops, l2 = 2 * elements * R, elements * (chunks + R / tile.BLOCK_M)
-    ours = Cost(elements, flops, l2=l2, copy=PROJECTED, dots=SUMMING, filled=filled)
+    ours = Cost(elements, flops, again=again * elements, l2=l2, copy=PROJECTED, dots=SUMMING, filled=filled)
     return {"kernel": {product: ours}, "library": {product: skinny_gemm(elements, flops, R, device)}}
 
 
 def outer_costs(shape: Shape, product: str, device: Device) -> dict[str, dict[str, Cost]]:
     """The costs of a product summed over the tokens, dA, or dB with the sums beside it, by our kernel and the library.
 
-    Our kernel reads dy (x for dA) once for every chunk of R, from memory and then from the L2 cache, and makes dB of
-    the dy that the sums of dy * base are made of; the library reads dy for itself.
+    Our kernel makes dB of the dy that it reads for the sums of dy * base; the library reads dy for itself.
     """
     R, tile = shape.R, config_of("token_sums", shape, device)
+    columns = shape.N if product == "dB" else shape.K
+    elements = shape.M * columns
     assert tile.BLOCK_N is not None
-    elements = shape.M * (shape.N if product == "dB" else shape.K)
-    flops, l2 = 2 * elements * R, elements * (max(1, ceil_div(R, tile.tiles(R)["BLOCK_R"])) + R / tile.BLOCK_N)
+    _, again, chunks = chunk_reads(R, tile, ceil_div(columns, tile.BLOCK_N), device)
+    flops, l2 = 2 * elements * R, elements * (chunks + R / tile.BLOCK_N)
+    ours = Cost(elements, flops, again=again * elements, l2=l2, copy=STREAMED, dots=SUMMING)
     library = {product: skinny_gemm(elements, flops, R, device)}
     if product == "dA":
-        return {"kernel": {"dA": Cost(elements, flops, l2=l2, copy=STREAMED, dots=SUMMING)}, "library": library}
+        return {"kernel": {"dA": ours}, "library": library}
+    ours = ours._replace(elements=2 * elements, l2=l2 + elements)
     sums = Cost(2 * elements, 0, l2=2 * elements, copy=STREAMED)
-    ours = sums._replace(flops=flops, l2=elements + l2, dots=SUMMING)
     return {"kernel": {"token_sums": ours}, "library": library | {"token_sums": sums}}
+
+
+def chunk_reads(R: int, tile: Config, blocks: int, device: Device) -> tuple[int, float, int]:
+    """(blocks, again, chunks): so many times blocks of all chunks of R are read from memory again, and by L2 in all.
+
+    Blocks that differ in their chunk alone follow one another: those that run at the same time share a read from
+    memory, those that one program makes one after the other do not.
+    """
+    chunks = max(1, ceil_div(R, tile.tiles(R)["BLOCK_R"]))
+    blocks = max(1, blocks) * chunks
+    at_once = device.facts.multiprocessors * tile.waves
+    return blocks, min(chunks, max(1.0, blocks / at_once)) - 1, chunks
 
 
 def seconds(costs: dict[str, Cost], shape: Shape, device: Device) -> float:

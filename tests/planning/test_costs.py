@@ -100,6 +100,17 @@ def test_bytes_through_the_cache():
     assert costs.norm_cost(high, H200).bytes_through_l2(high) == (N // 128) * (K // 64) * (16 + 128 + 256) * 1024
 
 
+def test_chunks_of_a_rank_that_do_not_run_together_read_dy_again():
+    """At R = 384 six blocks of 64 ranks read the same dy: of 112 blocks of columns those are 672, of 8 they are 48."""
+    at_once = 132 * costs.config_of("token_sums", RANK_384, H200).waves
+    for N, again in ((14336, max(672 / at_once, 1) - 1), (1024, 0)):
+        shape = RANK_384._replace(N=N)
+        sums = costs.outer_costs(shape, "dB", H200)["kernel"]["token_sums"]
+        assert sums.bytes(shape) == pytest.approx((2 + again) * 2 * shape.M * N)
+        # dy for each chunk, base, and low for each block of 128 columns
+        assert sums.bytes_through_l2(shape) == (6 + 1 + 3) * 2 * shape.M * N
+
+
 def test_a_step_is_bound_by_memory_by_the_cache_or_by_flops():
     shape, no_gap = RANK_384, replace(H200, launch=0.0)
     bound = {
