@@ -12,14 +12,13 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import compile_kernels
 import specializations
 import torch
 import triton
 from candidates import PRECISIONS, SUBJECTS, candidates
-from compile_kernels import Compiled, verdict
 from specializations import TARGETS, Specialization, Target
 from triton.compiler import ASTSource
 
@@ -39,6 +38,9 @@ VARIANTS = {
 }
 
 
+TOKENS = 8192  # of the steps that are compiled with a candidate
+
+
 def card() -> tuple[str, Target | None]:
     """The GPU's name, "" without one; and what TARGETS has for it, with its own sizes.
 
@@ -55,29 +57,40 @@ def card() -> tuple[str, Target | None]:
     return properties.name, target
 
 
-# (subject, candidate) -> what its jobs launch
-Launched = dict[tuple[str, Config], list[Specialization]]
+class Candidate(NamedTuple):
+    """A configuration of a subject, for operands of so many bytes on a target."""
+
+    subject: str
+    config: Config
+    operand_bytes: int
+    target: Target
 
 
-def launched_by(names: Sequence[str], operand_bytes: int, target: Target) -> Launched:
-    """The specialisations that each candidate of tools/tune.py launches on a target of tools/specializations.py."""
-    found: Launched = {}
+def candidates_of(names: Iterable[str], operand_bytes: int, target: Target) -> list[Candidate]:
+    """The candidates of tools/tune.py, of each subject the default first."""
+    defaults = configs.CONFIGS[target.family, operand_bytes]
+    found = ((name, config) for name in names for config in candidates(name, defaults[name], target.name))
+    return [Candidate(name, config, operand_bytes, target) for name, config in found]
+
+
+def launched_by(candidate: Candidate) -> list[Specialization]:
+    """What the candidate's kernels are compiled for: by the calls that judge it, and by training steps of their sizes,
+    which have variants of their own.
+    """
+    name, config, operand_bytes, target = candidate
     variant = specializations.VARIANTS[VARIANTS[PRECISIONS[operand_bytes]]]
-    for name in names:
-        default = configs.CONFIGS[target.family, operand_bytes][name]
-        for job, *sizes in SUBJECTS[name].jobs:
-            operands = kernels.KernelOperands.random(LayerCase(*sizes, PRECISIONS[operand_bytes], "meta"))
-            for config in candidates(name, default, target.name):
-                override = {name: dataclasses.asdict(config)}
-                with specializations.recording(target, variant, override) as recorded, kernels.every_call_by_kernel():
-                    kernels.CALLS[job](operands, KERNELS)
-                found.setdefault((name, config), []).extend(recorded)
-    return found
-
-
-def each_once(recorded: Iterable[Specialization]) -> dict[tuple[str, str], Specialization]:
-    """(kernel, key) -> the specialisation."""
-    return {(one.name, one.key): one for one in recorded}
+    found: dict[tuple[str, str], Specialization] = {}
+    for job, *sizes in SUBJECTS[name].jobs:
+        operands = kernels.KernelOperands.random(LayerCase(*sizes, PRECISIONS[operand_bytes], "meta"))
+        inputs = specializations.Inputs.of(variant, TOKENS, *sizes[1:])
+        with specializations.recording(target, variant, {name: dataclasses.asdict(config)}) as recorded:
+            with kernels.every_call_by_kernel():
+                kernels.CALLS[job](operands, KERNELS)
+            names = {one.name for one in recorded}
+            specializations.step(inputs)
+            specializations.step(inputs, drop=True)
+        found |= {(one.name, one.key): one for one in recorded if one.name in names}
+    return list(found.values())
 
 
 def build(specialization: Specialization) -> Any:
@@ -134,27 +147,6 @@ def in_all_cores(function: Callable[[Any], Done], items: Sequence[Any], processe
     return done
 
 
-def _ready(one: Specialization) -> Done:
-    compiled = compile_kernels.compile_ahead(one)
-    if compiled.error:
-        return {"ok": False, "error": f"{one.name} {one.tiles()}: {compiled.error}"}
-    with contextlib.suppress(Exception):  # it is built at the first launch else, or fails there; there may be no driver
-        build_launcher(build(one))
-    return {"ok": True, "compiled": compiled}
-
-
-def compile_all(wanted: Sequence[Specialization], processes: int, seconds: float = 120) -> list[Compiled]:
-    """Compile them side by side into Triton's cache: the compiler's figures, in order, with `error` where it failed.
-
-    One after another they would take minutes of the device's time. A compiler that hangs is killed when the seconds are
-    over.
-    """
-    done = in_all_cores(_ready, wanted, processes, time.monotonic() + seconds)
-    late = {"ok": False, "error": f"not compiled in {seconds:.0f} s"}
-    found = [done.get(index, late) for index in range(len(wanted))]
-    return [one["compiled"] if one["ok"] else Compiled(error=one["error"]) for one in found]
-
-
 @dataclass
 class Judged:
     """A subject's candidates, the default first, and those that are not tried, with the reason.
@@ -167,25 +159,35 @@ class Judged:
     refused: dict[Config, str]
 
 
-def judge(launched: Launched, compiled: dict[tuple[str, str], Compiled]) -> dict[str, Judged]:
-    """Subject -> its candidates. Tried are those that compile, spill nothing and fit the target: any, by construction.
+def _compile_candidate(candidate: Candidate) -> Done:
+    """Compile all that it launches into Triton's cache, launchers included; the worst of each kernel's figures."""
+    usage: dict[str, tuple[int, int, int, int]] = {}
+    wrong: dict[str, None] = {}
+    for one in launched_by(candidate):
+        found = compile_kernels.compile_ahead(one)
+        wrong[compile_kernels.verdict(found, one)] = None
+        registers, spills, shared, programs = usage.get(one.name, (0, 0, 0, found.programs))
+        most = max(registers, found.registers), max(spills, found.spills), max(shared, found.shared)
+        usage[one.name] = *most, min(programs, found.programs)
+        with contextlib.suppress(Exception):  # it is built at the first launch else; there may be no driver here
+            build_launcher(build(one))
+    error = "; ".join(filter(None, wrong))
+    return {"ok": not error, "error": error, "usage": usage}
 
-    The default stays, whatever it is: others are timed against it.
+
+def judge(wanted: Sequence[Candidate], processes: int, seconds: float = 120) -> dict[str, Judged]:
+    """Subject -> its candidates, compiled side by side: one after another they would take minutes of the device's time.
+
+    Tried are those that compile in these seconds, spill nothing and fit the target: any target, by construction. The
+    default stays, whatever it is: others are timed against it.
     """
+    done = in_all_cores(_compile_candidate, wanted, processes, time.monotonic() + seconds)
     subjects: dict[str, Judged] = {}
-    for (name, config), recorded in launched.items():
-        judged = subjects.setdefault(name, Judged({}, {}))
-        usage: dict[str, tuple[int, int, int, int]] = {}
-        wrong = []
-        for one in recorded:
-            found = compiled[one.name, one.key]
-            wrong += [why] if (why := verdict(found, one)) and why not in wrong else []
-            # the worst of what a kernel is compiled for
-            registers, spills, shared, programs = usage.get(one.name, (0, 0, 0, found.programs))
-            most = max(registers, found.registers), max(spills, found.spills), max(shared, found.shared)
-            usage[one.name] = *most, min(programs, found.programs)
-        if wrong and judged.tried:
-            judged.refused[config] = "; ".join(wrong)
+    for index, candidate in enumerate(wanted):
+        judged = subjects.setdefault(candidate.subject, Judged({}, {}))
+        found = done.get(index, {"ok": False, "error": f"not compiled in {seconds:.0f} s"})
+        if found["ok"] or not judged.tried:
+            judged.tried[candidate.config] = found.get("usage", {})
         else:
-            judged.tried[config] = usage
+            judged.refused[candidate.config] = found["error"]
     return subjects

@@ -19,7 +19,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import gc
-import itertools
 import json
 import multiprocessing
 import os
@@ -189,7 +188,7 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
 
                     def call(config=config, overrides=overrides, job=job, operands=operands, steps=steps):
                         overrides[kernel] = config
-                        return kernels.CALLS[job](operands, steps)
+                        return kernels.TIMED[job](operands, steps)
 
                     calls[config] = call
                 del checker
@@ -223,11 +222,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tune: no kernel configuration is known for {gpu}; expected one in configs.py", file=sys.stderr)
         return 2
     operand_bytes, names = arguments.operand_bytes, [name for name in SUBJECTS if name in arguments.kernel]
-    launched = precompile.launched_by(names, operand_bytes, target)
-    wanted = precompile.each_once(itertools.chain.from_iterable(launched.values()))
-    figures = precompile.compile_all(list(wanted.values()), processes=max(2, (os.cpu_count() or 2) - 1))
-    candidates = precompile.judge(launched, dict(zip(wanted, figures, strict=True)))
-    print(f"compiled {len(wanted)} in {time.monotonic() - start:.0f} s")
+    wanted = precompile.candidates_of(names, operand_bytes, target)
+    candidates = precompile.judge(wanted, processes=max(2, (os.cpu_count() or 2) - 1))
+    print(f"compiled {len(wanted)} candidates in {time.monotonic() - start:.0f} s")
     for name, judged in candidates.items():
         for config, why in judged.refused.items():
             print(f"{name}: {fields_of(config)} is not tried: {why}", flush=True)

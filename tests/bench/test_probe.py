@@ -187,8 +187,8 @@ for section in probe.SECTIONS.values():
     section(probe.Probe(case, (case,)))
 assert probe.main([]) == 2
 target = tune.precompile.TARGETS["sm_90"]
-wanted = tune.precompile.launched_by(["merge"], 2, target)
-assert wanted and tune.main([]) == 2
+candidate = tune.precompile.candidates_of(["merge"], 2, target)[0]
+assert tune.precompile.launched_by(candidate) and tune.main([]) == 2
 assert not used, f"before its forks, CUDA was asked: {used}"
 
 import triton

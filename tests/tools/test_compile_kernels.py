@@ -205,12 +205,27 @@ def counted() -> list[list[str]]:
     return [list(tool.compile_ahead(one).faults) for one in recorded]
 
 
+def of_candidates() -> list[list]:
+    """(kernel, has a residual) of what two candidates for the epilogue are compiled for, and of both at once."""
+    import precompile
+
+    found = precompile.candidates_of(["epilogue"], 2, precompile.TARGETS["sm_90"])[:2]
+    one, other = ({(spec.name, spec.has("residual"), spec.key) for spec in precompile.launched_by(c)} for c in found)
+    return [sorted({(name, residual) for name, residual, _ in kernels}) for kernels in (one, other, one & other)]
+
+
 @pytest.fixture(scope="module")
 def recorded() -> dict:
-    functions = "specialization_keys(), merged_operands(), told_to_hooks(), counted()"
+    functions = "specialization_keys(), merged_operands(), told_to_hooks(), counted(), of_candidates()"
     done = _run("-c", f"from tests.tools.test_compile_kernels import *; print(json.dumps([{functions}]))")
     assert done.returncode == 0, done.stderr
-    return dict(zip(("keys", "merged", "told", "counted"), json.loads(done.stdout), strict=True))
+    return dict(zip(("keys", "merged", "told", "counted", "candidates"), json.loads(done.stdout), strict=True))
+
+
+def test_a_candidate_is_compiled_for_what_judges_it_and_for_training_steps(recorded):
+    """Dropout is none of the calls that judge the epilogue."""
+    with_and_without = [["_epilogue_kernel", False], ["_epilogue_kernel", True]]
+    assert recorded["candidates"] == [with_and_without, with_and_without, []]
 
 
 def test_a_count_without_a_barrier_before_it_is_a_fault(recorded):

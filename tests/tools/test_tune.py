@@ -146,52 +146,53 @@ def compiled(registers: int = 100, spills: int = 0, shared: int = 1024, programs
     return Compiled(registers, spills, shared, programs=programs, limited_by="registers", **more)
 
 
-def judged(**found: Compiled) -> precompile.Judged:
-    """Of a default and of candidates that launch two kernels each, the second with these figures."""
-    target = precompile.TARGETS["sm_90"]
+@pytest.fixture
+def one_core(monkeypatch):
+    """A function: figures of the compiler, of a list of kernels for each candidate -> judged, compiled in turn."""
 
-    def launched(name: str):
-        return SimpleNamespace(name=name, key=name, target=target, work=SimpleNamespace(waves=2))
+    def judge(*given: list[Compiled]) -> precompile.Judged:
+        target = precompile.TARGETS["sm_90"]
+        # a kernel is given by its figures
+        kernel = SimpleNamespace(name="_kernel", target=target, work=SimpleNamespace(waves=2))
+        room = {16 << place: figures for place, figures in enumerate(given)}
+        monkeypatch.setattr(
+            precompile,
+            "launched_by",
+            lambda candidate: [SimpleNamespace(**vars(kernel), found=one) for one in room[candidate.config.BLOCK_N]],
+        )
+        monkeypatch.setattr(precompile.compile_kernels, "compile_ahead", lambda one: one.found)
+        monkeypatch.setattr(
+            precompile, "in_all_cores", lambda function, items, *_: dict(enumerate(map(function, items)))
+        )
+        wanted = [precompile.Candidate("norm", Config(BLOCK_N=size), 2, target) for size in room]
+        return precompile.judge(wanted, 1)["norm"]
 
-    rooms = {Config(BLOCK_N=16 << place): [launched("fine"), launched(name)] for place, name in enumerate(found)}
-    figures = {(name, name): one for name, one in ({"fine": compiled(programs=4)} | found).items()}
-    return precompile.judge({("norm", config): recorded for config, recorded in rooms.items()}, figures)["norm"]
+    return judge
 
 
-def test_only_what_compiles_spills_nothing_and_fits_is_tried():
-    found = judged(
-        default=compiled(spills=696, shared=1 << 20, programs=0),
-        good=compiled(spills=64),
-        spilling=compiled(spills=68),
-        large=compiled(shared=232449, programs=0),
-        failed=Compiled(error="not compiled in 2 s"),
-        counting=compiled(faults=("no barrier",)),
-        alone=compiled(programs=1),
+def test_only_what_compiles_spills_nothing_and_fits_is_tried(one_core):
+    fine = compiled()
+    found = one_core(
+        [fine, compiled(spills=696, shared=1 << 20, programs=0)],
+        [fine, compiled(spills=64)],
+        [fine, compiled(spills=68)],
+        [compiled(shared=232449, programs=0), fine],
+        [fine, Compiled(error="out of registers")],
+        [fine, compiled(faults=("no barrier",)), compiled(programs=1)],
     )
     sizes = [config.BLOCK_N for config in found.tried]
     assert sizes == [16, 32], "the default is timed all the same: there is nothing else to compare with"
     assert {config.BLOCK_N: why for config, why in found.refused.items()} == {
         64: "spills",
         128: "over the limit",
-        256: "does not compile: not compiled in 2 s",
-        512: "no barrier",
-        1024: "waves=2, and a multiprocessor holds 1 (registers)",
+        256: "does not compile: out of registers",
+        512: "no barrier; waves=2, and a multiprocessor holds 1 (registers)",
     }
-    assert found.tried[Config(BLOCK_N=32)] == {"fine": (100, 0, 1024, 4), "good": (100, 64, 1024, 2)}
 
 
-def test_the_worst_of_what_a_kernel_is_compiled_for_counts():
-    target = precompile.TARGETS["sm_90"]
-    recorded = [SimpleNamespace(name="norm", key=str(R), target=target, work=None) for R in (64, 16)]
-    figures = {
-        ("norm", "64"): compiled(registers=128, shared=65536),
-        ("norm", "16"): compiled(registers=150, programs=3),
-    }
-    launched = {("norm", Config(BLOCK_N=size)): recorded for size in (16, 32)}
-    found = precompile.judge(launched, figures)["norm"]
-    assert found.tried[Config(BLOCK_N=32)] == {"norm": (150, 0, 65536, 2)}
-    figures["norm", "64"] = compiled(spills=100)
-    assert precompile.judge(launched, figures)["norm"].refused == {Config(BLOCK_N=32): "spills"}
+def test_the_worst_of_what_a_kernel_is_compiled_for_is_kept(one_core):
+    found = one_core([compiled(registers=128, shared=65536), compiled(registers=150, programs=3)])
+    assert found.tried == {Config(BLOCK_N=16): {"_kernel": (150, 0, 65536, 2)}}
 
 
 A, B, C = (Config(BLOCK_N=size) for size in (16, 32, 64))
@@ -292,39 +293,38 @@ def test_candidates_are_checked_on_the_real_kernels(monkeypatch):
     other, broken = replace(default, BLOCK_N=64), replace(default, BLOCK_N=48)
     used = []
     config_for = configs.config_for
-    call = tune.kernels.CALLS["merge"]
+    call = tune.kernels.TIMED["merge"]
 
     def spy(operands, steps):
         used.append(configs.config_for("merge", devices.device_facts(torch.device("cpu")), torch.bfloat16))
         return call(operands, steps)
 
-    monkeypatch.setitem(tune.kernels.CALLS, "merge", spy)
+    for calls in (tune.kernels.CALLS, tune.kernels.TIMED):
+        monkeypatch.setitem(calls, "merge", spy)
     times = tune.measure_on(torch.device("cpu"), 0, (1, 1))("merge", 2, [default, other, broken])
     assert times[broken] is None and len(times[default]) == len(times[other]) == 1
     assert 0 < times[default][0] < 60  # seconds
     assert {default, other, broken} <= set(used) and configs.config_for is config_for
 
 
-# prints what is tried of each subject on sm_90, and complains of a default; the broken one is what a compiler may say
+# prints what is tried of each subject on sm_90
 PRECOMPILE = """
 import json, os, sys
 import precompile
 from dataclasses import replace
-target, names, most = precompile.TARGETS["sm_90"], sys.argv[2:], int(sys.argv[1])
+most, *names = sys.argv[1:]
 for name in names:
     subject = precompile.SUBJECTS[name]
-    precompile.SUBJECTS[name] = replace(subject, values=subject.values[:most or None])
-launched = precompile.launched_by(names, 2, target)
-wanted = precompile.each_once(one for recorded in launched.values() for one in recorded)
-broken = replace(next(iter(wanted.values())), constexprs={})
-*figures, failed = precompile.compile_all([*wanted.values(), broken], os.cpu_count(), seconds=1200)
-assert failed.error.startswith(broken.name), failed
-compiled = dict(zip(wanted, figures))
-for recorded in (launched[name, precompile.configs.CONFIGS["sm_90", 2][name]] for name in names):
-    for one in recorded:
-        assert not precompile.verdict(compiled[one.name, one.key], one), (one.name, one.tiles())
+    precompile.SUBJECTS[name] = replace(subject, values=subject.values[:int(most) or None])
+wanted = precompile.candidates_of(names, 2, precompile.TARGETS["sm_90"])
+# a default is tried whatever it is; the second time its faults are told
+defaults = precompile.configs.CONFIGS["sm_90", 2]
+wanted += [candidate for candidate in wanted if candidate.config == defaults[candidate.subject]]
+judged = precompile.judge(wanted, os.cpu_count(), seconds=3000)
 assert precompile.card()[0] == ""
-judged = precompile.judge(launched, compiled)
+for name in names:
+    print(name, judged[name].refused, file=sys.stderr)
+    assert next(iter(judged[name].tried)) not in judged[name].refused, name
 print(json.dumps({name: len(judged[name].tried) for name in names}))
 """
 

@@ -92,8 +92,8 @@ def wanted(card: str, target: Target, parts: Collection[str], tuning: bool) -> l
             for recorded in PARTS[stage](target):
                 _add(found, stage, recorded)
     if tuning:
-        for recorded in precompile.launched_by(list(SUBJECTS), 2, target).values():
-            _add(found, "tuning", recorded)
+        for candidate in precompile.candidates_of(SUBJECTS, 2, target):
+            _add(found, "tuning", precompile.launched_by(candidate))
     gemms = "probe" in parts and target.name == "sm_90" and not gemm.why_not_gluon()
     return [*found.values(), *(map(WantedGemm, gemm.VARIANTS) if gemms else ())]
 
