@@ -83,7 +83,7 @@ def _token_sums_kernel(
     blocks_r = 1
     if low is not None:
         R, low = known_multiple(R, R_MULTIPLE), known_rows(low, R_MULTIPLE)
-        blocks_r = tl.cdiv(R, BLOCK_R)
+        blocks_r = tl.maximum(tl.cdiv(R, BLOCK_R), 1)
     steps = steps_over(M, BLOCK_M)
     blocks = tl.cdiv(N, BLOCK_N) * blocks_r
     units = blocks * steps  # below 2^31: so many are a dy of more than a terabyte
