@@ -138,11 +138,11 @@ EXEMPTIONS = (
     Exemption("project", "partial_ptr", "the parts of a block, once at its end and just written: in the L2 cache"),
     Exemption("bank_epilogue", "scaling_ptr", "one number"),
     Exemption(
-        "finish_*",
-        "*",
-        "partial sums, 64 KB to 4 MB at 8192 x 4096, R = 64, just written: they are in the L2 cache; small programs, 8 "
-        "and more a multiprocessor",
+        "token_sums",
+        "partial.* lora_B norm_ptr",
+        "what the last program of a column finishes, once: parts just written, 64 KB to 512, which are in the L2 cache",
     ),
+    Exemption("token_sums", "dy_again low_again", "where a gain is infinite, and nowhere else"),
     Exemption("norm", "update.lora_B magnitude", "once for a block of rows: it stays for all steps along K"),
     Exemption("grouped_norm", "lora_B_ptr magnitude_ptr", "once for a program, as above"),
     Exemption("merge", "update.lora_B unfinished.*", "once for a block of rows, as in the norm"),

@@ -332,15 +332,6 @@ class Launch(NamedTuple):
         """The threads of a program: AMD's warps have 64."""
         return config.num_warps * (64 if self.facts.target.startswith("gfx") else 32)
 
-    def split(self, blocks: int, size: int, block: int, config: configs.Config) -> tuple[int, int]:
-        """(elements of each part, parts) of a sum over `size` elements in steps of `block`, for `blocks` output tiles.
-
-        At least one part, so that a sum over nothing is written as 0.
-        """
-        steps = ceil_div(size, block)
-        per_split = ceil_div(steps, configs.splits(blocks, steps, self.facts, config)) * block
-        return per_split, max(1, ceil_div(size, max(per_split, 1)))
-
     @property
     def counts(self) -> bool:
         """True where the last of several programs may finish what all of them have stored (`is_last`).

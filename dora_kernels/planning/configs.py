@@ -96,36 +96,6 @@ def most_parts(blocks: int, steps: int, programs: int) -> int:
     return max(program_of(first + steps - 1) - program_of(first) + 1 for first in range(0, units, steps))
 
 
-# The most programs one after the other on a multiprocessor if a sum is split further than to fill the device once: it
-# bounds the partial sums to 35 MB on 132 multiprocessors.
-MOST_ROUNDS = 8
-
-
-def splits(blocks: int, steps: int, facts: DeviceFacts, config: Config) -> int:
-    """The number of parts of a reduction over `steps` steps with which `blocks` output tiles take the least time.
-
-    Programs run in rounds of as many as the device holds by `waves`; the last round takes as long as a full one,
-    however few programs it has. 112 tiles are one round on 132 multiprocessors, 85% full; in seven parts they are 784
-    programs in six rounds, 99% full. waves is 1 for all of token_sums, though of its sum for dA three programs fit on
-    a multiprocessor, and of the one for R = 64 one (docs/machine_code.md): if more fit, there are fewer rounds than
-    counted here. Depends on shapes and device only, so that the order of summation is the same in every call.
-    """
-    return _fastest_split(max(blocks, 1), steps, facts.multiprocessors * config.waves)
-
-
-# cached: a training step asks up to four times, at 1.3 us each if computed and 0.2 if known
-@functools.lru_cache(maxsize=4096)
-def _fastest_split(blocks: int, steps: int, at_once: int) -> int:
-    """`splits` from numbers alone."""
-    best, least = 1, ceil_div(blocks, at_once) * (steps + PART_STEPS)
-    for rounds in range(1, MOST_ROUNDS + 1):
-        parts = min(rounds * at_once // blocks, steps)
-        time = rounds * (ceil_div(steps, parts) + PART_STEPS) if parts > 1 else least
-        if time < least:
-            best, least = parts, time
-    return best
-
-
 # Bytes of shared memory for one program; a multiprocessor has 1 KiB more, as much as it keeps of each program's
 # (tools/targets.py).
 SHARED = {

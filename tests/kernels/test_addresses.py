@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dora_kernels import reference
-from dora_kernels.planning import configs, devices, plan
+from dora_kernels.planning import plan
 from tests.support.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
@@ -290,20 +290,6 @@ def test_token_sums_writes_2_to_the_30_apart(output, memory):
     torch.testing.assert_close(written if output == "dz" else written.sum(0), expected)
     if output in results:
         torch.testing.assert_close(results[output][:, 0], expected)
-
-
-@pytest.mark.parametrize("kernel", ("project", "token_sums"))
-@pytest.mark.parametrize("key", configs.CONFIGS, ids=str)
-def test_split_sums_stay_small(key, kernel):
-    """The kernels that add partial sums up may compute `split * size` in 32 bits: only a small output is split.
-
-    `configs.splits` makes programs enough to fill the device eight times and no more, here one of 1000 multiprocessors.
-    """
-    facts, config = devices.DeviceFacts("large", key[0], 1000), configs.CONFIGS[key][kernel]
-    tile = (config.BLOCK_M * config.BLOCK_R) if kernel == "project" else config.BLOCK_N
-    for blocks in (1, 2, 3, 10, 100, 999, 1000, 1001, 2**20, 2**31):
-        splits = configs.splits(blocks, 2**31, facts, config)
-        assert splits == 1 or splits * blocks * tile < 2**31, (blocks, splits)
 
 
 @pytest.mark.gpu

@@ -71,63 +71,6 @@ def test_what_a_sum_is_cut_into_is_worked_out_once():
         )
 
 
-def test_a_sum_that_fits_is_split_into_one_round_and_none_into_empty_parts():
-    config = Config(waves=1)
-    assert configs.splits(32, 100, H200, config) == 4  # 32 tiles on 132 multiprocessors
-    assert configs.splits(32, 3, H200, config) == 3  # no more parts than steps
-    assert configs.splits(500, 100, H200, config) == 1
-    assert configs.splits(0, 100, H200, config) == 100
-    assert configs.splits(32, 0, H200, config) == 1
-
-
-@pytest.mark.parametrize(
-    ("N", "waves", "rows", "steps", "parts", "full"),
-    [
-        # what divides well is split once, as far as the device is filled
-        (1024, 1, 128, 128, 16, 0.97),
-        (4096, 1, 128, 128, 4, 0.97),
-        (8192, 1, 128, 128, 2, 0.97),
-        (4096, 2, 64, 32, 4, 0.97),
-        # one part of 112 tiles would leave 20 of 132 multiprocessors idle, of 86 tiles 46, of 148 tiles 116 in the end
-        (14336, 1, 128, 128, 7, 0.99),
-        (11008, 1, 128, 128, 3, 0.98),
-        (18944, 1, 128, 128, 5, 0.93),
-        (28672, 1, 128, 128, 4, 0.97),
-        # 32 steps in seven parts are 35, and each part costs some beside: better 85% full than that
-        (14336, 1, 128, 32, 1, 0.85),
-        (14336, 2, 64, 32, 1, 0.85),
-    ],
-)
-def test_a_sum_is_split_where_the_last_round_would_leave_multiprocessors_idle(N, waves, rows, steps, parts, full):
-    config, blocks = Config(waves=waves), configs.ceil_div(N, rows)
-    assert configs.splits(blocks, steps, H200, config) == parts
-    rounds = configs.ceil_div(blocks * parts, 132 * waves)
-    assert round(blocks * parts / (rounds * 132 * waves), 2) == full
-
-
-def test_what_a_sum_is_split_into_is_worked_out_once():
-    known = configs._fastest_split
-    known.cache_clear()
-    parts = [configs.splits(112, steps, H200, Config()) for steps in (128, 128, 32, 128)]
-    assert parts == [7, 7, 1, 7] and known.cache_info().misses == 2
-    assert known.cache_info().maxsize is not None, "M varies, and the results of a long run must not fill the memory"
-
-
-@pytest.mark.parametrize("steps", (1, 7, 32, 128, 2048))
-@pytest.mark.parametrize("waves", (1, 2))
-def test_no_number_of_parts_within_the_bound_would_take_less_time(steps, waves):
-    def time(blocks, parts):
-        per_part = -(-steps // parts) + configs.PART_STEPS
-        return -(-blocks * parts // at_once) * per_part
-
-    at_once = 132 * waves
-    for blocks in range(1, 1200):
-        parts = configs.splits(blocks, steps, H200, Config(waves=waves))
-        within = [n for n in range(1, steps + 1) if blocks * n <= configs.MOST_ROUNDS * at_once] or [1]
-        assert parts == 1 or parts in within
-        assert time(blocks, parts) == min(time(blocks, n) for n in (1, *within))
-
-
 @pytest.mark.parametrize(
     ("target", "kernel", "R", "operand_bytes", "out_bytes", "expected"),
     [
