@@ -133,6 +133,19 @@ def test_too_few_counters_are_left_alone():
     assert all(torch.equal(actual[name], expected[name]) for name in expected) and not counters.any()
 
 
+def test_columns_stay_whole_where_programs_cannot_count(monkeypatch):
+    """On AMD's GPUs, where the barrier before the count waits for nobody's stores."""
+    shared, part_of_each, problem = [], configs.most_parts, Problem.random(150, 90, 40, 20, EXACT_DTYPE)
+    monkeypatch.setattr(module.Launch, "counts", False)
+    monkeypatch.setattr(configs, "most_parts", lambda *given: shared.append(given) or part_of_each(*given))
+    actual = sums_of(kernels.token_sums, problem)
+    blocks, _, programs = shared[0]
+    assert programs == configs.ceil_div(90, module.Launch.of(problem.dy, EXACT_DTYPE).config("token_sums").BLOCK_N)
+    assert blocks % programs == 0
+    for name, expected in sums_of(reference.token_sums, problem).items():
+        close(actual[name], expected)
+
+
 @interpreted
 def test_an_outer_product_is_one_launch(monkeypatch):
     launched, run = [], InterpretedFunction.run
