@@ -83,7 +83,7 @@ def _token_sums_kernel(
     blocks_r = 1
     if low is not None:
         R, low = known_multiple(R, R_MULTIPLE), known_rows(low, R_MULTIPLE)
-        blocks_r = tl.maximum(tl.cdiv(R, BLOCK_R), 1)
+        blocks_r = steps_over(R, BLOCK_R)
     steps = steps_over(M, BLOCK_M)
     blocks = tl.cdiv(N, BLOCK_N) * blocks_r
     units = blocks * steps  # below 2^31: so many are a dy of more than a terabyte
@@ -106,8 +106,8 @@ def _token_sums_kernel(
             gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
         for step in tl.range(start, stop, num_stages=STAGES):
             offs_m = step * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-            mask_m = step * BLOCK_M + tl.arange(0, BLOCK_M) < M  # in 32 bits, which addresses are not
-            mask_m_if_first = step * BLOCK_M + tl.arange(0, BLOCK_M) < end_if_first
+            mask_m = tl.arange(0, BLOCK_M) < M - step * BLOCK_M  # in 32 bits: 4 registers
+            mask_m_if_first = tl.arange(0, BLOCK_M) < end_if_first - step * BLOCK_M
             tile = load(dy, offs_m, offs_n, mask_m, mask_n)  # [BLOCK_M, BLOCK_N]
             if low is not None:
                 low_tile = load_parts(low, offs_m, offs_r, mask_m, mask_r, R, 1, DTYPES)  # [BLOCK_M, BLOCK_R]

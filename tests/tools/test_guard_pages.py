@@ -129,7 +129,7 @@ FAULTS = {
         "norm",
     ),
     "too early": ("norm.py", "load_vector(magnitude, offs_n,", "load_vector(magnitude, (offs_n - 1),", "norm"),
-    "a row too many": ("token_sums.py", "BLOCK_M) < M  #", "BLOCK_M) <= M  #", "token_sums"),
+    "a row too many": ("token_sums.py", "BLOCK_M) < M -", "BLOCK_M) <= M -", "token_sums"),
     "a sum too late": ("token_sums.py", "(dmagnitude_ptr +", "(dmagnitude_ptr + 1 +", "token_sums"),
     "a column too many": ("project.py", "mask_k = offs_k < end", "mask_k = offs_k <= end", "project"),
     "a bias unmasked": ("tile.py", "vector.stride, mask=mask, other=0.0)", "vector.stride)", "epilogue"),
