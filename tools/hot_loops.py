@@ -144,9 +144,20 @@ EXEMPTIONS = (
     ),
     Exemption("token_sums", "dy_again low_again", "where a gain is infinite, and nowhere else"),
     Exemption("norm", "update.lora_B magnitude", "once for a block of rows: it stays for all steps along K"),
-    Exemption("grouped_norm", "lora_B_ptr magnitude_ptr", "once for a program, as above"),
     Exemption("merge", "update.lora_B unfinished.*", "once for a block of rows, as in the norm"),
     Exemption("epilogue", "lora_B unfinished.*", "once for a block of columns: it stays for all steps along M"),
+    Exemption(
+        "*",
+        "weight.pointers.1",
+        "a scale for each row, once for a block of them",
+        lambda one: "FORMAT" in one.constants() and _format("int8", "float8")(one),
+    ),
+    Exemption(
+        "*",
+        "update.lora_A layers_ptr->",
+        "16 ranks of 64 columns are 8 bytes for each of 256 threads",
+        lambda one: "CHUNKS" in one.constants() and one.constants()["BLOCK_R"] == 16,
+    ),
     Exemption(
         "epilogue",
         "base residual",
@@ -193,9 +204,9 @@ EXEMPTIONS = (
     ),
     Exemption(
         "*",
-        "weight.pointers.0",
+        "weight.pointers.0 *layers_ptr->*",
         "Triton pipelines innermost loops: where lora_B does not stay, this one has the chunks of R in it",
-        lambda one: one.constants().get("CHUNKS") == 0 and one.has("update"),
+        lambda one: one.constants().get("CHUNKS") == 0 and one.name != "_epilogue_kernel",
     ),
     Exemption(
         "norm",

@@ -41,11 +41,8 @@ from dora_kernels.planning.configs import ceil_div, most_parts
 from dora_kernels.quant import Weight
 from dora_kernels.reference import accumulate_dtype
 
-# Of a block that one program sums alone: each reads all of lora_A, whose 64 ranks are twice the bytes of 32 rows.
-LEAST_ROWS = 32
 
-
-class Unfinished(NamedTuple):
+class UnfinishedNorm(NamedTuple):
     """types.Unfinished as one argument of a kernel."""
 
     squares: torch.Tensor  # (parts, N), contiguous
@@ -56,12 +53,12 @@ class Unfinished(NamedTuple):
     gain: torch.Tensor  # (N,) as norm
 
 
-def unfinished_argument(unfinished: types.Unfinished | None) -> Unfinished | None:
-    """What `start_norm` has left as an argument; None where it has left nothing."""
+def unfinished_argument(unfinished: types.Unfinished | None) -> UnfinishedNorm | None:
+    """types.Unfinished as an argument; None where `start_norm` has left nothing."""
     if unfinished is None:
         return None
     squares, magnitude, norm, gain = unfinished
-    return Unfinished(squares, squares.shape[0], magnitude, magnitude.stride(0), norm, gain)
+    return UnfinishedNorm(squares, squares.shape[0], magnitude, magnitude.stride(0), norm, gain)
 
 
 @triton.jit
@@ -87,7 +84,7 @@ def gain_of(magnitude, norm):
 
 @triton.jit
 def finished_gain(unfinished, N, offs_n, mask_n, writes):
-    """gain[offs_n] of an Unfinished over N rows; where `writes`, norm and gain are written, too."""
+    """gain[offs_n] of an UnfinishedNorm over N rows; where `writes`, norm and gain are written, too."""
     squares = tl.zeros([offs_n.shape[0]], dtype=unfinished.squares.dtype.element_ty)
     norm = root(add_parts(squares, unfinished.squares, unfinished.parts, N, offs_n, mask_n))
     gain = gain_of(
@@ -224,8 +221,9 @@ def _launch(
     R = lora_A.shape[0]
     launch = Launch.of(weight, lora_A.dtype)
     config = weight_config(launch, "norm", weight, R)
-    if norm is not None:  # whole rows: fewer in a block, where there are not enough of them
-        while config.BLOCK_N > LEAST_ROWS and ceil_div(N, config.BLOCK_N) < launch.facts.multiprocessors:
+    if norm is not None:  # whole rows: fewer in a block where there are not enough of them, if threads load 8 elements
+        least = 8 * launch.threads(config) // config.BLOCK_K
+        while config.BLOCK_N > least and ceil_div(N, config.BLOCK_N) < launch.facts.multiprocessors:
             config = dataclasses.replace(config, BLOCK_N=config.BLOCK_N // 2)
     config, chunks = walk_config(launch, config, weight, R)
     tiles = config.tiles(R)

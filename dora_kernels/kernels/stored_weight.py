@@ -212,8 +212,9 @@ def walk_config(
     """(config, CHUNKS) of the norm or merge kernel; out_bytes: of an element that is written."""
     weight_bytes = weight.dtype.itemsize
     if not isinstance(weight, torch.Tensor):
-        # loaded in 8 bits at the most, and decoded it passes through shared memory, on to the layout of the product
-        weight_bytes, out_bytes = 1, max(4, out_bytes)
+        if weight.shape[1] % 2 and R > config.BLOCK_R:  # every number has an address: 624 bytes a thread otherwise
+            return dataclasses.replace(config, num_stages=2, waves=1, maxnreg=None), 0
+        weight_bytes, out_bytes = 1, out_bytes + 1  # 8 bits at the most, and as much again for scales and tables
     operand_bytes, target = launch.operand.itemsize, launch.facts.target
     return configs.with_lora_B_resident(config, R, operand_bytes, weight_bytes, out_bytes, target)
 

@@ -55,7 +55,6 @@ _MESSAGE = "how many rows a message names"
 _GROUPS_OF_ONE = "a group of one weight, reshaped or not"
 _WHOLE_ROWS = "the general formula where a shorter one would do: speed"
 _HINT = "a hint to the compiler, which the interpreter does not read"
-_COLUMNS = "a part of a row has fewer than 2**31 columns"
 _FEW = "there are fewer tiles than 2**30"
 _NO_REST = "beside a basis of the whole space there is only rounding"
 _ONE_DEVICE = "all are on one device"
@@ -146,6 +145,7 @@ EXCLUDED = (
     Excluded(_STORED, "direction_tile", "w = weight_tile(", ("weight_tile(",), _CAST),
     Excluded(_NORM, "_norm_kernel", "magnitude_tile =", ("load_vector(",), _CAST),
     Excluded(_NORM, "finished_gain", "gain = gain_of(", ("load_vector(",), _CAST),
+    Excluded(_NORM, "_launch", "least = 8", ("",), _TILES),
     Excluded(_NORM, "_launch", "while config.BLOCK_N >", ("",), _TILES),
     Excluded(_NORM, "_launch", "config = dataclasses.replace(", ("",), _TILES),
     Excluded(_MERGE, "_scale_rows", "tile = load(", ("load(",), _CAST),
