@@ -6,7 +6,7 @@ too, is a prediction unless a comment says otherwise; `python -m bench.studies.f
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -171,13 +171,13 @@ def walk_reads(kernel: str, shape: Shape, device: Device, out_bytes: int) -> flo
     every tile, too.
     """
     R, tile = shape.R, config_of(kernel, shape, device, shape.R)
-    tile = replace(tile, BLOCK_K=tile.BLOCK_K or tile.BLOCK_M)
-    assert tile.BLOCK_N is not None and tile.BLOCK_K is not None
+    walked = tile.BLOCK_K or tile.BLOCK_M
+    assert tile.BLOCK_N is not None and walked is not None
     operand_bytes, streamed_bytes = min(shape.itemsize, 4), shape.itemsize
     if shape.packed and kernel != "epilogue":  # decoded in shared memory, in float32
         streamed_bytes, out_bytes = 1, 4
     _, chunks = configs.with_lora_B_resident(tile, R, operand_bytes, streamed_bytes, out_bytes, device.facts.target)
-    return R / tile.BLOCK_N + (0 if chunks else R / tile.BLOCK_K)
+    return R / tile.BLOCK_N + (0 if chunks else R / walked)
 
 
 def dense_costs(shape: Shape) -> dict[str, Cost]:
