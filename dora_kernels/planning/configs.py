@@ -160,6 +160,13 @@ _WALK_HIGH_RANK = dataclasses.replace(_WALK, BLOCK_R=128)
 _WALK_FLOAT = Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=8, num_stages=2)
 
 
+# Of the epilogue: two programs a multiprocessor, of which one loads and stores while the other one computes. By itself
+# the compiler takes 148 registers and more, for one program.
+_EPILOGUE = Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3, waves=2, maxnreg=128)
+_BANK_EPILOGUE = Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2)
+_EPILOGUE_FLOAT = Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16, num_warps=8, num_stages=2, waves=2, maxnreg=128)
+
+
 def _walks(config: Config, high_rank: Config) -> dict[str, Config]:
     """The entries of the kernels that walk along K."""
     return {"norm": config, "norm_high_rank": high_rank, "merge": config, "merge_high_rank": high_rank}
@@ -170,11 +177,9 @@ _HALF = _walks(_WALK, _WALK_HIGH_RANK) | {
     "prepare": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
     "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4),
     "low": Config(BLOCK_M=64, BLOCK_K=128, BLOCK_R=64, num_warps=4, num_stages=4),  # for whole blocks: twice as many
-    # two programs a multiprocessor, of which one loads and stores while the other one computes; by itself the compiler
-    # takes 148 registers and more, for one program
-    "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3, waves=2, maxnreg=128),
-    "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=128, num_warps=8, num_stages=3, waves=2, maxnreg=128),
-    "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2, waves=2, maxnreg=128),
+    "epilogue": _EPILOGUE,
+    "epilogue_high_rank": dataclasses.replace(_EPILOGUE, BLOCK_R=128),
+    "bank_epilogue": dataclasses.replace(_BANK_EPILOGUE, waves=2, maxnreg=128),
     # two programs a multiprocessor: while one waits, for its tiles or at a barrier, the other one works. 128 registers
     # are too few at BLOCK_M = 64, and enough at 32, but for what writes dz: that runs alone
     "token_sums": Config(BLOCK_M=32, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=5, waves=2, maxnreg=128),
@@ -186,8 +191,8 @@ _FLOAT = (
     | {
         "project": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
         "low": Config(BLOCK_M=64, BLOCK_K=32, BLOCK_R=64, num_warps=8, num_stages=3),
-        "epilogue": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
-        "epilogue_high_rank": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
+        "epilogue": _EPILOGUE_FLOAT,
+        "epilogue_high_rank": _EPILOGUE_FLOAT,
         "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2),
         "token_sums": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=64, num_warps=8, num_stages=2),
     }
@@ -198,14 +203,21 @@ _HALF_SM100 = (
     _HALF
     | _walks(_WALK, dataclasses.replace(_WALK_HIGH_RANK, waves=1, maxnreg=None))
     | {
-        "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
-        "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
+        "epilogue": dataclasses.replace(_EPILOGUE, waves=1, maxnreg=None),
+        "epilogue_high_rank": dataclasses.replace(_EPILOGUE, waves=1, maxnreg=None),
     }
 )
 # Of 64 rows, 384 ranks of lora_B fit into the shared memory.
-_HALF_SM80 = _HALF | _walks(_WALK, dataclasses.replace(_WALK_HIGH_RANK, BLOCK_N=64))
-_FLOAT_SM100 = _FLOAT | _walks(*2 * [dataclasses.replace(_WALK_FLOAT, waves=2, maxnreg=128)])
-_FLOAT_SM90 = _FLOAT_SM100 | {"epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=32, num_warps=8, num_stages=2)}
+_HALF_SM80 = (
+    _HALF
+    | _walks(_WALK, dataclasses.replace(_WALK_HIGH_RANK, BLOCK_N=64))
+    | {"bank_epilogue": _BANK_EPILOGUE}  # 108 bytes spilled in 128 registers, and 160 on sm_120
+)
+_FLOAT_SM90 = (
+    _FLOAT
+    | _walks(*2 * [dataclasses.replace(_WALK_FLOAT, waves=2, maxnreg=128)])
+    | {"epilogue": dataclasses.replace(_EPILOGUE_FLOAT, BLOCK_R=32)}
+)
 # Half of sm_90's shared memory: two programs of 128 x 64 do not fit, and the tiles of 128 x 128 spill.
 _HALF_SM120 = (
     _HALF
@@ -213,7 +225,10 @@ _HALF_SM120 = (
         Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4, waves=2),
         Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
     )
-    | {"token_sums": Config(BLOCK_M=32, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=4)}
+    | {
+        "bank_epilogue": _BANK_EPILOGUE,
+        "token_sums": Config(BLOCK_M=32, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=4),
+    }
 )
 # 64 KB of shared memory, and a wavefront of 64: fewer stages.
 _HALF_GFX = (
@@ -225,12 +240,16 @@ _HALF_GFX = (
     | {
         "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
         "low": Config(BLOCK_M=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=2),
-        "epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
-        "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
-        "bank_epilogue": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+        "epilogue": dataclasses.replace(_EPILOGUE, num_stages=2, waves=1, maxnreg=None),
+        "epilogue_high_rank": dataclasses.replace(_EPILOGUE, num_stages=2, waves=1, maxnreg=None),
+        "bank_epilogue": _BANK_EPILOGUE,
         "token_sums": Config(BLOCK_M=32, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     }
 )
+_FLOAT_GFX = _FLOAT | {
+    "epilogue": dataclasses.replace(_EPILOGUE_FLOAT, waves=1, maxnreg=None),
+    "epilogue_high_rank": dataclasses.replace(_EPILOGUE_FLOAT, waves=1, maxnreg=None),
+}
 # The interpreter pays per tile operation; tiles of 32 leave ragged edges and several steps at test shapes.
 _INTERPRETER = {
     "norm": Config(BLOCK_N=32, BLOCK_K=32, BLOCK_R=16, waves=4),
@@ -255,11 +274,11 @@ CONFIGS: dict[tuple[str, int], dict[str, Config]] = {
     ("sm_90", 2): _HALF,  # compiled
     ("sm_90", 4): _FLOAT_SM90,  # compiled
     ("sm_100", 2): _HALF_SM100,  # compiled
-    ("sm_100", 4): _FLOAT_SM100,  # compiled
+    ("sm_100", 4): _FLOAT_SM90,  # compiled
     ("sm_120", 2): _HALF_SM120,  # compiled
     ("sm_120", 4): _FLOAT,  # compiled
     ("gfx942", 2): _HALF_GFX,  # compiled
-    ("gfx942", 4): _FLOAT,  # compiled
+    ("gfx942", 4): _FLOAT_GFX,  # compiled
     ("interpreter", 2): _INTERPRETER,  # tested
     ("interpreter", 4): _INTERPRETER,  # tested
     ("interpreter", 8): _INTERPRETER,  # tested
