@@ -73,6 +73,31 @@ def test_the_number_of_programs_does_not_change_a_bit(without, dtypes, programs)
     assert not results[0].isnan().any() and all(torch.equal(y, results[0]) for y in results)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter runs one program alone")
+@pytest.mark.parametrize(
+    ("program", "written"),
+    [
+        (0, [(0, 96, 0, 32)]),  # of 10 units, steps of 32 rows in blocks of 32 columns, each of 3 has 3 or 4
+        (1, [(96, 130, 0, 32), (0, 32, 32, 40)]),
+        (2, [(32, 130, 32, 40)]),
+    ],
+)
+def test_a_program_writes_its_own_range(program, written, programs, monkeypatch):
+    from triton.runtime.interpreter import interpreter_builder
+
+    set_grid_dim, set_grid_idx = interpreter_builder.set_grid_dim, interpreter_builder.set_grid_idx
+    base, low, lora_B, gain, bias, _ = operands(130, 40, 20, EXACT_DTYPE)
+    programs(1)
+    monkeypatch.setattr(interpreter_builder, "set_grid_dim", lambda *_: set_grid_dim(3, 1, 1))
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", lambda *_: set_grid_idx(program, 0, 0))
+    arguments = base, low, lora_B, gain, bias, 0.75, EXACT_DTYPE
+    whole = reference.epilogue(*arguments)
+    expected = torch.full_like(whole, torch.nan)  # as memory is that no one has written (conftest.py)
+    for top, bottom, left, right in written:
+        expected[top:bottom, left:right] = whole[top:bottom, left:right]
+    torch.testing.assert_close(kernels.epilogue(*arguments), expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("count", (1, 3, 6))
 def test_rows_past_the_last_are_left_alone(count, programs, monkeypatch):
     base, low, lora_B, gain, bias, _ = operands(33, 70, 20, EXACT_DTYPE)
