@@ -168,6 +168,7 @@ EXEMPTIONS = (
         "weight.pointers.[1-3]",
         "scales of 64 weights, or of a row: asynchronous, 4 bytes each, which is the least that can be",
         lambda one: one.constants()["FORMAT"].group > 1 or _format("int8", "float8")(one),
+        narrow=True,
     ),
     Exemption(
         "*",
@@ -180,6 +181,7 @@ EXEMPTIONS = (
         "weight.pointers.0",
         "K = 4304, an odd multiple of 16: every other row of codes starts at an odd multiple of 8 bytes",
         lambda one: _format("codebook4")(one) and not one.aligned("weight.numbers[0]"),
+        narrow=True,
     ),
     Exemption(
         "*",
