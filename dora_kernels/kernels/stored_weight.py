@@ -212,7 +212,7 @@ def walk_config(
     """(config, CHUNKS) of the norm or merge kernel; out_bytes: of an element that is written."""
     weight_bytes = weight.dtype.itemsize
     if not isinstance(weight, torch.Tensor):
-        if weight.shape[1] % 2 and R > config.BLOCK_R:  # every number has an address: 624 bytes a thread otherwise
+        if weight.shape[1] % 2 and R > configs.HIGH_RANK:  # every number has an address: 624 bytes a thread otherwise
             return dataclasses.replace(config, num_stages=2, waves=1, maxnreg=None), 0
         weight_bytes, out_bytes = 1, out_bytes + 1  # 8 bits at the most, and as much again for scales and tables
     operand_bytes, target = launch.operand.itemsize, launch.facts.target
