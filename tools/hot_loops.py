@@ -197,7 +197,7 @@ EXEMPTIONS = (
         lambda one: not one.aligned("dy.stride_0"),
     ),
     Exemption(
-        "norm",
+        "*",
         "weight.pointers.0",
         "W is contiguous along N: loaded so and then turned, it would pass through shared memory twice",
         lambda one: one.constants()["FORMAT"].name == "dense" and one.type_of("weight.numbers[1]") != "constexpr",
