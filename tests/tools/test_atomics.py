@@ -84,6 +84,11 @@ def test_there_is_no_other_atomic(other):
     assert len(found) == 1 and found[0].startswith(other.split()[0])
 
 
+def test_tensor_memory_is_accounted_for_in_shared_memory():
+    for line in ("ATOMS.OR RZ, [UR4], R3", "ATOMS.AND RZ, [UR4], R3"):
+        assert faults(SASS.replace("S2R R3, SR_TID.X", line)) == []
+
+
 def test_code_without_atomics_has_no_faults():
     assert faults("/*0000*/ STG.E [R2.64], R3 ;\n/*0010*/ EXIT ;") == []
 
