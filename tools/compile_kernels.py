@@ -62,6 +62,8 @@ UNLIKE_OTHERS = (
     ("bf16", 64, "codebook4, K = 4095", "token_sums"),
     ("bf16", 64, "transposed weight", "norm"),
     ("bf16", 384, "int8", "norm"),
+    ("fp32", 384, "train", "norm"),  # R is walked
+    ("fp32", 384, "dropout", "epilogue"),
     ("bf16, fp32 adapters", 8, "nf4_torchao", "norm"),
 )
 
