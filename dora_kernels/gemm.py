@@ -38,11 +38,15 @@ def add_product(block: Tensor, left: Tensor, right: Tensor, scaling: float) -> T
 
 
 def project(
-    rows: Tensor, factor: Tensor, out_dtype: torch.dtype | None = None, counters: Tensor | None = None
+    rows: Tensor,
+    factor: Tensor,
+    out_dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
+    as_factor: bool = False,
 ) -> Tensor:
     """rows (M, K) @ factor (R, K).T -> (M, R): low = x @ A.T and P = dy @ (gain * B).
 
-    In factor's dtype, which out_dtype may widen. Nothing is counted.
+    In factor's dtype, which out_dtype may widen. Nothing is counted, and a factor has no form of its own.
     """
     dtype = factor.dtype
     return matmul(rows.to(dtype), factor.T, out_dtype or dtype)

@@ -43,20 +43,21 @@ def forward(steps: Steps, call: Call) -> Forward:
     _check_save("forward", how.save, needs_base=how.exact or x_dropped is not None)
     kind = how.save or _planned_intermediate(call)
     norm, low, gain = None, given.low, given.gain
+    A, B = steps.factors(adapter_input, lora_A, lora_B)
     if gain is None and given.norm is not None:
         gain = gain_of(magnitude, given.norm)
     if kind == "z_merged":
-        new_low = steps.project(adapter_input, lora_A) if how.save_low and low is None else None
+        new_low = steps.project(adapter_input, A) if how.save_low and low is None else None
         save = how.save == "z_merged"
-        y, norm, gain, z = steps.merged_forward(x, weight, lora_A, lora_B, magnitude, bias, gain, scaling, save)
+        y, norm, gain, z = steps.merged_forward(x, weight, A, B, magnitude, bias, gain, scaling, save)
         return Forward(y, norm, None if given.gain is not None else gain, new_low, z)
 
     if low is None:
-        low = steps.project(adapter_input, lora_A)
+        low = steps.project(adapter_input, A, as_factor=not how.save_low)
     new_low = low if how.save_low and given.low is None else None
     unfinished = None
     if given.norm is None:
-        norm, gain, unfinished = steps.start_norm(weight, lora_A, lora_B, scaling, magnitude)
+        norm, gain, unfinished = steps.start_norm(weight, A, B, scaling, magnitude)
     dense = steps.dense(weight, x.dtype)
     if kind == "z_gemm":
         made, low_to_add = product_onto_low_rank(x, dense, low, lora_B, scaling), None
@@ -64,7 +65,7 @@ def forward(steps: Steps, call: Call) -> Forward:
         made, low_to_add = base_product(adapter_input.to(x.dtype), dense, how.exact), low
     residual = None if x_dropped is None else base_product(x, dense, how.exact)
     del dense
-    y = steps.epilogue(made, low_to_add, lora_B, gain, bias, scaling, x.dtype, residual, unfinished)
+    y = steps.epilogue(made, low_to_add, B, gain, bias, scaling, x.dtype, residual, unfinished)
     return Forward(y, norm, None if given.gain is not None else gain, new_low, made if how.save else None)
 
 
@@ -128,20 +129,23 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
     lacks_low_rank = dmagnitude is not None and how.save == "base"
     wants_sums = dB is not None or dmagnitude is not None or dbias is not None or dz is not None
     wants_P = needs.lora_A or needs.low or dx_way == "dz"
+    A, B = lora_A, lora_B
+    if (dx_way == "merged" and merged is None) or needs.x_dropped:
+        A, B = steps.factors(dy, lora_A, lora_B)
     prepared = Prepared(
-        scaled_B=torch.empty_like(lora_B) if wants_P else None,
+        scaled_B=torch.empty_like(B) if wants_P else None,
         factor=scaling if needs.low else 1.0,
         counters=steps.counters(dy, *weight.shape),
     )
     if dx_way == "merged":
         if merged is None:  # comes first, and prepares what the other steps need on its way
-            merged = steps.merge(weight, lora_A, lora_B, gain, scaling, out_dtype=dy.dtype, prepared=prepared)
+            merged = steps.merge(weight, A, B, gain, scaling, out_dtype=dy.dtype, prepared=prepared)
         elif wants_sums or wants_P:
-            steps.prepare(prepared, lora_B, gain)
+            steps.prepare(prepared, B, gain)
         dx = dy @ merged
         del merged
     elif wants_sums or wants_P:
-        steps.prepare(prepared, lora_B, gain)
+        steps.prepare(prepared, B, gain)
     counters = (None, None, None) if prepared.counters is None else prepared.counters
     if wants_sums:
         steps.token_sums(
@@ -159,7 +163,9 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
             counters=counters[0],
         )
     if prepared.scaled_B is not None:
-        projected = steps.project(dy, prepared.scaled_B.T, counters=counters[1])
+        # a factor of dA alone, beside an x that is as wide as dy
+        as_factor = needs.lora_A and dz is None and x is not None and x.dtype == dy.dtype
+        projected = steps.project(dy, prepared.scaled_B.mT, counters=counters[1], as_factor=as_factor)
         dlow = projected if needs.low else None
     if needs.lora_A:
         dA = steps.outer_product(projected, x, scaling, grad_dtype(A_dtype), counters=counters[2])
@@ -177,7 +183,7 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
     elif needs.x and dx is None:
         dx = dy @ steps.dense(weight, dy.dtype)
     if needs.x_dropped:
-        difference = steps.merge(weight, lora_A, lora_B, gain, scaling, subtract_weight=True, out_dtype=dy.dtype)
+        difference = steps.merge(weight, A, B, gain, scaling, subtract_weight=True, out_dtype=dy.dtype)
         dx_dropped = dy @ difference
     return Gradients(dx, dx_dropped, dA, dB, dmagnitude, dbias, dlow)
 

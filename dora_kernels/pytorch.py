@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dora_kernels.gemm import add_product, matmul, outer_product, project
-from dora_kernels.reference import accumulate_dtype, counters, dense, gain_of, over_norm, prepare
+from dora_kernels.reference import accumulate_dtype, counters, dense, factors, gain_of, over_norm, prepare
 from dora_kernels.types import Prepared, Steps, Unfinished
 
 # A block of rows in float32. On a CPU it stays in the caches, and yet is worth waking the threads for: a training step
@@ -295,6 +295,7 @@ def merged_forward(
 
 PYTORCH = Steps(
     dense=dense,
+    factors=factors,
     norm=norm,
     start_norm=start_norm,
     grouped_norm=grouped_norm,

@@ -80,6 +80,11 @@ def direction(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
     return dense(weight, weight.dtype) + scaling * lora_B.to(accumulate) @ lora_A.to(accumulate)
 
 
+def factors(beside: Tensor, lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B as the steps of a pass over `beside`, x or dy, multiply them; each step takes either form."""
+    return lora_A, lora_B
+
+
 def norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -148,9 +153,16 @@ def prepare(prepared: tuple[Tensor | None, float, Tensor | None], lora_B: Tensor
 
 
 def project(
-    rows: Tensor, factor: Tensor, out_dtype: torch.dtype | None = None, counters: Tensor | None = None
+    rows: Tensor,
+    factor: Tensor,
+    out_dtype: torch.dtype | None = None,
+    counters: Tensor | None = None,
+    as_factor: bool = False,
 ) -> Tensor:
-    """rows (M, K) @ factor (R, K).T -> (M, R) in out_dtype or factor.dtype: x @ A.T, dy @ (gain * B)."""
+    """rows (M, K) @ factor (R, K).T -> (M, R) in out_dtype or factor.dtype: x @ A.T, dy @ (gain * B).
+
+    as_factor: it may come as the steps multiply it, as in `factors`.
+    """
     accumulate = accumulate_dtype(factor.dtype)
     return (rows.to(accumulate) @ factor.to(accumulate).T).to(out_dtype or factor.dtype)
 

@@ -123,7 +123,8 @@ class Unfinished(NamedTuple):
 class Prepared(NamedTuple):
     """The tensors that the first step of a backward pass, `merge` or `prepare`, writes for the steps after it."""
 
-    scaled_B: Tensor | None  # (N, R) = factor * gain * lora_B, rounded once; None where no product is made with it
+    # (N, R) = factor * gain * lora_B, rounded once, and in the form of lora_B; None where no product is made with it
+    scaled_B: Tensor | None
     factor: float
     counters: Tensor | None  # (3, ...), int32: see `counters`; None where no step counts
 
@@ -152,6 +153,7 @@ class Steps(NamedTuple):
     """The steps that passes.py composes, defined in reference.py: `PYTORCH` in pytorch.py, `KERNELS` in kernels/."""
 
     dense: Callable[..., Tensor]
+    factors: Callable[..., tuple[Tensor, ...]]
     norm: Callable[..., tuple[Tensor, Tensor | None]]
     start_norm: Callable[..., tuple[Tensor, Tensor, Unfinished | None]]
     grouped_norm: Callable[..., tuple[Tensor, Tensor]]

@@ -39,7 +39,9 @@ DOCUMENTED = (
     DocumentedCall("grouped", ("grouped_norm",)),
     DocumentedCall("codebook4 nested", ("norm", "merge")),
     DocumentedCall("bank", ("bank_epilogue",)),
-    DocumentedCall("train", ("norm", "epilogue"), variant="bf16, fp32 adapters"),
+    DocumentedCall(
+        "train", ("norm", "merge", "epilogue", "token_sums", "project", "parts"), variant="bf16, fp32 adapters"
+    ),
 )
 
 
@@ -146,6 +148,7 @@ EXEMPTIONS = (
         "a float32 for each column: 16 KB at N = 4096, which every program of a column takes from the L2 cache",
     ),
     Exemption("project", "partial_ptr", "the parts of a block, once at its end and just written: in the L2 cache"),
+    Exemption("parts", "sources.*", "a pass over 1 MB, in programs of 32 registers: 16 of them on a multiprocessor"),
     Exemption(
         "token_sums",
         "partial.* lora_B dy_again low_again",

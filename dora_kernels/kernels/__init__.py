@@ -11,6 +11,7 @@ from dora_kernels.kernels.merge import dense, merge, prepare  # noqa: E402
 from dora_kernels.kernels.merged_forward import merged_forward  # noqa: E402
 from dora_kernels.kernels.norm import norm, start_norm  # noqa: E402
 from dora_kernels.kernels.outer_product import outer_product  # noqa: E402
+from dora_kernels.kernels.parts import factors  # noqa: E402
 from dora_kernels.kernels.project import project  # noqa: E402
 from dora_kernels.kernels.tile import counters  # noqa: E402
 from dora_kernels.kernels.token_sums import token_sums  # noqa: E402
@@ -18,6 +19,7 @@ from dora_kernels.types import Steps  # noqa: E402
 
 KERNELS = Steps(
     dense=dense,
+    factors=factors,
     norm=norm,
     start_norm=start_norm,
     grouped_norm=grouped_norm,

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels.kernels.norm import finished_gain, unfinished_argument
+from dora_kernels.kernels.parts import in_parts
 from dora_kernels.kernels.tile import (
     Launch,
     Matrix,
@@ -120,15 +121,15 @@ def epilogue(
     Writes norm and gain, too, where they are unfinished.
     """
     M, N = base.shape
-    R = lora_B.shape[1]
+    R = lora_B.shape[-1]
     y = base.new_empty((M, N), dtype=out_dtype)
     if N == 0 or (M == 0 and unfinished is None):
         return y
-    launch = Launch.of(base, lora_B.dtype)
+    launch, _, low, lora_B = in_parts(Launch.of(base, lora_B.dtype), None, low, lora_B)
     config, chunks = _config(
         launch.config("epilogue", 0 if low is None else R),
         0 if low is None else R,
-        launch.operand.itemsize,
+        launch.operand_bytes,
         base.dtype.itemsize + (0 if residual is None else residual.dtype.itemsize),
         out_dtype.itemsize,
         N % 16 == 0 and _in_vectors(base) and (residual is None or _in_vectors(residual)),

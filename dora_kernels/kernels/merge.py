@@ -9,6 +9,7 @@ import triton.language as tl
 
 from dora_kernels import types
 from dora_kernels.kernels.norm import finished_gain, unfinished_argument
+from dora_kernels.kernels.parts import in_parts, store_parts, whole
 from dora_kernels.kernels.stored_weight import (
     direction_tile,
     known_rank,
@@ -23,7 +24,7 @@ from dora_kernels.kernels.tile import (
     Launch,
     Matrix,
     block_offsets,
-    load,
+    load_parts,
     matrix,
     rank_multiple,
     resident,
@@ -37,12 +38,13 @@ from dora_kernels.quant import Weight
 
 
 @triton.jit
-def _scale_rows(scaled_B, lora_B, factor, gain, offs_n, mask_n, R, BLOCK_R: tl.constexpr):
+def _scale_rows(scaled_B, lora_B, factor, gain, offs_n, mask_n, R, BLOCK_R: tl.constexpr, DTYPES: tl.constexpr):
     """scaled_B[offs_n] = factor * gain * lora_B[offs_n], rounded once."""
     for r in range(0, R, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
-        tile = load(lora_B, offs_n, offs_r, mask_n, offs_r < R).to(gain.dtype)  # [BLOCK_N, BLOCK_R]
-        store(scaled_B, offs_n, offs_r, mask_n, offs_r < R, (factor * gain)[:, None] * tile)
+        tile = whole(load_parts(lora_B, offs_n, offs_r, mask_n, offs_r < R, R, 1, DTYPES), gain.dtype)
+        scaled = (factor * gain)[:, None] * tile  # [BLOCK_N, BLOCK_R]
+        store_parts(scaled_B, offs_n, offs_r, mask_n, offs_r < R, R, scaled, DTYPES)
 
 
 @triton.jit
@@ -101,7 +103,7 @@ def _merge_kernel(
             lora_B = resident(update.lora_B, offs_n, mask_n, update.R, CHUNKS, BLOCK_R, DTYPES)
         if scaled_B is not None:
             if start == 0:
-                _scale_rows(scaled_B, update.lora_B, factor, gain, offs_n, mask_n, update.R, BLOCK_R)
+                _scale_rows(scaled_B, update.lora_B, factor, gain, offs_n, mask_n, update.R, BLOCK_R, DTYPES)
         for step in tl.range(start.to(tl.int32), stop.to(tl.int32), num_stages=STAGES):
             k = step * BLOCK_K
             w, merged = direction_tile(
@@ -129,11 +131,13 @@ def merge(
 ) -> torch.Tensor:
     """The merged weight (N, K); as `reference.merge`, and without an adapter weight itself."""
     N, K = weight.shape
-    R = 0 if lora_A is None else lora_A.shape[0]
+    R = 0 if lora_A is None else lora_A.shape[-2]
     launch = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
     merged = weight.new_empty((N, K), dtype=out_dtype or weight.dtype)
     if merged.numel() == 0 and unfinished is None and prepared is None:
         return merged
+    if lora_A is not None:
+        launch, lora_A, lora_B = in_parts(launch, lora_A, lora_B)
     config = weight_config(launch, "merge", weight, R)
     config, chunks = walk_config(launch, config, weight, R, merged.dtype.itemsize)
     tiles = config.tiles(R)
@@ -175,6 +179,7 @@ def _prepare_kernel(
     R,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    DTYPES: tl.constexpr,
 ):
     """scaled_B = factor * gain * lora_B, counters = 0. One program owns BLOCK_N rows."""
     if counters_ptr is not None:
@@ -183,14 +188,15 @@ def _prepare_kernel(
         offs_n = block_offsets(tl.program_id(0), BLOCK_N)
         mask_n = offs_n < N
         gain = tl.load(gain_ptr + offs_n, mask=mask_n, other=0.0)  # [BLOCK_N]
-        _scale_rows(scaled_B, lora_B, factor, gain, offs_n, mask_n, R, BLOCK_R)
+        _scale_rows(scaled_B, lora_B, factor, gain, offs_n, mask_n, R, BLOCK_R, DTYPES)
 
 
 def prepare(prepared: types.Prepared, lora_B: torch.Tensor, gain: torch.Tensor) -> None:
     """prepared.scaled_B (N, R) and the counters, where no `merge` writes them; as `reference.prepare`."""
     scaled_B, factor, counters = prepared
-    N, R = lora_B.shape
-    config = Launch.of(lora_B, lora_B.dtype).config("prepare")
+    N, R = lora_B.shape[-2:]
+    launch, _, lora_B = in_parts(Launch.of(lora_B, lora_B.dtype), None, lora_B)
+    config = launch.config("prepare")
     _prepare_kernel[max(1, ceil_div(N, config.BLOCK_N)),](
         matrix(lora_B),
         gain,
@@ -200,6 +206,7 @@ def prepare(prepared: types.Prepared, lora_B: torch.Tensor, gain: torch.Tensor) 
         0 if counters is None else counters.numel(),
         N,
         R,
+        DTYPES=launch.dtypes,
         **config.tiles(R),
     )
 

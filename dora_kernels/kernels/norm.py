@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels import types
+from dora_kernels.kernels.parts import in_parts
 from dora_kernels.kernels.stored_weight import (
     direction_tile,
     known_rank,
@@ -218,8 +219,8 @@ def _launch(
 ) -> torch.Tensor | None:
     """Writes norm and gain; without a norm to write, sums of squares (parts, N)."""
     N, K = weight.shape
-    R = lora_A.shape[0]
-    launch = Launch.of(weight, lora_A.dtype)
+    R = lora_A.shape[-2]
+    launch, lora_A, lora_B = in_parts(Launch.of(weight, lora_A.dtype), lora_A, lora_B)
     config = weight_config(launch, "norm", weight, R)
     if norm is not None:  # whole rows: fewer in a block where there are not enough of them, if threads load 8 elements
         least = 8 * launch.threads(config) // config.BLOCK_K

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dora_kernels.kernels.tile import block_offsets
+from dora_kernels.kernels.tile import Launch, block_offsets, store
 from dora_kernels.planning.configs import ceil_div
 
 # The largest bfloat16: what is above it rounds to inf, of which nothing can be taken away.
@@ -37,38 +37,101 @@ def split(tile, PARTS: tl.constexpr):
 
 
 @triton.jit
+def whole(tiles, DTYPE: tl.constexpr):
+    """The sum of the tiles that `load_parts` gives, exact in float32."""
+    tile = tiles[0].to(DTYPE)
+    for part in tl.static_range(1, len(tiles)):
+        tile += tiles[part].to(DTYPE)
+    return tile
+
+
+@triton.jit
+def store_parts(matrix, offs_0, offs_1, mask_0, mask_1, R, tile, DTYPES: tl.constexpr):
+    """matrix[offs_0, offs_1] = tile, inside the masks; in parts, R apart, where those of DTYPES are to be bfloat16."""
+    PARTS: tl.constexpr = DTYPES.parts
+    if PARTS > 1 and matrix.ptr.dtype.element_ty == tl.bfloat16:
+        tiles = split(tile, PARTS)
+        for part in tl.static_range(PARTS):
+            store(matrix, offs_0, part * R + offs_1, mask_0, mask_1, tiles[part])
+    else:
+        store(matrix, offs_0, offs_1, mask_0, mask_1, tile)
+
+
+@triton.jit
 def _parts_kernel(
     sources,  # float32, contiguous, of sizes[i] elements each
-    results,  # (PARTS, sizes[i]) in bfloat16, contiguous
+    results,  # bfloat16: after every widths[i] elements of a source's first part come as many of its second, and so on
     sizes,
+    widths,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """results[i][0] + results[i][1] + ... = sources[i]. One program owns BLOCK elements of one source."""
+    """The parts of the sources. One program owns BLOCK elements of one source."""
     block = tl.program_id(0)
     for index in tl.static_range(len(sources)):
-        size = sizes[index].to(tl.int64)
+        size, width = sizes[index].to(tl.int64), widths[index]
         blocks = tl.cdiv(size, BLOCK)
         if (block >= 0) & (block < blocks):
             offs = block_offsets(block, BLOCK)
             tiles = split(tl.load(sources[index] + offs, mask=offs < size, other=0.0), PARTS)
+            pointers = results[index] + offs + offs // width * width * (PARTS - 1)
             for part in tl.static_range(PARTS):
-                tl.store(results[index] + part * size + offs, tiles[part], mask=offs < size)
+                tl.store(pointers + part * width, tiles[part], mask=offs < size)
         block -= blocks
 
 
-def parts(count: int, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Of each float32 matrix (rows, columns), `count` bfloat16 matrices (count, rows, columns) that sum to it.
+def parts(count: int, *matrices: torch.Tensor) -> list[torch.Tensor]:
+    """Of each float32 matrix (rows, R), `count` bfloat16 matrices (count, rows, R) that sum to it, in one launch.
 
-    One launch for all of them. A transposed matrix has transposed parts.
+    They stand side by side along R, as `tile.load_parts` wants them: the memory is (rows, count * R), or, of a matrix
+    whose columns are contiguous, (count * R, rows).
     """
-    turned = [not tensor.is_contiguous() and tensor.mT.is_contiguous() for tensor in tensors]
-    sources = [(tensor.mT if turn else tensor).contiguous() for tensor, turn in zip(tensors, turned, strict=True)]
-    results = [source.new_empty((count, *source.shape), dtype=torch.bfloat16) for source in sources]
+    sources, results, widths = [], [], []
+    for matrix in matrices:
+        rows, R = matrix.shape
+        if matrix.mT.is_contiguous():
+            sources.append(matrix.mT)
+            result = matrix.new_empty((count, R, rows), dtype=torch.bfloat16)
+            results.append(result.mT)
+            widths.append(R * rows)
+        else:
+            sources.append(matrix.contiguous())
+            result = matrix.new_empty((rows, count, R), dtype=torch.bfloat16)
+            results.append(result.transpose(0, 1))
+            widths.append(R)
     sizes = [source.numel() for source in sources]
     blocks = sum(ceil_div(size, _BLOCK) for size in sizes)
     if blocks:
-        _parts_kernel[blocks,](
-            tuple(sources), tuple(results), tuple(sizes), PARTS=count, BLOCK=_BLOCK, num_warps=_WARPS
-        )
-    return [result.mT if turn else result for result, turn in zip(results, turned, strict=True)]
+        operands = (tuple(each) for each in (sources, results, sizes, widths))
+        _parts_kernel[blocks,](*operands, PARTS=count, BLOCK=_BLOCK, num_warps=_WARPS)
+    return results
+
+
+def factors(beside: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 matrices in parts, made in one launch, where all that they meet is bfloat16; as `reference.factors`."""
+    if beside.dtype != torch.bfloat16 or lora_A.dtype != torch.float32:
+        return lora_A, lora_B
+    return in_parts(Launch.of(beside, torch.float32), lora_A, lora_B)[1:]
+
+
+# precision of the dots -> the parts that they would make of each float32 operand
+_PARTS = {"bf16x3": 2, "bf16x6": 3}
+
+
+def in_parts(launch: Launch, factor: torch.Tensor | None, *others: torch.Tensor | None) -> tuple:
+    """(launch, factor, *others) with these in parts where they are float32 and the launch's dots would make the parts.
+
+    factor (R, K), lora_A say, becomes (parts, R, K), others (N, R) become (parts, N, R). If one of them is in parts
+    already, so are all behind this.
+    """
+    turned = None if factor is None else factor.mT
+    given = [matrix for matrix in (turned, *others) if matrix is not None]
+    count = max(len(matrix) if matrix.dim() == 3 else _PARTS.get(launch.precision, 1) for matrix in given)
+    if count == 1:
+        return launch, factor, *others
+    made = iter(parts(count, *(matrix for matrix in given if matrix.dim() == 2)))
+    turned, *others = (
+        next(made) if matrix is not None and matrix.dim() == 2 else matrix for matrix in (turned, *others)
+    )
+    launch = launch._replace(operand=torch.float32, precision="ieee", parts=count)
+    return launch, None if turned is None else turned.mT, *others

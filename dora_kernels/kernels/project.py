@@ -5,9 +5,10 @@ import triton
 import triton.language as tl
 
 from dora_kernels import gemm
+from dora_kernels.kernels.parts import in_parts, store_parts
 from dora_kernels.kernels.tile import (
     Launch,
-    add_dot,
+    add_dots,
     add_parts,
     block_offsets,
     is_last,
@@ -20,6 +21,8 @@ from dora_kernels.kernels.tile import (
     rank_multiple,
     steps_of,
     steps_over,
+    sum_of,
+    sums_from,
     unit_range,
     zeroed,
 )
@@ -31,7 +34,7 @@ from dora_kernels.planning.configs import ceil_div
 def _project_kernel(
     rows,  # (M, K)
     factor,  # (K, R)
-    result_ptr,  # (M, R), contiguous
+    result,  # (M, R), or in parts
     partial_ptr,  # (parts, M, R) in DTYPES.accumulate, contiguous; None where no block is cut
     counters_ptr,  # (blocks,) int32, zeros; None as partial
     M,
@@ -58,24 +61,25 @@ def _project_kernel(
         offs_r = block_offsets(block % blocks_r, BLOCK_R)
         mask_m = offs_m < M
         mask_r = offs_r < R
-        acc = tl.zeros([BLOCK_M, BLOCK_R], dtype=DTYPES.accumulate)
+        sums = sums_from(tl.zeros([BLOCK_M, BLOCK_R], dtype=DTYPES.accumulate), DTYPES)
         for step in range(start, stop):
             offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
             mask_k = offs_k < K
             rows_tile = load(rows, offs_m, offs_k, mask_m, mask_k)  # [BLOCK_M, BLOCK_K]
             factor_tile = load_parts(factor, offs_k, offs_r, mask_k, mask_r, R, 1, DTYPES)  # [BLOCK_K, BLOCK_R]
-            acc = add_dot(acc, (rows_tile,), factor_tile, DTYPES)
+            sums = add_dots(sums, (rows_tile,), factor_tile, DTYPES)
+        acc = sum_of(sums)
         offs = offs_m[:, None] * R + offs_r[None, :]
         mask = mask_m[:, None] & mask_r[None, :]
         if partial_ptr is None:
-            tl.store(result_ptr + offs, acc.to(result_ptr.dtype.element_ty), mask=mask)
+            store_parts(result, offs_m, offs_r, mask_m, mask_r, R, acc, DTYPES)
         else:
             part, parts = part_of(block, steps, units)
             size = M.to(tl.int64) * R
             tl.store(partial_ptr + part * size + offs, acc, mask=mask)
             if is_last(counters_ptr + block, parts):
                 acc = add_parts(tl.zeros_like(acc), partial_ptr, parts, size, offs, mask)
-                tl.store(result_ptr + offs, acc.to(result_ptr.dtype.element_ty), mask=mask)
+                store_parts(result, offs_m, offs_r, mask_m, mask_r, R, acc, DTYPES)
 
 
 def project(
@@ -83,6 +87,7 @@ def project(
     factor: torch.Tensor,
     out_dtype: torch.dtype | None = None,
     counters: torch.Tensor | None = None,
+    as_factor: bool = False,
 ) -> torch.Tensor:
     """rows (M, K) @ factor (R, K).T -> (M, R); as `reference.project`.
 
@@ -90,14 +95,19 @@ def project(
     device is filled with whole ones, or they are made here, in a launch of their own.
     """
     dtype = factor.dtype
-    out_dtype = out_dtype or dtype
+    out_dtype = out_dtype or (dtype if factor.dim() == 2 else torch.float32)
     M, K = rows.shape
-    R = factor.shape[0]
+    R = factor.shape[-2]
     launch = Launch.of(rows, dtype)
-    same = rows.dtype == dtype
+    same = rows.dtype == dtype and factor.dim() == 2
     if not plan.project_by_kernel(M, K, R, rows.itemsize, launch.facts, same_dtype=same, counted=counters is not None):
         return gemm.project(rows, factor, out_dtype)
-    result = rows.new_empty((M, R), dtype=out_dtype)
+    if rows.dtype == torch.bfloat16:  # one part: a float16 has too many bits for that
+        launch, factor = in_parts(launch, factor)
+    if as_factor and launch.parts > 1:
+        result = rows.new_empty((M, launch.parts, R), dtype=torch.bfloat16).transpose(0, 1)
+    else:
+        result = rows.new_empty((M, R), dtype=out_dtype)
     if result.numel() == 0:
         return result
     small = launch.config("low")
@@ -113,11 +123,11 @@ def project(
     if parts > 1:
         partial = rows.new_empty((parts, M, R), dtype=launch.accumulate)
         counters = zeroed(counters, blocks, rows.device)
-    factor_T = factor.T
+    factor_T = factor.mT
     _project_kernel[programs,](
         matrix(rows),
         matrix(factor_T),
-        result,
+        matrix(result),
         partial,
         None if partial is None else counters,
         M,

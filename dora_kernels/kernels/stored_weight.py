@@ -69,7 +69,7 @@ class Update(NamedTuple):
 
 def update_argument(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, scaling: float) -> Update | None:
     """The update as an argument; None where there is no adapter."""
-    return None if lora_A is None else Update(matrix(lora_A), matrix(lora_B), lora_A.shape[0], scaling)
+    return None if lora_A is None else Update(matrix(lora_A), matrix(lora_B), lora_A.shape[-2], scaling)
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def walk_config(
         if weight.shape[1] % 2 and R > configs.HIGH_RANK:  # every number has an address: 624 bytes a thread otherwise
             return dataclasses.replace(config, num_stages=2, waves=1, maxnreg=None), 0
         weight_bytes, out_bytes = 1, out_bytes + 1  # 8 bits at the most, and as much again for scales and tables
-    operand_bytes, target = launch.operand.itemsize, launch.facts.target
+    operand_bytes, target = launch.operand_bytes, launch.facts.target
     return configs.with_lora_B_resident(config, R, operand_bytes, weight_bytes, out_bytes, target)
 
 

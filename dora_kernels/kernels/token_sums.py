@@ -8,9 +8,10 @@ import triton
 import triton.language as tl
 
 from dora_kernels.gemm import matmul
+from dora_kernels.kernels.parts import in_parts
 from dora_kernels.kernels.tile import (
     Launch,
-    add_dot,
+    add_dots,
     add_parts,
     is_last,
     known_multiple,
@@ -23,6 +24,8 @@ from dora_kernels.kernels.tile import (
     steps_of,
     steps_over,
     store,
+    sum_of,
+    sums_from,
     unit_range,
     zeroed,
 )
@@ -99,7 +102,7 @@ def _token_sums_kernel(
         first = block % blocks_r == 0
         end_if_first = tl.where(first, M, 0)
         mask_n_if_first = offs_n < tl.where(first, N, 0)
-        acc = tl.zeros([BLOCK_N, BLOCK_R], dtype=DTYPES.accumulate)
+        products = sums_from(tl.zeros([BLOCK_N, BLOCK_R], dtype=DTYPES.accumulate), DTYPES)
         dot = tl.zeros([SUM_ROWS, BLOCK_N], dtype=DTYPES.accumulate)
         total = tl.zeros([SUM_ROWS, BLOCK_N], dtype=DTYPES.accumulate)
         if dz_ptr is not None:
@@ -111,7 +114,7 @@ def _token_sums_kernel(
             tile = load(dy, offs_m, offs_n, mask_m, mask_n)  # [BLOCK_M, BLOCK_N]
             if low is not None:
                 low_tile = load_parts(low, offs_m, offs_r, mask_m, mask_r, R, 1, DTYPES)  # [BLOCK_M, BLOCK_R]
-                acc = add_dot(acc, (tl.trans(tile.to(DTYPES.operand)),), low_tile, DTYPES)
+                products = add_dots(products, (tl.trans(tile.to(DTYPES.operand)),), low_tile, DTYPES)
             if saved is not None:
                 saved_tile = load(saved, offs_m, offs_n, mask_m_if_first, mask_n)  # [BLOCK_M, BLOCK_N]
                 product = tile.to(DTYPES.accumulate) * saved_tile.to(DTYPES.accumulate)
@@ -127,7 +130,9 @@ def _token_sums_kernel(
         if low is not None:
             # whole tiles: offsets that the compiler knows, where those of (N, R) would take 30 registers of the loop
             tile_ptr = partial.dB + (part * blocks + block) * BLOCK_N * BLOCK_R
-            tl.store(tile_ptr + tl.arange(0, BLOCK_N)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :], acc)
+            tl.store(
+                tile_ptr + tl.arange(0, BLOCK_N)[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :], sum_of(products)
+            )
         if saved is not None:
             tl.store(partial.dot + part * N + offs_n, tl.sum(dot, axis=0), mask=mask_n_if_first)
         if partial.total is not None:
@@ -281,15 +286,19 @@ def token_sums(
     counters: int32 zeros, of which one for each block of columns is used up; without them they are made here.
     """
     M, N = dy.shape
-    R = 0 if low is None else low.shape[1]
+    R = 0 if low is None else low.shape[-1]
     if N == 0:
         return
     launch = Launch.of(dy, dy.dtype if low is None else low.dtype)
     beside = dmagnitude is not None or dbias is not None or dz is not None
-    by_library = low is not None and not plan.outer_by_kernel(
-        M, N, R, dy.itemsize, launch.facts, same_dtype=low.dtype == dy.dtype, beside=beside
-    )
-    summed = None if by_library else low
+    by_library, summed = False, low
+    if low is not None:
+        same = low.dim() == 2 and low.dtype == dy.dtype
+        by_library = not plan.outer_by_kernel(M, N, R, dy.itemsize, launch.facts, same_dtype=same, beside=beside)
+    if by_library:
+        summed = None
+    elif low is not None and dy.dtype == torch.bfloat16:  # one part: a float16 has too many bits for that
+        launch, _, summed = in_parts(launch, None, low)
     saved = None if dmagnitude is None else saved
     config = launch.config("token_sums")
     if dz is not None:  # 8 registers for the gain, and 6 for addresses

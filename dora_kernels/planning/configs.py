@@ -111,13 +111,17 @@ SHARED = {
 # interpreter, tests see ranks of 33 that stay and, in float64, that are walked.
 MOST_CHUNKS = {
     ("sm_80", 4): 1,
+    ("sm_80", 6): 0,
     ("sm_90", 4): 2,
     ("sm_100", 2): 2,
     ("sm_100", 4): 2,
+    ("sm_100", 6): 1,
     ("sm_120", 4): 1,
+    ("sm_120", 6): 0,
     ("gfx942", 4): 2,
     ("interpreter", 2): 3,
     ("interpreter", 4): 3,
+    ("interpreter", 6): 3,
     ("interpreter", 8): 2,
 }
 
@@ -197,6 +201,37 @@ _FLOAT = (
         "token_sums": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=64, num_warps=8, num_stages=2),
     }
 )
+# float32 operands in three bfloat16 parts, or two (kernels/parts.py). Four warps for every 64 rows of a product: with
+# more, the warps share out its columns, and Triton has each of them make the small products of all columns.
+BYTES_IN_PARTS = 6
+_NORM_PARTS = Config(BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=3, waves=2, maxnreg=128)
+_MERGE_PARTS = Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=3, waves=2)
+_WALK_PARTS = Config(BLOCK_N=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2)
+_PARTS = _HALF | {
+    "norm": _NORM_PARTS,
+    "norm_high_rank": _WALK_PARTS,
+    "merge": _MERGE_PARTS,
+    "merge_high_rank": _WALK_PARTS,
+    "project": Config(BLOCK_M=128, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=3),
+    "low": Config(BLOCK_M=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=3),
+    "epilogue": Config(BLOCK_M=64, BLOCK_N=64, BLOCK_R=64, num_warps=4, num_stages=2, waves=2),
+    "epilogue_high_rank": Config(BLOCK_M=128, BLOCK_N=64, BLOCK_R=64, num_warps=8, num_stages=2),
+    "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=3),
+}
+# Where the parts of an operand stand in registers.
+_PARTS_SMALL = (
+    _PARTS
+    | _walks(*2 * [Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=4, num_stages=2)])
+    | {
+        "epilogue": Config(BLOCK_M=64, BLOCK_N=32, BLOCK_R=32, num_warps=4, num_stages=2),
+        "epilogue_high_rank": Config(BLOCK_M=64, BLOCK_N=32, BLOCK_R=32, num_warps=4, num_stages=2),
+        "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
+    }
+)
+_PARTS_SM100 = _PARTS_SMALL | _walks(
+    Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2),
+    Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=8, num_stages=2),
+)
 # Products come out of tensor memory many at a time: 180 registers and more in norm and merge at R = 128, and 195 in the
 # epilogue at any rank.
 _HALF_SM100 = (
@@ -273,16 +308,21 @@ HIGH_RANK = 64
 CONFIGS: dict[tuple[str, int], dict[str, Config]] = {
     ("sm_80", 2): _HALF_SM80,  # compiled
     ("sm_80", 4): _FLOAT,  # compiled
+    ("sm_80", 6): _PARTS_SMALL,  # compiled
     ("sm_90", 2): _HALF,  # compiled
     ("sm_90", 4): _FLOAT_SM90,  # compiled
+    ("sm_90", 6): _PARTS,  # compiled
     ("sm_100", 2): _HALF_SM100,  # compiled
     ("sm_100", 4): _FLOAT_SM90,  # compiled
+    ("sm_100", 6): _PARTS_SM100,  # compiled
     ("sm_120", 2): _HALF_SM120,  # compiled
     ("sm_120", 4): _FLOAT_SM120,  # compiled
+    ("sm_120", 6): _PARTS_SMALL,  # compiled
     ("gfx942", 2): _HALF_GFX,  # compiled
     ("gfx942", 4): _FLOAT_GFX,  # compiled
     ("interpreter", 2): _INTERPRETER,  # tested
     ("interpreter", 4): _INTERPRETER,  # tested
+    ("interpreter", 6): _INTERPRETER,  # tested
     ("interpreter", 8): _INTERPRETER,  # tested
 }
 
@@ -334,7 +374,10 @@ def _checked(fields: dict[str, int], default: Config) -> Config:
     return config
 
 
-def config_for(kernel: str, facts: DeviceFacts, operand: torch.dtype) -> Config:
-    """The configuration of `kernel` for low-rank operands of dtype `operand`: measured on this GPU, or the default."""
-    tuned = tuned_configs(facts.name, facts.target).get((operand.itemsize, kernel))
-    return tuned or CONFIGS[facts.target, operand.itemsize][kernel]
+def config_for(kernel: str, facts: DeviceFacts, operand: torch.dtype, parts: int = 1) -> Config:
+    """The configuration of `kernel` for low-rank operands of dtype `operand`: measured on this GPU, or the default.
+
+    parts: of such an operand in bfloat16 (kernels/parts.py); two have the tiles of three, which fit.
+    """
+    size = operand.itemsize if parts == 1 else BYTES_IN_PARTS
+    return tuned_configs(facts.name, facts.target).get((size, kernel)) or CONFIGS[facts.target, size][kernel]

@@ -135,9 +135,9 @@ def dot_precision(facts: DeviceFacts, operand: torch.dtype, weight: torch.dtype)
     Obeys torch.set_float32_matmul_precision. Over a half-precision weight "highest" is bf16x6: six bf16 tensor-core
     products, as exact as IEEE float32, which would not run on the tensor cores.
     """
-    if operand != torch.float32 or facts.target == "interpreter" or facts.target.startswith("gfx"):
+    if operand != torch.float32 or facts.target.startswith("gfx"):
         return "ieee"
     highest = torch.get_float32_matmul_precision() == "highest"
     if weight != torch.float32:
         return "bf16x6" if highest else "bf16x3"
-    return "ieee" if highest else "tf32x3"
+    return "ieee" if highest or facts.target == "interpreter" else "tf32x3"

@@ -104,11 +104,31 @@ def prepare(steps: Steps, o: SimpleNamespace) -> Results:
         yield f"{factor=} {alone=}", prepared.scaled_B
 
 
+def factors(steps: Steps, o: SimpleNamespace) -> Results:
+    """The factors themselves, and what the steps make of them in this form."""
+    A, B = steps.factors(o.x, o.lora_A, o.lora_B)
+    for name, factor in (("A", A), ("B", B)):
+        yield name, factor if factor.dim() == 2 else factor.double().sum(0).float()
+    yield from zip(("norm", "gain"), steps.norm(o.weight, A, B, SCALING, o.magnitude), strict=True)
+    prepared = Prepared(torch.empty_like(B), SCALING, None)
+    yield "merged", steps.merge(o.weight, A, B, o.gain, SCALING, prepared=prepared)
+    yield "P through scaled_B of merge", steps.project(o.dy, prepared.scaled_B.mT)
+    prepared = Prepared(torch.empty_like(B), SCALING, None)
+    steps.prepare(prepared, B, o.gain)
+    yield "P through scaled_B", steps.project(o.dy, prepared.scaled_B.mT)
+    yield "low", steps.project(o.x, A)
+    yield "y", steps.epilogue(o.base, o.low, B, o.gain, o.bias, SCALING, o.x.dtype)
+    through = o.x, o.weight, A, B, o.magnitude, o.bias
+    yield from zip(("y", "norm", "gain", "z"), steps.merged_forward(*through, None, SCALING, True), strict=True)
+
+
 def project(steps: Steps, o: SimpleNamespace) -> Results:
     for out_dtype, counted in itertools.product((None, o.gain.dtype), (False, True)):
         counters = torch.zeros(o.dy.shape[0], dtype=torch.int32, device=DEVICE) if counted else None
         yield f"{out_dtype} {counted=}", steps.project(o.dy, o.lora_B.T, out_dtype, counters)
     yield "other strides", steps.project(o.residual, o.lora_B.T.contiguous())
+    low = steps.project(o.x, o.lora_A, as_factor=True)
+    yield "as a factor", low if low.dim() == 2 else low.double().sum(0).float()
 
 
 def epilogue(steps: Steps, o: SimpleNamespace) -> Results:
@@ -151,6 +171,8 @@ def token_sums(steps: Steps, o: SimpleNamespace) -> Results:
 def outer_product(steps: Steps, o: SimpleNamespace) -> Results:
     for out_dtype in (o.low.dtype, o.gain.dtype):
         yield str(out_dtype), steps.outer_product(o.low, o.x, SCALING, out_dtype)
+    low = steps.project(o.x, o.lora_A, as_factor=True)
+    yield "of a factor", steps.outer_product(low, o.x, SCALING, o.gain.dtype)
 
 
 CALLS = {
@@ -161,6 +183,7 @@ CALLS = {
         grouped_norm,
         merge,
         prepare,
+        factors,
         project,
         epilogue,
         bank_epilogue,

@@ -49,6 +49,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/merged_forward.py": _KERNELS,
     "dora_kernels/kernels/norm.py": (*_KERNELS, "tests/quant/test_quantized.py"),
     "dora_kernels/kernels/outer_product.py": _KERNELS,
+    "dora_kernels/kernels/parts.py": (*_KERNELS, "tests/kernels/test_float32_parts.py"),
     "dora_kernels/kernels/project.py": _KERNELS,
     "dora_kernels/kernels/stored_weight.py": (*_KERNELS, *_PARTS, "tests/quant/test_quantized.py"),
     "dora_kernels/kernels/tile.py": (*_KERNELS, *_SERVING),
