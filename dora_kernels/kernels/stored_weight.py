@@ -198,6 +198,8 @@ def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> config
     config = launch.config(kernel, R)
     if isinstance(weight, torch.Tensor):
         return config
+    if launch.parts > 1:  # 240 bytes a thread otherwise, of 128 registers
+        config = configs.unlimited(config)
     share = 1
     if weight.format != "row8" and weight.shape[1] % 2:
         share = 4  # each code of 4 bits has an address of its own: 1436 bytes a thread on sm_120 otherwise
