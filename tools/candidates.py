@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dora_kernels.planning.configs import Config
 
 # bytes of a low-rank operand -> of bench.kernels
-PRECISIONS = {2: "bf16", 4: "bf16-fp32"}
+PRECISIONS = {2: "bf16", 6: "bf16-fp32"}
 
 
 @dataclass(frozen=True)

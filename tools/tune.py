@@ -1,7 +1,7 @@
 """Measure tile configurations on this GPU and keep what wins, in dora_kernels/planning/tuned/<gpu>.json.
 
     python tools/tune.py --seconds 120
-    python tools/tune.py --kernel norm merge --operand-bytes 4      # float32 adapters over a bf16 weight
+    python tools/tune.py --kernel norm merge --operand-bytes 6      # float32 adapters over a bf16 weight
     python tools/tune.py --out /tmp/table.json --fresh
 
 The candidates are compiled first; one that spills, or does not fit this GPU, is not tried. Every other one is held to
