@@ -32,6 +32,7 @@ class DocumentedCall:
 _WIDE = (8192, 14336, 4096)
 DOCUMENTED = (
     DocumentedCall("train", ("norm", "merge", "epilogue", "token_sums", "project")),
+    DocumentedCall("split", ("prepare",)),
     DocumentedCall("train", ("norm",), rank=16),
     DocumentedCall("train", ("token_sums",), shape=_WIDE),
     DocumentedCall("train", ("norm", "merge", "epilogue", "token_sums", "project"), shape=_WIDE, rank=384),
