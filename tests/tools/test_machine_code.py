@@ -228,7 +228,8 @@ def test_rows_of_8_numbers_may_come_in_halves():
     assert _complaints(_compiled(("1", "dy", 8, True), rank=8)), "its rows are long"
 
 
-def test_loads_that_only_the_machine_code_has_are_noticed():
+def test_loads_that_only_the_machine_code_has_are_noticed(monkeypatch):
+    monkeypatch.setattr(hot_loops, "EXEMPTIONS", (hot_loops.Exemption("merge", "*", "all of them"),))
     read = _compiled(("1", "dy", 16, True), loops={"": {"LDG.32": 1}, "1": {"LDGSTS.128": 4, "LDG.128": 1}})
     assert _complaints(read) == ["LDG.128 is not in the PTX"]
     merged = _compiled(("", "weight.pointers[0]", 16, False), name="_merge_kernel", loops={"": {"LDG.8": 1}})
@@ -247,6 +248,12 @@ def test_an_exemption_covers_its_kernel_argument_and_condition_alone(monkeypatch
     assert _complaints(
         _compiled(("1", "weight.pointers[0]", 2, False), name="_norm_kernel", FORMAT=SimpleNamespace(name="hqq4"))
     )
+
+
+def test_a_narrow_load_may_be_exempt_where_a_synchronous_one_is_not(monkeypatch):
+    monkeypatch.setattr(hot_loops, "EXEMPTIONS", (hot_loops.Exemption("*", "low", "a small tile", narrow=True),))
+    assert not _complaints(_compiled(("1", "low", 4, True)))
+    assert _complaints(_compiled(("1", "low", 4, False))) == ["low is loaded synchronously"]
 
 
 def test_an_exemption_that_nothing_needs_is_complained_of(monkeypatch):
