@@ -126,7 +126,7 @@ def _project(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
 
 
 def _norm(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
-    """As of one call alone; and as a layer begins it, whose next step takes the root."""
+    """norm and gain of one call alone; and the norm as a layer begins it, whose next step takes the root."""
     norm, gain = steps.norm(o.weight, o.lora_A, o.lora_B, SCALING, o.norm)
     begun, _, unfinished = steps.start_norm(o.weight, o.lora_A, o.lora_B, SCALING, o.norm)
     return {"norm": norm, "gain": gain, "begun": begun if unfinished is None else unfinished.squares.sum(0).sqrt()}

@@ -28,7 +28,7 @@ _RULES = (
 
 
 def faults(code: Sequence[Instruction]) -> list[str]:
-    """What is wrong with the atomics of SASS; empty where there is none."""
+    """The faults of the atomics in SASS; none where there are no atomics."""
     if not any(_kind(one) in _ATOMICS for one in code):
         return []
     after = successors(code)
@@ -54,7 +54,7 @@ def _kind(instruction: Instruction) -> str:
 
 
 def _until(wanted: str, start: int, steps: Sequence[Sequence[int]], code: Sequence[Instruction]) -> set[int]:
-    """What is on the ways from `start` before an instruction that is `wanted`, and executed wherever `start` is."""
+    """The instructions on the ways from `start` to one that is `wanted`, and executed wherever `start` is."""
     found, pending = set(), list(steps[start])
     while pending:
         index = pending.pop()
@@ -67,7 +67,7 @@ def _until(wanted: str, start: int, steps: Sequence[Sequence[int]], code: Sequen
 
 
 def amd_faults(assembly: str, whole: bool) -> list[str]:
-    """What is wrong with the atomics of AMD's assembly. whole: no program counts but for itself.
+    """The faults of the atomics in AMD's assembly. whole: no program counts but for itself.
 
     A barrier is a bare s_barrier there (Triton 3.6.0 and 3.7.1, gfx942), which waits for no wavefront's stores, and the
     one that counts waits for its own: threads of the same program see what was stored before it, other programs may

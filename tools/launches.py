@@ -1,4 +1,4 @@
-"""What a call launches on a GPU, in order: Triton kernels, and operators of torch.
+"""The launches of a call on a GPU, in order: Triton kernels, and operators of torch.
 
     python tools/launches.py                                       # a training step at 8192, 4096 x 4096, R = 64
     python tools/launches.py --call "no bias" --variant fp32 --shape 512 4096 4096 --rank 8

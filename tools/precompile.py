@@ -57,7 +57,7 @@ def card() -> tuple[str, Target | None]:
     return properties.name, target
 
 
-class Candidate(NamedTuple):
+class Trial(NamedTuple):
     """A configuration of a subject, for operands of so many bytes on a target."""
 
     subject: str
@@ -66,16 +66,16 @@ class Candidate(NamedTuple):
     target: Target
 
 
-def candidates_of(names: Iterable[str], operand_bytes: int, target: Target) -> list[Candidate]:
+def candidates_of(names: Iterable[str], operand_bytes: int, target: Target) -> list[Trial]:
     """The candidates of tools/tune.py, of each subject the default first."""
     defaults = configs.CONFIGS[target.family, operand_bytes]
     found = ((name, config) for name in names for config in candidates(name, defaults[name], target.name))
-    return [Candidate(name, config, operand_bytes, target) for name, config in found]
+    return [Trial(name, config, operand_bytes, target) for name, config in found]
 
 
-def launched_by(candidate: Candidate) -> list[Specialization]:
-    """What the candidate's kernels are compiled for: by the calls that judge it, and by training steps of their sizes,
-    which have variants of their own.
+def launched_by(candidate: Trial) -> list[Specialization]:
+    """The specialisations that a candidate's kernels are compiled for: by the calls that judge it, and by training
+    steps of their sizes, which have variants of their own.
     """
     name, config, operand_bytes, target = candidate
     variant = specializations.VARIANTS[VARIANTS[PRECISIONS[operand_bytes]]]
@@ -159,7 +159,7 @@ class Judged:
     refused: dict[Config, str]
 
 
-def _compile_candidate(candidate: Candidate) -> Done:
+def _compile_candidate(candidate: Trial) -> Done:
     """Compile all that it launches into Triton's cache, launchers included; the worst of each kernel's figures."""
     usage: dict[str, tuple[int, int, int, int]] = {}
     wrong: dict[str, None] = {}
@@ -175,7 +175,7 @@ def _compile_candidate(candidate: Candidate) -> Done:
     return {"ok": not error, "error": error, "usage": usage}
 
 
-def judge(wanted: Sequence[Candidate], processes: int, seconds: float = 120) -> dict[str, Judged]:
+def judge(wanted: Sequence[Trial], processes: int, seconds: float = 120) -> dict[str, Judged]:
     """Subject -> its candidates, compiled side by side: one after another they would take minutes of the device's time.
 
     Tried are those that compile in these seconds, spill nothing and fit the target: any target, by construction. The

@@ -236,9 +236,9 @@ def _within(name: str, value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple
         yield from _within(f"{name}.{fields[index]}" if fields else f"{name}[{index}]", part, (*path, index))
 
 
-class Work(NamedTuple):
-    """What the programs of a launch share out (dora_kernels/kernels/tile.py), of whom `waves` a multiprocessor are
-    taken to run at a time.
+class Share(NamedTuple):
+    """The work that the programs of a launch share out (dora_kernels/kernels/tile.py), of whom `waves` a
+    multiprocessor are taken to run at a time.
     """
 
     blocks: int
@@ -262,7 +262,7 @@ class Specialization:
     attrs: dict
     options: object
     grid: tuple[int, ...] = ()
-    work: Work | None = None
+    work: Share | None = None
     bytes_of: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -368,7 +368,7 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
         recorded.append(Specialization(self, key, target, signature, constexprs, attrs, options, **launch))
 
     def programs_of(blocks, steps, at_once, sums):
-        launch["work"] = Work(blocks, steps, at_once // target.multiprocessors)
+        launch["work"] = Share(blocks, steps, at_once // target.multiprocessors)
         return programs(blocks, steps, at_once, sums)
 
     def config_with_overrides(kernel, *arguments):

@@ -598,7 +598,7 @@ def die(item):
 done = precompile.in_all_cores(die, range(3), 2, start + 100)
 assert len(done) == 3 and not any(found["ok"] for found in done.values())
 precompile._compile_candidate = lambda candidate: work(candidate.config)
-wanted = [precompile.Candidate("norm", item, 2, None) for item in (0, 1, 3, 5)]
+wanted = [precompile.Trial("norm", item, 2, None) for item in (0, 1, 3, 5)]
 judged = precompile.judge(wanted, 2, seconds=2)["norm"]
 assert list(judged.tried) == [0, 1] and judged.refused == {3: "Unpicklable: three", 5: "not compiled in 2 s"}, judged
 print("good", time.monotonic() - start < 30)

@@ -164,7 +164,7 @@ def one_core(monkeypatch):
         monkeypatch.setattr(
             precompile, "in_all_cores", lambda function, items, *_: dict(enumerate(map(function, items)))
         )
-        wanted = [precompile.Candidate("norm", Config(BLOCK_N=size), 2, target) for size in room]
+        wanted = [precompile.Trial("norm", Config(BLOCK_N=size), 2, target) for size in room]
         return precompile.judge(wanted, 1)["norm"]
 
     return judge
