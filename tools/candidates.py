@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from dora_kernels.planning.configs import Config
+from dora_kernels.planning.tiles import Config
 
 # bytes of a low-rank operand -> of bench.kernels
 PRECISIONS = {2: "bf16", 6: "bf16-fp32"}
@@ -13,7 +13,7 @@ PRECISIONS = {2: "bf16", 6: "bf16-fp32"}
 
 @dataclass(frozen=True)
 class Subject:
-    """Fields of configs.Config to tune, their values, and the calls of bench.kernels (M, N, K, R) that judge them."""
+    """Fields of tiles.Config to tune, their values, and the calls of bench.kernels (M, N, K, R) that judge them."""
 
     fields: tuple[str, ...]
     values: tuple[tuple[int | None, ...], ...]

@@ -43,7 +43,7 @@ from specializations import (
 from targets import TARGETS
 from triton.compiler import ASTSource
 
-from dora_kernels.planning import configs
+from dora_kernels.planning.tiles import Config
 
 # ptxas spills a few addresses of its own accord, around the loops in the machine code: at 168 or 128 registers it buys
 # the next step of occupancy with them (36 to 48 bytes in the kernels here, 64 at the most). A tile that does not fit
@@ -284,7 +284,7 @@ def print_table(results: list[tuple[Job, Compiled]], every: bool = False) -> lis
 
 def _override(text: str) -> tuple[str, str, int]:
     match = re.fullmatch(r"(\w+):(\w+)=(\d+)", text)
-    if not match or match[2] not in {field.name for field in dataclasses.fields(configs.Config)}:
+    if not match or match[2] not in {field.name for field in dataclasses.fields(Config)}:
         raise argparse.ArgumentTypeError(f"{text!r}; expected kernel:FIELD=VALUE, such as norm:BLOCK_K=64")
     return match[1], match[2], int(match[3])
 

@@ -25,8 +25,7 @@ from triton.compiler import ASTSource
 from bench import kernels
 from bench.lib.shapes import LayerCase
 from dora_kernels.kernels import KERNELS
-from dora_kernels.planning import configs
-from dora_kernels.planning.configs import Config
+from dora_kernels.planning.tiles import CONFIGS, Config
 
 # of shapes.py and roof.py in bench/lib, and of the whole model (a layer under autocast) -> of tools/specializations.py
 VARIANTS = {
@@ -68,7 +67,7 @@ class Trial(NamedTuple):
 
 def candidates_of(names: Iterable[str], operand_bytes: int, target: Target) -> list[Trial]:
     """The candidates of tools/tune.py, of each subject the default first."""
-    defaults = configs.CONFIGS[target.family, operand_bytes]
+    defaults = CONFIGS[target.family, operand_bytes]
     found = ((name, config) for name in names for config in candidates(name, defaults[name], target.name))
     return [Trial(name, config, operand_bytes, target) for name, config in found]
 

@@ -237,7 +237,7 @@ def _within(name: str, value: Any, path: tuple[int, ...] = ()) -> Iterator[tuple
 
 
 class Share(NamedTuple):
-    """The work that the programs of a launch share out (dora_kernels/kernels/tile.py), of whom `waves` a
+    """The work that the programs of a launch share out (dora_kernels/kernels/shares.py), of whom `waves` a
     multiprocessor are taken to run at a time.
     """
 
@@ -270,7 +270,7 @@ class Specialization:
         return self.kernel.fn.__name__
 
     def walks_blocks(self) -> bool:
-        """True if the programs share out work (dora_kernels/kernels/tile.py): their outermost loops are over blocks."""
+        """True if the programs share out work (kernels/shares.py): their outermost loops are over blocks."""
         return "unit_range(" in self.kernel.src
 
     def constants(self) -> dict[str, object]:
@@ -341,7 +341,7 @@ class _Driver:
 def recording(target: Target, variant: Variant, overrides: dict[str, dict] | None = None) -> Iterator[list]:
     """Inside, launches on meta tensors as on `target` compile nothing; the list yielded gets a Specialization each.
 
-    overrides: kernel -> fields of configs.Config to replace.
+    overrides: kernel -> fields of tiles.Config to replace.
     """
     if devices.interpreting():
         raise RuntimeError("recording: TRITON_INTERPRET is set, which leaves nothing to compile; expected it unset")

@@ -7,7 +7,7 @@ from triton.backends.compiler import GPUTarget
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU: whose configs it takes (configs.py), its shared memory for one program in bytes, and what a multiprocessor
+    """A GPU: whose configs it takes (tiles.py), its shared memory for one program in bytes, and what a multiprocessor
     holds.
     """
 

@@ -1,7 +1,7 @@
 """The bytes that the programs of a launch load, over those that there are: what the L2 cache gives for one from memory.
 
 Counted, not measured: in Triton's intermediate code a load has the shape and the dtype of a tile, and how often it is
-executed follows from the work that the programs share out (dora_kernels/kernels/tile.py). Every tile counts as a whole
+executed follows from the work that the programs share out (kernels/shares.py). Every tile counts as a whole
 one. What stands behind a condition does not count: the parts that the last program adds up, a sum for infinite gains.
 """
 

@@ -5,7 +5,7 @@
     python tools/tune.py --out /tmp/table.json --fresh
 
 The candidates are compiled first; one that spills, or does not fit this GPU, is not tried. Every other one is held to
-the reference before it is timed, against the default of configs.py, at two or three shapes, interleaved, L2 flushed.
+the reference before it is timed, against the default of tiles.py, at two or three shapes, interleaved, L2 flushed.
 A candidate wins where it takes less than 0.97 of the default's time (geometric mean over the shapes) and loses at none.
 Ranks up to configs.HIGH_RANK and above it are apart, as in configs.py: what is best at one of 16 and 64 is nearly so at
 the other, and no tile is at 64 and at 384. The times of all candidates are kept, so that another rule can be applied
@@ -41,7 +41,7 @@ from bench.lib import machine  # noqa: E402
 from bench.lib.measure import interleave, stopwatch_of  # noqa: E402
 from bench.lib.shapes import LayerCase  # noqa: E402
 from dora_kernels.planning import configs  # noqa: E402
-from dora_kernels.planning.configs import Config  # noqa: E402
+from dora_kernels.planning.tiles import Config  # noqa: E402
 from dora_kernels.testing import geometric_mean  # noqa: E402
 
 WIN = 0.97
@@ -151,7 +151,7 @@ def fields_of(config: Config) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _overriding() -> Iterator[dict[str, Config]]:
-    """Inside, config_for gives what is in the dict yielded, else configs.CONFIGS: never the table of an earlier run."""
+    """Inside, config_for gives what is in the dict yielded, else tiles.CONFIGS: never the table of an earlier run."""
     overrides: dict[str, Config] = {}
     default_for = configs.config_for
 
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tune: torch {torch.__version__} sees no GPU; expected one", file=sys.stderr)
         return 2
     if target is None:
-        print(f"tune: no kernel configuration is known for {gpu}; expected one in configs.py", file=sys.stderr)
+        print(f"tune: no kernel configuration is known for {gpu}; expected one in tiles.py", file=sys.stderr)
         return 2
     operand_bytes, names = arguments.operand_bytes, [name for name in SUBJECTS if name in arguments.kernel]
     wanted = precompile.candidates_of(names, operand_bytes, target)

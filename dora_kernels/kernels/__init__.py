@@ -13,7 +13,7 @@ from dora_kernels.kernels.norm import norm, start_norm  # noqa: E402
 from dora_kernels.kernels.outer_product import outer_product  # noqa: E402
 from dora_kernels.kernels.parts import factors  # noqa: E402
 from dora_kernels.kernels.project import project  # noqa: E402
-from dora_kernels.kernels.tile import counters  # noqa: E402
+from dora_kernels.kernels.shares import counters  # noqa: E402
 from dora_kernels.kernels.token_sums import token_sums  # noqa: E402
 from dora_kernels.types import Steps  # noqa: E402
 

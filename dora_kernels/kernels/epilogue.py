@@ -9,6 +9,7 @@ import triton.language as tl
 
 from dora_kernels.kernels.norm import finished_gain, unfinished_argument
 from dora_kernels.kernels.parts import in_parts
+from dora_kernels.kernels.shares import steps_of, steps_over, unit_range
 from dora_kernels.kernels.tile import (
     Launch,
     Matrix,
@@ -22,15 +23,13 @@ from dora_kernels.kernels.tile import (
     low_rank,
     matrix,
     rank_multiple,
-    steps_of,
-    steps_over,
     store,
     transposed,
-    unit_range,
     vector,
 )
 from dora_kernels.planning import configs
-from dora_kernels.planning.configs import Config, ceil_div
+from dora_kernels.planning.configs import ceil_div
+from dora_kernels.planning.tiles import Config
 from dora_kernels.types import Unfinished
 
 

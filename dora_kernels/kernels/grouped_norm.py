@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels.kernels.norm import gain_of, root, row_squares
+from dora_kernels.kernels.shares import steps_over
 from dora_kernels.kernels.stored_weight import (
     StoredWeight,
     Update,
@@ -18,7 +19,7 @@ from dora_kernels.kernels.stored_weight import (
     weight_arguments,
     weight_config,
 )
-from dora_kernels.kernels.tile import TL_DTYPE, Launch, Matrix, block_offsets, known_multiple, steps_over
+from dora_kernels.kernels.tile import TL_DTYPE, Launch, Matrix, block_offsets, known_multiple
 from dora_kernels.planning.configs import ceil_div
 
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from dora_kernels import types
 from dora_kernels.kernels.norm import finished_gain, unfinished_argument
 from dora_kernels.kernels.parts import in_parts, store_parts, whole
+from dora_kernels.kernels.shares import steps_of, steps_over, unit_range
 from dora_kernels.kernels.stored_weight import (
     direction_tile,
     known_rank,
@@ -20,19 +21,7 @@ from dora_kernels.kernels.stored_weight import (
     weight_stages,
     with_tables,
 )
-from dora_kernels.kernels.tile import (
-    Launch,
-    Matrix,
-    block_offsets,
-    load_parts,
-    matrix,
-    rank_multiple,
-    resident,
-    steps_of,
-    steps_over,
-    store,
-    unit_range,
-)
+from dora_kernels.kernels.tile import Launch, Matrix, block_offsets, load_parts, matrix, rank_multiple, resident, store
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
 

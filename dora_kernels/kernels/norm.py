@@ -14,6 +14,7 @@ import triton.language as tl
 
 from dora_kernels import types
 from dora_kernels.kernels.parts import in_parts
+from dora_kernels.kernels.shares import add_parts, part_of, steps_of, steps_over, unit_range
 from dora_kernels.kernels.stored_weight import (
     direction_tile,
     known_rank,
@@ -24,20 +25,7 @@ from dora_kernels.kernels.stored_weight import (
     weight_stages,
     with_tables,
 )
-from dora_kernels.kernels.tile import (
-    Launch,
-    Vector,
-    add_parts,
-    block_offsets,
-    load_vector,
-    part_of,
-    rank_multiple,
-    resident,
-    steps_of,
-    steps_over,
-    unit_range,
-    vector,
-)
+from dora_kernels.kernels.tile import Launch, Vector, block_offsets, load_vector, rank_multiple, resident, vector
 from dora_kernels.planning.configs import ceil_div, most_parts
 from dora_kernels.quant import Weight
 from dora_kernels.reference import accumulate_dtype

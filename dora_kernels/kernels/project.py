@@ -6,25 +6,19 @@ import triton.language as tl
 
 from dora_kernels import gemm
 from dora_kernels.kernels.parts import in_parts, store_parts
+from dora_kernels.kernels.shares import add_parts, is_last, part_of, steps_of, steps_over, unit_range, zeroed
 from dora_kernels.kernels.tile import (
     Launch,
     add_dots,
-    add_parts,
     block_offsets,
-    is_last,
     known_multiple,
     known_rows,
     load,
     load_parts,
     matrix,
-    part_of,
     rank_multiple,
-    steps_of,
-    steps_over,
     sum_of,
     sums_from,
-    unit_range,
-    zeroed,
 )
 from dora_kernels.planning import configs, plan
 from dora_kernels.planning.configs import ceil_div

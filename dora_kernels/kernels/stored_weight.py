@@ -29,6 +29,7 @@ from dora_kernels.kernels.tile import (
     matrix,
 )
 from dora_kernels.planning import configs
+from dora_kernels.planning.tiles import Config
 from dora_kernels.quant import DENSE, Weight, flatten_weight
 
 
@@ -193,7 +194,7 @@ def direction_tile(
     return w, direction
 
 
-def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> configs.Config:
+def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> Config:
     """The configuration of the norm or merge kernel: fewer rows where decoding would spill registers."""
     config = launch.config(kernel, R)
     if isinstance(weight, torch.Tensor):
@@ -208,9 +209,7 @@ def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> config
     return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
 
 
-def walk_config(
-    launch: Launch, config: configs.Config, weight: Weight, R: int, out_bytes: int = 0
-) -> tuple[configs.Config, int]:
+def walk_config(launch: Launch, config: Config, weight: Weight, R: int, out_bytes: int = 0) -> tuple[Config, int]:
     """(config, CHUNKS) of the norm or merge kernel; out_bytes: of an element that is written."""
     weight_bytes = weight.dtype.itemsize
     if not isinstance(weight, torch.Tensor):
@@ -221,7 +220,7 @@ def walk_config(
     return configs.with_lora_B_resident(config, R, operand_bytes, weight_bytes, out_bytes, target)
 
 
-def weight_stages(weight: Weight, config: configs.Config) -> int | None:
+def weight_stages(weight: Weight, config: Config) -> int | None:
     """For how many steps of a loop over K all its loads are on their way; None: those that feed no dot are waited for.
 
     None for what is not loaded in whole vectors, which would be loaded as before, but copied once more, and where it

@@ -9,28 +9,23 @@ import triton.language as tl
 
 from dora_kernels.gemm import matmul
 from dora_kernels.kernels.parts import in_parts
+from dora_kernels.kernels.shares import add_parts, is_last, part_of, steps_of, steps_over, unit_range, zeroed
 from dora_kernels.kernels.tile import (
     Launch,
     add_dots,
-    add_parts,
-    is_last,
     known_multiple,
     known_rows,
     load,
     load_parts,
     matrix,
-    part_of,
     rank_multiple,
-    steps_of,
-    steps_over,
     store,
     sum_of,
     sums_from,
-    unit_range,
-    zeroed,
 )
 from dora_kernels.planning import configs, plan
 from dora_kernels.planning.configs import ceil_div
+from dora_kernels.planning.tiles import Config
 
 
 class Sums(NamedTuple):
@@ -254,7 +249,7 @@ def _dB_of_dz(
     return dB
 
 
-def _programs(launch: Launch, columns: int, blocks: int, steps: int, config: configs.Config) -> int:
+def _programs(launch: Launch, columns: int, blocks: int, steps: int, config: Config) -> int:
     """The number of programs that share the blocks; as many as columns where these may not be cut.
 
     Of p parts of a block each has steps / p steps, and the last program adds p tiles, a tile in about the time of a

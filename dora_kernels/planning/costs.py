@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from dora_kernels.planning import configs
-from dora_kernels.planning.configs import Config, ceil_div
+from dora_kernels.planning.configs import ceil_div
 from dora_kernels.planning.devices import DeviceFacts
+from dora_kernels.planning.tiles import Config
 from dora_kernels.quant import Weight
 
 

@@ -46,7 +46,7 @@ def interpret_on_cpu() -> None:
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """A device's name, its family in configs.py, and the number of its multiprocessors."""
+    """A device's name, its family in tiles.py, and the number of its multiprocessors."""
 
     name: str
     target: str

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from dora_kernels.planning.configs import Config
+from dora_kernels.planning.tiles import Config
 from tests.support.packed_weights import quantized
 from tests.support.problem import DEVICE
 

@@ -3,8 +3,8 @@
 import pytest
 
 from dora_kernels.planning import configs, devices
-from dora_kernels.planning.configs import Config
 from dora_kernels.planning.devices import DeviceFacts
+from dora_kernels.planning.tiles import Config
 
 H200 = DeviceFacts("NVIDIA H200", "sm_90", 132)
 
@@ -25,7 +25,7 @@ def test_block_r_shrinks_to_a_small_rank():
 
 
 def owners(blocks, steps, programs):
-    """The program of every unit of work, as kernels/tile.py shares them out."""
+    """The program of every unit of work, as kernels/shares.py shares them out."""
     units = blocks * steps
     return [((unit + 1) * programs - 1) // units for unit in range(units)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dora_kernels.planning import configs
-from dora_kernels.planning.configs import Config
+from dora_kernels.planning.tiles import Config
 from tests.support.problem import DEVICE
 
 # float64 through the interpreter shows the index arithmetic to 1e-12

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
 
-from dora_kernels.kernels.tile import is_last  # noqa: E402
+from dora_kernels.kernels.shares import is_last  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENS = (1, 16, 100, 1000, 4096, 65536)

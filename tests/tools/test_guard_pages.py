@@ -121,7 +121,7 @@ def test_every_quantised_weight_is_read_inside(name, side):
 
 # file, what is there, what is planted, who launches it
 FAULTS = {
-    "a mask left out": ("tile.py", "part * size + offs, mask=mask, other=0.0)", "part * size + offs)", "token_sums"),
+    "a mask left out": ("shares.py", "part * size + offs, mask=mask, other=0.0)", "part * size + offs)", "token_sums"),
     "a tile read in any case": (
         "tile.py",
         "mask_0[:, None] & mask_1[None, :], other",

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from dora_kernels.planning import configs, devices
-from dora_kernels.planning.configs import Config
 from dora_kernels.planning.devices import DeviceFacts
+from dora_kernels.planning.tiles import Config
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tools"))

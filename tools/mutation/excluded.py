@@ -25,11 +25,11 @@ class Excluded:
         return same and (mutant.change in self.changes or mutant.original.startswith(self.changes))
 
 
-_BANK, _EPILOGUE, _FOUR_BITS, _GROUPED_NORM, _MERGE, _NORM, _PROJECT, _STORED, _TILE, _TOKEN_SUMS = (
+_BANK, _EPILOGUE, _FOUR_BITS, _GROUPED_NORM, _MERGE, _NORM, _PROJECT, _SHARES, _STORED, _TILE, _TOKEN_SUMS = (
     f"dora_kernels/kernels/{name}.py"
     for name in (
         *("bank_epilogue", "epilogue", "four_bits", "grouped_norm", "merge", "norm"),
-        *("project", "stored_weight", "tile", "token_sums"),
+        *("project", "shares", "stored_weight", "tile", "token_sums"),
     )
 )
 _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("extras/dvora/function", "quant/formats", "ops"))
@@ -65,7 +65,7 @@ EXCLUDED = (
     Excluded(_TOKEN_SUMS, "_finish", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_TOKEN_SUMS, "_dB_of_dz", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_EPILOGUE, "_epilogue_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
-    Excluded(_TILE, "add_parts", "acc += tl.load(", ("0.0 -> 1.0",), _MASKED),
+    Excluded(_SHARES, "add_parts", "acc += tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_MERGE, "_merge_kernel", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_TILE, "load_vector", "tl.load(", ("0.0 -> 1.0",), _MASKED),
     Excluded(_BANK, "_bank_epilogue_kernel", "gain = tl.load(", ("0.0 -> 1.0",), _MASKED),

@@ -52,6 +52,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/parts.py": (*_KERNELS, "tests/kernels/test_float32_parts.py"),
     "dora_kernels/kernels/project.py": _KERNELS,
     "dora_kernels/kernels/stored_weight.py": (*_KERNELS, *_PARTS, "tests/quant/test_quantized.py"),
+    "dora_kernels/kernels/shares.py": (*_KERNELS, "tests/kernels/test_shares.py"),
     "dora_kernels/kernels/tile.py": (*_KERNELS, *_SERVING),
     "dora_kernels/kernels/token_sums.py": (*_KERNELS, "tests/functional/test_rescale.py"),
     "dora_kernels/kernels/merge.py": (*_KERNELS, "tests/quant/test_quantized.py"),
