@@ -64,7 +64,8 @@ UNLIKE_OTHERS = (
     ("bf16", 384, "int8", "norm"),
     ("fp32", 384, "train", "norm"),  # R is walked
     ("fp32", 384, "dropout", "epilogue"),
-    ("bf16, fp32 adapters", 8, "nf4_torchao", "norm"),
+    ("bf16, fp32 adapters", 64, "train", "parts"),
+    ("fp32", 8, "nf4_torchao", "norm"),
 )
 
 

@@ -208,21 +208,9 @@ EXEMPTIONS = (
     ),
     Exemption(
         "*",
-        "weight.pointers.0 *layers_ptr->*",
+        "weight.pointers.* *layers_ptr->*",
         "Triton pipelines innermost loops: where lora_B does not stay, this one has the chunks of R in it",
         lambda one: one.constants().get("CHUNKS") == 0 and one.name != "_epilogue_kernel",
-    ),
-    Exemption(
-        "norm",
-        "weight.pointers.0",
-        "float32 operands: tiles of 64 x 64 codes are 8 bytes a thread",
-        lambda one: _format("codebook4", "nf4_torchao")(one) and one.type_of("update.lora_A") == "*fp32",
-    ),
-    Exemption(
-        "token_sums",
-        "dy",
-        "bf16 beside float32 adapters: loaded a step ahead into registers, where it is split for the dot",
-        lambda one: (one.type_of("dy"), one.type_of("low")) == ("*bf16", "*fp32"),
     ),
     Exemption(
         "*",
@@ -232,9 +220,9 @@ EXEMPTIONS = (
         narrow=True,
     ),
     Exemption(
-        "token_sums",
+        "*",
         "low",
-        "ranks up to 16, as above: 16 numbers of a token",
+        "as above: 16 numbers of a token; or, float32, 32 numbers of 32 tokens",
         _small_tile("BLOCK_M", "BLOCK_R"),
         narrow=True,
     ),
