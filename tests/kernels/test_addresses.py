@@ -220,8 +220,8 @@ def test_project_writes_rows_of_2_to_the_30(memory):
     projected = corner(memory, columns=16)
     with num_programs(FAR // 16):
         _project_kernel[1,](
-            tile.matrix(problem.x), tile.matrix(problem.lora_A.T), memory[2**31 :], None, None, 3, 32, FAR,
-            R_MULTIPLE=1, **tiles("project"),
+            tile.matrix(problem.x), tile.matrix(problem.lora_A.T), tile.Matrix(memory[2**31 :], FAR, 1), None, None,
+            3, 32, FAR, R_MULTIPLE=1, **tiles("project"),
         )  # fmt: skip
     torch.testing.assert_close(projected, problem.x @ problem.lora_A.T)
 
@@ -233,8 +233,8 @@ def test_project_writes_partial_sums_2_to_the_30_apart(memory):
     projected, result, counters = corner(memory, columns=32), torch.zeros(32, 1), torch.zeros(1, dtype=torch.int32)
     with num_programs(3 * FAR // 32):
         _project_kernel[3,](
-            tile.matrix(problem.x), tile.matrix(problem.lora_A.T), result, memory[2**31 :], counters, FAR, 96, 1,
-            R_MULTIPLE=1, **tiles("project"),
+            tile.matrix(problem.x), tile.matrix(problem.lora_A.T), tile.matrix(result), memory[2**31 :], counters,
+            FAR, 96, 1, R_MULTIPLE=1, **tiles("project"),
         )  # fmt: skip
     expected = problem.x @ problem.lora_A.T
     assert (projected != 0).all() and counters.item() == 3
