@@ -116,6 +116,7 @@ def with_lora_B_resident(
     """
     BLOCK_R = config.tiles(R)["BLOCK_R"]
     walked = config.BLOCK_K or config.BLOCK_M
+    assert config.BLOCK_N is not None and walked is not None
     tile, chunks = config.BLOCK_N * walked, ceil_div(R, BLOCK_R)
     other, lora_B = operand_bytes * BLOCK_R * walked, operand_bytes * BLOCK_R * config.BLOCK_N
     if chunks <= MOST_CHUNKS.get((target, operand_bytes), chunks):
