@@ -69,7 +69,7 @@ def _parts_kernel(
     """The parts of the sources. One program owns BLOCK elements of one source."""
     block = tl.program_id(0)
     for index in tl.static_range(len(sources)):
-        size, width = sizes[index].to(tl.int64), widths[index]
+        size, width = tl.cast(sizes[index], tl.int64), widths[index]  # a size of 1 is a constant, without a .to
         blocks = tl.cdiv(size, BLOCK)
         if (block >= 0) & (block < blocks):
             offs = block_offsets(block, BLOCK)

@@ -89,6 +89,19 @@ def test_norms_over_4_bits_look_nothing_up_in_device_memory():
         assert loop["BAR"] <= 5 and compiled["programs"] >= 2 and compiled["spills"] == 0, (call, compiled)
 
 
+# the JIT compiles a number that is 1 in, as a constant
+ONES = "--target=sm_90", "--variant=bf16, fp32 adapters", "--rank=1", "--shape", "1", "1", "1"
+EVERY = [f"--call={call}" for call in ("train", "split", "merged", "norm_grad", "bank", "grouped", "rescale")]
+
+
+@pytest.mark.parametrize(
+    "arguments", (["--kernel=_parts", "--call=train"], pytest.param(EVERY, marks=pytest.mark.nightly)), ids=len
+)
+def test_kernels_compile_where_every_size_is_1(arguments):
+    done = _compile(*ONES, *arguments)
+    assert "_parts_kernel" in done.stdout and "does not compile" not in done.stdout, done.stdout
+
+
 @pytest.mark.nightly  # about 1800 compilations, ten minutes of one core
 def test_every_config_compiles_for_every_target():
     done = _compile(f"--jobs={os.cpu_count()}", "--loops")
