@@ -18,6 +18,7 @@ from dora_kernels.kernels.tile import (
     transposed,
     vector,
 )
+from dora_kernels.planning import configs
 from dora_kernels.planning.configs import ceil_div
 
 
@@ -85,6 +86,8 @@ def bank_epilogue(
     E, _, R = lora_B.shape
     launch = Launch.of(base, lora_B.dtype)
     config = launch.config("bank_epilogue")
+    if N % 16:  # each element has an address: up to 376 bytes a thread otherwise, of 128 registers
+        config = configs.unlimited(config)
     tiles = config.tiles(R)
     y = base.new_empty((M, N))
     if y.numel() == 0:

@@ -87,7 +87,8 @@ def grouped_norm(
     """norm and gain of the layers, one after the other; as `reference.grouped_norm`."""
     launch = Launch.of(weights[0], lora_As[0].dtype)
     most_R = max(lora_A.shape[0] for lora_A in lora_As)
-    config = weight_config(launch, "norm", weights[0], most_R)
+    least_aligned = max(weights, key=lambda weight: weight.shape[1] % 16)
+    config = weight_config(launch, "norm", least_aligned, most_R)
     config, chunks = walk_config(launch, config, weights[0], most_R)
     tiles = config.tiles(most_R)
     _, weight_format = weight_arguments(weights[0], config.BLOCK_K)

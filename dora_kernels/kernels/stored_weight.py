@@ -195,8 +195,10 @@ def direction_tile(
 
 
 def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> Config:
-    """The configuration of the norm or merge kernel: fewer rows where decoding would spill registers."""
+    """The configuration of the norm or merge kernel: more registers, or fewer rows, where it would spill some."""
     config = launch.config(kernel, R)
+    if weight.shape[1] % 16:  # each element has an address: up to 1032 bytes a thread otherwise, of 128 registers
+        config = configs.unlimited(config)
     if isinstance(weight, torch.Tensor):
         return config
     if launch.parts > 1:  # 240 bytes a thread otherwise, of 128 registers

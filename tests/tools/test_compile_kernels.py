@@ -102,6 +102,21 @@ def test_kernels_compile_where_every_size_is_1(arguments):
     assert "_parts_kernel" in done.stdout and "does not compile" not in done.stdout, done.stdout
 
 
+# the width of a vision tower that is no multiple of 16: no argument is known to be aligned
+ODD = "--target=sm_90", "--variant=bf16", "--shape", "8192", "3420", "3420"
+EVERY_OF_ODD = [f"--call={call}" for call in ("train", "split", "bank", "grouped")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (["--kernel=_norm", "--rank=8", "--call=train"], pytest.param(EVERY_OF_ODD, marks=pytest.mark.nightly)),
+    ids=len,
+)
+def test_rows_that_are_not_loaded_in_vectors_spill_nothing(arguments):
+    done = _compile(*ODD, *arguments)
+    assert "_norm_kernel" in done.stdout and done.returncode == 0, done.stdout
+
+
 @pytest.mark.nightly  # about 1800 compilations, ten minutes of one core
 def test_every_config_compiles_for_every_target():
     done = _compile(f"--jobs={os.cpu_count()}", "--loops")
