@@ -174,7 +174,7 @@ def _compile_candidate(candidate: Trial) -> Done:
     return {"ok": not error, "error": error, "usage": usage}
 
 
-def judge(wanted: Sequence[Trial], processes: int, seconds: float = 120) -> dict[str, Judged]:
+def judge(wanted: Sequence[Trial], processes: int, seconds: float) -> dict[str, Judged]:
     """Subject -> its candidates, compiled side by side: one after another they would take minutes of the device's time.
 
     Tried are those that compile in these seconds, spill nothing and fit the target: any target, by construction. The

@@ -45,6 +45,8 @@ from dora_kernels.planning.tiles import Config  # noqa: E402
 from dora_kernels.testing import geometric_mean  # noqa: E402
 
 WIN = 0.97
+# the part of the seconds in which candidates have to be compiled; those that are not are not tried
+COMPILING = 0.5
 # no shape may pay for the others: two timings of one configuration differ by about this
 LOSS = 1.02
 
@@ -223,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     operand_bytes, names = arguments.operand_bytes, [name for name in SUBJECTS if name in arguments.kernel]
     wanted = precompile.candidates_of(names, operand_bytes, target)
-    candidates = precompile.judge(wanted, processes=max(2, (os.cpu_count() or 2) - 1))
+    processes = max(2, (os.cpu_count() or 2) - 1)
+    candidates = precompile.judge(wanted, processes, arguments.seconds * COMPILING)
     print(f"compiled {len(wanted)} candidates in {time.monotonic() - start:.0f} s")
     for name, judged in candidates.items():
         for config, why in judged.refused.items():

@@ -1,5 +1,6 @@
 """The table of tuned configurations: what is chosen, how it is written, what the package makes of it."""
 
+import concurrent.futures
 import json
 import logging
 import os
@@ -165,7 +166,7 @@ def one_core(monkeypatch):
             precompile, "in_all_cores", lambda function, items, *_: dict(enumerate(map(function, items)))
         )
         wanted = [precompile.Trial("norm", Config(BLOCK_N=size), 2, target) for size in room]
-        return precompile.judge(wanted, 1)["norm"]
+        return precompile.judge(wanted, 1, seconds=60)["norm"]
 
     return judge
 
@@ -188,6 +189,23 @@ def test_only_what_compiles_spills_nothing_and_fits_is_tried(one_core):
         256: "does not compile: out of registers",
         512: "no barrier; waves=2, and a multiprocessor holds 1 (registers)",
     }
+
+
+def test_candidates_have_a_part_of_the_seconds_to_be_compiled_in(monkeypatch):
+    """Else those of a cold cache would take all of them, and nothing would be timed."""
+    told = []
+
+    def judge(wanted, processes, seconds):
+        told.append(seconds)
+        raise KeyboardInterrupt
+
+    threads = concurrent.futures.ThreadPoolExecutor(1)
+    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *given: threads)
+    monkeypatch.setattr(precompile, "card", lambda: ("NVIDIA H200", precompile.TARGETS["sm_90"]))
+    monkeypatch.setattr(precompile, "judge", judge)
+    with pytest.raises(KeyboardInterrupt):
+        tune.main(["--seconds", "30", "--kernel", "low"])
+    assert told == [30 * tune.COMPILING] and 0 < tune.COMPILING < 1
 
 
 def test_the_worst_of_what_a_kernel_is_compiled_for_is_kept(one_core):
