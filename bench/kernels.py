@@ -5,8 +5,10 @@
     python -m bench.kernels --device cpu              # the reference, or Triton's interpreter: a check of the tool only
 
 The roof is the larger of the bytes over the copy bandwidth and the FLOPs over the matmul rate, both measured first, in
-the same process (or read from --roof). L2 is flushed before every run. A kernel is held to float64 and then timed; one
-whose results are wrong has a row, and no time. A case with a precision of its own is not repeated for --precision.
+the same process (or read from --roof). L2 is flushed before every run. project and the sums over the tokens are timed
+with one more launch, which fills the counters that a backward pass has from its first kernel. A kernel is held to
+float64 and then timed; one whose results are wrong has a row, and no time. A case with a precision of its own is not
+repeated for --precision.
 """
 
 from __future__ import annotations
@@ -120,7 +122,7 @@ def _column_sums(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
 
 
 def _project(o: KernelOperands, steps: Steps) -> dict[str, Tensor]:
-    """With the launch that makes the counters: of a backward pass they are there."""
+    """P as a backward pass makes it: with counters, in parts where these fill the device."""
     counters = torch.zeros(len(o.dy), dtype=torch.int32, device=o.dy.device)
     return {"P": steps.project(o.dy, o.scaled_B.T, counters=counters)}
 

@@ -30,9 +30,9 @@ from dora_kernels import kernels, ops
 from dora_kernels.planning import costs
 from dora_kernels.types import Steps
 
-# N = 128 is two steps of the kernel of P, so that it splits its sum as at real sizes; K = 64 keeps PEFT's product with
-# an identity matrix of K x K small
-M, N, K, R = 16, 128, 64, 16
+# N = 256 is four steps of the kernel of P, so that two programs make its sum as at real sizes; K = 64 keeps PEFT's
+# product with an identity matrix of K x K small
+M, N, K, R = 16, 256, 64, 16
 CALLS = 20  # in a reading: 1 to 15 ms
 ROUNDS = (5, 400)  # the fewest and the most
 PROFILED = 40  # functions

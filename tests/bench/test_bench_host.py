@@ -15,7 +15,7 @@ import torch
 
 from bench import host
 from bench.lib import host_driver, host_layers
-from dora_kernels.planning import costs, devices
+from dora_kernels.planning import configs, costs, devices
 
 ROOT = Path(__file__).parents[2]
 H100 = costs.device_model(host_driver.H100)
@@ -147,6 +147,15 @@ def test_the_planner_counts_the_launches_of_each_step(measured, R):
     assert counted["project"][1:] == [planned["P"]]  # the first is low, of the forward pass
     assert counted["outer_product"] == [planned["dA"]]
     assert counted["token_sums"] == [planned["token_sums"] + planned.get("dB", 0)]
+
+
+def test_sums_are_in_parts_as_at_real_sizes():
+    """Else their partial sums would cost the host nothing."""
+    tiles = configs.CONFIGS["sm_90", 2]["project"]
+    for M, N in ((host_layers.M, host_layers.N), (8192, 4096)):
+        blocks, steps = configs.ceil_div(M, tiles.BLOCK_M), configs.ceil_div(N, tiles.BLOCK_K)
+        programs = configs.programs(blocks, steps, host_driver.H100.multiprocessors * tiles.waves, True)
+        assert configs.most_parts(blocks, steps, programs) > 1, (M, N)
 
 
 def test_what_counts_as_a_launch():

@@ -60,6 +60,21 @@ def test_work_of_wider_operands():
     assert work("norm", replace(CASE, precision="fp32")).bytes == 4 * (2**23 + 2**17 + 2**18)
 
 
+def test_what_fills_counters_is_planned_with_a_launch_for_it(monkeypatch):
+    o, filled, zeros = KernelOperands.random(SMALL), [], torch.zeros
+
+    def spy(*shape, dtype=None, **named):
+        filled.append(dtype)
+        return zeros(*shape, dtype=dtype, **named)
+
+    monkeypatch.setattr(torch, "zeros", spy)
+    for name in kernels.CALLS.keys() - {"low"}:  # of so few tokens in parts, at any size of a layer in whole blocks
+        filled.clear()
+        with kernels.every_call_by_kernel():
+            kernels.TIMED[name](o, KERNELS)
+        assert 1 + filled.count(torch.int32) == roof.planned_cost(name, CASE).launches, name
+
+
 def test_the_sums_include_the_product_at_any_rank():
     wide = replace(CASE, R=384)
     # in the package it is the library's, in bench.kernels not
