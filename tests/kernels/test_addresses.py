@@ -157,7 +157,7 @@ def test_a_long_stride_where_the_rank_is_in_chunks(R, chunks, name, axis, memory
 
 
 # Outputs are contiguous: their rows are as long as a size says. These launch the first program (or, for partial sums,
-# the first of each split) of what would be a huge grid.
+# the first of each part) of what would be a huge grid.
 
 
 def tiles(kernel: str) -> dict[str, object]:

@@ -294,13 +294,13 @@ def test_a_layer_taken_apart_again_is_compiled_for(recorded):
 
 # Kernels that are launched in more than one way as M changes, and why.
 LAUNCHED_IN_WAYS = {
-    "_project_kernel": 2,  # few tokens: float32 partial sums of several splits; many: the result in its own dtype
+    "_project_kernel": 2,  # few tokens: float32 partial sums of several parts; many: the result in its own dtype
 }
 
 
 @pytest.mark.parametrize("way", ["split", "merged"])
 def test_tokens_and_scaling_recompile_nothing(recorded, way):
-    """A kernel may be launched for some M only (one that adds up splits), but never with another key."""
+    """A kernel may be launched for some M only (prepare), but never with another key."""
     other_dtype = recorded["keys"][way].pop("fp16")
     keys: dict[str, set[tuple[str, ...]]] = {}
     for call in recorded["keys"][way].values():

@@ -6,7 +6,7 @@
 What it shows before a GPU does: tests and code that hold on the CPU alone. Tensors on two devices, a kernel that gets
 a host tensor, float64 kernels, a wait inside a capture and Triton's interpreter for CPU tensors are refused as there;
 autocast has CUDA's lists of operators, backward its own thread, memory is counted, aligned and poisoned. The package
-chooses tile configurations, splits and precisions as on an H100, and Triton's interpreter runs those kernels.
+chooses tile configurations, parts of sums and precisions as on an H100, and Triton's interpreter runs those kernels.
 
 With --idle nothing is computed at all, except by the tests that a script starts: results have the right shapes, and are
 zero. So a script that would take a host hours runs from beginning to end, and shows how it is put together.
