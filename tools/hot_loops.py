@@ -8,7 +8,7 @@ has one or two mostly, is not judged.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING
@@ -63,7 +63,8 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
 
     programs: how many a multiprocessor holds, and what limits them. waves: how often the grid fills all of these
     places. memory: MB of all tensors that are read or written. from L2: how often what is read is loaded (traffic.py).
-    What is in no loop has a row where there is no loop, or with `every`; its loop is a dash.
+    Without `every` what is in no loop has a row, whose loop is a dash, only where there is no loop; and of a kernel
+    that walks blocks only the loop over the steps of a block has one.
     """
     specialization, sizes = job.specialization, ", ".join(map(str, (*job.shape, job.rank)))
     grid, places = specialization.grid, compiled.programs * specialization.target.multiprocessors
@@ -82,9 +83,11 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
         f"{sum(specialization.bytes_of.values()) / 1e6:.1f}",
         f"{compiled.traffic:.2f}" if compiled.traffic else "",
     )
+    walked = [name for name, counts in compiled.loops.items() if _is_walk(name, counts)]
+    shown = walked if walked and specialization.walks_blocks() else [name for name in compiled.loops if name]
     table = []
     for name, counts in compiled.loops.items():
-        if not (name or every or len(compiled.loops) == 1):
+        if not (every or name in shown or len(compiled.loops) == 1):
             continue
 
         def of(*kinds: str, counts: dict[str, int] = counts) -> str:
@@ -97,6 +100,11 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
         cells = (name or "-", *map(str, numbers), *memory, *map(str, waits), tensor_cores)
         table.append((first if not table else ("",) * len(first)) + cells)
     return table
+
+
+def _is_walk(loop: str, counts: Mapping[str, int]) -> bool:
+    """True if a loop inside the one over blocks loads asynchronously: those over parts that are summed do not."""
+    return "." in loop and any(kind.startswith("LDGSTS") for kind in counts)
 
 
 def print_loops(results: Sequence[tuple["Job", "Compiled"]], every: bool = False) -> None:
@@ -238,6 +246,8 @@ def faults(job: "Job", compiled: "Compiled") -> Iterator[tuple[str, bool, str]]:
     looped = [load for load in compiled.loads if load.loop]
     judged = looped or compiled.loads
     blocks = job.specialization.walks_blocks()
+    if blocks and not any("." in load.loop for load in judged):  # then nothing below would be judged
+        yield "", False, "no loop over the steps of a block loads anything"
     for load in dict.fromkeys(judged):
         if blocks and "." not in load.loop:
             continue

@@ -221,6 +221,13 @@ def test_what_is_loaded_once_a_block_is_not_judged():
     assert len(_complaints(_compiled(*loads))) == 2
 
 
+def test_a_walk_that_cannot_be_found_is_noticed():
+    """A compiler that took the two loops apart otherwise would leave nothing to judge."""
+    assert _complaints(_compiled(("1", "dy", 16, False), name="_walking_kernel")) == [
+        "no loop over the steps of a block loads anything"
+    ]
+
+
 def test_rows_of_8_numbers_may_come_in_halves():
     assert not _complaints(_compiled(("1", "low", 8, True), rank=8))
     assert _complaints(_compiled(("1", "low", 4, True), rank=8))
@@ -290,6 +297,18 @@ def test_a_kernel_without_a_loop_has_one_row_and_others_one_for_each_loop():
 
     assert loops() == ["-"]
     assert loops(**{"1": {}, "1.1": {}}) == ["1", "1.1"]
+
+
+def test_of_a_walk_over_blocks_its_steps_have_a_row():
+    found = {"": {}, "1": {"LDGSTS.128": 6}, "1.1": {"LDGSTS.128": 2}, "1.2": {"LDG.32": 1}, "2": {}, "2.1": {}}
+
+    def loops(name: str, every: bool = False, **without: dict) -> list[str]:
+        table = hot_loops.rows(*_compiled(name=name, loops=found | without), every)
+        return [row[hot_loops.HEADER.index("loop")] for row in table]
+
+    assert loops("_walking_kernel") == ["1.1"] and loops("_other_kernel") == [name for name in found if name]
+    assert loops("_walking_kernel", every=True) == ["-", *(name for name in found if name)]
+    assert loops("_walking_kernel", **{"1.1": {}}) == [name for name in found if name]
 
 
 @pytest.mark.parametrize(
