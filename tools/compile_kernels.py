@@ -86,7 +86,7 @@ class Compiled:
     faults: tuple[str, ...] = ()
     loops: dict[str, dict[str, int]] = field(default_factory=dict)
     loads: tuple[machine_code.Load, ...] = ()
-    traffic: float = 0.0  # traffic.over_memory
+    through_l2: int = 0  # traffic.loaded
 
 
 def compile_ahead(specialization: Specialization, loops: bool = False) -> Compiled:
@@ -111,14 +111,11 @@ def compile_ahead(specialization: Specialization, loops: bool = False) -> Compil
     compiled = dataclasses.replace(compiled, faults=tuple(atomics.faults(code)))
     if not loops:
         return compiled
-    ptx, pointers = kernel.asm["ptx"], specialization.pointers()
-    loads = machine_code.loads(ptx, pointers)
-    read = {load.argument for load in loads} - machine_code.stored(ptx, pointers)
     return dataclasses.replace(
         compiled,
         loops={loop.name: dict(loop.counts()) for loop in machine_code.loops(code)},
-        loads=tuple(loads),
-        traffic=traffic.over_memory(specialization, kernel.asm["ttir"], read),
+        loads=tuple(machine_code.loads(kernel.asm["ptx"], specialization.pointers())),
+        through_l2=traffic.loaded(specialization, kernel.asm["ttir"]),
     )
 
 

@@ -53,7 +53,7 @@ def short(name: str) -> str:
 
 HEADER = (
     "kernel", "of", "target", "variant", "M, N, K, R", "tiles", "registers", "shared", "programs", "grid", "waves",
-    "memory", "from L2", "loop", "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL",
+    "memory", "L2", "loop", "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL",
     "tensor cores",
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
     """A row of the table for each loop: its own instructions, without those of loops inside it.
 
     programs: how many a multiprocessor holds, and what limits them. waves: how often the grid fills all of these
-    places. memory: MB of all tensors that are read or written. from L2: how often what is read is loaded (traffic.py).
+    places. memory: MB of all tensors that are read or written. L2: MB that all programs load (traffic.py).
     Without `every` what is in no loop has a row, whose loop is a dash, only where there is no loop; and of a kernel
     that walks blocks only the loop over the steps of a block has one.
     """
@@ -81,7 +81,7 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
         "x".join(map(str, grid)),
         f"{math.prod(grid) / places:.2f}" if places else "",
         f"{sum(specialization.bytes_of.values()) / 1e6:.1f}",
-        f"{compiled.traffic:.2f}" if compiled.traffic else "",
+        f"{compiled.through_l2 / 1e6:.1f}" if compiled.through_l2 else "",
     )
     walked = [name for name, counts in compiled.loops.items() if _is_walk(name, counts)]
     shown = walked if walked and specialization.walks_blocks() else [name for name in compiled.loops if name]

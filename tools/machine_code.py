@@ -225,14 +225,6 @@ def loads(ptx: str, arguments: Sequence[str]) -> list[Load]:
     return found
 
 
-def stored(ptx: str, arguments: Sequence[str]) -> set[str]:
-    """The arguments that a kernel stores to; see `loads`."""
-    code = instructions(ptx)
-    origins = _Origins(code, arguments)
-    addresses = (re.search(r"\[([^\]]*)\]", one.operands) for one in code if one.operation.startswith("st.global"))
-    return {origins.of(address[1]) for address in addresses if address}
-
-
 class _Origins:
     """The kernel's pointers from which a register was computed, however often it was assigned."""
 

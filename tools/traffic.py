@@ -1,14 +1,13 @@
-"""The bytes that the programs of a launch load, over those that there are: what the L2 cache gives for one from memory.
+"""The bytes that the programs of a launch load: what passes through the L2 cache, from memory or for another time.
 
 Counted, not measured: in Triton's intermediate code a load has the shape and the dtype of a tile, and how often it is
-executed follows from the work that the programs share out (kernels/shares.py). Every tile counts as a whole
-one. What stands behind a condition does not count: the parts that the last program adds up, a sum for infinite gains.
+executed follows from the work that the programs share out (kernels/shares.py). Every tile counts as a whole one. What
+stands behind a condition does not count: the parts that the last program adds up, a sum for infinite gains.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -61,9 +60,3 @@ def loaded(specialization: "Specialization", ttir: str) -> int:
     bounds = [program * units // programs for program in range(programs + 1)]
     visits = sum(-(-end // work.steps) - start // work.steps for start, end in zip(bounds, bounds[1:], strict=False))
     return programs * tiles[""] + visits * tiles[steps.partition(".")[0]] + units * tiles[steps]
-
-
-def over_memory(specialization: "Specialization", ttir: str, read: Collection[str]) -> float:
-    """Bytes loaded by all programs over those of the arguments that are `read`; 0 where that is not known."""
-    there = sum(specialization.bytes_of.get(name.removesuffix("->"), 0) for name in read)
-    return loaded(specialization, ttir) / there if there else 0.0

@@ -16,6 +16,7 @@ import torch
 from bench import host
 from bench.lib import host_driver, host_layers
 from dora_kernels.planning import configs, costs, devices
+from dora_kernels.planning.tiles import CONFIGS
 
 ROOT = Path(__file__).parents[2]
 H100 = costs.device_model(host_driver.H100)
@@ -151,7 +152,7 @@ def test_the_planner_counts_the_launches_of_each_step(measured, R):
 
 def test_sums_are_in_parts_as_at_real_sizes():
     """Else their partial sums would cost the host nothing."""
-    tiles = configs.CONFIGS["sm_90", 2]["project"]
+    tiles = CONFIGS["sm_90", 2]["project"]
     for M, N in ((host_layers.M, host_layers.N), (8192, 4096)):
         blocks, steps = configs.ceil_div(M, tiles.BLOCK_M), configs.ceil_div(N, tiles.BLOCK_K)
         programs = configs.programs(blocks, steps, host_driver.H100.multiprocessors * tiles.waves, True)

@@ -45,8 +45,8 @@ TTIR = """
 BLOCK, STEP = 128 * 64 * 2 + 16, 64 * 128 * 2 + 64 * 64 * 2
 
 
-def launched(programs: int, blocks: int, steps: int, **bytes_of: int) -> SimpleNamespace:
-    return SimpleNamespace(grid=(programs,), work=SimpleNamespace(blocks=blocks, steps=steps), bytes_of=bytes_of)
+def launched(programs: int, blocks: int, steps: int) -> SimpleNamespace:
+    return SimpleNamespace(grid=(programs,), work=SimpleNamespace(blocks=blocks, steps=steps))
 
 
 def test_bytes_of_one_pass_of_each_loop():
@@ -75,9 +75,3 @@ def test_what_is_not_known_is_0():
     deeper = TTIR.replace('%r = "tt.reduce"', 'scf.for %r = %a to %b step %c : i32 {\n}\n%r = "tt.reduce"')
     assert traffic.loaded(launched(4, 4, 10), deeper) == 0
     assert traffic.loaded(SimpleNamespace(grid=(4,), work=None), TTIR) == 0
-
-
-def test_over_the_bytes_of_what_is_read():
-    one = launched(4, 4, 10, base=40 * STEP, y=1, lora_B=2 * BLOCK)
-    assert traffic.over_memory(one, TTIR, {"base", "lora_B->"}) == (4 * BLOCK + 40 * STEP) / (40 * STEP + 2 * BLOCK)
-    assert traffic.over_memory(one, TTIR, {"gain"}) == 0
