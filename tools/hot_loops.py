@@ -147,7 +147,12 @@ def _format(*names: str) -> Callable[["Specialization"], bool]:
 
 def _small_tile(*sizes: str) -> Callable[["Specialization"], bool]:
     """In half precision a tile of these sizes has less than 16 bytes for each thread."""
-    return lambda one: 2 * math.prod(one.constants()[size] for size in sizes) < 16 * 32 * one.options.num_warps
+
+    def when(one: "Specialization") -> bool:
+        blocks = [one.constants().get(size) for size in sizes]
+        return None not in blocks and 2 * math.prod(blocks) < 16 * 32 * one.options.num_warps
+
+    return when
 
 
 EXEMPTIONS = (
