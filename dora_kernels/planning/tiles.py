@@ -105,9 +105,13 @@ _PARTS_SMALL = (
         "token_sums": Config(BLOCK_M=64, BLOCK_N=128, BLOCK_R=64, num_warps=8, num_stages=2),
     }
 )
-_PARTS_SM100 = _PARTS_SMALL | _walks(
-    Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2),
-    Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=8, num_stages=2),
+_PARTS_SM100 = (
+    _PARTS_SMALL
+    | _walks(
+        Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2),
+        Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=8, num_stages=2),
+    )
+    | {"epilogue": Config(BLOCK_M=64, BLOCK_N=32, BLOCK_R=32, num_warps=8, num_stages=2)}  # 4 warps spill 72 bytes
 )
 # Products come out of tensor memory many at a time: 180 registers and more in norm and merge at R = 128, and 195 in the
 # epilogue at any rank.
@@ -138,6 +142,7 @@ _HALF_SM120 = (
         Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
     )
     | {
+        "low": Config(BLOCK_M=64, BLOCK_K=64, BLOCK_R=64, num_warps=4, num_stages=4),  # 64 x 128 spills 72 bytes
         "bank_epilogue": _BANK_EPILOGUE,
         # without a limit the compiler spills down to 128 registers at R = 8 (124 bytes), for a second program for which
         # there is no room
