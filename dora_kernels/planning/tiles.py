@@ -111,7 +111,10 @@ _PARTS_SM100 = (
         Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=2),
         Config(BLOCK_N=64, BLOCK_K=32, BLOCK_R=32, num_warps=8, num_stages=2),
     )
-    | {"epilogue": Config(BLOCK_M=64, BLOCK_N=32, BLOCK_R=32, num_warps=8, num_stages=2)}  # 4 warps spill 72 bytes
+    # 4 warps spill 72 bytes
+    | dict.fromkeys(
+        ("epilogue", "epilogue_high_rank"), Config(BLOCK_M=64, BLOCK_N=32, BLOCK_R=32, num_warps=8, num_stages=2)
+    )
 )
 # Products come out of tensor memory many at a time: 180 registers and more in norm and merge at R = 128, and 195 in the
 # epilogue at any rank.
