@@ -76,9 +76,8 @@ def finished_gain(unfinished, N, offs_n, mask_n, writes):
     """gain[offs_n] of an UnfinishedNorm over N rows; where `writes`, norm and gain are written, too."""
     squares = tl.zeros([offs_n.shape[0]], dtype=unfinished.squares.dtype.element_ty)
     norm = root(add_parts(squares, unfinished.squares, unfinished.parts, N, offs_n, mask_n))
-    gain = gain_of(
-        load_vector(Vector(unfinished.magnitude, unfinished.magnitude_stride), offs_n, mask_n).to(norm.dtype), norm
-    )
+    magnitude = load_vector(Vector(unfinished.magnitude, unfinished.magnitude_stride), offs_n, mask_n)
+    gain = gain_of(magnitude.to(norm.dtype), norm)
     tl.store(unfinished.norm + offs_n, norm, mask=mask_n & writes)
     tl.store(unfinished.gain + offs_n, gain, mask=mask_n & writes)
     return gain

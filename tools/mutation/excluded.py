@@ -133,7 +133,6 @@ EXCLUDED = (
     Excluded(_TOKEN_SUMS, "_dB_of_dz", "tl.load(", ("tl.load(",), _CAST),
     Excluded(_TILE, "store", "tl.store(", ("tile.to(",), _CAST),
     Excluded(_TOKEN_SUMS, "_finish", "tl.store(", ("dmagnitude.to(", "total.to("), _CAST),
-    Excluded(_PROJECT, "_project_kernel", "tl.store(", ("acc.to(",), _CAST),
     Excluded(_EPILOGUE, "_epilogue_kernel", "load_vector(bias", ("load_vector(",), _CAST),
     Excluded(
         _EPILOGUE,
@@ -144,7 +143,7 @@ EXCLUDED = (
     ),
     Excluded(_STORED, "direction_tile", "w = weight_tile(", ("weight_tile(",), _CAST),
     Excluded(_NORM, "_norm_kernel", "magnitude_tile =", ("load_vector(",), _CAST),
-    Excluded(_NORM, "finished_gain", "gain = gain_of(", ("load_vector(",), _CAST),
+    Excluded(_NORM, "finished_gain", "gain = gain_of(", ("magnitude.to(",), _CAST),
     Excluded(_NORM, "_launch", "least = 8", ("",), _TILES),
     Excluded(_NORM, "_launch", "while config.BLOCK_N >", ("",), _TILES),
     Excluded(_NORM, "_launch", "config = dataclasses.replace(", ("",), _TILES),
