@@ -29,10 +29,13 @@ from dora_kernels.quant import Weight
 @triton.jit
 def _scale_rows(scaled_B, lora_B, factor, gain, offs_n, mask_n, R, BLOCK_R: tl.constexpr, DTYPES: tl.constexpr):
     """scaled_B[offs_n] = factor * gain * lora_B[offs_n], rounded once."""
-    for r in range(0, R, BLOCK_R):
-        offs_r = r + tl.arange(0, BLOCK_R).to(tl.int64)
+    # 128 at a time would spill 1552 bytes a thread at R = 100, where rows begin at no multiple of 16 bytes; 32 of three
+    # parts, 80 beside a weight of nf4_torchao
+    COLUMNS: tl.constexpr = min(BLOCK_R, 32 if DTYPES.parts == 1 else 16)
+    for r in range(0, R, COLUMNS):
+        offs_r = r + tl.arange(0, COLUMNS).to(tl.int64)
         tile = whole(load_parts(lora_B, offs_n, offs_r, mask_n, offs_r < R, R, 1, DTYPES), gain.dtype)
-        scaled = (factor * gain)[:, None] * tile  # [BLOCK_N, BLOCK_R]
+        scaled = (factor * gain)[:, None] * tile  # [BLOCK_N, COLUMNS]
         store_parts(scaled_B, offs_n, offs_r, mask_n, offs_r < R, R, scaled, DTYPES)
 
 
