@@ -5,7 +5,6 @@ holds, and leaves their sums of squares to the step that reads gain first: `fini
 order, so that the result is bitwise the same in every call.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,8 @@ from dora_kernels.kernels.stored_weight import (
     with_tables,
 )
 from dora_kernels.kernels.tile import Launch, Vector, block_offsets, load_vector, rank_multiple, resident, vector
-from dora_kernels.planning.configs import ceil_div, most_parts
+from dora_kernels.planning import configs
+from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
 from dora_kernels.reference import accumulate_dtype
 
@@ -210,16 +210,17 @@ def _launch(
     launch, lora_A, lora_B = in_parts(Launch.of(weight, lora_A.dtype), lora_A, lora_B)
     config = weight_config(launch, "norm", weight, R)
     if norm is not None:  # whole rows: fewer in a block where there are not enough of them, if threads load 8 elements
-        least = 8 * launch.threads(config) // config.BLOCK_K
-        while config.BLOCK_N > least and ceil_div(N, config.BLOCK_N) < launch.facts.multiprocessors:
-            config = dataclasses.replace(config, BLOCK_N=config.BLOCK_N // 2)
+        rows, least = config.BLOCK_N, max(16, 8 * launch.threads(config) // config.BLOCK_K)
+        while rows > least and ceil_div(N, rows) < launch.facts.multiprocessors:
+            rows //= 2
+        config = configs.of_rows(config, rows)
     config, chunks = walk_config(launch, config, weight, R)
     tiles = config.tiles(R)
     blocks, steps = ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K)
     programs, parts, squares = blocks, 1, None
     if norm is None:
         programs = launch.programs(blocks, steps, config, sums=True)
-        parts = most_parts(blocks, steps, programs)
+        parts = configs.most_parts(blocks, steps, programs)
         squares = weight.new_empty((parts, N), dtype=launch.accumulate)
     if N == 0:
         return squares

@@ -124,12 +124,14 @@ def in_parts(launch: Launch, factor: torch.Tensor | None, *others: torch.Tensor 
     factor (R, K), lora_A say, becomes (parts, R, K), others (N, R) become (parts, N, R). If one of them is in parts
     already, so are all behind this.
     """
-    turned = None if factor is None else factor.mT
-    given = [matrix for matrix in (turned, *others) if matrix is not None]
-    count = max(len(matrix) if matrix.dim() == 3 else _PARTS.get(launch.precision, 1) for matrix in given)
+    count = _PARTS.get(launch.precision, 1)
+    for matrix in (factor, *others):
+        if matrix is not None and matrix.dim() == 3:
+            count = len(matrix)
     if count == 1:
         return launch, factor, *others
-    made = iter(parts(count, *(matrix for matrix in given if matrix.dim() == 2)))
+    turned = None if factor is None else factor.mT
+    made = iter(parts(count, *(matrix for matrix in (turned, *others) if matrix is not None and matrix.dim() == 2)))
     turned, *others = (
         next(made) if matrix is not None and matrix.dim() == 2 else matrix for matrix in (turned, *others)
     )

@@ -208,7 +208,7 @@ def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> Config
         share = 4  # each code of 4 bits has an address of its own: 1436 bytes a thread on sm_120 otherwise
     elif weight.format == "hqq4" and launch.facts.target in ("sm_100", "sm_120"):
         share = 2  # 88 and 168 bytes a thread otherwise
-    return dataclasses.replace(config, BLOCK_N=max(16, config.BLOCK_N // share))
+    return config if share == 1 else configs.of_rows(config, max(16, config.BLOCK_N // share))
 
 
 def walk_config(launch: Launch, config: Config, weight: Weight, R: int, out_bytes: int = 0) -> tuple[Config, int]:

@@ -24,6 +24,12 @@ def unlimited(config: Config) -> Config:
     return config if config.maxnreg is None else dataclasses.replace(config, waves=1, maxnreg=None)
 
 
+@functools.lru_cache(maxsize=4096)
+def of_rows(config: Config, BLOCK_N: int) -> Config:
+    """`config` with blocks of so many rows."""
+    return dataclasses.replace(config, BLOCK_N=BLOCK_N)
+
+
 def ceil_div(number: int, by: int) -> int:
     """number / by, rounded up. triton.cdiv takes 1.4 us for it on the host, and a step divides 25 times."""
     return -(-number // by)

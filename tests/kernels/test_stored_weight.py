@@ -8,6 +8,7 @@ import torch
 from dora_kernels.planning.tiles import Config
 from tests.support.packed_weights import quantized
 from tests.support.problem import DEVICE
+from tests.support.step_problem import tiles
 
 kernels = pytest.importorskip("dora_kernels.kernels")
 
@@ -31,6 +32,15 @@ def test_what_a_norm_loads_ahead():
     assert stages(dense.T) is stages(dense[:, :90].contiguous()) is None
     assert stages(stored("codebook4 nested")) == stages(stored("nf4_torchao")) == stages(stored("hqq4 axis 1")) == 3
     assert stages(stored("hqq4 axis 0")) is stages(stored("codebook4", 95)) is None
+
+
+def test_a_norm_of_few_rows_over_4_bits_has_tiles_of_16():
+    """Blocks become smaller until each multiprocessor has one; numbers are looked up for 16 rows at a time."""
+    weight = quantized("codebook4", 10, 128)
+    lora_A, lora_B = torch.randn(3, 128, device=DEVICE), torch.randn(10, 3, device=DEVICE)
+    with tiles("norm", {"BLOCK_K": 128}):
+        norm, _ = kernels.norm(weight, lora_A, lora_B, 0.5)
+    torch.testing.assert_close(norm, (weight.dequantize() + 0.5 * lora_B @ lora_A).norm(dim=1))
 
 
 MISPLACED = {"codebook4 nested": 1, "nf4_torchao": 2, "hqq4 axis 1": 2}  # kind -> a part of 1 or 2 bytes a number
