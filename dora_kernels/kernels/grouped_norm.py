@@ -1,6 +1,7 @@
 """norm and gain of many layers in one launch: a model's worth takes as many launches as one layer.
 
-The sum over K is not split, as that of `norm` may be: there are tiles enough, and the last bit may be another.
+A sum over K is one program's, as in `norm`: there are blocks of rows enough. Of `start_norm`, which shares it out, the
+last bit may be another.
 """
 
 import math

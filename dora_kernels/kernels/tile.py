@@ -1,4 +1,4 @@
-"""What the kernels are written in: matrices and vectors as arguments, tiles, products of rank R; and Launch."""
+"""The parts that kernels are made of: matrices and vectors as arguments, tiles, products of rank R; and Launch."""
 
 import functools
 import math

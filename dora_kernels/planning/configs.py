@@ -1,4 +1,4 @@
-"""How a call's kernels are launched: tiles, among how many programs the work is shared, whether lora_B stays.
+"""The launch of a call's kernels: tiles, the number of programs that share the work, whether lora_B stays.
 
 Tiles are those of tuned/<gpu>.json where tools/tune.py measured, else the defaults of tiles.py.
 """

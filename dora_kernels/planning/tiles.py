@@ -13,7 +13,8 @@ class Config:
     """Tile sizes and schedule of one kernel; a tile size that the kernel does not have is None.
 
     waves: programs that a multiprocessor holds at a time; it sets among how many the work is shared out.
-    maxnreg: registers that a thread may have, where the compiler would take more and a program fewer would fit.
+    maxnreg: registers that a thread may have, where the compiler would take more and a program fewer would fit, or, by
+    itself, spills to take fewer.
     """
 
     BLOCK_M: int | None = None
