@@ -21,6 +21,7 @@ from dora_kernels.kernels.stored_weight import (
     weight_config,
 )
 from dora_kernels.kernels.tile import TL_DTYPE, Launch, Matrix, block_offsets, known_multiple
+from dora_kernels.planning import configs
 from dora_kernels.planning.configs import ceil_div
 
 
@@ -90,7 +91,9 @@ def grouped_norm(
     most_R = max(lora_A.shape[0] for lora_A in lora_As)
     least_aligned = max(weights, key=lambda weight: weight.shape[1] % 16)
     config = weight_config(launch, "norm", least_aligned, most_R)
-    config, chunks = walk_config(launch, config, weights[0], most_R)
+    if least_aligned.shape[1] % 16:  # of addresses nothing is known then, either: 592 bytes a thread otherwise
+        config = configs.of_rows(config, max(16, config.BLOCK_N // 2))
+    config, chunks = walk_config(launch, config, least_aligned, most_R)
     tiles = config.tiles(most_R)
     _, weight_format = weight_arguments(weights[0], config.BLOCK_K)
     layers, blocks, total = [], [], 0

@@ -4,7 +4,6 @@ A weight reaches a kernel as one argument, a StoredWeight, and one constexpr, it
 It is decoded in registers to what its library decodes it to, rounding included. The update of it is an argument, too.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
@@ -196,9 +195,10 @@ def direction_tile(
 
 def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> Config:
     """The configuration of the norm or merge kernel: more registers, or fewer rows, where it would spill some."""
-    config = launch.config(kernel, R)
     if weight.shape[1] % 16:  # each element has an address: up to 1032 bytes a thread otherwise, of 128 registers
-        config = configs.unlimited(config)
+        config = configs.alone(launch.config(kernel))
+    else:
+        config = launch.config(kernel, R)
     if isinstance(weight, torch.Tensor):
         return config
     if launch.parts > 1:  # 240 bytes a thread otherwise, of 128 registers
@@ -213,10 +213,10 @@ def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> Config
 
 def walk_config(launch: Launch, config: Config, weight: Weight, R: int, out_bytes: int = 0) -> tuple[Config, int]:
     """(config, CHUNKS) of the norm or merge kernel; out_bytes: of an element that is written."""
+    if weight.shape[1] % 16 and R > configs.HIGH_RANK:  # each element has an address: 1864 bytes a thread otherwise
+        return configs.alone(config, num_stages=2), 0
     weight_bytes = weight.dtype.itemsize
     if not isinstance(weight, torch.Tensor):
-        if weight.shape[1] % 2 and R > configs.HIGH_RANK:  # every number has an address: 624 bytes a thread otherwise
-            return dataclasses.replace(config, num_stages=2, waves=1, maxnreg=None), 0
         weight_bytes, out_bytes = 1, out_bytes + 1  # 8 bits at the most, and as much again for scales and tables
     operand_bytes, target = launch.operand_bytes, launch.facts.target
     return configs.with_lora_B_resident(config, R, operand_bytes, weight_bytes, out_bytes, target)

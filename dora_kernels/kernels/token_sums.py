@@ -296,7 +296,8 @@ def token_sums(
         launch, _, summed = in_parts(launch, None, low)
     saved = None if dmagnitude is None else saved
     config = launch.config("token_sums")
-    if dz is not None:  # 8 registers for the gain, and 6 for addresses
+    # 8 registers for the gain and 6 for addresses; where rows are not loaded in vectors, an address for each element
+    if dz is not None or N % 16:
         config = configs.unlimited(config)
     tiles = config.tiles(R)
     columns = ceil_div(N, config.BLOCK_N)

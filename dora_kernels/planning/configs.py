@@ -21,7 +21,13 @@ HIGH_RANK = 64
 @functools.cache
 def unlimited(config: Config) -> Config:
     """`config` for a call that takes more registers than maxnreg allows: one program a multiprocessor."""
-    return config if config.maxnreg is None else dataclasses.replace(config, waves=1, maxnreg=None)
+    return config if config.maxnreg is None else alone(config)
+
+
+@functools.cache
+def alone(config: Config, num_stages: int | None = None) -> Config:
+    """`config` for one program a multiprocessor, with any number of registers."""
+    return dataclasses.replace(config, num_stages=num_stages or config.num_stages, waves=1, maxnreg=None)
 
 
 @functools.lru_cache(maxsize=4096)

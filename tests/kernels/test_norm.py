@@ -13,7 +13,7 @@ kernels = pytest.importorskip("dora_kernels.kernels")
 SCALING = 0.75
 # N, K, R and the parts of the block that has most: one block in several parts, whole blocks, blocks that are cut and
 # others that are not, in chunks of R that stay (20) and that are walked (40); nothing to sum
-SHAPES = ((20, 400, 20, 6), (250, 64, 3, 1), (70, 300, 20, 4), (70, 300, 40, 2), (100, 90, 5, 2), (33, 0, 4, 1))
+SHAPES = ((20, 400, 20, 6), (250, 64, 3, 1), (70, 304, 20, 4), (70, 304, 40, 2), (100, 96, 5, 2), (33, 0, 4, 1))
 
 
 def made(N: int, K: int, R: int) -> tuple[torch.Tensor, ...]:

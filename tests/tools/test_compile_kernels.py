@@ -104,7 +104,7 @@ def test_kernels_compile_where_every_size_is_1(arguments):
 
 # the width of a vision tower that is no multiple of 16: no argument is known to be aligned
 ODD = "--target=sm_90", "--variant=bf16", "--shape", "8192", "3420", "3420"
-EVERY_OF_ODD = [f"--call={call}" for call in ("train", "split", "bank", "grouped")]
+EVERY_OF_ODD = [f"--call={call}" for call in ("train", "split", "grouped")] + ["--rank=8", "--rank=64", "--rank=384"]
 
 
 @pytest.mark.parametrize(
