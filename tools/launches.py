@@ -10,6 +10,7 @@ the GEMM libraries as a rule, one that splits its sum takes two.
 import argparse
 import sys
 
+import torch
 from specializations import CALLS, TARGETS, VARIANTS, Inputs, Target, Variant, recording
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,7 +30,9 @@ class _Operators(TorchDispatchMode):
         result, name = function(*args, **(kwargs or {})), function.overloadpacket.__name__
         if isinstance(result, Tensor | tuple) and not function.is_view and "empty" not in name:
             self.add_kernels()
-            self.launched.append(name)
+            # gemm.matmul: on a GPU the library itself rounds its sums to float32, on meta tensors a copy does
+            widened = name == "_to_copy" and self.launched[-1:] == ["mm"] and result.dtype == torch.float32
+            self.launched += [] if widened else [name]
         return result
 
     def add_kernels(self) -> None:
