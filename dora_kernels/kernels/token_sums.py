@@ -190,7 +190,8 @@ def _finish(
             if SUMMED_HERE:
                 block = column * blocks_r + chunk // (BLOCK_R // FINISH_R)
                 _, parts = part_of(block, steps, blocks * steps)
-                tile_ptr = partial.dB + block * BLOCK_N * BLOCK_R + chunk % (BLOCK_R // FINISH_R) * FINISH_R
+                tile_ptr = partial.dB + tl.cast(block, tl.int64) * BLOCK_N * BLOCK_R
+                tile_ptr += chunk % (BLOCK_R // FINISH_R) * FINISH_R
                 offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_R + tl.arange(0, FINISH_R)[None, :]
                 sums = tl.zeros([BLOCK_N, FINISH_R], dtype=ACC_DTYPE)
                 sums = add_parts(sums, tile_ptr, parts, tl.cast(blocks, tl.int64) * BLOCK_N * BLOCK_R, offs, mask)
