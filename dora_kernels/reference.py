@@ -8,7 +8,6 @@ Letters: M tokens, N out features, K in features, R rank.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +95,7 @@ def norm(
 
 def start_norm(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, magnitude: Tensor
-) -> tuple[Tensor, Tensor, tuple[Any, ...] | None]:
+) -> tuple[Tensor, Tensor, tuple[object, ...] | None]:
     """norm (N,), gain (N,) and types.Unfinished where the step that reads gain first has to write them: None here."""
     norm_, gain = norm(weight, lora_A, lora_B, scaling, magnitude)
     assert gain is not None  # there is a magnitude
@@ -125,8 +124,8 @@ def merge(
     subtract_weight: bool = False,
     out_dtype: torch.dtype | None = None,
     *,
-    unfinished: tuple[Any, ...] | None = None,
-    prepared: tuple[Any, ...] | None = None,
+    unfinished: tuple[object, ...] | None = None,
+    prepared: tuple[Tensor | None, float, Tensor | None] | None = None,
 ) -> Tensor:
     """gain * (weight + scaling * lora_B @ lora_A) [- weight], (N, K) in out_dtype or weight.dtype."""
     merged = direction(weight, lora_A, lora_B, scaling)
@@ -177,7 +176,7 @@ def epilogue(
     scaling: float,
     out_dtype: torch.dtype,
     residual: Tensor | None = None,
-    unfinished: tuple[Any, ...] | None = None,
+    unfinished: tuple[object, ...] | None = None,
 ) -> Tensor:
     """gain * (base + scaling * low @ lora_B.T) + bias [+ residual - base], (M, N) in out_dtype."""
     z = base if low is None else base + scaling * low.to(gain.dtype) @ lora_B.to(gain.dtype).T
