@@ -164,7 +164,7 @@ def tuned_configs(name: str, target: str) -> dict[tuple[int, str], Config]:
     try:
         table = json.loads(path.read_text())["configs"]
         return {
-            (int(itemsize), kernel): _checked(fields, CONFIGS[target, int(itemsize)][kernel])
+            (int(itemsize), kernel): _checked(fields, CONFIGS[target, int(itemsize)][kernel], target)
             for itemsize, kernels in table.items()
             for kernel, fields in kernels.items()
         }
@@ -175,7 +175,7 @@ def tuned_configs(name: str, target: str) -> dict[tuple[int, str], Config]:
         return {}
 
 
-def _checked(fields: dict[str, int], default: Config) -> Config:
+def _checked(fields: dict[str, int], default: Config, target: str) -> Config:
     """Config(**fields). Raises ValueError if a launch with it could be wrong, TypeError for an unknown field."""
     config = Config(**fields)
     for name, least, most in (("num_warps", 1, 16), ("num_stages", 1, 8), ("waves", 1, 64)):
@@ -185,6 +185,8 @@ def _checked(fields: dict[str, int], default: Config) -> Config:
             raise ValueError(f"tuned: {name} is {value!r}; expected {least} to {most}, num_warps a power of two")
     if config.maxnreg is not None and (type(config.maxnreg) is not int or not 24 <= config.maxnreg <= 255):
         raise ValueError(f"tuned: maxnreg is {config.maxnreg!r}; expected 24 to 255")
+    if config.maxnreg is not None and target.startswith("gfx"):  # a launch with it raises
+        raise ValueError(f"tuned: maxnreg is {config.maxnreg!r}; expected none on {target}")
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R"):
         value, tile = getattr(config, name), getattr(default, name) is not None
         if (value is not None) != tile:

@@ -92,6 +92,23 @@ def test_a_field_that_could_make_a_wrong_launch_means_defaults(change, folder, c
     assert len(caplog.records) == 1 and "nvidia-h200.json" in caplog.records[0].getMessage()
 
 
+def test_a_bound_on_registers_means_defaults_on_amd(folder, caplog):
+    """Triton's backend there knows no maxnreg: a launch with one raises."""
+    facts, default = DeviceFacts("AMD Instinct MI300X", "gfx942", 304), configs.CONFIGS["gfx942", 2]["norm"]
+    table = {"configs": {"2": {"norm": tune.fields_of(default) | {"num_stages": 3}}}}
+
+    def tuned() -> Config:
+        (folder / "amd-instinct-mi300x.json").write_text(json.dumps(table))
+        configs.tuned_configs.cache_clear()
+        return norm_config(facts=facts)
+
+    assert tuned() == replace(default, num_stages=3)
+    table["configs"]["2"]["norm"]["maxnreg"] = 128
+    with caplog.at_level(logging.WARNING, "dora_kernels"):
+        assert tuned() == default
+    assert len(caplog.records) == 1 and "expected none on gfx942" in caplog.records[0].getMessage()
+
+
 @pytest.mark.parametrize(
     "text",
     ("", "{", "[]", "null", '{"meta": {}}', '{"configs": []}', '{"configs": {"3": {"norm": {}}}}')
@@ -130,7 +147,7 @@ def test_candidates_are_configurations_of_their_kernels():
             found = candidates.candidates(kernel, defaults[kernel], "sm_90")
             assert found[0] == defaults[kernel] and len(set(found)) == len(found) > 8
             for config in found:
-                assert configs._checked(tune.fields_of(config), defaults[kernel]) == config
+                assert configs._checked(tune.fields_of(config), defaults[kernel], "sm_90") == config
             ranks = [R for _, _, _, _, R in subject.jobs]
             # what is judged at low and high ranks at once has no winner
             high = kernel.endswith("high_rank")
