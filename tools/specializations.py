@@ -173,7 +173,10 @@ def _stored(kind: str, N: int, K: int, dtype: torch.dtype) -> QuantizedWeight:
 
 
 def _quantized(kind: str) -> Callable[[Inputs], None]:
-    """The calls that compile for a weight of that kind other kernels than for a dense one: the norm, merged weights."""
+    """The calls that compile for a weight of that kind other kernels than for a dense one: the norm, merged weights.
+
+    A training step by itself merges in the backward pass, with what that begins with; inference, merged, ends the norm.
+    """
 
     def call(inputs: Inputs) -> None:
         if "K = " in kind:
@@ -184,6 +187,9 @@ def _quantized(kind: str) -> Callable[[Inputs], None]:
         inputs = dataclasses.replace(inputs, weight=weight)
         step(inputs, way="split")
         step(inputs, way="merged", drop=True)
+        step(inputs)
+        with torch.no_grad(), dora_kernels.options(way="merged"):
+            dora_kernels.dora_linear(inputs.x, inputs.weight, *inputs.adapter(), 0.5, inputs.bias)
 
     return call
 

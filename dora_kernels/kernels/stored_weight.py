@@ -194,7 +194,7 @@ def direction_tile(
 
 
 def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> Config:
-    """The configuration of the norm or merge kernel: more registers, or fewer rows, where it would spill some."""
+    """The configuration of the norm or merge kernel: more registers, or a smaller tile, where it would spill some."""
     if weight.shape[1] % 16:  # each element has an address: up to 1032 bytes a thread otherwise, of 128 registers
         config = configs.alone(launch.config(kernel))
     else:
@@ -203,12 +203,22 @@ def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> Config
         return config
     if launch.parts > 1:  # 240 bytes a thread otherwise, of 128 registers
         config = configs.unlimited(config)
-    share = 1
-    if weight.format != "row8" and weight.shape[1] % 2:
-        share = 4  # each code of 4 bits has an address of its own: 1436 bytes a thread on sm_120 otherwise
-    elif weight.format == "hqq4" and launch.facts.target in ("sm_100", "sm_120"):
-        share = 2  # 88 and 168 bytes a thread otherwise
-    return config if share == 1 else configs.of_rows(config, max(16, config.BLOCK_N // share))
+    assert config.BLOCK_N is not None and config.BLOCK_K is not None
+    BLOCK_N, BLOCK_K, target = config.BLOCK_N, config.BLOCK_K, launch.facts.target
+    merges, four_bits = kernel == "merge", weight.format != "row8"
+    if four_bits and weight.shape[1] % 2:  # each code of 4 bits has an address of its own
+        BLOCK_N = max(16, BLOCK_N // 4)  # 1436 bytes a thread on sm_120 otherwise
+        if merges and launch.parts > 1:
+            BLOCK_K //= 2  # 576 bytes on sm_90 at R = 64
+    elif weight.format == "hqq4" and target in ("sm_100", "sm_120"):
+        BLOCK_N = max(16, BLOCK_N // 2)  # 88 and 168 bytes
+        if merges:
+            BLOCK_K = min(64, BLOCK_K)  # 112 bytes on sm_120 at R = 384
+    elif merges and target == "sm_100" and R <= configs.HIGH_RANK:
+        BLOCK_N = max(16, BLOCK_N // 2)  # 72 to 168 bytes in a training step
+    elif merges and four_bits and (target == "sm_80" or launch.parts == 3):
+        BLOCK_N = min(64, BLOCK_N)  # up to 116 bytes in a training step, and in three parts on sm_90 at R = 384, 84
+    return configs.of_rows(config, BLOCK_N, BLOCK_K)
 
 
 def walk_config(launch: Launch, config: Config, weight: Weight, R: int, out_bytes: int = 0) -> tuple[Config, int]:

@@ -31,9 +31,9 @@ def alone(config: Config, num_stages: int | None = None) -> Config:
 
 
 @functools.lru_cache(maxsize=4096)
-def of_rows(config: Config, BLOCK_N: int) -> Config:
-    """`config` with blocks of so many rows."""
-    return dataclasses.replace(config, BLOCK_N=BLOCK_N)
+def of_rows(config: Config, BLOCK_N: int, BLOCK_K: int | None = None) -> Config:
+    """`config` with blocks of so many rows and, if given, steps of so many columns."""
+    return dataclasses.replace(config, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K or config.BLOCK_K)
 
 
 def ceil_div(number: int, by: int) -> int:

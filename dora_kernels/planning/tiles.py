@@ -148,7 +148,8 @@ _FLOAT_SM90 = (
 _HALF_SM120 = (
     _HALF
     | _walks(
-        Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4, waves=2),
+        # without a limit, 147 to 160 registers over weights of 4 and 8 bits
+        Config(BLOCK_N=64, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=4, waves=2, maxnreg=128),
         Config(BLOCK_N=64, BLOCK_K=128, BLOCK_R=64, num_warps=8, num_stages=2),
     )
     | {
