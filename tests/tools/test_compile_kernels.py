@@ -139,15 +139,15 @@ def test_every_config_compiles_for_every_target():
 # the arguments of compile_kernels.py and the end of a complaint, with what is wrong with the configuration
 PROJECT = "--target=sm_120", "--variant=bf16", "--rank=64", "--call=train", "--kernel=project", "--set"
 PROJECT_SM90 = "--target=sm_90", *PROJECT[1:]
-NORM = "--target=sm_90", "--variant=bf16", "--rank=64", "--call=train", "--kernel=_norm", "--loops", "--set"
+SUMS = "--target=sm_90", "--variant=bf16", "--rank=64", "--call=train", "--kernel=token_sums", "--loops", "--set"
 REJECTED = {
     "project:num_stages=8": (PROJECT, "over the limit"),  # eight stages of 24 KiB; sm_120 has 99 KiB
     "project:num_warps=1": (PROJECT, "spills"),  # a [128, 64] float32 tile is 256 registers of each of 32 threads
     "project:BLOCK_K=48": (PROJECT, "does not compile"),  # not a power of 2
     # a [128, 64] tile of 8 warps and four stages of it: two programs, or one with Triton 3.6.0
     "project:waves=3": (PROJECT_SM90, "waves=3, and a multiprocessor holds"),
-    # with one stage, and in a plain `range`, which pipelines a dot's operands alone, W is loaded where it is used
-    "norm:num_stages=1": (NORM, "on sm_90: weight.pointers[0] is loaded synchronously"),
+    # with one stage a tile is loaded where it is used
+    "token_sums:num_stages=1": (SUMS, "on sm_90: dy is loaded synchronously"),
 }
 REJECT = """
 import compile_kernels, contextlib, io, json, sys
