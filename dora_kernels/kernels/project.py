@@ -22,6 +22,7 @@ from dora_kernels.kernels.tile import (
 )
 from dora_kernels.planning import configs, plan
 from dora_kernels.planning.configs import ceil_div
+from dora_kernels.planning.tiles import Config
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -76,6 +77,11 @@ def _project_kernel(
                 store_parts(result, offs_m, offs_r, mask_m, mask_r, R, acc, DTYPES)
 
 
+def _blocks(M: int, R: int, config: Config) -> int:
+    """The number of blocks that the kernel makes of a result (M, R)."""
+    return ceil_div(M, config.BLOCK_M) * ceil_div(R, config.tiles(R)["BLOCK_R"])
+
+
 def project(
     rows: torch.Tensor,
     factor: torch.Tensor,
@@ -104,13 +110,12 @@ def project(
         result = rows.new_empty((M, R), dtype=out_dtype)
     if result.numel() == 0:
         return result
-    small = launch.config("low")
-    blocks_r = ceil_div(R, small.tiles(R)["BLOCK_R"])
-    config, programs, parts = small, blocks_r * ceil_div(M, small.BLOCK_M), 1
+    config = launch.config("low")
+    programs, parts = _blocks(M, R, config), 1
     fills = programs >= configs.FILLED * launch.facts.multiprocessors
     if launch.counts and (counters is not None or not fills):
         config = launch.config("project")
-        blocks, steps = blocks_r * ceil_div(M, config.BLOCK_M), ceil_div(K, config.BLOCK_K)
+        blocks, steps = _blocks(M, R, config), ceil_div(K, config.BLOCK_K)
         programs = launch.programs(blocks, steps, config, sums=True)
         parts = configs.most_parts(blocks, steps, programs)
     partial = None

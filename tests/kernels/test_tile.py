@@ -63,6 +63,7 @@ TILES = [
     for kernel, (one, other) in AXES.items()
     for sizes in ({f"BLOCK_{other}": 16}, {f"BLOCK_{one}": 16}, {f"BLOCK_{other}": 64, f"BLOCK_{one}": 64})
 ]
+TILES.append(("project", {"BLOCK_R": 32}))  # another size than that of `low`, which the same launcher may take
 
 
 @pytest.mark.parametrize(("kernel", "sizes"), TILES, ids=str)
