@@ -227,7 +227,7 @@ def walk_config(launch: Launch, config: Config, weight: Weight, R: int, out_byte
         return configs.alone(config, num_stages=2), 0
     weight_bytes = weight.dtype.itemsize
     if not isinstance(weight, torch.Tensor):
-        weight_bytes, out_bytes = 1, out_bytes + 1  # 8 bits at the most, and as much again for scales and tables
+        weight_bytes, out_bytes = configs.bytes_of_quantized(out_bytes)
     operand_bytes, target = launch.operand_bytes, launch.facts.target
     return configs.with_lora_B_resident(config, R, operand_bytes, weight_bytes, out_bytes, target)
 

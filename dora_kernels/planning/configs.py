@@ -41,8 +41,8 @@ def ceil_div(number: int, by: int) -> int:
     return -(-number // by)
 
 
-# The cost of one more part of a split sum, in steps: filling the pipeline before the first step, and writing partial
-# sums that another kernel reads (a prediction: at 64 x 128 x 64 they are as many bytes as 1.6 steps load).
+# The cost of one more part of a sum, in steps: filling the pipeline before the first step, and writing what is added up
+# later (a prediction: of token_sums at R = 64, 32 KB are as many bytes as 1.6 steps load).
 PART_STEPS = 2
 # Whole blocks, or as many equal parts of each, are taken where they keep this much of the device at work: fewer partial
 # sums, and no program that begins a second block.
@@ -113,6 +113,14 @@ MOST_CHUNKS = {
     ("interpreter", 6): 3,
     ("interpreter", 8): 2,
 }
+
+
+def bytes_of_quantized(out_bytes: int) -> tuple[int, int]:
+    """(streamed_bytes, out_bytes) of a walk over a quantized weight, as `with_lora_B_resident` takes them.
+
+    A weight has 8 bits at the most, and as much again is taken for scales and tables.
+    """
+    return 1, out_bytes + 1
 
 
 @functools.lru_cache(maxsize=4096)

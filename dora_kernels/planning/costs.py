@@ -175,8 +175,8 @@ def walk_reads(kernel: str, shape: Shape, device: Device, out_bytes: int) -> flo
     walked = tile.BLOCK_K or tile.BLOCK_M
     assert tile.BLOCK_N is not None and walked is not None
     operand_bytes, streamed_bytes = min(shape.itemsize, 4), shape.itemsize
-    if shape.packed and kernel != "epilogue":  # decoded in shared memory, in float32
-        streamed_bytes, out_bytes = 1, 4
+    if shape.packed and kernel != "epilogue":
+        streamed_bytes, out_bytes = configs.bytes_of_quantized(out_bytes)
     _, chunks = configs.with_lora_B_resident(tile, R, operand_bytes, streamed_bytes, out_bytes, device.facts.target)
     return R / tile.BLOCK_N + (0 if chunks else R / walked)
 
