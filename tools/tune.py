@@ -18,6 +18,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import multiprocessing
@@ -152,17 +153,19 @@ def fields_of(config: Config) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def _overriding() -> Iterator[dict[str, Config]]:
-    """Inside, config_for gives what is in the dict yielded, else tiles.CONFIGS: never the table of an earlier run."""
-    overrides: dict[str, Config] = {}
+def _choosing(kernel: str) -> Iterator[Callable[[Config], None]]:
+    """Inside, `kernel` has the configuration chosen last, all else that of tiles.CONFIGS: never of an earlier run's
+    table. Each choice is a function of its own, by which launch plans are kept: going back to one finds its plans.
+    """
     default_for = configs.config_for
 
-    def config_for(kernel: str, *arguments: Any) -> Config:
-        return overrides.get(kernel) or default_for(kernel, *arguments)
+    @functools.cache
+    def choice(config: Config) -> Callable[..., Config]:
+        return lambda name, *arguments: config if name == kernel else default_for(name, *arguments)
 
     untuned = mock.patch.object(configs, "tuned_configs", lambda name, target: {})
-    with untuned, mock.patch.object(configs, "config_for", config_for):
-        yield overrides
+    with untuned, mock.patch.object(configs, "config_for", lambda *asked: default_for(*asked)):
+        yield lambda config: setattr(configs, "config_for", choice(config))
 
 
 def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, int] = (10, 30)) -> Measure:
@@ -176,9 +179,9 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
             operands = kernels.KernelOperands.random(case)
             checker = kernels.Checker(operands)
             calls = {}
-            with _overriding() as overrides, kernels.every_call_by_kernel():
+            with _choosing(kernel) as choose, kernels.every_call_by_kernel():
                 for config in [config for config in configs if times[config] is not None]:
-                    overrides[kernel] = config
+                    choose(config)
                     try:
                         wrong = kernels.failure(checker.comparisons(job, steps))
                     except Exception as error:
@@ -188,8 +191,8 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
                         print(f"{kernel}: {fields_of(config)} at {case}: {wrong}", flush=True)
                         continue
 
-                    def call(config=config, overrides=overrides, job=job, operands=operands, steps=steps):
-                        overrides[kernel] = config
+                    def call(config=config, choose=choose, job=job, operands=operands, steps=steps):
+                        choose(config)
                         return kernels.TIMED[job](operands, steps)
 
                     calls[config] = call

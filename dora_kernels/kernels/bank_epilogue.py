@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.tile import (
     Launch,
     Matrix,
@@ -13,10 +14,8 @@ from dora_kernels.kernels.tile import (
     load,
     load_vector,
     low_rank,
-    matrix,
     rank_multiple,
     transposed,
-    vector,
 )
 from dora_kernels.planning import configs
 from dora_kernels.planning.configs import ceil_div
@@ -84,30 +83,26 @@ def bank_epilogue(
     """y (M, N) of rows with an adapter each; as `reference.bank_epilogue`."""
     M, N = base.shape
     E, _, R = lora_B.shape
-    launch = Launch.of(base, lora_B.dtype)
+    plan = _plan(Launch.of(base, lora_B.dtype), N, R, low.stride())
+    y = base.new_empty((M, N))
+    if y.numel() > 0:
+        grid = ceil_div(M, plan.config.BLOCK_M), ceil_div(N, plan.config.BLOCK_N)
+        plan.launch(grid, base, low, lora_B, gain, scaling, bias, index, y, M, N, R, E)
+    return y
+
+
+@planned
+def _plan(launch: Launch, N: int, R: int, low: tuple[int, ...]) -> LaunchPlan:
+    """low: its strides."""
     config = launch.config("bank_epilogue")
     if N % 16:  # each element has an address: up to 376 bytes a thread otherwise, of 128 registers
         config = configs.unlimited(config)
     tiles = config.tiles(R)
-    y = base.new_empty((M, N))
-    if y.numel() == 0:
-        return y
-    _bank_epilogue_kernel[ceil_div(M, config.BLOCK_M), ceil_div(N, config.BLOCK_N)](
-        matrix(base),
-        matrix(low),
-        lora_B,
-        gain,
-        scaling,
-        vector(bias),
-        index,
-        y,
-        M,
-        N,
-        R,
-        E,
+    return LaunchPlan(
+        _bank_epilogue_kernel,
+        config,
         R_MULTIPLE=rank_multiple(R, low),
         ONE_CHUNK=R <= tiles["BLOCK_R"],
         DTYPES=launch.dtypes,
         **tiles,
     )
-    return y

@@ -1,12 +1,12 @@
 """The epilogue of the forward pass: gain, low-rank product and bias over what the GEMM library made of x and weight."""
 
 import dataclasses
-import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.norm import finished_gain, unfinished_argument
 from dora_kernels.kernels.parts import in_parts
 from dora_kernels.kernels.shares import steps_of, steps_over, unit_range
@@ -21,11 +21,9 @@ from dora_kernels.kernels.tile import (
     load_parts,
     load_vector,
     low_rank,
-    matrix,
     rank_multiple,
     store,
     transposed,
-    vector,
 )
 from dora_kernels.planning import configs
 from dora_kernels.planning.configs import ceil_div
@@ -104,6 +102,53 @@ def _epilogue_kernel(
             store(Matrix(y_ptr, N, 1), offs_m, offs_n, mask_m, mask_n, y)
 
 
+@planned
+def _plan(
+    launch: Launch,
+    N: int,
+    R: int,
+    low: tuple[int, ...] | None,
+    lora_B: tuple[int, ...],
+    base: torch.dtype,
+    residual: torch.dtype | None,
+    out: torch.dtype,
+    in_vectors: bool,
+) -> LaunchPlan:
+    """low, lora_B: their strides."""
+    walked = 0 if low is None else R
+    streamed_bytes = base.itemsize + (0 if residual is None else residual.itemsize)
+    sizes = walked, launch.operand_bytes, streamed_bytes, out.itemsize, in_vectors and N % 16 == 0
+    config, chunks = _config(launch.config("epilogue", walked), *sizes, launch.facts.target)
+    return LaunchPlan(
+        _epilogue_kernel,
+        config,
+        R_MULTIPLE=rank_multiple(R, low, lora_B),
+        CHUNKS=chunks,
+        STAGES=None if chunks == 0 and low is not None else config.num_stages,
+        DTYPES=launch.dtypes,
+        **config.tiles(R),
+    )
+
+
+def _config(
+    config: Config, R: int, operand_bytes: int, streamed_bytes: int, out_bytes: int, in_vectors: bool, target: str
+) -> tuple[Config, int]:
+    """(config, CHUNKS): as configs.with_lora_B_resident, with blocks of half as many columns if lora_B then fits.
+
+    Reading low twice as often is less than reading low and lora_B: at R = 512 144 KB for 64 x 128 of y instead of 208.
+    """
+    if not in_vectors:  # loads, and masks, for each element
+        config = dataclasses.replace(config, waves=1, maxnreg=None)
+    if streamed_bytes > operand_bytes:  # as many bytes in flight, and 100 bytes of a third step's addresses spill
+        config = dataclasses.replace(config, num_stages=2)
+    sizes = R, operand_bytes, streamed_bytes, out_bytes, target
+    found = configs.with_lora_B_resident(config, *sizes)
+    if found[1] == 0 < R:
+        narrow = configs.with_lora_B_resident(dataclasses.replace(config, BLOCK_N=config.BLOCK_N // 2), *sizes)
+        found = narrow if narrow[1] else found
+    return found
+
+
 def epilogue(
     base: torch.Tensor,
     low: torch.Tensor | None,
@@ -125,55 +170,22 @@ def epilogue(
     if N == 0 or (M == 0 and unfinished is None):
         return y
     launch, _, low, lora_B = in_parts(Launch.of(base, lora_B.dtype), None, low, lora_B)
-    config, chunks = _config(
-        launch.config("epilogue", 0 if low is None else R),
-        0 if low is None else R,
-        launch.operand_bytes,
-        base.dtype.itemsize + (0 if residual is None else residual.dtype.itemsize),
-        out_dtype.itemsize,
-        N % 16 == 0 and _in_vectors(base) and (residual is None or _in_vectors(residual)),
-        launch.facts.target,
-    )
-    _epilogue_kernel[launch.programs(ceil_div(N, config.BLOCK_N), ceil_div(M, config.BLOCK_M), config, sums=False),](
-        matrix(base),
-        matrix(low),
-        matrix(lora_B),
-        gain,
-        unfinished_argument(unfinished),
-        vector(bias),
-        matrix(residual),
-        y,
-        M,
+    plan = _plan(
+        launch,
         N,
         R,
-        scaling,
-        R_MULTIPLE=rank_multiple(R, low, lora_B),
-        CHUNKS=chunks,
-        STAGES=None if chunks == 0 and low is not None else config.num_stages,
-        DTYPES=launch.dtypes,
-        **config.tiles(R),
+        None if low is None else low.stride(),
+        lora_B.stride(),
+        base.dtype,
+        None if residual is None else residual.dtype,
+        out_dtype,
+        _in_vectors(base) and (residual is None or _in_vectors(residual)),
     )
+    config = plan.config
+    programs = launch.programs(ceil_div(N, config.BLOCK_N), ceil_div(M, config.BLOCK_M), config, sums=False)
+    finish = unfinished_argument(unfinished)
+    plan.launch((programs,), base, low, lora_B, gain, finish, bias, residual, y, M, N, R, scaling)
     return y
-
-
-@functools.lru_cache(maxsize=4096)
-def _config(
-    config: Config, R: int, operand_bytes: int, streamed_bytes: int, out_bytes: int, in_vectors: bool, target: str
-) -> tuple[Config, int]:
-    """(config, CHUNKS): as configs.with_lora_B_resident, with blocks of half as many columns if lora_B then fits.
-
-    Reading low twice as often is less than reading low and lora_B: at R = 512 144 KB for 64 x 128 of y instead of 208.
-    """
-    if not in_vectors:  # loads, and masks, for each element
-        config = dataclasses.replace(config, waves=1, maxnreg=None)
-    if streamed_bytes > operand_bytes:  # as many bytes in flight, and 100 bytes of a third step's addresses spill
-        config = dataclasses.replace(config, num_stages=2)
-    sizes = R, operand_bytes, streamed_bytes, out_bytes, target
-    found = configs.with_lora_B_resident(config, *sizes)
-    if found[1] == 0 < R:
-        narrow = configs.with_lora_B_resident(dataclasses.replace(config, BLOCK_N=config.BLOCK_N // 2), *sizes)
-        found = narrow if narrow[1] else found
-    return found
 
 
 def _in_vectors(matrix: torch.Tensor) -> bool:

@@ -11,14 +11,17 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.norm import gain_of, root, row_squares
 from dora_kernels.kernels.shares import steps_over
 from dora_kernels.kernels.stored_weight import (
+    Layout,
     StoredWeight,
     Update,
     walk_config,
-    weight_arguments,
+    weight_argument,
     weight_config,
+    weight_format,
 )
 from dora_kernels.kernels.tile import TL_DTYPE, Launch, Matrix, block_offsets, known_multiple
 from dora_kernels.planning import configs
@@ -88,43 +91,66 @@ def grouped_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """norm and gain of the layers, one after the other; as `reference.grouped_norm`."""
     launch = Launch.of(weights[0], lora_As[0].dtype)
-    most_R = max(lora_A.shape[0] for lora_A in lora_As)
+    numbers = [
+        (*(tensor.data_ptr() for tensor in layer), *layer[0].shape, layer[1].shape[0])
+        for layer in zip(weights, lora_As, lora_Bs, magnitudes, strict=True)
+    ]
+    aligned = all(number % 16 == 0 for row in numbers for number in (*row[:3], row[5]))
+    ranks = [row[6] for row in numbers]
     least_aligned = max(weights, key=lambda weight: weight.shape[1] % 16)
-    config = weight_config(launch, "norm", least_aligned, most_R)
-    if least_aligned.shape[1] % 16:  # of addresses nothing is known then, either: 592 bytes a thread otherwise
-        config = configs.of_rows(config, max(16, config.BLOCK_N // 2))
-    config, chunks = walk_config(launch, config, least_aligned, most_R)
-    tiles = config.tiles(most_R)
-    _, weight_format = weight_arguments(weights[0], config.BLOCK_K)
+    plan = _plan(
+        launch,
+        weight_argument(least_aligned)[1],
+        max(ranks),
+        math.gcd(16, *ranks),
+        lora_As[0].dtype,
+        magnitudes[0].dtype,
+        aligned,
+    )
     layers, blocks, total = [], [], 0
-    for layer, (weight, *adapter) in enumerate(zip(weights, lora_As, lora_Bs, magnitudes, strict=True)):
-        N, K = weight.shape
-        addresses = [tensor.data_ptr() for tensor in (weight, *adapter)]
-        layers.append([*addresses, N, K, adapter[0].shape[0], total])
-        blocks += [(layer, block) for block in range(ceil_div(N, config.BLOCK_N))]
+    for layer, (*row, N, K, R) in enumerate(numbers):
+        layers.append([*row, N, K, R, total])
+        blocks += [(layer, block) for block in range(ceil_div(N, plan.config.BLOCK_N))]
         total += N
     norm = weights[0].new_empty(total, dtype=launch.accumulate)
     gain = torch.empty_like(norm)
-    if not blocks:
-        return norm, gain
-    aligned = all(number % 16 == 0 for row in layers for number in (*row[:3], row[5]))
-    _grouped_norm_kernel[len(blocks),](
-        _to_device(layers, torch.int64, norm.device),
-        _to_device(list(scalings), launch.accumulate, norm.device),
-        _to_device(blocks, torch.int64, norm.device),
-        norm,
-        gain,
-        FORMAT=weight_format,
-        ADAPTER_DTYPE=TL_DTYPE[lora_As[0].dtype],
-        MAGNITUDE_DTYPE=TL_DTYPE[magnitudes[0].dtype],
+    if blocks:
+        tables = (
+            _to_device(layers, torch.int64, norm.device),
+            _to_device(list(scalings), launch.accumulate, norm.device),
+            _to_device(blocks, torch.int64, norm.device),
+        )
+        plan.launch((len(blocks),), *tables, norm, gain)
+    return norm, gain
+
+
+@planned
+def _plan(
+    launch: Launch,
+    least_aligned: Layout,
+    most_R: int,
+    R_multiple: int,
+    adapter: torch.dtype,
+    magnitude: torch.dtype,
+    aligned: bool,
+) -> LaunchPlan:
+    config = weight_config(launch, "norm", least_aligned, most_R)
+    if least_aligned.K % 16:  # of addresses nothing is known then, either: 592 bytes a thread otherwise
+        config = configs.of_rows(config, max(16, config.BLOCK_N // 2))
+    config, chunks = walk_config(launch, config, least_aligned, most_R)
+    return LaunchPlan(
+        _grouped_norm_kernel,
+        config,
+        FORMAT=weight_format(least_aligned, config.BLOCK_K),
+        ADAPTER_DTYPE=TL_DTYPE[adapter],
+        MAGNITUDE_DTYPE=TL_DTYPE[magnitude],
         ALIGNED=aligned,
-        R_MULTIPLE=math.gcd(16, *(row[6] for row in layers)),
+        R_MULTIPLE=R_multiple,
         STAGES=config.num_stages if aligned else None,
         CHUNKS=chunks,
         DTYPES=launch.dtypes,
-        **tiles,
+        **config.tiles(most_R),
     )
-    return norm, gain
 
 
 def _to_device(numbers: list, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -8,20 +8,23 @@ import triton
 import triton.language as tl
 
 from dora_kernels import types
+from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.norm import finished_gain, unfinished_argument
 from dora_kernels.kernels.parts import in_parts, store_parts, whole
 from dora_kernels.kernels.shares import steps_of, steps_over, unit_range
 from dora_kernels.kernels.stored_weight import (
+    Layout,
     direction_tile,
     known_rank,
     update_argument,
     walk_config,
-    weight_arguments,
+    weight_argument,
     weight_config,
+    weight_format,
     weight_stages,
     with_tables,
 )
-from dora_kernels.kernels.tile import Launch, Matrix, block_offsets, load_parts, matrix, rank_multiple, resident, store
+from dora_kernels.kernels.tile import Launch, Matrix, block_offsets, load_parts, rank_multiple, resident, store
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
 
@@ -123,20 +126,21 @@ def merge(
 ) -> torch.Tensor:
     """The merged weight (N, K); as `reference.merge`, and without an adapter weight itself."""
     N, K = weight.shape
-    R = 0 if lora_A is None else lora_A.shape[-2]
     launch = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
     merged = weight.new_empty((N, K), dtype=out_dtype or weight.dtype)
     if merged.numel() == 0 and unfinished is None and prepared is None:
         return merged
+    R, strides = 0, None
     if lora_A is not None:
         launch, lora_A, lora_B = in_parts(launch, lora_A, lora_B)
-    config = weight_config(launch, "merge", weight, R)
-    config, chunks = walk_config(launch, config, weight, R, merged.dtype.itemsize)
-    tiles = config.tiles(R)
-    stored, weight_format = weight_arguments(weight, config.BLOCK_K)
-    scaled_B, factor, counters = (None, 1.0, None) if prepared is None else prepared
+        R, strides = lora_A.shape[-2], lora_B.stride()
+    stored, layout = weight_argument(weight)
+    plan = _merge_plan(launch, layout, R, strides, merged.dtype, subtract_weight)
+    config = plan.config
     programs = launch.programs(ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K), config, sums=False)
-    _merge_kernel[programs,](
+    scaled_B, factor, counters = (None, 1.0, None) if prepared is None else prepared
+    plan.launch(
+        (programs,),
         stored,
         gain,
         merged,
@@ -144,19 +148,32 @@ def merge(
         K,
         update_argument(lora_A, lora_B, scaling),
         unfinished_argument(unfinished),
-        matrix(scaled_B),
+        scaled_B,
         factor,
         counters,
         0 if counters is None else counters.numel(),
-        FORMAT=weight_format,
+    )
+    return merged
+
+
+@planned
+def _merge_plan(
+    launch: Launch, layout: Layout, R: int, lora_B: tuple[int, ...] | None, out: torch.dtype, subtract_weight: bool
+) -> LaunchPlan:
+    """lora_B: its strides."""
+    config = weight_config(launch, "merge", layout, R)
+    config, chunks = walk_config(launch, config, layout, R, out.itemsize)
+    return LaunchPlan(
+        _merge_kernel,
+        config,
+        FORMAT=weight_format(layout, config.BLOCK_K),
         SUBTRACT_WEIGHT=subtract_weight,
         R_MULTIPLE=rank_multiple(R, lora_B),
         CHUNKS=chunks,
-        STAGES=weight_stages(weight, config),
+        STAGES=weight_stages(layout, config),
         DTYPES=launch.dtypes,
-        **tiles,
+        **config.tiles(R),
     )
-    return merged
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -188,19 +205,16 @@ def prepare(prepared: types.Prepared, lora_B: torch.Tensor, gain: torch.Tensor) 
     scaled_B, factor, counters = prepared
     N, R = lora_B.shape[-2:]
     launch, _, lora_B = in_parts(Launch.of(lora_B, lora_B.dtype), None, lora_B)
+    plan = _prepare_plan(launch, R)
+    programs = max(1, ceil_div(N, plan.config.BLOCK_N))
+    count = 0 if counters is None else counters.numel()
+    plan.launch((programs,), lora_B, gain, scaled_B, factor, counters, count, N, R)
+
+
+@planned
+def _prepare_plan(launch: Launch, R: int) -> LaunchPlan:
     config = launch.config("prepare")
-    _prepare_kernel[max(1, ceil_div(N, config.BLOCK_N)),](
-        matrix(lora_B),
-        gain,
-        matrix(scaled_B),
-        factor,
-        counters,
-        0 if counters is None else counters.numel(),
-        N,
-        R,
-        DTYPES=launch.dtypes,
-        **config.tiles(R),
-    )
+    return LaunchPlan(_prepare_kernel, config, DTYPES=launch.dtypes, **config.tiles(R))
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> torch.Tensor:

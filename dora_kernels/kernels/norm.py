@@ -12,19 +12,22 @@ import triton
 import triton.language as tl
 
 from dora_kernels import types
+from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.parts import in_parts
 from dora_kernels.kernels.shares import add_parts, part_of, steps_of, steps_over, unit_range
 from dora_kernels.kernels.stored_weight import (
+    Layout,
     direction_tile,
     known_rank,
     update_argument,
     walk_config,
-    weight_arguments,
+    weight_argument,
     weight_config,
+    weight_format,
     weight_stages,
     with_tables,
 )
-from dora_kernels.kernels.tile import Launch, Vector, block_offsets, load_vector, rank_multiple, resident, vector
+from dora_kernels.kernels.tile import Launch, Vector, block_offsets, load_vector, rank_multiple, resident
 from dora_kernels.planning import configs
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.quant import Weight
@@ -206,40 +209,39 @@ def _launch(
 ) -> torch.Tensor | None:
     """Writes norm and gain; without a norm to write, sums of squares (parts, N)."""
     N, K = weight.shape
-    R = lora_A.shape[-2]
     launch, lora_A, lora_B = in_parts(Launch.of(weight, lora_A.dtype), lora_A, lora_B)
-    config = weight_config(launch, "norm", weight, R)
-    if norm is not None:  # whole rows: fewer in a block where there are not enough of them, if threads load 8 elements
-        rows, least = config.BLOCK_N, max(16, 8 * launch.threads(config) // config.BLOCK_K)
-        while rows > least and ceil_div(N, rows) < launch.facts.multiprocessors:
-            rows //= 2
-        config = configs.of_rows(config, rows)
-    config, chunks = walk_config(launch, config, weight, R)
-    tiles = config.tiles(R)
+    stored, layout = weight_argument(weight)
+    plan = _plan(launch, layout, N, lora_A.shape[-2], lora_B.stride(), norm is not None)
+    config = plan.config
     blocks, steps = ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K)
     programs, parts, squares = blocks, 1, None
     if norm is None:
         programs = launch.programs(blocks, steps, config, sums=True)
         parts = configs.most_parts(blocks, steps, programs)
         squares = weight.new_empty((parts, N), dtype=launch.accumulate)
-    if N == 0:
-        return squares
-    stored, weight_format = weight_arguments(weight, config.BLOCK_K)
-    _norm_kernel[programs,](
-        stored,
-        squares,
-        vector(magnitude),
-        norm,
-        gain,
-        N,
-        K,
-        update_argument(lora_A, lora_B, scaling),
-        parts,
-        FORMAT=weight_format,
+    if N > 0:
+        update = update_argument(lora_A, lora_B, scaling)
+        plan.launch((programs,), stored, squares, magnitude, norm, gain, N, K, update, parts)
+    return squares
+
+
+@planned
+def _plan(launch: Launch, layout: Layout, N: int, R: int, lora_B: tuple[int, ...], whole_rows: bool) -> LaunchPlan:
+    """lora_B: its strides."""
+    config = weight_config(launch, "norm", layout, R)
+    if whole_rows:  # fewer in a block where there are not enough of them, if threads load 8 elements
+        rows, least = config.BLOCK_N, max(16, 8 * launch.threads(config) // config.BLOCK_K)
+        while rows > least and ceil_div(N, rows) < launch.facts.multiprocessors:
+            rows //= 2
+        config = configs.of_rows(config, rows)
+    config, chunks = walk_config(launch, config, layout, R)
+    return LaunchPlan(
+        _norm_kernel,
+        config,
+        FORMAT=weight_format(layout, config.BLOCK_K),
         R_MULTIPLE=rank_multiple(R, lora_B),
-        STAGES=weight_stages(weight, config),
+        STAGES=weight_stages(layout, config),
         CHUNKS=chunks,
         DTYPES=launch.dtypes,
-        **tiles,
+        **config.tiles(R),
     )
-    return squares

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.tile import Launch, block_offsets, store
 from dora_kernels.planning.configs import ceil_div
 
@@ -102,9 +103,13 @@ def parts(count: int, *matrices: torch.Tensor) -> list[torch.Tensor]:
     sizes = [source.numel() for source in sources]
     blocks = sum(ceil_div(size, _BLOCK) for size in sizes)
     if blocks:
-        operands = (tuple(each) for each in (sources, results, sizes, widths))
-        _parts_kernel[blocks,](*operands, PARTS=count, BLOCK=_BLOCK, num_warps=_WARPS)
+        _plan(count).launch((blocks,), tuple(sources), tuple(results), tuple(sizes), tuple(widths))
     return results
+
+
+@planned
+def _plan(count: int) -> LaunchPlan:
+    return LaunchPlan(_parts_kernel, None, PARTS=count, BLOCK=_BLOCK, num_warps=_WARPS)
 
 
 def factors(beside: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

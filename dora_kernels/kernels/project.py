@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels import gemm
+from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.parts import in_parts, store_parts
 from dora_kernels.kernels.shares import add_parts, is_last, part_of, steps_of, steps_over, unit_range, zeroed
 from dora_kernels.kernels.tile import (
@@ -15,14 +16,12 @@ from dora_kernels.kernels.tile import (
     known_rows,
     load,
     load_parts,
-    matrix,
     rank_multiple,
     sum_of,
     sums_from,
 )
 from dora_kernels.planning import configs, plan
 from dora_kernels.planning.configs import ceil_div
-from dora_kernels.planning.tiles import Config
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -77,9 +76,18 @@ def _project_kernel(
                 store_parts(result, offs_m, offs_r, mask_m, mask_r, R, acc, DTYPES)
 
 
-def _blocks(M: int, R: int, config: Config) -> int:
+@planned
+def _plan(launch: Launch, tiles: str, R: int, factor: tuple[int, ...]) -> LaunchPlan:
+    """tiles: "low" for whole blocks, "project" for those that programs share. factor: the strides of (K, R)."""
+    config = launch.config(tiles)
+    return LaunchPlan(
+        _project_kernel, config, R_MULTIPLE=rank_multiple(R, factor), DTYPES=launch.dtypes, **config.tiles(R)
+    )
+
+
+def _blocks(M: int, R: int, plan: LaunchPlan) -> int:
     """The number of blocks that the kernel makes of a result (M, R)."""
-    return ceil_div(M, config.BLOCK_M) * ceil_div(R, config.tiles(R)["BLOCK_R"])
+    return ceil_div(M, plan.config.BLOCK_M) * ceil_div(R, plan.constants["BLOCK_R"])
 
 
 def project(
@@ -110,30 +118,18 @@ def project(
         result = rows.new_empty((M, R), dtype=out_dtype)
     if result.numel() == 0:
         return result
-    config = launch.config("low")
-    programs, parts = _blocks(M, R, config), 1
-    fills = programs >= configs.FILLED * launch.facts.multiprocessors
-    if launch.counts and (counters is not None or not fills):
-        config = launch.config("project")
-        blocks, steps = _blocks(M, R, config), ceil_div(K, config.BLOCK_K)
-        programs = launch.programs(blocks, steps, config, sums=True)
+    factor_T, partial, cut = factor.mT, None, counters is not None
+    if not cut or not launch.counts:
+        chosen = _plan(launch, "low", R, factor_T.stride())
+        programs = _blocks(M, R, chosen)
+        cut = programs < configs.FILLED * launch.facts.multiprocessors
+    if cut and launch.counts:
+        chosen = _plan(launch, "project", R, factor_T.stride())
+        blocks, steps = _blocks(M, R, chosen), ceil_div(K, chosen.config.BLOCK_K)
+        programs = launch.programs(blocks, steps, chosen.config, sums=True)
         parts = configs.most_parts(blocks, steps, programs)
-    partial = None
-    if parts > 1:
-        partial = rows.new_empty((parts, M, R), dtype=launch.accumulate)
-        counters = zeroed(counters, blocks, rows.device)
-    factor_T = factor.mT
-    _project_kernel[programs,](
-        matrix(rows),
-        matrix(factor_T),
-        matrix(result),
-        partial,
-        None if partial is None else counters,
-        M,
-        K,
-        R,
-        R_MULTIPLE=rank_multiple(R, factor_T),
-        DTYPES=launch.dtypes,
-        **config.tiles(R),
-    )
+        if parts > 1:
+            partial = rows.new_empty((parts, M, R), dtype=launch.accumulate)
+            counters = zeroed(counters, blocks, rows.device)
+    chosen.launch((programs,), rows, factor_T, result, partial, None if partial is None else counters, M, K, R)
     return result

@@ -1,6 +1,6 @@
 """The weight as kernels read it, in any storage format (see dora_kernels/quant/formats.py); 4 bits: four_bits.py.
 
-A weight reaches a kernel as one argument, a StoredWeight, and one constexpr, its WeightFormat (`weight_arguments`).
+A weight reaches a kernel as one argument, a StoredWeight, and one constexpr, its WeightFormat.
 It is decoded in registers to what its library decodes it to, rounding included. The update of it is an argument, too.
 """
 
@@ -25,11 +25,10 @@ from dora_kernels.kernels.tile import (
     load_parts,
     load_vector,
     low_rank,
-    matrix,
 )
 from dora_kernels.planning import configs
 from dora_kernels.planning.tiles import Config
-from dora_kernels.quant import DENSE, Weight, flatten_weight
+from dora_kernels.quant import DENSE, Weight
 
 
 class StoredWeight(NamedTuple):
@@ -54,6 +53,17 @@ class WeightFormat(NamedTuple):
         return DTYPE_OF_NAME[self.dtype_name]
 
 
+class Layout(NamedTuple):
+    """A stored weight without its tensors: what a launch plan is made from."""
+
+    format: str  # as in WeightFormat
+    dtype: torch.dtype  # that it is decoded to
+    K: int
+    sizes: tuple[int, ...]  # the numbers of the QuantizedWeight
+    numbers: tuple[int, ...]  # of the StoredWeight
+    words: bool  # the tensors of its scales begin and end with words of 4 bytes
+
+
 class Update(NamedTuple):
     """The low-rank update scaling * lora_B @ lora_A of a weight (N, K), as one argument of a kernel.
 
@@ -69,7 +79,7 @@ class Update(NamedTuple):
 
 def update_argument(lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, scaling: float) -> Update | None:
     """The update as an argument; None where there is no adapter."""
-    return None if lora_A is None else Update(matrix(lora_A), matrix(lora_B), lora_A.shape[-2], scaling)
+    return None if lora_A is None else Update(lora_A, lora_B, lora_A.shape[-2], scaling)
 
 
 @triton.jit
@@ -193,24 +203,24 @@ def direction_tile(
     return w, direction
 
 
-def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> Config:
+def weight_config(launch: Launch, kernel: str, layout: Layout, R: int) -> Config:
     """The configuration of the norm or merge kernel: more registers, or a smaller tile, where it would spill some."""
-    if weight.shape[1] % 16:  # each element has an address: up to 1032 bytes a thread otherwise, of 128 registers
+    if layout.K % 16:  # each element has an address: up to 1032 bytes a thread otherwise, of 128 registers
         config = configs.alone(launch.config(kernel))
     else:
         config = launch.config(kernel, R)
-    if isinstance(weight, torch.Tensor):
+    if layout.format == DENSE:
         return config
     if launch.parts > 1:  # 240 bytes a thread otherwise, of 128 registers
         config = configs.unlimited(config)
     assert config.BLOCK_N is not None and config.BLOCK_K is not None
     BLOCK_N, BLOCK_K, target = config.BLOCK_N, config.BLOCK_K, launch.facts.target
-    merges, four_bits = kernel == "merge", weight.format != "row8"
-    if four_bits and weight.shape[1] % 2:  # each code of 4 bits has an address of its own
+    merges, four_bits = kernel == "merge", layout.format not in _BY_ELEMENTS
+    if four_bits and layout.K % 2:  # each code of 4 bits has an address of its own
         BLOCK_N = max(16, BLOCK_N // 4)  # 1436 bytes a thread on sm_120 otherwise
         if merges and launch.parts > 1:
             BLOCK_K //= 2  # 576 bytes on sm_90 at R = 64
-    elif weight.format == "hqq4" and target in ("sm_100", "sm_120"):
+    elif layout.format == "hqq4" and target in ("sm_100", "sm_120"):
         BLOCK_N = max(16, BLOCK_N // 2)  # 88 and 168 bytes
         if merges:
             BLOCK_K = min(64, BLOCK_K)  # 112 bytes on sm_120 at R = 384
@@ -221,58 +231,63 @@ def weight_config(launch: Launch, kernel: str, weight: Weight, R: int) -> Config
     return configs.of_rows(config, BLOCK_N, BLOCK_K)
 
 
-def walk_config(launch: Launch, config: Config, weight: Weight, R: int, out_bytes: int = 0) -> tuple[Config, int]:
+def walk_config(launch: Launch, config: Config, layout: Layout, R: int, out_bytes: int = 0) -> tuple[Config, int]:
     """(config, CHUNKS) of the norm or merge kernel; out_bytes: of an element that is written."""
-    if weight.shape[1] % 16 and R > configs.HIGH_RANK:  # each element has an address: 1864 bytes a thread otherwise
+    if layout.K % 16 and R > configs.HIGH_RANK:  # each element has an address: 1864 bytes a thread otherwise
         return configs.alone(config, num_stages=2), 0
-    weight_bytes = weight.dtype.itemsize
-    if not isinstance(weight, torch.Tensor):
+    weight_bytes = layout.dtype.itemsize
+    if layout.format != DENSE:
         weight_bytes, out_bytes = configs.bytes_of_quantized(out_bytes)
     operand_bytes, target = launch.operand_bytes, launch.facts.target
     return configs.with_lora_B_resident(config, R, operand_bytes, weight_bytes, out_bytes, target)
 
 
-def weight_stages(weight: Weight, config: Config) -> int | None:
+def weight_stages(layout: Layout, config: Config) -> int | None:
     """For how many steps of a loop over K all its loads are on their way; None: those that feed no dot are waited for.
 
     None for what is not loaded in whole vectors, which would be loaded as before, but copied once more, and where it
     would cost more than it hides: HQQ's scale and zero for every weight (axis 0) would take 120 KB of shared memory,
     and leave room for one program a multiprocessor instead of two.
     """
-    rows, weight_format, numbers, _ = flatten_weight(weight)
-    if weight_format in (DENSE, "row8"):
-        whole_vectors = rows[0].stride(1) == 1 and rows[0].stride(0) % 16 == 0
+    if layout.format in _BY_ELEMENTS:
+        whole_vectors = layout.numbers[1] == 1 and layout.numbers[0] % 16 == 0
     else:
-        whole_vectors = weight.shape[1] % 2 == 0
-    scale_of_each = weight_format == "hqq4" and numbers[1] == 0
+        whole_vectors = layout.K % 2 == 0
+    scale_of_each = layout.format == "hqq4" and layout.sizes[1] == 0
     return config.num_stages if whole_vectors and not scale_of_each else None
 
 
-def weight_arguments(weight: Weight, BLOCK_K: int) -> tuple[StoredWeight, WeightFormat]:
-    """A weight's argument and its FORMAT, for a kernel whose tiles have BLOCK_K columns."""
-    N, K = weight.shape
-    pointers, name, sizes, dtype = flatten_weight(weight)
-    numbers: tuple[int, ...] = ()
+def weight_format(layout: Layout, BLOCK_K: int) -> WeightFormat:
+    """The FORMAT of a kernel whose tiles have BLOCK_K columns."""
+    K, sizes = layout.K, layout.sizes
     group = 1  # 64 where K is a multiple of 64
+    if layout.format == "hqq4":
+        group_size, axis = sizes
+        half, groups = layout.numbers
+        sizes = group_size, axis, K > 0 and half % K == 0, K > 0 and groups % K == 0
+        group = math.gcd(K, group_size, BLOCK_K) if axis == 1 else 1
+    elif layout.format not in _BY_ELEMENTS:
+        group = math.gcd(K, sizes[0], BLOCK_K)
+    # a scale of every weight comes in whole vectors, or has an address of its own: nothing to be had by words
+    return WeightFormat(layout.format, sizes, group, group > 1 and layout.words, TL_DTYPE[layout.dtype].name)
+
+
+_BY_ELEMENTS = (DENSE, "int8", "float8")
+
+
+def weight_argument(weight: Weight) -> tuple[StoredWeight, Layout]:
+    """A weight as an argument, and what a launch plan is made from."""
+    if isinstance(weight, torch.Tensor):
+        numbers = weight.stride()
+        return StoredWeight((weight,), numbers), Layout(DENSE, weight.dtype, weight.shape[1], (), numbers, False)
+    (N, K), name, pointers, sizes = weight.shape, weight.format, weight.tensors, weight.numbers
     words = False
-    if name == DENSE:
-        numbers = pointers[0].stride()
-    elif name == "row8":
+    if name == "row8":
         q, scale = pointers
         name = "int8" if q.dtype == torch.int8 else "float8"
         pointers = q.view(torch.int8 if name == "int8" else torch.uint8), scale
         numbers = (*q.stride(), *scale.stride())
     else:
-        if name == "hqq4":
-            group_size, axis = sizes
-            half, groups = N * K // 2, N * K // group_size
-            numbers = half, groups
-            sizes = group_size, axis, K > 0 and half % K == 0, K > 0 and groups % K == 0
-            group = math.gcd(K, group_size, BLOCK_K) if axis == 1 else 1
-        else:
-            numbers = (K // 2,)
-            group = math.gcd(K, sizes[0], BLOCK_K)
-        # a scale of every weight comes in whole vectors, or has an address of its own: nothing to be had by words
-        words = group > 1 and all(part.data_ptr() % 4 == 0 and part.nbytes % 4 == 0 for part in pointers[1:3])
-    stored = StoredWeight(tuple(pointers), numbers)
-    return stored, WeightFormat(name, tuple(sizes), group, words, TL_DTYPE[dtype].name)
+        numbers = (N * K // 2, N * K // sizes[0]) if name == "hqq4" else (K // 2,)
+        words = all(part.data_ptr() % 4 == 0 and part.nbytes % 4 == 0 for part in pointers[1:3])
+    return StoredWeight(tuple(pointers), numbers), Layout(name, weight.dtype, K, tuple(sizes), numbers, words)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -249,25 +250,30 @@ def low_rank(
     return acc
 
 
-def rank_multiple(R: int, *factors: torch.Tensor | None) -> int:
-    """The power of two that R and the distances of the factors' (..., R) rows are multiples of; 1 for 16 and more.
+def rank_multiple(R: int, *strides: tuple[int, ...] | None) -> int:
+    """The power of two that R and the distances of rows (..., R) are multiples of; 1 for 16 and more.
 
-    The JIT sees multiples of 16 by itself, and of nothing less: at 8, PEFT's default, it loads R elements one by one.
+    strides: of the factors that are there. The JIT sees multiples of 16 by itself, and of nothing less: at 8, PEFT's
+    default, it loads R elements one by one.
     """
-    strides = [factor.stride() for factor in factors if factor is not None]
-    if any(stride[-1] != 1 for stride in strides):
+    given = [stride for stride in strides if stride is not None]
+    if any(stride[-1] != 1 for stride in given):
         return 1
-    multiple = math.gcd(16, R, *(stride[-2] for stride in strides))
+    multiple = math.gcd(16, R, *(stride[-2] for stride in given))
     return multiple if multiple < 16 else 1
 
 
 class Launch(NamedTuple):
-    """The launch of one call's kernels: device facts, dtypes and the precision of their dots."""
+    """The launch of one call's kernels: device facts, dtypes and the precision of their dots, and the table of tiles.
+
+    Launch plans are kept by it (launches.py): who puts another function in the place of configs.config_for gets others.
+    """
 
     facts: devices.DeviceFacts
     operand: torch.dtype
     accumulate: torch.dtype
     precision: str
+    config_for: Callable[..., Config]
     parts: int = 1  # of the float32 operands, in bfloat16 (parts.py); 1 where a kernel takes them as they are
 
     @classmethod
@@ -276,12 +282,8 @@ class Launch(NamedTuple):
         facts = devices.device_facts(weight.device)
         # a quantized weight has 8 bits at the most, whatever dtype its library decodes it to
         beside = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
-        return cls(
-            facts=facts,
-            operand=operand,
-            accumulate=accumulate_dtype(weight.dtype),
-            precision=devices.dot_precision(facts, operand, beside),
-        )
+        precision = devices.dot_precision(facts, operand, beside)
+        return cls(facts, operand, accumulate_dtype(weight.dtype), precision, configs.config_for)
 
     @property
     def operand_bytes(self) -> int:
@@ -291,7 +293,7 @@ class Launch(NamedTuple):
     def config(self, kernel: str, R: int = 0) -> Config:
         """The tile configuration of `kernel`; given a high rank R, the one that it has for those."""
         name = kernel if R <= configs.HIGH_RANK else f"{kernel}_high_rank"
-        return configs.config_for(name, self.facts, self.operand, self.parts)
+        return self.config_for(name, self.facts, self.operand, self.parts)
 
     def threads(self, config: Config) -> int:
         """The threads of a program: AMD's warps have 64."""

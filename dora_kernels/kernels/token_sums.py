@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels.gemm import matmul
+from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.parts import in_parts
 from dora_kernels.kernels.shares import add_parts, is_last, part_of, steps_of, steps_over, unit_range, zeroed
 from dora_kernels.kernels.tile import (
@@ -17,7 +18,6 @@ from dora_kernels.kernels.tile import (
     known_rows,
     load,
     load_parts,
-    matrix,
     rank_multiple,
     store,
     sum_of,
@@ -296,40 +296,43 @@ def token_sums(
     elif low is not None and dy.dtype == torch.bfloat16:  # one part: a float16 has too many bits for that
         launch, _, summed = in_parts(launch, None, low)
     saved = None if dmagnitude is None else saved
-    config = launch.config("token_sums")
-    # 8 registers for the gain and 6 for addresses; where rows are not loaded in vectors, an address for each element
-    if dz is not None or N % 16:
-        config = configs.unlimited(config)
-    tiles = config.tiles(R)
+    chosen = _plan(
+        launch,
+        N,
+        R,
+        None if low is None else low.stride(),
+        dy.dtype,
+        None if saved is None else saved.dtype,
+        dz is not None,
+    )
+    config, BLOCK_R = chosen.config, chosen.constants["BLOCK_R"]
     columns = ceil_div(N, config.BLOCK_N)
-    blocks = columns * (1 if summed is None else max(1, ceil_div(R, tiles["BLOCK_R"])))
+    blocks = columns * (1 if summed is None else max(1, ceil_div(R, BLOCK_R)))
     steps = ceil_div(M, config.BLOCK_M)
     programs = _programs(launch, columns, blocks, steps, config)
     parts = configs.most_parts(blocks, steps, programs)
-
-    def partial(wanted: bool, *shape: int) -> torch.Tensor | None:
-        return dy.new_empty((parts, *shape), dtype=launch.accumulate) if wanted else None
-
+    partial_dB = partial_dot = partial_total = None
     if by_library:
         partial_dB = matmul(dy.T, low, launch.accumulate)
-    else:
-        partial_dB = partial(low is not None, blocks, config.BLOCK_N, tiles["BLOCK_R"])
-    # as many rows as the threads of a program load at once, 16 bytes each: those between are a thread's own to sum
-    rows_at_once = 16 * launch.threads(config) // (dy.itemsize * config.BLOCK_N)
-    # a base in float32 takes as much room again as dy and base in bfloat16
-    stages = max(2, config.num_stages - 2) if saved is not None and saved.itemsize > dy.itemsize else config.num_stages
-    _token_sums_kernel[programs,](
-        matrix(dy),
-        matrix(summed),
-        matrix(saved),
-        matrix(dy),
-        matrix(low),
-        matrix(lora_B),
+    elif low is not None:
+        partial_dB = dy.new_empty((parts, blocks, config.BLOCK_N, BLOCK_R), dtype=launch.accumulate)
+    if dmagnitude is not None:
+        partial_dot = dy.new_empty((parts, N), dtype=launch.accumulate)
+    if dbias is not None:
+        partial_total = dy.new_empty((parts, N), dtype=launch.accumulate)
+    chosen.launch(
+        (programs,),
+        dy,
+        summed,
+        saved,
+        dy,
+        low,
+        lora_B,
         gain,
         norm,
-        Sums(partial_dB, partial(dmagnitude is not None, N), partial(dbias is not None, N)),
+        Sums(partial_dB, partial_dot, partial_total),
         zeroed(counters, columns, dy.device),
-        matrix(dB),
+        dB,
         dmagnitude,
         dbias,
         dz,
@@ -337,9 +340,35 @@ def token_sums(
         N,
         R,
         scaling,
+    )
+
+
+@planned
+def _plan(
+    launch: Launch,
+    N: int,
+    R: int,
+    low: tuple[int, ...] | None,
+    dy: torch.dtype,
+    saved: torch.dtype | None,
+    writes_dz: bool,
+) -> LaunchPlan:
+    """low: its strides."""
+    config = launch.config("token_sums")
+    # 8 registers for the gain and 6 for addresses; where rows are not loaded in vectors, an address for each element
+    if writes_dz or N % 16:
+        config = configs.unlimited(config)
+    # as many rows as the threads of a program load at once, 16 bytes each: those between are a thread's own to sum
+    rows_at_once = 16 * launch.threads(config) // (dy.itemsize * config.BLOCK_N)
+    stages = config.num_stages
+    if saved is not None and saved.itemsize > dy.itemsize:  # takes as much room again as dy and base in bfloat16
+        stages = max(2, stages - 2)
+    return LaunchPlan(
+        _token_sums_kernel,
+        config,
         R_MULTIPLE=rank_multiple(R, low),
         SUM_ROWS=max(1, min(rows_at_once, config.BLOCK_M)),
         STAGES=stages,
         DTYPES=launch.dtypes,
-        **tiles,
+        **config.tiles(R),
     )

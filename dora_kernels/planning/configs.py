@@ -18,19 +18,16 @@ from dora_kernels.planning.tiles import BYTES_IN_PARTS, CONFIGS, Config
 HIGH_RANK = 64
 
 
-@functools.cache
 def unlimited(config: Config) -> Config:
     """`config` for a call that takes more registers than maxnreg allows: one program a multiprocessor."""
     return config if config.maxnreg is None else alone(config)
 
 
-@functools.cache
 def alone(config: Config, num_stages: int | None = None) -> Config:
     """`config` for one program a multiprocessor, with any number of registers."""
     return dataclasses.replace(config, num_stages=num_stages or config.num_stages, waves=1, maxnreg=None)
 
 
-@functools.lru_cache(maxsize=4096)
 def of_rows(config: Config, BLOCK_N: int, BLOCK_K: int | None = None) -> Config:
     """`config` with blocks of so many rows and, if given, steps of so many columns."""
     return dataclasses.replace(config, BLOCK_N=BLOCK_N, BLOCK_K=BLOCK_K or config.BLOCK_K)
@@ -123,7 +120,6 @@ def bytes_of_quantized(out_bytes: int) -> tuple[int, int]:
     return 1, out_bytes + 1
 
 
-@functools.lru_cache(maxsize=4096)
 def with_lora_B_resident(
     config: Config, R: int, operand_bytes: int, streamed_bytes: int, out_bytes: int, target: str
 ) -> tuple[Config, int]:

@@ -4,7 +4,6 @@ None has been measured on a GPU. They were compiled ahead of time: at most 64 by
 """
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 
@@ -28,16 +27,11 @@ class Config:
 
     def tiles(self, R: int | None = None) -> dict[str, int]:
         """The keyword arguments of a launch; BLOCK_R shrinks to a small R, but not below tl.dot's minimum of 16."""
-        return _arguments(self, R)
-
-
-@functools.lru_cache(maxsize=4096)
-def _arguments(config: Config, R: int | None) -> dict[str, int]:
-    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R", "num_warps", "num_stages", "maxnreg")
-    sizes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
-    if R is not None and config.BLOCK_R is not None:
-        sizes["BLOCK_R"] = min(config.BLOCK_R, max(16, 1 << max(R - 1, 0).bit_length()))
-    return sizes
+        names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R", "num_warps", "num_stages", "maxnreg")
+        sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if R is not None and self.BLOCK_R is not None:
+            sizes["BLOCK_R"] = min(self.BLOCK_R, max(16, 1 << max(R - 1, 0).bit_length()))
+        return sizes
 
 
 # Of norm and merge, for half precision: lora_A is read once for a block of rows, 128 x 64 takes half as much of it as

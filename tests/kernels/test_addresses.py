@@ -150,8 +150,8 @@ def test_a_long_stride_where_the_rank_is_in_chunks(R, chunks, name, axis, memory
     assert 2**31 <= (size - 1) * strides[axis] < 2**32
     arguments[name] = memory.as_strided(arguments[name].shape, strides, 2**31).copy_(arguments[name])
     launch = tile.Launch.of(memory, torch.float32)
-    config = launch.config("norm", R)
-    assert stored_weight.walk_config(launch, config, arguments["weight"], R)[1] == chunks
+    config, (_, layout) = launch.config("norm", R), stored_weight.weight_argument(arguments["weight"])
+    assert stored_weight.walk_config(launch, config, layout, R)[1] == chunks
     same(run_norm(**arguments, magnitude=torch.ones(3)), expected[0])
     same(run_merge(**arguments), expected[1])
 
@@ -186,12 +186,13 @@ def test_merge_writes_rows_of_2_to_the_30(memory):
     lora_A = torch.zeros(3, 64)
     lora_A[:, :3] = problem.lora_A
     expected = reference.merge(problem.weight, problem.lora_A, problem.lora_B, problem.magnitude, 0.75)
-    stored, weight_format = stored_weight.weight_arguments(far_weight, 32)
-    update = stored_weight.update_argument(lora_A, problem.lora_B, 0.75)
+    stored, layout = stored_weight.weight_argument(far_weight)
+    update = stored_weight.Update(tile.matrix(lora_A), tile.matrix(problem.lora_B), 3, 0.75)
     with num_programs(FAR // 32):
         _merge_kernel[1,](
             stored, problem.magnitude, huge, 3, FAR, update, None, None, 1.0, None, 0,
-            FORMAT=weight_format, SUBTRACT_WEIGHT=False, CHUNKS=1, R_MULTIPLE=1, STAGES=2, **tiles("merge"),
+            FORMAT=stored_weight.weight_format(layout, 32), SUBTRACT_WEIGHT=False, CHUNKS=1, R_MULTIPLE=1, STAGES=2,
+            **tiles("merge"),
         )  # fmt: skip
     torch.testing.assert_close(merged, expected)
 
@@ -202,12 +203,12 @@ def test_norm_writes_partial_sums_2_to_the_30_apart(memory):
     problem = Problem.random(3, 32, 64, 3, torch.float32)
     partial = corner(memory, columns=32)
     partial[2] = torch.nan
-    stored, weight_format = stored_weight.weight_arguments(problem.weight, 32)
-    update = stored_weight.update_argument(problem.lora_A, problem.lora_B, 0.75)
+    stored, layout = stored_weight.weight_argument(problem.weight)
+    update = stored_weight.Update(tile.matrix(problem.lora_A), tile.matrix(problem.lora_B), 3, 0.75)
     with num_programs(2 * FAR // 32):
         _norm_kernel[2,](
             stored, memory[2**31 :], None, None, None, FAR, 64, update, 3,
-            FORMAT=weight_format, CHUNKS=1, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
+            FORMAT=stored_weight.weight_format(layout, 32), CHUNKS=1, R_MULTIPLE=1, STAGES=2, **tiles("norm"),
         )  # fmt: skip
     norm, _ = reference.norm(problem.weight, problem.lora_A, problem.lora_B, 0.75)
     assert (partial[:2] > 0).all() and (partial[2] == 0).all()

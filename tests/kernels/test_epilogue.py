@@ -15,6 +15,7 @@ from tests.support.step_problem import close
 
 kernels = pytest.importorskip("dora_kernels.kernels")
 module = importlib.import_module("dora_kernels.kernels.epilogue")  # kernels.epilogue is the function
+launches = importlib.import_module("dora_kernels.kernels.launches")
 
 
 def operands(M, N, R, dtype, adapter=None):
@@ -49,15 +50,15 @@ def programs(monkeypatch):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """The keyword arguments of every launch."""
-    keywords, kernel = [], module._epilogue_kernel
+    """The constants of every launch."""
+    constants, launch = [], launches.LaunchPlan.launch
 
-    class Spy:
-        def __getitem__(self, grid):
-            return lambda *arguments, **given: keywords.append(given) or kernel[grid](*arguments, **given)
+    def recorded(plan, *arguments):
+        constants.append(plan.constants)
+        launch(plan, *arguments)
 
-    monkeypatch.setattr(module, "_epilogue_kernel", Spy())
-    return keywords
+    monkeypatch.setattr(launches.LaunchPlan, "launch", recorded)
+    return constants
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
@@ -147,14 +148,11 @@ def test_norm_and_gain_are_finished_for_no_tokens_too(shape):
 @pytest.fixture
 def little_memory(monkeypatch):
     """The interpreter has 40000 bytes of shared memory, for any number of chunks."""
-    cached = module._config, configs.with_lora_B_resident
     monkeypatch.setitem(configs.SHARED, "interpreter", 40000)
     monkeypatch.setitem(configs.MOST_CHUNKS, ("interpreter", 4), 9)
-    for function in cached:
-        function.cache_clear()
+    launches.forget()
     yield
-    for function in cached:
-        function.cache_clear()
+    launches.forget()
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="what the interpreter's shared memory holds")

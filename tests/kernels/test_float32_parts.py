@@ -9,6 +9,9 @@ from tests.support.problem import DEVICE, Problem
 
 kernels = pytest.importorskip("dora_kernels.kernels")
 parts_module = pytest.importorskip("dora_kernels.kernels.parts")
+
+from dora_kernels.kernels.launches import LaunchPlan  # noqa: E402
+
 LARGEST = torch.finfo(torch.float32).max
 
 
@@ -63,15 +66,10 @@ def test_several_matrices_in_one_launch(monkeypatch):
     """Of unlike sizes, none, transposed, and with rows apart."""
     matrices = [random_matrix(*shape, least=-20, most=20) for shape in ((33, 70), (0, 5), (1, 1), (3, 1024), (70, 33))]
     matrices += [matrices[0].T, matrices[0][:, 3:50]]
-    launched = []
-    kernel = parts_module._parts_kernel
-
-    class Counting:
-        def __getitem__(self, grid):
-            launched.append(grid)
-            return kernel[grid]
-
-    monkeypatch.setattr(parts_module, "_parts_kernel", Counting())
+    launched, launch = [], LaunchPlan.launch
+    monkeypatch.setattr(
+        LaunchPlan, "launch", lambda plan, grid, *given: launched.append(grid) or launch(plan, grid, *given)
+    )
     results = parts_module.parts(3, *matrices)
     assert launched == [(3 + 1 + 3 + 3 + 3 + 2,)]
     for matrix, parts in zip(matrices, results, strict=True):

@@ -1,7 +1,5 @@
 """The norms of many layers in one launch, and what the compiler may be told of all of them."""
 
-import collections
-
 import pytest
 
 from dora_kernels import reference
@@ -9,6 +7,8 @@ from tests.support.problem import Problem
 from tests.support.step_problem import SHAPES, close
 
 kernels = pytest.importorskip("dora_kernels.kernels")
+
+from dora_kernels.kernels.launches import LaunchPlan  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,7 @@ def test_grouped_norm_tells_the_compiler_what_holds_of_every_layer(change, align
     problem = Problem.random(1, 7, 48, 32)
     layer = [problem.weight, problem.lora_A, problem.lora_B, problem.magnitude]
     told = []
-    launcher = collections.defaultdict(lambda: lambda *arguments, **hints: told.append(hints))
-    monkeypatch.setitem(kernels.grouped_norm.__globals__, "_grouped_norm_kernel", launcher)
+    monkeypatch.setattr(LaunchPlan, "launch", lambda plan, *arguments: told.append(plan.constants))
     magnitude = problem.magnitude.new_ones(8)
     kernels.grouped_norm(*map(list, zip(layer, change([*layer[:3], magnitude]), strict=True)), [0.75, 0.75])
     assert (told[0]["ALIGNED"], told[0]["R_MULTIPLE"]) == (aligned, rank_multiple)

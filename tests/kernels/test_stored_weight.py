@@ -22,7 +22,8 @@ def test_what_a_norm_loads_ahead():
     """Nothing where the weight is not loaded in whole vectors, or has scales as large as itself."""
 
     def stages(weight):
-        return kernels.stored_weight.weight_stages(weight, Config(num_stages=3))
+        _, layout = kernels.stored_weight.weight_argument(weight)
+        return kernels.stored_weight.weight_stages(layout, Config(num_stages=3))
 
     def stored(kind, K=96):
         return quantized(kind, 32, K, torch.bfloat16)
@@ -55,7 +56,8 @@ def test_scales_are_loaded_by_words_only_where_they_fill_them(kind, N):
     moved = torch.cat((one[:1], one))[1:]  # by the bytes of a number
     tensors = (*weight.tensors[:part], moved, *weight.tensors[part + 1 :])
     misplaced = dataclasses.replace(weight, tensors=tensors)
-    by_words = [kernels.stored_weight.weight_arguments(one, 64)[1].words for one in (weight, misplaced)]
+    layouts = [kernels.stored_weight.weight_argument(one)[1] for one in (weight, misplaced)]
+    by_words = [kernels.stored_weight.weight_format(layout, 64).words for layout in layouts]
     assert by_words == [N == 4 or kind == "hqq4 axis 1", False]
     for stored in (weight, misplaced):
         assert torch.equal(kernels.dense(stored, torch.bfloat16), weight.dequantize())
