@@ -21,7 +21,7 @@ from dora_kernels.planning import devices
 from dora_kernels.pytorch import PYTORCH
 from dora_kernels.quant import Weight, flatten_weight, unflatten_weight
 from dora_kernels.reference import accumulate_dtype
-from dora_kernels.types import Call, DoraWeight, Epilogue, Given, How, Needs, Saved, Steps
+from dora_kernels.types import Call, DoraWeight, Epilogue, Forward, Given, Gradients, How, Needs, Saved, Steps
 
 # (operator, backend) -> how often it ran in this process; tests and the demo read it to know what really ran
 calls: collections.Counter[tuple[str, str]] = collections.Counter()
@@ -168,6 +168,23 @@ def _whole(
     return unflatten_weight(weight, weight_format, weight_numbers, weight_dtype, (lora_B.shape[0], lora_A.shape[1]))
 
 
+def run_forward(call: Call) -> Forward:
+    """The results of a forward pass by the steps of its backend: of the operator `forward`, with None where it has an
+    empty tensor."""
+    layer, given = call.layer, call.given
+    steps = _steps("forward", call.how.backend, call.x, call.x_dropped, *layer[:4], call.bias, *given)
+    with plain_mode(call.x):
+        return passes.forward(steps, call)
+
+
+def run_backward(dy: Tensor, saved: Saved, layer: DoraWeight, how: How, needs: Needs) -> Gradients:
+    """The results of a backward pass: of the operator `backward`, as `run_forward`."""
+    tensors = (saved.x, *layer[:3], saved.norm, saved.gain, saved.low, saved.intermediate, saved.merged)
+    steps = _steps("backward", how.backend, dy, *tensors)
+    with plain_mode(dy):
+        return passes.backward(steps, dy, saved, layer, how, needs)
+
+
 def _forward_fake(*flat: Any, **given_low: Any) -> tuple[Tensor, ...]:
     x, _, layer, _, given, how = unflatten_forward(*flat, **given_low)
     (M, _), (N, R), accumulate = x.shape, layer.lora_B.shape, accumulate_dtype(x.dtype)
@@ -186,10 +203,7 @@ def _forward_fake(*flat: Any, **given_low: Any) -> tuple[Tensor, ...]:
 )
 def forward(*flat: Any, **given_low: Any) -> tuple[Tensor, ...]:
     call = unflatten_forward(*flat, **given_low)
-    layer, given, how = call.layer, call.given, call.how
-    steps = _steps("forward", how.backend, call.x, call.x_dropped, *layer[:4], call.bias, *given)
-    with plain_mode(call.x):
-        return _or_empty(call.x, passes.forward(steps, call))
+    return _or_empty(call.x, run_forward(call))
 
 
 def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
@@ -209,10 +223,7 @@ def _backward_fake(*flat: Any) -> tuple[Tensor, ...]:
 )
 def backward(*flat: Any) -> tuple[Tensor, ...]:
     dy, saved, layer, how, needs = unflatten_backward(*flat)
-    tensors = (saved.x, *layer[:3], saved.norm, saved.gain, saved.low, saved.intermediate, saved.merged)
-    steps = _steps("backward", how.backend, dy, *tensors)
-    with plain_mode(dy):
-        return _or_empty(dy, passes.backward(steps, dy, saved, layer, how, needs))
+    return _or_empty(dy, run_backward(dy, saved, layer, how, needs))
 
 
 @_operator(

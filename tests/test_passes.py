@@ -12,7 +12,7 @@ from dora_kernels.functional import linear
 from dora_kernels.planning import costs, plan
 from dora_kernels.pytorch import PYTORCH
 from dora_kernels.quant import flatten_weight
-from dora_kernels.types import Call, DoraWeight, Forward, Given, Gradients, How, Needs, Saved
+from dora_kernels.types import Call, DoraWeight, Given, How, Needs, Saved
 from tests.support.problem import BACKENDS, DEVICE, GRADIENTS, TOLERANCE, Problem
 
 
@@ -82,14 +82,13 @@ def test_a_forward_pass_keeps_what_the_backward_pass_needs_and_no_more(way, norm
     """For every choice of what requires a gradient, with autograd and without."""
     problem = Problem.random(3, 8, 6, 2, torch.float32)
     flags = []
-    names = [argument.name for argument in ops.forward._schema.arguments if not argument.kwarg_only]
 
-    def recorded(*arguments):
-        flags.append(dict(zip(names, arguments, strict=True)))
-        return forward(*arguments)
+    def recorded(call):
+        flags.append(call.how)
+        return forward(call)
 
-    forward = ops.forward
-    monkeypatch.setattr(ops, "forward", recorded)
+    forward = ops.run_forward
+    monkeypatch.setattr(ops, "run_forward", recorded)
     for grad, needs_A, needs_B, needs_magnitude in itertools.product((False, True), repeat=4):
         problem.lora_A.requires_grad_(needs_A)
         problem.lora_B.requires_grad_(needs_B)
@@ -98,8 +97,8 @@ def test_a_forward_pass_keeps_what_the_backward_pass_needs_and_no_more(way, norm
             linear.dora_linear_core(problem.x.requires_grad_(), problem.layer, norm_grad=norm_grad)
         needs_dot = grad and (needs_magnitude or (norm_grad and (needs_A or needs_B)))
         keep = ("base" if way == "split" else "z_merged") if needs_dot else ""
-        asked = {name: flags[-1][name] for name in ("keep", "keep_low")}
-        assert asked == {"keep": keep, "keep_low": (grad and needs_B) or keep == "base"}, (grad, needs_A, needs_B)
+        asked = flags[-1].save, flags[-1].save_low
+        assert asked == (keep, (grad and needs_B) or keep == "base"), (grad, needs_A, needs_B)
 
 
 SAVED = {
@@ -120,19 +119,17 @@ def test_what_is_saved_is_what_the_record_says(kind, backend, monkeypatch):
     on_gpu = {"reference": "base", "triton": "base"}
     expected = expected if isinstance(expected, str) else (expected if DEVICE == "cpu" else on_gpu)[backend]
     problem = Problem.random(33, 40, 36, 6, *dtypes, dropout=arguments.get("dropout", 0.0))
-    made, forward, backward = [], ops.forward, ops.backward
-    monkeypatch.setattr(ops, "forward", lambda *flat: made.append(forward(*flat)) or made[-1])
+    made, forward, backward = [], ops.run_forward, ops.run_backward
+    monkeypatch.setattr(ops, "run_forward", lambda call: made.append(forward(call)) or made[-1])
     records, wrong = [], {}
 
-    def recorded(*flat):
-        names = [argument.name for argument in backward._schema.arguments]
-        keep, magnitude = names.index("keep"), Gradients._fields.index("magnitude")
-        records.append(flat[keep])
+    def recorded(dy, saved, layer, how, needs):
+        records.append(how.save)
         for record in ("base",) if "dropout" in arguments else ("base", "z_gemm", "z_merged"):
-            wrong[record] = backward(*flat[:keep], record, *flat[keep + 1 :])[magnitude]
-        return backward(*flat)
+            wrong[record] = backward(dy, saved, layer, how._replace(save=record), needs).magnitude
+        return backward(dy, saved, layer, how, needs)
 
-    monkeypatch.setattr(ops, "backward", recorded)
+    monkeypatch.setattr(ops, "run_backward", recorded)
     options = {name: value for name, value in arguments.items() if name != "dropout"}
     results, exact = problem.ours(backend, **options), problem.exact()
     assert records == [expected]
@@ -141,7 +138,7 @@ def test_what_is_saved_is_what_the_record_says(kind, backend, monkeypatch):
     seen = double.x if problem.x_dropped is None else double.x_dropped
     tensors = {"base": seen @ double.weight.T}
     tensors["z"] = tensors["base"] + double.scaling * seen @ double.lora_A.T @ double.lora_B.T
-    saved, name = Forward(*made[0]).intermediate, expected.partition("_")[0]
+    saved, name = made[0].intermediate, expected.partition("_")[0]
     assert saved.dtype == (torch.float32 if kind == "base, unrounded" else dtypes[0])
     assert _relative(saved, tensors[name]) < 0.01 < 0.1 < _relative(saved, tensors["z" if name == "base" else "base"])
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dora_kernels import ops
 from dora_kernels.functional import derivatives
+from dora_kernels.functional.signature import is_observed
 from dora_kernels.quant import DENSE, Weight, unflatten_weight
 from dora_kernels.reference import accumulate_dtype, dense, dora_linear_ref, gain_of, row_norms
 from dora_kernels.types import Call, DoraWeight, Given, Gradients, How, Needs, Saved
@@ -39,10 +40,12 @@ def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class DoraLinearFunction(torch.autograd.Function):
     """y (M, N), norm (N,) and gain (N,), of x (M, K) in the dtype of the base GEMM and x_dropped (M, K).
 
-    norm and gain are empty where they are given: never themselves, because autograd would make a view of each.
+    norm and gain are None or empty where they are given: never themselves, because autograd would make a view of each.
 
     held: a list of what the adapter saw before it was folded and cast, alone: no input to autograd, and saved with its
     graph where nothing but a second derivative may need it. It costs no copy.
+
+    direct: the pass is called, and not its operator. The dispatcher takes 12 us to find out that nobody else wants it.
     """
 
     @staticmethod
@@ -61,16 +64,20 @@ class DoraLinearFunction(torch.autograd.Function):
         scaling: float,
         held: list[Tensor],
         how: How,
+        direct: bool,
         storage: Storage,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         layer = DoraWeight(_stored(tensors, storage, how, lora_A, lora_B), lora_A, lora_B, magnitude, scaling)
         # not rounded to a narrower weight's dtype: the low-rank products see it as the adapter does
         dropped = None if x_dropped is None else _in_dtype(x_dropped, how.dtype)
         base_bias = None if bias is None else _in_dtype(bias, how.base_dtype)
-        arguments = ops.flatten_forward(Call(x, dropped, layer, base_bias, Given(norm, gain, low), how))
-        given_low = {} if low is None else {"given_low": low}
-        y, made_norm, made_gain, made_low, saved = ops.forward(*arguments, **given_low)
+        call = Call(x, dropped, layer, base_bias, Given(norm, gain, low), how)
+        if direct:
+            y, made_norm, made_gain, made_low, saved = ops.run_forward(call)
+        else:
+            given_low = {} if low is None else {"given_low": low}
+            y, made_norm, made_gain, made_low, saved = ops.forward(*ops.flatten_forward(call), **given_low)
         if ctx is not None:
             shared = None if low is None else low.grad_fn
             ctx.shared = shared if getattr(shared, "_forward_cls", None) is SharedLow else None
@@ -94,10 +101,10 @@ class DoraLinearFunction(torch.autograd.Function):
                 merged if x.requires_grad else None,
                 *tensors,
             )
-            ctx.mark_non_differentiable(made_norm, made_gain)
+            ctx.mark_non_differentiable(*(made for made in (made_norm, made_gain) if made is not None))
             # or autograd makes zeros for norm and gain, two launches in every backward pass
             ctx.set_materialize_grads(False)
-            ctx.scaling, ctx.how, ctx.storage = scaling, how, storage
+            ctx.scaling, ctx.how, ctx.direct, ctx.storage = scaling, how, direct, storage
             ctx.low_given = low is not None
             ctx.dropped_dtype = None if x_dropped is None else x_dropped.dtype
             ctx.bias_dtype = magnitude.dtype if bias is None else bias.dtype
@@ -152,13 +159,15 @@ def _stored(tensors: Sequence[Tensor], storage: Storage, how: How, lora_A: Tenso
     return unflatten_weight(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
 
 
-def _gradients(ctx: Any, dy: Tensor, needs: Needs) -> Sequence[Tensor]:
-    """The gradients of DoraLinearFunction for dy (M, N), by one operator; empty where not needed."""
+def _gradients(ctx: Any, dy: Tensor, needs: Needs) -> Sequence[Tensor | None]:
+    """The gradients of DoraLinearFunction for dy (M, N), by one pass; None or empty where not needed."""
     seen, lora_A, lora_B, magnitude, norm, gain, low, saved, merged, *tensors = ctx.saved_tensors
     weight = _stored(tensors, ctx.storage, ctx.how, lora_A, lora_B)
     layer = DoraWeight(weight, lora_A, lora_B, magnitude, ctx.scaling)
     x = seen if needs.lora_A else None
     left = Saved(x, norm, gain, low, saved, merged, magnitude.dtype, ctx.bias_dtype)
+    if ctx.direct and not is_observed() and dy.__class__ is Tensor:
+        return ops.run_backward(dy, left, layer, ctx.how, needs)
     return ops.backward(*ops.flatten_backward(dy, left, layer, ctx.how, needs))
 
 

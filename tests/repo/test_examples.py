@@ -117,13 +117,13 @@ def test_every_layer_is_ours_and_the_losses_are_stock_pefts(whole, stock):
 
 def test_the_losses_tell_the_adapters_apart(finetune, whole, tmp_path, monkeypatch):
     """What the tests here would see: a gain that is 1% off."""
-    forward = ops.forward
+    forward = ops.run_forward
 
-    def wrong_forward(*arguments):
-        y, *kept = forward(*arguments)
-        return y * 1.01, *kept
+    def wrong_forward(call):
+        result = forward(call)
+        return result._replace(y=result.y * 1.01)
 
-    monkeypatch.setattr(ops, "forward", wrong_forward)
+    monkeypatch.setattr(ops, "run_forward", wrong_forward)
     wrong, _ = finetune(tmp_path)
     assert losses(wrong) != pytest.approx(losses(whole[1]), rel=1e-4)
 

@@ -124,6 +124,10 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/adapters/test_merging.py::test_a_convolution_that_no_weight_can_stand_for_is_left",
     ),
     "dora_kernels/reuse/sharing.py": (*_SHARED, *_SECOND, "tests/functional/test_tracing.py"),
+    "dora_kernels/functional/signature.py": (
+        "tests/functional/test_signature.py",
+        "tests/functional/test_malformed.py",
+    ),
     "dora_kernels/functional/tracing.py": ("tests/functional/test_tracing.py", *_SECOND),
     "dora_kernels/functional/validate.py": (
         "tests/functional/test_functional.py",

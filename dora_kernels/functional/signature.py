@@ -1,0 +1,74 @@
+"""The signature of a call: all that its checks and its choices are made from, so that each is checked once.
+
+Two calls of one signature differ in the numbers of their tensors, in how many tokens there are and in scaling, which is
+checked at each call. Taking it is 2 us, what it stands for 8.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dora_kernels.functional.tracing import is_traced, is_transformed
+from dora_kernels.ops import is_autocast
+from dora_kernels.planning.options import current_options
+from dora_kernels.quant import QuantizedWeight
+from dora_kernels.types import DoraWeight, Given
+
+PLAIN = (Tensor, nn.Parameter)
+"""The classes of tensors of which nothing but torch's operators makes anything."""
+
+KEPT = 4096
+"""The most signatures that are kept: of many ranks and shapes in one process, a few hundred."""
+
+
+def is_observed() -> bool:
+    """True if the operators that run now are more than run: they go into a graph, are transformed, or are profiled."""
+    return is_traced() or is_transformed() or torch._C._autograd._profiler_enabled()
+
+
+def signature_of(
+    x: Any, layer: DoraWeight, bias: Any, x_dropped: Any, given: Given, norm_grad: Any
+) -> tuple[object, ...] | None:
+    """The signature of a call of `dora_linear_core`, without scaling; None where the call has to be checked itself.
+
+    That is where its operators are observed, where anything but a plain tensor is among its tensors, or where norm_grad
+    is no bool.
+    """
+    if x is None or (norm_grad is not False and norm_grad is not True) or is_observed():
+        return None
+    weight, lora_A, lora_B, magnitude, _ = layer
+    whole: tuple[Any, ...] = (lora_A, lora_B, magnitude, bias, given.norm, given.gain, given.merged)
+    facts: list[object] = []
+    if weight.__class__ is QuantizedWeight:
+        if not all(tensor.__class__ in PLAIN for tensor in weight.tensors):
+            return None
+        facts += weight.dtype, weight.device, weight.shape
+    else:
+        whole = (weight, *whole)
+    for tensor in whole:
+        if tensor is None:
+            facts.append(None)
+        elif tensor.__class__ in PLAIN and not tensor.is_nested:
+            facts += tensor.dtype, tensor.device, tensor.layout, tensor.shape, tensor.requires_grad
+        else:
+            return None
+    for tensor in (x, x_dropped, given.low):
+        if tensor is None:
+            facts.append(None)
+        elif tensor.__class__ in PLAIN and not tensor.is_nested:
+            facts += tensor.dtype, tensor.device, tensor.layout, tensor.shape[-1:]
+        else:
+            return None
+    # of their rows what is asked, and not how many they are
+    if x_dropped is not None:
+        facts.append(x_dropped.shape == x.shape)
+    if given.low is not None:
+        facts.append(given.low.shape[:-1] == (math.prod(x.shape[:-1]),))
+    options = current_options()
+    facts += options.backend, options.way, options.precision, norm_grad, torch.is_grad_enabled()
+    if torch._C._is_any_autocast_enabled():  # first: the type of a device is a new string each time
+        device = x.device.type
+        facts.append(torch.get_autocast_dtype(device) if is_autocast(device) else None)
+    return tuple(facts)
