@@ -83,6 +83,11 @@ def device_facts(device: torch.device) -> DeviceFacts:
     return DeviceFacts(properties.name, target, properties.multi_processor_count)
 
 
+_TAKEN = frozenset((torch.bfloat16, torch.float16, torch.float32))
+# float64 has no tensor-core path worth a config of its own; the interpreter takes it, for gradcheck.
+_TAKEN_BY_THE_INTERPRETER = _TAKEN | {torch.float64}
+
+
 def why_not_triton(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """The reason that the kernels cannot take tensors of `dtypes` on `device`; None if they can."""
     if not has_triton():
@@ -92,13 +97,12 @@ def why_not_triton(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str
         return "the tensors are on the CPU and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
     if not facts.target:
         return f"no kernel configuration is known for {facts.name}"
-    # float64 has no tensor-core path worth a config of its own; the interpreter takes it, for gradcheck.
-    taken = [torch.bfloat16, torch.float16, torch.float32]
-    taken += [torch.float64] if facts.target == "interpreter" else []
-    refused = [dtype for dtype in dtypes if dtype not in taken]
-    if torch.float64 in dtypes and len(set(dtypes)) > 1:
-        refused = [torch.float64]  # a float64 product has no place in a float32 accumulator
-    return f"the kernels do not take {refused[0]} on {facts.name}" if refused else None
+    taken = _TAKEN_BY_THE_INTERPRETER if facts.target == "interpreter" else _TAKEN
+    mixed = torch.float64 in dtypes and len(set(dtypes)) > 1  # a float64 product has no place in a float32 accumulator
+    if taken.issuperset(dtypes) and not mixed:
+        return None
+    refused = torch.float64 if mixed else next(dtype for dtype in dtypes if dtype not in taken)
+    return f"the kernels do not take {refused} on {facts.name}"
 
 
 _logged: set[str] = set()
