@@ -270,7 +270,10 @@ def operand_dtypes(x: Weight, lora_A: Tensor) -> tuple[torch.dtype, torch.dtype]
 
     As nn.Linear's: autocast leaves float64 alone, and adapters wider than x widen their own products only.
     """
-    if is_autocast(x.device.type) and x.dtype != torch.float64:
+    # the type of a device is a new string each time: 0.2 us
+    autocast = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
+    if autocast and is_autocast(x.device.type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x.device.type)
         return dtype, dtype
-    return x.dtype, torch.promote_types(x.dtype, lora_A.dtype)
+    dtype, adapter_dtype = x.dtype, lora_A.dtype
+    return dtype, dtype if dtype == adapter_dtype else torch.promote_types(dtype, adapter_dtype)

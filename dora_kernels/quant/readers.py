@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from dora_kernels.quant.bitsandbytes_cpu import flat_scales, is_packed_for_cpu, unpacked
-from dora_kernels.quant.formats import QuantizedWeight
+from dora_kernels.quant.formats import DENSE, QuantizedWeight, Weight
 from dora_kernels.quant.parts import PAIR
 
 
@@ -206,6 +206,13 @@ def _made_of(source: Tensor, made: Tensor) -> Tensor:
 def sources(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The library's own tensors behind those of a weight: it changes whenever one of these does."""
     return [getattr(tensor, "dora_source", tensor) for tensor in tensors]
+
+
+def origin_of(weight: Weight) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
+    """The tensors that a weight is read from, its library's own, and all else that its numbers depend on."""
+    if isinstance(weight, QuantizedWeight):
+        return tuple(sources(weight.tensors)), (weight.format, weight.numbers, weight.dtype)
+    return (weight,), (DENSE, weight.dtype)
 
 
 def _differentiable(tensor: Tensor) -> Tensor:

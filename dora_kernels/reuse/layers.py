@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +10,12 @@ from torch import Tensor, nn
 from dora_kernels import ops
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.functional.rescale import dora_linear_lora_dropout
-from dora_kernels.functional.validate import check_adapter
+from dora_kernels.functional.validate import check_adapter, check_tracing
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.planning.options import current_options
-from dora_kernels.quant import flatten_weight, sources
+from dora_kernels.quant import flatten_weight, origin_of
 from dora_kernels.reuse import store
-from dora_kernels.types import DoraWeight, Given
+from dora_kernels.types import NOTHING_GIVEN, DoraWeight, Given
 
 
 def dora_linear_reusing(
@@ -36,29 +37,67 @@ def dora_linear_reusing(
     """
     if lora_dropout and x_dropped is not None:
         return _with_lora_dropout(module, x, layer, bias, x_dropped, function)
-    stored, *storage = flatten_weight(layer.weight)
-    tensors = (*sources(stored), layer.lora_A, layer.lora_B, layer.magnitude)
-    call = store.call_of(module, tensors, x.device)
-    given, rest = Given(low=low), {"x_dropped": x_dropped, "function": function}
-    if call is None:
-        return dora_linear_core(x, layer, bias, given=given, **rest)[0]
+    given, keep = NOTHING_GIVEN if low is None else Given(low=low), None
+    call = store.call_of(module)
+    if call is not None:
+        if type(x) is not Tensor:
+            check_tracing(function, x)
+        tensors, settings = _read(x, layer)
+        kept = store.find_unchanged(module, call, tensors, settings)
+        if kept is None or (kept.merged is None and x.requires_grad and _wants_merged(module)):
+            kept, keep = _find(module, call, x, layer, tensors, settings)
+        if kept is not None:
+            given = Given(kept.norm, kept.gain, low, kept.merged)
+    y, norm, gain = dora_linear_core(x, layer, bias, x_dropped=x_dropped, given=given, function=function)
+    if keep is not None:
+        keep(norm, gain)
+    return y
 
+
+def _find(
+    module: nn.Module,
+    call: store.CallState,
+    x: Tensor,
+    layer: DoraWeight,
+    tensors: tuple[Tensor, ...],
+    settings: tuple[object, ...],
+) -> tuple[store.Kept | None, Callable[[Tensor, Tensor], None] | None]:
+    """What is kept for this call, and None; or None, and what keeps the norm and gain that it makes if they may be."""
+    if not store.may_keep(module, tensors, x.device):
+        return None, None
     generation = store.generation()
-    fingerprint = store.fingerprint_of(tensors, (layer.scaling, storage, operand_dtypes(x, layer.lora_A)), x.device)
+    fingerprint = store.fingerprint_of(tensors, settings, x.device)
     kept = store.find(module, call, tensors, fingerprint)
     scopes = store.scopes.get(module, ()) if call.in_scope else ()
     if kept is None and any(scope.fill(x) for scope in scopes):
         kept = store.find(module, call, tensors, fingerprint)
     if kept is None:
-        y, norm, gain = dora_linear_core(x, layer, bias, given=given, **rest)
-        store.keep(module, call, store.Kept.of(tensors, fingerprint, norm, gain), generation)
-        return y
+
+        def keep(norm: Tensor, gain: Tensor) -> None:
+            store.keep(module, call, store.Kept.of(tensors, fingerprint, norm, gain), generation)
+
+        return None, keep
     found = kept
-    if kept.merged is None and any(scope.keep_merged for scope in scopes):
+    if kept.merged is None and call.in_scope and _wants_merged(module):
         kept = _merge(kept, x, layer)
     if kept is not found or call.region is not None:
         store.keep(module, call, kept, generation)
-    return dora_linear_core(x, layer, bias, given=Given(kept.norm, kept.gain, low, kept.merged), **rest)[0]
+    return kept, None
+
+
+def _read(x: Tensor, layer: DoraWeight) -> tuple[tuple[Tensor, ...], tuple[object, ...]]:
+    """The tensors that norm and gain are computed from, and what else they depend on."""
+    weight, lora_A, lora_B, magnitude, scaling = layer
+    stored, storage = origin_of(weight)
+    return (*stored, lora_A, lora_B, magnitude), (scaling, storage, operand_dtypes(x, lora_A))
+
+
+def _wants_merged(module: nn.Module) -> bool:
+    """True if a scope of `module` was opened with keep_merged."""
+    for scope in store.scopes.get(module, ()):  # a third of the time of any()
+        if scope.keep_merged:
+            return True
+    return False
 
 
 def _with_lora_dropout(
@@ -79,16 +118,17 @@ def _merge(kept: store.Kept, x: Tensor, layer: DoraWeight) -> store.Kept:
     if weight.dtype != base_dtype or not x.requires_grad:
         return kept
     backend = current_options().backend
-    return kept._replace(merged=ops.merge(*flatten_weight(weight), lora_A, lora_B, kept.gain, scaling, dtype, backend))
+    merged = ops.merge(*flatten_weight(weight), lora_A, lora_B, kept.gain, scaling, dtype, backend)
+    return replace(kept, merged=merged)
 
 
 def weight_norm_reusing(module: nn.Module, layer: DoraWeight) -> Tensor:
     """`weight_norm` for `module`, of an earlier call where that is safe."""
     weight, lora_A, lora_B, _, scaling = layer
-    stored, *storage = flatten_weight(weight)
+    stored, storage = origin_of(weight)
     settings = (scaling, storage, operand_dtypes(weight, lora_A))
     compute = functools.partial(weight_norm, weight, lora_A, lora_B, scaling)
-    return norm_reusing(module, (*sources(stored), lora_A, lora_B), settings, compute)
+    return norm_reusing(module, (*stored, lora_A, lora_B), settings, compute)
 
 
 def norm_reusing(
@@ -98,9 +138,12 @@ def norm_reusing(
 
     tensors, settings: all that the norm depends on. It must be a constant for autograd.
     """
+    call = store.call_of(module)
+    kept = None if call is None else store.find_unchanged(module, call, tensors, settings)
+    if kept is not None:
+        return kept.norm
     device = tensors[0].device
-    call = store.call_of(module, tensors, device)
-    if call is None:
+    if call is None or not store.may_keep(module, tensors, device):
         return compute()
     generation = store.generation()
     fingerprint = store.fingerprint_of(tensors, settings, device)

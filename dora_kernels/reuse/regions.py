@@ -29,6 +29,8 @@ def of_first_call(training: bool) -> Any | None:
     """
     if not torch.is_grad_enabled():
         return _context(_FORWARD) if training else None
+    if _top_hooks(True) is None:  # of every call that is not checkpointed, and asked in each
+        return None
     # in a backward pass a region is part of what an outer one recomputes; the tensors saved are not its own
     return None if in_backward() else _in_hook(_FIRST, "frame")
 

@@ -4,6 +4,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +13,9 @@ from dora_kernels import ops
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_row
 from dora_kernels.planning.options import current_options
-from dora_kernels.quant import flatten_weight
+from dora_kernels.quant import origin_of
 from dora_kernels.reuse import store
 from dora_kernels.types import DoraWeight
-
-IN_SCOPE = store.CallState(in_scope=True, is_again=False, region=None)
-"""The call on whose behalf a scope makes the norms of layers that are not being called."""
 
 # one thread at a time opens or closes a scope: each replaces the scopes that a layer is in
 _opening = threading.Lock()
@@ -63,7 +61,7 @@ class Scope:
         store.scopes[layer] = others
         kept = store.by_layer.get(layer)
         if kept is not None and kept.merged is not None and not any(scope.keep_merged for scope in others):
-            store.by_layer[layer] = kept._replace(merged=None)
+            store.by_layer[layer] = replace(kept, merged=None)
 
     @torch.no_grad()
     def fill(self, x: Tensor) -> bool:
@@ -92,9 +90,9 @@ class Scope:
             shareable = all(tensor.is_contiguous() for tensor in tensors) and layer.weight.dtype == base_dtype
             if not shareable or not store.can_keep(tensors, x.device):
                 continue
-            _, *storage = flatten_weight(layer.weight)
-            fingerprint = store.fingerprint_of(tensors, (layer.scaling, storage, (base_dtype, dtype)), x.device)
-            if store.find(module, IN_SCOPE, tensors, fingerprint) is None:
+            settings = (layer.scaling, origin_of(layer.weight)[1], (base_dtype, dtype))
+            fingerprint = store.fingerprint_of(tensors, settings, x.device)
+            if store.find(module, store.IN_SCOPE, tensors, fingerprint) is None:
                 dtypes = (layer.weight.dtype, layer.lora_A.dtype, layer.magnitude.dtype, dtype)
                 groups.setdefault(dtypes, []).append((module, layer, fingerprint))
         for (*_, dtype), members in groups.items():
@@ -103,7 +101,7 @@ class Scope:
             sizes = [weight.shape[0] for weight in weights]
             for member, norm, gain in zip(members, norms.split(sizes), gains.split(sizes), strict=True):
                 module, layer, fingerprint = member
-                store.keep(module, IN_SCOPE, store.Kept.of(layer[:4], fingerprint, norm, gain), generation)
+                store.keep(module, store.IN_SCOPE, store.Kept.of(layer[:4], fingerprint, norm, gain), generation)
         return True
 
 

@@ -27,56 +27,21 @@ promises the same; but for FSDP1's flat weights and those of ZeRO-3 nothing is e
 import itertools
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dora_kernels.functional.tracing import is_traced, is_transformed
 from dora_kernels.reuse import regions
+from dora_kernels.reuse.kept import Fingerprint, Kept, identity_of, owner_of
 
 try:  # the modules that fully_shard manages: there is no public way to ask
     from torch.distributed._composable_state import _module_state_mapping as _managed_modules
 except ImportError:
     _managed_modules = None
-
-
-class Kept(NamedTuple):
-    """A layer's norm (N,), gain (N,) and perhaps merged weight (N, K), and the tensors that they were computed from.
-
-    Owners and storages are weak references, and both are needed: a new parameter may take over the storage of the one
-    that it replaces, and through .data a parameter may get a new storage at the address of the old one.
-    """
-
-    owners: tuple[weakref.ref[Tensor], ...]
-    storages: tuple[StorageWeakRef, ...]
-    fingerprint: tuple[object, ...]
-    norm: Tensor | None
-    gain: Tensor | None
-    merged: Tensor | None = None
-
-    @classmethod
-    def of(
-        cls,
-        tensors: tuple[Tensor, ...],
-        fingerprint: tuple[object, ...],
-        norm: Tensor | None = None,
-        gain: Tensor | None = None,
-    ) -> "Kept":
-        owners = tuple(weakref.ref(_owner(tensor)) for tensor in tensors)
-        storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
-        return cls(owners, storages, fingerprint, _for_every_mode(norm), _for_every_mode(gain))
-
-    def is_of(self, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]) -> bool:
-        """True if these are the same tensors, unchanged."""
-        if self.fingerprint != fingerprint:  # and with it perhaps the number of tensors
-            return False
-        return all(
-            owner() is _owner(tensor) and storage.cdata == tensor.untyped_storage()._cdata
-            for owner, storage, tensor in zip(self.owners, self.storages, tensors, strict=True)
-        )
 
 
 class CallState(NamedTuple):
@@ -89,6 +54,10 @@ class CallState(NamedTuple):
     in_scope: bool
     is_again: bool
     region: Any | None
+
+
+IN_SCOPE = CallState(in_scope=True, is_again=False, region=None)
+"""That of a call inside `frozen_adapters` and nothing else, as most of them are."""
 
 
 class LastCall(NamedTuple):
@@ -144,8 +113,8 @@ def can_keep(tensors: tuple[Tensor, ...], device: torch.device) -> bool:
     return all(map(_has_identity, tensors)) and not capturing
 
 
-def call_of(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device) -> CallState | None:
-    """The relation of a call of `layer`, computed from `tensors`, to the store; None if there is none.
+def call_of(layer: nn.Module) -> CallState | None:
+    """The relation of a call of `layer` to the store; None if there is none.
 
     If there is none, the results of the layer's last call are dropped, too: a backward pass must not find them.
     """
@@ -154,26 +123,46 @@ def call_of(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device)
     last = last_calls.get(layer) if last_calls.data else None
     is_again = last is not None and regions.of_call_again(last.region())
     region = None if is_again else regions.of_first_call(layer.training)
-    call = CallState(scope_of(layer) is not None, is_again, region)
-    if (call.in_scope or is_again or region is not None) and can_keep(tensors, device):
-        return call
-    if last is not None:
+    in_scope = bool(scopes.data) and scope_of(layer) is not None
+    if is_again or region is not None:
+        return CallState(in_scope, is_again, region)
+    if not in_scope and last is not None:
         last_calls.pop(layer, None)
-    return None
+    return IN_SCOPE if in_scope else None
+
+
+def may_keep(layer: nn.Module, tensors: tuple[Tensor, ...], device: torch.device) -> bool:
+    """`can_keep` for a call of `layer` that has a relation to the store; if not, it has none after all (`call_of`)."""
+    if can_keep(tensors, device):
+        return True
+    last_calls.pop(layer, None)
+    return False
 
 
 def scope_of(layer: nn.Module) -> Any | None:
     """The scope of `layer` that was opened first, or None. A held one (`hold_adapters`) does not count in eval mode: it
     may have been left open.
     """
-    if not scopes.data:
-        return None
-    return next((scope for scope in scopes.get(layer, ()) if layer.training or not scope.held), None)
+    for scope in scopes.get(layer, ()):
+        if layer.training or not scope.held:
+            return scope
+    return None
 
 
-def find(
-    layer: nn.Module, call: CallState, tensors: tuple[Tensor, ...], fingerprint: tuple[object, ...]
+def find_unchanged(
+    layer: nn.Module, call: CallState, tensors: tuple[Tensor, ...], settings: tuple[object, ...]
 ) -> Kept | None:
+    """What `find` would find, where nothing has changed since it last found it; None says nothing.
+
+    Asked first, for it needs neither `may_keep` nor `fingerprint_of`: 2 us, and with them 9.
+    """
+    kept = by_layer.get(layer) if call is IN_SCOPE else None
+    if kept is None or not kept.is_unchanged(tensors, settings, _optimizer_steps) or is_traced() or is_transformed():
+        return None
+    return None if tensors[0].is_cuda and torch.cuda.is_current_stream_capturing() else kept
+
+
+def find(layer: nn.Module, call: CallState, tensors: tuple[Tensor, ...], fingerprint: Fingerprint) -> Kept | None:
     """The results kept for `layer`, if this call may use them, else None."""
     kept = by_layer.get(layer) if call.in_scope else None
     last = last_calls.pop(layer, None) if call.is_again else None
@@ -183,6 +172,8 @@ def find(
         return first  # the very bits of the forward pass, whatever a scope has made since
     if kept is None or not kept.is_of(tensors, fingerprint):
         return None
+    if call is IN_SCOPE:
+        kept.see(tensors)
     return kept
 
 
@@ -194,7 +185,7 @@ def keep(layer: nn.Module, call: CallState, kept: Kept, generation_before: int) 
             by_layer[layer] = kept
         if generation_before == _generation and is_first:
             # no merged weight: a region that is never run again would hold it
-            last_calls[layer] = LastCall(weakref.ref(call.region), kept._replace(merged=None))
+            last_calls[layer] = LastCall(weakref.ref(call.region), replace(kept, merged=None))
         if generation_before != _generation:  # before, or in this thread while it was kept
             by_layer.pop(layer, None)
     if (call.region is not None and not is_first) or generation_before != _generation:
@@ -234,24 +225,8 @@ def invalidate(model: nn.Module) -> None:
         constants.pop(module, None)
 
 
-def fingerprint_of(
-    tensors: tuple[Tensor, ...], settings: tuple[object, ...], device: torch.device
-) -> tuple[object, ...]:
+def fingerprint_of(tensors: tuple[Tensor, ...], settings: tuple[object, ...], device: torch.device) -> Fingerprint:
     return identity_of(tensors, device), settings, optimizer_steps()
-
-
-def identity_of(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[object, ...]:
-    """The tensors with address, version and layout, and the stream."""
-    identity = tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
-    return identity, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-
-
-def _owner(tensor: Tensor) -> Tensor:
-    """The tensor that lives as long as the layer: the parameter itself if `tensor` is a view of it.
-
-    (A transposed weight is a new view in every call, and so are the bytes of a packed one.)
-    """
-    return tensor if tensor._base is None else tensor._base
 
 
 def _has_identity(tensor: Tensor) -> bool:
@@ -262,18 +237,10 @@ def _has_identity(tensor: Tensor) -> bool:
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
         return False
-    owner = _owner(tensor)
+    owner = owner_of(tensor)
     if getattr(owner, "_is_flat_param", False) or hasattr(owner, "ds_status"):
         return False
     return tensor.device.type != "cpu" or not tensor.untyped_storage().is_shared()
-
-
-def _for_every_mode(row: Tensor | None) -> Tensor | None:
-    """`row`, or a copy of one made in inference mode that autograd can save: serving and training share it."""
-    if row is None or not row.is_inference():
-        return row
-    with torch.inference_mode(False):
-        return row.clone()
 
 
 def _count_one_step(*_: object) -> None:
