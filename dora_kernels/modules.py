@@ -65,9 +65,14 @@ class MergeableLinear(nn.Module):
     def base(self) -> tuple[Weight, Tensor | None]:
         """The weight and the bias beneath the adapter; a quantized one is read anew: its library may have moved it."""
         if not torch.compiler.is_compiling():  # past nn.Module.__getattr__, which takes 0.4 us for each
-            parameters = self._parameters
-            if "weight" in parameters and self.base_layer is None:
-                return parameters["weight"], parameters["bias"] if "bias" in parameters else self.bias
+            quantized = self._modules.get("base_layer")
+            layer = self if quantized is None else quantized
+            parameters = layer._parameters
+            bias = parameters["bias"] if "bias" in parameters else layer.bias
+            if quantized is not None:
+                return read(quantized), bias
+            if "weight" in parameters:
+                return parameters["weight"], bias
         if self.base_layer is None:
             return self.weight, self.bias
         return read(self.base_layer), self.base_layer.bias

@@ -127,6 +127,9 @@ def unflatten_weight(
 def _unchecked(*values: object) -> QuantizedWeight:
     """A QuantizedWeight of another's parts, not checked again: every call of an operator makes one."""
     weight = object.__new__(QuantizedWeight)
+    if not torch.compiler.is_compiling():
+        weight.__dict__.update(zip(_FIELDS, values, strict=True))
+        return weight
     for name, value in zip(_FIELDS, values, strict=True):
         object.__setattr__(weight, name, value)  # which torch.compile traces; it does not trace __dict__.update
     return weight

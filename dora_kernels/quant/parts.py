@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dora_kernels.quant.layouts import layout_check
 
 PAIR = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
 """Dtype of a codebook -> the integer dtype that is as wide as two of its entries."""
@@ -41,22 +43,27 @@ def check_parts(
 ) -> None:
     """Raise ValueError unless these are the parts of a weight (N, K) of this format and dtype.
 
-    Fake and meta tensors pass like any others: shape, dtype, strides and device are all that is checked.
+    Fake and meta tensors pass like any others: shape, dtype, strides and device are all that is checked. Layers read
+    their weight in every call, so that parts laid out as the last good ones of that format and size are not gone
+    through one by one.
     """
     if not isinstance(shape, tuple) or not isinstance(numbers, tuple):
         raise ValueError(
             f"QuantizedWeight: shape is {shape!r} and numbers is {numbers!r}; expected (N, K) and a tuple of ints"
         )
     # torch.compile would trace through the cache. A TypeError: something unhashable, so no format, size or dtype
-    expected_parts = _expected_parts if torch.compiler.is_compiling() else _expected_parts_cached
+    cached = not torch.compiler.is_compiling()
     try:
-        parts = expected_parts(weight_format, dtype, shape, *shape, *numbers)
+        expected = (_expected_cached if cached else _Expected)(weight_format, dtype, shape, *shape, *numbers)
     except TypeError:
-        parts = _expected_parts(weight_format, dtype, shape, *shape, *numbers)
+        expected = _Expected(weight_format, dtype, shape, *shape, *numbers)
+    parts = expected.parts
     if not isinstance(tensors, tuple) or len(tensors) != len(parts):
         has = f"{len(tensors)} tensors" if isinstance(tensors, tuple) else f"a {type(tensors).__name__}"
         names = ", ".join(part.name for part in parts)
         raise ValueError(f"QuantizedWeight {weight_format}: tensors is {has}; expected a tuple of {names}")
+    if expected.has_good_layout is not None and expected.has_good_layout(*tensors):
+        return
     device = getattr(tensors[0], "device", None)
     for tensor, (name, dtypes, size, contiguous) in zip(tensors, parts, strict=True):
         if not (
@@ -71,6 +78,8 @@ def check_parts(
         ):
             why = _why_not(tensor, dtypes, size, device)
             raise ValueError(f"QuantizedWeight {weight_format}: {name} {why} (shape {shape}, numbers {numbers})")
+    if cached and all(type(tensor) is Tensor for tensor in tensors):
+        expected.has_good_layout = layout_check(tensors)
 
 
 def _why_not(tensor: object, dtypes: tuple[torch.dtype, ...], size: tuple[int, ...], device: object) -> str:
@@ -116,7 +125,15 @@ def _expected_parts(
     return parts_of(N, K, dtype, *numbers)
 
 
-_expected_parts_cached = functools.lru_cache(1024, typed=True)(_expected_parts)
+class _Expected:
+    """The parts of a weight, and whether tensors are laid out as some that have been found to be these parts."""
+
+    def __init__(self, *format_and_sizes: Any) -> None:
+        self.parts = _expected_parts(*format_and_sizes)
+        self.has_good_layout: Callable[..., bool] | None = None
+
+
+_expected_cached = functools.lru_cache(1024, typed=True)(_Expected)
 
 
 def _codebook4(N: int, K: int, dtype: torch.dtype, blocksize: int, nested_blocksize: int) -> tuple[Part, ...]:

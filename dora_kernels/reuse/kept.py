@@ -13,10 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-try:  # with which torch.compile compares tensors' types, dispatch keys, dtypes, devices, sizes and strides: 0.2 us
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
+from dora_kernels.quant import layout_check
 
 Fingerprint = tuple[tuple[tuple[tuple[object, ...], ...], int], tuple[object, ...], int]
 """`identity_of` the tensors, the settings of the call, and the number of optimizer steps."""
@@ -30,8 +27,7 @@ class Look(NamedTuple):
     stream: int
     # owner, address, version and storage of each tensor
     places: list[tuple[weakref.ref[Tensor], object, object, int]]
-    # all the rest; and requires_grad and the dispatch keys, with autocast's and inference mode's, on which no norm
-    # depends: where one of these is another, the answer is no
+    # all the rest, and more, on which no norm depends: requires_grad, autocast, inference mode
     has_layout: Callable[..., bool]
 
 
@@ -76,9 +72,7 @@ class Kept:
 
     def see(self, tensors: tuple[Tensor, ...]) -> None:
         """Take the look of the tensors, after `is_of` has said that they are the ones."""
-        if TensorGuards is None:
-            return
-        has_layout = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        has_layout = layout_check(tensors)
         (identities, stream), settings, steps = self.fingerprint
         read = zip(self.owners, identities, self.storages, strict=True)
         places = [(owner, *identity[:2], storage.cdata) for owner, identity, storage in read]

@@ -6,7 +6,6 @@ for its recomputation is found by that recomputation and by no other call. There
 hooks look different, and in the checkpointing of other libraries, no region is seen, and nothing is reused.
 """
 
-import inspect
 import sys
 from types import CodeType
 from typing import Any
@@ -56,11 +55,13 @@ def _in_hook(name: str, variable: str) -> Any | None:
     hooks = _top_hooks(True)
     if hooks is None:
         return None
-    pack = inspect.unwrap(hooks[0])  # torch 2.13 wraps one
-    if getattr(pack, "__module__", "") != checkpoint.__name__ or getattr(pack, "__qualname__", "") != name:
+    pack = hooks[0]
+    while hasattr(pack, "__wrapped__"):  # torch 2.13 wraps one
+        pack = pack.__wrapped__
+    if getattr(pack, "__qualname__", "") != name or getattr(pack, "__module__", "") != checkpoint.__name__:
         return None
-    found = dict(zip(pack.__code__.co_freevars, pack.__closure__ or (), strict=True)).get(variable)
-    return None if found is None else found.cell_contents
+    variables = pack.__code__.co_freevars
+    return pack.__closure__[variables.index(variable)].cell_contents if variable in variables else None
 
 
 def _context(code: CodeType) -> Any | None:

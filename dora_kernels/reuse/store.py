@@ -240,7 +240,7 @@ def _has_identity(tensor: Tensor) -> bool:
     owner = owner_of(tensor)
     if getattr(owner, "_is_flat_param", False) or hasattr(owner, "ds_status"):
         return False
-    return tensor.device.type != "cpu" or not tensor.untyped_storage().is_shared()
+    return not (tensor.is_cpu and tensor.untyped_storage().is_shared())
 
 
 def _count_one_step(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import pickle
 
@@ -12,6 +13,7 @@ from torch import nn
 import dora_kernels
 from dora_kernels import DoraLinear, options, quant
 from dora_kernels.extras.dvora import DvoraLinear, VeraProjection
+from dora_kernels.quant import layout_check, parts
 from dora_kernels.reference import dora_linear_ref
 from tests.support import restated_layers
 from tests.support.packed_weights import KINDS, quantized
@@ -67,6 +69,24 @@ def test_every_part_of_a_quantised_weight_is_looked_at(kind):
     for tensors in (weight.tensors[:-1], (*weight.tensors, weight.tensors[0]), list(weight.tensors), None):
         with pytest.raises(ValueError, match=f"QuantizedWeight {weight.format}: tensors is .* {PARTS[kind][0]}"):
             dataclasses.replace(weight, tensors=tensors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_laid_out_as_good_ones_are_not_gone_through_again(kind, monkeypatch):
+    """Any that are not, are: whatever grad mode a weight is read in."""
+    weight, gone_through = quantized(kind, N, K), []
+    monkeypatch.setattr(parts, "layout_check", lambda tensors: gone_through.append(tensors) or layout_check(tensors))
+    monkeypatch.setattr(parts, "_expected_cached", functools.lru_cache(8, typed=True)(parts._Expected))
+    for _ in range(2):
+        dataclasses.replace(weight, tensors=tuple(tensor.clone() for tensor in weight.tensors))
+    assert len(gone_through) == 1
+    for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+        with mode():
+            for i, tensor in enumerate(weight.tensors):
+                if tensor.is_floating_point():
+                    wrong = tensor.detach().requires_grad_()
+                    with pytest.raises(ValueError, match="requires a gradient"):
+                        dataclasses.replace(weight, tensors=(*weight.tensors[:i], wrong, *weight.tensors[i + 1 :]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import dora_kernels
 from dora_kernels import DoraLinear, DvoraLinear, VeraProjection
+from dora_kernels.quant import layouts
 from dora_kernels.reuse import kept, store
 from tests.support.problem import DEVICE, definition
 
@@ -86,7 +87,7 @@ def test_a_call_like_the_last_asks_nothing(kind, training, layer, asked):
 
 def test_the_last_call_is_asked_for_where_torch_has_no_comparison(layer, asked, monkeypatch):
     """A torch without TensorGuards: the same results, by the long way."""
-    monkeypatch.setattr(kept, "TensorGuards", None)
+    monkeypatch.setattr(layouts, "TensorGuards", None)
     x = batch()
     with seen(layer, x):
         before = len(asked)
@@ -289,15 +290,14 @@ def test_a_scope_that_wants_the_merged_weight_gets_it_from_a_call_like_the_last(
 def test_another_thread_s_layout_is_not_taken_for_the_one_that_was_compared(layer, monkeypatch):
     """Between the comparison and the look that is taken after it."""
     x = batch()
-    guards = kept.TensorGuards
 
-    def racing(*tensors, **settings):
+    def racing(tensors):
         transpose(layer)
-        return guards(*tensors, **settings)
+        return layouts.layout_check(tensors)
 
     with dora_kernels.frozen_adapters(layer):
         with monkeypatch.context() as patch:
-            patch.setattr(kept, "TensorGuards", racing)
+            patch.setattr(kept, "layout_check", racing)
             layer(x)
         assert layer.weight.stride() == (1, K)
         torch.testing.assert_close(layer(x), definition(layer, x))
