@@ -84,7 +84,7 @@ def bank_epilogue(
     M, N = base.shape
     E, _, R = lora_B.shape
     plan = _plan(Launch.of(base, lora_B.dtype), N, R, low.stride())
-    y = base.new_empty((M, N))
+    y = base.new_empty(M, N)
     if y.numel() > 0:
         grid = ceil_div(M, plan.config.BLOCK_M), ceil_div(N, plan.config.BLOCK_N)
         plan.launch(grid, base, low, lora_B, gain, scaling, bias, index, y, M, N, R, E)

@@ -166,7 +166,7 @@ def epilogue(
     """
     M, N = base.shape
     R = lora_B.shape[-1]
-    y = base.new_empty((M, N), dtype=out_dtype)
+    y = base.new_empty(M, N, dtype=out_dtype)
     if N == 0 or (M == 0 and unfinished is None):
         return y
     launch, _, low, lora_B = in_parts(Launch.of(base, lora_B.dtype), None, low, lora_B)

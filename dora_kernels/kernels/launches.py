@@ -22,14 +22,14 @@ from dora_kernels.planning.tiles import Config
 
 # Of these it was read what JITFunction.run does, and what of an argument it specialises a kernel on.
 KNOWN_VERSIONS = ("3.6", "3.7")
-# Batches of any size meet the same plan and the same kernel; what else varies must not fill the memory.
+# Batches of any size meet the same plan and the same kernel. What else varies must not fill the memory.
 PLANS, KERNELS_OF_PLAN, NUMBERS = 4096, 64, 1 << 16
 
 _version = ".".join(importlib.metadata.version("triton").split(".")[:2])
 # Triton's own, or None where another one is in its place already as this is imported.
 _run = jit.JITFunction.run if jit.JITFunction.run.__code__.co_filename == jit.__file__ else None
 # AMD's backend asks of each tensor whether its storage is within 2 GiB.
-_COUNTS_BYTES = torch.version.hip is not None
+_ASKS_FOR_STORAGES = torch.version.hip is not None
 
 Of = ParamSpec("Of")
 Chosen = TypeVar("Chosen")
@@ -44,7 +44,7 @@ def planned(choose: Callable[Of, Chosen]) -> Callable[Of, Chosen]:
 
 
 def forget() -> None:
-    """Forgets all plans, and the kernels that they keep: for who changes what they were made from, tiles say."""
+    """Forgets all plans, and the kernels that they keep: for who changes what their launchers choose by."""
     for clear in _forgetting:
         clear()
 
@@ -61,7 +61,7 @@ class LaunchPlan:
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launches the kernel. Of a tensor it gets the pointer where the parameter's name ends in _ptr, else a Matrix
-        or a Vector.
+        or a Vector; so does a field of a tuple that is a Matrix by its annotation.
         """
         if _is_observed(self.kernel):
             self._launch_by_jit(grid, arguments)
@@ -74,6 +74,8 @@ class LaunchPlan:
         except _Unknown:
             self._launch_by_jit(grid, arguments)
             return
+        if _ASKS_FOR_STORAGES:
+            key += _within_2_gib(arguments)
         kept = self._kept.get(tuple(key))
         if kept is None:
             self._keep(tuple(key), self._launch_by_jit(grid, arguments))
@@ -84,22 +86,22 @@ class LaunchPlan:
         run(grid[0], programs_1, 1, stream, function, metadata, None, None, None, *values, *constants)
 
     def _launch_by_jit(self, grid: tuple[int, ...], arguments: tuple) -> Any:
-        """The compiled kernel, launched; nothing that can be kept where the interpreter runs it."""
-        return self.kernel[grid](*_as_arguments(arguments, self._strided), **self.constants)
+        """The compiled kernel, launched; None from the interpreter, which has none."""
+        return self.kernel[grid](*_as_written(arguments, self._strided), **self.constants)
 
     def _keep(self, key: tuple, compiled: Any) -> None:
-        if len(self._kept) >= KERNELS_OF_PLAN:
-            self._kept.clear()
         if type(compiled) is not CompiledKernel:  # a hook of Triton's has kept it from being compiled
             return
+        if len(self._kept) >= KERNELS_OF_PLAN:
+            self._kept.clear()
         constants = tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
         self._kept[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
 
 
 def _is_observed(kernel: Any) -> bool:
-    """True where a launch is to go through Triton's JIT: somebody looks on there, or would have it compile otherwise.
+    """True where a launch is to go through Triton's JIT: somebody looks on there, or has it compile something else.
 
-    What Triton reads from the environment as it compiles is as it was at a kernel's first launch, as for its JIT.
+    What Triton reads from the environment while it compiles is as it was at the first launch, as for the JIT itself.
     """
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
@@ -130,50 +132,56 @@ def _read(arguments: tuple, strided: Sequence[bool], key: list) -> list:
         if kind is torch.Tensor or kind is torch.nn.Parameter:  # no subclass: it could have a data_ptr of its own
             values[place] = pointer = argument.data_ptr()
             key += (argument.dtype, pointer & 15)
-            if strided and strided[place]:
+            if strided[place]:
                 strides = argument.stride()
                 key.append(strides)
                 values[place] = (pointer, *strides[-2:])
-            if _COUNTS_BYTES:
-                key.append(argument.untyped_storage().size() < 1 << 31)
         elif kind is int:
             key.append(_classes[argument])
         elif argument is None or kind is float:
             key.append(kind)
         elif isinstance(argument, tuple):
-            key.append(kind)
+            key.append(len(argument))
             values[place] = _read(argument, _strided_fields[kind], key)
         else:
             raise _Unknown
     return values
 
 
-def _as_arguments(arguments: tuple, strided: Sequence[bool]) -> list:
+def _within_2_gib(arguments: tuple) -> list[bool]:
+    """For each tensor, in order, whether its storage is within 2 GiB."""
+    found = []
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            found.append(argument.untyped_storage().size() < 1 << 31)
+        elif isinstance(argument, tuple):
+            found += _within_2_gib(argument)
+    return found
+
+
+def _as_written(arguments: tuple, strided: Sequence[bool]) -> list:
     """The arguments as the kernel is written for them, for the JIT and for the interpreter."""
     given: list = [*arguments]
     for place, argument in enumerate(arguments):
-        if isinstance(argument, torch.Tensor) and strided and strided[place]:
+        if isinstance(argument, torch.Tensor) and strided[place]:
             given[place] = matrix(argument) if argument.dim() > 1 else vector(argument)
         elif isinstance(argument, tuple):
-            parts = _as_arguments(argument, _strided_fields[type(argument)])
+            parts = _as_written(argument, _strided_fields[type(argument)])
             given[place] = type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
     return given
 
 
-class _StridedFields(dict[type, tuple[bool, ...]]):
-    """Type of a tuple -> for each field whether a kernel takes it as a Matrix; empty where there are no fields."""
+class _StridedFields(dict[type, Sequence[bool]]):
+    """The type of a tuple -> of each of its fields, whether a kernel takes it as a Matrix."""
 
-    def __missing__(self, kind: type) -> tuple[bool, ...]:
+    def __missing__(self, kind: type) -> Sequence[bool]:
         hints = typing.get_type_hints(kind) if hasattr(kind, "_fields") else {}
-        self[kind] = found = tuple(hint is Matrix for hint in hints.values())
+        self[kind] = found = [hint is Matrix for hint in hints.values()] or [False] * NUMBERS
         return found
 
 
-_strided_fields = _StridedFields()
-
-
 class _Classes(dict[int, str]):
-    """number -> what the JIT sees of it: its type, and whether it is 1 or a multiple of 16."""
+    """A number -> what the JIT sees of it: its type, and whether it is 1 or a multiple of 16."""
 
     def __missing__(self, number: int) -> str:
         if len(self) >= NUMBERS:
@@ -182,4 +190,4 @@ class _Classes(dict[int, str]):
         return found
 
 
-_classes = _Classes()
+_strided_fields, _classes = _StridedFields(), _Classes()

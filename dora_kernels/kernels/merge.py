@@ -127,7 +127,7 @@ def merge(
     """The merged weight (N, K); as `reference.merge`, and without an adapter weight itself."""
     N, K = weight.shape
     launch = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
-    merged = weight.new_empty((N, K), dtype=out_dtype or weight.dtype)
+    merged = weight.new_empty(N, K, dtype=out_dtype or weight.dtype)
     if merged.numel() == 0 and unfinished is None and prepared is None:
         return merged
     R, strides = 0, None

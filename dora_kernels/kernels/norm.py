@@ -178,7 +178,7 @@ def norm(
     magnitude: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """norm (N,) and, with a magnitude, gain (N,), of whole rows; as `reference.norm`."""
-    norm = weight.new_empty((weight.shape[0],), dtype=accumulate_dtype(weight.dtype))
+    norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
     gain = None if magnitude is None else torch.empty_like(norm)
     _launch(weight, lora_A, lora_B, scaling, magnitude, norm, gain)
     return norm, gain
@@ -192,7 +192,7 @@ def start_norm(
     magnitude: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, types.Unfinished | None]:
     """norm (N,) and gain (N,), and what they are still to be written by; as `reference.start_norm`."""
-    norm = weight.new_empty((weight.shape[0],), dtype=accumulate_dtype(weight.dtype))
+    norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
     gain = torch.empty_like(norm)
     squares = _launch(weight, lora_A, lora_B, scaling)
     return norm, gain, types.Unfinished(squares, magnitude, norm, gain)
@@ -218,7 +218,7 @@ def _launch(
     if norm is None:
         programs = launch.programs(blocks, steps, config, sums=True)
         parts = configs.most_parts(blocks, steps, programs)
-        squares = weight.new_empty((parts, N), dtype=launch.accumulate)
+        squares = weight.new_empty(parts, N, dtype=launch.accumulate)
     if N > 0:
         update = update_argument(lora_A, lora_B, scaling)
         plan.launch((programs,), stored, squares, magnitude, norm, gain, N, K, update, parts)

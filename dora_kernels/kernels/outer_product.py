@@ -20,6 +20,6 @@ def outer_product(
     facts, same = device_facts(right.device), left.dim() == 2 and right.dtype == left.dtype
     if not plan.outer_by_kernel(M, K, R, right.itemsize, facts, same_dtype=same, beside=False):
         return gemm.outer_product(left, right, scaling, out_dtype)
-    result = right.new_empty((R, K), dtype=out_dtype)
+    result = right.new_empty(R, K, dtype=out_dtype)
     token_sums(right, left, scaling, dB=result.T, counters=counters)  # dA^T is to x what dB is to dy
     return result

@@ -92,12 +92,12 @@ def parts(count: int, *matrices: torch.Tensor) -> list[torch.Tensor]:
         rows, R = matrix.shape
         if matrix.mT.is_contiguous():
             sources.append(matrix.mT)
-            result = matrix.new_empty((count, R, rows), dtype=torch.bfloat16)
+            result = matrix.new_empty(count, R, rows, dtype=torch.bfloat16)
             results.append(result.mT)
             widths.append(R * rows)
         else:
             sources.append(matrix.contiguous())
-            result = matrix.new_empty((rows, count, R), dtype=torch.bfloat16)
+            result = matrix.new_empty(rows, count, R, dtype=torch.bfloat16)
             results.append(result.transpose(0, 1))
             widths.append(R)
     sizes = [source.numel() for source in sources]

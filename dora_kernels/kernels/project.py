@@ -113,9 +113,9 @@ def project(
     if rows.dtype == torch.bfloat16:  # one part: a float16 has too many bits for that
         launch, factor = in_parts(launch, factor)
     if as_factor and launch.parts > 1:
-        result = rows.new_empty((M, launch.parts, R), dtype=torch.bfloat16).transpose(0, 1)
+        result = rows.new_empty(M, launch.parts, R, dtype=torch.bfloat16).transpose(0, 1)
     else:
-        result = rows.new_empty((M, R), dtype=out_dtype)
+        result = rows.new_empty(M, R, dtype=out_dtype)
     if result.numel() == 0:
         return result
     factor_T, partial, cut = factor.mT, None, counters is not None
@@ -129,7 +129,7 @@ def project(
         programs = launch.programs(blocks, steps, chosen.config, sums=True)
         parts = configs.most_parts(blocks, steps, programs)
         if parts > 1:
-            partial = rows.new_empty((parts, M, R), dtype=launch.accumulate)
+            partial = rows.new_empty(parts, M, R, dtype=launch.accumulate)
             counters = zeroed(counters, blocks, rows.device)
     chosen.launch((programs,), rows, factor_T, result, partial, None if partial is None else counters, M, K, R)
     return result

@@ -69,7 +69,7 @@ COUNTED = 16
 def counters(dy: torch.Tensor, N: int, K: int) -> torch.Tensor:
     """(3, ...), for the counters of the sums over the tokens of dy, of P and of dA; as `reference.counters`."""
     # rows of whole 16 bytes: the JIT compiles a kernel again for a pointer that is no multiple of them
-    return dy.new_empty((3, 4 * ceil_div(max(len(dy), N, K, 1), 4 * COUNTED)), dtype=torch.int32)
+    return dy.new_empty(3, 4 * ceil_div(max(len(dy), N, K, 1), 4 * COUNTED), dtype=torch.int32)
 
 
 def zeroed(counters: torch.Tensor | None, blocks: int, device: torch.device) -> torch.Tensor:

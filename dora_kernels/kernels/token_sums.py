@@ -315,11 +315,11 @@ def token_sums(
     if by_library:
         partial_dB = matmul(dy.T, low, launch.accumulate)
     elif low is not None:
-        partial_dB = dy.new_empty((parts, blocks, config.BLOCK_N, BLOCK_R), dtype=launch.accumulate)
+        partial_dB = dy.new_empty(parts, blocks, config.BLOCK_N, BLOCK_R, dtype=launch.accumulate)
     if dmagnitude is not None:
-        partial_dot = dy.new_empty((parts, N), dtype=launch.accumulate)
+        partial_dot = dy.new_empty(parts, N, dtype=launch.accumulate)
     if dbias is not None:
-        partial_total = dy.new_empty((parts, N), dtype=launch.accumulate)
+        partial_total = dy.new_empty(parts, N, dtype=launch.accumulate)
     chosen.launch(
         (programs,),
         dy,

@@ -65,9 +65,9 @@ class QuantizedWeight:
         """2, like Tensor.dim() of a weight."""
         return len(self.shape)
 
-    def new_empty(self, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    def new_empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of garbage on the weight's device, like Tensor.new_empty."""
-        return self.tensors[0].new_empty(shape, dtype=dtype or self.dtype)
+        return self.tensors[0].new_empty(*shape, dtype=dtype or self.dtype)
 
     def rounded_to(self, dtype: torch.dtype) -> QuantizedWeight:
         """This weight with decoded values rounded to `dtype`. Not for "nf4_torchao", which stores its dtype."""

@@ -46,6 +46,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/epilogue.py": (*_KERNELS, "tests/functional/test_rescale.py"),
     "dora_kernels/kernels/four_bits.py": (*_KERNELS, *_PARTS, "tests/quant/test_quantized.py"),
     "dora_kernels/kernels/grouped_norm.py": (*_KERNELS, "tests/reuse/test_frozen_adapters.py"),
+    "dora_kernels/kernels/launches.py": ("tests/kernels/test_launches.py::test_launches", *_KERNELS),
     "dora_kernels/kernels/merged_forward.py": _KERNELS,
     "dora_kernels/kernels/norm.py": (*_KERNELS, "tests/quant/test_quantized.py"),
     "dora_kernels/kernels/outer_product.py": _KERNELS,
