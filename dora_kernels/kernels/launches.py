@@ -2,13 +2,14 @@
 
 A launcher finds its `LaunchPlan` first: what sizes, dtypes and strides decide, chosen once (`planned`). Which compiled
 kernel a launch takes, the arguments decide: Triton's JIT works it out in 9 to 16 us. A plan keeps the kernel that it
-found, under all that the JIT looks at (`_read`), and calls it directly from then on, in 1.0 to 1.3 us.
+found, under all that the JIT looks at (`_reader`), and calls it directly from then on, in 1.0 to 1.3 us.
 """
 
 import functools
 import importlib.metadata
+import itertools
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ from dora_kernels.planning.tiles import Config
 # Of these it was read what JITFunction.run does, and what of an argument it specialises a kernel on.
 KNOWN_VERSIONS = ("3.6", "3.7")
 # Batches of any size meet the same plan and the same kernel. What else varies must not fill the memory.
-PLANS, KERNELS_OF_PLAN, NUMBERS = 4096, 64, 1 << 16
+PLANS, KEPT, NUMBERS = 4096, 64, 1 << 16
 
 _version = ".".join(importlib.metadata.version("triton").split(".")[:2])
 # Triton's own, or None where another one is in its place already as this is imported.
@@ -57,7 +58,8 @@ class LaunchPlan:
     def __init__(self, kernel: Any, config: Config | None, **constants: Any) -> None:
         self.kernel, self.config, self.constants = kernel, config, constants
         self._strided = tuple(not name.endswith("_ptr") for name in kernel.arg_names)
-        self._kept: dict[tuple, tuple] = {}
+        # types of arguments -> the function that reads them, and what it reads -> the kernel that is launched
+        self._kept: dict[tuple[type, ...], tuple[Callable[..., Any], dict[tuple, tuple]]] = {}
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launches the kernel. Of a tensor it gets the pointer where the parameter's name ends in _ptr, else a Matrix
@@ -66,19 +68,20 @@ class LaunchPlan:
         if _is_observed(self.kernel):
             self._launch_by_jit(grid, arguments)
             return
-        active = triton.runtime.driver.active
-        device = active.get_current_device()
-        key: list = [active, device]
-        try:
-            values = _read(arguments, self._strided, key)
-        except _Unknown:
+        read, kernels = self._kept.get(tuple(map(type, arguments)), _NOTHING_KEPT)
+        found = read(*arguments)
+        if found is None:
+            read, kernels = self._keep_reader(arguments)
+            found = read(*arguments)
+        if found is None:
             self._launch_by_jit(grid, arguments)
             return
-        if _ASKS_FOR_STORAGES:
-            key += _within_2_gib(arguments)
-        kept = self._kept.get(tuple(key))
+        key, values = found
+        active = triton.runtime.driver.active
+        device = active.get_current_device()
+        kept = kernels.get((active, device, key))
         if kept is None:
-            self._keep(tuple(key), self._launch_by_jit(grid, arguments))
+            self._keep(kernels, (active, device, key), self._launch_by_jit(grid, arguments))
             return
         run, function, metadata, constants = kept
         programs_1 = grid[1] if len(grid) > 1 else 1
@@ -89,13 +92,25 @@ class LaunchPlan:
         """The compiled kernel, launched; None from the interpreter, which has none."""
         return self.kernel[grid](*_as_written(arguments, self._strided), **self.constants)
 
-    def _keep(self, key: tuple, compiled: Any) -> None:
-        if type(compiled) is not CompiledKernel:  # a hook of Triton's has kept it from being compiled
-            return
-        if len(self._kept) >= KERNELS_OF_PLAN:
-            self._kept.clear()
-        constants = tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
-        self._kept[key] = compiled.run, compiled.function, compiled.packed_metadata, constants
+    def _keep_reader(self, arguments: tuple) -> tuple[Callable[..., Any], dict[tuple, tuple]]:
+        """As in _kept, for arguments of these types, which are new."""
+        read = _reader(arguments, self._strided)
+        if read is None:
+            return _NOTHING_KEPT
+        kept: tuple[Callable[..., Any], dict[tuple, tuple]] = (read, {})
+        _put(self._kept, tuple(map(type, arguments)), kept)
+        return kept
+
+    def _keep(self, kernels: dict[tuple, tuple], key: tuple, compiled: Any) -> None:
+        if type(compiled) is CompiledKernel:  # else a hook of Triton's has kept it from being compiled
+            constants = tuple(self.constants[name] for name in self.kernel.arg_names if name in self.constants)
+            _put(kernels, key, (compiled.run, compiled.function, compiled.packed_metadata, constants))
+
+
+def _put(kept: dict, key: tuple, value: tuple) -> None:
+    if len(kept) >= KEPT:
+        kept.clear()
+    kept[key] = value
 
 
 def _is_observed(kernel: Any) -> bool:
@@ -120,64 +135,79 @@ def _is_observed(kernel: Any) -> bool:
     )
 
 
-class _Unknown(Exception):
-    """An argument is of a type of which it is not known what the JIT specialises on."""
+def _reader(arguments: tuple, strided: Sequence[bool]) -> Callable[..., tuple[tuple, tuple] | None] | None:
+    """A function of arguments of the types of these, or None where one is of a type that is not known here.
 
+    It returns (key, values): all that the JIT specialises a kernel on, and the arguments as the compiled kernel takes
+    them, pointers as numbers; or None where a tuple among them has others in it. It is written out, as the JIT's own
+    is: a loop over the arguments takes twice as long.
+    """
+    lines: list[str] = []
+    key: list[str] = []
+    known: dict[str, Any] = {"classes": _classes}
 
-def _read(arguments: tuple, strided: Sequence[bool], key: list) -> list:
-    """The arguments as a compiled kernel takes them, pointers as numbers; adds all that the JIT looks at to the key."""
-    values: list = [*arguments]
-    for place, argument in enumerate(arguments):
+    def read(name: str, argument: Any, with_strides: bool) -> str:
+        """The value of an argument; adds what makes it, and what of it belongs to the key."""
         kind = type(argument)
         if kind is torch.Tensor or kind is torch.nn.Parameter:  # no subclass: it could have a data_ptr of its own
-            values[place] = pointer = argument.data_ptr()
-            key += (argument.dtype, pointer & 15)
-            if strided[place]:
-                strides = argument.stride()
-                key.append(strides)
-                values[place] = (pointer, *strides[-2:])
-        elif kind is int:
-            key.append(_classes[argument])
-        elif argument is None or kind is float:
-            key.append(kind)
+            lines.append(f"{name}_pointer = {name}.data_ptr()")
+            key.extend((f"{name}.dtype", f"{name}_pointer & 15"))
+            if _ASKS_FOR_STORAGES:
+                key.append(f"{name}.untyped_storage().size() < 1 << 31")
+            if not with_strides:
+                return f"{name}_pointer"
+            lines.append(f"{name}_strides = {name}.stride()")
+            key.append(f"{name}_strides")
+            return f"({name}_pointer, *{name}_strides[-2:])"
+        if kind is int:
+            key.append(f"classes[{name}]")
         elif isinstance(argument, tuple):
-            key.append(len(argument))
-            values[place] = _read(argument, _strided_fields[kind], key)
-        else:
-            raise _Unknown
-    return values
+            known[f"{name}_types"] = tuple(map(type, argument))
+            lines.append(f"if tuple(map(type, {name})) != {name}_types: return None")
+            names = [f"{name}_{place}" for place in range(len(argument))]
+            lines.append(f"[{', '.join(names)}] = {name}")
+            return _listed(map(read, names, argument, _strided_fields(kind)))
+        elif argument is not None and kind is not float:
+            raise TypeError
+        return name
+
+    names = [f"a{place}" for place in range(len(arguments))]
+    try:
+        values = _listed(map(read, names, arguments, strided))
+    except TypeError:
+        return None
+    exec(f"def function({', '.join(names)}):\n  " + "\n  ".join([*lines, f"return {_listed(key)}, {values}"]), known)
+    return known["function"]
 
 
-def _within_2_gib(arguments: tuple) -> list[bool]:
-    """For each tensor, in order, whether its storage is within 2 GiB."""
-    found = []
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            found.append(argument.untyped_storage().size() < 1 << 31)
-        elif isinstance(argument, tuple):
-            found += _within_2_gib(argument)
-    return found
+def _listed(expressions: Iterable[str]) -> str:
+    """The expression of a tuple."""
+    return f"({''.join(f'{one}, ' for one in expressions)})"
 
 
-def _as_written(arguments: tuple, strided: Sequence[bool]) -> list:
+_NOTHING_KEPT: tuple[Callable[..., None], dict] = (lambda *arguments: None, {})
+
+
+def _as_written(arguments: tuple, strided: Iterable[bool]) -> list:
     """The arguments as the kernel is written for them, for the JIT and for the interpreter."""
-    given: list = [*arguments]
-    for place, argument in enumerate(arguments):
-        if isinstance(argument, torch.Tensor) and strided[place]:
-            given[place] = matrix(argument) if argument.dim() > 1 else vector(argument)
-        elif isinstance(argument, tuple):
-            parts = _as_written(argument, _strided_fields[type(argument)])
-            given[place] = type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
-    return given
+    return list(map(_argument, arguments, strided))
 
 
-class _StridedFields(dict[type, Sequence[bool]]):
-    """The type of a tuple -> of each of its fields, whether a kernel takes it as a Matrix."""
+def _argument(argument: Any, with_strides: bool) -> Any:
+    if isinstance(argument, torch.Tensor) and with_strides:
+        return matrix(argument) if argument.dim() > 1 else vector(argument)
+    if isinstance(argument, tuple):
+        parts = _as_written(argument, _strided_fields(type(argument)))
+        return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
+    return argument
 
-    def __missing__(self, kind: type) -> Sequence[bool]:
-        hints = typing.get_type_hints(kind) if hasattr(kind, "_fields") else {}
-        self[kind] = found = [hint is Matrix for hint in hints.values()] or [False] * NUMBERS
-        return found
+
+@functools.cache
+def _strided_fields(kind: type) -> Iterable[bool]:
+    """For each field of a tuple, whether a kernel takes it as a Matrix."""
+    if not hasattr(kind, "_fields"):
+        return itertools.repeat(False)
+    return [hint is Matrix for hint in typing.get_type_hints(kind).values()]
 
 
 class _Classes(dict[int, str]):
@@ -190,4 +220,4 @@ class _Classes(dict[int, str]):
         return found
 
 
-_strided_fields, _classes = _StridedFields(), _Classes()
+_classes = _Classes()

@@ -104,8 +104,8 @@ def test_rows_past_the_last_are_left_alone(count, programs, monkeypatch):
     base, low, lora_B, gain, bias, _ = operands(33, 70, 20, EXACT_DTYPE)
     memory, new_empty = base.new_full((33 + 64, 70), 77.0), torch.Tensor.new_empty
 
-    def guarded(self, shape, **given):
-        return memory[:33] if shape == (33, 70) else new_empty(self, shape, **given)
+    def guarded(self, *shape, **given):
+        return memory[:33] if shape == (33, 70) else new_empty(self, *shape, **given)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded)
     programs(count)
