@@ -64,18 +64,12 @@ class MergeableLinear(nn.Module):
 
     def base(self) -> tuple[Weight, Tensor | None]:
         """The weight and the bias beneath the adapter; a quantized one is read anew: its library may have moved it."""
-        if not torch.compiler.is_compiling():  # past nn.Module.__getattr__, which takes 0.4 us for each
-            quantized = self._modules.get("base_layer")
-            layer = self if quantized is None else quantized
-            parameters = layer._parameters
-            bias = parameters["bias"] if "bias" in parameters else layer.bias
-            if quantized is not None:
-                return read(quantized), bias
+        if not torch.compiler.is_compiling() and self._modules.get("base_layer") is None:  # a dense layer's, in 0.2 us
+            parameters = self._parameters
             if "weight" in parameters:
-                return parameters["weight"], bias
-        if self.base_layer is None:
-            return self.weight, self.bias
-        return read(self.base_layer), self.base_layer.bias
+                return parameters["weight"], parameters["bias"] if "bias" in parameters else self.bias
+        base_layer = part_of(self, "base_layer")
+        return (self.weight, self.bias) if base_layer is None else (read(base_layer), part_of(base_layer, "bias"))
 
     @property
     def merged(self) -> bool:
@@ -266,7 +260,7 @@ class DoraLinear(MergeableLinear):
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
         """lora_A, lora_B, magnitude and scaling."""
-        if not torch.compiler.is_compiling():  # as in base()
+        if not torch.compiler.is_compiling():  # in 0.2 us; by part_of in 0.8
             try:
                 modules = self._modules
                 lora_A, lora_B = modules["lora_A"]._parameters["weight"], modules["lora_B"]._parameters["weight"]
@@ -304,6 +298,15 @@ class DoraLinear(MergeableLinear):
             f"alpha={self.alpha}, bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
             + (f", dropout_on={self.dropout_on!r}" if self.dropout_on != "adapter" else "")
         )
+
+
+def part_of(module: nn.Module, name: str) -> Any:
+    """module.name, a parameter, buffer or submodule; unless traced, past nn.Module.__getattr__, which takes 0.4 us."""
+    if not torch.compiler.is_compiling():
+        for parts in (module._parameters, module._modules, module._buffers):
+            if name in parts:
+                return parts[name]
+    return getattr(module, name)
 
 
 def default_adapter_dtype(dtype: torch.dtype) -> torch.dtype:

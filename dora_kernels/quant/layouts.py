@@ -1,4 +1,4 @@
-"""Whether tensors are of the kind and layout of others, asked of torch's C++: 0.2 us for four, in place of 5 us."""
+"""The comparison of tensors by kind and layout, asked of torch's C++: 0.2 us for four, one by one 1.2 us and more."""
 
 from collections.abc import Callable, Sequence
 

@@ -62,7 +62,7 @@ def _find(
     tensors: tuple[Tensor, ...],
     settings: tuple[object, ...],
 ) -> tuple[store.Kept | None, Callable[[Tensor, Tensor], None] | None]:
-    """What is kept for this call, and None; or None, and what keeps the norm and gain that it makes if they may be."""
+    """(the results kept for this call, None), or (None, a function that keeps what it makes, None where it may not)."""
     if not store.may_keep(module, tensors, x.device):
         return None, None
     generation = store.generation()

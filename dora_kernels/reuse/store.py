@@ -152,7 +152,7 @@ def scope_of(layer: nn.Module) -> Any | None:
 def find_unchanged(
     layer: nn.Module, call: CallState, tensors: tuple[Tensor, ...], settings: tuple[object, ...]
 ) -> Kept | None:
-    """What `find` would find, where nothing has changed since it last found it; None says nothing.
+    """The results that `find` would find, where nothing has changed since it last found them; None says nothing.
 
     Asked first, for it needs neither `may_keep` nor `fingerprint_of`: 2 us, and with them 9.
     """

@@ -326,6 +326,21 @@ def test_a_layer_s_parts_are_read_as_attributes_are(layer):
     torch.testing.assert_close(torch.func.functional_call(layer, ones, (x,)), definition(expected, x))
 
 
+def test_the_parts_of_dvora_are_read_as_attributes_are():
+    layer, x = dvora(None), batch()
+    doubled = copy.deepcopy(layer)
+    nn.utils.parametrize.register_parametrization(doubled, "vera_lambda_b", Doubling())
+    nn.utils.parametrize.register_parametrization(doubled.projection, "vera_B", Doubling())
+    expected = copy.deepcopy(layer)
+    with torch.no_grad():
+        expected.vera_lambda_b.mul_(2)
+        expected.projection.vera_B.mul_(2)
+    torch.testing.assert_close(doubled(x), expected(x))
+    assert not torch.allclose(doubled(x), layer(x))
+    buffers = {"projection.vera_B": expected.projection.vera_B, "vera_lambda_b": expected.vera_lambda_b}
+    torch.testing.assert_close(torch.func.functional_call(layer, buffers, (x,)), expected(x))
+
+
 class Doubling(nn.Module):
     def forward(self, tensor):
         return 2 * tensor

@@ -113,6 +113,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         *_COMPOSED,
     ),
     "dora_kernels/quant/formats.py": (*_QUANTIZED, *_PARTS),
+    "dora_kernels/quant/layouts.py": ("tests/reuse/test_kept.py", *_PARTS),
     "dora_kernels/quant/parts.py": (*_PARTS, *_QUANTIZED),
     "dora_kernels/quant/product.py": ("tests/extras/test_dvora.py", *_QUANTIZED),
     "dora_kernels/gemm.py": _STEPS,
@@ -124,6 +125,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         *_PARTS,
         "tests/adapters/test_merging.py::test_a_convolution_that_no_weight_can_stand_for_is_left",
     ),
+    "dora_kernels/reuse/kept.py": ("tests/reuse/test_kept.py", "tests/reuse/test_reuse.py"),
     "dora_kernels/reuse/sharing.py": (*_SHARED, *_SECOND, "tests/functional/test_tracing.py"),
     "dora_kernels/functional/signature.py": (
         "tests/functional/test_signature.py",
