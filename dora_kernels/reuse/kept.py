@@ -6,7 +6,7 @@ unchanged, in 1 us for four tensors; where it does not say yes, `is_of` has the 
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -41,8 +41,8 @@ class Kept:
     look: of the last call in a scope that found the tensors unchanged.
     """
 
-    owners: tuple[weakref.ref[Tensor], ...]
-    storages: tuple[StorageWeakRef, ...]
+    owners: list[weakref.ref[Tensor]]
+    storages: list[StorageWeakRef]
     fingerprint: Fingerprint
     norm: Tensor | None
     gain: Tensor | None
@@ -57,8 +57,8 @@ class Kept:
         norm: Tensor | None = None,
         gain: Tensor | None = None,
     ) -> "Kept":
-        owners = tuple(weakref.ref(owner_of(tensor)) for tensor in tensors)
-        storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
+        owners = [weakref.ref(owner_of(tensor)) for tensor in tensors]
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]
         return cls(owners, storages, fingerprint, _for_every_mode(norm), _for_every_mode(gain))
 
     def is_of(self, tensors: tuple[Tensor, ...], fingerprint: Fingerprint) -> bool:
@@ -69,6 +69,10 @@ class Kept:
             owner() is owner_of(tensor) and storage.cdata == tensor.untyped_storage()._cdata
             for owner, storage, tensor in zip(self.owners, self.storages, tensors, strict=True)
         )
+
+    def without_merged(self) -> "Kept":
+        """These results, and no merged weight."""
+        return self if self.merged is None else replace(self, merged=None)
 
     def see(self, tensors: tuple[Tensor, ...]) -> None:
         """Take the look of the tensors, after `is_of` has said that they are the ones."""
@@ -110,7 +114,7 @@ def identity_of(tensors: tuple[Tensor, ...], device: torch.device) -> tuple[tupl
 
 
 def _identities(tensors: tuple[Tensor, ...]) -> tuple[tuple[object, ...], ...]:
-    return tuple((t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors)
+    return tuple([(t.data_ptr(), t._version, t.dtype, t.device, t.shape, t.stride()) for t in tensors])
 
 
 def stream_of(device: torch.device) -> int:

@@ -4,7 +4,6 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ class Scope:
         store.scopes[layer] = others
         kept = store.by_layer.get(layer)
         if kept is not None and kept.merged is not None and not any(scope.keep_merged for scope in others):
-            store.by_layer[layer] = replace(kept, merged=None)
+            store.by_layer[layer] = kept.without_merged()
 
     @torch.no_grad()
     def fill(self, x: Tensor) -> bool:

@@ -27,7 +27,6 @@ promises the same; but for FSDP1's flat weights and those of ZeRO-3 nothing is e
 import itertools
 import threading
 import weakref
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -75,6 +74,7 @@ _called: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 constants: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 # the layers inside `frozen_adapters`, each with its scopes, scope.Scope, in the order in which they were opened
 scopes: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
+_PLAIN = (Tensor, nn.Parameter)
 _optimizer_steps = 0
 _counting = False
 # a new number with every drop: a call that began before another thread dropped something must not keep it again
@@ -185,7 +185,7 @@ def keep(layer: nn.Module, call: CallState, kept: Kept, generation_before: int) 
             by_layer[layer] = kept
         if generation_before == _generation and is_first:
             # no merged weight: a region that is never run again would hold it
-            last_calls[layer] = LastCall(weakref.ref(call.region), replace(kept, merged=None))
+            last_calls[layer] = LastCall(weakref.ref(call.region), kept.without_merged())
         if generation_before != _generation:  # before, or in this thread while it was kept
             by_layer.pop(layer, None)
     if (call.region is not None and not is_first) or generation_before != _generation:
@@ -235,7 +235,7 @@ def _has_identity(tensor: Tensor) -> bool:
     They do not for tensor subclasses, inference tensors, views into FSDP1's flat parameter, weights that ZeRO-3
     gathers, and memory that other processes write to.
     """
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_inference():
+    if type(tensor) not in _PLAIN or tensor.is_inference():
         return False
     owner = owner_of(tensor)
     if getattr(owner, "_is_flat_param", False) or hasattr(owner, "ds_status"):
