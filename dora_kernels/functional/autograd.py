@@ -29,10 +29,10 @@ def folded(x: Tensor, dtype: torch.dtype) -> Tensor:
         # math.prod and not Size.numel(), which makes a symbolic size a number: torch.export would fix M; and not -1,
         # which an x without elements leaves open
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    return _in_dtype(x, dtype)
+    return in_dtype(x, dtype)
 
 
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in dtype, differentiable."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # which takes 2.5 us to do nothing
 
@@ -70,8 +70,8 @@ class DoraLinearFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         layer = DoraWeight(_stored(tensors, storage, how, lora_A, lora_B), lora_A, lora_B, magnitude, scaling)
         # not rounded to a narrower weight's dtype: the low-rank products see it as the adapter does
-        dropped = None if x_dropped is None else _in_dtype(x_dropped, how.dtype)
-        base_bias = None if bias is None else _in_dtype(bias, how.base_dtype)
+        dropped = None if x_dropped is None else in_dtype(x_dropped, how.dtype)
+        base_bias = None if bias is None else in_dtype(bias, how.base_dtype)
         call = Call(x, dropped, layer, base_bias, Given(norm, gain, low), how)
         if direct:
             y, made_norm, made_gain, made_low, saved = ops.run_forward(call)
@@ -155,7 +155,7 @@ def _itself(tensor: Tensor) -> Tensor:
 def _stored(tensors: Sequence[Tensor], storage: Storage, how: How, lora_A: Tensor, lora_B: Tensor) -> Weight:
     """The weight (N, K) as an operator takes it: a dense one in the dtype of the base GEMM."""
     if storage[0] == DENSE:
-        return _in_dtype(tensors[0], how.base_dtype)
+        return in_dtype(tensors[0], how.base_dtype)
     return unflatten_weight(list(tensors), *storage, (lora_B.shape[0], lora_A.shape[1]))
 
 

@@ -4,7 +4,6 @@ A convolution, an embedding, an adapter with a dropout of its own, and VeRA's sc
 their own ways; what follows is the same for all of them, and one pass.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from dora_kernels import ops
 from dora_kernels.functional import derivatives
+from dora_kernels.functional.autograd import folded, in_dtype
 from dora_kernels.functional.linear import check_dtypes, operand_dtypes, unfolded
 from dora_kernels.functional.validate import check_adapter, check_call, check_rescale
 from dora_kernels.planning.options import current_options
@@ -41,12 +41,11 @@ def rescale(
     torch.jit.trace, which replays it) and higher derivatives as dora_linear.
     """
     scaling = check_rescale("rescale", base, low, lora_B, gain, scaling, bias, residual)
-    N, R = lora_B.shape
-    rows = math.prod(base.shape[:-1])  # Size.numel() would fix a symbolic size
-    gain = gain.to(accumulate_dtype(base.dtype)).contiguous()
+    gain = in_dtype(gain, accumulate_dtype(base.dtype)).contiguous()
     backend = current_options().backend
-    residual = None if residual is None else residual.reshape(rows, N)
-    y = _Rescale.apply(base.reshape(rows, N), low.reshape(rows, R), lora_B, gain, bias, residual, scaling, backend)
+    base_rows, low_rows = folded(base, base.dtype), folded(low, low.dtype)
+    residual = None if residual is None else folded(residual, residual.dtype)
+    y = _Rescale.apply(base_rows, low_rows, lora_B, gain, bias, residual, scaling, backend)
     return unfolded(y, base.shape[:-1])
 
 
@@ -64,8 +63,8 @@ def dora_linear_lora_dropout(
     check_call(function, x, weight, magnitude, bias, x_dropped, norm)
     check_dtypes(function, x, weight)
     base_dtype, dtype = operand_dtypes(x, lora_A)
-    base = frozen_product(x.to(base_dtype), weight)
-    low = F.linear(x_dropped.to(dtype), lora_A.to(dtype))
+    base = frozen_product(in_dtype(x, base_dtype), weight)
+    low = F.linear(in_dtype(x_dropped, dtype), in_dtype(lora_A, dtype))
     return rescale(base, low, lora_B, gain_of(magnitude, norm), scaling, bias)
 
 

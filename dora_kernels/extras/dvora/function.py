@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels import reuse
+from dora_kernels.functional.autograd import in_dtype
 from dora_kernels.functional.linear import check_dtypes, operand_dtypes
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.functional.validate import check_call, check_norm_grad, check_tensor, check_transforms
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.ops import is_autocast
-from dora_kernels.quant import QuantizedWeight, Weight, flatten_weight, frozen_product, sources
+from dora_kernels.quant import QuantizedWeight, Weight, frozen_product, origin_of
 from dora_kernels.reference import accumulate_dtype, gain_of, over_norm, row_norms
 
 TERMS_SHARE = 0.25
@@ -89,13 +90,13 @@ def _with_norm(
 ) -> Tensor:
     """dvora_linear of arguments that `_check` has seen."""
     base_dtype, dtype = operand_dtypes(x, vera_A)
-    gain = gain_of(magnitude, norm.to(accumulate_dtype(base_dtype)))
+    gain = gain_of(magnitude, in_dtype(norm, accumulate_dtype(base_dtype)))
 
     x_adapter = x if x_dropped is None else x_dropped
-    low = F.linear(x_adapter.to(dtype), vera_A.to(dtype))
-    low = (low * lambda_d).to(dtype)
-    base = frozen_product(x_adapter.to(base_dtype), weight)
-    residual = None if x_dropped is None else frozen_product(x.to(base_dtype), weight)
+    low = F.linear(in_dtype(x_adapter, dtype), in_dtype(vera_A, dtype))
+    low = in_dtype(low * lambda_d, dtype)
+    base = frozen_product(in_dtype(x_adapter, base_dtype), weight)
+    residual = None if x_dropped is None else frozen_product(in_dtype(x, base_dtype), weight)
     return rescale(base, low, lambda_b[:, None] * vera_B, gain, 1.0, bias, residual=residual)
 
 
@@ -243,8 +244,7 @@ def dvora_linear_reusing(
     `frozen_adapters` keeps the norm itself.
     """
     check_transforms(function, x)
-    stored, *storage = flatten_weight(weight)
-    stored = sources(stored)
+    stored, storage = origin_of(weight)
     factors = (vera_A, vera_B, lambda_d, lambda_b)
     arguments = (x, weight, *factors, magnitude, bias)
     _check(function, *arguments, x_dropped, None, False)
