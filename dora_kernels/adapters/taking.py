@@ -44,6 +44,9 @@ class TakenOver:
     dora_dropout = "adapter"
     """enable's dropout: "adapter" is the library's meaning. take_over sets it on the layer."""
 
+    attributes: ClassVar[tuple[str, ...]] = ("dora_dropout",)
+    """What is set on the layer, until it is given back."""
+
     reversible = True
     """True if the library's class computes the same function, so that the layer can be given back."""
 
@@ -214,9 +217,11 @@ def take_over(layer: nn.Module, cls: type[nn.Module], dropout: str | None = None
 def give_back(layer: nn.Module) -> None:
     """Make `layer` its library's again; nothing happens to one that is, or that its library could not compute."""
     if isinstance(layer, TakenOver) and layer.reversible:
+        taken_over = type(layer)
         _set_class(layer, library_class(layer))
         sharing.leave(layer)
-        layer.__dict__.pop("dora_dropout", None)
+        for name in taken_over.attributes:
+            layer.__dict__.pop(name, None)
 
 
 def _set_class(layer: nn.Module, cls: type[nn.Module]) -> None:

@@ -2,6 +2,7 @@
 
     adapter.py     the parts of one adapter of a layer
     layer.py       the forward that the layers below share: who computes a call
+    known.py       what is known of a layer between two calls, and when it still holds
     merging.py     merging and unmerging
     linear.py      `lora.Linear`, over nn.Linear and GPT-2's Conv1D
     conv.py        `lora.Conv1d`, `lora.Conv2d`, `lora.Conv3d`

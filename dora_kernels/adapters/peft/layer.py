@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from peft.tuners.lora import dora
 from peft.tuners.lora.layer import LoraLayer
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters import reading
+from dora_kernels.adapters.peft import known
 from dora_kernels.adapters.peft.adapter import Family, PeftAdapter, read_adapter, why_not_adapter
 from dora_kernels.adapters.peft.merging import Merging
 from dora_kernels.adapters.reading import why_not_device, why_not_plain
@@ -16,6 +19,17 @@ from dora_kernels.adapters.sharded import enable_first, requires_grad, why_not_g
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import FLOATING
 from dora_kernels.quant import Weight, flatten_weight, sources
+from dora_kernels.types import DoraWeight
+
+
+class CallParts(NamedTuple):
+    """What `compute` needs of a call that dora_kernels computes. dora and bias: of a known layer with one adapter."""
+
+    operand: Tensor
+    weight: Weight
+    adapters: list[PeftAdapter]
+    dora: DoraWeight | None = None
+    bias: Tensor | None = None
 
 
 class TakenOverLayer(Merging):
@@ -23,6 +37,8 @@ class TakenOverLayer(Merging):
 
     library = "PEFT"
     family: Family
+    quantized = False
+    attributes = ("dora_dropout", known.ATTRIBUTE)
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[Weight | None, str | None]:
@@ -54,8 +70,52 @@ class TakenOverLayer(Merging):
             lambda: torch.stack([self.norm(weight, adapter) for adapter in adapters]),
         )
 
-    def read_call(self, x: Tensor) -> tuple[tuple[Tensor, Weight, list[PeftAdapter]] | None, str | None]:
-        """(operand, weight, active adapters) and None, or the reason why PEFT must compute this call."""
+    def reread_base(self, weight: Tensor | None) -> tuple[Weight | None, str | None]:
+        """As `read_base`, over a base layer that was judged in this state (known.py) and has this weight."""
+        return weight, None
+
+    def one_adapter(
+        self, x: Tensor, operand: Tensor, adapter: PeftAdapter, dora: DoraWeight, bias: Tensor | None
+    ) -> Tensor:
+        """dora_forward with one adapter, whose tensors over the weight are `dora`; bias is the base layer's."""
+        return self.dora_forward(x, operand, dora.weight, [adapter])
+
+    def read_call(self, x: Tensor) -> tuple[CallParts | None, str | None]:
+        """The parts and None, or the reason why PEFT must compute this call.
+
+        It is judged once for each state of the layer. Under torch.compile at each call: it guards on all that is read.
+        """
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
+            return self._judge(x)
+        reading = known.read(self, x.device, self.quantized)
+        if reading is None:
+            return self._judge(x)
+        state, stored, bias, lora_A, lora_B, magnitude = reading
+        last = self.__dict__.get(known.ATTRIBUTE)
+        if last is not None and last.state == state:
+            weight, reason = self.reread_base(stored)
+            if reason is None and (stored is not None or weight.device == x.device):
+                operand, weight, reason = self.operands(x, weight)
+                adapters = last.adapters
+                if len(adapters) > 1:
+                    return CallParts(operand, weight, adapters), reason
+                dora = DoraWeight(weight, lora_A, lora_B, magnitude, adapters[0].scaling)
+                return CallParts(operand, weight, adapters, dora, bias), reason
+        parts, reason = self._judge(x)
+        if reason is None:
+            again = known.read(self, x.device, self.quantized)  # another thread may have changed it meanwhile
+            if again is not None and again[0] == state:
+                self.__dict__[known.ATTRIBUTE] = known.Known(state, parts.adapters)
+        return parts, reason
+
+    def is_known(self, device: torch.device) -> bool:
+        """True if dora_kernels computes a call with an x on `device`, as long as the dtypes meet. False if unknown."""
+        last = self.__dict__.get(known.ATTRIBUTE)
+        reading = None if last is None else known.read(self, device, self.quantized)
+        return reading is not None and last.state == reading[0]
+
+    def _judge(self, x: Tensor) -> tuple[CallParts | None, str | None]:
+        """`read_call`, judged anew."""
         if self.disable_adapters or self.merged:
             return None, ""
         adapters = [read_adapter(self, name, self.family) for name in self._known(self.active_adapters)]
@@ -66,13 +126,15 @@ class TakenOverLayer(Merging):
         if reason is not None:
             return None, reason
         operand, weight, reason = self.operands(x, weight)
-        return (operand, weight, adapters), reason
+        return CallParts(operand, weight, adapters), reason
 
-    def compute(self, x: Tensor, parts: tuple[Tensor, Weight, list[PeftAdapter]]) -> Tensor:
-        operand, weight, adapters = parts
+    def compute(self, x: Tensor, parts: CallParts) -> Tensor:
+        operand, weight, adapters, dora, bias = parts
         for adapter in adapters:
             if adapter.magnitude._dora_cache:
                 adapter.magnitude._cache_clear()  # as each uncached forward of PEFT does: it may be stale by now
+        if dora is not None:
+            return self.one_adapter(x, operand, adapters[0], dora, bias)
         return self.dora_forward(x, operand, weight, [adapter.gathered() for adapter in adapters])
 
     def drops_otherwise(self) -> bool:

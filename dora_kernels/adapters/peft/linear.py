@@ -54,7 +54,10 @@ class TakenOverLinear(TakenOverLayer):
         if adapter is None or type(adapter.lora_A) is not nn.Linear or dropout_is_active(self, adapter):
             return None
         lora_A = adapter.lora_A.weight
-        return None if not lora_A.requires_grad or why_not_adapter(adapter, self.family, device) else lora_A
+        if not lora_A.requires_grad:
+            return None
+        is_ours = self.is_known(device) or why_not_adapter(adapter, self.family, device) is None
+        return lora_A if is_ours else None
 
     def dora_forward(self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[PeftAdapter]) -> Tensor:
         """x: (..., K) -> (..., N), of the dtype that nn.Linear would return.
@@ -65,35 +68,41 @@ class TakenOverLinear(TakenOverLayer):
         """
         bias, lora_dropout = self.base_layer.bias, self.dora_dropout == "lora"
         first, *others = adapters
-        norms = self.norms(weight.T if self.fan_in_fan_out else weight, adapters) if others else None
-        # y's, as nn.Linear's
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = operand_dtypes(operand, first.lora_A.weight)[0] if autocast else x.dtype
+        if not others:
+            return self.one_adapter(x, operand, first, first.over(weight), bias)
+        norms = self.norms(weight.T if self.fan_in_fan_out else weight, adapters)
+        dtype = _output_dtype(x, operand, first.lora_A.weight)
         wide = torch.promote_types(dtype, first.magnitude.weight.dtype)
-        if others and (wide != dtype or (lora_dropout and dropout_is_active(self, first))):
+        if wide != dtype or (lora_dropout and dropout_is_active(self, first)):
             # Between two adapters PEFT keeps the running result in their dtype. Rounded to half precision there, the
             # error with two adapters was 1.22 times PEFT's and with three 1.31 (geometric means over y and gradients).
             result, nested = frozen_product(operand.to(weight.dtype), weight).to(wide), adapters
             result = result if bias is None else result + bias
         else:
             x_dropped, nested = self._dropped(first, x) if dropout_is_active(self, first) else None, others
-            dora = first.over(weight)
-            if others:
-                result, *_ = dora_linear_core(operand, dora, bias, x_dropped=x_dropped, given=Given(norms[0]))
-            else:
-                low = lows = None
-                if x_dropped is None and type(first.lora_A) is nn.Linear:  # as in lora_A_to_share
-                    low, lows = sharing.shared_low(self, x, operand, first.lora_A.weight)
-                result = reuse.dora_linear_reusing(
-                    self, operand, dora, bias, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
-                )
-                if lows is not None:
-                    lows.live_with(result)
+            given = Given(norms[0])
+            result, *_ = dora_linear_core(operand, first.over(weight), bias, x_dropped=x_dropped, given=given)
         for i, adapter in enumerate(nested, start=len(adapters) - len(nested)):
             apart = nests_apart(self, adapter) and not lora_dropout
             x_dropped = self._dropped(adapter, x) if apart or dropout_is_active(self, adapter) else None
             result = _nest(result, operand, adapter.over(weight), norms[i], bias, x_dropped, apart)
         return result.to(dtype)
+
+    def one_adapter(
+        self, x: Tensor, operand: Tensor, adapter: PeftAdapter, dora: DoraWeight, bias: Tensor | None
+    ) -> Tensor:
+        low = lows = x_dropped = None
+        if dropout_is_active(self, adapter):
+            x_dropped = self._dropped(adapter, x)
+        elif type(adapter.lora_A) is nn.Linear:  # as in lora_A_to_share
+            low, lows = sharing.shared_low(self, x, operand, dora.lora_A)
+        lora_dropout = self.dora_dropout == "lora"
+        result = reuse.dora_linear_reusing(
+            self, operand, dora, bias, x_dropped=x_dropped, lora_dropout=lora_dropout, low=low
+        )
+        if lows is not None:
+            lows.live_with(result)
+        return result if operand is x else result.to(_output_dtype(x, operand, dora.lora_A))
 
     def _dropped(self, adapter: PeftAdapter, x: Tensor) -> Tensor:
         """dropout(x) with PEFT's mask for the same seed: drawn in the dtype in which PEFT draws it."""
@@ -115,11 +124,19 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
             return None, reason
         return weight.T if layer.fan_in_fan_out else weight, why_not_bypass("base_layer", base)
 
+    def reread_base(self, weight: Tensor) -> tuple[Tensor, None]:
+        return weight.T if self.fan_in_fan_out else weight, None
+
     def as_matrices(self, weight: Tensor, adapter: PeftAdapter) -> DoraWeight:
         return adapter.over(weight.T if self.fan_in_fan_out else weight)
 
     def shaped(self, rows: Tensor) -> Tensor:
         return rows.T.contiguous() if self.fan_in_fan_out else rows
+
+
+def _output_dtype(x: Tensor, operand: Tensor, lora_A: Tensor) -> torch.dtype:
+    """The dtype of y: nn.Linear's."""
+    return operand_dtypes(operand, lora_A)[0] if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def _nest(

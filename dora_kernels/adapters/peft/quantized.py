@@ -28,6 +28,10 @@ class TakenOverQuantized(TakenOverLinear):
     """TakenOverLinear, with a base layer that `quant.read` knows."""
 
     base_classes: tuple[type[nn.Module], ...] = ()
+    quantized = True
+
+    def reread_base(self, weight: None) -> tuple[QuantizedWeight | None, str | None]:
+        return quant.read_or_reason(self.base_layer)
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
@@ -96,6 +100,9 @@ if is_bnb_4bit_available():
             except ValueError as error:
                 return None, str(error).removeprefix("read: ")
             return super().read_base(layer)
+
+        def reread_base(self, weight: None) -> tuple[QuantizedWeight | None, str | None]:
+            return self.read_base(self)  # as it may have been packed since
 
         @classmethod
         def remarks(cls, weight: QuantizedWeight) -> list[str]:
