@@ -44,8 +44,8 @@ class TakenOver:
     dora_dropout = "adapter"
     """enable's dropout: "adapter" is the library's meaning. take_over sets it on the layer."""
 
-    attributes: ClassVar[tuple[str, ...]] = ("dora_dropout",)
-    """What is set on the layer, until it is given back."""
+    dora_attributes: ClassVar[tuple[str, ...]] = ("dora_dropout",)
+    """The attributes that are set on the layer until it is given back."""
 
     reversible = True
     """True if the library's class computes the same function, so that the layer can be given back."""
@@ -220,7 +220,7 @@ def give_back(layer: nn.Module) -> None:
         taken_over = type(layer)
         _set_class(layer, library_class(layer))
         sharing.leave(layer)
-        for name in taken_over.attributes:
+        for name in taken_over.dora_attributes:
             layer.__dict__.pop(name, None)
 
 

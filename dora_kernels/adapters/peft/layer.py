@@ -23,7 +23,7 @@ from dora_kernels.types import DoraWeight
 
 
 class CallParts(NamedTuple):
-    """What `compute` needs of a call that dora_kernels computes. dora and bias: of a known layer with one adapter."""
+    """The parts of a call for `compute`. dora and bias: of a known layer with one adapter."""
 
     operand: Tensor
     weight: Weight
@@ -38,7 +38,7 @@ class TakenOverLayer(Merging):
     library = "PEFT"
     family: Family
     quantized = False
-    attributes = ("dora_dropout", known.ATTRIBUTE)
+    dora_attributes = ("dora_dropout", known.ATTRIBUTE)
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[Weight | None, str | None]:
@@ -71,7 +71,7 @@ class TakenOverLayer(Merging):
         )
 
     def reread_base(self, weight: Tensor | None) -> tuple[Weight | None, str | None]:
-        """As `read_base`, over a base layer that was judged in this state (known.py) and has this weight."""
+        """The results of `read_base` over a base layer that was judged in this state (known.py) and has this weight."""
         return weight, None
 
     def one_adapter(

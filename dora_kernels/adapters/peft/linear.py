@@ -127,6 +127,11 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
     def reread_base(self, weight: Tensor) -> tuple[Tensor, None]:
         return weight.T if self.fan_in_fan_out else weight, None
 
+    def operands(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, str | None]:
+        if x.dtype == weight.dtype and x.dim() > 1:  # the ordinary call, without three more functions
+            return x, weight, None
+        return super().operands(x, weight)
+
     def as_matrices(self, weight: Tensor, adapter: PeftAdapter) -> DoraWeight:
         return adapter.over(weight.T if self.fan_in_fan_out else weight)
 
