@@ -6,6 +6,7 @@
     roof                         the time that a kernel would take at the machine's measured rates
     apart                        attempts in processes of their own, which may hang
     host_driver, host_layers     a driver that launches nothing, and the layers over it
+    host_measure, host_tables    what is measured of them, and its tables
     results, plots               readers of results/, and the plots of docs/figures/
 
 Each imports from its own line and those above.

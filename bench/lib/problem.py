@@ -40,6 +40,8 @@ class LayerProblem:
     dropout: float = 0.0
     drawn_in: torch.dtype | None = None
     """The dtype that a layer draws its mask in: `double` keeps it, and with it the mask."""
+    bias: Tensor | None = None
+    """(N,), of the layer beneath; bench.host alone gives one."""
 
     @classmethod
     def random(cls, case: LayerCase, seed: int = 0) -> LayerProblem:

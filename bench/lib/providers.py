@@ -174,6 +174,8 @@ def _linear(problem: LayerProblem) -> nn.Linear:
     N, K = problem.weight.shape
     linear = nn.Linear(K, N, bias=False, device="meta")
     linear.weight = nn.Parameter(problem.weight, requires_grad=False)
+    if problem.bias is not None:
+        linear.bias = nn.Parameter(problem.bias, requires_grad=False)
     return linear
 
 

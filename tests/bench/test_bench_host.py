@@ -3,6 +3,7 @@
 In processes of their own: there Triton compiles, where the other tests interpret.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from bench import host
-from bench.lib import host_driver, host_layers
+from bench.lib import host_driver, host_layers, host_measure
 from dora_kernels.planning import configs, costs, devices
 from dora_kernels.planning.tiles import CONFIGS
 
@@ -31,7 +32,7 @@ from bench.lib import host_driver
 
 assert host.main(["--seconds", "1", "--out", sys.argv[1]]) == 0
 
-from bench.lib import host_layers  # the driver is loaded before PEFT is imported
+from bench.lib import host_layers, host_measure  # the driver is loaded before PEFT is imported
 
 driver, counts = host_driver.loaded(), {}
 for way in ("split", "merged"):
@@ -41,7 +42,7 @@ for way in ("split", "merged"):
         for name in ("inference", "forward", "forward+backward"):
             step = host_layers.step_of(layer, problem, name)
             step()
-            counts[f"{way} {name}"] = driver.launches(step), len(host_layers.library_launches(step))
+            counts[f"{way} {name}"] = driver.launches(step), len(host_measure.library_launches(step))
 
 from bench.lib.problem import LayerProblem
 from bench.lib.shapes import LayerCase
@@ -51,10 +52,10 @@ for R in (16, 384):
     step = host_layers.step_of(host_layers.function(problem), problem, "forward+backward")
     with host_driver.pretended_gpu(host_layers.PLANNED["training"]):
         step()
-        launchers = host_layers._launchers(step)
+        launchers = host_measure._launchers(step)
         with torch.no_grad():  # as in our operators
             counts[f"launchers, R = {R}"] = [
-                (name, driver.launches(launcher), host_layers.library_launches(launcher))
+                (name, driver.launches(launcher), host_measure.library_launches(launcher))
                 for name, launcher in launchers
             ]
 print(json.dumps(counts))
@@ -74,13 +75,13 @@ def measured(tmp_path_factory):
 
 @needs_gcc
 def test_every_row_has_a_time(measured):
-    rows = {(row["precision"], row["provider"], row["step"]): row for row in measured["rows"]}
+    rows = {(row["case"], row["provider"], row["step"]): row for row in measured["rows"]}
     assert len(rows) == len(measured["rows"])
     expected = {
-        (precision, provider, step)
-        for precision in host_layers.PRECISIONS
-        for provider in host_layers.PROVIDERS
-        for step in ("forward", "forward+backward", "inference", "inference in frozen_adapters")
+        (name, provider, step)
+        for name, case in host_layers.CASES.items()
+        for provider in case.providers
+        for step in itertools.chain(*(host_layers.STEPS[kind] for kind in case.kinds))
         if step != "inference in frozen_adapters" or provider in ("DoraLinear", "enabled PEFT layer")
     }
     assert set(rows) == expected
@@ -88,7 +89,7 @@ def test_every_row_has_a_time(measured):
         assert 0 < row["least_us"] <= row["us"] < 1e6 and row["readings"] >= 5, key
         assert (row["triton"] > 0) == (row["provider"] in host_layers.OURS), key
     # a table of the same rows
-    assert sum(line.lstrip().startswith(host_layers.PRECISIONS) for line in measured["printed"].splitlines()) >= len(
+    assert sum(line.lstrip().startswith(tuple(host_layers.CASES)) for line in measured["printed"].splitlines()) >= len(
         rows
     )
 
@@ -98,16 +99,18 @@ def test_every_row_has_a_time(measured):
 def test_launches_of_a_training_step(measured, provider):
     """bf16: norm, low, base, epilogue; W', dx, token_sums, P, dA. autocast: lora_A, lora_B cast twice."""
     counts = {
-        row["precision"]: (row["triton"], sorted(row["library"]))
+        row["case"]: (row["triton"], sorted(row["library"]))
         for row in measured["rows"]
-        if row["provider"] == provider and row["step"] == "forward+backward"
+        if row["provider"] == provider
+        and row["step"] == "forward+backward"
+        and row["case"] in ("bf16", "bf16-autocast")
     }
     assert counts == {"bf16": (7, ["mm"] * 2), "bf16-autocast": (7, ["_to_copy"] * 4 + ["mm"] * 2)}
 
 
 @needs_gcc
 def test_the_launchers_of_a_training_step(measured):
-    launchers = [row for row in measured["meta"]["launchers"] if row["precision"] == "bf16"]
+    launchers = [row for row in measured["meta"]["launchers"] if row["case"] == "bf16"]
     counts = {row["launcher"]: row["launches"] for row in launchers}
     assert counts == dict.fromkeys(("start_norm", "epilogue", "token_sums", "project", "outer_product", "merge"), 1)
     for row in launchers:
@@ -125,7 +128,11 @@ def test_the_planner_counts_the_launches(measured, way, dx):
     assert counted[f"{way} inference"] == launches(costs.forward_costs(shape, way, H100))
     backward = counted[f"{way} forward+backward"] - counted[f"{way} forward"]
     assert backward == launches(costs.backward_costs(shape, dx, H100))
-    reused = [row for row in measured["rows"] if row["step"] == "inference in frozen_adapters"]
+    reused = [
+        row
+        for row in measured["rows"]
+        if row["step"] == "inference in frozen_adapters" and row["case"] in ("bf16", "bf16-autocast")
+    ]
     assert reused and all(
         row["triton"] + row["library"].count("mm")
         == launches(costs.forward_costs(shape, "split", H100, norm_given=True))
@@ -167,7 +174,7 @@ def test_what_counts_as_a_launch():
         y = torch.empty_like(x).copy_(x).T[1:].detach()
         return torch.addmm(factor, y, x).sum(0), x.to(x.dtype), x.to(torch.bfloat16)
 
-    assert host_layers.library_launches(step) == ["copy_", "addmm", "sum", "_to_copy"]
+    assert host_measure.library_launches(step) == ["copy_", "addmm", "sum", "_to_copy"]
 
 
 @pytest.mark.parametrize("lacking", ("gcc", "compiler"))
