@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.lib import host_tables
 from bench.lib.machine import ROOT
 from bench.lib.plots import draw, plot_names, points
 from bench.lib.results import COMPARED, cases, heading, load
@@ -272,12 +273,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts[performance] = replaced(texts[performance], shared_inputs, "shared inputs")
     texts[performance] = replaced(texts[performance], figures(results), "one layer")
     texts[performance] = replaced(texts[performance], predictions.nf4_table(), "4-bit base")
-    for name, table in {"dropout": dropout.table, "evaluation": evaluation.table}.items():
-        tables = [
+    tables = {"dropout": dropout.table, "evaluation": evaluation.table, "host": host_tables.markdown}
+    for name, table in tables.items():
+        parts = [
             f"{heading(device, data)}, threads: {data['meta']['threads']}:\n\n{table(data['rows'])}"
             for device, data in load(results, name).items()
         ]
-        texts[performance] = replaced(texts[performance], "\n\n".join(tables) or NOTHING, name)
+        texts[performance] = replaced(texts[performance], "\n\n".join(parts) or NOTHING, name)
     texts[folder / "layer.md"] = layer_page(results)
     if arguments.check:
         return int(any(not path.exists() or text != path.read_text() for path, text in texts.items()))

@@ -1,8 +1,9 @@
 """Host time of a layer's calls without a GPU, over a driver that launches nothing, and the launches of each.
 
-    python -m bench.host                                     # bench/results/cpu/host.json, some four minutes
-    python -m bench.host --case bf16 --tokens 512       # a training step as it is planned for fewer tokens
-    python -m bench.host --case bf16 --profile          # and where the time of our training steps goes
+    python -m bench.host                             # bench/results/cpu/host.json, some four minutes
+    python -m bench.host --instructions              # and the instructions of each call, some six more
+    python -m bench.host --case bf16 --tokens 512    # a training step as it is planned for fewer tokens
+    python -m bench.host --case bf16 --profile       # and where the time of our training steps goes
 
 nn.Linear, PEFT's LoRA and DoRA layers, and ours as the function dora_linear, as DoraLinear and as the PEFT layer after
 enable(). Compilation, JIT dispatch and launcher are Triton's own for sm_90, the package's code is all there, and only
@@ -34,15 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     # before PEFT and the libraries that it imports look for a GPU, and load NVIDIA's driver where there is one
     driver = host_driver.loaded()
-    from bench.lib import host_layers as layers
-    from bench.lib import host_measure
+    from bench.lib import host_cases, host_layers, host_measure
 
     parser = argparse.ArgumentParser(prog="python -m bench.host", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=180, help="for all that is timed (default: %(default)s)")
-    parser.add_argument("--case", nargs="+", choices=layers.CASES, default=list(layers.CASES))
-    parser.add_argument("--provider", nargs="+", choices=layers.PROVIDERS, default=list(layers.PROVIDERS))
-    tokens = layers.PLANNED["training"].M
+    parser.add_argument("--case", nargs="+", choices=host_cases.CASES, default=list(host_cases.CASES))
+    parser.add_argument("--provider", nargs="+", choices=host_layers.PROVIDERS, default=list(host_layers.PROVIDERS))
+    tokens = host_layers.PLANNED["training"].M
     parser.add_argument("--tokens", type=int, default=tokens, help="training is planned for (default: %(default)s)")
+    parser.add_argument("--instructions", action="store_true", help="count them, too, by callgrind")
     parser.add_argument("--profile", action="store_true", help="print where the time of our training steps goes")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench" / "results" / "cpu" / "host.json")
     host_measure.run(parser.parse_args(argv), driver)

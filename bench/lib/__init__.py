@@ -6,6 +6,9 @@
     roof                         the time that a kernel would take at the machine's measured rates
     apart                        attempts in processes of their own, which may hang
     host_driver, host_layers     a driver that launches nothing, and the layers over it
+    host_quantized, host_models  layers over a quantized base, and a whole model, over that driver
+    host_cases                   those that are measured
+    host_instructions            their instructions, by callgrind
     host_measure, host_tables    what is measured of them, and its tables
     results, plots               readers of results/, and the plots of docs/figures/
 

@@ -15,6 +15,7 @@ import functools
 import pathlib
 import shutil
 import subprocess
+import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
@@ -60,6 +61,8 @@ class Driver:
             raise RuntimeError("another libcuda.so.1 is loaded; expected none in this process so far")
         self._launches_so_far = loaded.launches_so_far
         self._launches_so_far.restype = ctypes.c_long
+        self._start_counting, self._stop_counting = loaded.start_counting, loaded.stop_counting
+        self.decode_nothing = loaded.decode_nothing
         triton.knobs.nvidia.libcuda_path = self._folder.name
 
         driver = nvidia.CudaDriver()
@@ -74,6 +77,13 @@ class Driver:
         before = self._launches_so_far()
         step()
         return self._launches_so_far() - before
+
+    def count_instructions(self, step: Callable[[], object], calls: int, name: str) -> None:
+        """Call `step` so often; under callgrind the instructions are written under `name`."""
+        self._start_counting()
+        for _ in range(calls):
+            step()
+        self._stop_counting(name.encode())
 
 
 @functools.cache
@@ -111,4 +121,15 @@ def pretended_gpu(planned: costs.Shape) -> Iterator[None]:
             stack.enter_context(mock.patch.object(owner, name, replacement))
         # "auto" takes the reference for CPU tensors before it looks at their device's facts
         stack.enter_context(dora_kernels.options(backend="triton"))
+        _forget_choices()
+        stack.callback(_forget_choices)
         yield
+
+
+def _forget_choices() -> None:
+    """Clear every cache of the package: a choice made for tensors of the same sizes was made for others."""
+    for name, package in list(sys.modules.items()):
+        if name.partition(".")[0] == "dora_kernels":
+            for value in list(vars(package).values()):
+                if callable(getattr(value, "cache_clear", None)):
+                    value.cache_clear()

@@ -31,7 +31,11 @@ STEPS = {
 }
 PLANNED = {"training": costs.Shape(8192, 4096, 4096, R, 2), "inference": costs.Shape(16, 4096, 4096, R, 2)}
 """The sizes that the planner is told; --tokens sets another M for training."""
-OURS = ("dora_linear", "DoraLinear", "enabled PEFT layer")
+
+
+def planned(kind: str, tokens: int) -> costs.Shape:
+    """The sizes that the planner is told of a kind of step (of STEPS), with so many tokens in training."""
+    return PLANNED[kind]._replace(M=tokens) if kind == "training" else PLANNED[kind]
 
 
 def problem_of(precision: str, bias: bool = False, dropout: float = 0.0) -> LayerProblem:
@@ -75,6 +79,7 @@ PROVIDERS: dict[str, providers.Provider] = {
     "DoraLinear": module,
     "enabled PEFT layer": providers.ours,
 }
+OURS = ("dora_linear", "DoraLinear", "enabled PEFT layer")
 MODULES = {name: provider for name, provider in PROVIDERS.items() if name != "dora_linear"}
 """Those that are modules: dora_linear has no dropout, and takes a dense weight."""
 DROPS_LOW_RANK = MODULES | {
@@ -89,6 +94,7 @@ class Case:
 
     checkpointed: torch.utils.checkpoint calls the layer, and the backward pass calls it once more.
     calls: in a reading.
+    context: what its steps run in.
     """
 
     problem: Callable[[], LayerProblem]
@@ -96,18 +102,7 @@ class Case:
     kinds: tuple[str, ...] = ("training", "inference")
     checkpointed: bool = False
     calls: int = CALLS
-
-
-CASES: dict[str, Case] = {
-    "bf16": Case(lambda: problem_of("bf16"), PROVIDERS),
-    "bf16-autocast": Case(lambda: problem_of("bf16-autocast"), PROVIDERS),
-    "bf16-fp32": Case(float32_adapters, PROVIDERS),
-    "bias": Case(lambda: problem_of("bf16", bias=True), PROVIDERS),
-    # in eval mode nobody drops
-    "dropout": Case(lambda: problem_of("bf16", dropout=DROPOUT), MODULES, ("training",)),
-    "dropout-on-lora": Case(lambda: problem_of("bf16", dropout=DROPOUT), DROPS_LOW_RANK, ("training",)),
-    "checkpointed": Case(lambda: problem_of("bf16"), PROVIDERS, ("training",), checkpointed=True),
-}
+    context: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 
 
 def step_of(layer: TimedLayer, problem: LayerProblem, name: str, checkpointed: bool = False) -> Step:
@@ -140,9 +135,9 @@ Key = tuple[str, str]
 
 
 @contextlib.contextmanager
-def prepared(case: Case, kind: str, names: Sequence[str], planned: costs.Shape) -> Iterator[dict[Key, Step]]:
+def prepared(case: Case, kind: str, names: Sequence[str], shape: costs.Shape) -> Iterator[dict[Key, Step]]:
     """Inside, the steps of one kind (of STEPS) by those of `names` that the case has, called before, on the pretended
-    GPU.
+    GPU that is told of this shape.
     """
     problem = case.problem()
     with contextlib.ExitStack() as stack:
@@ -154,7 +149,8 @@ def prepared(case: Case, kind: str, names: Sequence[str], planned: costs.Shape) 
                     continue
                 stack.enter_context(dora_kernels.frozen_adapters(layer.module))
             steps[name, step] = step_of(layer, problem, step, case.checkpointed)
-        stack.enter_context(host_driver.pretended_gpu(planned))
+        stack.enter_context(host_driver.pretended_gpu(shape))
+        stack.enter_context(case.context())
         for step in steps.values():
             step()  # compiles, and fills what is reused
         yield steps

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
+from bench.lib import host_instructions
+from bench.lib.host_cases import CASES, parts
 from bench.lib.host_driver import Driver
-from bench.lib.host_layers import CALLS, CASES, OURS, PLANNED, Key, prepared
+from bench.lib.host_layers import CALLS, OURS, Key, planned, prepared
 from bench.lib.host_tables import launcher_table, table
 from bench.lib.machine import meta
 from bench.lib.measure import Step, interleave
@@ -85,14 +87,18 @@ def measure(steps: dict[Key, Step], driver: Driver, seconds: float, calls: int =
 
 
 def measure_launchers(step: Step, driver: Driver, seconds: float) -> list[dict[str, Any]]:
-    """A row for each of our launchers in `step`: its own time, that of Triton's JIT in it, and that of the compiled
-    kernels without the JIT.
+    """A row for each of our launchers in `step`: its own time, and for comparison that of the same launches by Triton's
+    JIT, and of their compiled kernels alone.
     """
     rows, calls, launchers = [], {}, _launchers(step)
     with torch.no_grad():  # as in our operators
         for place, (name, launcher) in enumerate(launchers):
             jit, compiled = _launches(launcher)
             rows.append({"launcher": name, "launches": driver.launches(launcher)})
+            if {driver.launches(jit), driver.launches(compiled)} != {rows[place]["launches"]}:
+                raise RuntimeError(
+                    f"bench.host: {name} launched kernels that were not seen; expected all by Triton's JIT"
+                )
             calls |= {(place, "us"): launcher, (place, "jit_us"): jit, (place, "kernel_us"): compiled}
         for (place, what), timing in interleave(calls, stopwatch, seconds, ROUNDS).items():
             rows[place][what] = 1e3 * timing.median
@@ -117,7 +123,10 @@ def _launchers(step: Step) -> list[tuple[str, Step]]:
 
 
 def _launches(launcher: Step) -> tuple[Step, Step]:
-    """The launches of a launcher's call without the launcher: through Triton's JIT, and of the compiled kernels."""
+    """The launches of a launcher's call without the launcher: through Triton's JIT, and of the compiled kernels.
+
+    Launches that otherwise go past the JIT are made by it while its `run` is another one (kernels/launches.py).
+    """
     runs: list[Step] = []
     compiled: list[Step] = []
     run = JITFunction.run
@@ -127,7 +136,9 @@ def _launches(launcher: Step) -> tuple[Step, Step]:
         runs.append(functools.partial(run, self, *args, **kwargs))
         constants = {name: value for name, value in kwargs.items() if name in self.arg_names}
         bound = self.signature.bind(*args, **constants).arguments.values()
-        compiled.append(functools.partial(kernel[(*kwargs["grid"], 1, 1)[:3]], *bound))
+        grid, stream, hooks = (*kwargs["grid"], 1, 1)[:3], 0, (None, None, None)
+        known = (kernel.function, kernel.packed_metadata)
+        compiled.append(functools.partial(kernel.run, *grid, stream, *known, *hooks, *bound))
         return kernel
 
     with mock.patch.object(JITFunction, "run", record):
@@ -157,26 +168,23 @@ def run(arguments: argparse.Namespace, driver: Driver) -> None:
     """Measure, write and print."""
     torch.set_num_threads(1)
     rows, launchers, profiles = [], [], []
-    parts = [(name, kind) for name in arguments.case for kind in CASES[name].kinds]
-    for name, kind in parts:
-        case, planned = CASES[name], PLANNED[kind]
-        if kind == "training":
-            planned = planned._replace(M=arguments.tokens)
-        share = arguments.seconds / len(parts)
-        with prepared(case, kind, arguments.provider, planned) as steps:
-            of = {"case": name, "planned": planned._asdict()}
-            ours = {provider: call for (provider, step), call in steps.items() if step == "forward+backward"}
-            launched = name in LAUNCHERS_OF and "dora_linear" in ours
-            if launched:
-                share *= 0.7
-                launchers += [of | row for row in measure_launchers(ours["dora_linear"], driver, 0.3 / 0.7 * share)]
+    share = arguments.seconds / (len(parts(arguments.case)) + len(set(LAUNCHERS_OF) & set(arguments.case)))
+    for name, kind in parts(arguments.case):
+        case, shape = CASES[name], planned(kind, arguments.tokens)
+        with prepared(case, kind, arguments.provider, shape) as steps:
+            of = {"case": name, "planned": shape._asdict()}
             rows += [of | row for row in measure(steps, driver, share, case.calls)]
+            ours = {who: call for (who, step), call in steps.items() if who in OURS and step == "forward+backward"}
+            if name in LAUNCHERS_OF and "dora_linear" in ours:
+                launchers += [of | row for row in measure_launchers(ours["dora_linear"], driver, share)]
             if arguments.profile:
-                profiles += [
-                    f"{name}, {provider}, forward+backward:\n{profile(call)}"
-                    for provider, call in ours.items()
-                    if provider in OURS
-                ]
+                profiles += [f"{name}, {who}, forward+backward:\n{profile(call)}" for who, call in ours.items()]
+    notes = [NOTE]
+    if arguments.instructions:
+        notes.append(host_instructions.why_not())
+        counts = {} if notes[-1] else host_instructions.count(arguments.case, arguments.provider, arguments.tokens)
+        for row in rows:
+            row["instructions"] = counts.get((row["case"], row["provider"], row["step"]))
     write(arguments.out, meta(torch.device("cpu")) | {"launchers": launchers}, rows)
-    tables = (table(rows), launcher_table(launchers)) if launchers else (table(rows),)
-    print(*profiles, *tables, NOTE, f"-> {arguments.out}", sep="\n\n")
+    printed = [*profiles, table(rows), launcher_table(launchers), *notes, f"-> {arguments.out}"]
+    print(*filter(None, printed), sep="\n\n")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from bench import host
-from bench.lib import host_driver, host_layers, host_measure
+from bench.lib import host_cases, host_driver, host_instructions, host_layers, host_measure, host_tables
 from dora_kernels.planning import configs, costs, devices
 from dora_kernels.planning.tiles import CONFIGS
 
@@ -79,7 +79,7 @@ def test_every_row_has_a_time(measured):
     assert len(rows) == len(measured["rows"])
     expected = {
         (name, provider, step)
-        for name, case in host_layers.CASES.items()
+        for name, case in host_cases.CASES.items()
         for provider in case.providers
         for step in itertools.chain(*(host_layers.STEPS[kind] for kind in case.kinds))
         if step != "inference in frozen_adapters" or provider in ("DoraLinear", "enabled PEFT layer")
@@ -89,7 +89,7 @@ def test_every_row_has_a_time(measured):
         assert 0 < row["least_us"] <= row["us"] < 1e6 and row["readings"] >= 5, key
         assert (row["triton"] > 0) == (row["provider"] in host_layers.OURS), key
     # a table of the same rows
-    assert sum(line.lstrip().startswith(tuple(host_layers.CASES)) for line in measured["printed"].splitlines()) >= len(
+    assert sum(line.lstrip().startswith(tuple(host_cases.CASES)) for line in measured["printed"].splitlines()) >= len(
         rows
     )
 
@@ -97,15 +97,16 @@ def test_every_row_has_a_time(measured):
 @needs_gcc
 @pytest.mark.parametrize("provider", host_layers.OURS)
 def test_launches_of_a_training_step(measured, provider):
-    """bf16: norm, low, base, epilogue; W', dx, token_sums, P, dA. autocast: lora_A, lora_B cast twice."""
+    """bf16: norm, low, base, epilogue; W', dx, token_sums, P, dA. autocast: lora_A, lora_B cast twice. NF4: decoded."""
+    expected = {"bf16": (7, ["mm"] * 2), "bf16-autocast": (7, ["_to_copy"] * 4 + ["mm"] * 2)}
+    if "nf4" in host_cases.CASES and provider != "dora_linear":
+        expected["nf4"] = 8, ["mm"] * 2
     counts = {
         row["case"]: (row["triton"], sorted(row["library"]))
         for row in measured["rows"]
-        if row["provider"] == provider
-        and row["step"] == "forward+backward"
-        and row["case"] in ("bf16", "bf16-autocast")
+        if row["provider"] == provider and row["step"] == "forward+backward" and row["case"] in expected
     }
-    assert counts == {"bf16": (7, ["mm"] * 2), "bf16-autocast": (7, ["_to_copy"] * 4 + ["mm"] * 2)}
+    assert counts == expected
 
 
 @needs_gcc
@@ -175,6 +176,58 @@ def test_what_counts_as_a_launch():
         return torch.addmm(factor, y, x).sum(0), x.to(x.dtype), x.to(torch.bfloat16)
 
     assert host_measure.library_launches(step) == ["copy_", "addmm", "sum", "_to_copy"]
+
+
+def test_reading_counts(tmp_path):
+    for at, (description, total) in enumerate(
+        (
+            ('Client Request: ["nf4", "PEFT DoRA", "inference in frozen_adapters", 10]', 45670),
+            ('Client Request: ["bf16", "nn.Linear", "forward", 2]', 30),
+            ("Program termination", 9),
+        )
+    ):
+        text = f"creator: callgrind\ndesc: Trigger: {description}\n\nevents: Ir\nsummary: 1\n\ntotals: {total}\n"
+        tmp_path.joinpath(f"counts.{at}").write_text(text)
+    assert host_instructions.read(tmp_path) == {
+        ("nf4", "PEFT DoRA", "inference in frozen_adapters"): 4567,
+        ("bf16", "nn.Linear", "forward"): 15,
+    }
+
+
+@needs_gcc
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind counts")
+def test_counting_instructions():
+    """Some 40 seconds a run: all of torch and PEFT is loaded under valgrind."""
+    providers = ("nn.Linear", "PEFT LoRA", "PEFT DoRA")
+    once, again = (host_instructions.count(("checkpointed", "bias"), providers, 8192) for _ in range(2))
+    assert len(once) == len(providers) * (2 + 3) and once.keys() == again.keys()
+    for key, count in once.items():
+        assert count == pytest.approx(again[key], rel=0.01), key
+    for case, step in {(case, step) for case, _, step in once}:
+        counts = [once[case, provider, step] for provider in providers]
+        assert counts == sorted(counts), (case, step, counts)
+    # with the arithmetic of its product 900,000
+    assert 10_000 < once["bias", "nn.Linear", "forward"] < 200_000
+
+
+def test_tables():
+    """Over PEFT's DoRA in the same step; that of inference in a scope, where it reuses nothing."""
+    of = {"case": "bf16", "triton": 1, "library": ["mm"], "readings": 5}
+    rows = [
+        of | {"provider": provider, "step": step, "us": us, "least_us": us - 1, "instructions": instructions}
+        for provider, step, us, instructions in (
+            ("PEFT DoRA", "inference", 200.0, 8e5),
+            ("DoraLinear", "inference", 100.0, 6e5),
+            ("DoraLinear", "inference in frozen_adapters", 50.0, None),
+        )
+    ]
+    printed = [line.split() for line in host_tables.table(rows).splitlines()]
+    assert printed[2] == "bf16 inference DoraLinear 100 99 0.50 600k 0.75 1 1".split()
+    assert printed[3] == "bf16 inference in frozen_adapters DoraLinear 50 49 0.25 - - 1 1".split()
+    lines = host_tables.markdown(rows).splitlines()
+    assert lines[2] == "| bf16 | inference | 200 (1.00; 1.00) | 100 (0.50; 0.75) | 2 |"
+    assert lines[3] == "| bf16 | inference in frozen_adapters |  | 50 (0.25) |  |"
 
 
 @pytest.mark.parametrize("lacking", ("gcc", "compiler"))
