@@ -58,8 +58,8 @@ class LaunchPlan:
     def __init__(self, kernel: Any, config: Config | None, **constants: Any) -> None:
         self.kernel, self.config, self.constants = kernel, config, constants
         self._strided = tuple(not name.endswith("_ptr") for name in kernel.arg_names)
-        # types of arguments -> the function that reads them, and what it reads -> the kernel that is launched
-        self._kept: dict[tuple[type, ...], tuple[Callable[..., Any], dict[tuple, tuple]]] = {}
+        # types of arguments -> the functions that read them, and for each what it reads -> the kernel that is launched
+        self._kept: dict[tuple[type, ...], list[tuple[Callable[..., Any], dict[tuple, tuple]]]] = {}
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Launches the kernel. Of a tensor it gets the pointer where the parameter's name ends in _ptr, else a Matrix
@@ -68,15 +68,17 @@ class LaunchPlan:
         if _is_observed(self.kernel):
             self._launch_by_jit(grid, arguments)
             return
-        read, kernels = self._kept.get(tuple(map(type, arguments)), _NOTHING_KEPT)
-        found = read(*arguments)
-        if found is None:
-            read, kernels = self._keep_reader(arguments)
-            found = read(*arguments)
-        if found is None:
-            self._launch_by_jit(grid, arguments)
-            return
-        key, values = found
+        for reader in self._kept.get(tuple(map(type, arguments)), ()):
+            found = reader[0](*arguments)
+            if found is not None:
+                break
+        else:
+            reader = self._keep_reader(arguments)
+            found = reader[0](*arguments)
+            if found is None:
+                self._launch_by_jit(grid, arguments)
+                return
+        (key, values), kernels = found, reader[1]
         active = triton.runtime.driver.active
         device = active.get_current_device()
         kept = kernels.get((active, device, key))
@@ -93,12 +95,14 @@ class LaunchPlan:
         return self.kernel[grid](*_as_written(arguments, self._strided), **self.constants)
 
     def _keep_reader(self, arguments: tuple) -> tuple[Callable[..., Any], dict[tuple, tuple]]:
-        """As in _kept, for arguments of these types, which are new."""
+        """As in _kept, for arguments of these types, which are new, if only in their tuples."""
         read = _reader(arguments, self._strided)
         if read is None:
             return _NOTHING_KEPT
+        types = tuple(map(type, arguments))
+        others = self._kept.get(types, [])
         kept: tuple[Callable[..., Any], dict[tuple, tuple]] = (read, {})
-        _put(self._kept, tuple(map(type, arguments)), kept)
+        _put(self._kept, types, [*others[-KEPT + 1 :], kept])
         return kept
 
     def _keep(self, kernels: dict[tuple, tuple], key: tuple, compiled: Any) -> None:
@@ -107,8 +111,8 @@ class LaunchPlan:
             _put(kernels, key, (compiled.run, compiled.function, compiled.packed_metadata, constants))
 
 
-def _put(kept: dict, key: tuple, value: tuple) -> None:
-    if len(kept) >= KEPT:
+def _put(kept: dict, key: tuple, value: Any) -> None:
+    if len(kept) >= KEPT and key not in kept:
         kept.clear()
     kept[key] = value
 

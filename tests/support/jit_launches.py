@@ -230,13 +230,25 @@ def check_batches_of_any_size_meet_one_kernel(world: World) -> None:
     assert world.kernels == known and len(grids) > 5
 
 
+def check_tuples_of_several_lengths_are_read_by_turns(world: World) -> None:
+    plan, tensor = plan_of(), torch.empty(4, 4)
+    with mock.patch.object(launches, "_reader", wraps=launches._reader) as made:
+        for turn in range(12):
+            plan.launch((1,), *simple(tensor)[:-1], (tensor,) * (turn % 3))
+            assert world.by_jit[-1] == (turn < 3)
+    assert made.call_count == 3
+
+
 def check_what_is_kept_is_bounded(world: World) -> None:
     plan, tensor = plan_of(), torch.empty(4, 4)
     for device in range(3 * launches.KEPT):
         world.driver.device = device
         plan.launch((1,), *simple(tensor))
-        ((_, kept),) = plan._kept.values()
+        (((_, kept),),) = plan._kept.values()
         assert len(kept) <= launches.KEPT
+    for length in range(3 * launches.KEPT):
+        plan.launch((1,), *simple(tensor)[:-1], (1,) * length)
+        assert all(len(readers) <= launches.KEPT for readers in plan._kept.values())
     with mock.patch.object(launches, "NUMBERS", 50):
         launches._classes.clear()
         for number in range(500):
@@ -304,7 +316,7 @@ def check_what_the_jit_would_compile_anew(world: World) -> None:
         for _ in range(2):
             kept.launch((1,), *simple(tensor))
     assert len(world.launched) == before and hook.call_count == 2
-    assert not any(found for _, found in kept._kept.values())
+    assert not any(found for readers in kept._kept.values() for _, found in readers)
 
 
 def check_another_driver_is_asked_anew(world: World) -> None:
