@@ -96,7 +96,7 @@ class QuantizedWeight:
         if stop - start <= step:
             stop = max(start, stop)
             return decode(self, start * K, stop * K).view(stop - start, K).to(dtype)
-        dense = self.new_empty((stop - start, K), dtype=dtype)
+        dense = self.new_empty(stop - start, K, dtype=dtype)
         for first in range(start, stop, step):
             last = min(first + step, stop)
             dense[first - start : last - start] = decode(self, first * K, last * K).view(last - first, K)

@@ -7,7 +7,7 @@ from torch import Tensor
 try:  # with which torch.compile's guards compare the tensors of two calls
     from torch._C._dynamo.guards import TensorGuards
 except ImportError:
-    TensorGuards = None
+    TensorGuards = None  # type: ignore[assignment,misc]
 
 
 def layout_check(tensors: Sequence[Tensor]) -> Callable[..., bool]:
