@@ -108,14 +108,15 @@ def plain_mode(operand: Weight) -> contextlib.AbstractContextManager[object]:
     Autocast would still convert the operands; kernels launch on the current device, and a model may be on several.
     """
     device = operand.device
-    autocast = is_autocast(device.type)
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    kind = device.type  # a new string each time
+    autocast = torch._C._is_any_autocast_enabled() and is_autocast(kind)
+    elsewhere = kind == "cuda" and device.index != torch.cuda.current_device()
     if not (torch.is_grad_enabled() or elsewhere):
-        return _AutocastOff(device.type) if autocast else _ALREADY_PLAIN
+        return _AutocastOff(kind) if autocast else _ALREADY_PLAIN
     stack = contextlib.ExitStack()
     stack.enter_context(torch.no_grad())
     if autocast:
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch.autocast(kind, enabled=False))
     if elsewhere:
         stack.enter_context(torch.cuda.device(device))
     return stack

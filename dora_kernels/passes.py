@@ -62,7 +62,8 @@ def forward(steps: Steps, call: Call) -> Forward:
     if kind == "z_gemm":
         made, low_to_add = product_onto_low_rank(x, dense, low, lora_B, scaling), None
     else:
-        made, low_to_add = base_product(adapter_input.to(x.dtype), dense, how.exact), low
+        seen = x if x_dropped is None else x_dropped.to(x.dtype)
+        made, low_to_add = base_product(seen, dense, how.exact), low
     residual = None if x_dropped is None else base_product(x, dense, how.exact)
     del dense
     y = steps.epilogue(made, low_to_add, B, gain, bias, scaling, x.dtype, residual, unfinished)
@@ -114,14 +115,15 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
     if needs.x and not how.dropped:
         dx_way = plan.dx_way(how.way, costs.Shape.of(dy, weight, lora_A), _device_model(dy))
 
-    def grad_dtype(dtype: torch.dtype) -> torch.dtype:
-        return gain.dtype if through_norm else dtype
-
+    # of what the gradient through the norm is added to
+    dA_dtype, dB_dtype, dmagnitude_dtype = A_dtype, B_dtype, magnitude_dtype
+    if through_norm:
+        dA_dtype = dB_dtype = dmagnitude_dtype = gain.dtype
     dx = dx_dropped = dA = dB = dmagnitude = dbias = dlow = dz = None
     if needs.lora_B:
-        dB = gain.new_empty(lora_B.shape, dtype=grad_dtype(B_dtype))
+        dB = gain.new_empty(lora_B.shape, dtype=dB_dtype)
     if needs.magnitude or through_norm:
-        dmagnitude = gain.new_empty(norm.shape, dtype=grad_dtype(magnitude_dtype))
+        dmagnitude = gain.new_empty(norm.shape, dtype=dmagnitude_dtype)
     if needs.bias:
         dbias = gain.new_empty(norm.shape, dtype=bias_dtype)
     if dx_way == "dz":
@@ -146,7 +148,7 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
         del merged
     elif wants_sums or wants_P:
         steps.prepare(prepared, B, gain)
-    counters = (None, None, None) if prepared.counters is None else prepared.counters
+    of_sums, of_P, of_dA = (None, None, None) if prepared.counters is None else prepared.counters.unbind()
     if wants_sums:
         steps.token_sums(
             dy,
@@ -160,15 +162,15 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
             dmagnitude=dmagnitude,
             dbias=dbias,
             dz=dz,
-            counters=counters[0],
+            counters=of_sums,
         )
     if prepared.scaled_B is not None:
         # a factor of dA alone, beside an x that is as wide as dy
         as_factor = needs.lora_A and dz is None and x is not None and x.dtype == dy.dtype
-        projected = steps.project(dy, prepared.scaled_B.mT, counters=counters[1], as_factor=as_factor)
+        projected = steps.project(dy, prepared.scaled_B.mT, counters=of_P, as_factor=as_factor)
         dlow = projected if needs.low else None
     if needs.lora_A:
-        dA = steps.outer_product(projected, x, scaling, grad_dtype(A_dtype), counters=counters[2])
+        dA = steps.outer_product(projected, x, scaling, dA_dtype, counters=of_dA)
     if through_norm:
         assert dmagnitude is not None  # for it was asked for above
         # c is d(loss)/dV over V = weight + scaling * B @ A; gain and dmagnitude are both 0 where norm is

@@ -118,7 +118,10 @@ class DoraLinearFunction(torch.autograd.Function):
         needs = Needs(x, x_dropped, lora_A and not ctx.low_given, lora_B, magnitude, bias, low)
         make = _gradients_of_the_definition if derivatives.wanted(dy) else _gradients
         results = make(ctx, dy, needs)
-        made = Gradients(*(one if needed else None for one, needed in zip(results, needs, strict=True)))
+        if type(results) is Gradients:  # of a pass: None where not needed
+            made = results
+        else:
+            made = Gradients(*(one if needed else None for one, needed in zip(results, needs, strict=True)))
         dx_dropped = None if made.x_dropped is None else made.x_dropped.to(ctx.dropped_dtype)
         return (
             made.x,

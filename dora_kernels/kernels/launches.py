@@ -125,8 +125,8 @@ def _is_observed(kernel: Any) -> bool:
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     return bool(
-        _version not in KNOWN_VERSIONS
-        or type(kernel) is not jit.JITFunction  # the interpreter's
+        type(kernel) is not jit.JITFunction  # the interpreter's
+        or _version not in KNOWN_VERSIONS
         or jit.JITFunction.run is not _run
         or kernel.pre_run_hooks
         or type(enter) is not knobs.HookChain

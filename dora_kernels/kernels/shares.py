@@ -69,11 +69,11 @@ COUNTED = 16
 def counters(dy: torch.Tensor, N: int, K: int) -> torch.Tensor:
     """(3, ...), for the counters of the sums over the tokens of dy, of P and of dA; as `reference.counters`."""
     # rows of whole 16 bytes: the JIT compiles a kernel again for a pointer that is no multiple of them
-    return dy.new_empty(3, 4 * ceil_div(max(len(dy), N, K, 1), 4 * COUNTED), dtype=torch.int32)
+    return dy.new_empty(3, 4 * ceil_div(max(dy.shape[0], N, K, 1), 4 * COUNTED), dtype=torch.int32)
 
 
 def zeroed(counters: torch.Tensor | None, blocks: int, device: torch.device) -> torch.Tensor:
     """`counters`, which are 0, where given and as many as the blocks; else new ones, in a launch of their own."""
-    if counters is not None and len(counters) >= blocks:
+    if counters is not None and counters.shape[0] >= blocks:
         return counters
     return torch.zeros(blocks, dtype=torch.int32, device=device)
