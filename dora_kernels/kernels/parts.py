@@ -129,16 +129,25 @@ def in_parts(launch: Launch, factor: torch.Tensor | None, *others: torch.Tensor 
     factor (R, K), lora_A say, becomes (parts, R, K), others (N, R) become (parts, N, R). If one of them is in parts
     already, so are all behind this.
     """
+    matrices = (factor, *others)
+    flat = [matrix is not None and matrix.dim() == 2 for matrix in matrices]
     count = _PARTS.get(launch.precision, 1)
-    for matrix in (factor, *others):
-        if matrix is not None and matrix.dim() == 3:
-            count = len(matrix)
+    for matrix, is_flat in zip(matrices, flat, strict=True):
+        if matrix is not None and not is_flat:
+            count = matrix.shape[0]
     if count == 1:
-        return launch, factor, *others
+        return launch, *matrices
+    launch = _in_parts(launch, count)
+    if not any(flat):
+        return launch, *matrices
     turned = None if factor is None else factor.mT
-    made = iter(parts(count, *(matrix for matrix in (turned, *others) if matrix is not None and matrix.dim() == 2)))
+    made = iter(parts(count, *(matrix for matrix, is_flat in zip((turned, *others), flat, strict=True) if is_flat)))
     turned, *others = (
-        next(made) if matrix is not None and matrix.dim() == 2 else matrix for matrix in (turned, *others)
+        next(made) if is_flat else matrix for matrix, is_flat in zip((turned, *others), flat, strict=True)
     )
-    launch = launch._replace(operand=torch.float32, precision="ieee", parts=count)
     return launch, None if turned is None else turned.mT, *others
+
+
+@planned
+def _in_parts(launch: Launch, count: int) -> Launch:
+    return launch._replace(operand=torch.float32, precision="ieee", parts=count)
