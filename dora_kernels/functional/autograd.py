@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dora_kernels import ops
 from dora_kernels.functional import derivatives
-from dora_kernels.functional.signature import is_observed
+from dora_kernels.functional.signature import is_observed, run
 from dora_kernels.quant import DENSE, Weight, unflatten_weight
 from dora_kernels.reference import accumulate_dtype, dense, dora_linear_ref, gain_of, row_norms
 from dora_kernels.types import Call, DoraWeight, Given, Gradients, How, Needs, Saved
@@ -243,7 +243,7 @@ class WeightNorm(torch.autograd.Function):
         storage: Storage,
         *tensors: Tensor,
     ) -> Tensor:
-        norm = ops.norm(list(tensors), *storage, lora_A, lora_B, scaling, dtype, backend)
+        norm: Tensor = run("norm", list(tensors), *storage, lora_A, lora_B, scaling, dtype, backend)
         ctx.save_for_backward(lora_A, lora_B, norm, *tensors)
         ctx.settings = (scaling, dtype, backend, storage)
         return norm
@@ -263,7 +263,9 @@ class WeightNorm(torch.autograd.Function):
 
             dA, dB = derivatives.gradients(definition, (lora_A, lora_B), needs, dnorm)
         else:
-            dA, dB = ops.norm_backward(dnorm, tensors, *storage, lora_A, lora_B, norm, scaling, dtype, needs, backend)
+            dA, dB = run(
+                "norm_backward", dnorm, tensors, *storage, lora_A, lora_B, norm, scaling, dtype, needs, backend
+            )
         return dA if needs_A else None, dB if needs_B else None, *(None for _ in constants)
 
 
@@ -278,7 +280,7 @@ class SharedLow(torch.autograd.Function):
     def forward(
         ctx: Any, rows: list[Tensor], dtype: torch.dtype, backend: str, lows: Any, *lora_As: Tensor
     ) -> tuple[Tensor, ...]:
-        low = ops.shared_low(rows[0], list(lora_As), dtype, backend)
+        low = run("shared_low", rows[0], list(lora_As), dtype, backend)
         ctx.save_for_backward(rows[0])
         ctx.set_materialize_grads(False)
         ctx.settings = lora_As[0].dtype, backend
@@ -319,5 +321,5 @@ class SharedLow(torch.autograd.Function):
                 products = [dlow.to(accumulate).T @ rows.to(accumulate) for dlow in present]
             made = iter([product.to(ctx.settings[0]) for product in products])
         else:
-            made = iter(ops.shared_low_backward(rows, present, *ctx.settings) if present else ())
+            made = iter(run("shared_low_backward", rows, present, *ctx.settings) if present else ())
         return None, None, None, None, *(None if dlow is None else next(made) for dlow in dlows)

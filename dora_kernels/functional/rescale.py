@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels import ops
 from dora_kernels.functional import derivatives
 from dora_kernels.functional.autograd import folded, in_dtype
 from dora_kernels.functional.linear import check_dtypes, operand_dtypes, unfolded
+from dora_kernels.functional.signature import run
 from dora_kernels.functional.validate import check_adapter, check_call, check_rescale
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import frozen_product
@@ -83,7 +83,7 @@ class _Rescale(torch.autograd.Function):
         scaling: float,
         backend: str,
     ) -> Tensor:
-        y = ops.rescale(base, low, lora_B, gain, bias, residual, scaling, backend)
+        y: Tensor = run("rescale", base, low, lora_B, gain, bias, residual, scaling, backend)
         needs_gain = ctx.needs_input_grad[3]
         ctx.save_for_backward(base if needs_gain else None, low, lora_B, gain)
         ctx.settings = scaling, None if bias is None else bias.dtype, residual is not None, backend
@@ -101,7 +101,7 @@ class _Rescale(torch.autograd.Function):
             made = _gradients_of_the_definition(dy, operands, residual, needs, bias_dtype)
         else:
             arguments = (scaling, residual, needs, bias_dtype, backend)
-            made = ops.rescale_backward(dy, base, low, lora_B, gain, *arguments)
+            made = run("rescale_backward", dy, base, low, lora_B, gain, *arguments)
         gradients = (gradient if needed else None for gradient, needed in zip(made, needs, strict=True))
         return *gradients, dy if ctx.needs_input_grad[5] else None, None, None
 

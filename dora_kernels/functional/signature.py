@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dora_kernels import ops
 from dora_kernels.functional.tracing import is_traced, is_transformed
-from dora_kernels.ops import is_autocast
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import QuantizedWeight
 from dora_kernels.types import DoraWeight, Given
@@ -26,6 +26,19 @@ KEPT = 4096
 def is_observed() -> bool:
     """True if the operators that run now are more than run: they go into a graph, are transformed, or are profiled."""
     return is_traced() or is_transformed() or torch._C._autograd._profiler_enabled()
+
+
+def run(name: str, *arguments: Any) -> Any:
+    """The results of the operator of that name in ops.py, whose dispatcher is asked only where somebody may look on."""
+    if is_observed() or not all(map(_is_plain, arguments)):
+        return getattr(ops, name)(*arguments)
+    return ops.OPERATORS[name](*arguments)
+
+
+def _is_plain(argument: object) -> bool:
+    if isinstance(argument, (list, tuple)):
+        return all(map(_is_plain, argument))
+    return argument.__class__ in PLAIN or not isinstance(argument, Tensor)
 
 
 def signature_of(
@@ -70,5 +83,5 @@ def signature_of(
     facts += options.backend, options.way, options.precision, norm_grad, torch.is_grad_enabled()
     if torch._C._is_any_autocast_enabled():  # first: the type of a device is a new string each time
         device = x.device.type
-        facts.append(torch.get_autocast_dtype(device) if is_autocast(device) else None)
+        facts.append(torch.get_autocast_dtype(device) if ops.is_autocast(device) else None)
     return tuple(facts)

@@ -6,6 +6,7 @@ from torch import Tensor
 from dora_kernels import ops
 from dora_kernels.functional.autograd import WeightNorm
 from dora_kernels.functional.linear import operand_dtypes
+from dora_kernels.functional.signature import run
 from dora_kernels.functional.validate import check_adapter, check_norm_grad, check_row
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import Weight, flatten_weight
@@ -32,7 +33,8 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, 
         norm: Tensor = WeightNorm.apply(lora_A, lora_B, scaling, dtype, backend, stored[1:], *stored[0])
         return norm
     with torch.no_grad():
-        return ops.norm(*flatten_weight(weight), lora_A, lora_B, scaling, dtype, backend)
+        norm = run("norm", *flatten_weight(weight), lora_A, lora_B, scaling, dtype, backend)
+    return norm
 
 
 def merge_weight(weight: Weight, lora_A: Tensor, lora_B: Tensor, magnitude: Tensor, scaling: float) -> Tensor:

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import dora_kernels
 from dora_kernels import ops, options
 from dora_kernels.functional import linear
+from dora_kernels.functional.rescale import rescale
 from dora_kernels.quant import QuantizedWeight
 from dora_kernels.types import DoraWeight, Given
 from tests.support.problem import BACKENDS, DEVICE, DTYPES, Problem
@@ -196,3 +198,41 @@ def test_a_tensor_with_a_meaning_of_its_own_goes_to_the_operator(monkeypatch):
     weight.__class__ = type("Named", (nn.Parameter,), {})
     linear.dora_linear_core(problem.x, problem.layer._replace(weight=weight))
     assert len(called) == 2
+
+
+CALLS = {
+    "weight_norm": lambda problem, x, A, B, m: dora_kernels.weight_norm(problem.weight, A, B, 0.5),
+    "weight_norm, norm_grad": lambda problem, x, A, B, m: dora_kernels.weight_norm(
+        problem.weight, A, B, 0.5, norm_grad=True
+    ),
+    "rescale": lambda problem, x, A, B, m: rescale(x @ problem.weight.T, x @ A.T, B, m, 0.5, problem.bias),
+}
+OPERATORS = {
+    "weight_norm": ["norm"],
+    "weight_norm, norm_grad": ["norm", "norm_backward"],
+    "rescale": ["rescale", "rescale_backward"],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CALLS)
+def test_the_other_functions_give_the_same_bits_past_their_operators(name, backend, monkeypatch):
+    problem = Problem.random(33, 24, 18, 3, torch.float32)
+
+    def step() -> list[torch.Tensor]:
+        leaves = [getattr(problem, one).detach().requires_grad_() for one in ("x", "lora_A", "lora_B", "magnitude")]
+        result = CALLS[name](problem, *leaves)
+        if not result.requires_grad:
+            return [result]
+        gradients = torch.autograd.grad(result.square().sum(), leaves, allow_unused=True)
+        return [result.detach(), *(one for one in gradients if one is not None)]
+
+    with options(backend=backend):
+        with Recorder() as recorder:
+            by_operator = step()
+        for operator in OPERATORS[name]:
+            monkeypatch.setattr(ops, operator, None)
+        direct = step()
+    assert recorder.seen == [f"dora_kernels::{operator}" for operator in OPERATORS[name]]
+    assert len(direct) == len(by_operator) and all(map(torch.equal, direct, by_operator))
+    assert all(result.abs().sum() > 0 for result in direct)
