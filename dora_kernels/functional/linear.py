@@ -95,7 +95,7 @@ def dora_linear_core(
                        through low alone, x all of its own from this call. Not with x_dropped or norm_grad
     function: the name that error messages give.
     """
-    scaling, how, direct = _checked(function, x, layer, bias, x_dropped, given, norm_grad)
+    scaling, how, direct = checked(function, x, layer, bias, x_dropped, given, norm_grad)
     weight, lora_A, lora_B, magnitude, _ = layer
     base_dtype, dtype = how.base_dtype, how.dtype
     # the kernels read both without a stride
@@ -134,7 +134,7 @@ def dora_linear_core(
 _known: dict[tuple[object, ...], How] = {}
 
 
-def _checked(
+def checked(
     function: str,
     x: Tensor,
     layer: DoraWeight,

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from dora_kernels.functional import derivatives
 from dora_kernels.functional.autograd import folded, in_dtype
-from dora_kernels.functional.linear import check_dtypes, operand_dtypes, unfolded
+from dora_kernels.functional.linear import checked, unfolded
 from dora_kernels.functional.signature import run
-from dora_kernels.functional.validate import check_adapter, check_call, check_rescale
+from dora_kernels.functional.validate import check_rescale
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import frozen_product
 from dora_kernels.reference import accumulate_dtype, gain_of
-from dora_kernels.types import DoraWeight, Epilogue
+from dora_kernels.types import DoraWeight, Epilogue, Given
 
 
 def rescale(
@@ -41,6 +41,19 @@ def rescale(
     torch.jit.trace, which replays it) and higher derivatives as dora_linear.
     """
     scaling = check_rescale("rescale", base, low, lora_B, gain, scaling, bias, residual)
+    return _rescaled(base, low, lora_B, gain, scaling, bias, residual)
+
+
+def _rescaled(
+    base: Tensor,
+    low: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`rescale` of what fits each other."""
     gain = in_dtype(gain, accumulate_dtype(base.dtype)).contiguous()
     backend = current_options().backend
     base_rows, low_rows = folded(base, base.dtype), folded(low, low.dtype)
@@ -58,14 +71,11 @@ def dora_linear_lora_dropout(
     on all that the adapter adds, needs two. x_dropped is of x's shape, norm (N,) is used as it is; dtypes, other
     arguments and errors as dora_linear_core.
     """
-    weight, lora_A, lora_B, magnitude, scaling = layer
-    scaling = check_adapter(function, weight, lora_A, lora_B, scaling)
-    check_call(function, x, weight, magnitude, bias, x_dropped, norm)
-    check_dtypes(function, x, weight)
-    base_dtype, dtype = operand_dtypes(x, lora_A)
-    base = frozen_product(in_dtype(x, base_dtype), weight)
-    low = F.linear(in_dtype(x_dropped, dtype), in_dtype(lora_A, dtype))
-    return rescale(base, low, lora_B, gain_of(magnitude, norm), scaling, bias)
+    scaling, how, _ = checked(function, x, layer, bias, x_dropped, Given(norm), False)
+    weight, lora_A, lora_B, magnitude, _ = layer
+    base = frozen_product(in_dtype(x, how.base_dtype), weight)
+    low = F.linear(in_dtype(x_dropped, how.dtype), in_dtype(lora_A, how.dtype))
+    return _rescaled(base, low, lora_B, gain_of(magnitude, norm), scaling, bias)
 
 
 class _Rescale(torch.autograd.Function):

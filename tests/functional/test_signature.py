@@ -58,7 +58,7 @@ def outcome(call: dict[str, object]) -> tuple[object, ...]:
     layer = DoraWeight(*(call[name] for name in DoraWeight._fields))
     others = (call["bias"], call["x_dropped"], given, call["norm_grad"])
     try:
-        return linear._checked("dora_linear", call["x"], layer, *others)[:2]
+        return linear.checked("dora_linear", call["x"], layer, *others)[:2]
     except (ValueError, NotImplementedError) as error:
         return type(error).__name__, str(error)
 
@@ -115,7 +115,7 @@ def test_autocast_and_gradients_are_part_of_it():
     for autocast, grad in itertools.product((False, True), repeat=2):
         with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast), torch.set_grad_enabled(grad):
             layer = problem.layer._replace(lora_B=problem.lora_B.detach().requires_grad_())
-            hows.append(linear._checked("f", problem.x, layer, None, None, Given(), False)[1])
+            hows.append(linear.checked("f", problem.x, layer, None, None, Given(), False)[1])
     assert [(how.dtype, how.save_low) for how in hows] == [
         (torch.float32, False),
         (torch.float32, True),
