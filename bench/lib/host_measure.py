@@ -1,4 +1,4 @@
-"""What bench.host measures of a step: launches, process time, our launchers one by one, and a profile."""
+"""Measurements of a step in bench.host: launches, process time, our launchers one by one, and a profile."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class LaunchPlan:
         return self.kernel[grid](*_as_written(arguments, self._strided), **self.constants)
 
     def _keep_reader(self, arguments: tuple) -> tuple[Callable[..., Any], dict[tuple, tuple]]:
-        """As in _kept, for arguments of these types, which are new, if only in their tuples."""
+        """A reader and its kernels, as in _kept, of arguments whose types are new, if only in their tuples."""
         read = _reader(arguments, self._strided)
         if read is None:
             return _NOTHING_KEPT

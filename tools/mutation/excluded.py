@@ -33,9 +33,7 @@ _BANK, _EPILOGUE, _FOUR_BITS, _GROUPED_NORM, _MERGE, _NORM, _PROJECT, _SHARES, _
     )
 )
 _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("extras/dvora/function", "quant/formats", "ops"))
-_AUTOGRAD, _RESCALE, _WEIGHT_FUNCTIONS = (
-    f"dora_kernels/functional/{name}.py" for name in ("autograd", "rescale", "weight")
-)
+_AUTOGRAD, _WEIGHT_FUNCTIONS = (f"dora_kernels/functional/{name}.py" for name in ("autograd", "weight"))
 _GEMM, _PYTORCH, _REFERENCE = (f"dora_kernels/{name}.py" for name in ("gemm", "pytorch", "reference"))
 _SERVING, _SHARING = (f"dora_kernels/{name}.py" for name in ("extras/serving", "reuse/sharing"))
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
@@ -104,7 +102,6 @@ EXCLUDED = (
         _PROMOTED,
     ),
     Excluded(_FORMATS, "QuantizedWeight.new_empty", "return self.tensors", ("0 -> 1",), _ONE_DEVICE),
-    Excluded(_RESCALE, "dora_linear_lora_dropout", "base = frozen_product(", ("x.to(base_dtype)",), _LINEAR),
     Excluded(_WEIGHT_FUNCTIONS, "", "ROWS_SHOWN =", ("8",), _MESSAGE),
     Excluded(_WEIGHT_FUNCTIONS, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
     Excluded(_SERVING, "bank_linear", "F.linear(rows.to(base_dtype)", ("rows.to(", "weight.to("), _LINEAR),
@@ -239,7 +236,7 @@ EXCLUDED = (
     Excluded(_PYTORCH, "epilogue", "if low is None and", ("base.dtype == out_dtype",), _SPEED),
     Excluded(_PYTORCH, "_column_sums", "if half and", ('dy.device.type == "cpu"',), _SPEED),
     Excluded(_SHARING, "shared_low", "operand.shape[-1] == 0", ("-1", "1", "0"), _NO_FEATURES),
-    Excluded(_SHARING, "_key", "cuda_stream if on_cuda", ("0 -> 1",), "any number, where there is no stream"),
+    Excluded(_SHARING, "_key", "stream_of(x.device) if on_cuda", ("0 -> 1",), "any number, where there is no stream"),
     Excluded(_SHARING, "_key", "stream_capturing", ("on_cuda and",), "nothing is captured where there is no GPU"),
     Excluded(_PYTORCH, "_column_sums", "wanted = [False", ("False",), "makes a gradient that is not used: speed"),
     Excluded(_PYTORCH, "_scale_columns", "statistics =", ("0 -> 1", "0 -> 1 (2)"), _NO_STATISTICS),
