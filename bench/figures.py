@@ -37,7 +37,8 @@ NO_GPU = (
 STATUS = (
     "**No GPU has run the kernels yet.** They run in Triton's interpreter, in the tests, and compile ahead of time for "
     "every GPU that has a configuration, with at most 64 bytes spilled; on a CPU the package runs plain PyTorch. "
-    "What is said of speed on a GPU is a prediction: there, small eager steps, which the host decides, are the slower."
+    "What is said of speed on a GPU is a prediction. Small eager steps are as long as the host takes; its part was "
+    "measured without a GPU ([docs/performance.md](docs/performance.md#the-hosts-part))."
 )
 
 # the sign of the slope of delta M over delta D in figure 2 of the DoRA paper

@@ -38,7 +38,7 @@ class Device:
 
 
 # 790 TFLOP/s is a published cuBLAS measurement on random data; 4 us is the gap between two kernels on the device, not
-# the host's time for a launch (about 17 us, hidden from M of about 2000 on). Copies: 4.3 TB/s published for an H200,
+# the host's time for a launch (about 12 us, hidden from M of about 2500 on). Copies: 4.3 TB/s published for an H200,
 # 3.0 for an H100 SXM, whose HBM3 has 3.35 by its data sheet where the H200's HBM3e has 4.8. L2: public GEMMs of 780
 # TFLOP/s without multicast read 8 TB/s from it, 54% of 64 bytes a clock for each of 132 multiprocessors at 1.755 GHz.
 # An A100 and a B200 are taken to reach the same share, an RTX 5090 and an MI300X half of it: an RTX 4090 is said to
