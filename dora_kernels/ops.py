@@ -1,7 +1,8 @@
 """torch.library: one opaque operator per pass, so that torch.compile sees shapes and dtypes and nothing else.
 
 The backend and the way are taken inside the operator: every choice returns the same tensors, so that nothing
-recompiles when the number of tokens changes. Autograd is in functional/autograd.py.
+recompiles when the number of tokens changes. Autograd is in functional/autograd.py, which calls what is behind an
+operator, and not the operator, where nobody looks on (functional/signature.py).
 
 An operator takes no NamedTuple: `flatten_forward` and `flatten_backward` take those of types.py apart into the
 arguments of a schema, and `unflatten_...` puts them together again inside. A weight is four arguments, those of

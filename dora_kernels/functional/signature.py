@@ -1,7 +1,7 @@
-"""The signature of a call: all that its checks and its choices are made from, so that each is checked once.
+"""The signature of a call: all that its checks and its choices are made from, so that each signature is checked once.
 
 Two calls of one signature differ in the numbers of their tensors, in how many tokens there are and in scaling, which is
-checked at each call. Taking it is 2 us, what it stands for 8.
+checked at each call. Taking it is 3.5 us, what it stands for 8.
 """
 
 import math
