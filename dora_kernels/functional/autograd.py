@@ -169,7 +169,7 @@ def _gradients(ctx: Any, dy: Tensor, needs: Needs) -> Sequence[Tensor | None]:
     layer = DoraWeight(weight, lora_A, lora_B, magnitude, ctx.scaling)
     x = seen if needs.lora_A else None
     left = Saved(x, norm, gain, low, saved, merged, magnitude.dtype, ctx.bias_dtype)
-    if ctx.direct and not is_observed() and dy.__class__ is Tensor:
+    if ctx.direct and not is_observed() and dy.__class__ is Tensor and not dy.is_neg():
         return ops.run_backward(dy, left, layer, ctx.how, needs)
     return ops.backward(*ops.flatten_backward(dy, left, layer, ctx.how, needs))
 

@@ -38,7 +38,7 @@ def run(name: str, *arguments: Any) -> Any:
 def _is_plain(argument: object) -> bool:
     if isinstance(argument, (list, tuple)):
         return all(map(_is_plain, argument))
-    return argument.__class__ in PLAIN or not isinstance(argument, Tensor)
+    return not isinstance(argument, Tensor) or (argument.__class__ in PLAIN and not argument.is_neg())
 
 
 def signature_of(
@@ -47,7 +47,8 @@ def signature_of(
     """The signature of a call of `dora_linear_core`, without scaling; None where the call has to be checked itself.
 
     That is where its operators are observed, where anything but a plain tensor is among its tensors, or where norm_grad
-    is no bool.
+    is no bool. The imaginary part of a conjugate is not plain: its memory has the numbers with the other sign, which
+    torch's dispatcher turns for an operator, and nobody for a kernel.
     """
     if x is None or (norm_grad is not False and norm_grad is not True) or is_observed():
         return None
@@ -55,7 +56,7 @@ def signature_of(
     whole: tuple[Any, ...] = (lora_A, lora_B, magnitude, bias, given.norm, given.gain, given.merged)
     facts: list[object] = []
     if weight.__class__ is QuantizedWeight:
-        if not all(tensor.__class__ in PLAIN for tensor in weight.tensors):
+        if not all(tensor.__class__ in PLAIN and not tensor.is_neg() for tensor in weight.tensors):
             return None
         facts += weight.dtype, weight.device, weight.shape
     else:
@@ -63,14 +64,14 @@ def signature_of(
     for tensor in whole:
         if tensor is None:
             facts.append(None)
-        elif tensor.__class__ in PLAIN and not tensor.is_nested:
+        elif tensor.__class__ in PLAIN and not tensor.is_nested and not tensor.is_neg():
             facts += tensor.dtype, tensor.device, tensor.layout, tensor.shape, tensor.requires_grad
         else:
             return None
     for tensor in (x, x_dropped, given.low):
         if tensor is None:
             facts.append(None)
-        elif tensor.__class__ in PLAIN and not tensor.is_nested:
+        elif tensor.__class__ in PLAIN and not tensor.is_nested and not tensor.is_neg():
             facts += tensor.dtype, tensor.device, tensor.layout, tensor.shape[-1:]
         else:
             return None

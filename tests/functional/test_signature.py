@@ -200,6 +200,42 @@ def test_a_tensor_with_a_meaning_of_its_own_goes_to_the_operator(monkeypatch):
     assert len(called) == 2
 
 
+def negative_view(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as torch has the imaginary part of a conjugate: in memory with the other sign."""
+    view = torch.complex(tensor, -tensor).conj().imag
+    assert view.is_neg() and torch.equal(view, tensor)
+    return view
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ("x", "weight", "lora_A", "lora_B", "magnitude", "bias", "dy", "x_dropped"))
+def test_what_torch_negates_as_it_is_read(name, backend):
+    problem = Problem.random(33, 24, 18, 3, torch.float32)
+    given = {"x_dropped": problem.x} if name == "x_dropped" else {}
+    with options(backend=backend):
+        expected = step(problem, **given)
+        if given:
+            given = {name: negative_view(problem.x)}
+        else:
+            setattr(problem, name, negative_view(getattr(problem, name)))
+        results = step(problem, **given)
+    for result, wanted in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, wanted)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_a_conjugate(backend):
+    """Autograd hands on one that torch negates as it is read."""
+    problem = Problem.random(33, 24, 18, 3, torch.float32)
+    lora_B = problem.lora_B.requires_grad_()
+    with options(backend=backend):
+        y = linear.dora_linear_core(problem.x, problem.layer)[0]
+        (expected,) = torch.autograd.grad(y, lora_B, -problem.dy, retain_graph=True)
+        spectrum = torch.complex(torch.zeros_like(y), y).conj()
+        (result,) = torch.autograd.grad(spectrum, lora_B, torch.complex(problem.dy, problem.dy))
+    torch.testing.assert_close(result, expected)
+
+
 CALLS = {
     "weight_norm": lambda problem, x, A, B, m: dora_kernels.weight_norm(problem.weight, A, B, 0.5),
     "weight_norm, norm_grad": lambda problem, x, A, B, m: dora_kernels.weight_norm(
@@ -236,3 +272,13 @@ def test_the_other_functions_give_the_same_bits_past_their_operators(name, backe
     assert recorder.seen == [f"dora_kernels::{operator}" for operator in OPERATORS[name]]
     assert len(direct) == len(by_operator) and all(map(torch.equal, direct, by_operator))
     assert all(result.abs().sum() > 0 for result in direct)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_other_functions_take_what_torch_negates_as_it_is_read(name):
+    problem = Problem.random(33, 24, 18, 3, torch.float32)
+    x, lora_A, lora_B, magnitude = problem.x, problem.lora_A, problem.lora_B, problem.magnitude
+    with options(backend=BACKENDS[-1]):
+        expected = CALLS[name](problem, x, lora_A, lora_B, magnitude)
+        result = CALLS[name](problem, x, lora_A, negative_view(lora_B), magnitude)
+    torch.testing.assert_close(result, expected)
