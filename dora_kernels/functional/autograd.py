@@ -169,7 +169,8 @@ def _gradients(ctx: Any, dy: Tensor, needs: Needs) -> Sequence[Tensor | None]:
     layer = DoraWeight(weight, lora_A, lora_B, magnitude, ctx.scaling)
     x = seen if needs.lora_A else None
     left = Saved(x, norm, gain, low, saved, merged, magnitude.dtype, ctx.bias_dtype)
-    if ctx.direct and not is_observed() and dy.__class__ is Tensor and not dy.is_neg():
+    # nor a tensor of zeros without memory, which derivatives of torch's own may hand on
+    if ctx.direct and not is_observed() and dy.__class__ is Tensor and not (dy.is_neg() or dy._is_zerotensor()):
         return ops.run_backward(dy, left, layer, ctx.how, needs)
     return ops.backward(*ops.flatten_backward(dy, left, layer, ctx.how, needs))
 

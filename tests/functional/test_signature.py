@@ -236,6 +236,17 @@ def test_the_gradient_of_a_conjugate(backend):
     torch.testing.assert_close(result, expected)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_zeros_without_memory(backend, monkeypatch):
+    problem = Problem.random(33, 24, 18, 3, torch.float32)
+    problem.dy = torch._efficientzerotensor(problem.dy.shape, device=DEVICE)
+    called, backward = [], ops.backward
+    monkeypatch.setattr(ops, "backward", lambda *flat: called.append(flat[0]) or backward(*flat))
+    with options(backend=backend):
+        _, *gradients = step(problem)
+    assert len(called) == 1 and not any(gradient.any() for gradient in gradients)
+
+
 CALLS = {
     "weight_norm": lambda problem, x, A, B, m: dora_kernels.weight_norm(problem.weight, A, B, 0.5),
     "weight_norm, norm_grad": lambda problem, x, A, B, m: dora_kernels.weight_norm(
