@@ -24,8 +24,17 @@ KEPT = 4096
 
 
 def is_observed() -> bool:
-    """True if the operators that run now are more than run: they go into a graph, are transformed, or are profiled."""
-    return is_traced() or is_transformed() or torch._C._autograd._profiler_enabled()
+    """True if the operators that run now are more than run: they go into a graph, are transformed, or are profiled.
+
+    Or a TorchFunctionMode sees them, to which an operator is one call. torch.set_default_device leaves such a mode on:
+    it would be asked about each attribute of a tensor that a pass and its launches read.
+    """
+    return (
+        is_traced()
+        or is_transformed()
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._len_torch_function_stack() > 0
+    )
 
 
 def run(name: str, *arguments: Any) -> Any:

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dora_kernels
@@ -184,6 +185,27 @@ def test_a_profiler_sees_the_operators():
         step(problem)
     names = {event.key for event in profile.key_averages()}
     assert {"dora_kernels::forward", "dora_kernels::backward"} <= names
+
+
+class FunctionRecorder(TorchFunctionMode):
+    """The functions of torch that a function mode sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_sees_the_operator_and_nothing_of_its_pass():
+    problem = Problem.random(M, N, K, R, torch.float32)
+    with FunctionRecorder() as recorder:
+        y = linear.dora_linear_core(problem.x, problem.layer)[0]
+    assert torch.equal(y, linear.dora_linear_core(problem.x, problem.layer)[0])
+    assert recorder.seen.count("dora_kernels.forward.default") == 1
+    assert not [name for name in recorder.seen if "new_empty" in name or "matmul" in name]
 
 
 def test_a_tensor_with_a_meaning_of_its_own_goes_to_the_operator(monkeypatch):
