@@ -155,7 +155,8 @@ def _reader(arguments: tuple, strided: Sequence[bool]) -> Callable[..., tuple[tu
         kind = type(argument)
         if kind is torch.Tensor or kind is torch.nn.Parameter:  # no subclass: it could have a data_ptr of its own
             lines.append(f"{name}_pointer = {name}.data_ptr()")
-            key.extend((f"{name}.dtype", f"{name}_pointer & 15"))
+            # the device, too: Triton's launcher looks up where a tensor's memory is, but not a number's
+            key.extend((f"{name}.dtype", f"{name}.device", f"{name}_pointer & 15"))
             if _ASKS_FOR_STORAGES:
                 key.append(f"{name}.untyped_storage().size() < 1 << 31")
             if not with_strides:

@@ -329,6 +329,17 @@ def check_another_driver_is_asked_anew(world: World) -> None:
     assert world.by_jit[-1]
 
 
+def check_memory_elsewhere_is_asked_of_triton(world: World) -> None:
+    """Its launcher refuses a tensor that the GPU cannot read, and cannot where it gets a number."""
+    plan, tensor, elsewhere = plan_of(), torch.empty(4, 4), torch.empty(4, 4, device="meta")
+    assert tensor.data_ptr() % 16 == elsewhere.data_ptr() % 16
+    for _ in range(2):
+        plan.launch((1,), *simple(tensor))
+    assert world.by_jit == [True, False]
+    plan.launch((1,), *simple(elsewhere))
+    assert world.by_jit[-1]
+
+
 class Subclass(torch.Tensor):
     """It could have a data_ptr of its own."""
 
