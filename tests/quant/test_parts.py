@@ -45,6 +45,7 @@ def wrong_parts(tensor):
     yield "is torch.float64", tensor.to(torch.float64)
     yield "on meta", tensor.to("meta")
     yield "is torch.sparse_coo", tensor.double().to_sparse()
+    yield "is nested", torch.nested.as_nested_tensor([tensor.double().reshape(-1)])
     if tensor.dim():
         yield "has shape", tensor[:-1]
         yield "has shape", tensor[:0]

@@ -247,6 +247,15 @@ def test_an_inference_tensor_has_no_version(layer, asked):
         assert layer not in store.last_calls
 
 
+def test_a_nested_tensor_is_no_layout(layer):
+    """torch's comparison would end the process."""
+    x = batch()
+    with seen(layer, x):
+        layer.lora_B.weight = nn.Parameter(torch.nested.nested_tensor([lora_B_of(layer).detach()]), False)
+        with pytest.raises((RuntimeError, ValueError), match="[Nn]ested"):
+            layer(x)
+
+
 def test_memory_that_other_processes_write_to(layer):
     x = batch()
     if DEVICE != "cpu":
