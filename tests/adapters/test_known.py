@@ -6,8 +6,10 @@ of which nothing is known.
 
 import contextlib
 import copy
+import gc
 import pickle
 import random
+import weakref
 
 import pytest
 import torch
@@ -344,6 +346,15 @@ def test_every_element_of_the_state_is_needed(kinds, monkeypatch):
             monkeypatch.undo()
     # a quantized weight is read at each call, and has to be on the device of x
     assert elements - needed == ({2} if kinds == ("int8",) else set())
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_an_adapter_that_is_deleted_is_not_held(kind):
+    layer, _ = known_layer(kind)
+    parts = [weakref.ref(part_of(layer, part).weight) for part in ("lora_A", "lora_B", "lora_magnitude_vector")]
+    layer.delete_adapter(first(layer))
+    gc.collect()
+    assert [part() for part in parts] == [None] * 3
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer))])

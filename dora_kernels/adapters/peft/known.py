@@ -14,7 +14,8 @@ have equal verdicts, so the state has whatever the judgement reads (`layer._why_
     not judged          dropout's p and mode, the numbers, and requires_grad of the adapter: `compute` reads them
 
 The base layer and all weights are never kept: they are read at each call, past nn.Module.__getattr__, which takes .5
-us. The adapters' parts are held until the next call, so that no new one can be taken for an old one.
+us. The adapters' parts are held until a call is judged that dora_kernels computes, or an adapter is deleted, so that
+no new one can be taken for an old one.
 """
 
 from __future__ import annotations

@@ -108,6 +108,11 @@ class TakenOverLayer(Merging):
                 self.__dict__[known.ATTRIBUTE] = known.Known(state, parts.adapters)
         return parts, reason
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's; what is known of the layer would hold the adapter's parts, whatever becomes of the layer."""
+        super().delete_adapter(adapter_name)
+        self.__dict__.pop(known.ATTRIBUTE, None)
+
     def is_known(self, device: torch.device) -> bool:
         """True if dora_kernels computes a call with an x on `device`, as long as the dtypes meet. False if unknown."""
         last = self.__dict__.get(known.ATTRIBUTE)
