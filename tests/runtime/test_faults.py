@@ -102,7 +102,7 @@ def memory_for(steps: int) -> Iterator[Exhausted]:
 
 
 # the interpreter takes its time: there only one step in so many fails
-STRIDE = {"reference": 1, "triton": 3}
+STRIDE = {"reference": 1, "triton": 2}
 
 
 def every_failure(call: Callable[[], object], stride: int = 1) -> Iterator[int]:
