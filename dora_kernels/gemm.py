@@ -43,17 +43,23 @@ def project(
     out_dtype: torch.dtype | None = None,
     counters: Tensor | None = None,
     as_factor: bool = False,
+    side: object | None = None,
 ) -> Tensor:
     """rows (M, K) @ factor (R, K).T -> (M, R): low = x @ A.T and P = dy @ (gain * B).
 
-    In factor's dtype, which out_dtype may widen. Nothing is counted, and a factor has no form of its own.
+    In factor's dtype, which out_dtype may widen. Nothing is counted, no factor has a form of its own, no side is made.
     """
     dtype = factor.dtype
     return matmul(rows if rows.dtype == dtype else rows.to(dtype), factor.T, out_dtype or dtype)
 
 
 def outer_product(
-    left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype, counters: Tensor | None = None
+    left: Tensor,
+    right: Tensor,
+    scaling: float,
+    out_dtype: torch.dtype,
+    counters: Tensor | None = None,
+    side: object | None = None,
 ) -> Tensor:
     """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype: dA. In left's dtype."""
     # the GEMM scales what it has summed, and then rounds; a scaling of 0 as in `add_product`

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dora_kernels.gemm import add_product, base_product, product_onto_low_rank
+from dora_kernels.gemm import add_product, base_product
 from dora_kernels.planning import costs, devices, plan
 from dora_kernels.reference import gain_of, over_norm
 from dora_kernels.types import (
@@ -55,19 +55,20 @@ def forward(steps: Steps, call: Call) -> Forward:
     if low is None:
         low = steps.project(adapter_input, A, as_factor=not how.save_low)
     new_low = low if how.save_low and given.low is None else None
+    if kind == "z_gemm":
+        if gain is None:  # whole: a GEMM does not finish it
+            norm, gain = steps.norm(weight, A, B, scaling, magnitude)
+        fused = steps.fused_forward(x, steps.dense(weight, x.dtype), low, B, gain, bias, scaling, bool(how.save))
+        return Forward(fused[0], norm, None if given.gain is not None else gain, new_low, fused[1])
     unfinished = None
     if given.norm is None:
         norm, gain, unfinished = steps.start_norm(weight, A, B, scaling, magnitude)
     dense = steps.dense(weight, x.dtype)
-    if kind == "z_gemm":
-        made, low_to_add = product_onto_low_rank(x, dense, low, lora_B, scaling), None
-    else:
-        seen = x if x_dropped is None else x_dropped.to(x.dtype)
-        made, low_to_add = base_product(seen, dense, how.exact), low
+    base = base_product(x if x_dropped is None else x_dropped.to(x.dtype), dense, how.exact)
     residual = None if x_dropped is None else base_product(x, dense, how.exact)
     del dense
-    y = steps.epilogue(made, low_to_add, B, gain, bias, scaling, x.dtype, residual, unfinished)
-    return Forward(y, norm, None if given.gain is not None else gain, new_low, made if how.save else None)
+    y = steps.epilogue(base, low, B, gain, bias, scaling, x.dtype, residual, unfinished)
+    return Forward(y, norm, None if given.gain is not None else gain, new_low, base if how.save else None)
 
 
 def _check_save(function: str, save: str, *, needs_base: bool) -> None:
@@ -112,14 +113,17 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
         asked = f"backward: dmagnitude is wanted, and keep is {how.save!r}"
         raise ValueError(f"{asked}; expected what its forward pass has kept")
     dx_way = ""
+    beside: tuple[str, ...] = ()
     if needs.x and not how.dropped:
-        dx_way = plan.dx_way(how.way, costs.Shape.of(dy, weight, lora_A), _device_model(dy))
+        shape, device = costs.Shape.of(dy, weight, lora_A), _device_model(dy)
+        dx_way = plan.dx_way(how.way, shape, device)
+        beside = plan.beside(how.way, shape, device) if dx_way == "merged" else ()
 
     # of what the gradient through the norm is added to
     dA_dtype, dB_dtype, dmagnitude_dtype = A_dtype, B_dtype, magnitude_dtype
     if through_norm:
         dA_dtype = dB_dtype = dmagnitude_dtype = gain.dtype
-    dx = dx_dropped = dA = dB = dmagnitude = dbias = dlow = dz = None
+    dx = dx_dropped = dA = dB = dmagnitude = dbias = dlow = dz = side = None
     if needs.lora_B:
         dB = gain.new_empty(lora_B.shape, dtype=dB_dtype)
     if needs.magnitude or through_norm:
@@ -144,33 +148,42 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
             merged = steps.merge(weight, A, B, gain, scaling, out_dtype=dy.dtype, prepared=prepared)
         elif wants_sums or wants_P:
             steps.prepare(prepared, B, gain)
-        dx = dy @ merged
-        del merged
+        side = steps.fork(beside, dy, merged, low, intermediate, prepared.scaled_B, x)
     elif wants_sums or wants_P:
         steps.prepare(prepared, B, gain)
     of_sums, of_P, of_dA = (None, None, None) if prepared.counters is None else prepared.counters.unbind()
-    if wants_sums:
-        steps.token_sums(
-            dy,
-            low if dB is not None or lacks_low_rank else None,
-            scaling,
-            dB=dB,
-            gain=gain,
-            saved=intermediate if dmagnitude is not None else None,
-            norm=norm,
-            lora_B=lora_B if lacks_low_rank else None,
-            dmagnitude=dmagnitude,
-            dbias=dbias,
-            dz=dz,
-            counters=of_sums,
-        )
-    if prepared.scaled_B is not None:
-        # a factor of dA alone, beside an x that is as wide as dy
-        as_factor = needs.lora_A and dz is None and x is not None and x.dtype == dy.dtype
-        projected = steps.project(dy, prepared.scaled_B.mT, counters=of_P, as_factor=as_factor)
-        dlow = projected if needs.low else None
-    if needs.lora_A:
-        dA = steps.outer_product(projected, x, scaling, dA_dtype, counters=of_dA)
+    try:
+        if dx_way == "merged":
+            dx = steps.dx(dy, merged, side)
+            del merged
+        if wants_sums:
+            steps.token_sums(
+                dy,
+                low if dB is not None or lacks_low_rank else None,
+                scaling,
+                dB=dB,
+                gain=gain,
+                saved=intermediate if dmagnitude is not None else None,
+                norm=norm,
+                lora_B=lora_B if lacks_low_rank else None,
+                dmagnitude=dmagnitude,
+                dbias=dbias,
+                dz=dz,
+                counters=of_sums,
+                side=side if "token_sums" in beside else None,
+            )
+        low_rank_side = side if "project" in beside else None
+        if prepared.scaled_B is not None:
+            # a factor of dA alone, beside an x that is as wide as dy
+            as_factor = needs.lora_A and dz is None and x is not None and x.dtype == dy.dtype
+            factor = prepared.scaled_B.mT
+            projected = steps.project(dy, factor, counters=of_P, as_factor=as_factor, side=low_rank_side)
+            dlow = projected if needs.low else None
+        if needs.lora_A:
+            dA = steps.outer_product(projected, x, scaling, dA_dtype, counters=of_dA, side=low_rank_side)
+    finally:
+        if side is not None:
+            side.join()
     if through_norm:
         assert dmagnitude is not None  # for it was asked for above
         # c is d(loss)/dV over V = weight + scaling * B @ A; gain and dmagnitude are both 0 where norm is

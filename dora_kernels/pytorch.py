@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dora_kernels.gemm import add_product, matmul, outer_product, project
-from dora_kernels.reference import accumulate_dtype, counters, dense, factors, gain_of, over_norm, prepare
+from dora_kernels.gemm import add_product, matmul, outer_product, product_onto_low_rank, project
+from dora_kernels.reference import accumulate_dtype, counters, dense, factors, fork, gain_of, over_norm, prepare
 from dora_kernels.types import Prepared, Steps, Unfinished
 
 # A block of rows in float32. On a CPU it stays in the caches, and yet is worth waking the threads for: a training step
@@ -231,6 +231,7 @@ def token_sums(
     dbias: Tensor | None = None,
     dz: Tensor | None = None,
     counters: Tensor | None = None,
+    side: object | None = None,
 ) -> None:
     """Sums over the tokens of dy (M, N), written into the tensors given.
 
@@ -256,6 +257,21 @@ def token_sums(
         dmagnitude.copy_(over_norm(dot, norm))
     if dbias is not None:
         dbias.copy_(total)
+
+
+def fused_forward(
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, z if save): the GEMM adds base onto the low-rank term, and y is z, rounded as it is saved, scaled."""
+    z = product_onto_low_rank(x, weight, low, lora_B, scaling)
+    return epilogue(z, None, lora_B, gain, bias, scaling, x.dtype), z if save else None
 
 
 def merged_forward(
@@ -293,6 +309,11 @@ def merged_forward(
     return y, norm, gain, z
 
 
+def dx(dy: Tensor, merged: Tensor, side: object | None = None) -> Tensor:
+    """dy (M, N) @ merged (N, K) -> (M, K)."""
+    return dy @ merged
+
+
 PYTORCH = Steps(
     dense=dense,
     factors=factors,
@@ -304,8 +325,11 @@ PYTORCH = Steps(
     prepare=prepare,
     project=project,
     epilogue=epilogue,
+    fused_forward=fused_forward,
     merged_forward=merged_forward,
     token_sums=token_sums,
     outer_product=outer_product,
+    dx=dx,
+    fork=fork,
     bank_epilogue=bank_epilogue,
 )

@@ -158,10 +158,11 @@ def project(
     out_dtype: torch.dtype | None = None,
     counters: Tensor | None = None,
     as_factor: bool = False,
+    side: object | None = None,
 ) -> Tensor:
     """rows (M, K) @ factor (R, K).T -> (M, R) in out_dtype or factor.dtype: x @ A.T, dy @ (gain * B).
 
-    as_factor: it may come as the steps multiply it, as in `factors`.
+    as_factor: it may come as the steps multiply it, as in `factors`. side: as `fork` has made it.
     """
     accumulate = accumulate_dtype(factor.dtype)
     return (rows.to(accumulate) @ factor.to(accumulate).T).to(out_dtype or factor.dtype)
@@ -199,6 +200,23 @@ def bank_epilogue(
     return (y if bias is None else y + bias).to(base.dtype)
 
 
+def fused_forward(
+    x: Tensor,
+    weight: Tensor,
+    low: Tensor,
+    lora_B: Tensor,
+    gain: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(gain * z + bias, z if save) of z (M, N) = x @ weight.T + scaling * low @ lora_B.T, by one product for both."""
+    base = x.to(gain.dtype) @ weight.to(gain.dtype).T
+    z = base + scaling * low.to(gain.dtype) @ lora_B.to(gain.dtype).T
+    y = gain * z if bias is None else gain * z + bias
+    return y.to(x.dtype), z.to(x.dtype) if save else None
+
+
 def merged_forward(
     x: Tensor,
     weight: Tensor,
@@ -234,6 +252,7 @@ def token_sums(
     dbias: Tensor | None = None,
     dz: Tensor | None = None,
     counters: Tensor | None = None,
+    side: object | None = None,
 ) -> None:
     """Sums over the tokens of dy (M, N), written into the tensors given.
 
@@ -255,8 +274,27 @@ def token_sums(
 
 
 def outer_product(
-    left: Tensor, right: Tensor, scaling: float, out_dtype: torch.dtype, counters: Tensor | None = None
+    left: Tensor,
+    right: Tensor,
+    scaling: float,
+    out_dtype: torch.dtype,
+    counters: Tensor | None = None,
+    side: object | None = None,
 ) -> Tensor:
     """scaling * left (M, R).T @ right (M, K) -> (R, K) in out_dtype: dA."""
     accumulate = accumulate_dtype(left.dtype)
     return (scaling * left.to(accumulate).T @ right.to(accumulate)).to(out_dtype)
+
+
+def fork(beside: Sequence[str], dy: Tensor, merged: Tensor, *read: Tensor | None) -> object | None:
+    """The side on which the steps named run beside dx, to be joined; None where they do not, and here.
+
+    read: what they read beside dy.
+    """
+    return None
+
+
+def dx(dy: Tensor, merged: Tensor, side: object | None = None) -> Tensor:
+    """dy (M, N) @ merged (N, K) -> (M, K) in dy.dtype, leaving room for what runs on the side."""
+    accumulate = accumulate_dtype(dy.dtype)
+    return (dy.to(accumulate) @ merged.to(accumulate)).to(dy.dtype)

@@ -6,7 +6,7 @@ Letters: M tokens, N out features, K in features, R rank.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,7 +162,10 @@ class Steps(NamedTuple):
     prepare: Callable[..., None]
     project: Callable[..., Tensor]
     epilogue: Callable[..., Tensor]
+    fused_forward: Callable[..., tuple[Tensor, Tensor | None]]
     merged_forward: Callable[..., tuple[Tensor, Tensor | None, Tensor, Tensor | None]]
     token_sums: Callable[..., None]
     outer_product: Callable[..., Tensor]
+    dx: Callable[..., Tensor]
+    fork: Callable[..., Any]
     bank_epilogue: Callable[..., Tensor]

@@ -107,6 +107,8 @@ SAVED = {
     "base, unrounded": ((torch.bfloat16,), {"precision": "exact"}, "base"),
     "base, dropout": ((torch.bfloat16,), {"dropout": 0.4}, "base"),
     "z_merged": ((torch.float32,), {}, "z_merged"),
+    "z_gemm": ((torch.bfloat16,), {"way": "fused"}, "z_gemm"),
+    "z_gemm, float32": ((torch.float32,), {"way": "fused"}, "z_gemm"),
     "z_gemm or base": ((torch.bfloat16,), {}, {"reference": "z_gemm", "triton": "base"}),
 }
 

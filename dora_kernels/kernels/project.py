@@ -8,6 +8,7 @@ from dora_kernels import gemm
 from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.parts import in_parts, store_parts
 from dora_kernels.kernels.shares import add_parts, is_last, part_of, steps_of, steps_over, unit_range, zeroed
+from dora_kernels.kernels.side import Side
 from dora_kernels.kernels.tile import (
     Launch,
     add_dots,
@@ -96,6 +97,7 @@ def project(
     out_dtype: torch.dtype | None = None,
     counters: torch.Tensor | None = None,
     as_factor: bool = False,
+    side: Side | None = None,
 ) -> torch.Tensor:
     """rows (M, K) @ factor (R, K).T -> (M, R); as `reference.project`.
 

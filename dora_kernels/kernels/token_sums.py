@@ -11,6 +11,7 @@ from dora_kernels.gemm import matmul
 from dora_kernels.kernels.launches import LaunchPlan, planned
 from dora_kernels.kernels.parts import in_parts
 from dora_kernels.kernels.shares import add_parts, is_last, part_of, steps_of, steps_over, unit_range, zeroed
+from dora_kernels.kernels.side import Side
 from dora_kernels.kernels.tile import (
     Launch,
     add_dots,
@@ -276,6 +277,7 @@ def token_sums(
     dbias: torch.Tensor | None = None,
     dz: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
+    side: Side | None = None,
 ) -> None:
     """Sums over the tokens of dy (M, N), written into the tensors given; as `reference.token_sums`.
 

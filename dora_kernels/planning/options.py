@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 BACKENDS = ("auto", "triton", "reference")
-WAYS = ("auto", "split", "merged")
+WAYS = ("auto", "split", "merged", "fused")
 PRECISIONS = ("auto", "exact")
 
 
@@ -72,7 +72,7 @@ def options(backend: str | None = None, way: str | None = None, precision: str |
 
     backend: "triton" (never falls back: a call that the kernels cannot take is a ValueError), "reference"
         (plain PyTorch), or "auto" (Triton on a GPU that the kernels are built for, else the reference).
-    way: "split", "merged" or "auto" (the planner chooses); see plan.py.
+    way: "split", "merged", "fused" or "auto" (the planner chooses); see plan.py.
     precision: "exact" keeps x @ weight.T in float32 until the single rounding of the output.
 
     A backward pass uses the options that were in force in its forward pass.

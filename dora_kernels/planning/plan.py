@@ -2,6 +2,7 @@
 
 split:  base = x @ weight.T by cuBLAS, then one epilogue kernel adds the low-rank part and applies the gain.
 merged: the merged weight W' = gain * (weight + scaling * lora_B @ lora_A) is built for one GEMM and dropped.
+fused:  one GEMM has base and the low-rank part in it, and the sums over the tokens run beside that of dx.
 
 And the low-rank products go to our kernels or to the GEMM library. A choice is worked out once for each shape.
 """
@@ -48,7 +49,7 @@ def _faster_forward(shape: Shape, device: Device, norm_given: bool) -> str:
 def dx_way(asked: str, shape: Shape, device: Device) -> str:
     """ "merged" where dx is made through W' rebuilt with the known gain, "dz" where through gain * dy."""
     if asked != "auto":
-        return "merged" if asked == "merged" else "dz"
+        return "dz" if asked == "split" else "merged"
     if device is DEVICES["cpu"] and shape.itemsize == 2:
         # measured on two cores, R 8 to 64: W' costs 1.0 to 2.0 ns an element, dz 0.3 and the sum onto dx 0.3 to 0.7
         M, N, K = shape.M, shape.N, shape.K
@@ -59,6 +60,11 @@ def dx_way(asked: str, shape: Shape, device: Device) -> str:
 @functools.lru_cache(KEPT)
 def _faster_dx(shape: Shape, device: Device) -> str:
     return costs.fastest({way: costs.dx_costs(shape, way, device) for way in ("merged", "dz")}, shape, device)
+
+
+def beside(asked: str, shape: Shape, device: Device) -> tuple[str, ...]:
+    """The steps that run beside the GEMM of dx."""
+    return ()
 
 
 class Asks(TypedDict):
@@ -82,16 +88,19 @@ def intermediate(
     """The (M, N) tensor that a forward pass makes before y, one of INTERMEDIATES.
 
         "base"      x @ weight.T, to which the epilogue adds the low-rank term
-        "z_gemm"    z = base + scaling * low @ lora_B.T, by a GEMM that adds base onto the low-rank term
+        "z_gemm"    z = base + scaling * low @ lora_B.T, by one GEMM for both terms
         "z_merged"  z, by the GEMM with the merged weight
 
-    z_gemm is for the PyTorch steps on a CPU in bfloat16: the GEMM is twice as fast there as the epilogue in float32,
-    more with AMX. The low-rank term is rounded, so adapters that are wider or may not be rounded do without.
+    z_gemm is for the fused way, and for the PyTorch steps on a CPU in bfloat16: the GEMM is twice as fast there as the
+    epilogue in float32, more with AMX. The low-rank term is rounded there, so adapters that are wider or may not be
+    rounded do without.
 
     backend: as asked for; on a CPU none but "triton" takes the kernels. The rest as in `saved_tensor`.
     """
     if way == "merged":
         return "z_merged"
+    if way == "fused":
+        return "base" if needs_base or adapters_are_wider else "z_gemm"
     in_pytorch_on_cpu = device.type == "cpu" and backend != "triton"
     by_gemm = in_pytorch_on_cpu and dtype == torch.bfloat16 and not needs_base and not adapters_are_wider
     return "z_gemm" if by_gemm else "base"

@@ -147,6 +147,17 @@ def bank_epilogue(steps: Steps, o: SimpleNamespace) -> Results:
         yield name, steps.bank_epilogue(o.base, o.bank_low, o.bank_B, o.bank_gain, o.bank_scaling, **given)
 
 
+def fused_forward(steps: Steps, o: SimpleNamespace) -> Results:
+    for (name, given), save in itertools.product(each(bias=o.bias), (False, True)):
+        through = o.x, o.weight, o.low.to(o.x.dtype), o.lora_B.to(o.x.dtype), o.gain
+        results = steps.fused_forward(*through, **given, scaling=SCALING, save=save)
+        yield from zip((f"{result}, {name} {save=}" for result in ("y", "z")), results, strict=True)
+
+
+def dx(steps: Steps, o: SimpleNamespace) -> Results:
+    yield "dx", steps.dx(o.dy, o.weight)
+
+
 def merged_forward(steps: Steps, o: SimpleNamespace) -> Results:
     for (name, given), save in itertools.product(each(bias=o.bias, gain=o.gain), (False, True)):
         given |= {"scaling": SCALING, "save": save}
@@ -187,9 +198,11 @@ CALLS = {
         project,
         epilogue,
         bank_epilogue,
+        fused_forward,
         merged_forward,
         token_sums,
         outer_product,
+        dx,
     )
 }
 # Where the planner may leave a product to the GEMM library
@@ -227,9 +240,9 @@ STEPS = [name for name, step in pytorch.PYTORCH._asdict().items() if callable(st
 def test_every_step_is_called():
     """But `dense`, which PyTorch's has from the definition; test_quantized.py holds the kernel to it bit for bit.
 
-    And `counters`, which is memory for others.
+    And `counters` and `fork`, which are memory and a stream for others.
     """
-    assert set(STEPS) - {"dense", "counters"} == CALLS.keys() and pytorch.PYTORCH.dense is reference.dense
+    assert set(STEPS) - {"dense", "counters", "fork"} == CALLS.keys() and pytorch.PYTORCH.dense is reference.dense
 
 
 @pytest.mark.parametrize("name", STEPS)
