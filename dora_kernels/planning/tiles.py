@@ -214,3 +214,38 @@ CONFIGS: dict[tuple[str, int], dict[str, Config]] = {
     ("interpreter", 6): _INTERPRETER,  # tested
     ("interpreter", 8): _INTERPRETER,  # tested
 }
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tiles and schedule of kernels/hopper/gemm.py.
+
+    GROUP_M: rows of tiles that are walked side by side. stages: buffers for the loads, each of one step of a tile.
+    slots: buffers of each consumer for its stores, each for a part of a tile's columns. consumers: 2 of 4 warps each,
+    or 1 of 8. Registers are a thread's: all warps are launched alike, and the producer's give up what the consumers'
+    take.
+    """
+
+    BLOCK_M: int
+    BLOCK_N: int
+    BLOCK_K: int
+    GROUP_M: int = 8
+    stages: int = 4
+    slots: int = 2
+    parts: int = 4
+    consumers: int = 2
+    producer_registers: int = 24
+    consumer_registers: int = 240
+    launch_registers: int = 168
+
+
+# 231 of 232 KB of shared memory, and nothing spilled; one program a multiprocessor.
+_GEMM = GemmConfig(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64)
+# Steps over K as short as possible, so that there are many of them at test shapes (tests/support/simulated_hopper.py).
+_GEMM_SIMULATED = GemmConfig(BLOCK_M=16, BLOCK_N=32, BLOCK_K=8)
+
+# target -> product -> GemmConfig, "dx" where the right operand is not transposed. As CONFIGS.
+GEMMS: dict[str, dict[str, GemmConfig]] = {
+    "sm_90": {"forward": _GEMM, "dx": _GEMM},  # compiled
+    "interpreter": {"forward": _GEMM_SIMULATED, "dx": _GEMM_SIMULATED},  # tested, by the simulator
+}
