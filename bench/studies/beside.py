@@ -187,7 +187,7 @@ def partitions(few: int = 8) -> tuple[torch.cuda.Stream, torch.cuda.Stream, int,
 
 
 def _own_gemm(inputs: GemmInputs, programs: int) -> Step:
-    return Candidate("dx", programs, adapter=False).prepare(inputs)[0]
+    return Candidate("dx", programs).prepare(inputs)[0]
 
 
 def _with_carveout(gemm: Step, free: int) -> Step:

@@ -78,13 +78,13 @@ FUSED = (*map(Candidate, VARIANTS), Candidate("two outputs", group_m=4), Candida
 
 
 def percent(probe: Probe) -> list[Attempt]:
-    """Each of FUSED, and dx without an adapter, against cuBLAS at the first shape."""
-    return [_against_cublas(probe, probe.case, [*FUSED, Candidate("dx", adapter=False)])]
+    """Each of FUSED against cuBLAS at the first shape."""
+    return [_against_cublas(probe, probe.case, FUSED)]
 
 
 def grid(probe: Probe) -> list[Attempt]:
     """A program a multiprocessor against fewer, and how many cuBLAS itself launches (by a profiler, hence last)."""
-    kinds = ({"variant": "two outputs"}, {"variant": "one output"}, {"variant": "dx", "adapter": False})
+    kinds = ({"variant": "two outputs"}, {"variant": "one output"}, {"variant": "dx"})
     programs = (None, beside.FEWER_PROGRAMS)
     candidates = [Candidate(**kind, programs=count) for kind in kinds for count in programs]
     counting = Attempt("cuBLAS", functools.partial(cublas_kernels, probe.case), needs=3)
@@ -107,7 +107,7 @@ def overlap(probe: Probe) -> list[Attempt]:
 
 def other_shapes(probe: Probe) -> list[Attempt]:
     """Percent of cuBLAS elsewhere."""
-    candidates = [Candidate("two outputs"), Candidate("one output"), Candidate("dx", adapter=False)]
+    candidates = [Candidate("two outputs"), Candidate("one output"), Candidate("dx")]
     return [_against_cublas(probe, case, candidates) for case in probe.others]
 
 
@@ -176,7 +176,7 @@ def _fused_forward(probe: Probe, least: float | None, rows: Sequence[Row]) -> li
         lines.append(
             f"one kernel {best['us']:.1f} us, cuBLAS + epilogue {separate:.1f} us, saved {separate - best['us']:.1f} us"
         )
-    single = [name for name in ("one output", Candidate("dx", adapter=False).name) if name in by_name]
+    single = [name for name in ("one output", "dx") if name in by_name]
     shown = ", ".join(f"{name} {by_name[name]['percent']:.1f}%" for name in single)
     return lines + ([f"of cuBLAS: {shown}"] if single else [])
 

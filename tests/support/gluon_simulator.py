@@ -29,7 +29,7 @@ class Value:
     def __init__(self, data: Tensor) -> None:
         self.data = data
         self.shape = tuple(data.shape)
-        self.type = types.SimpleNamespace(layout=None)
+        self.type = types.SimpleNamespace(layout=None, tensor_type=types.SimpleNamespace(shape=self.shape))
 
     def reshape(self, shape: Sequence[int]) -> Value:
         return Value(self.data.reshape(tuple(shape)))
@@ -43,8 +43,8 @@ class Value:
     def to(self, dtype: torch.dtype) -> Value:
         return Value(self.data.to(dtype))
 
-    def __mul__(self, other: Value) -> Value:
-        return Value(self.data * other.data)
+    def __mul__(self, other: Value | float) -> Value:
+        return Value(self.data * (other.data if isinstance(other, Value) else other))
 
     def __add__(self, other: Value) -> Value:
         return Value(self.data + other.data)
@@ -271,22 +271,18 @@ class Simulator:
         )
         barriers = {"init": lambda barrier, count: barrier.init(count), "MBarrierLayout": layout}
         barriers |= {"expect": self.expect, "arrive": self.arrive, "wait": self.wait}
-        copies = {"async_load": self.async_load, "async_store": self.async_store, "store_wait": self.store_wait}
-        hopper = module(
-            "hopper",
+        name = "dora_kernels.kernels.hopper.language"
+        names = module(
+            name,
+            gl=language,
+            gluon=module("gluon", jit=jit),
             mbarrier=types.SimpleNamespace(**barriers),
-            tma=types.SimpleNamespace(**copies),
+            tma_load=self.async_load,
+            tma_store=self.async_store,
+            tma_store_wait=self.store_wait,
             fence_async_shared=lambda: None,
             warpgroup_mma=self.warpgroup_mma,
             warpgroup_mma_init=lambda value: value,
             warpgroup_mma_wait=self.warpgroup_mma_wait,
         )
-        gluon = module("gluon", jit=jit, language=language)
-        root = "triton.experimental"
-        return {
-            root: module("experimental", gluon=gluon),
-            f"{root}.gluon": gluon,
-            f"{root}.gluon.language": language,
-            f"{root}.gluon.language.nvidia": module("nvidia"),
-            f"{root}.gluon.language.nvidia.hopper": hopper,
-        }
+        return {name: names}

@@ -22,7 +22,7 @@ SECONDS_EACH = 0.8  # of one interleaved measurement
 
 @dataclass(frozen=True)
 class GemmInputs:
-    """Tensors of one product, named as in kernel.py. N(0, 1): power, and so the clock, depends on data."""
+    """Tensors of one product, named as in the kernel. N(0, 1): power, and so the clock, depends on data."""
 
     x: Tensor
     weight: Tensor
@@ -50,10 +50,13 @@ class GemmInputs:
         """x @ weight, as the frozen layer computes it."""
         return self.x @ (self.weight if self.nn else self.weight.T)
 
-    def results(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """z and y as PyTorch computes them in this dtype."""
+    def results(self, dtype: torch.dtype, adapter: bool = True) -> dict[str, Tensor]:
+        """z and y as PyTorch computes them in this dtype; without the adapter, y alone, the product."""
         x, weight, low, lora = (tensor.to(dtype) for tensor in (self.x, self.weight, self.low, self.lora))
-        z = torch.addmm(x @ (weight if self.nn else weight.T), low, lora if self.nn else lora.T)
+        product = x @ (weight if self.nn else weight.T)
+        if not adapter:
+            return {"y": product}
+        z = torch.addmm(product, low, lora if self.nn else lora.T, alpha=SCALING)
         exact = torch.promote_types(dtype, torch.float32)
         y = self.gain.to(exact) * z.to(exact) + self.bias.to(exact)
         return {"y": y.to(dtype), "z": z}
@@ -61,20 +64,18 @@ class GemmInputs:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A launch of a variant. adapter: with the steps over R; where not, it computes what cuBLAS computes."""
+    """A launch of a variant."""
 
     variant: str
     programs: int | None = None
     group_m: int = GROUP_M
-    adapter: bool = True
 
     @property
     def name(self) -> str:
         """The variant, and what is not the default."""
         notes = [self.variant]
         notes += [f"{self.programs} programs"] if self.programs else []
-        notes += [f"groups of {self.group_m}"] if self.group_m != GROUP_M else []
-        return ", ".join(notes + ([] if self.adapter else ["no adapter"]))
+        return ", ".join(notes + ([f"groups of {self.group_m}"] if self.group_m != GROUP_M else []))
 
     def prepare(self, inputs: GemmInputs) -> tuple[Callable[[], None], dict[str, Tensor]]:
         """The launch, and what it writes, full of NaN until then."""
@@ -85,10 +86,12 @@ class Candidate:
             for name in ("y", "z")
             if name == "y" or variant.both
         }
-        low, lora = (inputs.low, inputs.lora) if self.adapter else (None, None)
+        gain, bias, low, lora = 4 * [None]
+        if variant.adapter:
+            gain, bias, low, lora = inputs.gain, inputs.bias, inputs.low, inputs.lora
         written = outputs["y"], outputs.get("z")
-        arguments = (inputs.x, inputs.weight, inputs.gain, inputs.bias, *written, low, lora)
-        return launcher(variant, *arguments, self.programs, self.group_m), outputs
+        arguments = (inputs.x, inputs.weight, gain, bias, *written, low, lora)
+        return launcher(variant, *arguments, self.programs, self.group_m, SCALING), outputs
 
 
 def sizes(case: LayerCase) -> Row:
@@ -102,7 +105,8 @@ def check_variant(name: str, cases: Sequence[LayerCase]) -> Iterator[Row]:
         inputs = GemmInputs.random(case, VARIANTS[name].nn)
         launch, outputs = Candidate(name).prepare(inputs)
         launch()
-        yardstick, exact = inputs.results(torch.bfloat16), inputs.results(torch.float64)
+        adapter = VARIANTS[name].adapter
+        yardstick, exact = inputs.results(torch.bfloat16, adapter), inputs.results(torch.float64, adapter)
         compared = [compare(key, outputs[key], yardstick[key], exact[key]) for key in outputs]
         row = {"variant": name, **sizes(case), "ok": all(one.ok for one in compared)}
         worst = max(compared, key=lambda one: one.ratio)

@@ -46,12 +46,12 @@ def why_not_gemm(left: Tensor, right: Tensor, *others: Tensor | None, nn: bool =
         return reason
     facts = devices.device_facts(left.device)
     if facts.target not in GEMMS:
-        return f"it is not built for {facts.name}"
+        return f"no such kernel is built for {facts.name}"
     if left.dtype not in (torch.bfloat16, torch.float16):
-        return f"it does not take {left.dtype}"
+        return f"the operands are {left.dtype}; expected half precision"
     config = config_for(facts.target, nn)
     if left.shape[-1] <= config.stages * config.BLOCK_K:
-        return f"a sum of {left.shape[-1]} products has no more than {config.stages} steps of {config.BLOCK_K}"
+        return f"the sums are of {left.shape[-1]}; expected more than {config.stages} steps of {config.BLOCK_K}"
     for tensor in (left, right, *others):
         reason = None if tensor is None else _why_not_copied(tensor, left.dtype)
         if reason is not None:
@@ -61,17 +61,15 @@ def why_not_gemm(left: Tensor, right: Tensor, *others: Tensor | None, nn: bool =
 
 def _why_not_copied(tensor: Tensor, dtype: torch.dtype) -> str | None:
     """The reason that the copy engine cannot take a matrix of dtype, or a vector of it or of float32; or None."""
-    shape, strides = tensor.shape, tensor.stride()
+    strides = tensor.stride()
     if tensor.dtype != dtype and not (tensor.dim() == 1 and tensor.dtype == torch.float32):
-        return f"{tensor.dtype} stands beside {dtype}"
-    if tensor.dim() > 2:
-        return f"{tensor.dim()} dimensions are more than 2"
-    if max(shape, default=0) > MOST:
-        return f"a size of {max(shape)} is more than {MOST}"
-    if strides[-1] != 1 or any(stride * tensor.itemsize % ALIGNED for stride in strides[:-1]):
-        return f"strides of {strides} are not one element, and rows {ALIGNED} bytes apart or a multiple"
+        return f"an operand is {tensor.dtype} beside {dtype}"
+    if tensor.dim() > 2 or max(tensor.shape) > MOST:
+        return f"an operand has {tensor.dim()} dimensions of up to {max(tensor.shape)}; expected two of up to {MOST}"
+    if strides[-1] != 1 or any(stride == 0 or stride * tensor.itemsize % ALIGNED for stride in strides[:-1]):
+        return f"an operand has strides of {strides}; expected whole rows, a multiple of {ALIGNED} bytes apart"
     if tensor.data_ptr() % ALIGNED:
-        return f"an address is no multiple of {ALIGNED} bytes"
+        return f"an operand has an address that is no multiple of {ALIGNED} bytes"
     return None
 
 
@@ -121,9 +119,14 @@ def launch(
     scaling: float,
     programs: int,
 ) -> None:
-    """Launches the kernel on as many programs, or as many as there are tiles."""
+    """Launches the kernel on as many programs, or as many as there are tiles.
+
+    Raises ValueError where gain and bias, which come with step number `stages`, would never come.
+    """
     (M, K), N = x.shape, y.shape[1]
     R = 0 if low is None else low.shape[1]
+    if K <= config.stages * config.BLOCK_K:
+        raise ValueError(f"launch: the sums are of {K}; expected more than {config.stages} steps of {config.BLOCK_K}")
     tensors = (x, weight, low, lora, y, z, gain, bias)
     descriptors = [
         None if tensor is None else descriptor(tensor, block)
