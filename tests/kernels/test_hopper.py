@@ -1,6 +1,7 @@
 """The GEMM for Hopper from the host's side: what it refuses, what is launched, and into what it compiles."""
 
 import functools
+import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from dora_kernels.testing import rms_error  # noqa: E402
 from tests.support.problem import DEVICE  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+has_gluon = importlib.util.find_spec("triton.experimental.gluon") is not None
+needs_gluon = pytest.mark.skipif(not has_gluon, reason="this Triton has no Gluon")
 M, N, K, R = 1000, 1032, 520, 8
 
 
@@ -96,6 +99,7 @@ REFUSED = {
     "three dimensions": ("low", half(2, M, R), "3 dimensions"),
     "columns that are apart": ("right", half(K, N).T, "strides of (1, 1032)"),
     "rows of 8 bytes": ("low", half(M, 4), "strides of (4, 1)"),
+    "rows of y of 2060 bytes": ("right", half(1030, K), "rows of 1030 would not be"),
     "every other element": ("bias", half(2 * N)[::2], "strides of (2,)"),
     "one row, expanded": ("left", half(1, K).expand(M, K), "strides of (0, 1)"),
     "an address between": ("bias", half(N + 1)[1:], "address that is no multiple of 16"),
@@ -209,6 +213,7 @@ print(launch.why_not_gluon())
     assert reason.startswith("Triton ") and "ModuleNotFoundError" in reason
 
 
+@needs_gluon
 def test_a_gluon_whose_names_have_changed_is_a_reason():
     code = """
 from triton.experimental.gluon.language.nvidia.hopper import tma
@@ -218,3 +223,74 @@ from dora_kernels.kernels.hopper import launch
 print(launch.why_not_gluon())
 """
     assert "AttributeError" in in_a_process(code)
+
+
+# A driver that knows its device and no more: the JIT binds the arguments and compiles, and would launch next.
+LAUNCHED = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from bench.studies.gluon.gemm import SHARED_LIMIT, VARIANTS, compile_ahead, resources
+from dora_kernels.kernels.hopper import launch
+from dora_kernels.planning import devices
+
+class Driver:
+    get_current_device = get_current_stream = lambda *arguments: 0
+    get_current_target = lambda *arguments: GPUTarget("cuda", 90, 32)
+
+triton.runtime.driver.set_active(Driver())
+devices.device_facts = lambda device: devices.DeviceFacts("pretended", "sm_90", 132)
+compiled, run = [], launch.kernel().run
+launch.kernel().run = lambda *arguments, warmup, **options: compiled.append(run(*arguments, warmup=True, **options))
+
+M, N, K, R = 1000, 1032, 520, 8
+for dtype in (torch.bfloat16, torch.float16):
+    def half(*shape):
+        return torch.zeros(shape, dtype=dtype)
+
+    for m, n in ((M, N), (1, 8)):  # one binary for all sizes
+        given = {"low": half(m, R), "lora": half(n, R), "gain": torch.zeros(n), "scaling": 0.5}
+        assert launch.why_not_gemm(half(m, K), half(n, K), *list(given.values())[:3], half(n)) is None
+        launch.gemm(half(m, K), half(n, K), nn=False, bias=half(n), both=True, **given)
+        launch.gemm(half(m, K), half(n, K), nn=False, **given)
+        launch.gemm(half(m, K), half(K, n), nn=True)
+binaries = {id(kernel): kernel for kernel in compiled}.values()
+assert len(compiled) == 12 and len(binaries) == 6
+for kernel in binaries:
+    found = resources(kernel)
+    print(found)
+    assert found["registers"] == 168 and found["stack"] == 0 and 200_000 < found["shared"] <= SHARED_LIMIT
+"""
+
+
+@needs_gluon
+def test_what_is_launched_fits_a_multiprocessor():
+    assert len(in_a_process(LAUNCHED).splitlines()) == 6
+
+
+AHEAD = """
+for name, kernel in (("two outputs", compiled[0]), ("dx", compiled[2])):
+    ahead = compile_ahead(VARIANTS[name])
+    assert ahead.src.signature == kernel.src.signature and ahead.asm["cubin"] == kernel.asm["cubin"], name
+"""
+
+
+@pytest.mark.nightly
+@needs_gluon
+def test_what_is_compiled_ahead_is_what_a_launch_compiles():
+    in_a_process(LAUNCHED + AHEAD)
+
+
+STUDY = """
+import dataclasses
+from bench.studies.gluon import gemm
+
+assert gemm.main() == 0
+five = dataclasses.replace(gemm.CONFIG, stages=5)
+assert gemm.main({"too large": gemm.GemmVariant(five)}) == 1
+"""
+
+
+@pytest.mark.nightly
+@needs_gluon
+def test_every_variant_of_the_study_fits_and_one_that_does_not_is_seen():
+    in_a_process(STUDY)

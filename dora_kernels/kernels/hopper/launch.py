@@ -52,6 +52,8 @@ def why_not_gemm(left: Tensor, right: Tensor, *others: Tensor | None, nn: bool =
     config = config_for(facts.target, nn)
     if left.shape[-1] <= config.stages * config.BLOCK_K:
         return f"the sums are of {left.shape[-1]}; expected more than {config.stages} steps of {config.BLOCK_K}"
+    if right.shape[1 if nn else 0] * left.itemsize % ALIGNED:
+        return f"rows of {right.shape[1 if nn else 0]} would not be a multiple of {ALIGNED} bytes apart"
     for tensor in (left, right, *others):
         reason = None if tensor is None else _why_not_copied(tensor, left.dtype)
         if reason is not None:
