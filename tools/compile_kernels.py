@@ -57,6 +57,7 @@ SHAPE = (8192, 4096, 4096)  # M, N, K
 # whose loads are those of no other call: (variant, rank, call, kernel)
 UNLIKE_OTHERS = (
     ("bf16", 64, "unmerge", "merge"),
+    ("bf16", 384, "merged", "merge"),
     ("bf16", 100, "train", "merge"),  # rows of lora_B begin at no multiple of 16 bytes
     ("bf16, fp32 adapters", 64, "train", "token_sums"),
     ("fp32 high", 64, "train", "token_sums"),

@@ -104,6 +104,11 @@ def _transposed(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, weight=inputs.weight.new_empty(inputs.weight.shape[::-1]).T)
 
 
+def _transposed_steps(inputs: Inputs) -> None:
+    for way in ("auto", "merged"):
+        step(_transposed(inputs), way=way)
+
+
 def _few_tokens(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, x=inputs.x.new_empty(16, inputs.x.shape[1]).requires_grad_())
 
@@ -175,7 +180,8 @@ def _stored(kind: str, N: int, K: int, dtype: torch.dtype) -> QuantizedWeight:
 def _quantized(kind: str) -> Callable[[Inputs], None]:
     """The calls that compile for a weight of that kind other kernels than for a dense one: the norm, merged weights.
 
-    A training step by itself merges in the backward pass, with what that begins with; inference, merged, ends the norm.
+    A training step by itself merges in the backward pass, with what that begins with, and the merged way in the forward
+    pass, too, with squares; inference, merged, ends the norm.
     """
 
     def call(inputs: Inputs) -> None:
@@ -188,6 +194,7 @@ def _quantized(kind: str) -> Callable[[Inputs], None]:
         step(inputs, way="split")
         step(inputs, way="merged", drop=True)
         step(inputs)
+        step(inputs, way="merged")
         with torch.no_grad(), dora_kernels.options(way="merged"):
             dora_kernels.dora_linear(inputs.x, inputs.weight, *inputs.adapter(), 0.5, inputs.bias)
 
@@ -210,7 +217,7 @@ CALLS: dict[str, Callable[[Inputs], None]] = {
     "dropout": lambda inputs: step(inputs, drop=True),
     "norm_grad": lambda inputs: step(inputs, norm_grad=True),
     "frozen magnitude": lambda inputs: step(_frozen(inputs)),
-    "transposed weight": lambda inputs: step(_transposed(inputs)),
+    "transposed weight": _transposed_steps,
     "inference": _inference,
     "unmerge": _unmerge,
     "rescale": _rescale,
@@ -222,6 +229,7 @@ CORE_CALLS = (
     "train",
     "few tokens",
     "split",
+    "merged",
     "dropout",
     "norm_grad",
     "unmerge",

@@ -1,4 +1,5 @@
-"""The merged weight: gain * (weight + scaling * lora_B @ lora_A), and what a backward pass begins with beside it.
+"""The merged weight: gain * (weight + scaling * lora_B @ lora_A); beside it, on the same way over the weight, what a
+backward pass begins with, or the squares that the norm is made of.
 
 lora_B @ lora_A is formed in registers and never stands in device memory.
 """
@@ -9,7 +10,14 @@ import triton.language as tl
 
 from dora_kernels import types
 from dora_kernels.kernels.launches import LaunchPlan, planned
-from dora_kernels.kernels.norm import finished_gain, unfinished_argument
+from dora_kernels.kernels.norm import (
+    finished_gain,
+    partial_squares,
+    squares_of,
+    store_squares,
+    unfinished_argument,
+    unfinished_norm,
+)
 from dora_kernels.kernels.parts import in_parts, store_parts, whole
 from dora_kernels.kernels.shares import steps_of, steps_over, unit_range
 from dora_kernels.kernels.stored_weight import (
@@ -63,6 +71,8 @@ def _merge_kernel(
     factor,
     counters_ptr,  # (count,) or None
     count,
+    squares_ptr,  # (parts, N) in DTYPES.accumulate, contiguous, or None
+    parts,
     FORMAT: tl.constexpr,
     SUBTRACT_WEIGHT: tl.constexpr,
     R_MULTIPLE: tl.constexpr,
@@ -73,7 +83,8 @@ def _merge_kernel(
     DTYPES: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """merged = gain * (weight + scaling * lora_B @ lora_A) [- weight]; scaled_B = factor * gain * lora_B; counters = 0.
+    """merged = gain * (weight + scaling * lora_B @ lora_A) [- weight]; scaled_B = factor * gain * lora_B; counters = 0;
+    squares as in `_norm_kernel`.
 
     One program owns a range of steps of BLOCK_K columns, in blocks of BLOCK_N rows.
     """
@@ -84,7 +95,8 @@ def _merge_kernel(
     weight = with_tables(weight, FORMAT)
     is_unfinished: tl.constexpr = unfinished is not None  # Triton 3.6 cannot ask a tuple inside a loop
     steps = steps_over(K, BLOCK_K)
-    first, end = unit_range(tl.cast(tl.cdiv(N, BLOCK_N), tl.int64) * steps)
+    units = tl.cast(tl.cdiv(N, BLOCK_N), tl.int64) * steps
+    first, end = unit_range(units)
     for block in range(first // steps, tl.cdiv(end, steps)):
         offs_n = block_offsets(block, BLOCK_N)
         mask_n = offs_n < N
@@ -99,17 +111,23 @@ def _merge_kernel(
         if scaled_B is not None:
             if start == 0:
                 _scale_rows(scaled_B, update.lora_B, factor, gain, offs_n, mask_n, update.R, BLOCK_R, DTYPES)
+        if squares_ptr is not None:
+            squares = tl.zeros([BLOCK_N], dtype=DTYPES.accumulate)
         for step in tl.range(start.to(tl.int32), stop.to(tl.int32), num_stages=STAGES):
             k = step * BLOCK_K
             w, merged = direction_tile(
                 weight, update, lora_B, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, CHUNKS, DTYPES
             )  # [BLOCK_N, BLOCK_K], both
+            if squares_ptr is not None:
+                squares += squares_of(merged, k, K, BLOCK_K)
             if gain_ptr is not None:
                 merged = gain[:, None] * merged
             if SUBTRACT_WEIGHT:
                 merged -= w
             offs_k = tl.arange(0, BLOCK_K)
             store(Matrix(merged_ptr + tl.cast(k, tl.int64), K, 1), offs_n, offs_k, mask_n, offs_k < K - k, merged)
+        if squares_ptr is not None:
+            store_squares(squares_ptr, parts, squares, block, steps, units, N, offs_n, mask_n)
 
 
 def merge(
@@ -125,19 +143,56 @@ def merge(
     prepared: types.Prepared | None = None,
 ) -> torch.Tensor:
     """The merged weight (N, K); as `reference.merge`, and without an adapter weight itself."""
+    merged = weight.new_empty(*weight.shape, dtype=out_dtype or weight.dtype)
+    if merged.numel() > 0 or unfinished is not None or prepared is not None:
+        _launch(weight, lora_A, lora_B, gain, scaling, merged, subtract_weight, unfinished, prepared)
+    return merged
+
+
+def merge_and_start_norm(
+    weight: Weight,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    scaling: float,
+    magnitude: torch.Tensor,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, types.Unfinished]:
+    """The merged weight without a gain (N, K), and norm, gain and what they are still to be written by.
+
+    As `merge` and `start_norm`, in one pass over the weight: the norm is that of what is not rounded to out_dtype.
+    """
+    merged = weight.new_empty(*weight.shape, dtype=out_dtype)
+    squares = _launch(weight, lora_A, lora_B, None, scaling, merged, with_squares=True)
+    assert squares is not None  # they were asked for
+    return merged, *unfinished_norm(squares, magnitude)
+
+
+def _launch(
+    weight: Weight,
+    lora_A: torch.Tensor | None,
+    lora_B: torch.Tensor | None,
+    gain: torch.Tensor | None,
+    scaling: float,
+    merged: torch.Tensor,
+    subtract_weight: bool = False,
+    unfinished: types.Unfinished | None = None,
+    prepared: types.Prepared | None = None,
+    with_squares: bool = False,
+) -> torch.Tensor | None:
+    """Writes merged; returns sums of squares (parts, N) if they are wanted."""
     N, K = weight.shape
     launch = Launch.of(weight, weight.dtype if lora_A is None else lora_A.dtype)
-    merged = weight.new_empty(N, K, dtype=out_dtype or weight.dtype)
-    if merged.numel() == 0 and unfinished is None and prepared is None:
-        return merged
     R, strides = 0, None
     if lora_A is not None:
         launch, lora_A, lora_B = in_parts(launch, lora_A, lora_B)
         R, strides = lora_A.shape[-2], lora_B.stride()
     stored, layout = weight_argument(weight)
-    plan = _merge_plan(launch, layout, R, strides, merged.dtype, subtract_weight)
-    config = plan.config
-    programs = launch.programs(ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K), config, sums=False)
+    plan = _merge_plan(launch, layout, R, strides, merged.dtype, subtract_weight, with_squares)
+    config, squares = plan.config, None
+    if with_squares:
+        programs, squares = partial_squares(launch, weight, config)
+    else:
+        programs = launch.programs(ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K), config, sums=False)
     scaled_B, factor, counters = (None, 1.0, None) if prepared is None else prepared
     plan.launch(
         (programs,),
@@ -152,16 +207,24 @@ def merge(
         factor,
         counters,
         0 if counters is None else counters.numel(),
+        squares,
+        None if squares is None else squares.shape[0],
     )
-    return merged
+    return squares
 
 
 @planned
 def _merge_plan(
-    launch: Launch, layout: Layout, R: int, lora_B: tuple[int, ...] | None, out: torch.dtype, subtract_weight: bool
+    launch: Launch,
+    layout: Layout,
+    R: int,
+    lora_B: tuple[int, ...] | None,
+    out: torch.dtype,
+    subtract_weight: bool,
+    squares: bool,
 ) -> LaunchPlan:
     """lora_B: its strides."""
-    config = weight_config(launch, "merge", layout, R)
+    config = weight_config(launch, "merge", layout, R, squares)
     config, chunks = walk_config(launch, config, layout, R, out.itemsize)
     return LaunchPlan(
         _merge_kernel,

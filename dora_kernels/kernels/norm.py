@@ -30,6 +30,7 @@ from dora_kernels.kernels.stored_weight import (
 from dora_kernels.kernels.tile import Launch, Vector, block_offsets, load_vector, rank_multiple, resident
 from dora_kernels.planning import configs
 from dora_kernels.planning.configs import ceil_div
+from dora_kernels.planning.tiles import Config
 from dora_kernels.quant import Weight
 from dora_kernels.reference import accumulate_dtype
 
@@ -87,6 +88,25 @@ def finished_gain(unfinished, N, offs_n, mask_n, writes):
 
 
 @triton.jit
+def squares_of(direction, k, K, BLOCK_K: tl.constexpr):
+    """The sum of direction^2 in each row, direction being the BLOCK_K columns from k of a matrix of K."""
+    if k + BLOCK_K > K:
+        # columns past K are zero in weight and lora_A, but not in the product where lora_B is inf or NaN
+        direction = tl.where((k + tl.arange(0, BLOCK_K) < K)[None, :], direction, 0.0)
+    return tl.sum(direction * direction, axis=1)
+
+
+@triton.jit
+def store_squares(squares_ptr, parts, squares, block, steps, units, N, offs_n, mask_n):
+    """squares_ptr (parts, N) of a block's rows: this program's part = squares, and 0 in parts that there are not."""
+    part, parts_of_block = part_of(block, steps, units)
+    tl.store(squares_ptr + part * N + offs_n, squares, mask=mask_n)
+    if part == parts_of_block - 1:
+        for empty in range(parts_of_block, parts):
+            tl.store(squares_ptr + tl.cast(empty, tl.int64) * N + offs_n, tl.zeros_like(squares), mask=mask_n)
+
+
+@triton.jit
 def row_squares(
     weight,  # (N, K) as stored
     update,  # (N, K)
@@ -111,10 +131,7 @@ def row_squares(
         _, direction = direction_tile(
             weight, update, lora_B, offs_n, mask_n, k, K, FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, CHUNKS, DTYPES
         )
-        if k + BLOCK_K > K:
-            # columns past K are zero in weight and lora_A, but not in the product where lora_B is inf or NaN
-            direction = tl.where((k + tl.arange(0, BLOCK_K) < K)[None, :], direction, 0.0)
-        squares += tl.sum(direction * direction, axis=1)
+        squares += squares_of(direction, k, K, BLOCK_K)
     return squares
 
 
@@ -157,11 +174,7 @@ def _norm_kernel(
             FORMAT, BLOCK_N, BLOCK_K, BLOCK_R, CHUNKS, DTYPES, STAGES,
         )  # fmt: skip
         if squares_ptr is not None:
-            part, parts_of_block = part_of(block, steps, units)
-            tl.store(squares_ptr + part * N + offs_n, squares, mask=mask_n)
-            if part == parts_of_block - 1:
-                for empty in range(parts_of_block, parts):
-                    tl.store(squares_ptr + tl.cast(empty, tl.int64) * N + offs_n, tl.zeros_like(squares), mask=mask_n)
+            store_squares(squares_ptr, parts, squares, block, steps, units, N, offs_n, mask_n)
         else:
             norm = root(squares)
             tl.store(norm_ptr + offs_n, norm, mask=mask_n)
@@ -192,10 +205,25 @@ def start_norm(
     magnitude: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, types.Unfinished | None]:
     """norm (N,) and gain (N,), and what they are still to be written by; as `reference.start_norm`."""
-    norm = weight.new_empty(weight.shape[0], dtype=accumulate_dtype(weight.dtype))
-    gain = torch.empty_like(norm)
     squares = _launch(weight, lora_A, lora_B, scaling)
+    assert squares is not None  # there is no norm to write
+    return unfinished_norm(squares, magnitude)
+
+
+def unfinished_norm(
+    squares: torch.Tensor, magnitude: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, types.Unfinished]:
+    """norm (N,) and gain (N,), not written yet, and what they are to be written by: squares (parts, N)."""
+    norm, gain = (squares.new_empty(squares.shape[1]) for _ in range(2))
     return norm, gain, types.Unfinished(squares, magnitude, norm, gain)
+
+
+def partial_squares(launch: Launch, weight: Weight, config: Config) -> tuple[int, torch.Tensor]:
+    """The number of programs that share a walk over the weight, and the squares (parts, N) that they are to write."""
+    N, K = weight.shape
+    blocks, steps = ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K)
+    programs = launch.programs(blocks, steps, config, sums=True)
+    return programs, weight.new_empty(configs.most_parts(blocks, steps, programs), N, dtype=launch.accumulate)
 
 
 def _launch(
@@ -212,13 +240,10 @@ def _launch(
     launch, lora_A, lora_B = in_parts(Launch.of(weight, lora_A.dtype), lora_A, lora_B)
     stored, layout = weight_argument(weight)
     plan = _plan(launch, layout, N, lora_A.shape[-2], lora_B.stride(), norm is not None)
-    config = plan.config
-    blocks, steps = ceil_div(N, config.BLOCK_N), ceil_div(K, config.BLOCK_K)
-    programs, parts, squares = blocks, 1, None
+    programs, parts, squares = ceil_div(N, plan.config.BLOCK_N), 1, None
     if norm is None:
-        programs = launch.programs(blocks, steps, config, sums=True)
-        parts = configs.most_parts(blocks, steps, programs)
-        squares = weight.new_empty(parts, N, dtype=launch.accumulate)
+        programs, squares = partial_squares(launch, weight, plan.config)
+        parts = squares.shape[0]
     if N > 0:
         update = update_argument(lora_A, lora_B, scaling)
         plan.launch((programs,), stored, squares, magnitude, norm, gain, N, K, update, parts)

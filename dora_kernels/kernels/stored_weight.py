@@ -4,6 +4,7 @@ A weight reaches a kernel as one argument, a StoredWeight, and one constexpr, it
 It is decoded in registers to what its library decodes it to, rounding included. The update of it is an argument, too.
 """
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -203,18 +204,26 @@ def direction_tile(
     return w, direction
 
 
-def weight_config(launch: Launch, kernel: str, layout: Layout, R: int) -> Config:
-    """The configuration of the norm or merge kernel: more registers, or a smaller tile, where it would spill some."""
+def weight_config(launch: Launch, kernel: str, layout: Layout, R: int, squares: bool = False) -> Config:
+    """The configuration of the norm or merge kernel: more registers, or a smaller tile, where it would spill some.
+
+    squares: the merge writes those, too.
+    """
     if layout.K % 16:  # each element has an address: up to 1032 bytes a thread otherwise, of 128 registers
         config = configs.alone(launch.config(kernel))
     else:
         config = launch.config(kernel, R)
+    target = launch.facts.target
     if layout.format == DENSE:
+        if squares and target == "sm_100" and R <= configs.HIGH_RANK and launch.operand_bytes != 4:
+            return configs.of_rows(config, max(16, config.BLOCK_N // 2))  # 72 to 144 bytes at R = 64
+        if squares and target == "sm_80" and launch.parts > 1:
+            return dataclasses.replace(config, maxnreg=255)  # 72 bytes at R = 8, down to 128 registers
         return config
     if launch.parts > 1:  # 240 bytes a thread otherwise, of 128 registers
         config = configs.unlimited(config)
     assert config.BLOCK_N is not None and config.BLOCK_K is not None
-    BLOCK_N, BLOCK_K, target = config.BLOCK_N, config.BLOCK_K, launch.facts.target
+    BLOCK_N, BLOCK_K = config.BLOCK_N, config.BLOCK_K
     merges, four_bits = kernel == "merge", layout.format not in _BY_ELEMENTS
     if four_bits and layout.K % 2:  # each code of 4 bits has an address of its own
         BLOCK_N = max(16, BLOCK_N // 4)  # 1436 bytes a thread on sm_120 otherwise
@@ -224,8 +233,8 @@ def weight_config(launch: Launch, kernel: str, layout: Layout, R: int) -> Config
         BLOCK_N = max(16, BLOCK_N // 2)  # 88 and 168 bytes
         if merges:
             BLOCK_K = min(64, BLOCK_K)  # 112 bytes on sm_120 at R = 384
-    elif merges and target == "sm_100" and R <= configs.HIGH_RANK:
-        BLOCK_N = max(16, BLOCK_N // 2)  # 72 to 168 bytes in a training step
+    elif merges and target == "sm_100" and (R <= configs.HIGH_RANK or (squares and launch.operand_bytes > 2)):
+        BLOCK_N = max(16, BLOCK_N // 2)  # 72 to 168 bytes in a training step; of squares at R = 384, 288
     elif merges and four_bits and (target == "sm_80" or launch.parts == 3):
         BLOCK_N = min(64, BLOCK_N)  # up to 116 bytes in a training step, and in three parts on sm_90 at R = 384, 84
     return configs.of_rows(config, BLOCK_N, BLOCK_K)

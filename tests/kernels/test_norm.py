@@ -6,9 +6,11 @@ import torch
 from dora_kernels import reference
 from dora_kernels.types import Prepared
 from tests.support.problem import DEVICE, Problem
-from tests.support.step_problem import close
+from tests.support.step_problem import close, tiles
 
 kernels = pytest.importorskip("dora_kernels.kernels")
+
+from dora_kernels.kernels.merge import merge_and_start_norm  # noqa: E402
 
 SCALING = 0.75
 # N, K, R and the parts of the block that has most, in the interpreter: one block in several parts, whole blocks, blocks
@@ -47,6 +49,33 @@ def test_whoever_reads_the_gain_first_writes_it(N, K, R, most):
     close(gain, expected_gain)
     close(merged, reference.merge(*adapter, gain, SCALING))
     assert norm[1] == gain[1] == 0
+
+
+@pytest.mark.parametrize(("N", "K", "R", "most"), SHAPES)
+def test_a_weight_is_merged_and_its_norm_started_in_one_pass(N, K, R, most):
+    """Each by itself has the same bits, where as many programs share the work, and the same call has them again."""
+    *adapter, magnitude = made(N, K, R)
+    with tiles("merge", {"waves": 4}):  # in the interpreter as many as the norm's
+        merged, norm, gain, unfinished = merge_and_start_norm(*adapter, SCALING, magnitude, adapter[0].dtype)
+        again = merge_and_start_norm(*adapter, SCALING, magnitude, adapter[0].dtype)
+    assert torch.equal(again[0], merged) and torch.equal(again[3].squares, unfinished.squares)
+    assert torch.equal(merged, kernels.merge(*adapter, None, SCALING))
+    assert unfinished.norm is norm and unfinished.gain is gain and unfinished.magnitude is magnitude
+    expected, _ = reference.norm(*adapter, SCALING)
+    close(unfinished.squares.sum(0).sqrt(), expected)
+    if DEVICE == "cpu":
+        assert len(unfinished.squares) == most
+        assert torch.equal(unfinished.squares, kernels.start_norm(*adapter, SCALING, magnitude)[2].squares)
+
+
+def test_the_norm_is_that_of_what_is_not_rounded():
+    """1 + 2^-11 is 1 in half precision: 2048 of them have the norm sqrt(2048) (1 + 2^-11)."""
+    weight, magnitude = torch.ones(3, 2048, dtype=torch.bfloat16, device=DEVICE), torch.ones(3, device=DEVICE)
+    lora_A, lora_B = weight[:1].clone(), torch.ones(3, 1, dtype=torch.bfloat16, device=DEVICE)
+    merged, *_, unfinished = merge_and_start_norm(weight, lora_A, lora_B, 2.0**-11, magnitude, torch.bfloat16)
+    assert torch.equal(merged, weight)
+    expected = torch.full((3,), 2048 * (1 + 2**-11) ** 2, device=DEVICE)
+    torch.testing.assert_close(unfinished.squares.sum(0), expected, rtol=1e-6, atol=0)
 
 
 def test_a_finished_norm_is_rounded_to_nearest():

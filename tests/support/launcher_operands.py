@@ -15,6 +15,7 @@ OPERANDS = {
     "merge": ("weight", "lora_A", "lora_B"),
     "prepare": ("lora_B",),
     "project": ("x", "lora_A"),
+    "merged_forward": ("weight", "lora_A", "lora_B", "magnitude", "bias"),
     "epilogue": ("base", "low", "lora_B", "residual", "bias"),
     "bank_epilogue": ("base", "low", "bias"),
     "grouped_norm": GROUPED,
@@ -47,6 +48,9 @@ def launch(launcher: str, t: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     if launcher == "epilogue":
         more = (t["gain"], t["bias"], 0.75, t["x"].dtype, t["residual"])
         return [kernels.epilogue(t["base"], t["low"], t["lora_B"], *more)]
+    if launcher == "merged_forward":
+        adapter = t["weight"], t["lora_A"], t["lora_B"], t["magnitude"]
+        return list(kernels.merged_forward(t["x"], *adapter, t["bias"], None, 0.75, True))
     if launcher == "bank_epilogue":
         lora_B, gain, scaling = t["lora_B"].unsqueeze(0), t["gain"].unsqueeze(0), t["gain"].new_full((1,), 0.75)
         index = torch.arange(len(t["base"]), device=gain.device) % 3 - 1  # the frozen layer, the adapter, none of them

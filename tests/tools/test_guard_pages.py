@@ -133,6 +133,7 @@ FAULTS = {
     "a sum too late": ("token_sums.py", "(dmagnitude_ptr +", "(dmagnitude_ptr + 1 +", "token_sums"),
     "a column too many": ("project.py", "mask_k = offs_k < K", "mask_k = offs_k <= K", "project"),
     "a bias unmasked": ("tile.py", "vector.stride, mask=mask, other=0.0)", "vector.stride)", "epilogue"),
+    "zeros of too many rows": ("norm.py", "(squares), mask=mask_n)", "(squares))", "merged_forward"),
     "a write too far": ("merge.py", "offs_k < K - k, merged", "offs_k <= K - k, merged", "merge"),
     "an index unmasked": ("bank_epilogue.py", "offs_m, mask=mask_m, other=-1)", "offs_m)", "bank_epilogue"),
     "a row of another layer": ("grouped_norm.py", "mask_n = offs_n < N", "mask_n = offs_n <= N", "grouped_norm"),
