@@ -283,6 +283,16 @@ def forward_costs(shape: Shape, way: str, device: Device, norm_given: bool = Fal
     return costs | low | dense_costs(shape) | {"base": gemm(M, N, K, device), "epilogue": epilogue_cost(shape, device)}
 
 
+def merged_forward_costs(shape: Shape, device: Device) -> dict[str, Cost]:
+    """The costs of a forward pass the merged way that keeps z and low for the backward pass, whoever makes the norm.
+
+    weight + scaling * lora_B @ lora_A and its row norms are one pass over the weight; the epilogue has no low rank.
+    """
+    low = project_costs(shape, "low", device)[faster_project(shape, "low", device)]
+    z, epilogue = gemm(shape.M, shape.N, shape.K, device), epilogue_cost(shape._replace(R=0), device)
+    return low | {"merge": merge_cost(shape, device), "z": z, "epilogue": epilogue}
+
+
 def dx_costs(shape: Shape, way: str, device: Device) -> dict[str, Cost]:
     """The costs of the steps that make dx; P = dy @ (gain * lora_B) is made for dA in any case."""
     M, N, K, R = shape[:4]

@@ -180,3 +180,15 @@ def test_the_library_s_tiles_leave_the_last_round_half_empty():
     """1024 tiles of 128 x 256 are 7.8 rounds of 132 multiprocessors; 64 are half of one, and made smaller."""
     assert costs.gemm(8192, 4096, 4096, H200).dots == pytest.approx(1024 / (8 * 132))
     assert costs.gemm(512, 4096, 4096, H200).dots == costs.FEW_TILES
+
+
+def test_a_forward_pass_that_keeps_z_reads_the_weight_once():
+    """And writes it once, beside x and z twice and y; it pays where a rank is more than its bytes."""
+    kept = costs.merged_forward_costs(FIRST, H200)
+    M, N, K, R = FIRST[:4]
+    elements = 2 * N * K + (M * K + N * K + M * N) + 2 * M * N
+    assert sum(kept[name].bytes(FIRST) for name in kept if name != "low") == FIRST.itemsize * elements
+    for shape, pays in ((FIRST, False), (RANK_384, True)):
+        split, merged = costs.forward_costs(shape, "split", H200), costs.merged_forward_costs(shape, H200)
+        assert merged["low"] == split["low"] and "norm" not in merged
+        assert (costs.seconds(merged, shape, H200) < costs.seconds(split, shape, H200)) == pays
