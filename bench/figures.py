@@ -238,7 +238,26 @@ def error_tables(results: Path) -> str:
             ]
             lines.append(f"| {' | '.join((row['dtype'], row['tensor'], *numbers, *ratios))} |")
         tables.append("\n".join(lines))
+    tables += [errors_by_way(device, data) for device, data in load(results, "errors-by-way").items()]
     return "\n\n".join(tables) or NOTHING
+
+
+def errors_by_way(device: str, data: dict[str, Any]) -> str:
+    """The errors of the kernels each way and of PyTorch at high ranks, a line for each dtype and tensor."""
+    ranks = list(dict.fromkeys(row["R"] for row in data["rows"]))
+    lines = [
+        f"{heading(device, data)}, high ranks, {data['meta']['configurations']} random layers of each, seed "
+        f"{data['meta']['seed']}: geometric means of the error, PyTorch / the kernels split / merged; in brackets "
+        "merged over split.",
+        "",
+        f"| weight-adapter | tensor | {' | '.join(f'R = {R}' for R in ranks)} |",
+        "| --- " * (2 + len(ranks)) + "|",
+    ]
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in data["rows"]:
+        numbers = " / ".join(f"{row[who]:.2e}" for who in ("pytorch", "split", "merged"))
+        groups.setdefault((row["dtype"], row["tensor"]), []).append(f"{numbers} ({row['merged'] / row['split']:.2f})")
+    return "\n".join([*lines, *(f"| {' | '.join((*key, *cells))} |" for key, cells in groups.items())])
 
 
 def replaced(text: str, markdown: str, name: str = "figures") -> str:

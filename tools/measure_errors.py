@@ -1,7 +1,8 @@
 """Measure the errors of ours, plain PyTorch and PEFT against float64, into bench/results/<device>/errors.json.
 
     python tools/measure_errors.py --seed 2468 --configurations 200
-    python -m bench.figures                                  # the table in docs/correctness.md, from that file
+    python tools/measure_errors.py --ways --configurations 6         # high ranks, by way: errors-by-way.json
+    python -m bench.figures                                  # the tables in docs/correctness.md, from these files
 
 Random layers, lora_B not zero and gains spread over 0.5 to 1.5 (tests/support/parity_ratios.py). On a CPU the kernels
 run in Triton's interpreter.
@@ -10,6 +11,7 @@ run in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ if not torch.cuda.is_available():
     devices.interpret_on_cpu()  # before anything that imports triton, as peft does
 
 from bench.lib import machine, report  # noqa: E402
-from dora_kernels.testing import compare, geometric_mean  # noqa: E402
+from dora_kernels.testing import compare, geometric_mean, rms_error  # noqa: E402
 from tests.support.parity_ratios import NAMES, configurations, peft_dora  # noqa: E402
 from tests.support.problem import DEVICE  # noqa: E402
 
@@ -59,19 +61,47 @@ def measure(seed: int, count: int, dtypes: tuple[torch.dtype, torch.dtype]) -> l
     return rows
 
 
+RANKS = (128, 256, 384)
+WAYS = ("split", "merged")
+HALF = {dtypes: name for dtypes, name in NAMES.items() if dtypes[0] == dtypes[1] and dtypes[0].itemsize == 2}
+
+
+def measure_ways(seed: int, count: int, dtypes: tuple[torch.dtype, torch.dtype], R: int) -> list[dict[str, object]]:
+    """A row for each tensor: geometric means of the errors of PyTorch and of the kernels each way, all at rank R."""
+    errors: dict[str, dict[str, list[float]]] = {}
+    for drawn in configurations(seed, count):
+        problem = dataclasses.replace(drawn, M=96, N=256, K=512, R=R, bias=True).problem(*dtypes)
+        exact = problem.exact()
+        results = {"pytorch": problem.yardstick()} | {way: problem.ours("triton", way) for way in WAYS}
+        for who, tensors in results.items():
+            for name, value in tensors.items():
+                errors.setdefault(name, {}).setdefault(who, []).append(rms_error(value, exact[name]))
+    return [
+        {"dtype": HALF[dtypes], "R": R, "tensor": "y" if name == "y" else f"d{name}"}
+        | {who: geometric_mean(values) for who, values in found.items()}
+        for name, found in errors.items()
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="tools/measure_errors.py", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=2468, help="of the configurations (default: %(default)s)")
     parser.add_argument("--configurations", type=int, default=200, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="default: bench/results/<device>/errors.json")
+    parser.add_argument("--ways", action="store_true", help="the kernels each way at high ranks, in half precision")
+    parser.add_argument("--out", type=Path, help="default: bench/results/<device>/errors.json, or errors-by-way.json")
     arguments = parser.parse_args(argv)
     device = torch.device(DEVICE)
-    out = arguments.out or machine.ROOT / "bench" / "results" / machine.device_folder(device) / "errors.json"
+    name = "errors-by-way.json" if arguments.ways else "errors.json"
+    out = arguments.out or machine.ROOT / "bench" / "results" / machine.device_folder(device) / name
     information = machine.meta(device) | {"seed": arguments.seed, "configurations": arguments.configurations}
     rows: list[dict[str, object]] = []
-    for dtypes, name in NAMES.items():
-        rows += measure(arguments.seed, arguments.configurations, dtypes)
+    for dtypes, name in (HALF if arguments.ways else NAMES).items():
+        if arguments.ways:
+            for R in RANKS:
+                rows += measure_ways(arguments.seed, arguments.configurations, dtypes, R)
+        else:
+            rows += measure(arguments.seed, arguments.configurations, dtypes)
         print(name, flush=True)
     report.write(out, information, rows)
     return 0
