@@ -10,8 +10,8 @@ from dora_kernels.planning import devices
 def dx(dy: Tensor, merged: Tensor, side: Side | None = None) -> Tensor:
     """dy (M, N) @ merged (N, K) -> (M, K); as `reference.dx`.
 
-    Beside a side, by our GEMM, which has a program for each multiprocessor that the side leaves: the GEMM library has
-    one for every tile or for all of them, and takes twice as long where a few are taken.
+    Beside a side by our GEMM, on the multiprocessors that the side leaves. The GEMM library shares its tiles out among
+    all of them in advance, and takes twice as long where a few are busy (github.com/pytorch/pytorch/issues/143988).
     """
     if side is None:
         return dy @ merged

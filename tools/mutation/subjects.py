@@ -22,6 +22,7 @@ _KERNELS = (
 _PARTS = ("tests/quant/test_parts.py", "tests/functional/test_memory_safety.py")
 _QUANTIZED = ("tests/quant/test_quant.py", "tests/quant/test_quantized.py")
 _RESCALE = ("tests/functional/test_rescale.py", "tests/extras/test_dvora.py")
+_HOPPER = ("tests/kernels/test_hopper.py", "tests/kernels/test_steps.py")
 _SERVING = ("tests/extras/test_serving.py",)
 _SECOND = ("tests/functional/test_second_derivatives.py", "tests/functional/test_second_derivatives_of_layers.py")
 _SHARED = ("tests/reuse/test_shared_calls.py", "tests/reuse/test_shared_inputs.py")
@@ -46,6 +47,12 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/epilogue.py": (*_KERNELS, "tests/functional/test_rescale.py"),
     "dora_kernels/kernels/four_bits.py": (*_KERNELS, *_PARTS, "tests/quant/test_quantized.py"),
     "dora_kernels/kernels/grouped_norm.py": (*_KERNELS, "tests/reuse/test_frozen_adapters.py"),
+    "dora_kernels/kernels/dx.py": _HOPPER,
+    "dora_kernels/kernels/fused_forward.py": _HOPPER,
+    "dora_kernels/kernels/hopper/gemm.py": (
+        "tests/bench/test_gluon.py::test_the_kernel_is_right_in_any_order_of_events",
+    ),
+    "dora_kernels/kernels/hopper/launch.py": _HOPPER,
     "dora_kernels/kernels/launches.py": ("tests/kernels/test_launches.py::test_launches", *_KERNELS),
     "dora_kernels/kernels/merged_forward.py": _KERNELS,
     "dora_kernels/kernels/norm.py": (*_KERNELS, "tests/quant/test_quantized.py"),
@@ -167,6 +174,8 @@ NOT_MUTATED: dict[str, str] = {
     "dora_kernels/extras/trainer.py": _LIBRARIES,
     "dora_kernels/functional/__init__.py": "names",
     "dora_kernels/kernels/__init__.py": "names",
+    "dora_kernels/kernels/hopper/__init__.py": "names",
+    "dora_kernels/kernels/hopper/language.py": "names",
     "dora_kernels/kernels/interpreter.py": "of the tests: without it the kernels' own fail",
     "dora_kernels/modules.py": "holds parameters for functional/",
     "dora_kernels/planning/": _CHOICE,

@@ -1,1 +1,1 @@
-"""A GEMM of our own for Hopper in Gluon: an experiment of bench.studies.probe, no part of the package."""
+"""The package's GEMM for Hopper by itself: its variants, launched, held to float64 and timed for the probe."""
