@@ -99,11 +99,9 @@ REFUSED = {
     "three dimensions": ("low", half(2, M, R), "3 dimensions"),
     "columns that are apart": ("right", half(K, N).T, "strides of (1, 1032)"),
     "rows of 8 bytes": ("low", half(M, 4), "strides of (4, 1)"),
-    "rows of y of 2060 bytes": ("right", half(1030, K), "rows of 1030 would not be"),
     "every other element": ("bias", half(2 * N)[::2], "strides of (2,)"),
     "one row, expanded": ("left", half(1, K).expand(M, K), "strides of (0, 1)"),
     "an address between": ("bias", half(N + 1)[1:], "address that is no multiple of 16"),
-    "more than 32 bits count": ("left", torch.empty(2**31, K, dtype=torch.bfloat16, device="meta"), "up to 2147483648"),
 }
 
 
@@ -111,6 +109,25 @@ REFUSED = {
 def test_what_the_gemm_does_not_take(on_hopper, what):
     name, tensor, reason = REFUSED[what]
     assert reason in (why_not_gemm(*(operands() | {name: tensor}).values()) or "")
+
+
+def test_the_gemm_counts_in_32_bits(on_hopper):
+    """To the end of the last block, and of the next one that a program has."""
+    rows, given = 2**31 - 2**10, operands()
+    given["left"] = torch.empty(rows, K, dtype=torch.bfloat16, device="meta")
+    assert why_not_gemm(*given.values()) is None
+    given["left"] = torch.empty(rows + 1, K, dtype=torch.bfloat16, device="meta")
+    assert (
+        why_not_gemm(*given.values())
+        == f"an operand has 2 dimensions of up to {rows + 1}; expected two of up to {rows}"
+    )
+
+
+def test_rows_of_y_that_the_copy_engine_could_not_write(on_hopper):
+    """Its strides are its own, whatever those of the right operand are."""
+    assert "rows of 1030" in why_not_gemm(half(M, K), half(1030, K))
+    assert "rows of 1030" in why_not_gemm(half(M, K), half(K, N)[:, :1030], nn=True)
+    assert why_not_gemm(half(M, K), half(K, N)[:, :1024], nn=True) is None
 
 
 def test_no_other_card_has_it(monkeypatch, on_hopper):
@@ -135,7 +152,8 @@ def test_a_fused_forward_pass_is_one_launch(launches):
     for save in (True, False):
         y, z = fused_forward(x, weight, low, lora, gain, bias, 2, save)
         one = launches.pop()
-        assert not launches and one.grid == (8 * 5,) and one.constants["NN"] is False
+        assert not launches and one.grid == (8 * 5,)
+        assert one.constants["NN"] is False and one.constants["num_warps"] == 4
         assert (one.M, one.N, one.K, one.R, one.group_m) == (M, N, K, R, 8)
         assert one.scaling == 2 and type(one.scaling) is float  # an int would be another binary
         assert one.x == Described(x, (128, 64)) and one.weight == Described(weight, (256, 64))
@@ -156,7 +174,7 @@ def test_dx_leaves_the_side_its_multiprocessors(launches):
     assert (one.M, one.N, one.K, one.R) == (8192, 1024, N, 0)
     assert one.x == Described(dy, (128, 64)) and one.weight == Described(merged, (64, 256))
     assert one.y == Described(result, (64, 64)) and result.shape == (8192, 1024)
-    assert [one.low, one.lora, one.z, one.gain, one.bias] == 5 * [None]
+    assert [one.low, one.lora, one.z, one.gain, one.bias, one.scaling] == 5 * [None] + [1]
 
 
 def test_dx_without_a_side_is_the_library_s(launches):

@@ -23,6 +23,7 @@ _PARTS = ("tests/quant/test_parts.py", "tests/functional/test_memory_safety.py")
 _QUANTIZED = ("tests/quant/test_quant.py", "tests/quant/test_quantized.py")
 _RESCALE = ("tests/functional/test_rescale.py", "tests/extras/test_dvora.py")
 _HOPPER = ("tests/kernels/test_hopper.py", "tests/kernels/test_steps.py")
+_LAUNCHED = "tests/kernels/test_hopper.py::test_what_is_launched_fits_a_multiprocessor"
 _SERVING = ("tests/extras/test_serving.py",)
 _SECOND = ("tests/functional/test_second_derivatives.py", "tests/functional/test_second_derivatives_of_layers.py")
 _SHARED = ("tests/reuse/test_shared_calls.py", "tests/reuse/test_shared_inputs.py")
@@ -52,7 +53,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/hopper/gemm.py": (
         "tests/bench/test_gluon.py::test_the_kernel_is_right_in_any_order_of_events",
     ),
-    "dora_kernels/kernels/hopper/launch.py": _HOPPER,
+    "dora_kernels/kernels/hopper/launch.py": (*_HOPPER, _LAUNCHED),
     "dora_kernels/kernels/launches.py": ("tests/kernels/test_launches.py::test_launches", *_KERNELS),
     "dora_kernels/kernels/merged_forward.py": _KERNELS,
     "dora_kernels/kernels/norm.py": (*_KERNELS, "tests/quant/test_quantized.py"),

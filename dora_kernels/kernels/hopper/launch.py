@@ -50,8 +50,8 @@ def why_not_gemm(left: Tensor, right: Tensor, *others: Tensor | None, nn: bool =
     if left.dtype not in (torch.bfloat16, torch.float16):
         return f"the operands are {left.dtype}; expected half precision"
     config = config_for(facts.target, nn)
-    if left.shape[-1] <= config.stages * config.BLOCK_K:
-        return f"the sums are of {left.shape[-1]}; expected more than {config.stages} steps of {config.BLOCK_K}"
+    if left.shape[1] <= config.stages * config.BLOCK_K:
+        return f"the sums are of {left.shape[1]}; expected more than {config.stages} steps of {config.BLOCK_K}"
     if right.shape[1 if nn else 0] * left.itemsize % ALIGNED:
         return f"rows of {right.shape[1 if nn else 0]} would not be a multiple of {ALIGNED} bytes apart"
     for tensor in (left, right, *others):
@@ -101,7 +101,7 @@ def gemm(
     shape = left.shape[0], right.shape[1 if nn else 0]
     y = left.new_empty(shape)
     z = left.new_empty(shape) if both else None
-    if y.numel() > 0:
+    if y.numel():
         config = config_for(facts.target, nn)
         launch(config, nn, left, right, low, lora, y, z, gain, bias, scaling, multiprocessors or facts.multiprocessors)
     return y, z
