@@ -8,10 +8,12 @@ import functools
 import json
 import pathlib
 import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
-from dora_kernels.planning.devices import DeviceFacts, logger
+from dora_kernels.planning.devices import DeviceFacts, log_once
 from dora_kernels.planning.tiles import BYTES_IN_PARTS, CONFIGS, Config
 
 # Above this rank the products over R outweigh reading the weight: larger tiles.
@@ -150,53 +152,87 @@ def with_lora_B_resident(
     return dataclasses.replace(config, num_stages=2, waves=1, maxnreg=None), 0
 
 
+_Part = TypeVar("_Part")
 TUNED_FOLDER = pathlib.Path(__file__).with_name("tuned")
 
 
 def tuned_path(name: str) -> pathlib.Path:
-    """The file in which tools/tune.py keeps what it measured on the GPU of that name: tuned/nvidia-h200.json."""
+    """The file with what was measured on the GPU of that name, tuned/nvidia-h200.json.
+
+    "configs" is tools/tune.py's, "ways" the GPU suite's (measured.py); where one is missing or broken the other counts.
+    """
     return TUNED_FOLDER / (re.sub("[^a-z0-9]+", "-", name.lower()).strip("-") + ".json")
+
+
+def tuned_part(name: str, part: str, read: Callable[[object], _Part]) -> _Part | None:
+    """`read` of what the file of the GPU of that name has under `part`; None where it has nothing, or `read` refuses.
+
+    read: raises ValueError, which names the key and says what was expected. A warning has it, and the file.
+    """
+    path = tuned_path(name)
+    try:
+        table = object_at(json.loads(path.read_text()), "the file")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        log_once(f"dora_kernels ignores {path}: {error}")
+        return None
+    try:
+        return read(table[part]) if part in table else None
+    except ValueError as error:
+        log_once(f"dora_kernels ignores {part!r} of {path}: {error}")
+        return None
+
+
+def object_at(found: object, key: str) -> dict[str, Any]:
+    """`found`, the value of `key` in a table. Raises ValueError unless it is an object of JSON."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{key} is {found!r:.80}; expected an object")
+    return found
 
 
 @functools.cache
 def tuned_configs(name: str, target: str) -> dict[tuple[int, str], Config]:
     """(bytes of an operand, kernel) -> the configuration measured to be faster than CONFIGS on the GPU of that name.
 
-    Empty if the file is missing, and, with a warning, if anything in it is not a configuration of its kernel.
+    Empty if there are none, and, with a warning, if any of them is not a configuration of its kernel.
     """
-    path = tuned_path(name)
-    try:
-        table = json.loads(path.read_text())["configs"]
-        return {
-            (int(itemsize), kernel): _checked(fields, CONFIGS[target, int(itemsize)][kernel], target)
-            for itemsize, kernels in table.items()
-            for kernel, fields in kernels.items()
-        }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("dora_kernels ignores %s, default configurations are used: %r", path, error)
-        return {}
+
+    def read(found: object) -> dict[tuple[int, str], Config]:
+        tuned = {}
+        for size, kernels in object_at(found, "configs").items():
+            for kernel, fields in object_at(kernels, f"configs.{size}").items():
+                key = f"configs.{size}.{kernel}"
+                default = CONFIGS.get((target, int(size) if size.isdecimal() else 0), {}).get(kernel)
+                if default is None:
+                    raise ValueError(f"{key} is unknown; expected the bytes of an operand and a kernel")
+                tuned[int(size), kernel] = _checked(key, object_at(fields, key), default, target)
+        return tuned
+
+    return tuned_part(name, "configs", read) or {}
 
 
-def _checked(fields: dict[str, int], default: Config, target: str) -> Config:
-    """Config(**fields). Raises ValueError if a launch with it could be wrong, TypeError for an unknown field."""
+def _checked(key: str, fields: dict[str, Any], default: Config, target: str) -> Config:
+    """Config(**fields), the value of `key`. Raises ValueError if a launch with it could be wrong."""
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        raise ValueError(f"{key}.{min(unknown)} is unknown; expected a field of Config")
     config = Config(**fields)
     for name, least, most in (("num_warps", 1, 16), ("num_stages", 1, 8), ("waves", 1, 64)):
         value = getattr(config, name)
         power = name != "num_warps" or (type(value) is int and value & (value - 1) == 0)
         if type(value) is not int or not least <= value <= most or not power:
-            raise ValueError(f"tuned: {name} is {value!r}; expected {least} to {most}, num_warps a power of two")
+            raise ValueError(f"{key}.{name} is {value!r:.80}; expected {least} to {most}, num_warps a power of two")
     if config.maxnreg is not None and (type(config.maxnreg) is not int or not 24 <= config.maxnreg <= 255):
-        raise ValueError(f"tuned: maxnreg is {config.maxnreg!r}; expected 24 to 255")
+        raise ValueError(f"{key}.maxnreg is {config.maxnreg!r:.80}; expected 24 to 255")
     if config.maxnreg is not None and target.startswith("gfx"):  # a launch with it raises
-        raise ValueError(f"tuned: maxnreg is {config.maxnreg!r}; expected none on {target}")
+        raise ValueError(f"{key}.maxnreg is {config.maxnreg!r}; expected none on {target}")
     for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_R"):
         value, tile = getattr(config, name), getattr(default, name) is not None
         if (value is not None) != tile:
-            raise ValueError(f"tuned: {name} is {value!r}; expected {'a size' if tile else 'none'}")
+            raise ValueError(f"{key}.{name} is {value!r:.80}; expected {'a size' if tile else 'none'}")
         if tile and (type(value) is not int or value < 16 or value & (value - 1)):
-            raise ValueError(f"tuned: {name} is {value!r}; expected a power of two of at least 16")
+            raise ValueError(f"{key}.{name} is {value!r:.80}; expected a power of two of at least 16")
     return config
 
 

@@ -111,7 +111,7 @@ def test_a_bound_on_registers_means_defaults_on_amd(folder, caplog):
 
 @pytest.mark.parametrize(
     "text",
-    ("", "{", "[]", "null", '{"meta": {}}', '{"configs": []}', '{"configs": {"3": {"norm": {}}}}')
+    ("", "{", "[]", "null", '{"configs": []}', '{"configs": {"3": {"norm": {}}}}')
     + ('{"configs": {"2": {"gemm": {}}}}', '{"configs": {"2": {"norm": []}}}', '{"configs": {"two": {"norm": {}}}}'),
 )
 def test_a_broken_table_means_defaults_and_is_logged_once(text, folder, caplog):
