@@ -14,7 +14,7 @@ import torch
 from dora_kernels.planning import configs
 from dora_kernels.planning.configs import ceil_div
 from dora_kernels.planning.devices import DeviceFacts
-from dora_kernels.planning.tiles import Config
+from dora_kernels.planning.tiles import GEMMS, Config
 from dora_kernels.quant import Weight
 
 
@@ -25,7 +25,7 @@ class Device:
     bandwidth: of a copy in device memory, in bytes/s. matmul, matmul_float32: GEMMs in FLOP/s. launch: the gap before
     a kernel, in s. l2: bytes/s from the L2 cache to all multiprocessors, infinite on a CPU. skinny: the share of the
     bandwidth that the GEMM library reaches in products of a rank below SKINNY_RANK: whether our kernels make them hangs
-    on it, and a measurement is entered here.
+    on it, and a measurement is entered here. side: bytes/s of the SIDE multiprocessors beside a GEMM of ours.
     """
 
     facts: DeviceFacts
@@ -35,6 +35,7 @@ class Device:
     launch: float
     l2: float
     skinny: float = 0.6
+    side: float = 0.36e12
 
 
 # 790 TFLOP/s is a published cuBLAS measurement on random data; 4 us is the gap between two kernels on the device, not
@@ -42,18 +43,19 @@ class Device:
 # 3.0 for an H100 SXM, whose HBM3 has 3.35 by its data sheet where the H200's HBM3e has 4.8. L2: public GEMMs of 780
 # TFLOP/s without multicast read 8 TB/s from it, 54% of 64 bytes a clock for each of 132 multiprocessors at 1.755 GHz.
 # An A100 and a B200 are taken to reach the same share, an RTX 5090 and an MI300X half of it: an RTX 4090 is said to
-# read 5 TB/s, a quarter of its multiprocessors' 64 bytes a clock.
+# read 5 TB/s, a quarter of its multiprocessors' 64 bytes a clock. Four that read beside a GEMM are
+# taken to reach 0.36 TB/s on a Hopper, 80% of those 64 bytes, and on the others as much more or less as their caches.
 _H200 = Device(DeviceFacts("NVIDIA H200", "sm_90", 132), 4.3e12, 790e12, 50e12, 4e-6, 8e12)
 _H100 = Device(DeviceFacts("NVIDIA H100 80GB HBM3", "sm_90", 132), 3.0e12, 790e12, 50e12, 4e-6, 8e12)
 # by the name that the driver gives a card, and for all other cards by target (devices.py)
 DEVICES = {
     "NVIDIA H200": _H200,
     "NVIDIA H100 80GB HBM3": _H100,
-    "sm_80": Device(DeviceFacts("", "sm_80", 108), 1.5e12, 250e12, 18e12, 4e-6, 5e12),
+    "sm_80": Device(DeviceFacts("", "sm_80", 108), 1.5e12, 250e12, 18e12, 4e-6, 5e12, side=0.27e12),
     "sm_90": _H200,
-    "sm_100": Device(DeviceFacts("", "sm_100", 148), 6.5e12, 1500e12, 60e12, 4e-6, 10e12),
-    "sm_120": Device(DeviceFacts("", "sm_120", 170), 1.5e12, 350e12, 80e12, 4e-6, 7e12),
-    "gfx942": Device(DeviceFacts("", "gfx942", 304), 4.0e12, 600e12, 100e12, 8e-6, 11e12),
+    "sm_100": Device(DeviceFacts("", "sm_100", 148), 6.5e12, 1500e12, 60e12, 4e-6, 10e12, side=0.40e12),
+    "sm_120": Device(DeviceFacts("", "sm_120", 170), 1.5e12, 350e12, 80e12, 4e-6, 7e12, side=0.24e12),
+    "gfx942": Device(DeviceFacts("", "gfx942", 304), 4.0e12, 600e12, 100e12, 8e-6, 11e12, side=0.21e12),
     # two cores of a current server; torch's own dispatch is the launch
     "cpu": Device(DeviceFacts("cpu", "interpreter", 2), 20e9, 150e9, 150e9, 5e-6, math.inf),
 }
@@ -101,6 +103,12 @@ SKINNY_MATMUL = 0.7
 # tiles, or splits K, and reads 1.33 times as much for each FLOP.
 GEMM_TILE = 128 * 256
 FEW_TILES = 0.82
+# Our GEMM on Hopper, over the library's rate. Published of its kind on an H100: 99% of cuBLAS at K = 4096 and 101% at
+# 16384 without warp specialization (Triton's Gluon tutorial on persistent matmuls), 97.5% at 8192 without clusters
+# (https://github.com/pranjalssh/fast.cu). A second output has the tensor cores wait 1.5 to 2.5% of a tile at K = 4096.
+OWN_GEMM, SECOND_OUTPUT = 0.98, 0.98
+# The multiprocessors that it leaves to what runs beside it: 1024 tiles are 8 rounds of 128 as they are of 132.
+SIDE = 4
 # The part of the second longest of a step's times that the longest does not hide, where both are equal.
 UNHIDDEN = 0.25
 
@@ -151,6 +159,17 @@ def gemm(m: int, n: int, k: int, device: Device) -> Cost:
     tiles = max(m * n / GEMM_TILE, 1)
     full = tiles / (multiprocessors * math.ceil(tiles / multiprocessors))
     return Cost(m * k + k * n + m * n, 2 * m * n * k, dots=max(FEW_TILES, full))
+
+
+def own_gemm(m: int, n: int, k: int, R: int, device: Device, outputs: int = 1, free: int = 0) -> Cost:
+    """The cost of (m, k) @ (k, n) and a product of rank R by one GEMM of ours, which leaves multiprocessors free."""
+    tile, multiprocessors = GEMMS["sm_90"]["forward"], device.facts.multiprocessors
+    tiles = max(ceil_div(m, tile.BLOCK_M) * ceil_div(n, tile.BLOCK_N), 1)
+    columns = tile.BLOCK_K * (ceil_div(k, tile.BLOCK_K) + ceil_div(R, tile.BLOCK_K))
+    full = tiles / (multiprocessors * ceil_div(tiles, multiprocessors - free))
+    elements = m * k + k * n + R * (m + n) + outputs * m * n
+    flops = 2 * tiles * tile.BLOCK_M * tile.BLOCK_N * columns
+    return Cost(elements, flops, dots=OWN_GEMM * SECOND_OUTPUT ** (outputs - 1) * full)
 
 
 def skinny_gemm(elements: float, flops: float, R: int, device: Device) -> Cost:
@@ -274,12 +293,14 @@ def faster_project(shape: Shape, product: str, device: Device) -> str:
 
 
 def forward_costs(shape: Shape, way: str, device: Device, norm_given: bool = False) -> dict[str, Cost]:
-    """The costs of the steps of one forward pass, by name."""
-    M, N, K = shape[:3]
+    """The costs of the steps of one forward pass, by name; of the fused way on Hopper, with z kept."""
+    M, N, K, R = shape[:4]
     costs: dict[str, Cost] = {} if norm_given else {"norm": norm_cost(shape, device)}
     if way == "merged":
         return costs | {"merge": merge_cost(shape, device), "y": gemm(M, N, K, device)}
     low = project_costs(shape, "low", device)[faster_project(shape, "low", device)]
+    if way == "fused":
+        return costs | low | dense_costs(shape) | {"fused": own_gemm(M, N, K, R, device, outputs=2)}
     return costs | low | dense_costs(shape) | {"base": gemm(M, N, K, device), "epilogue": epilogue_cost(shape, device)}
 
 
@@ -304,10 +325,22 @@ def dx_costs(shape: Shape, way: str, device: Device) -> dict[str, Cost]:
     return costs | {"dx": gemm(M, K, N, device), "addmm": skinny_gemm(2 * M * K, 2 * M * K * R, R, device)}
 
 
+def sum_costs(shape: Shape, device: Device, by: str = "") -> dict[str, dict[str, Cost]]:
+    """The costs of P and of the sums over the tokens by the step that makes them, with whatever is faster.
+
+    by: "kernel" where our kernels are to make all of them.
+    """
+    P, dB, dA = project_costs(shape, "P", device), outer_costs(shape, "dB", device), outer_costs(shape, "dA", device)
+    return {
+        "project": P[by or faster_project(shape, "P", device)],
+        "token_sums": dB[by or fastest(dB, shape, device)],
+        "outer_product": dA[by or fastest(dA, shape, device)],
+    }
+
+
 def backward_costs(shape: Shape, dx: str, device: Device) -> dict[str, Cost]:
     """The costs of a backward pass in which every gradient is wanted, of adapters in the dtype of the base GEMM."""
-    costs = project_costs(shape, "P", device)[faster_project(shape, "P", device)]
-    for product in ("dB", "dA"):
-        ways = outer_costs(shape, product, device)
-        costs = costs | ways[fastest(ways, shape, device)]
+    costs: dict[str, Cost] = {}
+    for step in sum_costs(shape, device).values():
+        costs |= step
     return costs | dx_costs(shape, dx, device)
