@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels.gemm import add_product, base_product
-from dora_kernels.planning import costs, devices, plan
+from dora_kernels.planning import costs, devices, measured, plan
 from dora_kernels.reference import gain_of, over_norm
 from dora_kernels.types import (
     Call,
@@ -91,7 +91,8 @@ def _planned_intermediate(call: Call) -> str:
     x, how = call.x, call.how
     shape = costs.Shape.of(x, call.layer.weight, call.layer.lora_A)
     asks = plan.asks(how.exact, call.x_dropped is not None, how.dtype, x.dtype)
-    way = plan.forward_way(how.way, call.given.norm is not None, shape, _device_model(x), **asks)
+    table = measured.table_on(x.device, how.backend)
+    way = plan.forward_way(how.way, call.given.norm is not None, shape, _device_model(x), table, **asks)
     return plan.intermediate(way, x.dtype, how.backend, x.device, **asks)
 
 
@@ -117,7 +118,9 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
     if needs.x and not how.dropped:
         shape, device = costs.Shape.of(dy, weight, lora_A), _device_model(dy)
         dx_way = plan.dx_way(how.way, shape, device)
-        beside = plan.beside(how.way, shape, device) if dx_way == "merged" else ()
+        if dx_way == "merged":
+            table, wider = measured.table_on(dy.device, how.backend), how.dtype != dy.dtype
+            beside = plan.beside(how.way, shape, device, table, adapters_are_wider=wider)
 
     # of what the gradient through the norm is added to
     dA_dtype, dB_dtype, dmagnitude_dtype = A_dtype, B_dtype, magnitude_dtype

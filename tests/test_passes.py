@@ -9,11 +9,12 @@ import torch
 import dora_kernels
 from dora_kernels import gemm, ops, passes
 from dora_kernels.functional import linear
-from dora_kernels.planning import costs, plan
+from dora_kernels.planning import costs, measured, plan
 from dora_kernels.pytorch import PYTORCH
 from dora_kernels.quant import flatten_weight
 from dora_kernels.types import Call, DoraWeight, Given, How, Needs, Saved
 from tests.support.problem import BACKENDS, DEVICE, GRADIENTS, TOLERANCE, Problem
+from tests.support.tuned_tables import H200, entry, forget_tables, pretend_table
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def asked(monkeypatch):
 
         monkeypatch.setattr(plan, name, recorded)
 
-    for name in ("forward_way", "dx_way", "saved_tensor", "intermediate"):
+    for name in ("forward_way", "dx_way", "beside", "saved_tensor", "intermediate"):
         recording(name)
     return questions
 
@@ -41,9 +42,48 @@ def test_the_planner_is_told_the_sizes_of_the_call(asked):
     problem.ours("reference", needs=())
     shape = costs.Shape(M=3, N=40, K=36, R=6, itemsize=2)
     questions = {name: (arguments, keywords) for name, arguments, keywords in asked}
-    assert questions["saved_tensor"][0] == ("auto", torch.bfloat16, "reference", problem.x.device)
+    assert questions["saved_tensor"][0] == ("auto", torch.bfloat16, "reference", problem.x.device, (40, 36, 6))
     assert questions["forward_way"][0][:3] == ("auto", False, shape)
     assert questions["dx_way"][0][:2] == ("auto", shape)
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """What was measured on the GPU that all tensors are on, at the sizes of this file."""
+    forward = {"split": 100.0, "fused": 80.0, "merged": 90.0}
+    backward = {"none": 100.0, "all": 80.0}
+    found = entry(N=40, K=36, R=6, forward=forward, inference=forward, backward=backward)
+    pretend_table(monkeypatch, tmp_path, found)
+    yield measured.table_of(H200.name)
+    forget_tables()
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+def test_the_planner_is_told_what_was_measured(backend, table, asked):
+    """Where the kernels may be taken: PyTorch's steps were not measured."""
+    problem = Problem.random(3, 40, 36, 6, torch.float16)
+    kept, told = ("fused", table) if backend == "auto" else ("split", measured.NOTHING)
+    problem.ours(backend)
+    answers = {name: (arguments, keywords) for name, arguments, keywords in asked}
+    assert answers["intermediate"][0][0] == kept
+    problem.ours(backend, needs=())
+    ways = [arguments for name, arguments, _ in asked if name == "forward_way"]
+    assert [arguments[4] for arguments in ways] == [told]
+    problem.ours(backend, way="merged")
+    besides = [(arguments[0], *arguments[3:], keywords) for name, arguments, keywords in asked if name == "beside"]
+    assert besides[-1] == ("merged", told, {"adapters_are_wider": False})
+
+
+@pytest.mark.parametrize("M", (1, 3, 300))
+def test_what_has_won_is_made_and_kept_at_every_number_of_tokens(M, table, monkeypatch):
+    made, forward = [], ops.run_forward
+    monkeypatch.setattr(ops, "run_forward", lambda call: made.append((call.how.save, forward(call))) or made[-1][1])
+    problem = Problem.random(M, 40, 36, 6, torch.float16)
+    problem.ours("auto")
+    (save, results) = made[0]
+    double = problem.to(torch.float64)
+    z = double.x @ (double.weight + double.scaling * double.lora_B @ double.lora_A).T
+    assert save == "z_gemm" and _relative(results.intermediate, z) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -60,7 +100,7 @@ def test_the_planner_is_told_the_sizes_of_the_call(asked):
 def test_the_planner_is_told_what_a_call_asks_for(needs, dtypes, arguments, expected, asked):
     problem = Problem.random(3, 40, 36, 6, *dtypes, dropout=arguments.get("dropout", 0.0))
     problem.ours("reference", precision=arguments.get("precision", "auto"), needs=needs)
-    answers = {name: keywords for name, _, keywords in asked if name != "dx_way"}
+    answers = {name: keywords for name, _, keywords in asked if name not in ("dx_way", "beside")}
     decided = "saved_tensor" if needs == GRADIENTS else "forward_way"
     assert answers == {decided: expected, "intermediate": expected}
 

@@ -208,7 +208,9 @@ def _how(
         needs_A, needs_B = layer.lora_A.requires_grad and given.low is None, layer.lora_B.requires_grad
         if layer.magnitude.requires_grad or (norm_grad and (needs_A or needs_B)):
             asks = plan.asks(exact, dropped, dtype, base_dtype)
-            save = plan.saved_tensor(options.way, base_dtype, options.backend, x.device, **asks)
+            N, K = layer.weight.shape
+            sizes = N, K, layer.lora_A.shape[0]
+            save = plan.saved_tensor(options.way, base_dtype, options.backend, x.device, sizes, **asks)
     return How(
         base_dtype,
         dtype,

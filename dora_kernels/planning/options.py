@@ -72,7 +72,9 @@ def options(backend: str | None = None, way: str | None = None, precision: str |
 
     backend: "triton" (never falls back: a call that the kernels cannot take is a ValueError), "reference"
         (plain PyTorch), or "auto" (Triton on a GPU that the kernels are built for, else the reference).
-    way: "split", "merged", "fused" or "auto" (the planner chooses); see plan.py.
+    way: "split", "merged", "fused" or "auto" (the planner chooses); see plan.py. One that a call cannot go, as with
+        dropout, precision="exact" or, fused, adapters wider than x, is split; on a GPU whose GEMM is not ours, fused
+        takes the GEMM library's.
     precision: "exact" keeps x @ weight.T in float32 until the single rounding of the output.
 
     A backward pass uses the options that were in force in its forward pass.

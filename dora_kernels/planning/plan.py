@@ -1,8 +1,9 @@
-"""The planner: the cost model of costs.py chooses the way, by shape and device alone.
+"""The planner: the cost model of costs.py chooses the way, by shape and device alone, or what was measured.
 
 split:  base = x @ weight.T by cuBLAS, then one epilogue kernel adds the low-rank part and applies the gain.
 merged: the merged weight W' = gain * (weight + scaling * lora_B @ lora_A) is built for one GEMM and dropped.
-fused:  one GEMM has base and the low-rank part in it, and the sums over the tokens run beside that of dx.
+fused:  one GEMM has base and the low-rank part in it, and the sums over the tokens run beside that of dx. It is taken
+        by name, and where it has won on this GPU (measured.py).
 
 And the low-rank products go to our kernels or to the GEMM library. A choice is worked out once for each shape.
 """
@@ -12,20 +13,28 @@ from typing import TypedDict
 
 import torch
 
-from dora_kernels.planning import costs
+from dora_kernels.planning import costs, measured, side_costs
 from dora_kernels.planning.costs import DEVICES, Device, Shape, device_model
 from dora_kernels.planning.devices import DeviceFacts
+from dora_kernels.planning.measured import BESIDE, NOTHING, Table
 
 # Choices of so many shapes are kept: M varies, and the results of a long run must not fill the memory.
 KEPT = 4096
 
 
 def forward_way(
-    asked: str, norm_given: bool, shape: Shape, device: Device, *, needs_base: bool, adapters_are_wider: bool
+    asked: str,
+    norm_given: bool,
+    shape: Shape,
+    device: Device,
+    table: Table = NOTHING,
+    *,
+    needs_base: bool,
+    adapters_are_wider: bool,
 ) -> str:
-    """ "split" or "merged" for a forward pass that saves nothing; one that does goes as `saved_tensor` says.
+    """ "split", "merged" or "fused" for a forward pass that saves nothing; one that does goes as `saved_tensor` says.
 
-    needs_base, adapters_are_wider: as there.
+    table: what was measured on the device. needs_base, adapters_are_wider: as there.
     """
     if needs_base:
         return "split"
@@ -37,13 +46,17 @@ def forward_way(
         # pytorch.py makes weight + scaling * B @ A for the norm anyway, block by block, in float32: merging it is
         # nearly free where it needs no conversion
         return "merged"
-    return _faster_forward(shape, device, norm_given)
+    return _faster_forward(shape, device, norm_given, table)
 
 
 @functools.lru_cache(KEPT)
-def _faster_forward(shape: Shape, device: Device, norm_given: bool) -> str:
+def _faster_forward(shape: Shape, device: Device, norm_given: bool, table: Table) -> str:
     ways = {way: costs.forward_costs(shape, way, device, norm_given) for way in ("split", "merged")}
-    return costs.fastest(ways, shape, device)
+    faster = costs.fastest(ways, shape, device)
+    if shape.itemsize != 2:
+        return faster
+    # with the norm in all times; without it a way that has won has won by a larger share
+    return measured.fastest(table.entries, "inference", shape[1:4], faster, shape.M)
 
 
 def dx_way(asked: str, shape: Shape, device: Device) -> str:
@@ -62,9 +75,22 @@ def _faster_dx(shape: Shape, device: Device) -> str:
     return costs.fastest({way: costs.dx_costs(shape, way, device) for way in ("merged", "dz")}, shape, device)
 
 
-def beside(asked: str, shape: Shape, device: Device) -> tuple[str, ...]:
-    """The steps that run beside the GEMM of dx."""
-    return ()
+def beside(
+    asked: str, shape: Shape, device: Device, table: Table = NOTHING, *, adapters_are_wider: bool = False
+) -> tuple[str, ...]:
+    """The steps that run beside dx through W', one of BESIDE: those that have won on this GPU.
+
+    The fused way takes what the cost model finds fastest, where nothing was measured.
+    """
+    if asked in ("split", "merged") or shape.itemsize != 2 or adapters_are_wider:
+        return ()
+    return BESIDE[_faster_beside(asked == "fused", shape, device, table)]
+
+
+@functools.lru_cache(KEPT)
+def _faster_beside(named: bool, shape: Shape, device: Device, table: Table) -> str:
+    faster = side_costs.fastest_beside(shape, device) if named else "none"
+    return measured.fastest(table.entries, "backward", shape[1:4], faster, shape.M)
 
 
 class Asks(TypedDict):
@@ -107,24 +133,36 @@ def intermediate(
 
 
 def saved_tensor(
-    asked: str, dtype: torch.dtype, backend: str, device: torch.device, *, needs_base: bool, adapters_are_wider: bool
+    asked: str,
+    dtype: torch.dtype,
+    backend: str,
+    device: torch.device,
+    sizes: tuple[int, int, int],
+    *,
+    needs_base: bool,
+    adapters_are_wider: bool,
 ) -> str:
     """The `intermediate` that a forward pass makes, and saves for dmagnitude.
 
     Does not see the number of tokens, so that a training step's numerics do not change with it.
 
-    dtype: of the base GEMM. needs_base: dropout needs both x and dropout(x) times the weight, and precision="exact" an
-    unrounded base. adapters_are_wider: their dtype is wider than the base GEMM's (float32 over bfloat16). A merged
-    weight would round them: against PyTorch in the same dtypes the error is 1.29 times as large in y and 1.68 in
-    dmagnitude, split 1.00. Half precision saves base: on a GPU the epilogue reads it once anyway, and on a CPU split
-    took 0.91 of merged's time for a step. float32 merges: rounding the merged weight costs 6e-8 there.
+    dtype: of the base GEMM. sizes: N, K and R. needs_base: dropout needs both x and dropout(x) times the weight, and
+    precision="exact" an unrounded base. adapters_are_wider: their dtype is wider than the base GEMM's (float32 over
+    bfloat16). A merged weight would round them: against PyTorch in the same dtypes the error is 1.29 times as large in
+    y and 1.68 in dmagnitude, split 1.00. Half precision saves base, where no other way has won on this GPU at sizes
+    near these: a GPU's epilogue reads it once anyway, and on a CPU split took 0.91 of merged's time for a step. float32
+    merges: rounding the merged weight costs 6e-8 there.
     """
     if needs_base:
         way = "split"
     elif asked != "auto":
         way = asked
+    elif adapters_are_wider:
+        way = "split"
+    elif dtype.itemsize == 2:
+        way = measured.fastest(measured.entries_on(device, backend), "forward", sizes, "split")
     else:
-        way = "split" if adapters_are_wider or dtype.itemsize == 2 else "merged"
+        way = "merged"
     return intermediate(way, dtype, backend, device, needs_base=needs_base, adapters_are_wider=adapters_are_wider)
 
 

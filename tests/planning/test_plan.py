@@ -11,6 +11,7 @@ from dora_kernels.planning.devices import DeviceFacts
 
 H200, H100 = costs.DEVICES["NVIDIA H200"], costs.DEVICES["NVIDIA H100 80GB HBM3"]
 CPU = costs.DEVICES["cpu"]
+SIZES = 4096, 4096, 64
 
 
 def forward_way(asked="auto", norm_given=False, shape=None, device=H200, needs_base=False, adapters_are_wider=False):
@@ -29,10 +30,11 @@ def test_wider_adapters_are_not_rounded_into_the_weight():
     assert forward_way(asked="merged", adapters_are_wider=True) == "merged"
 
 
-@pytest.mark.parametrize("way", ("split", "merged"))
-def test_a_named_way_is_taken(way):
-    assert forward_way(asked=way) == way
-    assert plan.dx_way(way, Shape(8192, 4096, 4096, 64, 2), H200) == {"split": "dz", "merged": "merged"}[way]
+@pytest.mark.parametrize(("way", "dx"), (("split", "dz"), ("merged", "merged"), ("fused", "merged")))
+@pytest.mark.parametrize("device", (H200, CPU))
+def test_a_named_way_is_taken(device, way, dx):
+    assert forward_way(asked=way, device=device) == way
+    assert plan.dx_way(way, Shape(16, 4096, 4096, 64, 2), device) == dx
 
 
 def test_many_tokens_are_merged_and_few_are_split():
@@ -73,7 +75,7 @@ def test_pytorch_adds_base_onto_the_low_rank_term_on_a_cpu(
 ):
     asks = {"needs_base": needs_base, "adapters_are_wider": adapters_are_wider}
     assert plan.intermediate("split", dtype, backend, torch.device(device), **asks) == expected
-    assert plan.saved_tensor("split", dtype, backend, torch.device(device), **asks) == expected
+    assert plan.saved_tensor("split", dtype, backend, torch.device(device), SIZES, **asks) == expected
     assert plan.intermediate("merged", dtype, backend, torch.device(device), **asks) == "z_merged"
 
 
@@ -82,7 +84,7 @@ def test_the_planner_knows_whose_steps_a_cpu_s_tensors_take(backend, monkeypatch
     """Only where those are PyTorch's is z saved in place of base: as the operators choose, without asking them."""
     monkeypatch.setattr(devices, "why_not_triton", lambda *_: None)
     asks = {"needs_base": False, "adapters_are_wider": False}
-    saved = plan.saved_tensor("split", torch.bfloat16, backend, torch.device("cpu"), **asks)
+    saved = plan.saved_tensor("split", torch.bfloat16, backend, torch.device("cpu"), SIZES, **asks)
     taken = devices.backend_for(backend, torch.device("cpu"), torch.bfloat16)
     assert saved == {"reference": "z_gemm", "triton": "base"}[taken]
 
@@ -96,11 +98,15 @@ def test_the_planner_knows_whose_steps_a_cpu_s_tensors_take(backend, monkeypatch
         (torch.bfloat16, "merged", False, True, "z_merged"),
         (torch.float32, "split", False, False, "base"),
         (torch.float32, "merged", True, False, "base"),
+        (torch.bfloat16, "fused", False, False, "z_gemm"),
+        (torch.float32, "fused", False, False, "z_gemm"),
+        (torch.bfloat16, "fused", False, True, "base"),
+        (torch.bfloat16, "fused", True, False, "base"),
     ],
 )
 def test_what_a_training_step_saves(dtype, asked, needs_base, adapters_are_wider, expected):
     asks = {"needs_base": needs_base, "adapters_are_wider": adapters_are_wider}
-    assert plan.saved_tensor(asked, dtype, "auto", torch.device("cuda"), **asks) == expected
+    assert plan.saved_tensor(asked, dtype, "auto", torch.device("cuda"), SIZES, **asks) == expected
 
 
 def by_kernel(R, *, M=8192, K=4096, itemsize=2, facts=H200.facts):

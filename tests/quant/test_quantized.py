@@ -270,7 +270,7 @@ def test_one_dense_temporary_at_a_time(kind, dropped, way, steps, monkeypatch):
     assert counted.most == 0
     backend = "reference" if steps is pytorch.PYTORCH else "triton"
     asks = {"needs_base": dropped, "adapters_are_wider": False}
-    save = plan.saved_tensor(way, dtype, backend, problem.x.device, **asks)
+    save = plan.saved_tensor(way, dtype, backend, problem.x.device, (N, K, R), **asks)
     how = How(dtype, dtype, way, save, backend, save_low=True, dropped=dropped, norm_grad=True)
     with DenseTensors(N * K) as counted:
         made = passes.forward(steps, Call(problem.x, problem.x_dropped, layer, None, Given(), how))

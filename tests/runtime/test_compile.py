@@ -13,6 +13,7 @@ from dora_kernels import DoraLinear, ops, weight_norm
 from dora_kernels.functional.rescale import rescale
 from tests.support.compile_problem import Recorder
 from tests.support.problem import DEVICE
+from tests.support.tuned_tables import entry, forget_tables, pretend_table
 
 pytest.importorskip("peft")
 
@@ -177,6 +178,52 @@ def test_options_are_guarded():
         torch.testing.assert_close(compiled(x), model(x), **EXACT)
     compiled(x)
     assert recorder.frames == 2
+
+
+@pytest.fixture
+def measured_sizes(monkeypatch, tmp_path):
+    """All tensors are on a GPU on which a merged weight has won where N is 40, and one GEMM elsewhere."""
+    times = {"split": 100.0, "merged": 80.0, "fused": 90.0}
+    entries = [entry(N=40, K=24, R=5, forward=times), entry(N=20, K=40, R=3, forward=times | {"fused": 70.0})]
+    pretend_table(monkeypatch, tmp_path, *entries)
+    yield
+    forget_tables()
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What each forward pass keeps, in order."""
+    found, run = [], ops.run_forward
+    monkeypatch.setattr(ops, "run_forward", lambda call: found.append(call.how.save) or run(call))
+    return found
+
+
+@pytest.mark.parametrize("table", (False, True), ids=("no table", "a table"))
+def test_what_was_measured_is_chosen_as_eager_chooses_it(table, kept, request):
+    """Read while Dynamo traces; another M does not recompile for it, as it does not without."""
+    if table:
+        request.getfixturevalue("measured_sizes")
+    model, recorder = dora_linears().half(), Recorder()
+    compiled = recorder.compile(model)
+    for M in (5, 7, 300):
+        x, dy = (tensor.half() for tensor in inputs(model, M))
+        torch.testing.assert_close(tensors(model, x, dy, call=compiled), tensors(model, x, dy), **EXACT)
+    assert kept == (["z_merged", "z_gemm"] if table else ["base", "base"]) * 6
+    assert recorder.graphs == [("forward", {"forward": 2}), ("backward", {"backward": 2})] * 2
+    assert recorder.frames == 2
+
+
+def test_weights_of_free_sizes_are_looked_up_as_well(measured_sizes, kept):
+    """As arguments of a compiled function they are symbols from the second on, and no constants."""
+    recorder, frames = Recorder(), []
+    compiled = recorder.compile(dora_kernels.dora_linear, dynamic=True)
+    for N in (40, 200, 300, 400):
+        layer = [torch.randn(size, device=DEVICE).half() for size in ((N, 24), (5, 24), (N, 5), (N,))]
+        x, layer[3] = torch.randn(7, 24, device=DEVICE).half(), layer[3].abs().requires_grad_()
+        torch.testing.assert_close(compiled(x, *layer, 0.5), dora_kernels.dora_linear(x, *layer, 0.5), **EXACT)
+        frames.append(recorder.frames)
+    assert kept == ["z_merged"] * 2 + ["base"] * 6
+    assert frames[1] == frames[0] + 1 and frames[1:] == frames[1:2] * 3  # again for all that nothing speaks for
 
 
 @pytest.mark.nightly
