@@ -152,27 +152,27 @@ def produce(operands, columns, ring, sizes, NN: gl.constexpr):
 
 
 @gluon.jit
-def start_product(acc, ring, stage, phase, USE_ACC: gl.constexpr, WHICH: gl.constexpr, NN: gl.constexpr):
-    """acc, to which a product of this buffer's is being added once it is full; not USE_ACC: the product alone."""
+def start_product(acc, ring, stage, phase, WHICH: gl.constexpr, NN: gl.constexpr):
+    """acc, to which the product of this buffer is being added: it starts once the buffer is full."""
     ROWS: gl.constexpr = acc.type.tensor_type.shape[0]
     mbarrier.wait(ring.ready.index(stage), phase)
     left = ring.left.index(stage).slice(WHICH * ROWS, ROWS, dim=0)
     right = ring.right.index(stage) if NN else ring.right.index(stage).permute((1, 0))
-    return warpgroup_mma(left, right, acc, use_acc=USE_ACC, is_async=True)
+    return warpgroup_mma(left, right, acc, is_async=True)
 
 
 @gluon.jit
-def add_products(acc, steps, ring, stage, phase, USE_ACC: gl.constexpr, WHICH: gl.constexpr, NN: gl.constexpr):
-    """acc with the products of so many steps added, or not USE_ACC: their sum; and where in the ring they end.
+def add_products(acc, steps, ring, stage, phase, WHICH: gl.constexpr, NN: gl.constexpr):
+    """acc with the products of the next so many steps added, and the place in the ring behind them.
 
     One product stays in flight: a buffer is given back when the product after the one that reads it has been started.
     """
     STAGES: gl.constexpr = ring.left.type.shape[0]
-    acc = start_product(warpgroup_mma_init(acc), ring, stage, phase, USE_ACC, WHICH, NN)
+    acc = start_product(warpgroup_mma_init(acc), ring, stage, phase, WHICH, NN)
     for _ in range(1, steps):
         before = stage
         stage, phase = next_stage(stage, phase, STAGES)
-        acc = start_product(acc, ring, stage, phase, True, WHICH, NN)
+        acc = start_product(acc, ring, stage, phase, WHICH, NN)
         acc = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))
         mbarrier.arrive(ring.empty.index(before), count=1)
     acc = warpgroup_mma_wait(0, deps=(acc,))
@@ -251,9 +251,9 @@ def consume(
         acc = gl.zeros((ROWS, BLOCK_N), gl.float32, layout)
         if LOW_RANK:
             steps = gl.cdiv(sizes.R, BLOCK_K)
-            acc, stage, phase = add_products(acc, steps, ring, stage, phase, False, WHICH, NN)
+            acc, stage, phase = add_products(acc, steps, ring, stage, phase, WHICH, NN)
             acc *= scaling
-        acc, stage, phase = add_products(acc, gl.cdiv(sizes.K, BLOCK_K), ring, stage, phase, LOW_RANK, WHICH, NN)
+        acc, stage, phase = add_products(acc, gl.cdiv(sizes.K, BLOCK_K), ring, stage, phase, WHICH, NN)
         parts = halves(acc)
         if PARTS == 4:
             parts = halves(parts[0]) + halves(parts[1])
