@@ -265,7 +265,7 @@ def consume(
 # no argument is specialised on: the copy engine reads what its descriptors say, and one binary serves every shape
 @gluon.jit(do_not_specialize=["M", "N", "K", "R", "scaling", "group_m"])
 def gemm_kernel(
-    x,  # (M, K) half precision; like all others a tensor descriptor, with blocks of one step of a tile
+    x,  # (M, K) in half precision; as all tensors a descriptor, which moves blocks: here of one step of a tile
     weight,  # (N, K); NN: (K, N)
     low,  # (M, R) or None
     lora,  # (N, R); NN: (R, N)
