@@ -35,7 +35,8 @@ DOCUMENTED = (
     DocumentedCall("split", ("prepare",)),
     DocumentedCall("train", ("norm",), rank=16),
     DocumentedCall("train", ("token_sums",), shape=_WIDE),
-    DocumentedCall("train", ("norm", "merge", "epilogue", "token_sums", "project"), shape=_WIDE, rank=384),
+    DocumentedCall("train", ("norm", "epilogue", "token_sums", "project"), shape=_WIDE, rank=384),
+    DocumentedCall("merged", ("merge",), shape=_WIDE, rank=384),  # of squares, and of the backward pass
     DocumentedCall("train", ("token_sums", "project"), rank=8),
     DocumentedCall("grouped", ("grouped_norm",)),
     DocumentedCall("codebook4 nested", ("norm", "merge")),

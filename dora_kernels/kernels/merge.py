@@ -144,8 +144,9 @@ def merge(
 ) -> torch.Tensor:
     """The merged weight (N, K); as `reference.merge`, and without an adapter weight itself."""
     merged = weight.new_empty(*weight.shape, dtype=out_dtype or weight.dtype)
-    if merged.numel() > 0 or unfinished is not None or prepared is not None:
-        _launch(weight, lora_A, lora_B, gain, scaling, merged, subtract_weight, unfinished, prepared)
+    if merged.numel() == 0 and unfinished is None and prepared is None:
+        return merged
+    _launch(weight, lora_A, lora_B, gain, scaling, merged, subtract_weight, unfinished, prepared)
     return merged
 
 

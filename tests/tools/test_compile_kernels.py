@@ -130,6 +130,19 @@ def test_a_training_step_over_4_bits_merges_without_spills(arguments):
     assert "_merge_kernel" in done.stdout and done.returncode == 0, done.stdout
 
 
+# 72 bytes spilled by tiles of the size that a merge without squares has
+SQUARES = "--target=sm_100", "--variant=bf16", "--rank=64", "--call=merged"
+IN_PARTS = "--target=sm_80", "--variant=bf16, fp32 adapters", "--rank=8", "--call=merged"
+
+
+@pytest.mark.parametrize(
+    "arguments", (SQUARES, pytest.param(IN_PARTS, marks=pytest.mark.nightly)), ids=("dense", "in parts")
+)
+def test_a_merge_beside_the_squares_of_its_rows_spills_nothing(arguments):
+    done = _compile("--kernel=_merge", *arguments)
+    assert "_merge_kernel" in done.stdout and done.returncode == 0, done.stdout
+
+
 @pytest.mark.nightly  # about 4000 compilations
 def test_every_config_compiles_for_every_target():
     done = _compile(f"--jobs={os.cpu_count()}", "--loops")

@@ -19,6 +19,7 @@ _KERNELS = (
     "tests/tools/test_guard_pages.py::test_every_launcher_stays_inside",
     "tests/tools/test_guard_pages.py::test_every_quantised_weight_is_read_inside",
 )
+_NORMS = ("tests/kernels/test_norm.py", "tests/kernels/test_merged_forward.py")
 _PARTS = ("tests/quant/test_parts.py", "tests/functional/test_memory_safety.py")
 _QUANTIZED = ("tests/quant/test_quant.py", "tests/quant/test_quantized.py")
 _RESCALE = ("tests/functional/test_rescale.py", "tests/extras/test_dvora.py")
@@ -55,16 +56,21 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     ),
     "dora_kernels/kernels/hopper/launch.py": (*_HOPPER, _LAUNCHED),
     "dora_kernels/kernels/launches.py": ("tests/kernels/test_launches.py::test_launches", *_KERNELS),
-    "dora_kernels/kernels/merged_forward.py": _KERNELS,
-    "dora_kernels/kernels/norm.py": (*_KERNELS, "tests/quant/test_quantized.py"),
+    "dora_kernels/kernels/merged_forward.py": (*_NORMS, *_KERNELS),
+    "dora_kernels/kernels/norm.py": (*_NORMS, *_KERNELS, "tests/quant/test_quantized.py"),
     "dora_kernels/kernels/outer_product.py": _KERNELS,
     "dora_kernels/kernels/parts.py": (*_KERNELS, "tests/kernels/test_float32_parts.py"),
     "dora_kernels/kernels/project.py": _KERNELS,
-    "dora_kernels/kernels/stored_weight.py": (*_KERNELS, *_PARTS, "tests/quant/test_quantized.py"),
+    "dora_kernels/kernels/stored_weight.py": (
+        *_KERNELS,
+        *_PARTS,
+        "tests/quant/test_quantized.py",
+        "tests/tools/test_compile_kernels.py::test_a_merge_beside_the_squares_of_its_rows_spills_nothing",
+    ),
     "dora_kernels/kernels/shares.py": (*_KERNELS, "tests/kernels/test_shares.py"),
     "dora_kernels/kernels/tile.py": (*_KERNELS, *_SERVING),
     "dora_kernels/kernels/token_sums.py": (*_KERNELS, "tests/functional/test_rescale.py"),
-    "dora_kernels/kernels/merge.py": (*_KERNELS, "tests/quant/test_quantized.py"),
+    "dora_kernels/kernels/merge.py": (*_NORMS, *_KERNELS, "tests/quant/test_quantized.py"),
     "dora_kernels/functional/autograd.py": (
         "tests/test_passes.py",
         "tests/functional/test_functional.py",
