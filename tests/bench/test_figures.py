@@ -68,6 +68,20 @@ def test_the_cpu_alone_says_that_no_gpu_ran(results):
     assert figures.figures(results).startswith(figures.NO_GPU)
 
 
+def test_errors_by_way_stand_in_a_line_for_each_tensor(results):
+    rows = [
+        {"dtype": "bfloat16", "R": R, "tensor": tensor, "pytorch": 4e-3, "split": 2e-3, "merged": merged}
+        for R, merged in ((128, 2.5e-3), (384, 3e-3))
+        for tensor in ("y", "dx")
+    ]
+    data = {"meta": META | {"configurations": 2, "seed": 1}, "rows": rows}
+    (results / "card" / "errors-by-way.json").write_text(json.dumps(data))
+    table = figures.error_tables(results).splitlines()[2:]
+    cells = "4.00e-03 / 2.00e-03 / 2.50e-03 (1.25) | 4.00e-03 / 2.00e-03 / 3.00e-03 (1.50)"
+    header = ["| weight-adapter | tensor | R = 128 | R = 384 |", "| --- | --- | --- | --- |"]
+    assert [line.strip() for line in table] == [*header, f"| bfloat16 | y | {cells} |", f"| bfloat16 | dx | {cells} |"]
+
+
 def test_no_results_no_figures(tmp_path):
     assert figures.figures(tmp_path).startswith(figures.NO_GPU)
     assert figures.draw(tmp_path, tmp_path / "out") == []
