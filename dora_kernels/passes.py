@@ -156,8 +156,8 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
         steps.prepare(prepared, B, gain)
     of_sums, of_P, of_dA = (None, None, None) if prepared.counters is None else prepared.counters.unbind()
     try:
-        if dx_way == "merged":
-            dx = steps.dx(dy, merged, side)
+        if dx_way == "merged" and side is None:
+            dx = steps.dx(dy, merged)
             del merged
         if wants_sums:
             steps.token_sums(
@@ -184,6 +184,9 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
             dlow = projected if needs.low else None
         if needs.lora_A:
             dA = steps.outer_product(projected, x, scaling, dA_dtype, counters=of_dA, side=low_rank_side)
+        if side is not None:  # behind what runs beside it, which waits for all that was launched before
+            dx = steps.dx(dy, merged, side)
+            del merged
     finally:
         if side is not None:
             side.join()

@@ -103,14 +103,17 @@ def project(
 
     counters: int32 zeros, of which one for each block is used up. Without them a block has to be small enough that the
     device is filled with whole ones, or they are made here, in a launch of their own.
+    side: where the product is formed beside a GEMM; never by the GEMM library, then.
     """
     dtype = factor.dtype
     out_dtype = out_dtype or (dtype if factor.dim() == 2 else torch.float32)
     M, K = rows.shape
     R = factor.shape[-2]
-    launch = Launch.of(rows, dtype)
-    same = rows.dtype == dtype and factor.dim() == 2
-    if not plan.project_by_kernel(M, K, R, rows.itemsize, launch.facts, same_dtype=same, counted=counters is not None):
+    launch = Launch.of(rows, dtype, side is not None)
+    same, counted = rows.dtype == dtype and factor.dim() == 2, counters is not None
+    if side is None and not plan.project_by_kernel(
+        M, K, R, rows.itemsize, launch.facts, same_dtype=same, counted=counted
+    ):
         return gemm.project(rows, factor, out_dtype)
     if rows.dtype == torch.bfloat16:  # one part: a float16 has too many bits for that
         launch, factor = in_parts(launch, factor)
@@ -120,7 +123,7 @@ def project(
         result = rows.new_empty(M, R, dtype=out_dtype)
     if result.numel() == 0:
         return result
-    factor_T, partial, cut = factor.mT, None, counters is not None
+    factor_T, partial, cut = factor.mT, None, counted or side is not None
     if not cut or not launch.counts:
         chosen = _plan(launch, "low", R, factor_T.stride())
         programs = _blocks(M, R, chosen)
@@ -133,5 +136,6 @@ def project(
         if parts > 1:
             partial = rows.new_empty(parts, M, R, dtype=launch.accumulate)
             counters = zeroed(counters, blocks, rows.device)
-    chosen.launch((programs,), rows, factor_T, result, partial, None if partial is None else counters, M, K, R)
+    counters = None if partial is None else counters
+    chosen.launch((programs,), rows, factor_T, result, partial, counters, M, K, R, side=side)
     return result

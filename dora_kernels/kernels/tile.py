@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from dora_kernels.planning import configs, devices
-from dora_kernels.planning.tiles import Config
+from dora_kernels.planning.tiles import PROGRAMS_BESIDE, Config
 from dora_kernels.quant import Weight
 from dora_kernels.reference import accumulate_dtype
 
@@ -275,15 +275,16 @@ class Launch(NamedTuple):
     precision: str
     config_for: Callable[..., Config]
     parts: int = 1  # of the float32 operands, in bfloat16 (parts.py); 1 where a kernel takes them as they are
+    beside: bool = False  # a GEMM that leaves it few multiprocessors (side.py)
 
     @classmethod
-    def of(cls, weight: Weight, operand: torch.dtype) -> "Launch":
-        """The launch for low-rank operands of dtype `operand` beside `weight`, or beside other numbers."""
+    def of(cls, weight: Weight, operand: torch.dtype, beside: bool = False) -> "Launch":
+        """The launch for low-rank operands of dtype `operand` over `weight`, or over other numbers."""
         facts = devices.device_facts(weight.device)
         # a quantized weight has 8 bits at the most, whatever dtype its library decodes it to
-        beside = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
-        precision = devices.dot_precision(facts, operand, beside)
-        return cls(facts, operand, accumulate_dtype(weight.dtype), precision, configs.config_for)
+        over = weight.dtype if isinstance(weight, torch.Tensor) else torch.bfloat16
+        precision = devices.dot_precision(facts, operand, over)
+        return cls(facts, operand, accumulate_dtype(weight.dtype), precision, configs.config_for, beside=beside)
 
     @property
     def operand_bytes(self) -> int:
@@ -293,6 +294,7 @@ class Launch(NamedTuple):
     def config(self, kernel: str, R: int = 0) -> Config:
         """The tile configuration of `kernel`; given a high rank R, the one that it has for those."""
         name = kernel if R <= configs.HIGH_RANK else f"{kernel}_high_rank"
+        name = f"{name}_beside" if self.beside else name
         return self.config_for(name, self.facts, self.operand, self.parts)
 
     def threads(self, config: Config) -> int:
@@ -309,6 +311,8 @@ class Launch(NamedTuple):
 
     def programs(self, blocks: int, steps: int, config: Config, sums: bool) -> int:
         """The number of programs that share the work; sums: what the steps of a block give is summed up."""
+        if self.beside:  # all that there is room for, and no more: the GEMM has the rest
+            return configs.programs(blocks, steps, PROGRAMS_BESIDE, sums=False)
         return configs.programs(blocks, steps, self.facts.multiprocessors * config.waves, sums)
 
     @property

@@ -282,17 +282,18 @@ def token_sums(
     """Sums over the tokens of dy (M, N), written into the tensors given; as `reference.token_sums`.
 
     counters: int32 zeros, of which one for each block of columns is used up; without them they are made here.
+    side: where the sums are formed beside a GEMM; never by the GEMM library, then.
     """
     M, N = dy.shape
     R = 0 if low is None else low.shape[-1]
     if N == 0:
         return
-    launch = Launch.of(dy, dy.dtype if low is None else low.dtype)
-    beside = dmagnitude is not None or dbias is not None or dz is not None
+    launch = Launch.of(dy, dy.dtype if low is None else low.dtype, side is not None)
+    others = dmagnitude is not None or dbias is not None or dz is not None
     by_library, summed = False, low
-    if low is not None:
+    if low is not None and side is None:
         same = low.dim() == 2 and low.dtype == dy.dtype
-        by_library = not plan.outer_by_kernel(M, N, R, dy.itemsize, launch.facts, same_dtype=same, beside=beside)
+        by_library = not plan.outer_by_kernel(M, N, R, dy.itemsize, launch.facts, same_dtype=same, beside=others)
     if by_library:
         summed = None
     elif low is not None and dy.dtype == torch.bfloat16:  # one part: a float16 has too many bits for that
@@ -342,6 +343,7 @@ def token_sums(
         N,
         R,
         scaling,
+        side=side,
     )
 
 
@@ -365,6 +367,8 @@ def _plan(
     stages = config.num_stages
     if saved is not None and saved.itemsize > dy.itemsize:  # takes as much room again as dy and base in bfloat16
         stages = max(2, stages - 2)
+    if launch.beside and saved is None:  # its room is for one more
+        stages += 1
     return LaunchPlan(
         _token_sums_kernel,
         config,

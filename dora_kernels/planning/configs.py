@@ -75,7 +75,7 @@ def most_parts(blocks: int, steps: int, programs: int) -> int:
     if programs % blocks == 0:
         return programs // blocks
     if programs < blocks:
-        return 2
+        return 1 if blocks % programs == 0 else 2
     units = blocks * steps
 
     def program_of(unit: int) -> int:

@@ -54,6 +54,16 @@ def _walks(config: Config, high_rank: Config) -> dict[str, Config]:
     return {"norm": config, "norm_high_rank": high_rank, "merge": config, "merge_high_rank": high_rank}
 
 
+# Programs that run beside a GEMM, and multiprocessors that it leaves them: 1024 tiles, as of 8192 x 4096, take 8 waves
+# on 128 multiprocessors as on the 132 of an H100.
+PROGRAMS_BESIDE = 4
+# One such program has all of a multiprocessor's registers and more than half of its shared memory, 100 KB of which are
+# on their way at any time: 64 bytes a clock come in from the L2 cache, some 600 ns after they are asked for. Tiles as
+# wide as registers allow: what is read again for each of them is a ninth to a fifth of the bytes.
+_BESIDE = {
+    "token_sums_beside": Config(BLOCK_M=64, BLOCK_N=256, BLOCK_R=64, num_warps=8, num_stages=4),
+    "project_beside": Config(BLOCK_M=256, BLOCK_K=64, BLOCK_R=64, num_warps=8, num_stages=5),
+}
 # Starting points for sm_90, by the registers and shared memory that tools/compile_kernels.py shows.
 _HALF = _walks(_WALK, _WALK_HIGH_RANK) | {
     "prepare": Config(BLOCK_N=32, BLOCK_R=64, num_warps=4, num_stages=1),
@@ -190,6 +200,8 @@ _INTERPRETER = {
     "epilogue_high_rank": Config(BLOCK_M=32, BLOCK_N=64, BLOCK_R=16, waves=2),
     "bank_epilogue": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
     "token_sums": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16, waves=4),
+    "token_sums_beside": Config(BLOCK_M=32, BLOCK_N=32, BLOCK_R=16),
+    "project_beside": Config(BLOCK_M=32, BLOCK_K=32, BLOCK_R=16),
     "prepare": Config(BLOCK_N=16, BLOCK_R=16),
 }
 
@@ -198,7 +210,7 @@ CONFIGS: dict[tuple[str, int], dict[str, Config]] = {
     ("sm_80", 2): _HALF_SM80,  # compiled
     ("sm_80", 4): _FLOAT_SM80,  # compiled
     ("sm_80", 6): _PARTS_SMALL,  # compiled
-    ("sm_90", 2): _HALF,  # compiled
+    ("sm_90", 2): _HALF | _BESIDE,  # compiled
     ("sm_90", 4): _FLOAT_SM90,  # compiled
     ("sm_90", 6): _PARTS,  # compiled
     ("sm_100", 2): _HALF_SM100,  # compiled
