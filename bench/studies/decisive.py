@@ -33,7 +33,7 @@ from bench.lib.report import write
 from bench.lib.roof import Roof, median_ms, roof_for
 from bench.lib.shapes import LayerCase
 from bench.studies.fused import FUSED_TILES, fused_linear
-from dora_kernels.planning import costs, devices, plan
+from dora_kernels.planning import costs, devices, measured, plan
 from dora_kernels.testing import compare
 from dora_kernels.types import Steps
 
@@ -173,7 +173,8 @@ def merged_against_split(bench: Bench) -> list[Row]:
                     ms[way] = bench.graph_ms(forward)
             shape = costs.Shape.of(o.x, o.weight, o.lora_A)
             asks = {"needs_base": False, "adapters_are_wider": False}
-            planner = plan.forward_way("auto", False, shape, costs.device_model(facts), **asks)
+            table = measured.table_of(facts.name)
+            planner = plan.forward_way("auto", False, shape, costs.device_model(facts), table, **asks)
             rows.append({"M": case.M, "N": case.N, "K": case.K, "R": case.R, "ms": ms, "planner": planner})
     return rows
 

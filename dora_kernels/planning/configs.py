@@ -206,13 +206,13 @@ def tuned_configs(name: str, target: str) -> dict[tuple[int, str], Config]:
                 default = CONFIGS.get((target, int(size) if size.isdecimal() else 0), {}).get(kernel)
                 if default is None:
                     raise ValueError(f"{key} is unknown; expected the bytes of an operand and a kernel")
-                tuned[int(size), kernel] = _checked(key, object_at(fields, key), default, target)
+                tuned[int(size), kernel] = _checked(object_at(fields, key), default, target, key)
         return tuned
 
     return tuned_part(name, "configs", read) or {}
 
 
-def _checked(key: str, fields: dict[str, Any], default: Config, target: str) -> Config:
+def _checked(fields: dict[str, Any], default: Config, target: str, key: str = "tuned") -> Config:
     """Config(**fields), the value of `key`. Raises ValueError if a launch with it could be wrong."""
     unknown = fields.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:

@@ -1,17 +1,18 @@
-"""What was measured on the GPU at hand: how long a layer takes each way, and what that says of other shapes.
+"""Measurements of the GPU at hand: the time that a layer takes each way, and the way to take for other shapes.
 
-It is the part "ways" of tuned/<gpu>.json, a list of entries in microseconds, of half precision. What was not measured
-is left out; where nothing was, the cost model's choices stand.
+They are the part "ways" of tuned/<gpu>.json, a list of entries in microseconds, of half precision. Where nothing was
+measured the cost model's choices stand.
 
     {"M": 8192, "N": 4096, "K": 4096, "R": 64,
      "forward": {"split": 463.0, "fused": 441.5},                       of training: y and what is kept
      "inference": {"split": 455.1, "fused": 440.2, "merged": 447.0},    y alone
      "backward": {"none": 472.8, "token sums": 451.3}}                  all gradients, by what runs beside dx
 
-The rule (`fastest`): entries of the N, K and R at hand speak for a shape, or, where there are none, all those whose N
-and K are within a factor of 2 of its own and whose R is within a factor of 4. A way is taken where at all that speak it
-took at most 99% of the time of what is taken otherwise; where the tokens count, that is from half of the tokens of an
-entry on, at which and at all with more tokens it has won, and for split up to twice the tokens, and at all with fewer.
+The rule, `fastest`: the entries of the N, K and R at hand speak for a shape, or, where there are none, all whose N and
+K are within a factor of 2 of its own and whose R is within a factor of 4; a way is taken where it has won at all of
+them by 1% over what is taken otherwise. Where the tokens count, it is taken from half of the tokens of an entry on, if
+it has won there and at all with more (split, of which tokens repay nothing: up to twice, there and at all with fewer).
+A way has not won where it was not measured: it may have been wrong there.
 """
 
 import functools
@@ -46,7 +47,7 @@ Times = tuple[float | None, ...]
 
 
 class Entry(NamedTuple):
-    """What was measured at one shape."""
+    """The times at one shape."""
 
     M: int
     N: int
@@ -69,13 +70,13 @@ NOTHING = Table(())
 
 @functools.cache
 def table_of(name: str) -> Table:
-    """What was measured on the GPU of that name. NOTHING, with a warning, if anything in it is not an entry."""
+    """The entries of the GPU of that name; NOTHING, with a warning, if one of them is not an entry."""
     entries = tuned_part(name, "ways", _entries)
     return Table(entries) if entries else NOTHING
 
 
 def table_on(device: torch.device, backend: str) -> Table:
-    """What was measured on `device`; NOTHING for PyTorch's steps. backend: as asked for."""
+    """The entries of `device`; NOTHING for PyTorch's steps, which are not what was measured. backend: as asked for."""
     return NOTHING if backend == "reference" else table_of(devices.device_facts(device).name)
 
 
