@@ -21,7 +21,7 @@ HALF = (torch.bfloat16, torch.float16)
 SHAPES = (
     (33, 48, 80, 8),  # tails in M and N, one step of R
     (16, 96, 64, 24),  # a row of whole tiles, three steps of R
-    (70, 48, 48, 16),  # more rows of tiles than programs, and tails in every axis
+    (70, 48, 48, 16),  # more rows of tiles than programs, tails in M and N
 )
 BESIDE = tuple(measured.BESIDE)
 
