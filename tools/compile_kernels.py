@@ -11,6 +11,8 @@ What is compiled is what calls of the public functions would launch (specializat
 kernel, variant, rank and target: the worst of its calls. Exit status 1 where a kernel does not compile, spills
 registers in earnest, needs more shared memory than the device has, shares its work out among more programs than fit at
 a time, or has atomics that it may not have (atomics.py). Only the first of these is an error to Triton before a launch.
+Of the GEMM in Gluon nothing may be spilled, each role keeps to its registers (roles.py), and the products of a warp
+group overlap.
 With --loops a second table says what the machine code of each loop consists of (hot_loops.py), and loops on sm_90 that
 load as they should not are complained of too.
 """
@@ -19,16 +21,17 @@ import argparse
 import dataclasses
 import multiprocessing
 import re
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import Any
 
 import atomics
 import hot_loops
 import machine_code
+import resources
+import roles
 import traffic
 import triton
 from specializations import (
@@ -41,9 +44,9 @@ from specializations import (
     recording,
 )
 from targets import TARGETS
-from triton.compiler import ASTSource
 
-from dora_kernels.planning.tiles import Config
+from dora_kernels.kernels.hopper.launch import why_not_gluon
+from dora_kernels.planning.tiles import Config, GemmConfig
 
 # ptxas spills a few addresses of its own accord, around the loops in the machine code: at 168 or 128 registers it buys
 # the next step of occupancy with them (36 to 48 bytes in the kernels here, 64 at the most). A tile that does not fit
@@ -64,7 +67,7 @@ UNLIKE_OTHERS = (
     ("bf16", 64, "codebook4, K = 4095", "token_sums"),
     ("bf16", 64, "transposed weight", "norm"),
     ("bf16", 384, "int8", "norm"),
-    ("fp32", 384, "train", "norm"),  # R is walked
+    ("fp32", 384, "split", "norm"),  # R is walked
     ("fp32", 384, "dropout", "epilogue"),
     ("bf16, fp32 adapters", 64, "train", "parts"),
     ("fp32", 8, "nf4_torchao", "norm"),
@@ -75,17 +78,22 @@ UNLIKE_OTHERS = (
 class Compiled:
     """The compiler's figures for a specialisation; `error` is empty if it compiled.
 
-    programs: how many a multiprocessor holds, and what limits them. faults: of its atomics. loops: the name of each
-    loop, "" for what is outside, and its instructions by kind. dataclasses.asdict makes JSON of it.
+    registers to serialized: as in resources.Usage. programs: how many a multiprocessor holds, and what limits them.
+    faults: of its atomics. roles: of each, "" for what none of them does, its name, the registers that it uses and
+    those that it may use. loops: the name of each loop, "" for what is outside, and its instructions by kind; those of
+    a role are "consumer 0: 1.1". dataclasses.asdict makes JSON of it.
     """
 
     registers: int = 0
     spills: int = 0
+    stack: int = 0
+    serialized: bool = False
     shared: int = 0
     error: str = ""
     programs: int = 0
     limited_by: str = ""
     faults: tuple[str, ...] = ()
+    roles: tuple[tuple[str, int, int], ...] = ()
     loops: dict[str, dict[str, int]] = field(default_factory=dict)
     loads: tuple[machine_code.Load, ...] = ()
     through_l2: int = 0  # traffic.loaded
@@ -93,24 +101,27 @@ class Compiled:
 
 def compile_ahead(specialization: Specialization, loops: bool = False) -> Compiled:
     """Compile to the target's binary and read its resource usage; with `loops`, on CUDA, what its loops consist of."""
-    source = ASTSource(specialization.kernel, specialization.signature, specialization.constexprs, specialization.attrs)
     try:
-        kernel = triton.compile(source, target=specialization.target.gpu, options=specialization.options.__dict__)
+        kernel = triton.compile(
+            specialization.source(), target=specialization.target.gpu, options=specialization.options.__dict__
+        )
     except Exception as error:  # whatever the compiler raises, it belongs into the table
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        return Compiled(error=lines[-1].strip()[:160])
-    cuda, shared = "cubin" in kernel.asm, kernel.metadata.shared
-    registers, spills = _cuda_usage(kernel, specialization) if cuda else _hip_usage(kernel)
-    programs, limited_by = specialization.target.resident(registers, shared, kernel.metadata.num_warps)
-    compiled = Compiled(registers, spills, shared, programs=programs, limited_by=limited_by)
-    if not cuda:
+        return Compiled(error=_told(error))
+    usage, shared = resources.usage(kernel, specialization), kernel.metadata.shared
+    # of a kernel with roles the metadata counts the warps of all of them
+    programs, limited_by = specialization.target.resident(usage.registers, shared, kernel.metadata.num_warps)
+    compiled = Compiled(**dataclasses.asdict(usage), shared=shared, programs=programs, limited_by=limited_by)
+    if "cubin" not in kernel.asm:
         work, (programs, *_) = specialization.work, specialization.grid
         whole = work is None or work.blocks % programs == 0
         return dataclasses.replace(compiled, faults=tuple(atomics.amd_faults(kernel.asm["amdgcn"], whole)))
-    if not (loops or re.search(r"\b(?:atom|red)\.", kernel.asm["ptx"])):
+    if not (loops or specialization.in_gluon() or re.search(r"\b(?:atom|red)\.", kernel.asm["ptx"])):
         return compiled
-    code = machine_code.instructions(_of_cubin(kernel, triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf"))
+    code = machine_code.instructions(resources.sass(kernel))
     compiled = dataclasses.replace(compiled, faults=tuple(atomics.faults(code)))
+    if specialization.in_gluon():
+        through_l2 = traffic.of_gemm(specialization)
+        return dataclasses.replace(compiled, **_by_role(code, usage.registers), through_l2=through_l2)
     if not loops:
         return compiled
     return dataclasses.replace(
@@ -121,47 +132,20 @@ def compile_ahead(specialization: Specialization, loops: bool = False) -> Compil
     )
 
 
-def _hip_usage(kernel) -> tuple[int, int]:
-    """(vector registers, bytes of them spilled by a thread) from the metadata in the assembly.
-
-    Spilled scalar registers are left out: they go to lanes of a vector register, not to memory.
-    """
-
-    def count(name: str) -> int:
-        return int(re.search(rf"\.{name}:\s+(\d+)", kernel.asm["amdgcn"]).group(1))
-
-    return count("vgpr_count"), 4 * count("vgpr_spill_count")
+def _told(error: Exception) -> str:
+    """The line of a compiler's error that says most: what ptxas calls fatal, or the last one that says anything."""
+    lines = [line.strip() for line in str(error).splitlines() if re.search(r"\w", line)] or [type(error).__name__]
+    return next((line for line in lines if "fatal" in line), lines[-1])[:160]
 
 
-def _cuda_usage(kernel, specialization: Specialization) -> tuple[int, int]:
-    """(registers, bytes of spill stores and loads of a thread). A kernel with no stack frame has no spills."""
-    nvidia = triton.knobs.nvidia
-    usage = _of_cubin(kernel, nvidia.cuobjdump.path, "-res-usage")
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    if stack == "0":
-        return int(registers), 0
-    capability = specialization.target.gpu.arch
-    ptxas = nvidia.ptxas_blackwell.path if capability >= 100 else nvidia.ptxas.path
-    arch = re.search(r"\.target (\w+)", kernel.asm["ptx"]).group(1)
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(kernel.asm["ptx"])
-        file.flush()
-        log = _output(ptxas, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch}", file.name, "-o", "/dev/null")
-    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
-    return int(registers), sum(map(int, spills))
-
-
-def _of_cubin(kernel, *command: str) -> str:
-    """The output of a command for the kernel's binary."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        return _output(*command, file.name)
-
-
-def _output(*command: str) -> str:
-    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    return done.stdout
+def _by_role(code: list[machine_code.Instruction], launched: int) -> dict[str, Any]:
+    """The roles and the loops of a Compiled."""
+    found = roles.roles(code, launched)
+    parts = ((role.name, loop) for role in found if role.name for loop in machine_code.loops(role.code))
+    return {
+        "roles": tuple((role.name, role.registers, role.limit) for role in found),
+        "loops": {f"{name}: {loop.name}".removesuffix(": "): dict(loop.counts()) for name, loop in parts},
+    }
 
 
 @dataclass(frozen=True)
@@ -209,7 +193,7 @@ def documented_jobs(overrides: dict[str, dict] | None = None) -> list[Job]:
 
 def fast_jobs(overrides: dict[str, dict] | None = None) -> list[Job]:
     """Each kernel, format and shape of loop on sm_90; dots on sm_120 and gfx942."""
-    jobs = jobs_for(["sm_90"], ["bf16"], (64,), ("train", "few tokens", "bank", "grouped"), overrides)
+    jobs = jobs_for(["sm_90"], ["bf16"], (64,), ("train", "few tokens", "fused", "bank", "grouped"), overrides)
     # what PEFT calls with, in one chunk of R and in several, where shared memory is scarcest
     small = jobs_for(["sm_120", "gfx942"], ["bf16 autocast, fp32 adapters"], (64, 384), ("train",), overrides)
     jobs += [job for job in small if "DTYPES" in job.specialization.signature]
@@ -231,8 +215,17 @@ def verdict(compiled: Compiled, specialization: Specialization) -> str:
         return f"does not compile: {compiled.error}"
     if compiled.shared > target.shared_limit:
         return "over the limit"
+    if specialization.in_gluon() and compiled.stack:
+        return f"a stack of {compiled.stack} bytes, and {compiled.spills} bytes of spills"
     if compiled.spills > HARMLESS_SPILLS:
         return "spills"
+    if specialization.in_gluon() and not compiled.roles:
+        return "no role has registers of its own: the compiler has ignored setmaxnreg"
+    if compiled.serialized:
+        return "each product waits for the one before it: wgmma is serialized"
+    for name, registers, limit in compiled.roles:
+        if registers > limit:
+            return f"{name or 'setting up'} takes {registers} registers of {limit}"
     if work and work.waves > compiled.programs:
         return f"waves={work.waves}, and a multiprocessor holds {compiled.programs} ({compiled.limited_by})"
     return "; ".join(compiled.faults)
@@ -269,7 +262,7 @@ def print_table(results: list[tuple[Job, Compiled]], every: bool = False) -> lis
             complaints[f"{specialization.name} ({job.variant}, R={job.rank}) on {target.name}: {complaint}"] = None
         row = (specialization.name, job.variant, job.rank, target.name)
         row += (compiled.registers, compiled.spills, compiled.shared, target.shared_limit)
-        row += (complaint or "ok", specialization.tiles(), job.call)
+        row += (complaint or "ok", specialization.tiles() + _of_roles(compiled), job.call)
         rows.setdefault(row if every else row[:4], []).append(row)
 
     def badness(row: tuple) -> tuple:
@@ -282,9 +275,15 @@ def print_table(results: list[tuple[Job, Compiled]], every: bool = False) -> lis
     return list(complaints)
 
 
+def _of_roles(compiled: Compiled) -> str:
+    """The registers of each role that does something, out of those that it may use."""
+    return "".join(f", {name} {registers}/{limit}" for name, registers, limit in compiled.roles if name)
+
+
 def _override(text: str) -> tuple[str, str, int]:
     match = re.fullmatch(r"(\w+):(\w+)=(\d+)", text)
-    if not match or match[2] not in {field.name for field in dataclasses.fields(Config)}:
+    kind = GemmConfig if match and match[1] == "gemm" else Config
+    if not match or match[2] not in {field.name for field in dataclasses.fields(kind)}:
         raise argparse.ArgumentTypeError(f"{text!r}; expected kernel:FIELD=VALUE, such as norm:BLOCK_K=64")
     return match[1], match[2], int(match[3])
 
@@ -329,6 +328,9 @@ def main(arguments: list[str] | None = None) -> int:
     loops_on = options.target or ("sm_90",)
     results = compile_all(jobs, options.jobs, loops_on if options.loops else ())
     complaints = print_table(results, options.every)
+    left_out = why_not_gluon()
+    if left_out:
+        print(f"left out, and nothing beside it: gemm_kernel, for {left_out}")
     if options.loops:
         hot_loops.print_loops(results, options.every)
         filtered = options.target or options.variant or options.rank or options.call or options.kernel
@@ -336,7 +338,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(jobs)} specialisations in {time.perf_counter() - start:.0f} s, {len(complaints)} complaints")
     for complaint in complaints:
         print(complaint, file=sys.stderr)
-    return 1 if complaints or not jobs else 0
+    return 1 if complaints or not (jobs or left_out) else 0
 
 
 if __name__ == "__main__":

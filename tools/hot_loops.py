@@ -32,6 +32,8 @@ class DocumentedCall:
 _WIDE = (8192, 14336, 4096)
 DOCUMENTED = (
     DocumentedCall("train", ("norm", "merge", "epilogue", "token_sums", "project")),
+    DocumentedCall("fused", ("gemm", "token_sums", "project")),
+    DocumentedCall("fused inference", ("gemm",)),
     DocumentedCall("split", ("prepare",)),
     DocumentedCall("train", ("norm",), rank=16),
     DocumentedCall("train", ("token_sums",), shape=_WIDE),
@@ -52,6 +54,10 @@ def short(name: str) -> str:
     return name.removeprefix("_").removesuffix("_kernel")
 
 
+def _copies_or_multiplies(counts: Mapping[str, int]) -> bool:
+    return any(kind.partition(".")[0] in ("UTMALDG", "UTMASTG", "HGMMA") for kind in counts)
+
+
 HEADER = (
     "kernel", "of", "target", "variant", "M, N, K, R", "tiles", "registers", "shared", "programs", "grid", "waves",
     "memory", "L2", "loop", "instructions", "int+pred", "device memory", "shared memory", "BAR", "SHFL",
@@ -64,8 +70,9 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
 
     programs: how many a multiprocessor holds, and what limits them. waves: how often the grid fills all of these
     places. memory: MB of all tensors that are read or written. L2: MB that all programs load (traffic.py).
-    Without `every` what is in no loop has a row, whose loop is a dash, only where there is no loop; and of a kernel
-    that walks blocks only the loop over the steps of a block has one.
+    Without `every` what is in no loop has a row, whose loop is a dash, only where there is no loop; of a kernel that
+    walks blocks only the loop over the steps of a block has one; and of a kernel with roles those that copy or
+    multiply, with the registers of the role, out of those that it may use.
     """
     specialization, sizes = job.specialization, ", ".join(map(str, (*job.shape, job.rank)))
     grid, places = specialization.grid, compiled.programs * specialization.target.multiprocessors
@@ -84,8 +91,11 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
         f"{sum(specialization.bytes_of.values()) / 1e6:.1f}",
         f"{compiled.through_l2 / 1e6:.1f}" if compiled.through_l2 else "",
     )
+    roles = {name: f"{used} of {limit}" for name, used, limit in compiled.roles if name}
     walked = [name for name, counts in compiled.loops.items() if _is_walk(name, counts)]
     shown = walked if walked and specialization.walks_blocks() else [name for name in compiled.loops if name]
+    if roles:
+        shown = [name for name in shown if name not in roles and _copies_or_multiplies(compiled.loops[name])]
     table = []
     for name, counts in compiled.loops.items():
         if not (every or name in shown or len(compiled.loops) == 1):
@@ -95,12 +105,19 @@ def rows(job: "Job", compiled: "Compiled", every: bool = False) -> list[tuple[st
             return ", ".join(f"{counts[kind]} {kind}" for kind in sorted(counts) if kind.split(".")[0] in kinds)
 
         numbers = sum(counts.values()), counts.get("integer", 0) + counts.get("predicate", 0)
-        memory = of("LDG", "LDGSTS", "UTMALDG", "UBLKCP", "STG", "UTMASTG"), of("LDS", "LDSM", "STS", "STSM")
+        memory = of("LDG", "LDGSTS", "UTMALDG", "UBLKCP", "STG", "UTMASTG"), of("LDS", "LDSM", "STS", "STSM", "SYNCS")
         tensor_cores = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if "MMA" in kind)
         waits = counts.get("BAR", 0), counts.get("SHFL", 0)
         cells = (name or "-", *map(str, numbers), *memory, *map(str, waits), tensor_cores)
         table.append((first if not table else ("",) * len(first)) + cells)
+        if roles:
+            table[-1] = _with_registers(table[-1], roles[name.partition(":")[0]])
     return table
+
+
+def _with_registers(row: tuple[str, ...], registers: str) -> tuple[str, ...]:
+    column = HEADER.index("registers")
+    return (*row[:column], registers, *row[column + 1 :])
 
 
 def _is_walk(loop: str, counts: Mapping[str, int]) -> bool:
@@ -249,6 +266,14 @@ ROWS_OF_R = ("low", "lora_B", "lora_B_ptr", "update.lora_B", "factor")
 
 def faults(job: "Job", compiled: "Compiled") -> Iterator[tuple[str, bool, str]]:
     """(argument, asynchronous, what is wrong with a load of it) in loops or, in a kernel that has none, anywhere."""
+    if compiled.roles:  # nothing passes through registers on its way from device memory
+        yield from (
+            ("", False, f"{kind} in {name}; expected the copy engine alone")
+            for name, counts in compiled.loops.items()
+            for kind in counts
+            if kind.startswith("LDG")
+        )
+        return
     looped = [load for load in compiled.loads if load.loop]
     judged = looped or compiled.loads
     blocks = job.specialization.walks_blocks()

@@ -44,7 +44,7 @@ class _Operators(TorchDispatchMode):
 def launches(
     target: Target, variant: Variant, call: str, shape: tuple[int, int, int] = SHAPE, R: int = 64
 ) -> list[str]:
-    """The names of what the call launches; those of kernels begin with an underscore."""
+    """The names of what the call launches; those of kernels end in _kernel."""
     inputs = Inputs.of(variant, *shape, R=R)
     with recording(target, variant) as recorded, _Operators(recorded) as operators:
         CALLS[call](inputs)

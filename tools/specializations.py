@@ -18,6 +18,7 @@ from targets import TARGETS as TARGETS
 from targets import Target
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 import dora_kernels
@@ -25,7 +26,7 @@ from dora_kernels import ops
 from dora_kernels.extras.serving import AdapterBank, bank_linear
 from dora_kernels.functional import linear, weight
 from dora_kernels.functional.rescale import rescale
-from dora_kernels.planning import configs, devices
+from dora_kernels.planning import configs, devices, tiles
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.types import DoraWeight
 
@@ -113,11 +114,15 @@ def _few_tokens(inputs: Inputs) -> Inputs:
     return dataclasses.replace(inputs, x=inputs.x.new_empty(16, inputs.x.shape[1]).requires_grad_())
 
 
+def _infer(inputs: Inputs, way: str) -> None:
+    with torch.no_grad(), dora_kernels.options(way=way):
+        dora_kernels.dora_linear(inputs.x, inputs.weight, *inputs.adapter(), 0.5, inputs.bias)
+
+
 def _inference(inputs: Inputs) -> None:
     with torch.no_grad():
         for way in ("split", "merged"):
-            with dora_kernels.options(way=way):
-                dora_kernels.dora_linear(inputs.x, inputs.weight, *inputs.adapter(), 0.5, inputs.bias)
+            _infer(inputs, way)
         dora_kernels.weight_norm(inputs.weight, inputs.lora_A, inputs.lora_B, 0.5)
         dora_kernels.merge_weight(inputs.weight, *inputs.adapter(), 0.5)
 
@@ -195,8 +200,7 @@ def _quantized(kind: str) -> Callable[[Inputs], None]:
         step(inputs, way="merged", drop=True)
         step(inputs)
         step(inputs, way="merged")
-        with torch.no_grad(), dora_kernels.options(way="merged"):
-            dora_kernels.dora_linear(inputs.x, inputs.weight, *inputs.adapter(), 0.5, inputs.bias)
+        _infer(inputs, way="merged")
 
     return call
 
@@ -213,6 +217,9 @@ CALLS: dict[str, Callable[[Inputs], None]] = {
     "no bias": lambda inputs: step(inputs, bias=False),
     "split": lambda inputs: step(inputs, way="split"),
     "merged": lambda inputs: step(inputs, way="merged"),
+    "fused": lambda inputs: step(inputs, way="fused"),
+    "fused, no bias": lambda inputs: step(inputs, way="fused", bias=False),
+    "fused inference": lambda inputs: _infer(inputs, way="fused"),
     "exact": lambda inputs: step(inputs, precision="exact"),
     "dropout": lambda inputs: step(inputs, drop=True),
     "norm_grad": lambda inputs: step(inputs, norm_grad=True),
@@ -230,6 +237,8 @@ CORE_CALLS = (
     "few tokens",
     "split",
     "merged",
+    "fused",
+    "fused inference",
     "dropout",
     "norm_grad",
     "unmerge",
@@ -260,12 +269,15 @@ class Share(NamedTuple):
     waves: int
 
 
+_DESCRIPTOR = re.compile(r"tensordesc<\w+\[([\d, ]+)\]")
+
+
 @dataclass(frozen=True)
 class Specialization:
     """A kernel as Triton's JIT would have compiled it at a launch.
 
     work: None where a program has a tile, and the grid is of tiles. bytes_of: of each tensor among the arguments, 0 for
-    one that is given a second time.
+    one that is given a second time. sizes: the integers among them.
     """
 
     kernel: JITFunction
@@ -278,10 +290,24 @@ class Specialization:
     grid: tuple[int, ...] = ()
     work: Share | None = None
     bytes_of: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    def source(self) -> ASTSource:
+        """What triton.compile compiles, in Triton's language or in Gluon."""
+        return self.kernel.ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
+
+    def in_gluon(self) -> bool:
+        """True if roles, copies and barriers are written out, and nothing is left to the compiler but registers."""
+        return self.kernel.is_gluon()
+
+    def blocks(self) -> dict[str, tuple[int, ...]]:
+        """The block that each tensor descriptor among the arguments moves."""
+        found = ((name, _DESCRIPTOR.match(str(kind))) for name, kind in self.signature.items())
+        return {name: tuple(map(int, match[1].split(","))) for name, match in found if match}
 
     def walks_blocks(self) -> bool:
         """True if the programs share out work (kernels/shares.py): their outermost loops are over blocks."""
@@ -323,7 +349,7 @@ class Specialization:
     def flags(self) -> str:
         """The optional parts that are compiled in: "low saved total", and before them the format of a weight."""
         constants = self.constants()
-        optional = dict.fromkeys(re.findall(r"([\w.]+) is not None", self.kernel.src))
+        optional = dict.fromkeys(re.findall(r"([\w.]+) is (?:not )?None", self.kernel.src))
         present = [name for name in optional if name.partition(".")[0] in self.signature and self.has(name)]
         names = [name.rpartition(".")[2].removesuffix("_ptr") for name in present]
         names += [name.lower() for name, value in constants.items() if value is True]
@@ -331,7 +357,13 @@ class Specialization:
 
     def tiles(self) -> str:
         """BLOCK_M=64 BLOCK_N=128 warps=4 stages=3"""
-        sizes = [f"{name}={value}" for name, value in self.constants().items() if name.startswith("BLOCK_")]
+        constants = self.constants()
+        if self.in_gluon():
+            blocks = self.blocks()
+            (M, K), N = blocks["x"], blocks["weight"][1 if constants["NN"] else 0]
+            stages = f"stages={constants['STAGES']} slots={constants['SLOTS']}"
+            return f"BLOCK_M={M} BLOCK_N={N} BLOCK_K={K} warps={self.options.num_warps} {stages}"
+        sizes = [f"{name}={value}" for name, value in constants.items() if name.startswith("BLOCK_")]
         return " ".join([*sizes, f"warps={self.options.num_warps}", f"stages={self.options.num_stages}"])
 
 
@@ -355,7 +387,7 @@ class _Driver:
 def recording(target: Target, variant: Variant, overrides: dict[str, dict] | None = None) -> Iterator[list]:
     """Inside, launches on meta tensors as on `target` compile nothing; the list yielded gets a Specialization each.
 
-    overrides: kernel -> fields of tiles.Config to replace.
+    overrides: kernel -> fields of tiles.Config to replace, or of tiles.GemmConfig.
     """
     if devices.interpreting():
         raise RuntimeError("recording: TRITON_INTERPRET is set, which leaves nothing to compile; expected it unset")
@@ -365,14 +397,18 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
 
     def run_warmup(self, *args, grid, warmup, **kwargs):
         tensors = (one for pair in zip(self.arg_names, args, strict=False) for one in _within(*pair))
+        bytes_of: dict[str, int] = {}
         sizes: dict[str, int] = {}
         seen = set()
         for name, value, _ in tensors:
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()._cdata
-                sizes[name] = 0 if storage in seen else value.numel() * value.itemsize
+            tensor = value if isinstance(value, Tensor) else getattr(value, "base", None)  # of a descriptor
+            if tensor is not None:
+                storage = tensor.untyped_storage()._cdata
+                bytes_of[name] = 0 if storage in seen else tensor.numel() * tensor.itemsize
                 seen.add(storage)
-        launch.update(grid=tuple(grid), bytes_of=sizes)
+            elif type(value) is int:
+                sizes[name] = value
+        launch.update(grid=tuple(grid), bytes_of=bytes_of, sizes=sizes)
         try:
             return run(self, *args, grid=grid, warmup=True, **kwargs)
         finally:
@@ -389,6 +425,9 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
         return dataclasses.replace(config_for(kernel, *arguments), **(overrides or {}).get(kernel, {}))
 
     facts = devices.DeviceFacts(target.name, target.family, target.multiprocessors)
+    replaced = (overrides or {}).get("gemm", {})
+    gemms = tiles.GEMMS.get(target.family, {})
+    gemms = {product: dataclasses.replace(config, **replaced) for product, config in gemms.items()}
     with contextlib.ExitStack() as stack:
         for owner, name, replacement in (
             (JITFunction, "run", run_warmup),
@@ -403,6 +442,7 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
             (torch, "get_autocast_dtype", lambda device_type: variant.autocast),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
+        stack.enter_context(mock.patch.dict(tiles.GEMMS, {target.family: gemms} if gemms else {}))
         active, precision = triton.runtime.driver._active, torch.get_float32_matmul_precision()
         triton.runtime.driver.set_active(_Driver(target))
         torch.set_float32_matmul_precision(variant.precision)

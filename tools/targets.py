@@ -31,18 +31,26 @@ class Target:
         registers: of a thread; shared: bytes of a program. The tensor memory of sm_100 is not counted.
         """
         amd = self.name.startswith("gfx")
-        # registers are given to a warp in units, and each of the four schedulers has a quarter of them; and of each
-        # program's shared memory CUDA's driver keeps 1 KiB
-        threads, all_registers, unit, kept = (64, 4 * 512 * 64, 512, 0) if amd else (32, 65536, 256, 1024)
+        # registers are given to a warp in units, and each of the four schedulers has a quarter of them
+        threads, all_registers, unit = (64, 4 * 512 * 64, 512) if amd else (32, 65536, 256)
         of_scheduler = all_registers // 4 // max(unit, -(-registers * threads // unit) * unit)
         room = {
             "registers": 4 * of_scheduler // warps,
-            "shared memory": (self.shared_limit + kept) // max(shared + kept, 1),
+            "shared memory": self._sharing(shared),
             "threads": self.warps // warps,
             "programs": self.programs,
         }
         limit = min(room, key=room.get)
         return room[limit], limit
+
+    def _sharing(self, shared: int) -> int:
+        """The programs with so much shared memory that a multiprocessor has the memory for."""
+        kept = 0 if self.name.startswith("gfx") else 1024  # of each program's, by CUDA's driver
+        return (self.shared_limit + kept) // max(shared + kept, 1)
+
+    def has_room_for_two(self, shared: int) -> bool:
+        """True if two programs with so much shared memory may be on one multiprocessor."""
+        return self._sharing(shared) > 1
 
 
 # shared memory, warps and blocks: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability", the

@@ -43,6 +43,16 @@ def tile_bytes(ttir: str) -> Counter:
     return found
 
 
+def of_gemm(specialization: "Specialization") -> int:
+    """Bytes that all programs of a GEMM in Gluon load: its tiles' blocks of both operands at each step, gain, bias."""
+    blocks, sizes = specialization.blocks(), specialization.sizes
+    (block_m, block_k), block_n = blocks["x"], blocks["weight"][1 if specialization.constants()["NN"] else 0]
+    rows, columns = -(-sizes["M"] // block_m), -(-sizes["N"] // block_n)  # of tiles
+    steps = -(-sizes["K"] // block_k) + -(-sizes["R"] // block_k)
+    once_a_row = sum(specialization.bytes_of.get(name, 0) for name in ("gain", "bias"))
+    return rows * (columns * steps * 2 * (block_m + block_n) * block_k + once_a_row)
+
+
 def loaded(specialization: "Specialization", ttir: str) -> int:
     """Bytes that all programs load: tiles of a kernel without loops, or with one over blocks and in it one over steps.
 

@@ -4,6 +4,7 @@ All of it runs in subprocesses: in this one Triton may be interpreting, which le
 """
 
 import ast
+import importlib.util
 import inspect
 import json
 import os
@@ -25,6 +26,8 @@ from dora_kernels.kernels.shares import is_last  # noqa: E402
 ROOT = pathlib.Path(__file__).parents[2]
 TOKENS = (1, 16, 100, 1000, 4096, 4099, 65536)
 SCALINGS = (0.5, 1.0, 2.0)
+HAS_GLUON = importlib.util.find_spec("triton.experimental.gluon") is not None
+needs_gluon = pytest.mark.skipif(not HAS_GLUON, reason="this Triton has no Gluon")
 
 
 def _run(*command: str) -> subprocess.CompletedProcess:
@@ -41,7 +44,8 @@ def _kernels() -> set[str]:
     """The names of the kernels of the package, helpers that kernels call apart."""
     return {
         node.name
-        for path in (ROOT / "dora_kernels" / "kernels").glob("*.py")
+        for path in (ROOT / "dora_kernels" / "kernels").rglob("*.py")
+        if path.parent.name != "hopper" or HAS_GLUON
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list
     }
@@ -162,6 +166,15 @@ REJECTED = {
     # with one stage a tile is loaded where it is used
     "token_sums:num_stages=1": (SUMS, "on sm_90: dy is loaded synchronously"),
 }
+GEMM = "--target=sm_90", "--variant=bf16", "--rank=64", "--call=fused", "--kernel=gemm", "--set"
+WIDE_SLOTS = *GEMM, "gemm:stages=3", "--set", "gemm:parts=2", "--set"
+REJECTED_GEMMS = {
+    "gemm:stages=5": (GEMM, "over the limit"),  # 240 KiB
+    "gemm:consumer_registers=160": (WIDE_SLOTS, "a stack of"),
+    "gemm:consumer_registers=152": (GEMM, "the compiler has ignored setmaxnreg"),  # a product itself takes 154
+    "gemm:slots=3": (GEMM, "does not compile: gl.static_assert"),
+}
+REJECTED |= REJECTED_GEMMS if HAS_GLUON else {}
 REJECT = """
 import compile_kernels, contextlib, io, json, sys
 found = {}
@@ -362,8 +375,127 @@ def test_tokens_and_scaling_recompile_nothing(recorded, way):
     ways = {kernel: len(found) for kernel, found in keys.items() if len(found) > 1}
     assert ways == LAUNCHED_IN_WAYS, "kernels with more than one set of specialisations"
     # another dtype is another specialisation of whatever touches the inputs: the keys do tell calls apart
-    for kernel in ("_norm_kernel", "_epilogue_kernel", "_token_sums_kernel"):
+    for kernel in ("_norm_kernel" if way == "split" else "_merge_kernel", "_epilogue_kernel", "_token_sums_kernel"):
         assert not set(other_dtype[kernel]) & {key for found in keys[kernel] for key in found}
+
+
+@needs_gluon
+def test_of_the_gemm_each_role_has_its_registers(fast):
+    """The limits are those of the configuration; a part of what the consumers have, the producer has given up."""
+    lines = [line for line in fast.stdout.splitlines() if line.startswith("gemm_kernel ")]
+    assert len(lines) == 1  # the worst of forward and dx
+    found = re.findall(r", ([a-z]+ ?\d?) (\d+)/(\d+)", lines[0])
+    assert {name: limit for name, _, limit in found} == {"consumer 0": "240", "producer": "24", "consumer 1": "240"}
+    used = {name: int(registers) for name, registers, _ in found}
+    assert used["consumer 0"] > 128 and 1 < used["producer"] <= 24  # 128 are the sums
+    loops = [line.split(" | ") for line in fast.stdout.splitlines() if "| producer: " in line or "| consumer " in line]
+    assert any("2 UTMALDG" in " ".join(line) for line in loops)
+    assert any("4 HGMMA.64x256x16" in " ".join(line) for line in loops)
+
+
+# Triton itself imports Gluon where a kernel is launched: what may be missing are names
+WITHOUT_GLUON = """
+import sys
+from triton.experimental.gluon.language.nvidia.hopper import tma
+for name in ("async_copy_global_to_shared", "async_load"):
+    vars(tma).pop(name, None)
+import compile_kernels
+sys.exit(compile_kernels.main(sys.argv[1:]))
+"""
+
+
+@needs_gluon
+def test_a_triton_without_such_a_gluon_leaves_the_gemm_out_and_says_so():
+    done = _run("-c", WITHOUT_GLUON, *GEMM[:-1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left out, and nothing beside it: gemm_kernel, for Triton" in done.stdout
+
+
+SERIALIZED = """
+import changed_kernel, compile_kernels as tool, torch
+from unittest import mock
+from dora_kernels.kernels.hopper import launch
+
+WAIT = "warpgroup_mma_init(warpgroup_mma_wait(1, deps=(acc,)))"
+kernel = changed_kernel.changed(WAIT, WAIT[:-1] + " * 1.5)")  # reads what a product under way is adding to
+left, right = torch.empty(2, 1024, 1024, dtype=torch.bfloat16, device="meta")
+with mock.patch.object(launch, "kernel", lambda: kernel):
+    with tool.recording(tool.TARGETS["sm_90"], tool.VARIANTS["bf16"]) as recorded:
+        launch.gemm(left, right, nn=True)
+(one,) = recorded
+print(tool.verdict(tool.compile_ahead(one), one))
+"""
+
+
+@needs_gluon
+def test_products_that_wait_for_each_other_are_seen():
+    done = _run("-c", SERIALIZED)
+    assert "wgmma is serialized" in done.stdout, done.stdout + done.stderr
+
+
+# The JIT binds real arguments and compiles, and would launch next: the driver knows its device and no more.
+LAUNCHED = """
+import compile_kernels as tool, precompile, torch, triton
+from dora_kernels.kernels.hopper import launch
+from dora_kernels.planning import devices
+
+def gemms(device):
+    def half(*shape):
+        return torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+    adapter = {"low": half(64, 8), "lora": half(72, 8), "gain": torch.zeros(72, device=device), "bias": half(72)}
+    launch.gemm(half(64, 328), half(72, 328), nn=False, both=True, scaling=0.5, **adapter)
+    launch.gemm(half(64, 328), half(328, 72), nn=True)
+
+with tool.recording(tool.TARGETS["sm_90"], tool.VARIANTS["bf16"]) as recorded:
+    gemms("meta")
+ahead = [precompile.build(one) for one in recorded]
+
+from specializations import _Driver
+triton.runtime.driver.set_active(_Driver(tool.TARGETS["sm_90"]))
+devices.device_facts = lambda device: devices.DeviceFacts("pretended", "sm_90", 132)
+compiled, run = [], launch.kernel().run
+launch.kernel().run = lambda *arguments, warmup, **options: compiled.append(run(*arguments, warmup=True, **options))
+gemms("cpu")
+for one, other in zip(ahead, compiled, strict=True):
+    assert one.src.signature == other.src.signature and one.hash == other.hash
+    assert one.asm["cubin"] == other.asm["cubin"]
+"""
+
+
+@needs_gluon
+def test_a_gemm_compiled_ahead_is_what_a_launch_compiles():
+    done = _run("-c", LAUNCHED)
+    assert done.returncode == 0, done.stderr
+
+
+EVERY_GEMM = """
+import compile_kernels as tool, itertools, torch
+from dora_kernels.kernels.hopper import launch
+
+M = N = K = 1024
+jobs = []
+for dtype, nn, low, gain, bias, both in itertools.product((torch.bfloat16, torch.float16), *[(False, True)] * 5):
+    def empty(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    given = {"low": empty(M, 64), "lora": empty(*((64, N) if nn else (N, 64)))} if low else {}
+    given |= {"gain": empty(N, dtype=torch.float32)} if gain else {}
+    given |= {"bias": empty(N)} if bias else {}
+    with tool.recording(tool.TARGETS["sm_90"], tool.VARIANTS["bf16"]) as recorded:
+        launch.gemm(empty(M, K), empty(N, K), nn=nn, both=both, **given)
+    jobs += [tool.Job(str(dtype), 64, one.flags(), one) for one in recorded]
+assert len({job.specialization.key for job in jobs}) == 64
+complaints = tool.print_table(tool.compile_all(jobs, 2), every=True)
+assert not complaints, complaints
+"""
+
+
+@needs_gluon
+@pytest.mark.nightly  # 64 compilations
+def test_every_gemm_compiles_in_both_dtypes():
+    done = _run("-c", EVERY_GEMM)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 ROUNDING = """

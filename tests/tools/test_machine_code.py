@@ -113,6 +113,7 @@ def test_threads_meet_again_where_bssy_says():
         "LDSM.16.M88.4": "LDSM",
         "BAR.SYNC.DEFER_BLOCKING": "BAR",
         "DEPBAR.LE": "other",
+        "SYNCS.PHASECHK.TRANS64.TRYWAIT": "SYNCS",
         "SHFL.BFLY": "SHFL",
         "HGMMA.64x128x16.F32.BF16": "HGMMA.64x128x16",
         "HMMA.16816.F32.BF16": "HMMA.16816",
@@ -173,7 +174,14 @@ def test_loads_of_ptx_and_the_arguments_that_they_read():
     ]
 
 
-def _compiled(*loads: tuple, name: str = "_other_kernel", rank: int = 64, loops: dict | None = None, **constants):
+def _compiled(
+    *loads: tuple,
+    name: str = "_other_kernel",
+    rank: int = 64,
+    loops: dict | None = None,
+    roles: tuple = (),
+    **constants,
+):
     """(job, compiled) with these loads (loop, argument, bytes, asynchronous); the machine code has them too."""
     loads = [machine_code.Load(*load) for load in loads]
     if loops is None:
@@ -194,7 +202,7 @@ def _compiled(*loads: tuple, name: str = "_other_kernel", rank: int = 64, loops:
     job = SimpleNamespace(variant="bf16", rank=rank, call="train", shape=(8192, 4096, 4096))
     job.specialization = specialization
     resources = {"registers": 140, "spills": 0, "shared": 65536, "programs": 3, "limited_by": "registers", "error": ""}
-    return job, SimpleNamespace(loops=loops, loads=loads, through_l2=2345678, **resources)
+    return job, SimpleNamespace(loops=loops, loads=loads, roles=roles, through_l2=2345678, **resources)
 
 
 def _complaints(*results, everything: bool = False) -> list[str]:
@@ -286,6 +294,35 @@ def test_the_table_has_a_row_for_what_is_outside_and_for_each_loop():
     assert (inner["kernel"], inner["loop"], inner["instructions"], inner["SHFL"]) == ("", "1.1", "17", "4")
     assert (inner["device memory"], inner["shared memory"]) == ("8 LDGSTS.128", "1 STS.32")
     assert inner["tensor cores"] == "4 HGMMA.64x128x16"
+
+
+ROLES = (("", 3, 168), ("producer", 7, 24), ("", 0, 24), ("consumer 1", 176, 240))
+OF_ROLES = {
+    "producer": {"other": 9},
+    "producer: 1": {"integer": 40},
+    "producer: 1.1": {"UTMALDG": 2, "SYNCS": 2},
+    "producer: 1.1.1": {"SYNCS": 1, "other": 1},  # it waits
+    "consumer 1": {"BAR": 2},
+    "consumer 1: 1": {"UTMASTG": 8, "STSM": 32},
+    "consumer 1: 1.1": {"HGMMA.64x256x16": 4, "BAR": 2, "SYNCS": 2},
+}
+
+
+def test_of_a_kernel_with_roles_the_loops_that_copy_or_multiply_have_rows():
+    found = _compiled(name="gemm_kernel", loops=OF_ROLES, roles=ROLES)
+    rows = [dict(zip(hot_loops.HEADER, row, strict=True)) for row in hot_loops.rows(*found)]
+    expected = [("producer: 1.1", "7 of 24"), *((f"consumer 1: {loop}", "176 of 240") for loop in ("1", "1.1"))]
+    assert [(row["loop"], row["registers"]) for row in rows] == expected
+    assert [row["kernel"] for row in rows] == ["gemm", "", ""]
+    assert (rows[0]["device memory"], rows[0]["shared memory"]) == ("2 UTMALDG", "2 SYNCS")
+    assert [row[hot_loops.HEADER.index("loop")] for row in hot_loops.rows(*found, every=True)] == list(OF_ROLES)
+
+
+def test_a_role_loads_by_the_copy_engine_alone():
+    assert not _complaints(_compiled(name="gemm_kernel", loops=OF_ROLES, roles=ROLES))
+    loops = OF_ROLES | {"consumer 1: 1": {"LDG.32": 64}}
+    said = _complaints(_compiled(name="gemm_kernel", loops=loops, roles=ROLES))
+    assert said == ["LDG.32 in consumer 1: 1; expected the copy engine alone"]
 
 
 def test_a_kernel_without_a_loop_has_one_row_and_others_one_for_each_loop():

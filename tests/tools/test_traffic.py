@@ -75,3 +75,14 @@ def test_what_is_not_known_is_0():
     deeper = TTIR.replace('%r = "tt.reduce"', 'scf.for %r = %a to %b step %c : i32 {\n}\n%r = "tt.reduce"')
     assert traffic.loaded(launched(4, 4, 10), deeper) == 0
     assert traffic.loaded(SimpleNamespace(grid=(4,), work=None), TTIR) == 0
+
+
+def test_a_gemm_loads_both_blocks_at_each_step_of_a_tile_and_its_columns_once_a_row_of_tiles():
+    def gemm(nn: bool, R: int, **columns: int) -> SimpleNamespace:
+        blocks = {"x": (128, 64), "weight": (64, 256) if nn else (256, 64)}
+        sizes = {"M": 300, "N": 512, "K": 320, "R": R}
+        return SimpleNamespace(blocks=lambda: blocks, sizes=sizes, constants=lambda: {"NN": nn}, bytes_of=columns)
+
+    step = 2 * (128 * 64 + 256 * 64)
+    assert traffic.of_gemm(gemm(True, 0)) == 3 * 2 * 5 * step
+    assert traffic.of_gemm(gemm(False, 16, gain=4 * 512, bias=2 * 512)) == 3 * 2 * 6 * step + 3 * 6 * 512
