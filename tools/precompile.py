@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from unittest import mock
 
 import compile_kernels
 import specializations
@@ -20,7 +21,6 @@ import torch
 import triton
 from candidates import PRECISIONS, SUBJECTS, candidates
 from specializations import TARGETS, Specialization, Target
-from triton.compiler import ASTSource
 
 from bench import kernels
 from bench.lib.shapes import LayerCase
@@ -94,8 +94,10 @@ def launched_by(candidate: Trial) -> list[Specialization]:
 
 def build(specialization: Specialization) -> Any:
     """The compiled kernel, from Triton's cache where it is there."""
-    source = ASTSource(specialization.kernel, specialization.signature, specialization.constexprs, specialization.attrs)
-    return triton.compile(source, target=specialization.target.gpu, options=specialization.options.__dict__)
+    options = specialization.options
+    # which Triton 3.6 asks instead of the options
+    with mock.patch.object(triton.knobs.compilation, "instrumentation_mode", options.instrumentation_mode):
+        return triton.compile(specialization.source(), target=specialization.target.gpu, options=options.__dict__)
 
 
 def build_launcher(kernel: Any) -> None:

@@ -26,7 +26,7 @@ from dora_kernels import ops
 from dora_kernels.extras.serving import AdapterBank, bank_linear
 from dora_kernels.functional import linear, weight
 from dora_kernels.functional.rescale import rescale
-from dora_kernels.planning import configs, devices, tiles
+from dora_kernels.planning import configs, devices, measured, plan, tiles
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.types import DoraWeight
 
@@ -95,6 +95,12 @@ def step(inputs: Inputs, *, scaling: float = 0.5, bias: bool = True, drop: bool 
             norm_grad=norm_grad,
         )[0]
         y.backward(torch.empty_like(y))
+
+
+def step_beside(inputs: Inputs, **arguments) -> None:
+    """One forward and backward pass the fused way, with all that can run beside the GEMM of dx beside it."""
+    with mock.patch.object(plan, "beside", lambda *asked, **named: measured.BESIDE["all"]):
+        step(inputs, way="fused", **arguments)
 
 
 def _frozen(inputs: Inputs) -> Inputs:
@@ -217,8 +223,8 @@ CALLS: dict[str, Callable[[Inputs], None]] = {
     "no bias": lambda inputs: step(inputs, bias=False),
     "split": lambda inputs: step(inputs, way="split"),
     "merged": lambda inputs: step(inputs, way="merged"),
-    "fused": lambda inputs: step(inputs, way="fused"),
-    "fused, no bias": lambda inputs: step(inputs, way="fused", bias=False),
+    "fused": step_beside,
+    "fused, no bias": lambda inputs: step_beside(inputs, bias=False),
     "fused inference": lambda inputs: _infer(inputs, way="fused"),
     "exact": lambda inputs: step(inputs, precision="exact"),
     "dropout": lambda inputs: step(inputs, drop=True),
@@ -442,6 +448,8 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
             (torch, "get_autocast_dtype", lambda device_type: variant.autocast),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
+        # what was planned for such tensors may have been for another GPU
+        stack.enter_context(mock.patch.dict(linear._known, clear=True))
         stack.enter_context(mock.patch.dict(tiles.GEMMS, {target.family: gemms} if gemms else {}))
         active, precision = triton.runtime.driver._active, torch.get_float32_matmul_precision()
         triton.runtime.driver.set_active(_Driver(target))

@@ -115,8 +115,9 @@ def test_the_filter_names_every_kernel_of_the_package_and_only_them():
     option, pattern = sanitizer.ONLY_OURS
     assert option == "--kernel-regex" and pattern.startswith("kns=")
     kernels = []
-    for path in (ROOT / "dora_kernels" / "kernels").glob("*.py"):
-        kernels += re.findall(r"^def (_\w+_kernel)\(", path.read_text(), re.MULTILINE)
-    assert len(kernels) >= 8 and all(re.search(pattern[4:], kernel) for kernel in kernels)
+    for path in (ROOT / "dora_kernels" / "kernels").rglob("*.py"):
+        kernels += re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)
+    assert len(kernels) >= 9 and "gemm_kernel" in kernels and all(re.search(pattern[4:], kernel) for kernel in kernels)
     torch_s = ("vectorized_elementwise_kernel", "reduce_kernel", "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n")
+    torch_s += ("cutlass_gemm_kernel", "gemm_kernel2x1")
     assert not any(re.search(pattern[4:], kernel) for kernel in torch_s)

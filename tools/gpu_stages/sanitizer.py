@@ -26,7 +26,7 @@ SUMMARY = {
 }
 # What torch's own kernels do is not ours to judge, and checking them takes most of the time
 KERNELS = "norm|grouped_norm|merge|prepare|parts|project|epilogue|bank_epilogue|token_sums"
-ONLY_OURS = ("--kernel-regex", f"kns=_({KERNELS})_kernel")
+ONLY_OURS = ("--kernel-regex", f"kns=_({KERNELS})_kernel|^gemm_kernel$")
 # The smallest program that uses the GPU. A tool that cannot run it is refused by this machine's runtime (some
 # containers do not let a tool attach to the driver), and that says nothing about the package. It is run where the tests
 # have ended without the tool's summary, and not before them: torch is slow to start under a tool.

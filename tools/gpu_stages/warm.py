@@ -3,8 +3,8 @@
     PYTHONPATH=tools python -m gpu_stages.warm --seconds 30 --out ptxas.json      # --tuning: its candidates, too
     PYTHONPATH=tools python -m gpu_stages.warm --part layer model --out ptxas.json
 
-The kernels with the tiles that they have on this card, tuned ones if there is a table, the GEMMs of the probe, and the
-launcher that Triton builds with the C compiler for each signature. Processes are forked from one that has imported
+The kernels with the tiles that they have on this card, tuned ones if there is a table, and the launcher that Triton
+builds with the C compiler for each signature. Processes are forked from one that has imported
 everything and asked the GPU nothing: its name comes from one more of them.
 """
 
@@ -47,11 +47,17 @@ def launcher_one(entry: workload.Wanted) -> dict[str, Any]:
 
 
 def one_of_each_signature(wanted: Sequence[workload.Wanted]) -> list[workload.Wanted]:
-    """Kernels with different launchers: to them every pointer is alike, and so is every descriptor."""
+    """Kernels with different launchers: to them every pointer is alike, and so is every descriptor of as many sizes."""
     found: dict[str, workload.Wanted] = {}
     for entry in wanted:
-        found.setdefault(re.sub(r"\*\w+", "*", re.sub(r"tensordesc<[^>]*>", "tensordesc", entry.signature())), entry)
+        signature = re.sub(r"\*\w+", "*", entry.signature())
+        signature = re.sub(r"tensordesc<\w+\[([\d, ]+)\][^>]*>", _dimensions, signature)
+        found.setdefault(signature, entry)
     return list(found.values())
+
+
+def _dimensions(descriptor: re.Match) -> str:
+    return f"tensordesc of {len(descriptor[1].split(','))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

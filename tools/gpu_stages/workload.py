@@ -15,7 +15,7 @@ import specializations
 import torch
 from candidates import SUBJECTS
 from precompile import VARIANTS
-from specializations import Inputs, Specialization, Target, recording, step
+from specializations import Inputs, Specialization, Target, recording, step, step_beside
 
 import dora_kernels
 from bench import kernels
@@ -25,9 +25,13 @@ from bench.lib.shapes import LayerCase
 from bench.studies import beside, fused
 from bench.studies.gluon import gemm
 from dora_kernels.kernels import KERNELS
-from dora_kernels.planning import configs
+from dora_kernels.kernels.hopper.launch import why_not_gluon
+from dora_kernels.planning import configs, measured
+from dora_kernels.planning.tiles import GEMMS
+from gpu_stages import consan
 from gpu_stages.benchmarks import KERNEL_CASES
 
+WAY_SHAPES = ((8192, 4096, 4096, 64), (8192, 4096, 4096, 16), (8192, 4096, 4096, 384))
 MODEL = ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288))
 
 
@@ -54,53 +58,40 @@ class Wanted:
         return precompile.build(self.specialization)
 
     def resources(self, kernel: Any) -> dict[str, Any]:
-        """The compiler's figures for it."""
+        """The compiler's figures for it; of one with checks in it (consan.py) nobody cares for them."""
+        if self.specialization.options.instrumentation_mode:
+            return {"shared": kernel.metadata.shared}
         return dataclasses.asdict(compile_kernels.compile_ahead(self.specialization))
 
 
-@dataclasses.dataclass(frozen=True)
-class WantedGemm:
-    """A GEMM of bench/studies/gluon, as Wanted: Gluon's kernels are compiled by a way of their own."""
-
-    variant: str
-    stage: str = "probe"
-    name: str = "gemm_kernel"
-
-    def tiles(self) -> str:
-        return self.variant
-
-    def signature(self) -> str:
-        return f"{self.name} {self.variant}"
-
-    def build(self) -> Any:
-        return gemm.compile_ahead(gemm.VARIANTS[self.variant])
-
-    def resources(self, kernel: Any) -> dict[str, Any]:
-        found = gemm.resources(kernel)
-        return {"registers": found["registers"], "spills": found["stack"], "shared": found["shared"], "error": ""}
-
-
-def wanted(card: str, target: Target, parts: Collection[str], tuning: bool) -> list[Wanted | WantedGemm]:
+def wanted(card: str, target: Target, parts: Collection[str], tuning: bool) -> list[Wanted]:
     """All that these parts of the plans launch on the card of that name, each once, in their order.
 
-    tuning: with its candidates. What is already tuned on this card has the tiles of its table.
+    tuning: with its candidates, and what the race checker runs in the same plan. What is already tuned on this card
+    has the tiles of its table, and goes the ways that were measured there.
     """
-    tuned = configs.tuned_configs(card, target.family)
-    found: dict[tuple[str, str], Wanted] = {}
-    with mock.patch.object(configs, "tuned_configs", lambda *key: tuned):
+    tuned, ways = configs.tuned_configs(card, target.family), measured.table_of(card)
+    found: dict[tuple[str, str, str], Wanted] = {}
+    if tuning and _takes_gluon(target):
+        _add(found, "consan", consan.ahead(target))  # first: they take longest
+    with (
+        mock.patch.object(configs, "tuned_configs", lambda *key: tuned),
+        mock.patch.object(measured, "table_of", lambda name: ways),
+    ):
         for stage in parts:
             for recorded in PARTS[stage](target):
                 _add(found, stage, recorded)
     if tuning:
         for candidate in precompile.candidates_of(SUBJECTS, 2, target):
             _add(found, "tuning", precompile.launched_by(candidate))
-    gemms = "probe" in parts and target.name == "sm_90" and not gemm.why_not_gluon()
-    return [*found.values(), *(map(WantedGemm, gemm.VARIANTS) if gemms else ())]
+    return list(found.values())
 
 
-def _add(found: dict[tuple[str, str], Wanted], stage: str, recorded: list[Specialization]) -> None:
+def _add(found: dict[tuple[str, str, str], Wanted], stage: str, recorded: list[Specialization]) -> None:
     for specialization in recorded:
-        found.setdefault((specialization.name, specialization.key), Wanted(stage, specialization))
+        # the kernel that is broken on purpose has the name and the arguments of the one that is not
+        key = specialization.kernel.module, specialization.name, specialization.key
+        found.setdefault(key, Wanted(stage, specialization))
 
 
 @contextlib.contextmanager
@@ -183,18 +174,48 @@ def _decisive(target: Target) -> Iterator[list[Specialization]]:
             yield recorded
 
 
+def _ways(target: Target) -> Iterator[list[Specialization]]:
+    """A layer's passes by all ways. What runs beside dx in one of them runs by itself in another."""
+    for M, N, K, R in WAY_SHAPES:
+        inputs = _inputs(LayerCase(M, N, K, R, "bf16", "meta"))
+        for way in ("split", "fused", "merged"):
+            with _recording(target, "bf16") as recorded:
+                if way == "fused":
+                    step_beside(inputs, scaling=SCALING, bias=False)
+                step(inputs, scaling=SCALING, bias=False, way=way)
+                _infer(inputs, way=way)
+            yield recorded
+
+
 def _probe(target: Target) -> Iterator[list[Specialization]]:
-    """The work beside a GEMM; the GEMMs themselves are no specialisations."""
+    """The variants of the GEMM, and the work beside it."""
     with _recording(target, "bf16") as recorded:
         for mebibytes in beside.WORK_MEBIBYTES:
             beside.reader(torch.empty(mebibytes << 19, dtype=torch.bfloat16, device="meta"), target.multiprocessors)()
+        for variant in gemm.VARIANTS.values() if _takes_gluon(target) else ():
+            _launch_variant(variant, target.multiprocessors)
     yield recorded
+
+
+def _takes_gluon(target: Target) -> bool:
+    return target.family in GEMMS and why_not_gluon() is None
+
+
+def _launch_variant(variant: gemm.GemmVariant, programs: int) -> None:
+    M, N, K, R = WAY_SHAPES[0]
+    right, lora = ((K, N), (R, N)) if variant.nn else ((N, K), (N, R))
+    shapes = {"x": (M, K), "weight": right, "low": (M, R), "lora": lora, "y": (M, N), "z": (M, N)}
+    shapes |= {"gain": (N,), "bias": (N,)}
+    dtypes = zip(shapes, variant.dtypes().values(), strict=True)
+    given = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name, dtype in dtypes if dtype}
+    gemm.launcher(variant, **dict.fromkeys(shapes) | given, programs=programs)()
 
 
 PARTS: dict[str, Callable[[Target], Iterator[list[Specialization]]]] = {
     "kernels": _kernels,
     "layer": _layer,
     "model": _model,
+    "ways": _ways,
     "decisive": _decisive,
     "probe": _probe,
 }
