@@ -9,7 +9,8 @@ the reference before it is timed, against the default of tiles.py, at two or thr
 A candidate wins where it takes less than 0.97 of the default's time (geometric mean over the shapes) and loses at none.
 Ranks up to configs.HIGH_RANK and above it are apart, as in configs.py: what is best at one of 16 and 64 is nearly so at
 the other, and no tile is at 64 and at 384. The times of all candidates are kept, so that another rule can be applied
-without the card. The file is replaced after every kernel; a later run skips what this commit has finished.
+without the card. The file is replaced after every kernel, but for the part of bench.studies.ways; a later run skips
+what this commit has finished.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
 import multiprocessing
 import os
 import sys
@@ -38,7 +38,7 @@ from candidates import PRECISIONS, SUBJECTS  # noqa: E402
 from precompile import Judged  # noqa: E402
 
 from bench import kernels  # noqa: E402
-from bench.lib import machine  # noqa: E402
+from bench.lib import machine, tuned  # noqa: E402
 from bench.lib.measure import interleave, stopwatch_of  # noqa: E402
 from bench.lib.shapes import LayerCase  # noqa: E402
 from dora_kernels.planning import configs  # noqa: E402
@@ -71,24 +71,6 @@ def choose(default: Config, times: Times) -> tuple[Config, float]:
     return best, least if best != default else 1.0
 
 
-def read_table(path: Path) -> dict[str, Any]:
-    """The table so far; an empty one where there is none or it is broken."""
-    empty: dict[str, Any] = {"meta": {}, "configs": {}, "measured": {}}
-    try:
-        table = json.loads(path.read_text())
-        return empty | {name: dict(table[name]) for name in empty}
-    except (OSError, ValueError, KeyError, TypeError):
-        return empty
-
-
-def write_table(path: Path, table: dict[str, Any]) -> None:
-    """Whole or not at all, also where two GPUs of one name are tuned side by side."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
-
-
 Measure = Callable[[str, int, Sequence[Config]], Times]
 
 
@@ -109,8 +91,7 @@ def tune(
     device: whose conditions are kept for the end of each kernel.
     """
     end = clock() + seconds
-    table = read_table(path)
-    table["meta"] = information
+    table = {"configs": {}, "measured": {}} | tuned.read(path) | {"meta": information}
     size = str(operand_bytes)
     configs, measured = (table[part].setdefault(size, {}) for part in ("configs", "measured"))
     commit = information.get("commit")
@@ -135,14 +116,14 @@ def tune(
             best, ratio = choose(default, times)
         except ValueError as error:
             print(f"{name}: {error}", flush=True)
-            write_table(path, table)
+            tuned.write(path, table)
             continue
         configs.pop(name, None)
         if best != default:
             configs[name] = fields_of(best)
         tried = sum(found is not None for found in times.values())
         record |= {"commit": commit, "tried": tried, "over_default": round(ratio, 4)}
-        write_table(path, table)
+        tuned.write(path, table)
         print(f"{name}: {tried} of {len(times)} candidates, {ratio:.3f} of the default's time", flush=True)
     return []
 

@@ -10,6 +10,7 @@
     host_cases                   those that are measured
     host_instructions            their instructions, by callgrind
     host_measure, host_tables    what is measured of them, and its tables
+    tuned                        the table that the planner reads
     results, plots               readers of results/, and the plots of docs/figures/
 
 Each imports from its own line and those above.

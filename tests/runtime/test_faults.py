@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.checkpoint import checkpoint
 
 import dora_kernels
+from bench.lib import tuned
 from dora_kernels import DoraLinear, ops, options, reuse
 from dora_kernels.planning import configs, devices
 from dora_kernels.planning.options import Options, current_options
@@ -513,7 +514,7 @@ def test_a_killed_write_leaves_the_old_table_or_none(there_was_one, tune, tmp_pa
     default = configs.CONFIGS["sm_90", 2]["norm"]
     old = tune.fields_of(default) | {"num_stages": 4}
     if there_was_one:
-        tune.write_table(path, {"meta": {}, "configs": {"2": {"norm": old}}, "measured": {}})
+        tuned.write(path, {"meta": {}, "configs": {"2": {"norm": old}}, "measured": {}})
 
     def write_half_and_die():
         write_text = Path.write_text
@@ -523,7 +524,7 @@ def test_a_killed_write_leaves_the_old_table_or_none(there_was_one, tune, tmp_pa
             os.kill(os.getpid(), signal.SIGKILL)
 
         Path.write_text = half
-        tune.write_table(path, {"meta": {}, "configs": {"2": {"norm": {"BLOCK_N": 32}}}, "measured": {}})
+        tuned.write(path, {"meta": {}, "configs": {"2": {"norm": {"BLOCK_N": 32}}}, "measured": {}})
 
     process = multiprocessing.get_context("fork").Process(target=write_half_and_die)
     process.start()
@@ -537,22 +538,22 @@ def test_a_killed_write_leaves_the_old_table_or_none(there_was_one, tune, tmp_pa
     finally:
         configs.tuned_configs.cache_clear()
     assert path.exists() == there_was_one
-    tune.write_table(path, {"meta": {}, "configs": {}, "measured": {}})
+    tuned.write(path, {"meta": {}, "configs": {}, "measured": {}})
     assert json.loads(path.read_text())["configs"] == {}
 
 
-def test_two_tuners_of_one_table_do_not_write_into_one_file(tune, tmp_path, monkeypatch):
+def test_two_tuners_of_one_table_do_not_write_into_one_file(tmp_path, monkeypatch):
     """A second process comes in between writing and replacing: the last one wins, whole."""
     path = tmp_path / "t.json"
-    replace, pid = tune.os.replace, tune.os.getpid()
+    replace, pid = tuned.os.replace, tuned.os.getpid()
 
     def overtaken(partial, path):
-        monkeypatch.setattr(tune.os, "replace", replace)
-        monkeypatch.setattr(tune.os, "getpid", lambda: pid + 1)
-        tune.write_table(path, {"configs": "second"})
+        monkeypatch.setattr(tuned.os, "replace", replace)
+        monkeypatch.setattr(tuned.os, "getpid", lambda: pid + 1)
+        tuned.write(path, {"configs": "second"})
         replace(partial, path)
 
-    monkeypatch.setattr(tune.os, "replace", overtaken)
-    tune.write_table(path, {"configs": "first"})
+    monkeypatch.setattr(tuned.os, "replace", overtaken)
+    tuned.write(path, {"configs": "first"})
     assert json.loads(path.read_text()) == {"configs": "first"}
     assert list(tmp_path.iterdir()) == [path]

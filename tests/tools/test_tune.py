@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.lib import tuned
 from dora_kernels.planning import configs, devices
 from dora_kernels.planning.devices import DeviceFacts
 from dora_kernels.planning.tiles import Config
@@ -137,7 +138,7 @@ def test_every_table_of_the_package_is_whole(path, monkeypatch, caplog):
     table = json.loads(path.read_text())
     configs.tuned_configs.cache_clear()
     tuned = configs.tuned_configs(table["meta"]["device"], "sm_90")
-    assert len(tuned) == sum(len(kernels) for kernels in table["configs"].values()) and not caplog.records
+    assert len(tuned) == sum(map(len, table.get("configs", {}).values())) and not caplog.records
 
 
 def test_candidates_are_configurations_of_their_kernels():
@@ -306,18 +307,55 @@ def test_a_partial_run_goes_on_where_it_was(tmp_path):
 
 def test_a_table_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "tuned" / "t.json"
-    table = {"meta": {}, "configs": {"2": {}}, "measured": {}}
-    tune.write_table(path, table)
+    table = {"meta": {}, "configs": {"2": {}}, "measured": {}, "ways": []}
+    tuned.write(path, table)
     before = path.read_text()
     with pytest.raises(ValueError):
-        tune.write_table(path, {"configs": {"2": {"norm": float("nan")}}})
+        tuned.write(path, {"configs": {"2": {"norm": float("nan")}}})
     monkeypatch.setattr(os, "replace", lambda *names: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        tune.write_table(path, {"configs": {}})
+        tuned.write(path, {"configs": {}})
     assert path.read_text() == before
-    assert tune.read_table(path) == table
-    path.write_text("{")
-    assert tune.read_table(path) == {"meta": {}, "configs": {}, "measured": {}}
+    assert tuned.read(path) == table
+
+
+@pytest.mark.parametrize("text", ("{", "[]", '"ways"', ""))
+def test_of_a_broken_table_there_is_nothing(text, tmp_path):
+    (tmp_path / "t.json").write_text(text)
+    assert tuned.read(tmp_path / "t.json") == tuned.read(tmp_path / "none.json") == {}
+
+
+def test_a_part_that_is_not_what_it_should_be_costs_itself_alone(tmp_path):
+    (tmp_path / "t.json").write_text(json.dumps({"configs": [], "measured": {"2": {}}, "ways": {}, "more": 1}))
+    assert tuned.read(tmp_path / "t.json") == {"measured": {"2": {}}}
+
+
+def way(M: int, us: float) -> dict:
+    return {"M": M, "N": 4096, "K": 4096, "R": 64, "forward": {"split": us}}
+
+
+def test_tuning_keeps_what_was_measured_of_ways(tmp_path):
+    path = tmp_path / "t.json"
+    tuned.write(path, {"configs": {}, "ways": [way(8192, 1.0)]})
+    run_tune(path, {"norm": 0.8, "merge": 0.7})
+    assert tuned.read(path)["ways"] == [way(8192, 1.0)] and tuned.read(path)["configs"]["2"]
+
+
+def test_a_table_is_entered_part_by_part(folder, capsys):
+    package, card = folder / "nvidia-h200.json", {"device": "NVIDIA H200"}
+    new = folder / "new.json"
+    tuned.write(new, {"meta": card, "ways": [way(8192, 1.0), way(512, 1.0)]})
+    assert tuned.main([str(new)]) == 0
+    assert tuned.read(package) == {"meta": card, "ways": [way(8192, 1.0), way(512, 1.0)]}
+    best = {"2": {"norm": second("norm")}}
+    tuned.write(new, {"meta": card | {"commit": "c1"}, "configs": best, "measured": {"2": {}}})
+    assert tuned.enter(new) == package
+    assert tuned.read(package)["configs"] == best and len(tuned.read(package)["ways"]) == 2
+    tuned.write(new, {"meta": card, "ways": [way(8192, 2.0)]})
+    tuned.enter(new)
+    assert tuned.read(package)["ways"] == [way(512, 1.0), way(8192, 2.0)] and tuned.read(package)["configs"] == best
+    new.write_text("{")
+    assert tuned.main([str(new)]) == 1 and "is no table" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not devices.interpreting(), reason="tiny jobs for the interpreter")
