@@ -211,7 +211,7 @@ def stopwatch_of(device: torch.device) -> Callable[[Step], Callable[[], float]]:
 
 
 @functools.cache
-def _capture_stream() -> torch.cuda.Stream:
+def capture_stream() -> torch.cuda.Stream:
     """One for all captures: a pool's blocks serve the stream they were allocated on, and cuBLAS has a workspace (32 MiB
     on Hopper) for each.
     """
@@ -224,7 +224,7 @@ def capture(step: Callable[[], dict[str, Tensor]], pool: Any) -> tuple[torch.cud
     pool: torch.cuda.graph_pool_handle(), one for all graphs that are never replayed at once; a pool in which a capture
     has failed is not to be used again.
     """
-    stream = _capture_stream()
+    stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARMUP_STEPS):

@@ -195,3 +195,14 @@ def qdora_grid(device: str = "cuda") -> list[LayerCase]:
 
 
 GRIDS = {"core": core_grid, "cpu": cpu_grid, "decode": decode_grid, "full": full_grid, "qdora": qdora_grid}
+# M, N, K, R at which all ways of a layer are measured, most telling first: the square layer; a wide one; a high rank; a
+# larger one; a long reduction, where one GEMM for all is predicted not to pay; fewer tokens; a low rank
+WAY_SHAPES = (
+    (8192, 4096, 4096, 64),
+    (8192, 14336, 4096, 64),
+    (8192, 4096, 4096, 384),
+    (8192, 8192, 8192, 64),
+    (8192, 4096, 14336, 16),
+    (2048, 4096, 4096, 64),
+    (8192, 4096, 4096, 16),
+)

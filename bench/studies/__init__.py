@@ -1,7 +1,8 @@
 """Benchmarks that answer one question each: python -m bench.studies.dropout.
 
-    decisive      how should the package be built? one short run on a GPU (fused.py)
+    decisive      how should the package be built? one short run on a GPU
     probe         is a GEMM of our own worth it? (beside.py, gluon/)
+    ways          which way wins at which shape on this GPU? into the planner's table (one_layer.py)
     dropout       what does dropout cost?
     shared        what do layers that share x save?
     evaluation    what does frozen_adapters save in eval mode and decoding?

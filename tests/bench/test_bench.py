@@ -566,7 +566,7 @@ def test_a_capture_that_fails_gives_the_stream_back(end_raises, monkeypatch):
             inside.append("out")
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(measure, "_capture_stream", Stream)
+    monkeypatch.setattr(measure, "capture_stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
@@ -587,12 +587,12 @@ def test_graphs_of_a_pool_are_captured_on_one_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda one: used.append(one) or contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    measure._capture_stream.cache_clear()
+    measure.capture_stream.cache_clear()
     try:
         for _ in range(2):
             measure.capture(dict, None)
     finally:
-        measure._capture_stream.cache_clear()  # of what is no stream
+        measure.capture_stream.cache_clear()  # of what is no stream
     assert len(captures) == 2 and captures[0] is captures[1]
 
 
