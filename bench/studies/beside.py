@@ -1,7 +1,7 @@
-"""Memory-bound work beside a GEMM that leaves it a few multiprocessors: by which mechanism, and what that saves.
+"""The sums of a backward pass beside the GEMM of dx, which leaves them a few multiprocessors: how, and what that saves.
 
-The GEMM is dx = dy @ weight, beside which the backward pass has sums over dy and x to form. The work is a kernel that
-reads, with a program a multiprocessor: it holds so much shared memory that no program of a GEMM fits in beside it.
+The sums are the package's own steps, launched by a Side (kernels/side.py): P and dA, the sums over the tokens, or all.
+Each of their programs has a multiprocessor of its own; the mechanisms differ in how the GEMM is kept off those.
 """
 
 from __future__ import annotations
@@ -15,81 +15,113 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from bench.kernels import KernelOperands
 from bench.lib.apart import Row
 from bench.lib.measure import Step, interleave, stopwatch_of
+from bench.lib.problem import SCALING
 from bench.lib.shapes import LayerCase
-from bench.studies.gluon.candidates import SECONDS_EACH, Candidate, GemmInputs, sizes
+from bench.studies.gluon.candidates import Candidate, GemmInputs, sizes
+from dora_kernels.kernels import KERNELS, side
+from dora_kernels.kernels.side import Side
+from dora_kernels.planning.measured import BESIDE
+from dora_kernels.types import Prepared
 
-BLOCK, STAGES = 16384, 6  # 32 KiB a block: 160 KiB of shared memory
-# What it reads: dy alone, and dy with x or the saved base, at 8192 x 4096
-WORK_MEBIBYTES = (64, 128)
+# of BESIDE, what there is to hide
+WORK = tuple(name for name, steps in BESIDE.items() if steps)
+SECONDS_EACH = 0.5  # of one interleaved measurement
 # 1024 tiles of 128 x 256 take 8 waves on 128 multiprocessors as on 132
 FEWER_PROGRAMS = 128
 
-
-@triton.jit
-def read_kernel(
-    source_ptr,  # (blocks * BLOCK,) bf16, less than 2^31 of them
-    sums_ptr,  # (programs,) float32
-    blocks,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """sums = sums of the blocks that a program owns: each num_programs-th."""
-    acc = tl.zeros([BLOCK], dtype=tl.float32)
-    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
-        acc += tl.load(source_ptr + block * BLOCK + tl.arange(0, BLOCK)).to(tl.float32)
-    tl.store(sums_ptr + tl.program_id(0), tl.sum(acc))
+Work = Callable[["Side | None"], dict[str, Tensor]]
 
 
-def reader(source: Tensor, programs: int) -> Step:
-    """A function that reads all of a bf16 tensor with so many programs, one a multiprocessor."""
-    sums = torch.empty(programs, device=source.device)
-    return lambda: read_kernel[(programs,)](source, sums, source.numel() // BLOCK, BLOCK, STAGES, num_warps=8)
+def sums(operands: KernelOperands, names: tuple[str, ...], beside: Side | None = None) -> dict[str, Tensor]:
+    """The results of the steps named, as a backward pass that has kept z makes them. beside: where they run."""
+    o = operands
+    counters = KERNELS.counters(o.dy, *o.weight.shape)
+    prepared = Prepared(torch.empty_like(o.lora_B), 1.0, counters)
+    KERNELS.prepare(prepared, o.lora_B, o.gain)
+    of_sums, of_P, of_dA = (None, None, None) if counters is None else counters.unbind()
+    results = {}
+    if "token_sums" in names:
+        dB, dmagnitude = results["dB"], results["dmagnitude"] = torch.empty_like(o.lora_B), torch.empty_like(o.norm)
+        written = {"dB": dB, "dmagnitude": dmagnitude}
+        KERNELS.token_sums(
+            o.dy, o.low, SCALING, gain=o.gain, saved=o.base, norm=o.norm, counters=of_sums, side=beside, **written
+        )
+    if "project" in names:
+        P = KERNELS.project(o.dy, prepared.scaled_B.mT, counters=of_P, as_factor=True, side=beside)
+        results["dA"] = KERNELS.outer_product(P, o.x, SCALING, o.lora_A.dtype, counters=of_dA, side=beside)
+    return results
 
 
 @dataclass(frozen=True)
 class Mechanism:
-    """A way to leave `free` multiprocessors to the work: the GEMM, and the streams of the two (None: the current one,
-    and one of high priority).
+    """A way to leave a few multiprocessors to the sums: the GEMM, and the streams of the two (None: the current one,
+    and that of the package's Side).
     """
 
     gemm: Step
-    free: int = 4
     streams: tuple[torch.cuda.Stream, torch.cuda.Stream] | None = None
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """Inside, the current stream is the GEMM's, and a Side has the other one."""
+        if self.streams is None:
+            yield
+            return
+        before, (main, few) = torch.cuda.current_stream(), self.streams
+        main.wait_stream(before)
+        with torch.cuda.stream(main), mock.patch.dict(side._streams, {main: few}):
+            yield
+        before.wait_stream(main)
 
     def alone(self) -> None:
         """The GEMM on its stream."""
-        _forked([(self.streams[0] if self.streams else torch.cuda.current_stream(), self.gemm)])
+        with self._in_place():
+            self.gemm()
+
+    def both(self, work: Work, device: torch.device, gemm: bool = True) -> dict[str, Tensor]:
+        """The sums on a Side and, behind them, the GEMM beside; without the GEMM, the sums there alone."""
+        with self._in_place():
+            beside = Side(device)
+            results = work(beside)  # first: they need their place
+            if gemm:
+                self.gemm()
+            beside.join()
+        return results
 
 
-def measure(mechanism: Mechanism, cublas: Step, source: Tensor, seconds: float) -> dict[str, Any]:
-    """Microseconds of cuBLAS, of the work on all multiprocessors, of the one after the other and of both at once."""
-    everywhere = reader(source, torch.cuda.get_device_properties(source.device).multi_processor_count)
-    beside = reader(source, mechanism.free)
-    main, side = mechanism.streams or (torch.cuda.current_stream(), torch.cuda.Stream(priority=-1))
+def measure(mechanism: Mechanism, cublas: Step, work: Work, device: torch.device, seconds: float) -> Row:
+    """Microseconds of cuBLAS, of the sums on all multiprocessors, of the one after the other and of both at once.
+
+    Not ok where the sums have other bits beside the GEMM than alone.
+    """
 
     def in_turn() -> None:
         cublas()
-        everywhere()
+        work(None)
 
+    alone = functools.partial(mechanism.both, work, device, gemm=False)
+    both = functools.partial(mechanism.both, work, device)
+    first, second = alone(), both()
+    if not all(torch.equal(first[name], second[name]) for name in first):
+        return {"ok": False, "reason": "the sums are not the same beside the GEMM"}
     steps = {
         "cublas": cublas,
-        "work": everywhere,
+        "work": functools.partial(work, None),
         "in_turn": in_turn,
         "gemm": mechanism.alone,
-        "beside": lambda: _forked([(side, beside)]),
-        "both": lambda: _forked([(side, beside), (main, mechanism.gemm)]),  # the work first: it needs its place
+        "beside": alone,
+        "both": both,
     }
-    timings = interleave(steps, stopwatch_of(source.device), seconds)
-    us = {name: 1e3 * timing.median for name, timing in timings.items()}
-    return {"mebibytes": source.nbytes >> 20, "free": mechanism.free, "us": us} | savings(us)
+    us = {name: 1e3 * timing.median for name, timing in interleave(steps, stopwatch_of(device), seconds).items()}
+    return {"us": us} | savings(us)
 
 
 def savings(us: dict[str, float]) -> dict[str, float]:
@@ -101,17 +133,6 @@ def savings(us: dict[str, float]) -> dict[str, float]:
     saved = us["in_turn"] - us["both"]
     overlapped = (us["gemm"] + us["beside"] - us["both"]) / min(us["gemm"], us["beside"])
     return {"saved_us": saved, "hidden": saved / us["work"], "overlapped": overlapped}
-
-
-def _forked(branches: list[tuple[torch.cuda.Stream, Step]]) -> None:
-    """Each step on its stream, begun when the current stream comes here, which goes on when all have ended."""
-    current = torch.cuda.current_stream()
-    for stream, step in branches:
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            step()
-    for stream, _ in branches:
-        current.wait_stream(stream)
 
 
 def with_sm_target(gemm: Step, multiprocessors: int) -> Step:
@@ -201,11 +222,11 @@ def _with_carveout(gemm: Step, free: int) -> Step:
 
 
 def _in_partitions(gemm: Callable[[int], Step]) -> Mechanism:
-    main, side, most, few = partitions()
-    return Mechanism(gemm(most), few, (main, side))
+    main, few, most, _ = partitions()
+    return Mechanism(gemm(most), (main, few))
 
 
-# name -> the mechanism, from the inputs of dx and cuBLAS' call on them; own: with the GEMM of gluon/
+# name -> the mechanism, from the inputs of dx and cuBLAS' call on them; own: with the package's GEMM
 MECHANISMS: dict[str, Callable[[GemmInputs, Step], Mechanism]] = {
     "cuBLAS, priority stream": lambda inputs, mm: Mechanism(mm),
     "own GEMM, 128 programs": lambda inputs, mm: Mechanism(_own_gemm(inputs, FEWER_PROGRAMS)),
@@ -217,15 +238,17 @@ MECHANISMS: dict[str, Callable[[GemmInputs, Step], Mechanism]] = {
 
 
 def measure_mechanism(name: str, case: LayerCase) -> Iterator[Row]:
-    """A row for each amount of work."""
+    """A row for each of WORK."""
     try:
         mechanism, cublas = _prepared(name, case)
     except (ImportError, AttributeError, OSError) as error:  # a library or a function that is not there
         yield {"mechanism": name, "left_out": f"{type(error).__name__}: {error}"}
         return
-    for mebibytes in WORK_MEBIBYTES:
-        source = torch.randn(mebibytes << 19, device=case.device).bfloat16()
-        yield {"mechanism": name, **sizes(case)} | measure(mechanism, cublas, source, SECONDS_EACH)
+    operands = KernelOperands.random(case)
+    for what in WORK:
+        work = functools.partial(sums, operands, BESIDE[what])
+        measured = measure(mechanism, cublas, work, torch.device(case.device), SECONDS_EACH)
+        yield {"mechanism": name, **sizes(case), "beside": what} | measured
 
 
 def launched_with(name: str, case: LayerCase) -> Iterator[Row]:

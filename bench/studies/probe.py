@@ -4,7 +4,7 @@
     python -m bench.studies.probe --seconds 50 --shape 8192 4096 4096 64
 
 The package's forward pass is a GEMM of the vendor's and a pass over its result, and the bytes of that pass are its
-floor. Two things go past it: one kernel for both (gluon/), and memory-bound work beside a GEMM (beside.py).
+floor. Two things go past it: one kernel for both (gluon/), and the backward pass' sums beside its GEMM (beside.py).
 This measures whether they pay, most worth first. Sections run in processes apart, which are killed where they hang; the
 file is whole after every row. What the machine cannot do is a row with the reason. The last lines are the decisions.
 """
@@ -208,14 +208,14 @@ def _beside(rows: Sequence[Row]) -> list[str]:
     for what, asked in (("WORK BESIDE A GEMM", list(beside.MECHANISMS)), ("OUR GEMM FOR IT", own)):
         few = [row for row in rows if "hidden" in row and row["mechanism"] in asked]
         amounts = collections.Counter(row["mechanism"] for row in few)
-        full = [name for name, count in amounts.items() if count == len(beside.WORK_MEBIBYTES)]
+        full = [name for name, count in amounts.items() if count == len(beside.WORK)]
         absent = {row["mechanism"] for row in rows if "left_out" in row and row["mechanism"] in asked}
         if few:
             best = max(few, key=lambda row: row["hidden"])
             answer = _answer(best["hidden"] > LEAST_HIDDEN, len(full) + len(absent) == len(asked))
             count = f"{len(full)} of {len(asked)}" + (f", {len(absent)} cannot be had" if absent else "")
             verdict = f"{what}: {answer}, the rule is above {LEAST_HIDDEN:.0%}, {count}"
-            shares = f"{best['hidden']:.0%} of {best['mebibytes']} MiB hidden, {best['overlapped']:.0%} overlapped"
+            shares = f'{best["hidden"]:.0%} of "{best["beside"]}" hidden, {best["overlapped"]:.0%} overlapped'
             lines.append(f"{best['mechanism']}: {best['saved_us']:+.1f} us, {shares}; {verdict}")
     return lines
 
