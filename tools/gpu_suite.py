@@ -44,7 +44,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import torch  # noqa: E402
 from gpu_stages import card, saving, telling  # noqa: E402
-from gpu_stages.benchmarks import KERNEL_CASES, benchmark, compiled, tuning, warm  # noqa: E402
+from gpu_stages.benchmarks import KERNEL_CASES, benchmark, compiled, tuning, warm, ways  # noqa: E402
 from gpu_stages.device_tests import tests_core, tests_failed  # noqa: E402
 from gpu_stages.running import Stage, Suite, finished_before, run_stages  # noqa: E402
 from gpu_stages.sanitizer import sanitizer  # noqa: E402
@@ -78,10 +78,11 @@ FIRST = (
     Stage("warm", 16, 20, 40, warm, "ptxas.json"),
     Stage("kernels", 20, 35, 50, KERNELS, "kernels.json"),
     Stage("tests_core", 40, 60, 85, tests_core, "tests_core.xml"),
+    # these two keep their own time, and kill what hangs
+    Stage("ways", 30, 45, 55, ways, "ways.json"),
     Stage("head", 26, 34, 45, _layer("head", *HEAD, *EAGER, *STEPS), "head.json"),
-    Stage("decisive", 30, 50, 70, _bench("decisive", module="studies.decisive", roof=True), "decisive.json"),
-    # keeps its own time, and kills what hangs
-    Stage("probe", 40, 52, 60, _bench("probe", module="studies.probe", show=12, spare=6), "probe.json"),
+    Stage("probe", 40, 50, 60, _bench("probe", module="studies.probe", show=12, spare=6), "probe.json"),
+    Stage("decisive", 30, 36, 50, _bench("decisive", module="studies.decisive", roof=True), "decisive.json"),
     SAVE,
 )
 SECOND = (

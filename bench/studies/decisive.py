@@ -1,7 +1,7 @@
 """The measurements that decide how the package is built, in order of worth; one short run answers all of them.
 
     python -m bench.studies.decisive                                  # into bench/results/<gpu>/decisive.json
-    python -m bench.studies.decisive --section fused_gemm host_cost
+    python -m bench.studies.decisive --section host_cost cublas_gemms
 
 Each section is a function from a Bench to rows. One that raises leaves a row that says so, and the next one runs; the
 file is complete after every section. Every kernel alone, against the roof: bench.kernels.
@@ -10,7 +10,6 @@ file is complete after every section. Every kernel alone, against the roof: benc
 from __future__ import annotations
 
 import argparse
-import itertools
 import pathlib
 import statistics
 import sys
@@ -32,10 +31,7 @@ from bench.lib.problem import SCALING
 from bench.lib.report import write
 from bench.lib.roof import Roof, median_ms, roof_for
 from bench.lib.shapes import LayerCase
-from bench.studies.fused import FUSED_TILES, fused_linear
 from dora_kernels.planning import costs, devices, measured, plan
-from dora_kernels.testing import compare
-from dora_kernels.types import Steps
 
 Row = dict[str, Any]
 
@@ -179,61 +175,11 @@ def merged_against_split(bench: Bench) -> list[Row]:
     return rows
 
 
-def fused_gemm(bench: Bench) -> list[Row]:
-    """One Triton GEMM with the adapter as further columns of K and the gain in its epilogue, against cuBLAS + epilogue.
-
-    low is given to both. outputs: y alone as inference has it, or what a training step keeps beside it, too; cuBLAS +
-    epilogue has the base product in memory either way. All times are of CUDA graphs: five descriptors cost the host
-    more than the device takes for the smallest of these products.
-    """
-    rows = []
-    for sizes in ((8192, 4096, 4096, 64), (8192, 14336, 4096, 384), (8192, 8192, 8192, 64)):
-        case = bench.case(*sizes)
-        o = kernels.KernelOperands.random(case)
-        steps, backend = kernels.steps_for(case)
-        scaled_low = o.low * SCALING
-
-        def two_kernels(o: kernels.KernelOperands = o, steps: Steps = steps) -> dict[str, Tensor]:
-            return {"y": steps.epilogue(o.x @ o.weight.T, o.low, o.lora_B, o.gain, None, SCALING, o.x.dtype)}
-
-        z = o.x.double() @ o.weight.double().T + SCALING * (o.low.double() @ o.lora_B.double().T)
-        exact, yardstick = {"y": o.gain.double() * z, "z": z}, two_kernels()["y"]
-        yardsticks = {"y": yardstick, "z": z.to(o.x.dtype)}
-        shape = {"M": case.M, "N": case.N, "K": case.K, "R": case.R}
-        flops = 2 * case.M * case.N * (case.K + case.R)
-        cublas, together = bench.graph_ms(lambda o=o: {"y": o.x @ o.weight.T}), bench.graph_ms(two_kernels)
-        rows.append(shape | {"variant": "cublas + epilogue", "ms": together, "cublas_ms": cublas})
-        tilings = FUSED_TILES if not bench.small else ((32, 32, 16, 4, 2),)
-        # by pointers both outputs do not fit the registers at 128 x 256
-        variants = ((True, 1), (True, 2), (False, 1)) if backend == "triton" else ()
-        for (descriptors, outputs), tiles in itertools.product(variants, tilings):
-            row = shape | {"variant": "descriptors" if descriptors else "pointers", "tiles": tiles, "outputs": outputs}
-
-            def fused(
-                o: kernels.KernelOperands = o,
-                scaled_low: Tensor = scaled_low,
-                settings: tuple[Any, ...] = (tiles, descriptors, outputs == 2),
-            ) -> dict[str, Tensor]:
-                y, z = fused_linear(o.x, scaled_low, o.weight, o.lora_B, o.gain, *settings)
-                return {"y": y} if z is None else {"y": y, "z": z}
-
-            try:
-                error = max(compare(n, found, yardsticks[n], exact[n]).error for n, found in fused().items())
-                row |= {"error": error, "ok": error < 1e-2}  # bf16: 2e-3; a wrong tile: 1e-1 and more
-                ms = bench.graph_ms(fused)
-                row |= {"ms": ms, "teraflops": 1e-9 * flops / ms, "over_two_kernels": ms / together}
-            except Exception as error:  # out of shared memory, say: the other tiles still have something to say
-                row |= {"ok": False, "reason": f"{type(error).__name__}: {error}"[:300]}
-            rows.append(row)
-    return rows
-
-
 SECTIONS: dict[str, Callable[[Bench], list[Row]]] = {
     section.__name__: section
     for section in (
         host_cost,
         merged_against_split,
-        fused_gemm,
         cublas_gemms,
         merge_at_high_rank,
         norm_of_float32_adapters,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import lzma
-import shutil
 import sys
 import tarfile
 import time
@@ -12,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.lib import report
-from dora_kernels.planning import configs
+from bench.lib import report, tuned
 from gpu_stages import saving
 from gpu_stages.running import GRACE_SECONDS, Suite
 
@@ -77,7 +75,7 @@ def not_measured(rows: Sequence[dict[str, Any]]) -> list[str]:
     """One line for each row that is not ok, or whose CUDA graph could not be captured."""
     if any("provider" in row for row in rows):
         return [line.partition("\n")[0] for line in report.problems(rows)]
-    wanted = "section attempt fact kernel by variant M N K R precision tiles reason error".split()
+    wanted = "section attempt fact kernel by variant M N K R pass way precision tiles reason error".split()
     bad = [row for row in rows if not row.get("ok", True)]
     lines = (" ".join(str(row[name]) for name in wanted if row.get(name) not in (None, "")) for row in bad)
     return list(dict.fromkeys(line.partition("\n")[0] for line in lines))
@@ -105,10 +103,8 @@ def tuning(suite: Suite, seconds: float) -> dict[str, Any]:
     outcome = benchmark(suite, seconds - WINNERS_SECONDS, "tuned", ["tools/tune.py"], spare=12)
     outcome = {name: outcome[name] for name in ("ok", "reason") if name in outcome}
     if path.exists():
-        table = json.loads(path.read_text())
-        package = configs.tuned_path(table["meta"]["device"])
-        package.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, package)
+        tuned.enter(path)
+        table = tuned.read(path)
         measured = table["measured"].get("2", {})
         # without it: the default itself was wrong or refused
         outcome["over_default"] = {kernel: found.get("over_default", "-") for kernel, found in measured.items()}
@@ -117,6 +113,19 @@ def tuning(suite: Suite, seconds: float) -> dict[str, Any]:
             left = max(end - time.monotonic(), WINNERS_SECONDS)
             winners = benchmark(suite, left, "ptxas_tuned", command, spare=1, variables=COMPILING)
             outcome["note"] = f"{winners.get('rows', 0)} kernels compiled with the tuned tiles"
+    return outcome
+
+
+def ways(suite: Suite, seconds: float) -> dict[str, Any]:
+    """The ways of a layer, into ways.json, and the planner's table of what won where into tuned_ways.json and into the
+    package, where the stages after this one find it.
+    """
+    table = suite.work / "tuned_ways.json"
+    table.unlink(missing_ok=True)
+    outcome = benchmark(suite, seconds, "ways", ["-m", "bench.studies.ways", "--table", str(table)], spare=6, show=8)
+    outcome["told"] = read(suite.work / "ways.json")["meta"].get("told", [])
+    if table.exists():
+        outcome["note"] = f"entered into {tuned.enter(table).name}"
     return outcome
 
 

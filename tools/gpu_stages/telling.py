@@ -32,6 +32,7 @@ def summary(results: Sequence[Row], work: Path, plan: str = "first") -> str:
         failures = result.get("failures") or {}
         lines += [f"    {name}: {(message or '-').splitlines()[0]}"[:200] for name, message in _first(failures.items())]
         lines += [f"    {line[:200]}" for line in _first(result.get("not_measured", ()))]
+        lines += [f"    {line}" for line in result.get("told", ())]
     for name in ("head", "layer"):
         rows = read(work / f"{name}.json")["rows"]
         if rows and any(result["stage"] == name for result in results):
@@ -115,10 +116,12 @@ def _steps(work: Path, over: str) -> str:
     return _each(work, lambda work, sizes: _step(work, sizes, over), (SQUARE, WIDE, FEW))
 
 
-def _fused(work: Path) -> str:
-    rows = _rows(work, "decisive", section="fused_gemm", outputs=1, **_sizes(SQUARE))
-    best = min((row for row in rows if row.get("over_two_kernels")), key=lambda row: row["over_two_kernels"])
-    return f"{best['over_two_kernels']:.2f} ({best['variant']} {best['tiles']})"
+def _ways(work: Path, name: str) -> str:
+    """The fastest way of a pass at the square layer, and its time over that of the way taken without a measurement."""
+    us = {row["way"]: row["us"] for row in _rows(work, "ways", **{"pass": name}, **_sizes(SQUARE)) if "us" in row}
+    before = "none" if name == "backward" else "split"
+    best = min(us, key=lambda way: us[way])
+    return f"{best} {us[best] / us[before]:.3f}"
 
 
 def _merged_wins(work: Path) -> str:
@@ -186,7 +189,9 @@ _FIRST: dict[str, Callable[[Path], str]] = {
     ),
     "step over frozen, square / R = 384 / 512 tokens": lambda work: _steps(work, "frozen"),
     "step over PEFT DoRA, the same": lambda work: _steps(work, "peft_dora"),
-    "fused GEMM over two kernels": _fused,
+    "forward / inference / backward by the fastest way": lambda work: _each(
+        work, _ways, ("forward", "inference", "backward")
+    ),
     "host, forward+backward": _host,
     "merged beats split at M": _merged_wins,
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 from unittest import mock
@@ -15,15 +14,16 @@ import specializations
 import torch
 from candidates import SUBJECTS
 from precompile import VARIANTS
-from specializations import Inputs, Specialization, Target, recording, step, step_beside
+from specializations import Inputs, Specialization, Target, recording, step
 
 import dora_kernels
 from bench import kernels
 from bench.lib import shapes
 from bench.lib.problem import SCALING
 from bench.lib.shapes import LayerCase
-from bench.studies import beside, fused
+from bench.studies import beside, probe
 from bench.studies.gluon import gemm
+from bench.studies.one_layer import WAYS, planned
 from dora_kernels.kernels import KERNELS
 from dora_kernels.kernels.hopper.launch import why_not_gluon
 from dora_kernels.planning import configs, measured
@@ -31,7 +31,6 @@ from dora_kernels.planning.tiles import GEMMS
 from gpu_stages import consan
 from gpu_stages.benchmarks import KERNEL_CASES
 
-WAY_SHAPES = ((8192, 4096, 4096, 64), (8192, 4096, 4096, 16), (8192, 4096, 4096, 384))
 MODEL = ((4096, 4096), (1024, 4096), (12288, 4096), (4096, 12288))
 
 
@@ -164,34 +163,27 @@ def _decisive(target: Target) -> Iterator[list[Specialization]]:
         step(inputs, scaling=SCALING, bias=False)
         _infer(inputs)
     yield recorded
-    for sizes in ((8192, 4096, 4096, 64), (8192, 14336, 4096, 384), (8192, 8192, 8192, 64)):
-        operands = kernels.KernelOperands.random(LayerCase(*sizes, "bf16", "meta"))
-        given = (operands.x, operands.low, operands.weight, operands.lora_B, operands.gain)
-        # by descriptors or pointers, one output or both; by pointers both do not fit the registers
-        for tiles, settings in itertools.product(fused.FUSED_TILES, ((True, False), (True, True), (False, False))):
-            with _recording(target, "bf16") as recorded:
-                fused.fused_linear(*given, tiles, *settings)
-            yield recorded
 
 
 def _ways(target: Target) -> Iterator[list[Specialization]]:
-    """A layer's passes by all ways. What runs beside dx in one of them runs by itself in another."""
-    for M, N, K, R in WAY_SHAPES:
-        inputs = _inputs(LayerCase(M, N, K, R, "bf16", "meta"))
-        for way in ("split", "fused", "merged"):
+    """Every way of bench.studies.ways; a backward pass follows each forward pass, for the fastest is not known yet."""
+    for sizes in shapes.WAY_SHAPES:
+        inputs = _inputs(LayerCase(*sizes, "bf16", "meta"))
+        for way in WAYS["forward"]:
             with _recording(target, "bf16") as recorded:
-                if way == "fused":
-                    step_beside(inputs, scaling=SCALING, bias=False)
-                step(inputs, scaling=SCALING, bias=False, way=way)
                 _infer(inputs, way=way)
+                for steps in measured.BESIDE.values():
+                    with planned(steps):
+                        step(inputs, scaling=SCALING, bias=False, way=way)
             yield recorded
 
 
 def _probe(target: Target) -> Iterator[list[Specialization]]:
-    """The variants of the GEMM, and the work beside it."""
+    """The variants of the GEMM, and the sums beside it and by themselves."""
     with _recording(target, "bf16") as recorded:
-        for mebibytes in beside.WORK_MEBIBYTES:
-            beside.reader(torch.empty(mebibytes << 19, dtype=torch.bfloat16, device="meta"), target.multiprocessors)()
+        operands = kernels.KernelOperands.random(LayerCase(*probe.FIRST_SHAPE, "bf16", "meta"))
+        for side in (None, beside.Side(operands.x.device)):
+            beside.sums(operands, measured.BESIDE["all"], side)
         for variant in gemm.VARIANTS.values() if _takes_gluon(target) else ():
             _launch_variant(variant, target.multiprocessors)
     yield recorded
@@ -202,13 +194,13 @@ def _takes_gluon(target: Target) -> bool:
 
 
 def _launch_variant(variant: gemm.GemmVariant, programs: int) -> None:
-    M, N, K, R = WAY_SHAPES[0]
+    M, N, K, R = probe.FIRST_SHAPE
     right, lora = ((K, N), (R, N)) if variant.nn else ((N, K), (N, R))
-    shapes = {"x": (M, K), "weight": right, "low": (M, R), "lora": lora, "y": (M, N), "z": (M, N)}
-    shapes |= {"gain": (N,), "bias": (N,)}
-    dtypes = zip(shapes, variant.dtypes().values(), strict=True)
-    given = {name: torch.empty(shapes[name], dtype=dtype, device="meta") for name, dtype in dtypes if dtype}
-    gemm.launcher(variant, **dict.fromkeys(shapes) | given, programs=programs)()
+    sizes = {"x": (M, K), "weight": right, "low": (M, R), "lora": lora, "y": (M, N), "z": (M, N)}
+    sizes |= {"gain": (N,), "bias": (N,)}
+    dtypes = zip(sizes, variant.dtypes().values(), strict=True)
+    given = {name: torch.empty(sizes[name], dtype=dtype, device="meta") for name, dtype in dtypes if dtype}
+    gemm.launcher(variant, **dict.fromkeys(sizes) | given, programs=programs)()
 
 
 PARTS: dict[str, Callable[[Target], Iterator[list[Specialization]]]] = {
