@@ -52,6 +52,20 @@ norm, _ = kernels.norm(weight, A, B, 0.75)
 torch.testing.assert_close(norm, reference.norm(weight, A, B, 0.75)[0])
 with nan_filled_memory():
     assert torch.empty(3, device="cuda").isnan().all()
+def bf16(*shape):
+    return torch.randn(shape, device="cuda").bfloat16()
+def close(found, exact):
+    torch.testing.assert_close(found, exact.bfloat16(), rtol=2**-6, atol=1e-2)
+from dora_kernels.kernels.hopper import launch
+left, right, low, lora, gain, bias = bf16(40, 320), bf16(64, 320), bf16(40, 8), bf16(64, 8), bf16(64).float(), bf16(64)
+assert launch.why_not_gemm(left, right, low, lora, gain, bias) is None
+y, z = launch.gemm(left, right, nn=False, low=low, lora=lora, scaling=0.5, gain=gain, bias=bias, both=True)
+product = left.float() @ right.T.float()
+exact = product + 0.5 * low.float() @ lora.T.float()
+close(z, exact), close(y, gain * exact + bias)
+dx, nothing = launch.gemm(left, right.T.contiguous(), nn=True)
+close(dx, product)
+assert nothing is None
 with torch.autocast("cuda", dtype=torch.bfloat16):
     assert (weight @ weight.T).dtype == torch.bfloat16 and weight.norm().dtype == torch.float32
 threads = set()

@@ -16,8 +16,9 @@ does nothing, streams are one, and clocks are the host's: a number measured unde
 name says so ("Pretended ..."). Not for torch.compile, whose kernels would be for a real one.
 
 How: backend.cpp puts operators on PyTorch's CUDA key (library.py builds it with g++), cuda.py answers in place of
-torch.cuda, and an import hook starts both at the first `import torch`. Processes that are started meanwhile inherit it
-through PYTHONPATH (inherited/sitecustomize.py), but for those with CUDA_VISIBLE_DEVICES="", which see no GPU.
+torch.cuda, gemm.py in that of the one kernel in Gluon, and an import hook starts them with the first `import torch`.
+Processes that are started meanwhile inherit it through PYTHONPATH (inherited/sitecustomize.py), but for those with
+CUDA_VISIBLE_DEVICES="", which see no GPU.
 """
 
 import importlib.abc
@@ -98,6 +99,12 @@ def _devices_imported(devices: ModuleType) -> None:
     devices.interpreting = interpreting
 
 
+def _launch_imported(launch: ModuleType) -> None:
+    from tools.pretended_gpu import gemm
+
+    gemm.answer(launch)
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     """Has something done as soon as a module is imported; the others find it."""
 
@@ -106,6 +113,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         "torch": _torch_imported,
         "triton.runtime.interpreter": _interpreter_imported,
         "dora_kernels.planning.devices": _devices_imported,
+        "dora_kernels.kernels.hopper.launch": _launch_imported,
     }
 
     def find_spec(self, name, path=None, target=None):
