@@ -293,6 +293,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts[performance] = replaced(texts[performance], shared_inputs, "shared inputs")
     texts[performance] = replaced(texts[performance], figures(results), "one layer")
     texts[performance] = replaced(texts[performance], predictions.nf4_table(), "4-bit base")
+    ways = predictions.ways_table(load(results, "ways").values())
+    texts[performance] = replaced(texts[performance], ways, "ways")
     tables = {"dropout": dropout.table, "evaluation": evaluation.table, "host": host_tables.markdown}
     for name, table in tables.items():
         parts = [

@@ -6,8 +6,12 @@ python tools/roofline.py --predict        # prints the first table
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
-from dora_kernels.planning import costs, plan
+from bench.lib import tuned
+from bench.lib.shapes import WAY_SHAPES
+from dora_kernels.planning import costs, plan, side_costs
 from dora_kernels.planning.costs import Cost, Device, Shape
 
 # costs.DEVICES has the constants of these under the driver's names
@@ -92,3 +96,48 @@ def nf4_table() -> str:
         ratios = [f"{ours / seconds:.2f}" for seconds in theirs]
         lines.append(f"| {', '.join(map(str, sizes))} | {' | '.join((*times, *ratios))} |")
     return "\n".join(lines)
+
+
+def way_seconds(shape: Shape, device: Device) -> dict[str, dict[str, float]]:
+    """The time of a forward pass that keeps what it has to, and of a backward pass, by each of their ways."""
+    forward = {
+        "split": costs.forward_costs(shape, "split", device),
+        "fused": costs.forward_costs(shape, "fused", device),
+        "merged": costs.merged_forward_costs(shape, device),
+    }
+    merge = costs.seconds({"merge": costs.merge_cost(shape, device)}, shape, device)
+    return {
+        "forward": {way: costs.seconds(steps, shape, device) for way, steps in forward.items()},
+        "backward": {way: merge + rest for way, rest in side_costs.beside_seconds(shape, device).items()},
+    }
+
+
+def ways_table(measured: Iterable[dict[str, Any]] = ()) -> str:
+    """Microseconds of each way, with a gap of 1 us before a launch, and what won where bench.studies.ways measured."""
+    found = {data["meta"]["device"]: data["rows"] for data in measured}
+    lines = []
+    for sizes in WAY_SHAPES:
+        shape = Shape(*sizes, 2)
+        for card, device in CARDS.items():
+            times = way_seconds(shape, dataclasses.replace(device, launch=GAPS["graph"]))
+            if not lines:
+                columns = [f"{name}: {way}" for name, of in times.items() for way in of]
+                lines = [
+                    f"| M, N, K, R | card | {' | '.join(columns)} | measured |",
+                    "| --- " * (3 + len(columns)) + "|",
+                ]
+            cells = [f"{1e6 * seconds:.0f}" for of in times.values() for seconds in of.values()]
+            won = _won(found.get(device.facts.name, ()), sizes)
+            lines.append(f"| {', '.join(map(str, sizes))} | {card} | {' | '.join(cells)} | {won} |")
+    return "\n".join(lines)
+
+
+def _won(rows: Iterable[dict[str, Any]], sizes: tuple[int, ...]) -> str:
+    """The ways that won the passes of one shape; "" where nothing was measured."""
+    us: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
+    for row in rows:
+        if tuple(row[letter] for letter in "MNKR") == sizes and row["pass"] in us and "us" in row:
+            us[row["pass"]][row["way"]] = row["us"]
+    before = {"forward": "split", "backward": "none"}
+    of_both = {name: of for name, of in us.items() if before[name] in of and len(of) > 1}
+    return ", ".join(tuned.won(name, of, before[name]) for name, of in of_both.items())
