@@ -129,9 +129,10 @@ class Study:
         The first way of a pass is always tried: without it nothing can be said.
         """
         for (case, other, tried), row in self.rows.items():
-            fatal = row.get("reason", "").startswith(("killed: hangs", "its process died")) or "CUDA error" in row
+            reason = row.get("reason", "")
+            fatal = reason.startswith(("killed: hangs", "its process died")) or "CUDA error" in reason
             if fatal and tried == way != WAYS[name][0] and "errors" not in row and WAYS[other] == WAYS[name]:
-                return f"at {case}: {row['reason']}"
+                return f"at {case}: {reason}"
         return None
 
     def kept(self, case: LayerCase) -> str:

@@ -183,7 +183,13 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("does", "reason"), ((hang, "killed: hangs after"), (die, "its process died")))
+def fault():
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(
+    ("does", "reason"), ((hang, "killed: hangs after"), (die, "its process died"), (fault, "CUDA error: an illegal"))
+)
 def test_a_way_that_hangs_or_dies_costs_itself_alone(does, reason, tmp_path, monkeypatch):
     """And is not tried again at the next shape, by either forward pass, which have one kernel."""
     monkeypatch.setattr(ways, "SILENCE", (1, 1))
