@@ -45,6 +45,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import torch  # noqa: E402
 from gpu_stages import card, saving, telling  # noqa: E402
 from gpu_stages.benchmarks import KERNEL_CASES, benchmark, compiled, tuning, warm, ways  # noqa: E402
+from gpu_stages.consan import consan  # noqa: E402
 from gpu_stages.device_tests import tests_core, tests_failed  # noqa: E402
 from gpu_stages.running import Stage, Suite, finished_before, run_stages  # noqa: E402
 from gpu_stages.sanitizer import sanitizer  # noqa: E402
@@ -88,10 +89,12 @@ FIRST = (
 SECOND = (
     # some 530 kernels, at 1 s each in 15 processes
     Stage("warm", 25, 42, 60, partial(warm, more=["--tuning"]), "ptxas.json"),
-    Stage("tests_failed", 35, 50, 75, tests_failed, "tests_failed.xml"),
-    Stage("tuning", 45, 55, 80, tuning, "tuned.json"),
+    Stage("tests_failed", 35, 45, 75, tests_failed, "tests_failed.xml"),
+    # its cases start torch side by side, and their kernels are compiled
+    Stage("consan", 12, 18, 40, consan),
+    Stage("tuning", 45, 48, 80, tuning, "tuned.json"),
     Stage("layer", 35, 48, 65, _layer("layer", *LAYER, *EAGER, *STEPS), "layer.json"),
-    Stage("model", 40, 52, 80, _bench("model"), "model.json"),
+    Stage("model", 40, 46, 80, _bench("model"), "model.json"),
     Stage("compiled", 35, 41, 60, compiled, "factored_compose_compiled.json"),
     # What is left. Nobody knows yet how long torch takes to start under it: it may need more, and then says so.
     Stage("memcheck", 25, 25, 120, partial(sanitizer, tool="memcheck")),

@@ -24,7 +24,7 @@ from gpu_stages import benchmarks, card, device_tests, running, saving, telling 
 START_SECONDS = 15.0  # importing torch from a cold disk, before the first stage
 PLAN_NAMES = {
     "first": ["facts", "warm", "kernels", "tests_core", "ways", "head", "probe", "decisive", "save"],
-    "second": ["warm", "tests_failed", "tuning", "layer", "model", "compiled", "memcheck", "save"],
+    "second": ["warm", "tests_failed", "consan", "tuning", "layer", "model", "compiled", "memcheck", "save"],
 }
 BUDGETS = {"first": 340, "second": 340}
 
@@ -372,7 +372,7 @@ def commands(plan, share=lambda stage: 40.0):
             return running.CommandRun(0, self.work / "log")
 
     for stage in gpu_suite.PLANS[plan][0]:
-        if not stage.name.startswith(("tests", "memcheck", "save")):
+        if not stage.name.startswith(("tests", "consan", "memcheck", "save")):
             stage.run(Suite(Path("/nowhere"), "abc"), share(stage))
     return asked
 

@@ -162,7 +162,8 @@ def test_amd_is_given_no_bound_on_registers():
 
 
 def compiled(registers: int = 100, spills: int = 0, shared: int = 1024, programs: int = 2, **more) -> Compiled:
-    return Compiled(registers, spills, shared, programs=programs, limited_by="registers", **more)
+    figures = {"registers": registers, "spills": spills, "shared": shared, "programs": programs}
+    return Compiled(**figures, limited_by="registers", **more)
 
 
 @pytest.fixture
@@ -172,7 +173,8 @@ def one_core(monkeypatch):
     def judge(*given: list[Compiled]) -> precompile.Judged:
         target = precompile.TARGETS["sm_90"]
         # a kernel is given by its figures
-        kernel = SimpleNamespace(name="_kernel", target=target, work=SimpleNamespace(waves=2))
+        settings = {"work": SimpleNamespace(waves=2), "beside": False, "in_gluon": lambda: False}
+        kernel = SimpleNamespace(name="_kernel", target=target, **settings)
         room = {16 << place: figures for place, figures in enumerate(given)}
         monkeypatch.setattr(
             precompile,
