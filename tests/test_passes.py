@@ -72,6 +72,8 @@ def test_the_planner_is_told_what_was_measured(backend, table, asked):
     problem.ours(backend, way="merged")
     besides = [(arguments[0], *arguments[3:], keywords) for name, arguments, keywords in asked if name == "beside"]
     assert besides[-1] == ("merged", told, {"adapters_are_wider": False})
+    Problem.random(3, 40, 36, 6, torch.float16, torch.float32).ours(backend, way="merged")
+    assert [keywords for name, _, keywords in asked if name == "beside"][-1] == {"adapters_are_wider": True}
 
 
 @pytest.mark.parametrize("M", (1, 3, 300))

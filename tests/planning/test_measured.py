@@ -229,6 +229,10 @@ def test_split_is_for_up_to_twice_the_tokens():
     found = entry(inference={"split": 90.0, "merged": 100.0})
     ways = [forward(found, part="inference", M=M, otherwise="merged") for M in (1, 8192, 16384, 16385)]
     assert ways == ["split", "split", "split", "merged"]
+    # and at all with fewer, not more
+    for M, won, taken in ((2048, False, "merged"), (32768, False, "split"), (32768, True, "split")):
+        other = entry(M=M, inference={"split": 90.0 if won else 100.0, "merged": 100.0})
+        assert forward(found, other, part="inference", M=8192, otherwise="merged") == taken
 
 
 def drawn(rng, part):

@@ -55,6 +55,14 @@ def test_what_is_beside_dx_is_what_is_fastest():
     assert side_costs.fastest_beside(SQUARE, replace(H200, side=4e12, matmul=1e16)) != "none"
 
 
+def test_a_round_more_on_fewer_multiprocessors_is_counted():
+    """33 x 16 tiles are four rounds of 132 and five of 128."""
+    shape = LARGE._replace(M=33 * 128, K=4096, R=16)
+    found = [costs.own_gemm(shape.M, 4096, 8192, 0, H200, free=free).seconds(shape, H200) for free in (0, costs.SIDE)]
+    assert 1e6 * found[1] + alone(shape)["token_sums"] == pytest.approx(times(shape)["low rank"])
+    assert found[1] / found[0] == pytest.approx(5 / 4, rel=0.01)
+
+
 @pytest.mark.parametrize("shape", (LARGE._replace(M=0), LARGE._replace(N=0), LARGE._replace(K=0), LARGE._replace(R=0)))
 def test_nothing_runs_beside_nothing(shape):
     assert (
