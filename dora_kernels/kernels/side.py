@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 # Above the GEMM's stream. torch has a pool of 32 streams for each priority from 0 to -3 and gives them out in turn, so
 # that a stream may be somebody else's, too (c10/cuda/CUDAStream.h): FSDP takes its own at -1, NCCL at 0 or -3.
 PRIORITY = -2
-# The main stream -> its side stream. One for each: two captures, or a capture and other work, may share none.
+# The main stream -> its side stream. One for each: two captures, or a capture and other work, may share none. A capture
+# may be the first to ask: torch has made all streams of a device with the first of them, which it captures on.
 _streams: dict[Any, Any] = {}
 
 
@@ -33,7 +34,7 @@ class Side:
     launch waits for what the main stream has been given by then, and the GEMM is launched behind those beside it. What
     a launch was given is held until the main stream waits for the side; from then on memory that is freed, resized (as
     FSDP does) or given out again meets work in the order of the main stream only. Tensor.record_stream would hold it
-    longer, and not at all under CUDA graphs.
+    longer, in a CUDA graph until all is captured.
 
     Streams wait for each other by events alone, which a CUDA graph captures as branches of its own
     (https://docs.nvidia.com/cuda/cuda-c-programming-guide/#cross-stream-dependencies-and-events).
@@ -42,12 +43,13 @@ class Side:
     multiprocessors = PROGRAMS_BESIDE
 
     def __init__(self, device: torch.device) -> None:
-        self._streams = torch.get_device_module(device)  # of torch.cpu, they do nothing
+        """device: the current one."""
+        self._held: list[tuple] = []
+        self._streams = torch.get_device_module(device)  # torch.cpu has streams, too, which do nothing
         self._main = self._streams.current_stream(device)
         self._side = _streams.get(self._main)
         if self._side is None:  # of several threads, the first has its way
             self._side = _streams.setdefault(self._main, self._streams.Stream(priority=PRIORITY))
-        self._held: list[tuple] = []
 
     def launch(self, plan: LaunchPlan, grid: tuple[int, ...], arguments: tuple) -> None:
         """Launches by the plan, and holds the arguments. An operator in its place would allocate on the side stream."""

@@ -13,8 +13,10 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from dora_kernels import passes, reference
+import dora_kernels
+from dora_kernels import ops, passes, reference
 from dora_kernels.planning import devices, plan
 from dora_kernels.planning.devices import DeviceFacts
 from dora_kernels.types import Gradients, How, Needs, Saved
@@ -276,12 +278,11 @@ def test_a_stream_has_one_side(takes_everything, problem, inputs, expected):
 
 
 @modelled
-@pytest.mark.parametrize("pool", (1, 2))
-def test_a_side_may_be_somebody_elses_stream(pool, problem, inputs, expected, takes_everything):
-    """torch gives out the streams of its pool in turn: the side may be the main stream, or that of another side."""
+def test_a_side_may_be_somebody_elses_stream(problem, inputs, expected, takes_everything):
+    """torch gives out the streams of its pool in turn: here one is every side, and a main stream as well."""
     for seed in range(2):
         side_module._streams.clear()
-        world, made = World(seed, pool), []
+        world, made = World(seed, pool=1), []
         with world.entered():
             users = world.new_stream(), world.default
             for user in (*users, users[0]):
@@ -326,6 +327,41 @@ def test_threads(of_its_own, problem, inputs, expected, takes_everything):
         sys.setswitchinterval(before)
     assert not wrong and not world.races()
     assert len(side_module._streams) == 1 + of_its_own
+
+
+@modelled
+@pytest.mark.parametrize("checkpointed", (False, True))
+def test_layers_under_autograd(checkpointed, problem, takes_everything, monkeypatch):
+    """Gradients of autograd's, which the second call adds to; checkpointed, it runs forward passes in between."""
+    monkeypatch.setattr(kernels, "KERNELS", STEPS)
+    for name, function in ops.OPERATORS.items():  # the model is to see what they are made of
+        monkeypatch.setattr(ops, name, function)
+    monkeypatch.setattr(plan, "beside", lambda *asked, **named: BESIDE["all"])
+    weight, *factors, scaling = problem.layer
+
+    def train() -> list[Tensor]:
+        """The gradients of two calls, one behind the other's loss."""
+        x, *adapter = (tensor.detach().clone().requires_grad_() for tensor in (problem.x, *factors))
+
+        def layer(x: Tensor) -> Tensor:
+            return dora_kernels.dora_linear(x, weight, *adapter, scaling, problem.bias)
+
+        with dora_kernels.options(backend="triton", way="fused"):
+            for _ in range(2):
+                y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+                y.square().sum().backward()
+        return [one.grad for one in (x, *adapter)]
+
+    expected = train()
+    for seed in range(2):
+        world = World(seed)
+        with world.entered(), world.on(world.new_stream()):
+            made = train()
+            world.current_stream().synchronize()
+            with torch.utils._python_dispatch._disable_current_modes():
+                assert all(map(torch.equal, made, expected))
+            del made
+        assert not world.races() and {one.stream for one in world.launched if one.grid} == set(world.pool[:2])
 
 
 @modelled

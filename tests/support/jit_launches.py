@@ -398,6 +398,25 @@ def check_threads(world: World) -> None:
     assert len(world.launched) == 8 * 300 and not wrong, wrong[:3]
 
 
+class OnAnotherStream:
+    """A side (kernels/side.py), as a plan knows it."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+
+    def launch(self, plan: LaunchPlan, grid: tuple[int, ...], arguments: tuple) -> None:
+        with mock.patch.object(self.driver, "stream", 11):
+            plan.launch(grid, *arguments)
+
+
+def check_a_side_launches_on_its_own_stream(world: World) -> None:
+    plan, tensor = plan_of(), torch.empty(4, 4)
+    for side, stream in ((OnAnotherStream(world.driver), 11), (None, 7)) * 2:
+        plan.launch((3,), *simple(tensor), side=side)
+        assert world.launched[-1].stream == stream and world.launched[-1].grid[0] == 3
+    assert world.by_jit == [True, False, False, False]
+
+
 def check_forget(world: World) -> None:
     asked = []
     choose = launches.planned(lambda size: asked.append(size) or plan_of(size))

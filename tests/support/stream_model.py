@@ -252,9 +252,6 @@ class World(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
-        if function.namespace == "dora_kernels":  # made of others
-            with self:
-                return function(*args, **kwargs)
         returned = [one.alias_info for one in function._schema.returns]
         if any(one is not None and not one.is_write for one in returned):  # a view
             return function(*args, **kwargs)

@@ -25,6 +25,7 @@ _QUANTIZED = ("tests/quant/test_quant.py", "tests/quant/test_quantized.py")
 _RESCALE = ("tests/functional/test_rescale.py", "tests/extras/test_dvora.py")
 _HOPPER = ("tests/kernels/test_hopper.py", "tests/kernels/test_steps.py")
 _LAUNCHED = "tests/kernels/test_hopper.py::test_what_is_launched_fits_a_multiprocessor"
+_SIDE = "tests/kernels/test_side.py"
 _SERVING = ("tests/extras/test_serving.py",)
 _SECOND = ("tests/functional/test_second_derivatives.py", "tests/functional/test_second_derivatives_of_layers.py")
 _SHARED = ("tests/reuse/test_shared_calls.py", "tests/reuse/test_shared_inputs.py")
@@ -58,9 +59,10 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/launches.py": ("tests/kernels/test_launches.py::test_launches", *_KERNELS),
     "dora_kernels/kernels/merged_forward.py": (*_NORMS, *_KERNELS),
     "dora_kernels/kernels/norm.py": (*_NORMS, *_KERNELS, "tests/quant/test_quantized.py"),
-    "dora_kernels/kernels/outer_product.py": _KERNELS,
+    "dora_kernels/kernels/outer_product.py": (*_KERNELS, _SIDE),
     "dora_kernels/kernels/parts.py": (*_KERNELS, "tests/kernels/test_float32_parts.py"),
-    "dora_kernels/kernels/project.py": _KERNELS,
+    "dora_kernels/kernels/project.py": (*_KERNELS, _SIDE),
+    "dora_kernels/kernels/side.py": (_SIDE,),
     "dora_kernels/kernels/stored_weight.py": (
         *_KERNELS,
         *_PARTS,
@@ -68,8 +70,8 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/tools/test_compile_kernels.py::test_a_merge_beside_the_squares_of_its_rows_spills_nothing",
     ),
     "dora_kernels/kernels/shares.py": (*_KERNELS, "tests/kernels/test_shares.py"),
-    "dora_kernels/kernels/tile.py": (*_KERNELS, *_SERVING),
-    "dora_kernels/kernels/token_sums.py": (*_KERNELS, "tests/functional/test_rescale.py"),
+    "dora_kernels/kernels/tile.py": (*_KERNELS, *_SERVING, _SIDE),
+    "dora_kernels/kernels/token_sums.py": (*_KERNELS, "tests/functional/test_rescale.py", _SIDE),
     "dora_kernels/kernels/merge.py": (*_NORMS, *_KERNELS, "tests/quant/test_quantized.py"),
     "dora_kernels/functional/autograd.py": (
         "tests/test_passes.py",
