@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import gpu_suite  # noqa: E402
 from gpu_stages import benchmarks, card, device_tests, running, saving, telling  # noqa: E402
 
+from bench.lib import shapes  # noqa: E402
+
 START_SECONDS = 15.0  # importing torch from a cold disk, before the first stage
 PLAN_NAMES = {
     "first": ["facts", "warm", "kernels", "tests_core", "ways", "head", "probe", "decisive", "save"],
@@ -399,7 +401,7 @@ def layer_cases(plan):
 
 
 def test_the_layers_cases_are_the_ones_meant():
-    from bench.lib import shapes, siblings
+    from bench.lib import siblings
 
     first, second, everything = map(layer_cases, ("first", "second", "all"))
     core = shapes.core_grid("cuda")
@@ -869,9 +871,20 @@ def test_a_test_run_that_was_cut_short_is_not_complete(status, end, complete, tm
     assert device_tests.tests_core(running.Suite(tmp_path, work=tmp_path), 80)["complete"] is complete
 
 
+@pytest.fixture
+def pretended_table():
+    """The path of the pretended card's table in the package, in which a run under the pretence leaves one."""
+    path = benchmarks.tuned.configs.tuned_path("Pretended NVIDIA H100 80GB HBM3")
+    assert not path.exists()
+    yield path
+    path.unlink(missing_ok=True)
+    if path.parent.exists() and not any(path.parent.iterdir()):
+        path.parent.rmdir()
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(torch.cuda.is_available(), reason="pretends to have a GPU")
-def test_the_first_plan_runs_in_order_on_a_pretended_gpu(tmp_path):
+def test_the_first_plan_runs_in_order_on_a_pretended_gpu(tmp_path, pretended_table):
     """At its own sizes, which nothing computes: four minutes of starting what a GPU would be asked."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
@@ -887,3 +900,8 @@ def test_the_first_plan_runs_in_order_on_a_pretended_gpu(tmp_path):
     assert rows["tests_core"]["counts"]["passed"] > 0 and rows["tests_core"]["failures"] == {}
     saving.unpack_results(tmp_path / saving.RESULTS, tmp_path / "results")
     assert "-" not in [line.split()[-1] for line in telling.telling(tmp_path / "results", "first")]
+    ways = benchmarks.read(tmp_path / "results" / "ways.json")["rows"]
+    assert len(ways) == 10 * len(shapes.WAY_SHAPES) and all(row["timed"] and row["us"] for row in ways)
+    assert len(benchmarks.tuned.read(pretended_table)["ways"]) == len(shapes.WAY_SHAPES)
+    sums = telling._rows(tmp_path / "results", "probe", section="overlap", mechanism="own GEMM, 128 programs", ok=True)
+    assert len(sums) == 3 and all("hidden" in row for row in sums)
