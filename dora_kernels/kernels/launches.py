@@ -10,7 +10,7 @@ import importlib.metadata
 import itertools
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import triton
@@ -20,9 +20,6 @@ from triton.runtime import jit
 
 from dora_kernels.kernels.tile import Matrix, matrix, vector
 from dora_kernels.planning.tiles import Config
-
-if TYPE_CHECKING:
-    from dora_kernels.kernels.side import Side
 
 # Of these it was read what JITFunction.run does, and what of an argument it specialises a kernel on.
 KNOWN_VERSIONS = ("3.6", "3.7")
@@ -64,7 +61,7 @@ class LaunchPlan:
         # types of arguments -> the functions that read them, and for each what it reads -> the kernel that is launched
         self._kept: dict[tuple[type, ...], list[tuple[Callable[..., Any], dict[tuple, tuple]]]] = {}
 
-    def launch(self, grid: tuple[int, ...], *arguments: Any, side: "Side | None" = None) -> None:
+    def launch(self, grid: tuple[int, ...], *arguments: Any, side: Any = None) -> None:
         """Launches the kernel, on the current stream or on the side. Of a tensor it gets the pointer where the
         parameter's name ends in _ptr, else a Matrix or a Vector; so does a field of a tuple that is a Matrix by its
         annotation.

@@ -7,16 +7,14 @@ it: every program has a multiprocessor of its own, in whatever order they are la
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dora_kernels.kernels.hopper import launch as hopper
+from dora_kernels.kernels.launches import LaunchPlan
 from dora_kernels.planning.tiles import PROGRAMS_BESIDE
-
-if TYPE_CHECKING:
-    from dora_kernels.kernels.launches import LaunchPlan
 
 # Above the GEMM's stream. torch has a pool of 32 streams for each priority from 0 to -3 and gives them out in turn, so
 # that a stream may be somebody else's, too (c10/cuda/CUDAStream.h): FSDP takes its own at -1, NCCL at 0 or -3.
