@@ -94,7 +94,7 @@ def test_the_library_is_charged_for_what_it_reads():
 def test_the_sums_without_the_product_are_what_the_package_launches_at_high_ranks(monkeypatch):
     """The kernel sums the same tensors; where the package calls it, it finishes the library's product, too."""
     launched = []
-    monkeypatch.setattr(LaunchPlan, "launch", lambda self, grid, *given: launched.append((self.kernel.fn, given)))
+    monkeypatch.setattr(LaunchPlan, "launch", lambda self, grid, *given, side: launched.append((self.kernel.fn, given)))
     monkeypatch.setattr(plan, "outer_by_kernel", lambda *given, **named: False)
     o = KernelOperands.random(SMALL)
     for call in ("token_sums", "column_sums"):

@@ -148,7 +148,7 @@ def test_candidates_are_configurations_of_their_kernels():
             found = candidates.candidates(kernel, defaults[kernel], "sm_90")
             assert found[0] == defaults[kernel] and len(set(found)) == len(found) > 8
             for config in found:
-                assert configs._checked(kernel, tune.fields_of(config), defaults[kernel], "sm_90") == config
+                assert configs._checked(tune.fields_of(config), defaults[kernel], "sm_90") == config
             ranks = [R for _, _, _, _, R in subject.jobs]
             # what is judged at low and high ranks at once has no winner
             high = kernel.endswith("high_rank")
