@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -547,6 +548,27 @@ def test_the_table_of_the_ways_goes_into_the_package_and_keeps_what_was_tuned(tm
     assert known["ways"] == [entry] and known["configs"] == best
     text = telling.summary([{"stage": "ways", "seconds": 9.0} | outcome], tmp_path)
     assert "\n    square: forward fused\n" in text
+
+
+def test_a_part_that_cannot_be_recorded_costs_itself_alone(monkeypatch):
+    """It is a failure among what is compiled; the parts after it are compiled all the same."""
+    pytest.importorskip("triton")
+    from gpu_stages import warm, workload
+
+    def broken(target):
+        yield [kernel("first")]
+        raise AttributeError("no such step")
+
+    def kernel(name):
+        return SimpleNamespace(name=name, key="", kernel=SimpleNamespace(module="kernels"))
+
+    monkeypatch.setattr(workload, "PARTS", {"ways": broken, "layer": lambda target: iter([[kernel("second")]])})
+    target = workload.specializations.TARGETS["sm_90"]
+    *good, bad = workload.wanted("", target, workload.PARTS, False)
+    assert [(entry.stage, entry.name) for entry in good] == [("ways", "first"), ("layer", "second")]
+    assert (bad.stage, bad.name, bad.tiles()) == ("ways", "launches", "not recorded")
+    (found,) = workload.precompile.in_all_cores(warm.compile_one, [bad], 1, time.monotonic() + 30).values()
+    assert found == {"ok": False, "error": "AttributeError: no such step"}
 
 
 @pytest.mark.nightly

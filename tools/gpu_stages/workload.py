@@ -63,14 +63,32 @@ class Wanted:
         return dataclasses.asdict(compile_kernels.compile_ahead(self.specialization))
 
 
-def wanted(card: str, target: Target, parts: Collection[str], tuning: bool) -> list[Wanted]:
+@dataclasses.dataclass(frozen=True)
+class NotRecorded:
+    """A part whose launches could not be recorded, as Wanted: what is built is the error that it ended with."""
+
+    stage: str
+    error: Exception
+    name: str = "launches"
+
+    def tiles(self) -> str:
+        return "not recorded"
+
+    def build(self) -> Any:
+        raise self.error
+
+
+def wanted(card: str, target: Target, parts: Collection[str], tuning: bool) -> list[Wanted | NotRecorded]:
     """All that these parts of the plans launch on the card of that name, each once, in their order.
+
+    A part that raises costs itself alone: without the others' kernels every stage would compile its own, one by one.
 
     tuning: with its candidates, and what the race checker runs in the same plan. What is already tuned on this card
     has the tiles of its table, and goes the ways that were measured there.
     """
     tuned, ways = configs.tuned_configs(card, target.family), measured.table_of(card)
     found: dict[tuple[str, str, str], Wanted] = {}
+    not_recorded: list[NotRecorded] = []
     if tuning and _takes_gluon(target):
         _add(found, "consan", consan.ahead(target))  # first: they take longest
     with (
@@ -78,12 +96,15 @@ def wanted(card: str, target: Target, parts: Collection[str], tuning: bool) -> l
         mock.patch.object(measured, "table_of", lambda name: ways),
     ):
         for stage in parts:
-            for recorded in PARTS[stage](target):
-                _add(found, stage, recorded)
+            try:
+                for recorded in PARTS[stage](target):
+                    _add(found, stage, recorded)
+            except Exception as error:
+                not_recorded.append(NotRecorded(stage, error))
     if tuning:
         for candidate in precompile.candidates_of(SUBJECTS, 2, target):
             _add(found, "tuning", precompile.launched_by(candidate))
-    return list(found.values())
+    return [*found.values(), *not_recorded]
 
 
 def _add(found: dict[tuple[str, str, str], Wanted], stage: str, recorded: list[Specialization]) -> None:
