@@ -8,36 +8,31 @@ from collections.abc import Callable, Sequence
 
 Action = Callable[[], None]
 SECONDS = 120  # for one program; more means that a thread is lost
+MOST = 200_000  # operations of one program; the largest that is run takes a tenth
 
 
 class Deadlock(Exception):
     """Every role waits, and nothing is under way that could wake one."""
 
 
+class Abandoned(BaseException):
+    """Ends a thread whose program has failed in another one."""
+
+
 class Role:
     """A partition of the kernel's warps: a thread that runs only when the program lets it."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, warps: int, registers: int, known: int) -> None:
+        self.name, self.warps, self.registers = name, warps, registers
         self.turn = threading.Semaphore(0)
         self.ready: Callable[[], bool] | None = None  # what it waits for
         self.alive = True
-        self.stores: list[Store] = []  # not yet known to have ended, oldest first
-        self.products: list[Action] = []
-
-
-class Store:
-    """A copy from a buffer to memory. Those of one role end in order."""
-
-    def __init__(self, program: Program, role: Role, copy: Action) -> None:
-        self.program, self.role, self.copy = program, role, copy
-
-    def __call__(self) -> None:
-        """End the older ones, and this one."""
-        while self in self.role.stores:
-            store = self.role.stores.pop(0)
-            self.program.under_way = [other for other in self.program.under_way if other is not store]
-            store.copy()
+        # what is kept by gluon_order.py and gluon_simulator.py
+        self.known = known  # the events that happen before whatever it does next, a bit for each
+        self.unfenced: list = []  # its writes since its last fence
+        self.seen: dict[object, int] = {}  # of each barrier, the phases that it has seen end
+        self.stores: list = []  # copies to memory that it has not waited for, oldest first
+        self.products: list = []  # of the tensor cores, the same
 
 
 class Program:
@@ -47,6 +42,7 @@ class Program:
         self.random = random.Random(seed)
         # how soon asynchronous work is done; at 0 only when all roles wait for some
         self.haste = self.random.choice((0.0, 0.02, 0.2, 0.6))
+        self.main = Role("the program", 0, 0, 0)
         self.roles: list[Role] = []
         self.under_way: list[Action] = []
         self.error: BaseException | None = None
@@ -54,16 +50,22 @@ class Program:
         self.current = threading.local()
         self.operations = 0
 
-    def run(self, functions: Sequence[Action]) -> None:
-        """Run the roles to their ends; raises what one of them raised, or Deadlock."""
-        self.roles = [Role(getattr(function, "__name__", "role")) for function in functions]
-        for role, function in zip(self.roles, functions, strict=True):
-            threading.Thread(target=self._body, args=(role, function), daemon=True).start()
-        self._next()
+    def run(self, roles: Sequence[Role], functions: Sequence[Action]) -> None:
+        """Run the roles to their ends, and what is still under way; raises what one of them raised, or Deadlock."""
+        self.roles = list(roles)
+        bodies = zip(roles, functions, strict=True)
+        threads = [threading.Thread(target=self._body, args=body, daemon=True) for body in bodies]
+        for thread in threads:
+            thread.start()
+        self._go_on(None)
         if not self.over.wait(SECONDS):
             raise Deadlock(f"not over after {SECONDS} s")
         while self.under_way and self.error is None:
             self.do(self.under_way[0])
+        for role in self.roles:
+            role.turn.release()
+        for thread in threads:
+            thread.join(SECONDS)
         if self.error is not None:
             raise self.error
 
@@ -71,24 +73,33 @@ class Program:
         self.current.role = role
         role.turn.acquire()
         try:
-            function()
+            if self.error is None:
+                function()
+        except Abandoned:
+            return
         except BaseException as error:  # raised again by run()
             self.error = self.error or error
         role.alive = False
-        self._next()
+        self._go_on(None)
 
     @property
     def role(self) -> Role:
         """Whose thread this is."""
-        return self.current.role
+        return getattr(self.current, "role", self.main)
 
     def step(self, ready: Callable[[], bool] | None = None) -> None:
         """Let another role run; go on at some later moment, when `ready()`."""
         self.operations += 1
+        assert self.operations < MOST, "the program does not end"
         role = self.role
+        if role is self.main:
+            assert ready is None or ready(), "a wait before there are roles"
+            return
         role.ready = ready
-        self._next()
-        role.turn.acquire()
+        if not self._go_on(role):
+            role.turn.acquire()
+        if self.error is not None:
+            raise Abandoned
 
     def later(self, action: Action) -> None:
         """Have this done at some later moment."""
@@ -103,18 +114,20 @@ class Program:
             except BaseException as error:
                 self.error = self.error or error
 
-    def _next(self) -> None:
-        """Choose what happens now: some asynchronous work, or a role's next operation."""
+    def _go_on(self, asking: Role | None) -> bool:
+        """Choose what happens now: some asynchronous work, or a role's next operation; True if that of who asks."""
         while True:
             alive = [role for role in self.roles if role.alive]
             if self.error is not None or not alive:
                 self.over.set()
-                return
+                return False
             able = [role for role in alive if role.ready is None or role.ready()]
             if self.under_way and (not able or self.random.random() < self.haste):
                 self.do(self.random.choice(self.under_way))
             elif able:
-                self.random.choice(able).turn.release()
-                return
+                chosen = self.random.choice(able)
+                if chosen is not asking:
+                    chosen.turn.release()
+                return chosen is asking
             else:
                 self.error = Deadlock(f"all wait: {', '.join(role.name for role in alive)}")

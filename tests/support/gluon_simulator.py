@@ -3,136 +3,90 @@
 gluon.jit becomes the identity. Roles become threads of which one runs at a time, drawn at random at every operation.
 What a GPU does asynchronously (copies of the copy engine, products of the tensor cores) is done at a random later
 moment, at the latest when something waits for it. A buffer is full of NaN from the start of a copy into it until the
-copy is done. So a buffer that is read too early, given back too early or overwritten before it was stored, a wrong
-coordinate and a wrong phase show as wrong numbers; a lost arrival shows as a deadlock, one too many as an error.
+copy is done. So a wrong coordinate, a wrong phase and a buffer that is read too early show as wrong numbers; a lost
+arrival shows as a deadlock. Beside that gluon_order.py finds what only another order would show, and fences that lack.
 
-Not covered is what the compiler decides: fences between the proxies, layouts, registers.
+AssertionError, too, for: shared memory read that nothing has written; an element of an output not written exactly
+once; copies and products under way that nothing waits for; more shared memory or registers than there are; a tensor
+core asked by less than four warps; what a block's buffer, layout or coordinates may not be; a call that the Gluon at
+hand does not take. Not covered is what the compiler decides: where it puts barriers among the warps of one role, how it
+swizzles, what it spills, and whether what must be constant for it is. tests/kernels/test_hopper.py compiles.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import math
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 
-from tests.support.gluon_schedule import Action, Program, Store
+from dora_kernels.planning.configs import SHARED
+from tests.support.gluon_order import Barrier, Barriers, Memory, Order
+from tests.support.gluon_schedule import Program, Role
+from tests.support.gluon_values import Accumulator, Buffer, Descriptor, Layout, Value, registers_of
 
-
-class Value:
-    """A tensor in registers."""
-
-    def __init__(self, data: Tensor) -> None:
-        self.data = data
-        self.shape = tuple(data.shape)
-        self.type = types.SimpleNamespace(layout=None, tensor_type=types.SimpleNamespace(shape=self.shape))
-
-    def reshape(self, shape: Sequence[int]) -> Value:
-        return Value(self.data.reshape(tuple(shape)))
-
-    def permute(self, order: Sequence[int]) -> Value:
-        return Value(self.data.permute(tuple(order)))
-
-    def split(self) -> tuple[Value, Value]:
-        return Value(self.data[..., 0]), Value(self.data[..., 1])
-
-    def to(self, dtype: torch.dtype) -> Value:
-        return Value(self.data.to(dtype))
-
-    def __mul__(self, other: Value | float) -> Value:
-        return Value(self.data * (other.data if isinstance(other, Value) else other))
-
-    def __add__(self, other: Value) -> Value:
-        return Value(self.data + other.data)
+LANGUAGE = "dora_kernels.kernels.hopper.language"
+REGISTERS = 65_536  # of a multiprocessor
+WARPS_OF_A_GROUP, THREADS_OF_A_WARP = 4, 32
 
 
-class Barrier:
-    """An mbarrier: a phase ends when so many have arrived and all the bytes that were expected have come."""
+class Product:
+    """A product of the tensor cores that is added to a sum, in whose place it puts the new one."""
 
-    def init(self, count: int) -> None:
-        self.count = self.missing = count
-        self.bytes = 0
-        self.phase = 0
+    def __init__(self, left: Buffer, right: Buffer, before: Value, use_acc: bool, events: int) -> None:
+        self.left, self.right, self.before, self.use_acc, self.events = left, right, before, use_acc, events
+        self.under_way = True
+        self.read: torch.Tensor | None = None
+        pending = [product for product in before.products if product.under_way]
+        self.sum = Value(torch.full_like(before._data, float("nan")), before.type.layout, [*pending, self])
+        self.do = self.operands  # one object, by which the program knows it
 
-    def arrive(self, count: int) -> None:
-        self.missing -= count
-        self._check()
+    def operands(self) -> None:
+        self.read = self.left.data.float() @ self.right.data.float()
 
-    def come(self, count: int) -> None:
-        self.bytes -= count
-        self._check()
-
-    def _check(self) -> None:
-        assert self.missing >= 0, "an arrival too many"
-        if self.missing == 0 and self.bytes == 0:
-            self.phase ^= 1
-            self.missing = self.count
+    def end(self) -> None:
+        self.sum._data = self.read + self.before._data if self.use_acc else self.read
+        self.under_way = False
 
 
-class Buffer:
-    """Shared memory, or a part of it."""
+class Store:
+    """A copy from a buffer to memory. Those of one role end in order."""
 
-    def __init__(self, simulator: Simulator, data: Tensor) -> None:
-        self.simulator, self.data = simulator, data
-        self.type = types.SimpleNamespace(shape=list(data.shape))
+    def __init__(self, program: Program, copy: Callable[[], None], event: int, before: Store | None) -> None:
+        self.program, self.copy, self.event, self.before = program, copy, event, before
+        self.done = False
 
-    def index(self, place: int) -> Buffer:
-        assert 0 <= place < len(self.data), f"buffer {place} of {len(self.data)}"
-        return Buffer(self.simulator, self.data[place])
-
-    def slice(self, start: int, length: int, dim: int = 0) -> Buffer:
-        return Buffer(self.simulator, self.data.narrow(dim, start, length))
-
-    def permute(self, order: Sequence[int]) -> Buffer:
-        return Buffer(self.simulator, self.data.permute(tuple(order)))
-
-    def load(self, layout: object) -> Value:
-        self.simulator.program.step()
-        return Value(self.data.clone())
-
-    def store(self, value: Value) -> None:
-        self.simulator.program.step()
-        assert value.shape == tuple(self.data.shape)
-        self.data.copy_(value.data)
-
-
-class Barriers(list):
-    """Shared memory with barriers in it."""
-
-    index = list.__getitem__
-
-
-class Descriptor:
-    """A tensor in memory and the block in which the copy engine moves it. What is outside reads as zero."""
-
-    def __init__(self, base: Tensor, block: Sequence[int]) -> None:
-        self.base, self.dtype, self.layout = base, base.dtype, None
-        nbytes = torch.Size(block).numel() * base.element_size()
-        self.block_type = types.SimpleNamespace(shape=list(block), nbytes=nbytes)
-
-    def inside(self, coordinates: Sequence[int]) -> tuple[Tensor, tuple[slice, ...]]:
-        """The block's part inside the tensor, and where in the block it lies."""
-        assert all(coordinate >= 0 for coordinate in coordinates)
-        sizes = zip(coordinates, self.block_type.shape, self.base.shape, strict=True)
-        part = self.base[tuple(slice(min(start, size), min(start + block, size)) for start, block, size in sizes)]
-        return part, tuple(slice(0, size) for size in part.shape)
+    def __call__(self) -> None:
+        """End the older ones, and this one."""
+        if self.done:
+            return
+        if self.before is not None:
+            self.program.do(self.before)
+        self.before, self.done = None, True
+        self.copy()
 
 
 class Simulator:
-    """The modules that the source of a kernel imports, and its launch."""
+    """The module of Gluon's names that the source of a kernel imports, and the launch of a kernel."""
 
-    def __init__(self) -> None:
-        self.program = Program(0)
-        self.place = (0, 1)  # of the program, and how many there are
+    def __init__(self, num_warps: int = 4, maxnreg: int = 168) -> None:
+        self.num_warps, self.maxnreg = num_warps, maxnreg
+        # "products alone": started with none in flight; "stores": the most that one role had under way; "turns": the
+        # most that one buffer of an allocation was written more often than another
+        self.seen: Counter[str] = Counter()
+        self._start(0, 1, 0)
 
     def load(self, source: str) -> types.SimpleNamespace:
         """The names that the source defines, its imports of Gluon answered from here."""
         names: dict[str, Any] = {"__name__": "simulated"}
-        with mock.patch.dict(sys.modules, self._modules()):
+        with mock.patch.dict(sys.modules, {LANGUAGE: self._module()}):
             exec(compile(source, "<kernel>", "exec"), names)
         return types.SimpleNamespace(**names)
 
@@ -140,149 +94,304 @@ class Simulator:
         """Run the programs one after another; returns how many operations were put in order."""
         operations = 0
         for place in range(programs):
-            self.place, self.program = (place, programs), Program(1000 * seed + place)
+            self._start(place, programs, 1000 * seed + place)
             kernel(*arguments)
+            self._check_over()
             operations += self.program.operations
+        for name, argument in zip(inspect.signature(kernel).parameters, arguments, strict=True):
+            if isinstance(argument, Descriptor):
+                argument.check_over(name)
         return operations
 
-    # what the modules hold, under the names that Gluon gives it
+    def _start(self, place: int, programs: int, seed: int) -> None:
+        self.place, self.program, self.order = (place, programs), Program(seed), Order()
+        self.program.main.warps, self.program.main.registers = self.num_warps, self.maxnreg
+        self.barriers: list[Barrier] = []
+        self.memories: list[Memory] = []
+        self.loads: list[int] = []
+        self.shared = 0
 
-    def allocate_shared_memory(self, dtype: torch.dtype, shape: Sequence[int], layout: object) -> Buffer | Barriers:
-        if dtype == torch.int64:
-            return Barriers(Barrier() for _ in range(shape[0]))
-        return Buffer(self, torch.full(tuple(shape), float("nan"), dtype=dtype))
+    def _check_over(self) -> None:
+        known = 0
+        for role in (self.program.main, *self.program.roles):
+            known |= role.known
+            assert not role.stores, f"{role.name} ends with stores under way"
+            assert not role.products, f"{role.name} ends with products under way"
+        assert all(event & known for event in self.loads), "the program ends with loads that nothing has waited for"
+        for barrier in self.barriers:
+            barrier.check_over()
+        for memory in self.memories:
+            counts = memory.writes.values()
+            self.seen["turns"] = max(self.seen["turns"], max(counts, default=0) - min(counts, default=0))
 
-    def warp_specialize(self, partitions: Sequence, warps: Sequence[int], registers: Sequence[int]) -> None:
-        assert len(warps) == len(registers) == len(partitions) - 1
+    # what the module holds, by the names that the package has for it
 
-        def role(function: Callable[..., None], arguments: Sequence) -> Action:
-            def run() -> None:
-                function(*arguments)
+    def allocate_shared_memory(self, element_ty: torch.dtype, shape: Sequence[int], layout: Layout) -> Any:
+        assert self.program.role is self.program.main and not self.program.roles, "shared memory allocated by a role"
+        shape = list(shape)
+        self.shared += math.prod(shape) * element_ty.itemsize
+        assert self.shared <= SHARED["sm_90"], f"{self.shared} bytes of shared memory"
+        memory = Memory(self.order, f"memory {self.shared} {shape}")
+        if element_ty == torch.int64:
+            assert layout == Layout("MBarrierLayout"), layout
+            made = Barriers(memory, shape)
+            self.barriers += made.barriers
+            return made
+        assert isinstance(layout, Layout) and layout.name == "shared", layout
+        self.memories.append(memory)
+        data, written = torch.full(shape, float("nan"), dtype=element_ty), torch.zeros(shape, dtype=torch.bool)
+        box = tuple((0, size) for size in shape)
+        return Buffer(self, memory, layout, data, written, box, tuple(range(len(shape))))
 
-            run.__name__ = function.__name__
-            return run
+    def warp_specialize(
+        self, functions_and_args: Sequence, worker_num_warps: Sequence[int], worker_num_regs: Sequence[int]
+    ) -> None:
+        assert len(worker_num_warps) == len(worker_num_regs) == len(functions_and_args) - 1, "a count for each worker"
+        assert not self.program.roles, "roles are started twice"
+        warps = [self.num_warps, *worker_num_warps]
+        registers = _registers(warps, worker_num_regs, self.maxnreg)
+        by_function: dict[str, int] = {}
+        roles, bodies = [], []
+        for place, (function, given) in enumerate(functions_and_args):
+            name = function.__name__
+            alike = by_function.setdefault(name, registers[place])
+            assert alike == registers[place], f"{name} has {alike} registers in one role and {registers[place]} in one"
+            roles.append(Role(f"{name} {place}", warps[place], registers[place], self.program.main.known))
+            bodies.append(functools.partial(function, *given))
+        self.program.run(roles, bodies)
+        for role in roles:
+            self.program.main.known |= role.known
 
-        self.program.run([role(*partition) for partition in partitions])
+    def num_warps_of_role(self) -> int:
+        return self.program.role.warps
 
-    def async_load(
-        self, source: Descriptor, coordinates: Sequence[int], barrier: Barrier, buffer: Buffer, pred: bool = True
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype, layout: Layout) -> Value:
+        assert isinstance(layout, Layout), layout
+        value, role = Value(torch.zeros(tuple(shape), dtype=dtype), layout), self.program.role
+        assert registers_of(value, role) < role.registers, f"{role.name}: a sum does not fit {role.registers} registers"
+        return value
+
+    def expand_dims(self, input: Value, axis: int) -> Value:
+        layout = input.type.layout
+        assert layout.name == "SliceLayout" and layout.given[0] == axis, f"expand_dims({axis}) of {layout}"
+        return Value(input.data.unsqueeze(axis), layout.given[1])
+
+    def mma_layout(self, version: Sequence[int], warps_per_cta: Sequence[int], instr_shape: Sequence[int]) -> Layout:
+        given = (tuple(version), tuple(warps_per_cta), tuple(instr_shape))
+        return Layout("NVMMADistributedLayout", given)
+
+    def tma_load(
+        self, tensor_desc: Descriptor, coord: Sequence[int], barrier: Barrier, result: Buffer, pred: bool = True
     ) -> None:
         self.program.step()
         if not pred:
             return
-        assert buffer.type.shape == source.block_type.shape
-        buffer.data.fill_(float("nan"))
+        tensor_desc.check(coord, result)
+        coordinates = tuple(coord)
+        part, where = tensor_desc.inside(coordinates)
+        assert all(place.start < place.stop for place in where), f"a block at {coordinates} of {tensor_desc.base.shape}"
+        barrier.start_copy(self.program.role)
+        event = result.access("has a copy write", write=True, by_instruction=False)
+        tensor_desc.loaded = True
+        self.loads.append(event)
+        result.data.fill_(float("nan"))
 
         def copy() -> None:
-            part, where = source.inside(coordinates)
-            buffer.data.zero_()
-            buffer.data[where] = part
-            barrier.come(source.block_type.nbytes)
+            result.data.zero_()
+            result.data[where] = tensor_desc.base[part]
+            barrier.come(event, tensor_desc.block_type.nbytes)
 
         self.program.later(copy)
 
-    def async_store(self, target: Descriptor, coordinates: Sequence[int], buffer: Buffer) -> None:
+    def tma_store(self, tensor_desc: Descriptor, coord: Sequence[int], src: Buffer) -> None:
         self.program.step()
+        tensor_desc.check(coord, src)
+        part, where = tensor_desc.inside(coord)
+        event = src.access("has a copy read", write=False, by_instruction=False)
+        if tensor_desc.stored is None:
+            tensor_desc.stored = torch.zeros(tensor_desc.base.shape, dtype=torch.int32)
 
         def copy() -> None:
-            part, where = target.inside(coordinates)
-            part.copy_(buffer.data[where])
+            tensor_desc.base[part] = src.data[where]
+            tensor_desc.stored[part] += 1
 
-        store = Store(self.program, self.program.role, copy)
-        self.program.role.stores.append(store)
-        self.program.later(store)
-
-    def store_wait(self, pendings: int) -> None:
-        self.program.step()
         stores = self.program.role.stores
-        if len(stores) > pendings:
-            stores[-1 - pendings]()
+        stores.append(Store(self.program, copy, event, stores[-1] if stores else None))
+        self.seen["stores"] = max(self.seen["stores"], len(stores))
+        self.program.later(stores[-1])
 
-    def warpgroup_mma(self, a: Buffer, b: Buffer, acc: Value, *, use_acc: bool = True, is_async: bool) -> Value:
+    def tma_store_wait(self, pendings: int) -> None:
         self.program.step()
-        assert is_async and (a.data.shape[0], b.data.shape[1]) == acc.shape
-        product: list[Tensor] = []
+        role = self.program.role
+        assert pendings >= 0, pendings
+        while len(role.stores) > pendings:
+            store = role.stores.pop(0)
+            self.program.do(store)
+            role.known |= store.event
 
-        def read() -> None:
-            product.append(a.data.float() @ b.data.float())
-
-        def finish() -> None:
-            self.program.do(read)
-            acc.data = acc.data + product[0] if use_acc else product[0]
-
-        self.program.role.products.append(finish)
-        self.program.later(read)
-        return acc
-
-    def warpgroup_mma_wait(self, pendings: int, deps: Sequence[Value]) -> Value:
+    def warpgroup_mma(
+        self, a: Buffer, b: Buffer, acc: Accumulator, *, use_acc: bool = True, is_async: bool = False
+    ) -> Accumulator:
         self.program.step()
-        products = self.program.role.products
-        while len(products) > pendings:
-            products.pop(0)()
-        return deps[0]
+        role, before = self.program.role, acc.value
+        assert is_async, "a product that is waited for at once"
+        assert role.warps % WARPS_OF_A_GROUP == 0, f"{role.name} has {role.warps} warps"
+        (rows, inner), (of_b, columns) = a.shape, b.shape
+        assert (rows, columns) == tuple(before.shape) and inner == of_b, f"{a.shape} @ {b.shape} to {before.shape}"
+        assert a.dtype == b.dtype and before._data.dtype == torch.float32, f"{a.dtype} @ {b.dtype}"
+        _check_mma_layout(before.type.layout, role.warps, columns, a.dtype)
+        events = [side.access("has a product read", write=False, by_instruction=False) for side in (a, b)]
+        self.seen["products alone"] += not role.products
+        product = Product(a, b, before, use_acc, events[0] | events[1])
+        role.products.append(product)
+        self.program.later(product.do)
+        return Accumulator(product.sum)
 
-    def expect(self, barrier: Barrier, bytes: int, pred: bool = True) -> None:
+    def warpgroup_mma_init(self, value: Value) -> Accumulator:
+        assert isinstance(value, Value), f"an accumulator made of {type(value).__name__}"
+        return Accumulator(value)
+
+    def warpgroup_mma_wait(self, num_outstanding: int = 0, deps: Sequence[Accumulator] | None = None) -> Value:
+        self.program.step()
+        assert deps is not None and len(deps) == 1 and num_outstanding >= 0, (num_outstanding, deps)
+        role = self.program.role
+        while len(role.products) > num_outstanding:
+            product = role.products.pop(0)
+            self.program.do(product.do)
+            product.end()
+            role.known |= product.events
+        (dep,) = deps
+        return dep.value if isinstance(dep, Accumulator) else dep
+
+    def expect(self, mbarrier: Barrier, bytes: int, pred: bool = True) -> None:
         self.program.step()
         if pred:
-            barrier.bytes += bytes
-            barrier.arrive(1)
+            mbarrier.arrive(self.program.role, 1, bytes)
 
-    def arrive(self, barrier: Barrier, *, count: int = 1) -> None:
+    def arrive(self, mbarrier: Barrier, *, count: int = 1, pred: bool = True) -> None:
         self.program.step()
-        barrier.arrive(count)
+        if pred:
+            mbarrier.arrive(self.program.role, count)
 
-    def wait(self, barrier: Barrier, phase: int) -> None:
-        self.program.step(lambda: barrier.phase != phase)
+    def wait(self, mbarrier: Barrier, phase: int, pred: bool = True) -> None:
+        if pred:
+            mbarrier.wait(self.program, phase)
 
-    def _modules(self) -> dict[str, types.ModuleType]:
-        def module(name: str, **names: object) -> types.ModuleType:
-            made = types.ModuleType(name)
-            made.__dict__.update(names)
-            return made
+    def init(self, mbarrier: Barrier, count: int) -> None:
+        mbarrier.init(self.program.role, count)
 
-        def static_assert(condition: bool) -> None:
-            assert condition, "static_assert"
+    def fence_async_shared(self) -> None:
+        self.program.step()
+        self.order.fence(self.program.role)
 
-        def jit(function: Callable | None = None, **options: object) -> Callable:
-            return function or (lambda decorated: decorated)
+    def _module(self) -> types.ModuleType:
+        real = _real_language()
 
-        def layout(*arguments: object, **options: object) -> None:
-            return None
+        def slice_layout(dim: int, parent: Layout) -> Layout:
+            assert isinstance(parent, Layout), parent
+            return Layout("SliceLayout", (dim, parent))
 
-        language = module(
-            "language",
-            constexpr=object,
-            program_id=lambda axis: self.place[0],
-            num_programs=lambda axis: self.place[1],
-            cdiv=lambda a, b: -(-a // b),
-            minimum=min,
-            where=lambda condition, a, b: a if condition else b,
-            zeros=lambda shape, dtype, layout: Value(torch.zeros(tuple(shape), dtype=dtype)),
-            expand_dims=lambda value, axis: Value(value.data.unsqueeze(axis)),
-            num_warps=lambda: 4,
-            static_range=range,
-            static_assert=static_assert,
-            SliceLayout=layout,
-            NVMMADistributedLayout=layout,
-            int64=torch.int64,
-            float32=torch.float32,
-            allocate_shared_memory=self.allocate_shared_memory,
-            warp_specialize=self.warp_specialize,
-        )
-        barriers = {"init": lambda barrier, count: barrier.init(count), "MBarrierLayout": layout}
-        barriers |= {"expect": self.expect, "arrive": self.arrive, "wait": self.wait}
-        name = "dora_kernels.kernels.hopper.language"
-        names = module(
-            name,
-            gl=language,
-            gluon=module("gluon", jit=jit),
-            mbarrier=types.SimpleNamespace(**barriers),
-            tma_load=self.async_load,
-            tma_store=self.async_store,
-            tma_store_wait=self.store_wait,
-            fence_async_shared=lambda: None,
-            warpgroup_mma=self.warpgroup_mma,
-            warpgroup_mma_init=lambda value: value,
-            warpgroup_mma_wait=self.warpgroup_mma_wait,
-        )
-        return {name: names}
+        def static_assert(cond: bool, msg: str = "") -> None:
+            assert cond, "static_assert"
+
+        def jit(fn: Callable | None = None, do_not_specialize: Sequence[str] = ()) -> Callable:
+            if fn is None:
+                return functools.partial(jit, do_not_specialize=do_not_specialize)
+            assert set(do_not_specialize) <= set(inspect.signature(fn).parameters), do_not_specialize
+            return fn
+
+        language = {
+            "constexpr": object,
+            "program_id": lambda axis: self.place[0] if axis == 0 else 0,
+            "num_programs": lambda axis: self.place[1] if axis == 0 else 1,
+            "cdiv": lambda x, div: -(-x // div),
+            "minimum": lambda x, y: min(x, y),
+            "maximum": lambda x, y: max(x, y),
+            "where": lambda condition, x, y: x if condition else y,
+            "zeros": self.zeros,
+            "expand_dims": self.expand_dims,
+            "num_warps": self.num_warps_of_role,
+            "static_range": range,
+            "static_assert": static_assert,
+            "SliceLayout": slice_layout,
+            "NVMMADistributedLayout": self.mma_layout,
+            "int64": torch.int64,
+            "float32": torch.float32,
+            "allocate_shared_memory": self.allocate_shared_memory,
+            "warp_specialize": self.warp_specialize,
+        }
+        barriers = {name: getattr(self, name) for name in ("init", "expect", "arrive", "wait")}
+        barriers["MBarrierLayout"] = lambda: Layout("MBarrierLayout")
+        names = {
+            name: getattr(self, name)
+            for name in ("tma_load", "tma_store", "tma_store_wait", "fence_async_shared")
+            + ("warpgroup_mma", "warpgroup_mma_init", "warpgroup_mma_wait")
+        }
+        module = types.ModuleType(LANGUAGE)
+        vars(module).update(_held_to(names, real))
+        module.gl = types.SimpleNamespace(**_held_to(language, getattr(real, "gl", None)))
+        module.mbarrier = types.SimpleNamespace(**_held_to(barriers, getattr(real, "mbarrier", None)))
+        module.gluon = types.SimpleNamespace(jit=jit)
+        return module
+
+
+def _registers(warps: Sequence[int], asked: Sequence[int], launched: int) -> list[int]:
+    """The registers of a thread of each role, as Triton deals them out: the first gets what the others leave.
+
+    https://github.com/triton-lang/triton/blob/main/lib/Conversion/TritonGPUToLLVM/AllocateWarpGroups.cpp
+    """
+    assert all(registers % 8 == 0 and 24 <= registers <= 256 for registers in (*asked, launched)), (asked, launched)
+    groups = [-(-count // WARPS_OF_A_GROUP) * WARPS_OF_A_GROUP for count in warps]
+    assert sum(groups) * THREADS_OF_A_WARP * launched <= REGISTERS, f"{sum(groups)} warps with {launched} registers"
+    left = sum(groups) * launched - sum(count * registers for count, registers in zip(groups[1:], asked, strict=True))
+    first = left // groups[0] // 8 * 8
+    assert 24 <= first <= 256, f"{first} registers are left for the first role"
+    return [first, *asked]
+
+
+def _check_mma_layout(layout: Layout, warps: int, columns: int, dtype: torch.dtype) -> None:
+    """AssertionError unless a sum of so many columns, of products of this dtype, may lie so in the registers."""
+    assert layout.name == "NVMMADistributedLayout", layout
+    version, warps_per_cta, instr_shape = layout.given
+    assert version == (3, 0) and warps_per_cta == (warps, 1), f"{layout} in a role of {warps} warps"
+    rows, width, inner = instr_shape
+    assert rows == 16 and width % 8 == 0 and width <= 256 and columns % width == 0, layout
+    assert inner * dtype.itemsize == 32, layout
+
+
+@functools.cache
+def _real_language() -> Any:
+    """Gluon as the kernel has it on a GPU; None where this Triton has no such Gluon."""
+    try:
+        import dora_kernels.kernels.hopper.language as language
+    except (ImportError, AttributeError):
+        return None
+    return language
+
+
+def _held_to(functions: dict[str, Any], real: Any) -> dict[str, Any]:
+    """The functions, each of which refuses a call that Gluon's own of this name would not take."""
+    return {name: _held(function, getattr(real, name, None)) for name, function in functions.items()}
+
+
+def _held(function: Any, real: Any) -> Any:
+    if real is None or isinstance(function, (type, torch.dtype)):
+        return function
+    signature = _signature(getattr(real, "fn", real))
+    known = set()
+
+    def call(*arguments: object, **named: object) -> Any:
+        kind = (len(arguments), *named)
+        if kind not in known:
+            signature.bind(*arguments, **named)
+            known.add(kind)
+        return function(*arguments, **named)
+
+    return call
+
+
+@functools.cache
+def _signature(real: Any) -> inspect.Signature:
+    signature = inspect.signature(real)
+    kept = [value for name, value in signature.parameters.items() if name not in ("_semantic", "_generator")]
+    return signature.replace(parameters=kept)

@@ -53,7 +53,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/dx.py": _HOPPER,
     "dora_kernels/kernels/fused_forward.py": _HOPPER,
     "dora_kernels/kernels/hopper/gemm.py": (
-        "tests/bench/test_gluon.py::test_the_kernel_is_right_in_any_order_of_events",
+        "tests/kernels/test_hopper_protocol.py::test_the_kernel_is_right_in_any_order_of_events",
     ),
     "dora_kernels/kernels/hopper/launch.py": (*_HOPPER, _LAUNCHED),
     "dora_kernels/kernels/launches.py": ("tests/kernels/test_launches.py::test_launches", *_KERNELS),

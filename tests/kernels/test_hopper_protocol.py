@@ -1,0 +1,201 @@
+"""The GEMM for Hopper where there is no GPU: right in any order of events, and broken ones are noticed.
+
+tests/support/gluon_simulator.py says what a run of the kernel's source is held to.
+"""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from dora_kernels.planning.tiles import GEMMS  # noqa: E402
+from tests.support.gluon_gemm import SOURCE, Build, fault, idle, simulate  # noqa: E402
+from tests.support.gluon_simulator import Simulator  # noqa: E402
+
+BUILD = Build().with_config(GROUP_M=3)
+BARE = {"low": False, "gain": False, "bias": False}
+BUILDS = {
+    "two outputs": BUILD,
+    "3 stages, 4 slots": BUILD.with_config(stages=3, slots=4),
+    "3 stages, wide slots": BUILD.with_config(stages=3, parts=2),
+    "one consumer": BUILD.with_config(consumers=1),
+    "one output": dataclasses.replace(BUILD, both=False),
+    "dx": dataclasses.replace(BUILD, nn=True, both=False, **BARE),
+    "dx, two outputs": dataclasses.replace(BUILD, nn=True),
+    "no low rank": dataclasses.replace(BUILD, low=False),
+    "no gain": dataclasses.replace(BUILD, gain=False),
+    "no bias, float16": dataclasses.replace(BUILD, bias=False, dtype=torch.float16),
+}
+# M, N, K, R, programs. Whole tiles, more than one for a program; tails everywhere; R over one step, rows of tiles that
+# are no multiple of a group; one tile and the fewest steps; more programs than tiles
+SHAPES = ((64, 64, 48, 8, 3), (50, 100, 45, 4, 2), (33, 65, 41, 17, 5), (16, 32, 40, 2, 1), (64, 32, 64, 8, 6))
+# at its own block sizes: what registers and shared memory there are
+OWN = dataclasses.replace(BUILD, config=GEMMS["sm_90"]["forward"])
+OWN_SHAPE = (150, 300, 384, 16, 3)
+# what shows a fault soonest comes first
+RUNS = [
+    (BUILD, SHAPES[1], 0),
+    (BUILDS["dx"], SHAPES[2], 1),
+    (BUILDS["no low rank"], SHAPES[0], 2),
+    (BUILDS["one output"], SHAPES[2], 3),
+    (BUILDS["one consumer"], SHAPES[0], 4),
+    (BUILDS["3 stages, wide slots"], SHAPES[1], 5),
+    (BUILDS["no gain"], SHAPES[3], 6),
+    (BUILDS["no bias, float16"], SHAPES[4], 7),
+    (BUILDS["dx, two outputs"], SHAPES[2], 8),
+    (BUILDS["3 stages, 4 slots"], SHAPES[0], 9),
+    (OWN, OWN_SHAPE, 10),
+]
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_kernel_is_right_in_any_order_of_events(build):
+    for shape in SHAPES:
+        for seed in range(2):
+            simulate(SOURCE, BUILDS[build], shape, seed)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("build", BUILDS)
+def test_the_kernel_is_right_in_many_orders_of_events(build):
+    for shape in SHAPES:
+        for seed in range(2, 22):
+            simulate(SOURCE, BUILDS[build], shape, seed)
+
+
+def test_the_kernel_is_right_with_its_own_blocks_and_fits_a_multiprocessor():
+    simulate(SOURCE, OWN, OWN_SHAPE, 0)
+    simulate(SOURCE, dataclasses.replace(BUILDS["dx"], config=GEMMS["sm_90"]["dx"]), OWN_SHAPE, 0)
+
+
+def test_products_stores_and_buffers_are_busy():
+    for build, shape, seed in RUNS:
+        assert idle(simulate(SOURCE, build, shape, seed), build, shape) is None
+
+
+def test_tiles_are_walked_in_groups_that_share_columns_of_the_weight():
+    names = Simulator().load(SOURCE)
+    sizes = names.Sizes(M=5 * 16, N=2 * 32 + 1, K=0, R=0, group_m=3)
+    assert names.tile_count(sizes, 16, 32) == 15
+    corners = [names.corner_of(tile, sizes, 16, 32) for tile in range(15)]
+    groups = ((0, 16, 32), (48, 64))
+    assert corners == [(row, column) for rows in groups for column in (0, 32, 64) for row in rows]
+
+
+LAST = "    acc = warpgroup_mma_wait(0, deps=(acc,))\n"
+RELEASE = "    mbarrier.arrive(ring.empty.index(stage), count=1)\n"
+INIT = """    for stage in gl.static_range(STAGES):
+        mbarrier.init(ring.ready.index(stage), count=1)
+        mbarrier.init(ring.empty.index(stage), count=CONSUMERS)
+"""
+WHOLE_STEP = "mbarrier.expect(ring.ready.index(stage), STEP_BYTES)"
+LOAD = "                load_columns(gain, bias, columns, column, ring.ready.index(stage))\n"
+# what is wrong -> (old, new), and what the simulator says of it
+BROKEN = {
+    "a buffer given back before the product has read it": (
+        ("warpgroup_mma_wait(1, deps", "warpgroup_mma_wait(2, deps"),
+        "has a copy write .* beside: consume . has a product read",
+    ),
+    "a slot reused before its store has read it": (
+        ("store_wait(SLOTS - 1)", "store_wait(SLOTS)"),
+        "consume . writes .* beside: consume . has a copy read",
+    ),
+    "gain of the next tile loaded over that of this one": (
+        ("k == STAGES * BLOCK_K", "k == 0"),
+        "consume . reads .* beside: produce . has a copy write",
+    ),
+    "gain one step too early": (("== STAGES * BLOCK_K", "== (STAGES - 1) * BLOCK_K"), "beside: consume . reads"),
+    "gain one step too late": (("== STAGES * BLOCK_K", "== K * BLOCK_K"), "K"),
+    "the last buffer of a tile never given back": ((LAST + RELEASE, LAST), "all wait"),
+    "the sum read before the last product": ((LAST, ""), "'Accumulator'|Accumulator"),
+    "the sum read with a product in flight": ((LAST, LAST.replace("0", "1")), "read before its last product"),
+    "one consumer too few counted": (("count=CONSUMERS", "count=1"), "whose last phase may not have ended|beside"),
+    "an arrival that counts twice": ((RELEASE, RELEASE.replace("count=1", "count=2")), "beside|ended|too many"),
+    "both consumers on the same rows": (("row + WHICH * ROWS", "row"), "not written once"),
+    "columns mixed up": ((".permute((0, 2, 1)).split()", ".reshape((rows, half, 2)).split()"), "is wrong in"),
+    "a phase that does not flip": (("phase ^ 1", "phase"), "signals|beside"),
+    "the ring taken to be full at first": (("phase = 1 ", "phase = 0 "), "all wait"),
+    "the low-rank steps left out": (("if LOW_RANK:", "if False:"), ""),
+    "the low-rank product not scaled": (("            acc *= scaling\n", ""), "is wrong in"),
+    "all of the sum scaled": (
+        ("        parts = halves(acc)", "        acc *= scaling\n        parts = halves(acc)"),
+        "is wrong in",
+    ),
+    "z rounded before the gain": (("y_part = z_part", "y_part = z_part.to(y.dtype).to(gl.float32)"), "y is wrong in"),
+    "bytes of gain not expected": (("STEP_BYTES + GAIN_BYTES + BIAS_BYTES", "STEP_BYTES + BIAS_BYTES"), ""),
+    "bytes that nothing copies expected": ((WHOLE_STEP, WHOLE_STEP.replace(")", " + 16)", 1)), ""),
+    "the copies of a step not waited for": (
+        ("    mbarrier.wait(ring.ready.index(stage), phase)\n", ""),
+        "has a product read .* beside: produce . has a copy write|nothing has written",
+    ),
+    "a buffer filled again without a wait": (
+        ("            mbarrier.wait(ring.empty.index(stage), phase)\n            if", "            if"),
+        "may not have ended|beside",
+    ),
+    "no fence before a store": (("    fence_async_shared()\n    tma_store", "    tma_store"), "without a fence"),
+    "a fence before what it is for": (
+        (
+            "    buffer.store(value.to(output.dtype))\n    fence_async_shared()\n",
+            "    fence_async_shared()\n    buffer.store(value.to(output.dtype))\n",
+        ),
+        "without a fence",
+    ),
+    "no fence after the barriers' begin": ((INIT + "    fence_async_shared()\n", INIT), "no fence since"),
+    "barriers never initialised": ((INIT, ""), "may not be initialised"),
+    "a barrier initialised by a role": (
+        (
+            "    stage = 0\n    phase = 1",
+            "    mbarrier.init(ring.ready.index(0), count=1)\n    stage = 0\n    phase = 1",
+        ),
+        "initialised twice",
+    ),
+    "barriers initialised after the roles": (
+        ("    tma_store_wait(0)\n", "    tma_store_wait(0)\n    mbarrier.init(ring.ready.index(0), count=1)\n"),
+        "initialised twice",
+    ),
+    "stores that nothing waits for": (("    tma_store_wait(0)\n", ""), "ends with stores under way"),
+    "one slot for both": (("(1, other_slots, outputs", "(1, slots, outputs"), "consume . writes .* beside: consume"),
+    "one slot for all stores": (("number % SLOTS", "0"), "beside"),
+    "roles with each other's registers": (
+        ("[CONSUMER_REGISTERS, PRODUCER_REGISTERS]", "[PRODUCER_REGISTERS, CONSUMER_REGISTERS]"),
+        "registers in one role and",
+    ),
+    "more registers than there are": (("[CONSUMER_REGISTERS, P", "[CONSUMER_REGISTERS + 16, P"), "registers"),
+    "a consumer of one warp": (("            [4, 1],\n", "            [1, 4],\n"), "does not fit|has 1 warps"),
+    "more shared memory than there is": (
+        ("[STAGES] + weight.block_type.shape", "[STAGES + 1] + weight.block_type.shape"),
+        "bytes of shared memory",
+    ),
+    "another layout than the copies'": (("shape, x.layout)", "shape, weight.layout)"), "holds a block in"),
+    "a tile left out": (
+        ("range(gl.program_id(0), tile_count", "range(1 + gl.program_id(0), tile_count"),
+        "not written once",
+    ),
+    "a tile too many": (("BLOCK_N), gl.num_programs(0))", "BLOCK_N) + 1, gl.num_programs(0))"), "a block at"),
+    "the first tile by every program": (("gl.program_id(0), tile_count", "0, tile_count"), "not written once"),
+    "rows and columns exchanged": (("row, column = corner_of", "column, row = corner_of"), ""),
+    "the steps of one tile less for the producer": (
+        ("range(0, sizes.K, BLOCK_K)", "range(BLOCK_K, sizes.K, BLOCK_K)"),
+        "",
+    ),
+    "a step more for the producer": (
+        ("range(0, sizes.K, BLOCK_K)", "range(0, sizes.K + BLOCK_K, BLOCK_K)"),
+        "a block at",
+    ),
+    "an output loaded": (("operands = Operands(x, ", "operands = Operands(y, "), ""),
+    "a call that Gluon does not take": (("mbarrier.arrive(", "mbarrier.arrive(pred_=True, mbarrier="), "argument"),
+    "one product at a time": (("warpgroup_mma_wait(1, deps", "warpgroup_mma_wait(0, deps"), "idle"),
+    "one store at a time": (("store_wait(SLOTS - 1)", "store_wait(0)"), "idle"),
+    "a buffer of the ring left out": (("stage == STAGES, 0, stage", "stage == STAGES, 1, stage"), "idle"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_a_broken_kernel_is_noticed(what):
+    (old, new), said = BROKEN[what]
+    assert SOURCE.count(old) >= 1
+    found = fault(SOURCE.replace(old, new), RUNS)
+    assert found is not None and re.search(said, found), found
