@@ -9,6 +9,7 @@ import dora_kernels
 from dora_kernels import ops
 from dora_kernels.planning import devices, measured, plan
 from dora_kernels.testing import MEAN_RATIO, geometric_mean
+from tests.support.gluon_gemm import SOURCE
 from tests.support.problem import DEVICE, GRADIENTS, Problem
 from tests.support.simulated_hopper import MULTIPROCESSORS, simulated_hopper
 
@@ -186,3 +187,26 @@ def test_the_reason_of_a_fall_to_the_library_is_logged_once(caplog, monkeypatch)
             fused(problem)
     (record,) = [record for record in caplog.records if "GEMM library" in record.message]
     assert "strides" in record.message
+
+
+@pytest.mark.parametrize("needs", [("x",), ("magnitude",), ("lora_A", "bias"), ("lora_B",)], ids=", ".join)
+def test_some_of_the_gradients(needs, monkeypatch):
+    beside(monkeypatch, "all")
+    problem = Problem.random(33, 80, 48, 8, torch.bfloat16)
+    with simulated_hopper() as kernel:
+        comparisons = problem.comparisons(fused(problem, needs=needs), needs=needs)
+    assert [comparison.name for comparison in comparisons] == ["y", *needs]
+    assert all(comparison.ok for comparison in comparisons), comparisons
+    assert len(kernel.launches) == (2 if needs == ("x",) else 1)
+    assert ("z" in kernel.launches[0]) == ("magnitude" in needs)
+
+
+@pytest.mark.parametrize(
+    "old, new", [("            acc *= scaling\n", ""), ("y_part += load_row(bias", "y_part += load_row(gain")]
+)
+def test_a_broken_kernel_is_seen_in_a_layer(old, new):
+    assert old in SOURCE
+    problem = Problem.random(50, 72, 88, 8, torch.bfloat16)
+    with simulated_hopper(source=SOURCE.replace(old, new)):
+        (comparison,) = problem.comparisons(fused(problem, needs=()), needs=())
+    assert not comparison.ok
