@@ -62,9 +62,9 @@ class LaunchPlan:
         self._kept: dict[tuple[type, ...], list[tuple[Callable[..., Any], dict[tuple, tuple]]]] = {}
 
     def launch(self, grid: tuple[int, ...], *arguments: Any, side: Any = None) -> None:
-        """Launches the kernel, on the current stream or on the side. Of a tensor it gets the pointer where the
-        parameter's name ends in _ptr, else a Matrix or a Vector; so does a field of a tuple that is a Matrix by its
-        annotation.
+        """Launches the kernel, on the current stream or, by a Side (side.py), on that of the side. Of a tensor it gets
+        the pointer where the parameter's name ends in _ptr, else a Matrix or a Vector; so does a field of a tuple that
+        is a Matrix by its annotation.
         """
         if side is not None:
             side.launch(self, grid, arguments)  # comes back, on its stream

@@ -4,8 +4,6 @@ Each of their programs takes more than half the shared memory of a multiprocesso
 it: every program has a multiprocessor of its own, in whatever order they are launched.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -27,7 +27,7 @@ kernels = pytest.importorskip("dora_kernels.kernels")
 
 from dora_kernels.kernels import side as side_module  # noqa: E402
 from dora_kernels.kernels.side import Side  # noqa: E402
-from tests.support.stream_model import CaptureError, Stream, World  # noqa: E402
+from tests.support.stream_model import CaptureError, ModelStream, StreamModel  # noqa: E402
 
 modelled = pytest.mark.skipif(not devices.interpreting(), reason="a GPU has streams of its own")
 LOW_RANK, TOKEN_SUMS = ("project", "outer_product"), ("token_sums",)
@@ -100,23 +100,23 @@ def test_steps_beside_are_the_steps_alone(problem, inputs, expected):
             close(left, right)
 
 
-def wrong_in(world: World, run: Callable[[], Gradients], expected: Gradients) -> list[str]:
-    """What is wrong with a backward pass in a world, the bits of its results or what the world has seen of it."""
+def wrong_in(model: StreamModel, run: Callable[[], Gradients], expected: Gradients) -> list[str]:
+    """What is wrong with a backward pass in a model, the bits of its results or what the model has seen of it."""
     found = []
-    with world.entered():
-        main = world.current_stream()
+    with model.entered():
+        main = model.current_stream()
         gradients = run()
-        if world.unjoined(main):
+        if model.unjoined(main):
             found.append("unjoined")
         main.synchronize()
         with torch.utils._python_dispatch._disable_current_modes():
             if not all(torch.equal(actual, right) for _, actual, right in pairs(gradients, expected)):
                 found.append("results")
         del gradients
-    if world.races():
+    if model.races():
         found.append("races")
-    dx = next(one for one in world.launched if one.name == "mm")
-    beside = [one for one in world.launched if one.stream is not main]
+    dx = next(one for one in model.launched if one.name == "mm")
+    beside = [one for one in model.launched if one.stream is not main]
     if not beside or any(one.is_before(dx) or dx.is_before(one) for one in beside):
         found.append("not beside dx")
     return found
@@ -128,9 +128,9 @@ def wrong_in(world: World, run: Callable[[], Gradients], expected: Gradients) ->
 def test_every_order_gives_the_same_bits(name, norm_grad, problem, inputs, expected, takes_everything):
     right = backward(problem, inputs, BESIDE[name], norm_grad=True) if norm_grad else expected[name]
     for seed in range(1 if norm_grad else 4):
-        world = World(seed, fills=bool(seed % 2))
-        assert not wrong_in(world, lambda: backward(problem, inputs, BESIDE[name], norm_grad=norm_grad), right)
-        kernels_beside = [(one.name, one.grid) for one in world.launched if one.stream is world.pool[0]]
+        model = StreamModel(seed, fills=bool(seed % 2))
+        assert not wrong_in(model, lambda: backward(problem, inputs, BESIDE[name], norm_grad=norm_grad), right)
+        kernels_beside = [(one.name, one.grid) for one in model.launched if one.stream is model.pool[0]]
         names = {
             "token_sums": "_token_sums_kernel",
             "project": "_project_kernel",
@@ -212,16 +212,16 @@ def test_what_is_wrong_is_seen(fault, problem, inputs, expected, takes_everythin
     found, wanted = set(), {FAULTS[fault]} | ({"results"} if fault in (Unforked, ForkedOnce, Unjoined) else set())
     for seed in range(60):
         run = lambda: backward(problem, inputs, BESIDE["all"], steps)  # noqa: E731
-        world = World(seed, fills=True)
-        world.haste, world.eagerness[world.default] = 2.0, (0.05, 10.0)[seed % 2]
-        found |= set(wrong_in(world, run, expected["all"]))
+        model = StreamModel(seed, fills=True)
+        model.haste, model.eagerness[model.default] = 2.0, (0.05, 10.0)[seed % 2]
+        found |= set(wrong_in(model, run, expected["all"]))
         if wanted <= found:
             return
     raise AssertionError(f"{found} in all orders; expected {wanted}")
 
 
 @contextlib.contextmanager
-def interrupted(world: World, at: int, error: type[BaseException]) -> Iterator[None]:
+def interrupted(model: StreamModel, at: int, error: type[BaseException]) -> Iterator[None]:
     """The `at`-th time that memory is allocated, something is launched, or a stream waits, an exception is raised."""
     count = [0]
 
@@ -235,8 +235,8 @@ def interrupted(world: World, at: int, error: type[BaseException]) -> Iterator[N
         return wrapped
 
     with (
-        mock.patch.multiple(world, _allocate=counting(world._allocate), put=counting(world.put)),
-        mock.patch.object(Stream, "wait_event", counting(Stream.wait_event)),
+        mock.patch.multiple(model, _allocate=counting(model._allocate), put=counting(model.put)),
+        mock.patch.object(ModelStream, "wait_event", counting(ModelStream.wait_event)),
     ):
         yield
 
@@ -245,16 +245,16 @@ def interrupted(world: World, at: int, error: type[BaseException]) -> Iterator[N
 def test_an_exception_frees_nothing_before_its_time(problem, inputs, takes_everything):
     """At every step of a pass; in `join` itself, it is the end of the side that joins it."""
     for at in itertools.count(1):
-        error, world = (torch.OutOfMemoryError, KeyboardInterrupt)[at % 2], World(at)
-        with world.entered():
-            main, over = world.current_stream(), True
-            with interrupted(world, at, error):
+        error, model = (torch.OutOfMemoryError, KeyboardInterrupt)[at % 2], StreamModel(at)
+        with model.entered():
+            main, over = model.current_stream(), True
+            with interrupted(model, at, error):
                 try:
                     backward(problem, inputs, BESIDE["all"])
                 except error:
                     over = False
-            assert not world.unjoined(main), at
-        assert not world.races(), at
+            assert not model.unjoined(main), at
+        assert not model.races(), at
         if over:
             break
     assert at > 12
@@ -263,18 +263,18 @@ def test_an_exception_frees_nothing_before_its_time(problem, inputs, takes_every
 @modelled
 def test_a_stream_has_one_side(takes_everything, problem, inputs, expected):
     """Two of the user's streams in turn, then at once, and the default stream: three sides, and no more."""
-    world = World(0)
-    with world.entered():
-        users = world.default, world.new_stream(), world.new_stream()
+    model = StreamModel(0)
+    with model.entered():
+        users = model.default, model.new_stream(), model.new_stream()
         for user in (*users, *users):
-            with world.on(user):
+            with model.on(user):
                 backward(problem, inputs, BESIDE["all"])
     of = {
-        user: {one.stream for one in world.launched if one.known.get(user) and one.grid} - set(users) for user in users
+        user: {one.stream for one in model.launched if one.known.get(user) and one.grid} - set(users) for user in users
     }
     sides = [side_module._streams[user] for user in users]
     assert len(set(sides)) == 3 and list(of.values()) == [{side} for side in sides]
-    assert not world.races()
+    assert not model.races()
 
 
 @modelled
@@ -282,11 +282,11 @@ def test_a_side_may_be_somebody_elses_stream(problem, inputs, expected, takes_ev
     """torch gives out the streams of its pool in turn: here one is every side, and a main stream as well."""
     for seed in range(2):
         side_module._streams.clear()
-        world, made = World(seed, pool=1), []
-        with world.entered():
-            users = world.new_stream(), world.default
+        model, made = StreamModel(seed, pool=1), []
+        with model.entered():
+            users = model.new_stream(), model.default
             for user in (*users, users[0]):
-                with world.on(user):
+                with model.on(user):
                     made.append(backward(problem, inputs, BESIDE["all"]))
             for user in users:
                 user.synchronize()
@@ -294,17 +294,17 @@ def test_a_side_may_be_somebody_elses_stream(problem, inputs, expected, takes_ev
                 for gradients in made:
                     assert all(torch.equal(actual, right) for _, actual, right in pairs(gradients, expected["all"]))
             made.clear()
-        assert not world.races()
+        assert not model.races()
 
 
 @modelled
 @pytest.mark.parametrize("of_its_own", (False, True), ids=("one stream", "two streams"))
 def test_threads(of_its_own, problem, inputs, expected, takes_everything):
     wrong, start = [], threading.Barrier(2)
-    world = World(3)
+    model = StreamModel(3)
 
-    def work(user: Stream) -> None:
-        with world.on(user), world:
+    def work(user: ModelStream) -> None:
+        with model.on(user), model:
             start.wait()
             for _ in range(3):
                 gradients = backward(problem, inputs, BESIDE["all"])
@@ -316,8 +316,8 @@ def test_threads(of_its_own, problem, inputs, expected, takes_everything):
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
-        with world.entered():
-            users = (world.default, world.new_stream() if of_its_own else world.default)
+        with model.entered():
+            users = (model.default, model.new_stream() if of_its_own else model.default)
             threads = [threading.Thread(target=work, args=(user,)) for user in users]
             for thread in threads:
                 thread.start()
@@ -325,7 +325,7 @@ def test_threads(of_its_own, problem, inputs, expected, takes_everything):
                 thread.join()
     finally:
         sys.setswitchinterval(before)
-    assert not wrong and not world.races()
+    assert not wrong and not model.races()
     assert len(side_module._streams) == 1 + of_its_own
 
 
@@ -354,32 +354,32 @@ def test_layers_under_autograd(checkpointed, problem, takes_everything, monkeypa
 
     expected = train()
     for seed in range(2):
-        world = World(seed)
-        with world.entered(), world.on(world.new_stream()):
+        model = StreamModel(seed)
+        with model.entered(), model.on(model.new_stream()):
             made = train()
-            world.current_stream().synchronize()
+            model.current_stream().synchronize()
             with torch.utils._python_dispatch._disable_current_modes():
                 assert all(map(torch.equal, made, expected))
             del made
-        assert not world.races() and {one.stream for one in world.launched if one.grid} == set(world.pool[:2])
+        assert not model.races() and {one.stream for one in model.launched if one.grid} == set(model.pool[:2])
 
 
 @modelled
 def test_a_capture_holds_its_side(problem, inputs, expected, takes_everything):
     """Before, inside of and after captures on a stream of their own, as torch.cuda.graph makes them."""
-    world = World(1)
-    with world.entered():
+    model = StreamModel(1)
+    with model.entered():
         for _ in range(2):
             backward(problem, inputs, BESIDE["all"])
-            captured = world.new_stream()
-            with world.on(captured), world.capturing(captured):
+            captured = model.new_stream()
+            with model.on(captured), model.capturing(captured):
                 gradients = [backward(problem, inputs, BESIDE["all"]) for _ in range(2)]
             captured.synchronize()
             with torch.utils._python_dispatch._disable_current_modes():
                 for one in gradients:
                     assert all(torch.equal(actual, right) for _, actual, right in pairs(one, expected["all"]))
             del gradients, one
-    assert not world.races()
+    assert not model.races()
 
 
 @modelled
@@ -387,19 +387,19 @@ def test_a_capture_holds_its_side(problem, inputs, expected, takes_everything):
 def test_a_capture_refuses_a_side_with_a_fault(fault, problem, inputs, takes_everything, monkeypatch):
     """It waits for what is outside, or has a branch that does not come back."""
     monkeypatch.setattr(side_module, "Side", fault)
-    world = World(0)
-    with world.entered(), pytest.raises(CaptureError):
-        captured = world.new_stream()
-        with world.on(captured), world.capturing(captured):
+    model = StreamModel(0)
+    with model.entered(), pytest.raises(CaptureError):
+        captured = model.new_stream()
+        with model.on(captured), model.capturing(captured):
             backward(problem, inputs, BESIDE["all"])
 
 
 @modelled
 def test_a_side_that_launches_nothing_is_waited_for_by_nobody():
-    world = World(0)
-    with world.entered(), world.on(world.new_stream()), world.capturing(world.current_stream()):
+    model = StreamModel(0)
+    with model.entered(), model.on(model.new_stream()), model.capturing(model.current_stream()):
         Side(torch.device("cpu")).join()
-    assert not any(stream.waiting or stream.put for stream in world.streams)
+    assert not any(stream.waiting or stream.put for stream in model.streams)
 
 
 @pytest.fixture

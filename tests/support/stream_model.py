@@ -1,8 +1,8 @@
 """A GPU's streams and its allocator on the CPU: what is launched is done later, in any order that the events allow.
 
-Inside `World.entered()` every operator and every kernel of Triton's interpreter is put on the current stream, and done
-at some later moment, which a seed decides; torch.cpu's streams are those of this world. Memory is handed out by the
-host at once, what was freed last first, and is NaN from the moment of the main stream at which it was freed.
+Inside `StreamModel.entered()` every operator and every kernel of Triton's interpreter is put on the current stream,
+and done at some later moment, which a seed decides; torch.cpu's streams are those of this model. Memory is handed out
+by the host at once, what was freed last first, and is NaN from the moment of its stream at which it was freed.
 
 A seed shows one order; `races` says of all of them what shares memory that one of it writes, and stands in no order.
 `unjoined` has the streams with work that a stream does not wait for.
@@ -54,57 +54,57 @@ class Bytes(NamedTuple):
         return any(self.start < other.end and other.start < self.end for other in others)
 
 
-class Launched(NamedTuple):
+class Work(NamedTuple):
     """Something that was put on a stream: its number there, and how much of each stream is over before it."""
 
     name: str
-    stream: Stream
+    stream: ModelStream
     number: int
-    known: dict[Stream, int]
+    known: dict[ModelStream, int]
     grid: tuple[int, ...] | None
     used: set[Bytes]
     written: set[Bytes]  # of these, when this is done
 
-    def is_before(self, other: Launched) -> bool:
+    def is_before(self, other: Work) -> bool:
         return self.number <= other.known.get(self.stream, 0)
 
 
-class Event:
+class ModelEvent:
     """A place in a stream."""
 
     def __init__(self) -> None:
-        self.known: dict[Stream, int] = {}
-        self.capture: Stream | None = None
+        self.known: dict[ModelStream, int] = {}
+        self.capture: ModelStream | None = None
 
-    def record(self, stream: Stream) -> None:
+    def record(self, stream: ModelStream) -> None:
         self.known, self.capture = dict(stream.known), stream.capture
 
     def is_over(self) -> bool:
         return all(stream.done >= number for stream, number in self.known.items())
 
 
-class Stream:
+class ModelStream:
     """Work in order; `known` has how much of each stream is over before what comes next in this one."""
 
-    def __init__(self, world: World, name: str) -> None:
-        self.world, self.name = world, name
-        self.waiting: deque[Callable[[], None] | Event] = deque()
+    def __init__(self, model: StreamModel, name: str) -> None:
+        self.model, self.name = model, name
+        self.waiting: deque[Callable[[], None] | ModelEvent] = deque()
         self.put = self.done = 0
-        self.known: dict[Stream, int] = {}
-        self.capture: Stream | None = None  # that which the capture has begun on
+        self.known: dict[ModelStream, int] = {}
+        self.capture: ModelStream | None = None  # that which the capture has begun on
         self.free: dict[int, list[numpy.ndarray]] = {}
 
     def __repr__(self) -> str:
         return self.name
 
-    def record_event(self) -> Event:
-        with self.world.lock:
-            event = Event()
+    def record_event(self) -> ModelEvent:
+        with self.model.lock:
+            event = ModelEvent()
             event.record(self)
             return event
 
-    def wait_event(self, event: Event) -> None:
-        with self.world.lock:
+    def wait_event(self, event: ModelEvent) -> None:
+        with self.model.lock:
             if event.capture is not self.capture:
                 if event.capture is None or self.capture is not None:
                     raise CaptureError(f"{self} in the capture of {self.capture} waits for one of {event.capture}")
@@ -113,7 +113,7 @@ class Stream:
                 self.known[stream] = max(number, self.known.get(stream, 0))
             self.waiting.append(event)
 
-    def wait_stream(self, stream: Stream) -> None:
+    def wait_stream(self, stream: ModelStream) -> None:
         self.wait_event(stream.record_event())
 
     def add(self, action: Callable[[], None]) -> None:
@@ -123,11 +123,11 @@ class Stream:
         self.waiting.append(action)
 
     def can_go_on(self) -> bool:
-        return bool(self.waiting) and (not isinstance(self.waiting[0], Event) or self.waiting[0].is_over())
+        return bool(self.waiting) and (not isinstance(self.waiting[0], ModelEvent) or self.waiting[0].is_over())
 
     def go_on(self) -> None:
         """Do what comes next."""
-        if not isinstance(self.waiting[0], Event):
+        if not isinstance(self.waiting[0], ModelEvent):
             with _disable_current_modes():
                 self.waiting[0]()
             self.done += 1
@@ -135,7 +135,7 @@ class Stream:
 
     def synchronize(self) -> None:
         """The host waits: of other streams, no more is done than this one waits for."""
-        with self.world.lock:
+        with self.model.lock:
             if self.capture is not None:
                 raise CaptureError("the host waits for a capture")
             while self.waiting:
@@ -143,14 +143,14 @@ class Stream:
 
     def _make_way(self) -> None:
         """Do what comes next, and before it what it waits for."""
-        if isinstance(self.waiting[0], Event):
+        if isinstance(self.waiting[0], ModelEvent):
             for stream, number in self.waiting[0].known.items():
                 while stream.done < number:
                     stream._make_way()
         self.go_on()
 
 
-class World(TorchDispatchMode):
+class StreamModel(TorchDispatchMode):
     """Streams, of which `pool` are given out in turn; fills: whether it fills fresh memory, as torch's deterministic
     mode does.
     """
@@ -162,25 +162,25 @@ class World(TorchDispatchMode):
         # how much is done at once; at 0 only what the host waits for
         self.haste = self.random.choice((0.0, 0.3, 2.0))
         self.lock, self.here = threading.RLock(), threading.local()
-        self.default = Stream(self, "default")
-        self.pool = [Stream(self, f"pool {number}") for number in range(pool)]
+        self.default = ModelStream(self, "default")
+        self.pool = [ModelStream(self, f"pool {number}") for number in range(pool)]
         self.streams = [self.default, *self.pool]
         self.eagerness = {stream: self.random.choice((0.05, 1.0, 10.0)) for stream in self.streams}
         self.given_out = 0
-        self.launched: list[Launched] = []
+        self.launched: list[Work] = []
         self.memories: dict[int, numpy.ndarray] = {}  # by their address
 
     # what torch.cpu is asked for
 
-    def current_stream(self, device: Any = None) -> Stream:
+    def current_stream(self, device: Any = None) -> ModelStream:
         return getattr(self.here, "stream", self.default)
 
-    def new_stream(self, priority: int = 0) -> Stream:
+    def new_stream(self, priority: int = 0) -> ModelStream:
         self.given_out += 1
         return self.pool[(self.given_out - 1) % len(self.pool)]
 
     @contextlib.contextmanager
-    def on(self, stream: Stream) -> Iterator[None]:
+    def on(self, stream: ModelStream) -> Iterator[None]:
         """Inside, `stream` is the current one."""
         before, self.here.stream = self.current_stream(), stream
         try:
@@ -189,7 +189,7 @@ class World(TorchDispatchMode):
             self.here.stream = before
 
     @contextlib.contextmanager
-    def capturing(self, stream: Stream) -> Iterator[None]:
+    def capturing(self, stream: ModelStream) -> Iterator[None]:
         """Inside, the stream is captured; what it holds is done as if its graph were replayed once."""
         stream.capture = stream
         try:
@@ -202,8 +202,8 @@ class World(TorchDispatchMode):
             raise CaptureError(f"unjoined: {lost}")
 
     @contextlib.contextmanager
-    def entered(self) -> Iterator[World]:
-        """Inside, the world is this one, in every thread that has entered the mode. On leaving, all is done."""
+    def entered(self) -> Iterator[StreamModel]:
+        """Inside, the model is this one, in every thread that has entered the mode. On leaving, all is done."""
         run = InterpretedFunction.run
 
         def launch(kernel: InterpretedFunction, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
@@ -239,7 +239,9 @@ class World(TorchDispatchMode):
                     break
                 self.random.choices(able, [self.eagerness[stream] for stream in able])[0].go_on()
 
-    def _put(self, stream: Stream, name: str, action: Callable[[], None], used: set[Bytes], grid: Any = None) -> None:
+    def _put(
+        self, stream: ModelStream, name: str, action: Callable[[], None], used: set[Bytes], grid: Any = None
+    ) -> None:
         written: set[Bytes] = set()
 
         def do() -> None:
@@ -248,7 +250,7 @@ class World(TorchDispatchMode):
             written.update(part for part in used if (part.values() != before[part]).any())
 
         stream.add(do)
-        self.launched.append(Launched(name, stream, stream.put, dict(stream.known), grid, used, written))
+        self.launched.append(Work(name, stream, stream.put, dict(stream.known), grid, used, written))
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, function.overloadpacket.__name__
@@ -300,7 +302,7 @@ class World(TorchDispatchMode):
             weakref.finalize(lease, self._freed, memory, stream).atexit = False
             return torch.from_numpy(lease).view(like.dtype).as_strided(like.shape, like.stride())
 
-    def _freed(self, memory: numpy.ndarray, stream: Stream) -> None:
+    def _freed(self, memory: numpy.ndarray, stream: ModelStream) -> None:
         """Its stream may overwrite it from now on."""
         with self.lock:
             whole = Bytes(memory.ctypes.data, memory.ctypes.data + memory.size)
@@ -313,7 +315,7 @@ class World(TorchDispatchMode):
         return lambda: memory.fill(255)
 
     def _seen(self, values: Any) -> Any:
-        """The values with tensors that hold no memory of this world: it is freed when the program lets go of it."""
+        """The values with tensors that hold no memory of this model: it is freed when the program lets go of it."""
 
         def seen(tensor: Tensor) -> Tensor:
             memory = self.memories.get(tensor.untyped_storage().data_ptr())
@@ -327,7 +329,7 @@ class World(TorchDispatchMode):
 
     # what a test asks
 
-    def unjoined(self, stream: Stream) -> list[Stream]:
+    def unjoined(self, stream: ModelStream) -> list[ModelStream]:
         """The streams that have work which is not known to be over in `stream`."""
         return [other for other in self.streams if other is not stream and other.put > stream.known.get(other, 0)]
 
