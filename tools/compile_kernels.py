@@ -12,7 +12,7 @@ kernel, variant, rank and target: the worst of its calls. Exit status 1 where a 
 registers in earnest, needs more shared memory than the device has, shares its work out among more programs than fit at
 a time, or has atomics that it may not have (atomics.py). Only the first of these is an error to Triton before a launch.
 Of the GEMM in Gluon nothing may be spilled, each role keeps to its registers (roles.py), and the products of a warp
-group overlap.
+group overlap; what runs beside it takes more than half the shared memory of a multiprocessor.
 With --loops a second table says what the machine code of each loop consists of (hot_loops.py), and loops on sm_90 that
 load as they should not are complained of too.
 """
@@ -176,7 +176,7 @@ def jobs_for(
                     with recording(TARGETS[target], VARIANTS[variant], overrides) as recorded:
                         CALLS[call](Inputs.of(VARIANTS[variant], *shape, R=rank))
                     for specialization in recorded:
-                        key = (target, specialization.name, specialization.key)
+                        key = (target, specialization.name, specialization.key, specialization.beside)
                         jobs.setdefault(key, Job(variant, rank, call, specialization, shape))
     return list(jobs.values())
 
@@ -226,6 +226,8 @@ def verdict(compiled: Compiled, specialization: Specialization) -> str:
     for name, registers, limit in compiled.roles:
         if registers > limit:
             return f"{name or 'setting up'} takes {registers} registers of {limit}"
+    if specialization.beside and target.has_room_for_two(compiled.shared):
+        return f"beside the GEMM of dx, and {compiled.shared} bytes of shared memory leave room for a second program"
     if work and work.waves > compiled.programs:
         return f"waves={work.waves}, and a multiprocessor holds {compiled.programs} ({compiled.limited_by})"
     return "; ".join(compiled.faults)

@@ -26,6 +26,7 @@ from dora_kernels import ops
 from dora_kernels.extras.serving import AdapterBank, bank_linear
 from dora_kernels.functional import linear, weight
 from dora_kernels.functional.rescale import rescale
+from dora_kernels.kernels.side import Side
 from dora_kernels.planning import configs, devices, measured, plan, tiles
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.types import DoraWeight
@@ -283,7 +284,7 @@ class Specialization:
     """A kernel as Triton's JIT would have compiled it at a launch.
 
     work: None where a program has a tile, and the grid is of tiles. bytes_of: of each tensor among the arguments, 0 for
-    one that is given a second time. sizes: the integers among them.
+    one that is given a second time. sizes: the integers among them. beside: it runs while a GEMM does (side.py).
     """
 
     kernel: JITFunction
@@ -297,6 +298,7 @@ class Specialization:
     work: Share | None = None
     bytes_of: dict[str, int] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    beside: bool = False
 
     @property
     def name(self) -> str:
@@ -398,8 +400,8 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
     if devices.interpreting():
         raise RuntimeError("recording: TRITON_INTERPRET is set, which leaves nothing to compile; expected it unset")
     recorded: list[Specialization] = []
-    launch: dict[str, Any] = {"work": None}  # what is known of the launch under way
-    run, config_for, programs = JITFunction.run, configs.config_for, configs.programs
+    launch: dict[str, Any] = {"work": None, "beside": False}  # what is known of the launch under way
+    run, config_for, programs, launch_beside = JITFunction.run, configs.config_for, configs.programs, Side.launch
 
     def run_warmup(self, *args, grid, warmup, **kwargs):
         tensors = (one for pair in zip(self.arg_names, args, strict=False) for one in _within(*pair))
@@ -427,6 +429,13 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
         launch["work"] = Share(blocks, steps, at_once // target.multiprocessors)
         return programs(blocks, steps, at_once, sums)
 
+    def beside(self, *arguments):
+        launch["beside"] = True
+        try:
+            return launch_beside(self, *arguments)
+        finally:
+            launch["beside"] = False
+
     def config_with_overrides(kernel, *arguments):
         return dataclasses.replace(config_for(kernel, *arguments), **(overrides or {}).get(kernel, {}))
 
@@ -441,6 +450,8 @@ def recording(target: Target, variant: Variant, overrides: dict[str, dict] | Non
             (devices, "device_facts", lambda device: facts),
             (configs, "config_for", config_with_overrides),
             (configs, "programs", programs_of),
+            (Side, "launch", beside),
+            (torch, "get_device_module", lambda device=None: torch.cpu),  # streams of meta tensors: they do nothing
             # meta tensors would take the fake implementations, and autocast does not know the meta device
             *((ops, name, ops.OPERATORS[name]) for name in ops.OPERATORS),
             (torch, "autocast", lambda *device_type, **options: contextlib.nullcontext()),

@@ -174,6 +174,9 @@ REJECTED_GEMMS = {
     "gemm:consumer_registers=152": (GEMM, "the compiler has ignored setmaxnreg"),  # a product itself takes 154
     "gemm:slots=3": (GEMM, "does not compile: gl.static_assert"),
 }
+# with fewer stages two programs fit a multiprocessor, and the GEMM's lack one; there is no side without the GEMM
+BESIDE = *GEMM[:4], "--kernel=token_sums", "--set"
+REJECTED_GEMMS["token_sums_beside:num_stages=2"] = BESIDE, "bytes of shared memory leave room for a second program"
 REJECTED |= REJECTED_GEMMS if HAS_GLUON else {}
 REJECT = """
 import compile_kernels, contextlib, io, json, sys
@@ -293,6 +296,18 @@ def quantized_merges() -> dict[str, list[str]]:
     return found | {"all": list(tool.QUANTIZED_KINDS)}
 
 
+def beside_the_gemm() -> dict[str, list[list[int]]]:
+    """The grids of what runs beside the GEMM of dx, and its own, by kernel; run where Triton compiles."""
+    import compile_kernels as tool
+
+    jobs = tool.jobs_for(["sm_90"], ["bf16"], (64,), ("fused",))
+    found: dict[str, list[list[int]]] = {}
+    for one in (job.specialization for job in jobs):
+        if one.beside or "nn" in one.flags().split():
+            found.setdefault(one.name, []).append(list(one.grid))
+    return found
+
+
 def launched() -> list[list[str]]:
     """What training steps at 8192, 4096 x 4096, R = 64, and at R = 384 launch; run where Triton compiles."""
     import launches as tool
@@ -310,6 +325,7 @@ def recorded() -> dict:
         "candidates": "of_candidates()",
         "launched": "launched()",
         "quantized": "quantized_merges()",
+        "beside": "beside_the_gemm()",
     }
     calls = ", ".join(functions.values())
     done = _run("-c", f"from tests.tools.test_compile_kernels import *; print(json.dumps([{calls}]))")
@@ -394,6 +410,12 @@ def test_of_the_gemm_each_role_has_its_registers(fast):
 
 
 # Triton itself imports Gluon where a kernel is launched: what may be missing are names
+@needs_gluon
+def test_what_runs_beside_a_gemm_is_four_programs(recorded):
+    """Their shared memory has been judged: `test_a_config_that_does_not_fit_is_rejected` knows a complaint."""
+    assert recorded["beside"] == {"_token_sums_kernel": [[4], [4]], "_project_kernel": [[4]], "gemm_kernel": [[128]]}
+
+
 WITHOUT_GLUON = """
 import sys
 from triton.experimental.gluon.language.nvidia.hopper import tma
