@@ -3,6 +3,7 @@
 On a CPU the streams are a model's (tests/support/stream_model.py), and dx is torch's product, as on a pretended GPU.
 """
 
+import collections
 import contextlib
 import itertools
 import sys
@@ -262,9 +263,10 @@ def test_an_exception_frees_nothing_before_its_time(problem, inputs, takes_every
 
 @modelled
 def test_a_stream_has_one_side(takes_everything, problem, inputs, expected):
-    """Two of the user's streams in turn, then at once, and the default stream: three sides, and no more."""
+    """Two of the user's streams and the default one, each of them twice: three sides, each forked thrice and joined."""
     model = StreamModel(0)
-    with model.entered():
+    waits = mock.patch.object(ModelStream, "wait_event", autospec=True, side_effect=ModelStream.wait_event)
+    with model.entered(), waits as waited:
         users = model.default, model.new_stream(), model.new_stream()
         for user in (*users, *users):
             with model.on(user):
@@ -275,6 +277,9 @@ def test_a_stream_has_one_side(takes_everything, problem, inputs, expected):
     sides = [side_module._streams[user] for user in users]
     assert len(set(sides)) == 3 and list(of.values()) == [{side} for side in sides]
     assert not model.races()
+    assert model.given_out == 2 + 3
+    counts = collections.Counter(call.args[0] for call in waited.call_args_list)
+    assert counts == dict.fromkeys(users, 2) | dict.fromkeys(sides, 6)
 
 
 @modelled
