@@ -1,4 +1,4 @@
-"""What a compiled kernel takes: registers, bytes that it spills, shared memory; and its machine code."""
+"""The resources of a compiled kernel: registers, bytes that it spills, shared memory; and its machine code."""
 
 import re
 import subprocess
@@ -52,7 +52,7 @@ def _of_cuda(kernel, specialization: Specialization) -> Usage:
 
 
 def _log_of_ptxas(kernel, capability: int) -> str:
-    """What ptxas says as it assembles the kernel once more: a kernel from the cache comes without."""
+    """The words of ptxas as it assembles the kernel once more: a kernel from the cache comes without."""
     nvidia = triton.knobs.nvidia
     ptxas = nvidia.ptxas_blackwell.path if capability >= 100 else nvidia.ptxas.path
     arch = re.search(r"\.target (\w+)", kernel.asm["ptx"]).group(1)

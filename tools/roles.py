@@ -48,7 +48,7 @@ def _changes(instruction: Instruction) -> bool:
 
 
 def _until_the_next(code: Sequence[Instruction], start: int, after: Sequence[Sequence[int]]) -> list[Instruction]:
-    """What is executed from `start` on, with an EXIT in the place of each USETMAXREG that ends it."""
+    """The code that is executed from `start` on, with an EXIT in the place of each USETMAXREG that ends it."""
     seen, pending, ends = {start}, list(after[start]), set()
     while pending:
         index = pending.pop()

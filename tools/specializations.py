@@ -305,7 +305,7 @@ class Specialization:
         return self.kernel.fn.__name__
 
     def source(self) -> ASTSource:
-        """What triton.compile compiles, in Triton's language or in Gluon."""
+        """The source that triton.compile compiles, in Triton's language or in Gluon."""
         return self.kernel.ASTSource(self.kernel, self.signature, self.constexprs, self.attrs)
 
     def in_gluon(self) -> bool:

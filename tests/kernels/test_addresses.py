@@ -190,7 +190,7 @@ def test_merge_writes_rows_of_2_to_the_30(memory):
     update = stored_weight.Update(tile.matrix(lora_A), tile.matrix(problem.lora_B), 3, 0.75)
     with num_programs(FAR // 32):
         _merge_kernel[1,](
-            stored, problem.magnitude, huge, 3, FAR, update, None, None, 1.0, None, 0,
+            stored, problem.magnitude, huge, 3, FAR, update, None, None, 1.0, None, 0, None, None,
             FORMAT=stored_weight.weight_format(layout, 32), SUBTRACT_WEIGHT=False, CHUNKS=1, R_MULTIPLE=1, STAGES=2,
             **tiles("merge"),
         )  # fmt: skip

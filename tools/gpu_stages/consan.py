@@ -111,7 +111,7 @@ def kernel_of(case: str) -> Any:
 
 
 def ahead(target: Target) -> list[Specialization]:
-    """What the cases compile, to be compiled before they run: half a minute on one core for each."""
+    """The kernels of the cases, to be compiled before they run: half a minute on one core for each."""
     found = []
     for case in CASES:
         kernel = kernel_of(case)
