@@ -71,12 +71,22 @@ def saved_by_forward(problem: Problem) -> Saved:
     return Saved(problem.x, norm, gain, low, base, None, problem.magnitude.dtype, problem.bias.dtype)
 
 
+# A thread's choice of what runs beside dx: threads that patched plan.beside at a time would leave a patch behind.
+_own = threading.local()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_beside():
+    with mock.patch.object(plan, "beside", lambda *asked, **named: _own.beside):
+        yield
+
+
 def backward(problem: Problem, saved: Saved, beside: tuple[str, ...], steps=STEPS, norm_grad=False) -> Gradients:
     """A backward pass with these steps beside dx."""
     dtype = problem.weight.dtype
     how = How(dtype, dtype, "merged", "base", "triton", norm_grad=norm_grad)
-    with mock.patch.object(plan, "beside", lambda *asked, **named: beside):
-        return passes.backward(steps, problem.dy, saved, problem.layer, how, NEEDS)
+    _own.beside = beside
+    return passes.backward(steps, problem.dy, saved, problem.layer, how, NEEDS)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ tests of the kernels themselves so. What runs here is in processes of its own, w
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,8 +148,7 @@ def plant(folder: Path, file: str, here: str, fault: str) -> None:
     """Replace the kernels of this process by others of which one has the fault."""
     import dora_kernels
 
-    for path in (ROOT / "dora_kernels" / "kernels").glob("*.py"):
-        (folder / path.name).write_text(path.read_text())
+    shutil.copytree(ROOT / "dora_kernels" / "kernels", folder, dirs_exist_ok=True)
     source = (folder / file).read_text()
     assert here in source, "what is planted is no fault of this code"
     (folder / file).write_text(source.replace(here, fault))
