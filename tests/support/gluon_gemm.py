@@ -91,8 +91,8 @@ def simulate(source: str, build: Build, shape: Shape, seed: int) -> Simulator:
     return simulator
 
 
-def fault(source: str, runs: Iterable[tuple[Build, Shape, int]]) -> str | None:
-    """What is wrong with the source in the first run that shows it, or None."""
+def fault(source: str, runs: Iterable[tuple[Build, Shape, int]], refused: Iterable[Build] = ()) -> str | None:
+    """What is wrong with the source in the first run that shows it, or None. refused: builds that it must refuse."""
     for build, shape, seed in runs:
         try:
             simulator = simulate(source, build, shape, seed)
@@ -100,6 +100,13 @@ def fault(source: str, runs: Iterable[tuple[Build, Shape, int]]) -> str | None:
             return f"{type(error).__name__}: {error} ({build}, {shape}, {seed})"
         if lazy := idle(simulator, build, shape):
             return lazy
+    for build in refused:
+        try:
+            simulate(source, build, (16, 32, 40, 8, 1), 0)
+        except AssertionError as error:
+            if "static_assert" in str(error):
+                continue
+        return f"not refused: {build}"
     return None
 
 

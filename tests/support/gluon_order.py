@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.support.gluon_schedule import Program, Role
+from tests.support.gluon_schedule import Body, Program, Role
 
 Box = tuple[tuple[int, int], ...]  # of each dimension, the first place and the one behind the last
 MOST_BYTES = 2**20 - 1  # that an mbarrier can expect
@@ -154,12 +154,12 @@ class Barrier:
             self.ended.append(self.ended[-1] | self.arrived)
             self.arrived, self.missing = 0, self.count
 
-    def wait(self, program: Program, phase: int) -> None:
+    def wait(self, program: Program, phase: int) -> Body:
         """Wait until the phase of this parity has ended; the role then knows what is known at its end, and no more."""
         role = program.role
         self.use(role)
         assert phase in (0, 1), f"{self.name}: phase {phase}"
-        program.step(lambda: (len(self.ended) - 1) % 2 != phase)
+        yield lambda: (len(self.ended) - 1) % 2 != phase
         seen = role.seen.get(self, 0)
         seen += seen % 2 == phase
         role.seen[self] = seen

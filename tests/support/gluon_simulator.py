@@ -1,6 +1,7 @@
 """Executes the source of a warp-specialised Gluon kernel on a CPU: its index arithmetic, barriers, phases and buffers.
 
-gluon.jit becomes the identity. Roles become threads of which one runs at a time, drawn at random at every operation.
+gluon.jit becomes the identity. The functions of the source become generators, which stop before every operation; which
+role goes on is drawn at random.
 What a GPU does asynchronously (copies of the copy engine, products of the tensor cores) is done at a random later
 moment, at the latest when something waits for it. A buffer is full of NaN from the start of a copy into it until the
 copy is done. So a wrong coordinate, a wrong phase and a buffer that is read too early show as wrong numbers; a lost
@@ -15,6 +16,7 @@ swizzles, what it spills, and whether what must be constant for it is. tests/ker
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import math
@@ -29,7 +31,7 @@ import torch
 
 from dora_kernels.planning.configs import SHARED
 from tests.support.gluon_order import Barrier, Barriers, Memory, Order
-from tests.support.gluon_schedule import Program, Role
+from tests.support.gluon_schedule import Body, Program, Role
 from tests.support.gluon_values import Accumulator, Buffer, Descriptor, Layout, Value, registers_of
 
 LANGUAGE = "dora_kernels.kernels.hopper.language"
@@ -79,15 +81,15 @@ class Simulator:
     def __init__(self, num_warps: int = 4, maxnreg: int = 168) -> None:
         self.num_warps, self.maxnreg = num_warps, maxnreg
         # "products alone": started with none in flight; "stores": the most that one role had under way; "turns": the
-        # most that one buffer of an allocation was written more often than another
+        # most that one buffer or barrier of an allocation was used more often than another
         self.seen: Counter[str] = Counter()
         self._start(0, 1, 0)
 
     def load(self, source: str) -> types.SimpleNamespace:
         """The names that the source defines, its imports of Gluon answered from here."""
-        names: dict[str, Any] = {"__name__": "simulated"}
+        names: dict[str, Any] = {"__name__": "simulated", "_run": _run}
         with mock.patch.dict(sys.modules, {LANGUAGE: self._module()}):
-            exec(compile(source, "<kernel>", "exec"), names)
+            exec(compile(_Stopping().visit(ast.parse(source)), "<kernel>", "exec"), names)
         return types.SimpleNamespace(**names)
 
     def launch(self, kernel: Callable[..., None], programs: int, seed: int, *arguments: object) -> int:
@@ -95,7 +97,7 @@ class Simulator:
         operations = 0
         for place in range(programs):
             self._start(place, programs, 1000 * seed + place)
-            kernel(*arguments)
+            self.program.finish(kernel(*arguments))
             self._check_over()
             operations += self.program.operations
         for name, argument in zip(inspect.signature(kernel).parameters, arguments, strict=True):
@@ -121,7 +123,8 @@ class Simulator:
         for barrier in self.barriers:
             barrier.check_over()
         for memory in self.memories:
-            counts = memory.writes.values()
+            of_memory = [len(barrier.ended) for barrier in self.barriers if barrier.memory is memory]
+            counts = of_memory or memory.writes.values()
             self.seen["turns"] = max(self.seen["turns"], max(counts, default=0) - min(counts, default=0))
 
     # what the module holds, by the names that the package has for it
@@ -134,6 +137,7 @@ class Simulator:
         memory = Memory(self.order, f"memory {self.shared} {shape}")
         if element_ty == torch.int64:
             assert layout == Layout("MBarrierLayout"), layout
+            self.memories.append(memory)
             made = Barriers(memory, shape)
             self.barriers += made.barriers
             return made
@@ -149,6 +153,7 @@ class Simulator:
         assert len(worker_num_warps) == len(worker_num_regs) == len(functions_and_args) - 1, "a count for each worker"
         assert not self.program.roles, "roles are started twice"
         warps = [self.num_warps, *worker_num_warps]
+        assert all(count in (1, 2, 4, 8, 16) for count in warps), warps
         registers = _registers(warps, worker_num_regs, self.maxnreg)
         by_function: dict[str, int] = {}
         roles, bodies = [], []
@@ -157,7 +162,7 @@ class Simulator:
             alike = by_function.setdefault(name, registers[place])
             assert alike == registers[place], f"{name} has {alike} registers in one role and {registers[place]} in one"
             roles.append(Role(f"{name} {place}", warps[place], registers[place], self.program.main.known))
-            bodies.append(functools.partial(function, *given))
+            bodies.append(function(*given))
         self.program.run(roles, bodies)
         for role in roles:
             self.program.main.known |= role.known
@@ -182,8 +187,8 @@ class Simulator:
 
     def tma_load(
         self, tensor_desc: Descriptor, coord: Sequence[int], barrier: Barrier, result: Buffer, pred: bool = True
-    ) -> None:
-        self.program.step()
+    ) -> Body:
+        yield
         if not pred:
             return
         tensor_desc.check(coord, result)
@@ -203,8 +208,8 @@ class Simulator:
 
         self.program.later(copy)
 
-    def tma_store(self, tensor_desc: Descriptor, coord: Sequence[int], src: Buffer) -> None:
-        self.program.step()
+    def tma_store(self, tensor_desc: Descriptor, coord: Sequence[int], src: Buffer) -> Body:
+        yield
         tensor_desc.check(coord, src)
         part, where = tensor_desc.inside(coord)
         event = src.access("has a copy read", write=False, by_instruction=False)
@@ -220,8 +225,8 @@ class Simulator:
         self.seen["stores"] = max(self.seen["stores"], len(stores))
         self.program.later(stores[-1])
 
-    def tma_store_wait(self, pendings: int) -> None:
-        self.program.step()
+    def tma_store_wait(self, pendings: int) -> Body:
+        yield
         role = self.program.role
         assert pendings >= 0, pendings
         while len(role.stores) > pendings:
@@ -231,8 +236,8 @@ class Simulator:
 
     def warpgroup_mma(
         self, a: Buffer, b: Buffer, acc: Accumulator, *, use_acc: bool = True, is_async: bool = False
-    ) -> Accumulator:
-        self.program.step()
+    ) -> Body:
+        yield
         role, before = self.program.role, acc.value
         assert is_async, "a product that is waited for at once"
         assert role.warps % WARPS_OF_A_GROUP == 0, f"{role.name} has {role.warps} warps"
@@ -251,8 +256,8 @@ class Simulator:
         assert isinstance(value, Value), f"an accumulator made of {type(value).__name__}"
         return Accumulator(value)
 
-    def warpgroup_mma_wait(self, num_outstanding: int = 0, deps: Sequence[Accumulator] | None = None) -> Value:
-        self.program.step()
+    def warpgroup_mma_wait(self, num_outstanding: int = 0, deps: Sequence[Accumulator] | None = None) -> Body:
+        yield
         assert deps is not None and len(deps) == 1 and num_outstanding >= 0, (num_outstanding, deps)
         role = self.program.role
         while len(role.products) > num_outstanding:
@@ -263,25 +268,25 @@ class Simulator:
         (dep,) = deps
         return dep.value if isinstance(dep, Accumulator) else dep
 
-    def expect(self, mbarrier: Barrier, bytes: int, pred: bool = True) -> None:
-        self.program.step()
+    def expect(self, mbarrier: Barrier, bytes: int, pred: bool = True) -> Body:
+        yield
         if pred:
             mbarrier.arrive(self.program.role, 1, bytes)
 
-    def arrive(self, mbarrier: Barrier, *, count: int = 1, pred: bool = True) -> None:
-        self.program.step()
+    def arrive(self, mbarrier: Barrier, *, count: int = 1, pred: bool = True) -> Body:
+        yield
         if pred:
             mbarrier.arrive(self.program.role, count)
 
-    def wait(self, mbarrier: Barrier, phase: int, pred: bool = True) -> None:
+    def wait(self, mbarrier: Barrier, phase: int, pred: bool = True) -> Body:
         if pred:
-            mbarrier.wait(self.program, phase)
+            yield from mbarrier.wait(self.program, phase)
 
     def init(self, mbarrier: Barrier, count: int) -> None:
         mbarrier.init(self.program.role, count)
 
-    def fence_async_shared(self) -> None:
-        self.program.step()
+    def fence_async_shared(self) -> Body:
+        yield
         self.order.fence(self.program.role)
 
     def _module(self) -> types.ModuleType:
@@ -335,6 +340,34 @@ class Simulator:
         return module
 
 
+class _Stopping(ast.NodeTransformer):
+    """Makes generators of functions, in which each call runs what it gets, if that is one, to its end."""
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+        node.body = [self.visit(statement) for statement in node.body]
+        node.body += ast.parse("return\nyield").body  # with none it would be no generator
+        return ast.fix_missing_locations(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AnnAssign:
+        node.value = node.value and self.visit(node.value)
+        return node
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
+        return node
+
+    def visit_Lambda(self, node: ast.Lambda) -> ast.Lambda:
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.YieldFrom:
+        self.generic_visit(node)
+        return ast.YieldFrom(ast.Call(ast.Name("_run", ast.Load()), [node.func, *node.args], node.keywords))
+
+
+def _run(function: Callable, *arguments: object, **named: object) -> Body:
+    result = function(*arguments, **named)
+    return (yield from result) if inspect.isgenerator(result) else result
+
+
 def _registers(warps: Sequence[int], asked: Sequence[int], launched: int) -> list[int]:
     """The registers of a thread of each role, as Triton deals them out: the first gets what the others leave.
 
@@ -355,7 +388,7 @@ def _check_mma_layout(layout: Layout, warps: int, columns: int, dtype: torch.dty
     version, warps_per_cta, instr_shape = layout.given
     assert version == (3, 0) and warps_per_cta == (warps, 1), f"{layout} in a role of {warps} warps"
     rows, width, inner = instr_shape
-    assert rows == 16 and width % 8 == 0 and width <= 256 and columns % width == 0, layout
+    assert rows == 16 and width == min(columns, 256), f"{layout} for {columns} columns"
     assert inner * dtype.itemsize == 32, layout
 
 

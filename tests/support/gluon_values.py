@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tests.support.gluon_order import Box, Memory
-from tests.support.gluon_schedule import Role
+from tests.support.gluon_schedule import Body, Role
 
 if TYPE_CHECKING:
     from tests.support.gluon_simulator import Simulator
@@ -133,14 +133,14 @@ class Buffer:
         assert self.written.all(), f"{role.name} {how} {self.memory.what}{list(self.box)}, which nothing has written"
         return event
 
-    def load(self, layout: Layout) -> Value:
-        self.simulator.program.step()
+    def load(self, layout: Layout) -> Body:
+        yield
         assert isinstance(layout, Layout), f"load in the layout {layout}"
         self.access("reads", write=False, by_instruction=True)
         return Value(self.data.clone(), layout)
 
-    def store(self, value: Value) -> None:
-        self.simulator.program.step()
+    def store(self, value: Value) -> Body:
+        yield
         assert (value.shape, value.data.dtype) == (self.shape, self.dtype), f"{value.shape} stored to {self.shape}"
         self.access("writes", write=True, by_instruction=True)
         self.data.copy_(value.data)
