@@ -12,7 +12,9 @@ import torch
 pytest.importorskip("triton")
 
 from dora_kernels.planning.tiles import GEMMS  # noqa: E402
+from tests.support.gluon_equivalents import EQUIVALENTS  # noqa: E402
 from tests.support.gluon_gemm import SOURCE, Build, fault, idle, simulate  # noqa: E402
+from tests.support.gluon_mutants import mutants  # noqa: E402
 from tests.support.gluon_simulator import Simulator  # noqa: E402
 
 BUILD = Build().with_config(GROUP_M=3)
@@ -37,6 +39,7 @@ OWN = dataclasses.replace(BUILD, config=GEMMS["sm_90"]["forward"])
 OWN_SHAPE = (150, 300, 384, 16, 3)
 # what shows a fault soonest comes first
 RUNS = [
+    (BUILD, SHAPES[3], 0),
     (BUILD, SHAPES[1], 0),
     (BUILDS["dx"], SHAPES[2], 1),
     (BUILDS["no low rank"], SHAPES[0], 2),
@@ -182,7 +185,7 @@ BROKEN = {
     "another layout than the copies'": (("shape, x.layout)", "shape, weight.layout)"), "holds a block in"),
     "a tile left out": (
         ("range(gl.program_id(0), tile_count", "range(1 + gl.program_id(0), tile_count"),
-        "not written once",
+        "or neither|not written once",
     ),
     "a tile too many": (("BLOCK_N), gl.num_programs(0))", "BLOCK_N) + 1, gl.num_programs(0))"), "a block at"),
     "the first tile by every program": (("gl.program_id(0), tile_count", "0, tile_count"), "not written once"),
@@ -209,3 +212,18 @@ def test_a_broken_kernel_is_noticed(what):
     assert SOURCE.count(old) >= 1
     found = fault(SOURCE.replace(old, new), RUNS, REFUSED)
     assert found is not None and re.search(said, found), found
+
+
+def test_a_share_of_all_mutants_is_noticed():
+    for mutant in mutants(SOURCE, step=40):
+        if not any(row.covers(mutant) for row in EQUIVALENTS):
+            assert fault(mutant.source, RUNS, REFUSED) is not None, str(mutant)
+
+
+@pytest.mark.nightly
+def test_every_mutant_is_noticed_or_as_right():
+    survivors = [mutant for mutant in mutants(SOURCE) if fault(mutant.source, RUNS, REFUSED) is None]
+    unknown = [str(mutant) for mutant in survivors if not any(row.covers(mutant) for row in EQUIVALENTS)]
+    assert not unknown, "\n".join(unknown)
+    stale = [row for row in EQUIVALENTS if not any(row.covers(mutant) for mutant in survivors)]
+    assert not stale, stale

@@ -178,7 +178,9 @@ class Descriptor:
 
     def check_over(self, name: str) -> None:
         """AssertionError unless the launch has read the tensor, or written each of its elements once."""
-        assert self.loaded != (self.stored is not None) or not self.base.numel(), f"{name} is read and written, or not"
+        assert self.loaded != (self.stored is not None) or not self.base.numel(), (
+            f"{name} is both read and written, or neither"
+        )
         if self.stored is not None:
             wrong = (self.stored != 1).nonzero().tolist()
             assert not wrong, f"{name}: {len(wrong)} elements not written once, first {wrong[0]}"
