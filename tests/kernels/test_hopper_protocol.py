@@ -15,7 +15,6 @@ from dora_kernels.planning.tiles import GEMMS  # noqa: E402
 from tests.support.gluon_equivalents import EQUIVALENTS  # noqa: E402
 from tests.support.gluon_gemm import SOURCE, Build, fault, idle, simulate  # noqa: E402
 from tests.support.gluon_mutants import mutants  # noqa: E402
-from tests.support.gluon_simulator import Simulator  # noqa: E402
 
 BUILD = Build().with_config(GROUP_M=3)
 BARE = {"low": False, "gain": False, "bias": False}
@@ -88,16 +87,6 @@ def test_products_stores_and_buffers_are_busy():
         assert idle(simulate(SOURCE, build, shape, seed), build, shape) is None
 
 
-def test_tiles_are_walked_in_groups_that_share_columns_of_the_weight():
-    simulator = Simulator()
-    names, finish = simulator.load(SOURCE), simulator.program.finish
-    sizes = names.Sizes(M=5 * 16, N=2 * 32 + 1, K=0, R=0, group_m=3)
-    assert finish(names.tile_count(sizes, 16, 32)) == 15
-    corners = [finish(names.corner_of(tile, sizes, 16, 32)) for tile in range(15)]
-    groups = ((0, 16, 32), (48, 64))
-    assert corners == [(row, column) for rows in groups for column in (0, 32, 64) for row in rows]
-
-
 LAST = "    acc = warpgroup_mma_wait(0, deps=(acc,))\n"
 RELEASE = "    mbarrier.arrive(ring.empty.index(stage), count=1)\n"
 INIT = """    for stage in gl.static_range(STAGES):
@@ -105,7 +94,7 @@ INIT = """    for stage in gl.static_range(STAGES):
         mbarrier.init(ring.empty.index(stage), count=CONSUMERS)
 """
 WHOLE_STEP = "mbarrier.expect(ring.ready.index(stage), STEP_BYTES)"
-LOAD = "                load_columns(gain, bias, columns, column, ring.ready.index(stage))\n"
+LOAD_STEP = "            load_step(x, weight, row, column, k, ring, stage, NN)\n"
 # what is wrong -> (old, new), and what the simulator says of it
 BROKEN = {
     "a buffer given back before the product has read it": (
@@ -202,6 +191,22 @@ BROKEN = {
     "a call that Gluon does not take": (("mbarrier.arrive(", "mbarrier.arrive(pred_=True, mbarrier="), "argument"),
     "one product at a time": (("warpgroup_mma_wait(1, deps", "warpgroup_mma_wait(0, deps"), "idle"),
     "one store at a time": (("store_wait(SLOTS - 1)", "store_wait(0)"), "idle"),
+    "no store under way from one tile to the next": (
+        ("    tma_store_wait(0)\n", "        tma_store_wait(0)\n"),
+        "idle",
+    ),
+    "a load at a time": (
+        (LOAD_STEP, LOAD_STEP + LOAD_STEP[:12] + "if low is None: mbarrier.wait(ring.ready.index(stage), phase ^ 1)\n"),
+        "idle",
+    ),
+    "rows of tiles not grouped": (("Sizes(M, N, K, R, group_m)", "Sizes(M, N, K, R, 1)"), "another order"),
+    "columns before rows": (
+        (
+            "(first + inside % rows) * BLOCK_M, (inside // rows)",
+            "(first + inside // gl.cdiv(sizes.N, BLOCK_N)) * BLOCK_M, (inside % gl.cdiv(sizes.N, BLOCK_N))",
+        ),
+        "another order",
+    ),
     "a buffer of the ring left out": (("stage == STAGES, 0, stage", "stage == STAGES, 1, stage"), "idle"),
 }
 

@@ -76,6 +76,10 @@ def simulate(source: str, build: Build, shape: Shape, seed: int) -> Simulator:
     sizes = (M, N, K, R, SCALING, config.GROUP_M)
     simulator.launch(kernel, programs, seed, *descriptors, *sizes, *constants.values())
 
+    expected, stored_at = corners(config, M, N, programs), descriptors[list(tensors).index("y")].stored_at
+    walked = [corner for corner in stored_at if corner in expected]
+    assert walked == expected, f"tiles are walked in another order: {walked}, expected {expected}"
+
     exact = {name: None if tensor is None else tensor.double() for name, tensor in tensors.items()}
     left_to_right = (lambda matrix: matrix) if build.nn else (lambda matrix: matrix.T)
     z = exact["x"] @ left_to_right(exact["weight"])
@@ -89,6 +93,14 @@ def simulate(source: str, build: Build, shape: Shape, seed: int) -> Simulator:
             right_ones = (found - expected).abs() <= allowed
             assert right_ones.all(), f"{name} is wrong in {int((~right_ones).sum())} places"
     return simulator
+
+
+def corners(config: GemmConfig, M: int, N: int, programs: int) -> list[tuple[int, int]]:
+    """Of each tile its first row and column, in the order in which the programs, one after another, walk them."""
+    rows, columns = range(0, M, config.BLOCK_M), range(0, N, config.BLOCK_N)
+    groups = [rows[first : first + config.GROUP_M] for first in range(0, len(rows), config.GROUP_M)]
+    tiles = [(row, column) for group in groups for column in columns for row in group]
+    return [tile for place in range(programs) for tile in tiles[place::programs]]
 
 
 def fault(source: str, runs: Iterable[tuple[Build, Shape, int]], refused: Iterable[Build] = ()) -> str | None:
@@ -111,11 +123,16 @@ def fault(source: str, runs: Iterable[tuple[Build, Shape, int]], refused: Iterab
 
 
 def idle(simulator: Simulator, build: Build, shape: Shape) -> str | None:
-    """What was less busy than it should be: a product in flight beside each but the first of a sum, a store from each
-    slot, buffers that are filled in turn.
+    """What was less busy than it should be: a product in flight beside each but the first of a sum, loads of all stages
+    ahead of the consumers, stores from all slots once each has had its first, buffers that are filled in turn.
     """
     seen, config = simulator.seen, build.config
-    sums = -(-shape[0] // config.BLOCK_M) * -(-shape[1] // config.BLOCK_N) * config.consumers * (1 + build.low)
-    if (seen["products alone"], seen["stores"]) != (sums, config.slots) or seen["turns"] > 1:
-        return f"idle: {dict(seen)} for {sums} sums and {config.slots} slots"
+    tiles = -(-shape[0] // config.BLOCK_M) * -(-shape[1] // config.BLOCK_N)
+    consumers = min(tiles, shape[-1]) * config.consumers  # of all programs that have tiles
+    sums = tiles * config.consumers * (1 + build.low)
+    stores = tiles * config.consumers * config.parts * (1 + build.both)
+    stores_under_way = stores * config.slots - consumers * config.slots * (config.slots - 1) // 2
+    busy = (seen["products alone"], seen["stores"]) == (sums, stores_under_way)
+    if not busy or seen["loads"] < 2 * config.stages or seen["turns"] > 1:
+        return f"idle: {dict(seen)} for {sums} sums, {stores_under_way} stores and {config.stages} stages"
     return None

@@ -76,8 +76,9 @@ class Simulator:
 
     def __init__(self, num_warps: int = 4, maxnreg: int = 168) -> None:
         self.num_warps, self.maxnreg = num_warps, maxnreg
-        # "products alone": started with none in flight; "stores": the most that one role had under way; "turns": the
-        # most that one buffer or barrier of an allocation was used more often than another
+        # "products alone": started with none in flight; "stores": those under way at each start of one, summed;
+        # "loads": the most that who starts them did not know to have come; "turns": the most that one buffer or
+        # barrier of an allocation was used more often than another
         self.seen: Counter[str] = Counter()
         self._start(0, 1, 0)
 
@@ -192,6 +193,8 @@ class Simulator:
         event = result.access("has a copy write", write=True, by_instruction=False)
         tensor_desc.loaded = True
         self.loads.append(event)
+        under_way = sum(not load & self.program.role.known for load in self.loads)
+        self.seen["loads"] = max(self.seen["loads"], under_way)
         result.data.fill_(float("nan"))
 
         def copy() -> None:
@@ -205,6 +208,7 @@ class Simulator:
         yield
         tensor_desc.check(coord, src)
         part, where = tensor_desc.inside(coord)
+        tensor_desc.stored_at.append(tuple(coord))
         event = src.access("has a copy read", write=False, by_instruction=False)
         if tensor_desc.stored is None:
             tensor_desc.stored = torch.zeros(tensor_desc.base.shape, dtype=torch.int32)
@@ -215,7 +219,7 @@ class Simulator:
 
         stores = self.program.role.stores
         stores.append(Store(self.program, copy, event, stores[-1] if stores else None))
-        self.seen["stores"] = max(self.seen["stores"], len(stores))
+        self.seen["stores"] += len(stores)
         self.program.later(stores[-1])
 
     def tma_store_wait(self, pendings: int) -> Body:

@@ -157,6 +157,7 @@ class Descriptor:
         self.block_type = types.SimpleNamespace(shape=block, nbytes=nbytes)
         self.loaded = False
         self.stored: Tensor | None = None  # how often each element has been
+        self.stored_at: list[tuple[int, ...]] = []  # where each store of a block begins, in the order of their start
         assert len(block) == base.dim() and max(block) <= 256, (block, base.shape)
         assert block[-1] * base.element_size() % ALIGNED == 0 == base.data_ptr() % ALIGNED, block
         assert base.stride()[-1] == 1, base.stride()
