@@ -93,6 +93,8 @@ INIT = """    for stage in gl.static_range(STAGES):
         mbarrier.init(ring.ready.index(stage), count=1)
         mbarrier.init(ring.empty.index(stage), count=CONSUMERS)
 """
+INIT_EMPTY = "        mbarrier.init(ring.empty.index(stage), count=CONSUMERS)\n"
+FENCE = "    fence_async_shared()\n"
 WHOLE_STEP = "mbarrier.expect(ring.ready.index(stage), STEP_BYTES)"
 LOAD_STEP = "            load_step(x, weight, row, column, k, ring, stage, NN)\n"
 # what is wrong -> (old, new), and what the simulator says of it
@@ -146,6 +148,10 @@ BROKEN = {
         "without a fence",
     ),
     "no fence after the barriers' begin": ((INIT + "    fence_async_shared()\n", INIT), "no fence since"),
+    "a fence between the barriers' begins": (
+        (INIT_EMPTY + FENCE, FENCE + INIT_EMPTY.replace("stage", "0")[4:]),
+        "no fence since",
+    ),
     "barriers never initialised": ((INIT, ""), "may not be initialised"),
     "a barrier initialised by a role": (
         (

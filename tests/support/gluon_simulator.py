@@ -146,6 +146,8 @@ class Simulator:
     ) -> None:
         assert len(worker_num_warps) == len(worker_num_regs) == len(functions_and_args) - 1, "a count for each worker"
         assert not self.program.roles, "roles are started twice"
+        for barrier in self.barriers:  # that of `empty`, too, which no copy signals
+            assert barrier.born is None or barrier.born.fence, f"{barrier.name}: no fence since it was initialised"
         warps = [self.num_warps, *worker_num_warps]
         assert all(count in (1, 2, 4, 8, 16) for count in warps), warps
         registers = _registers(warps, worker_num_regs, self.maxnreg)
