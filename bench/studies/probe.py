@@ -29,7 +29,8 @@ from bench.lib.report import write
 from bench.lib.shapes import LayerCase
 from bench.studies import beside
 from bench.studies.gluon.candidates import Candidate, GemmInputs, check_variant, sizes, time_candidates
-from bench.studies.gluon.gemm import VARIANTS, why_not_gluon
+from bench.studies.gluon.gemm import VARIANTS
+from dora_kernels.kernels.hopper.launch import why_not_gluon
 
 FIRST_SHAPE = (8192, 4096, 4096, 64)
 OTHER_SHAPES = ((8192, 14336, 4096, 384), (8192, 8192, 8192, 64), (8192, 4096, 14336, 16))

@@ -1,32 +1,19 @@
-"""Variants of the package's GEMM for Hopper: the launch of one, and its compilation where there is no GPU.
-
-python -m bench.studies.gluon.gemm      # registers, stack and shared memory of every variant on sm_90; needs no GPU
-"""
+"""Variants of the package's GEMM for Hopper, and the launch of one."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 
 from dora_kernels.kernels.hopper import launch
-from dora_kernels.kernels.hopper.launch import why_not_gluon
-from dora_kernels.planning.configs import SHARED
 from dora_kernels.planning.tiles import GEMMS, GemmConfig
 
 CONFIG = GEMMS["sm_90"]["forward"]
 GROUP_M = CONFIG.GROUP_M
-SHARED_LIMIT = SHARED["sm_90"]
 
 
 @dataclass(frozen=True)
@@ -88,54 +75,3 @@ def launcher(
         launch.launch(config, variant.nn, x, weight, low, lora, y, z, gain, bias, scaling, programs)
 
     return run
-
-
-def compile_ahead(variant: GemmVariant) -> Any:
-    """The variant compiled for sm_90, no GPU needed. Triton 3.6 finds it in its cache when it is launched there."""
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    names = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-    signature, constants = {}, {}
-    for (name, block), dtype in zip(
-        launch.blocks(variant.config, variant.nn).items(), variant.dtypes().values(), strict=True
-    ):
-        if dtype is None:
-            constants[name] = None
-        signature[name] = (
-            "constexpr" if dtype is None else f"tensordesc<{names[dtype]}{list(block)},{launch.layout(block, dtype)!r}>"
-        )
-    signature |= dict.fromkeys(("M", "N", "K", "R"), "i32") | {"scaling": "fp32", "group_m": "i32"}
-    options = launch.constants(variant.config, variant.nn)
-    constants |= {name: options.pop(name) for name in list(options) if name.isupper()}
-    signature |= {name: "constexpr" for name in constants if name not in signature}
-    places = {name: (place,) for place, name in enumerate(signature)}
-    source = GluonASTSource(launch.kernel(), signature, {places[name]: value for name, value in constants.items()}, {})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-
-
-def resources(compiled: Any) -> dict[str, int]:
-    """Registers of a thread at launch, bytes of stack (what is spilled lies there), and bytes of shared memory."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = (triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        usage = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    return {"registers": int(registers), "stack": int(stack), "shared": compiled.metadata.shared}
-
-
-def main(variants: dict[str, GemmVariant] = VARIANTS) -> int:
-    """Prints a line for every variant; 1 where one has a stack or does not fit, 2 without Gluon."""
-    if reason := why_not_gluon():
-        print(f"bench.studies.gluon.gemm: {reason}", file=sys.stderr)
-        return 2
-    bad = 0
-    for name, variant in variants.items():
-        found = resources(compile_ahead(variant))
-        bad += found["stack"] > 0 or found["shared"] > SHARED_LIMIT
-        print(f"{name:<34}", *(f"{key} {value:>6}" for key, value in found.items()), f"of {SHARED_LIMIT}")
-    return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
