@@ -33,7 +33,6 @@ _ONE_DTYPE = "x and weight have one dtype (launch.why_not_gemm)"
 _DEFAULT = "the default"
 _EXPECTED = "a phase ends when all bytes have come and its one arrival, which expects them, was made: in either order"
 _GROUP = "warps are launched in groups of four, of which the producer's does the work of one"
-_ORDER = "in which order tiles are walked: speed"
 _READY, _EMPTY = "mbarrier.wait(ring.ready.index(stage), phase)", "mbarrier.wait(ring.empty.index(stage), phase)"
 _LEFT = "left = ring.left.index(stage).slice(WHICH * ROWS, ROWS, dim=0)"
 _RIGHT = "right = ring.right.index(stage) if NN else ring.right.index(stage).permute((1, 0))"
@@ -88,8 +87,6 @@ EQUIVALENTS = (
     Equivalent("gemm_kernel", "ring = Ring(", "allocate_shared_memory(weight.dtype, [STAGES] + x.", _ONE_DTYPE),
     Equivalent("gemm_kernel", "ring = Ring(", "allocate_shared_memory(x.dtype, [STAGES] + weight.", _ONE_DTYPE),
     _twice("gemm_kernel", "fence_async_shared()", "nothing was written between"),
-    Equivalent("gemm_kernel", "sizes = Sizes(", "group_m - 1)", _ORDER),
-    Equivalent("gemm_kernel", "sizes = Sizes(", "group_m + 1)", _ORDER),
     Equivalent(
         "gemm_kernel", "mbarrier.init(ring.ready", "mbarrier.init(ring.empty.index(stage), count=CONSUMERS); m", _FREE
     ),
