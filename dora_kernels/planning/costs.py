@@ -25,7 +25,7 @@ class Device:
     bandwidth: of a copy in device memory, in bytes/s. matmul, matmul_float32: GEMMs in FLOP/s. launch: the gap before
     a kernel, in s. l2: bytes/s from the L2 cache to all multiprocessors, infinite on a CPU. skinny: the share of the
     bandwidth that the GEMM library reaches in products of a rank below SKINNY_RANK: whether our kernels make them hangs
-    on it, and a measurement is entered here. side: bytes/s of the SIDE multiprocessors beside a GEMM of ours.
+    on it, and a measurement is entered here. side: bytes/s of the few multiprocessors beside a GEMM of ours.
     """
 
     facts: DeviceFacts
@@ -43,8 +43,8 @@ class Device:
 # 3.0 for an H100 SXM, whose HBM3 has 3.35 by its data sheet where the H200's HBM3e has 4.8. L2: public GEMMs of 780
 # TFLOP/s without multicast read 8 TB/s from it, 54% of 64 bytes a clock for each of 132 multiprocessors at 1.755 GHz.
 # An A100 and a B200 are taken to reach the same share, an RTX 5090 and an MI300X half of it: an RTX 4090 is said to
-# read 5 TB/s, a quarter of its multiprocessors' 64 bytes a clock. Four that read beside a GEMM are
-# taken to reach 0.36 TB/s on a Hopper, 80% of those 64 bytes, and on the others as much more or less as their caches.
+# read 5 TB/s, a quarter of its multiprocessors' 64 bytes a clock. Four of them beside a GEMM are taken to reach 0.36
+# TB/s on a Hopper, 80% of those 64 bytes, and on the others as much more or less as their caches.
 _H200 = Device(DeviceFacts("NVIDIA H200", "sm_90", 132), 4.3e12, 790e12, 50e12, 4e-6, 8e12)
 _H100 = Device(DeviceFacts("NVIDIA H100 80GB HBM3", "sm_90", 132), 3.0e12, 790e12, 50e12, 4e-6, 8e12)
 # by the name that the driver gives a card, and for all other cards by target (devices.py)
@@ -107,8 +107,6 @@ FEW_TILES = 0.82
 # 16384 without warp specialization (Triton's Gluon tutorial on persistent matmuls), 97.5% at 8192 without clusters
 # (https://github.com/pranjalssh/fast.cu). A second output has the tensor cores wait 1.5 to 2.5% of a tile at K = 4096.
 OWN_GEMM, SECOND_OUTPUT = 0.98, 0.98
-# The multiprocessors that it leaves to what runs beside it: 1024 tiles are 8 rounds of 128 as they are of 132.
-SIDE = 4
 # The part of the second longest of a step's times that the longest does not hide, where both are equal.
 UNHIDDEN = 0.25
 

@@ -6,9 +6,9 @@ Predictions, as all of costs.py. Beside dx a step costs nothing until it takes l
 from dataclasses import replace
 
 from dora_kernels.planning import costs
-from dora_kernels.planning.costs import SIDE, Device, Shape
+from dora_kernels.planning.costs import Device, Shape
 from dora_kernels.planning.measured import BESIDE
-from dora_kernels.planning.tiles import GEMMS
+from dora_kernels.planning.tiles import GEMMS, PROGRAMS_BESIDE
 
 
 def fastest_beside(shape: Shape, device: Device) -> str:
@@ -26,7 +26,7 @@ def beside_seconds(shape: Shape, device: Device) -> dict[str, float]:
     alone = {step: costs.seconds(made, shape, device) for step, made in costs.sum_costs(shape, device).items()}
     aside = {step: costs.seconds(made, shape, side) for step, made in costs.sum_costs(shape, side, "kernel").items()}
     times = {"none": costs.gemm(M, K, N, device).seconds(shape, device) + sum(alone.values())}
-    dx = costs.own_gemm(M, K, N, 0, device, free=SIDE).seconds(shape, device)
+    dx = costs.own_gemm(M, K, N, 0, device, free=PROGRAMS_BESIDE).seconds(shape, device)
     for name, steps in BESIDE.items():
         if steps:
             rest = sum(time for step, time in alone.items() if step not in steps)
@@ -36,10 +36,10 @@ def beside_seconds(shape: Shape, device: Device) -> dict[str, float]:
 
 def side_of(device: Device) -> Device:
     """The multiprocessors beside dx as a device: what they read, from memory too, comes through the L2 cache."""
-    share = SIDE / device.facts.multiprocessors
+    share = PROGRAMS_BESIDE / device.facts.multiprocessors
     return replace(
         device,
-        facts=replace(device.facts, multiprocessors=SIDE),
+        facts=replace(device.facts, multiprocessors=PROGRAMS_BESIDE),
         l2=device.side,
         matmul=share * device.matmul,
         matmul_float32=share * device.matmul_float32,

@@ -7,6 +7,7 @@ import pytest
 from dora_kernels.planning import costs, plan
 from dora_kernels.planning.costs import Cost, Shape
 from dora_kernels.planning.devices import DeviceFacts
+from dora_kernels.planning.tiles import PROGRAMS_BESIDE
 
 H200, H100 = costs.DEVICES["NVIDIA H200"], costs.DEVICES["NVIDIA H100 80GB HBM3"]
 CARDS = {"H200": H200, "H100": H100}
@@ -215,7 +216,8 @@ def test_one_gemm_for_both_terms_pays_where_the_sum_is_short():
 def test_our_gemm_leaves_four_multiprocessors_at_no_cost_where_rounds_are_as_many():
     for sizes, rounds in (((8192, 4096, 4096), (8, 8)), ((2048, 4096, 4096), (2, 2)), ((8448, 4096, 4096), (8, 9))):
         times = [
-            costs.own_gemm(*sizes, 0, H200, free=free).seconds(FIRST, H200) - H200.launch for free in (0, costs.SIDE)
+            costs.own_gemm(*sizes, 0, H200, free=free).seconds(FIRST, H200) - H200.launch
+            for free in (0, PROGRAMS_BESIDE)
         ]
         assert times[1] / times[0] == pytest.approx(rounds[1] / rounds[0], rel=0.01)
     # a tail is whole tiles, and a rank a whole step

@@ -7,6 +7,7 @@ import pytest
 from dora_kernels.planning import costs, side_costs
 from dora_kernels.planning.costs import Shape
 from dora_kernels.planning.measured import BESIDE
+from dora_kernels.planning.tiles import PROGRAMS_BESIDE
 
 H200 = replace(costs.DEVICES["NVIDIA H200"], launch=0.0)
 LARGE, SQUARE = Shape(8192, 8192, 8192, 64, 2), Shape(8192, 4096, 4096, 64, 2)
@@ -26,7 +27,7 @@ def test_all_of_it_comes_after_dx_or_beside_it():
     assert list(found) == list(BESIDE)
     library = 1e6 * costs.gemm(8192, 8192, 8192, H200).seconds(LARGE, H200)
     assert found["none"] == pytest.approx(library + sum(steps.values()))
-    ours = 1e6 * costs.own_gemm(8192, 8192, 8192, 0, H200, free=costs.SIDE).seconds(LARGE, H200)
+    ours = 1e6 * costs.own_gemm(8192, 8192, 8192, 0, H200, free=PROGRAMS_BESIDE).seconds(LARGE, H200)
     assert found["token sums"] == pytest.approx(ours + steps["project"] + steps["outer_product"])
     assert found["low rank"] == pytest.approx(ours + steps["token_sums"])
     side = side_costs.side_of(H200)  # all is more than fits beside dx
@@ -58,7 +59,9 @@ def test_what_is_beside_dx_is_what_is_fastest():
 def test_a_round_more_on_fewer_multiprocessors_is_counted():
     """33 x 16 tiles are four rounds of 132 and five of 128."""
     shape = LARGE._replace(M=33 * 128, K=4096, R=16)
-    found = [costs.own_gemm(shape.M, 4096, 8192, 0, H200, free=free).seconds(shape, H200) for free in (0, costs.SIDE)]
+    found = [
+        costs.own_gemm(shape.M, 4096, 8192, 0, H200, free=free).seconds(shape, H200) for free in (0, PROGRAMS_BESIDE)
+    ]
     assert 1e6 * found[1] + alone(shape)["token_sums"] == pytest.approx(times(shape)["low rank"])
     assert found[1] / found[0] == pytest.approx(5 / 4, rel=0.01)
 
