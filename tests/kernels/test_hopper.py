@@ -101,6 +101,7 @@ REFUSED = {
     "rows of 8 bytes": ("low", half(M, 4), "strides of (4, 1)"),
     "every other element": ("bias", half(2 * N)[::2], "strides of (2,)"),
     "one row, expanded": ("left", half(1, K).expand(M, K), "strides of (0, 1)"),
+    "rows that overlap": ("left", half(8 * M + K).unfold(0, K, 8)[:M], "strides of (8, 1)"),
     "an address between": ("bias", half(N + 1)[1:], "address that is no multiple of 16"),
 }
 

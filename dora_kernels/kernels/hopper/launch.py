@@ -68,7 +68,9 @@ def _why_not_copied(tensor: Tensor, dtype: torch.dtype) -> str | None:
         return f"an operand is {tensor.dtype} beside {dtype}"
     if tensor.dim() > 2 or max(tensor.shape) > MOST:
         return f"an operand has {tensor.dim()} dimensions of up to {max(tensor.shape)}; expected two of up to {MOST}"
-    if strides[-1] != 1 or any(stride == 0 or stride * tensor.itemsize % ALIGNED for stride in strides[:-1]):
+    # rows that overlap are outside of what CUDA says of a tensor map
+    width = tensor.shape[-1]
+    if strides[-1] != 1 or any(stride < width or stride * tensor.itemsize % ALIGNED for stride in strides[:-1]):
         return f"an operand has strides of {strides}; expected whole rows, a multiple of {ALIGNED} bytes apart"
     if tensor.data_ptr() % ALIGNED:
         return f"an operand has an address that is no multiple of {ALIGNED} bytes"
