@@ -12,7 +12,8 @@ The rule, `fastest`: the entries of the N, K and R at hand speak for a shape, or
 K are within a factor of 2 of its own and whose R is within a factor of 4; a way is taken where it has won at all of
 them by 1% over what is taken otherwise. Where the tokens count, it is taken from half of the tokens of an entry on, if
 it has won there and at all with more (split, of which tokens repay nothing: up to twice, there and at all with fewer).
-A way has not won where it was not measured: it may have been wrong there.
+A way has not won where it was not measured: it may have been wrong there. Nor has fused for sizes of which our GEMM
+cannot take the rows: they would be left to the GEMM library, in three passes.
 """
 
 import functools
@@ -29,6 +30,9 @@ from dora_kernels.planning.configs import object_at, tuned_part
 WIN = 0.01
 # An entry speaks for sizes that are within these factors of its own.
 NEAR, NEAR_RANK, NEAR_TOKENS = 2, 4, 2
+
+# Elements of half precision in the 16 bytes that rows are multiples of where our GEMM takes them (hopper/launch.py).
+_WHOLE = 8
 
 # name -> the steps that run beside dx; those of the low-rank products read one another, and stay together
 BESIDE: dict[str, tuple[str, ...]] = {
@@ -105,9 +109,16 @@ def fastest(
     for place, way in enumerate(PARTS[part]):
         judges = speaking if M is None else _judges(speaking, M, with_fewer=place == 0)
         shares = [_share(getattr(entry, part), place, before) for entry in judges]
-        if shares and max(shares) <= 1 - WIN and sum(shares) / len(shares) < least:
+        has_won = shares and max(shares) <= 1 - WIN and sum(shares) / len(shares) < least
+        if has_won and (way != "fused" or _is_taken(speaking, *sizes)):  # asked last, for Dynamo compiles by the answer
             chosen, least = way, sum(shares) / len(shares)
     return chosen
+
+
+def _is_taken(speaking: list[Entry], N: int, K: int, R: int) -> bool:
+    """True for sizes that were measured, and for those whose rows our GEMM can take; else the library would have to."""
+    measured = (speaking[0].N, speaking[0].K, speaking[0].R)
+    return measured == (N, K, R) or N % _WHOLE == K % _WHOLE == R % _WHOLE == 0
 
 
 def _is_near(entry: Entry, N: int, K: int, R: int) -> bool:

@@ -134,6 +134,13 @@ def test_what_a_call_cannot_do_or_does_not_ask_for_is_not_taken(won):
     assert forward(shape._replace(packed=0.52), table=won) == "fused"
 
 
+@pytest.mark.parametrize("sizes", ((4100, 4096, 64), (4096, 4100, 64), (4096, 4096, 20)), ids=str)
+def test_rows_that_our_gemm_cannot_take_are_not_fused(sizes, won):
+    """They are no multiple of 16 bytes; next is what has won by less."""
+    assert saved(sizes) == "z_merged"
+    assert forward(Shape(8192, *sizes, 2), table=won) == "merged"
+
+
 def test_no_other_card_is_spoken_for(won, monkeypatch):
     for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200 NVL", "cpu"):
         monkeypatch.setattr(devices, "device_facts", lambda device, name=name: replace(H200, name=name))
