@@ -91,10 +91,17 @@ class OneLayer:
         """A function that makes the pass; kept: the way of the forward pass whose results a backward pass takes."""
         if name != "backward":
             return functools.partial(self._forward if name == "forward" else self._inference, way)
-        if kept not in self._kept:  # autograd's backward pass is on the stream of the forward pass
-            with torch.cuda.stream(capture_stream()) if self.on_gpu else contextlib.nullcontext():
+        if kept not in self._kept:
+            with self._on_capture_stream():  # autograd's backward pass is on the stream of the forward pass
                 self._kept[kept] = self._forward(kept)["y"]
         return functools.partial(self._backward, self._kept[kept], BESIDE[way])
+
+    def _on_capture_stream(self) -> contextlib.AbstractContextManager:
+        """Inside, on a GPU, that stream is the current one, behind what draws the layer's tensors."""
+        if not self.on_gpu:
+            return contextlib.nullcontext()
+        capture_stream().wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(capture_stream())
 
     def _forward(self, way: str) -> Results:
         x, lora_A, lora_B, magnitude = self.leaves.values()

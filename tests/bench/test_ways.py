@@ -3,10 +3,12 @@
 The gate before the times, what is left out and why, the table after each pass, and what a way that hangs costs.
 """
 
+import contextlib
 import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from bench.lib import measure as bench_measure
 from bench.lib import tuned
 from bench.lib.shapes import LayerCase
 from bench.studies import one_layer, ways
-from bench.studies.one_layer import WAYS
+from bench.studies.one_layer import WAYS, OneLayer
 from bench.studies.ways import Study, told
 from dora_kernels.kernels.hopper import launch
 from dora_kernels.planning import devices, measured
@@ -131,6 +133,20 @@ def test_a_way_that_is_wrong_is_a_row_and_not_in_the_table(broken, reason, with_
     (wrong,) = [row for row in content["rows"] if not row["ok"]]
     assert wrong["way"] == "fused" and reason in wrong["reason"] and not wrong["timed"]
     assert entered(table) == {"forward": ["split", "merged"]}
+
+
+def test_what_a_backward_pass_follows_is_made_behind_the_layer(monkeypatch):
+    """In a new process the backward pass may be the first that reads the tensors: they are drawn on another stream."""
+    calls = []
+    stream = SimpleNamespace(wait_stream=lambda other: calls.append(f"waits for {other}"))
+    layer = OneLayer(SMALL)
+    monkeypatch.setattr(layer, "on_gpu", True)
+    monkeypatch.setattr(layer, "_forward", lambda way: calls.append(way) or {"y": None})
+    monkeypatch.setattr(one_layer, "capture_stream", lambda: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the first")
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    layer.step("backward", "none", "split")
+    assert calls == ["waits for the first", "split"]
 
 
 # --- the run, of layers that take as long as they are told
