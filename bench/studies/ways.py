@@ -130,7 +130,9 @@ class Study:
         """
         for (case, other, tried), row in self.rows.items():
             reason = row.get("reason", "")
-            fatal = reason.startswith(("killed: hangs", "its process died")) or "CUDA error" in reason
+            # torch's errors, and those of Triton's driver
+            of_cuda = "CUDA error" in reason or "Error [CUDA]" in reason
+            fatal = reason.startswith(("killed: hangs", "its process died")) or of_cuda
             if fatal and tried == way != WAYS[name][0] and "errors" not in row and WAYS[other] == WAYS[name]:
                 return f"at {case}: {reason}"
         return None

@@ -199,12 +199,22 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fault():
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+def fault(said="CUDA error: an illegal memory access was encountered"):
+    raise RuntimeError(said)
+
+
+def fault_in_a_launch():
+    fault("Triton Error [CUDA]: an illegal memory access was encountered")
 
 
 @pytest.mark.parametrize(
-    ("does", "reason"), ((hang, "killed: hangs after"), (die, "its process died"), (fault, "CUDA error: an illegal"))
+    ("does", "reason"),
+    (
+        (hang, "killed: hangs after"),
+        (die, "its process died"),
+        (fault, "CUDA error: an illegal"),
+        (fault_in_a_launch, "Triton Error [CUDA]: an illegal"),
+    ),
 )
 def test_a_way_that_hangs_or_dies_costs_itself_alone(does, reason, tmp_path, monkeypatch):
     """And is not tried again at the next shape, by either forward pass, which have one kernel."""
