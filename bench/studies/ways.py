@@ -87,9 +87,17 @@ class Study:
         if reason := self._why_not_again(name, way):
             yield {"left_out": reason}
             return
-        layer, kept = self._layer_of(case), self.kept(case)
-        ready = layer.ready(name, way, kept)
-        first, second = ready.results(), ready.results()
+        kept = self.kept(case)
+        try:
+            layer = self._layer_of(case)
+            ready = layer.ready(name, way, kept)
+            first, second = ready.results(), ready.results()
+        except Exception as error:
+            if "CUDA" in str(error):
+                raise  # no other way is right after it, or has the memory
+            self._layer = None  # a capture may have failed in its pool
+            yield {"ok": False, "reason": f"{type(error).__name__}: {error}"[:500]}
+            return
         exact, yardstick = layer.references
         compared = [compare(one, first[one], yardstick[one], exact[one]) for one in first]
         row: Row = {"errors": {one.name: {"error": one.error, "yardstick": one.yardstick} for one in compared}}

@@ -6,6 +6,7 @@ The gate before the times, what is left out and why, the table after each pass, 
 import contextlib
 import json
 import os
+import re
 import signal
 import time
 from types import SimpleNamespace
@@ -133,6 +134,30 @@ def test_a_way_that_is_wrong_is_a_row_and_not_in_the_table(broken, reason, with_
     (wrong,) = [row for row in content["rows"] if not row["ok"]]
     assert wrong["way"] == "fused" and reason in wrong["reason"] and not wrong["timed"]
     assert entered(table) == {"forward": ["split", "merged"]}
+
+
+def with_an_error(*arguments):
+    raise TypeError("no such argument")
+
+
+@needs_interpreter
+def test_a_way_that_raises_leaves_the_process_to_the_others(with_gemm, only, tmp_path):
+    """Here nothing follows in a new one: an error that is not caught ends the run."""
+    with_gemm(with_an_error)
+    only(forward=("fused", "split", "merged"), inference=("split", "fused"))
+    _, content, _ = measure(tmp_path)
+    wrong = {(row["pass"], row["way"]): row["reason"] for row in content["rows"] if not row["ok"]}
+    assert wrong == dict.fromkeys((("forward", "fused"), ("inference", "fused")), "TypeError: no such argument")
+    assert all(row["us"] for row in content["rows"] if row["ok"])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("said", ("CUDA error: unspecified launch failure", "Triton Error [CUDA]: invalid argument"))
+def test_an_error_of_cuda_ends_the_process(said, with_gemm, only, tmp_path):
+    with_gemm(lambda *arguments: fault(said))
+    only(forward=("split", "fused"))
+    with pytest.raises(RuntimeError, match=re.escape(said)):
+        measure(tmp_path)
 
 
 def test_what_a_backward_pass_follows_is_made_behind_the_layer(monkeypatch):
