@@ -76,6 +76,24 @@ def test_the_planner_is_told_what_was_measured(backend, table, asked):
     assert [keywords for name, _, keywords in asked if name == "beside"][-1] == {"adapters_are_wider": True}
 
 
+@pytest.mark.parametrize(
+    ("needs", "expected"),
+    (
+        (GRADIENTS, [("token_sums", "project", "outer_product")]),
+        (("x", "lora_A"), [("project", "outer_product")]),
+        (("x", "magnitude"), [("token_sums",)]),
+        (("x",), [()]),
+    ),
+    ids=str,
+)
+def test_only_what_is_wanted_runs_beside_dx(needs, expected, table, monkeypatch):
+    """Without any of it dx is the GEMM library's, as where nothing was measured."""
+    forked = []
+    monkeypatch.setattr(ops, "PYTORCH", PYTORCH._replace(fork=lambda beside, *read: forked.append(beside)))
+    Problem.random(4096, 40, 36, 6, torch.float16).ours("auto", needs=needs)
+    assert forked == expected
+
+
 @pytest.mark.parametrize("M", (1, 3, 300))
 def test_what_has_won_is_made_and_kept_at_every_number_of_tokens(M, table, monkeypatch):
     made, forward = [], ops.run_forward
