@@ -548,6 +548,11 @@ def test_the_table_of_the_ways_goes_into_the_package_and_keeps_what_was_tuned(tm
     assert known["ways"] == [entry] and known["configs"] == best
     text = telling.summary([{"stage": "ways", "seconds": 9.0} | outcome], tmp_path)
     assert "\n    square: forward fused\n" in text
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(benchmarks.tuned.configs, "TUNED_FOLDER", tmp_path / "file" / "tuned")  # cannot be written to
+    outcome = benchmarks.ways(running.Suite(tmp_path, work=tmp_path), 60)
+    assert not outcome["ok"] and outcome["reason"].startswith("the table is not entered: ")
+    assert outcome["told"] == ["square: forward fused"] and outcome["rows"] == 1
 
 
 def test_a_part_that_cannot_be_recorded_costs_itself_alone(monkeypatch):
