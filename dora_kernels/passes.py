@@ -138,8 +138,9 @@ def backward(steps: Steps, dy: Tensor, saved: Saved, layer: DoraWeight, how: How
     lacks_low_rank = dmagnitude is not None and how.save == "base"
     wants_sums = dB is not None or dmagnitude is not None or dbias is not None or dz is not None
     wants_P = needs.lora_A or needs.low or dx_way == "dz"
-    wanted = {"token_sums": wants_sums, "project": wants_P, "outer_product": needs.lora_A}
-    beside = tuple(step for step in beside if wanted[step])
+    if beside:
+        wanted = {"token_sums": wants_sums, "project": wants_P, "outer_product": needs.lora_A}
+        beside = tuple(step for step in beside if wanted[step])
     A, B = lora_A, lora_B
     if (dx_way == "merged" and merged is None) or needs.x_dropped:
         A, B = steps.factors(dy, lora_A, lora_B)
