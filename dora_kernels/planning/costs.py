@@ -43,19 +43,19 @@ class Device:
 # 3.0 for an H100 SXM, whose HBM3 has 3.35 by its data sheet where the H200's HBM3e has 4.8. L2: public GEMMs of 780
 # TFLOP/s without multicast read 8 TB/s from it, 54% of 64 bytes a clock for each of 132 multiprocessors at 1.755 GHz.
 # An A100 and a B200 are taken to reach the same share, an RTX 5090 and an MI300X half of it: an RTX 4090 is said to
-# read 5 TB/s, a quarter of its multiprocessors' 64 bytes a clock. Four of them beside a GEMM are taken to reach 0.36
-# TB/s on a Hopper, 80% of those 64 bytes, and on the others as much more or less as their caches.
+# read 5 TB/s, a quarter of its multiprocessors' 64 bytes a clock. Four of a Hopper's beside a GEMM are taken to reach
+# 0.36 TB/s, 80% of those 64 bytes; no other card has such a GEMM.
 _H200 = Device(DeviceFacts("NVIDIA H200", "sm_90", 132), 4.3e12, 790e12, 50e12, 4e-6, 8e12)
 _H100 = Device(DeviceFacts("NVIDIA H100 80GB HBM3", "sm_90", 132), 3.0e12, 790e12, 50e12, 4e-6, 8e12)
 # by the name that the driver gives a card, and for all other cards by target (devices.py)
 DEVICES = {
     "NVIDIA H200": _H200,
     "NVIDIA H100 80GB HBM3": _H100,
-    "sm_80": Device(DeviceFacts("", "sm_80", 108), 1.5e12, 250e12, 18e12, 4e-6, 5e12, side=0.27e12),
+    "sm_80": Device(DeviceFacts("", "sm_80", 108), 1.5e12, 250e12, 18e12, 4e-6, 5e12),
     "sm_90": _H200,
-    "sm_100": Device(DeviceFacts("", "sm_100", 148), 6.5e12, 1500e12, 60e12, 4e-6, 10e12, side=0.40e12),
-    "sm_120": Device(DeviceFacts("", "sm_120", 170), 1.5e12, 350e12, 80e12, 4e-6, 7e12, side=0.24e12),
-    "gfx942": Device(DeviceFacts("", "gfx942", 304), 4.0e12, 600e12, 100e12, 8e-6, 11e12, side=0.21e12),
+    "sm_100": Device(DeviceFacts("", "sm_100", 148), 6.5e12, 1500e12, 60e12, 4e-6, 10e12),
+    "sm_120": Device(DeviceFacts("", "sm_120", 170), 1.5e12, 350e12, 80e12, 4e-6, 7e12),
+    "gfx942": Device(DeviceFacts("", "gfx942", 304), 4.0e12, 600e12, 100e12, 8e-6, 11e12),
     # two cores of a current server; torch's own dispatch is the launch
     "cpu": Device(DeviceFacts("cpu", "interpreter", 2), 20e9, 150e9, 150e9, 5e-6, math.inf),
 }
