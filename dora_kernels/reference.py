@@ -213,8 +213,7 @@ def fused_forward(
     """(gain * z + bias, z if save) of z (M, N) = x @ weight.T + scaling * low @ lora_B.T, by one product for both."""
     base = x.to(gain.dtype) @ weight.to(gain.dtype).T
     z = base + scaling * low.to(gain.dtype) @ lora_B.to(gain.dtype).T
-    y = gain * z if bias is None else gain * z + bias
-    return y.to(x.dtype), z.to(x.dtype) if save else None
+    return epilogue(z, None, lora_B, gain, bias, scaling, x.dtype), z.to(x.dtype) if save else None
 
 
 def merged_forward(
