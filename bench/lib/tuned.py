@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dora_kernels.planning import configs
+from dora_kernels.planning import configs, measured
 
 Table = dict[str, Any]
 PARTS: dict[str, type] = {"meta": dict, "configs": dict, "measured": dict, "ways": list}
@@ -49,8 +49,11 @@ def with_entries(ways: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) 
     return [entry for entry in ways if shape(entry) not in replaced] + list(new)
 
 
-def won(name: str, us: dict[str, float], before: str) -> str:
-    """The way of a pass that took least, and its time over that of `before`; where it is that one, the next one's."""
+def won(name: str, us: dict[str, float]) -> str:
+    """The way of a pass that took least, and its time over that of the one which is taken where nothing was measured;
+    where it is that one, the next one's.
+    """
+    before = measured.PARTS[name][0]
     best, second = sorted(us, key=lambda way: us[way])[:2]
     over = f"{100 * (us[second if best == before else best] / us[before] - 1):+.1f}% of {us[before]:.0f} us"
     return f"{name} {best} ({second} {over})" if best == before else f"{name} {best} {over}"

@@ -13,6 +13,7 @@ from bench.lib import tuned
 from bench.lib.shapes import WAY_SHAPES
 from dora_kernels.planning import costs, plan, side_costs
 from dora_kernels.planning.costs import Cost, Device, Shape
+from dora_kernels.planning.measured import PARTS
 
 # costs.DEVICES has the constants of these under the driver's names
 CARDS = {"H200": costs.DEVICES["NVIDIA H200"], "H100": costs.DEVICES["NVIDIA H100 80GB HBM3"]}
@@ -138,6 +139,5 @@ def _won(rows: Iterable[dict[str, Any]], sizes: tuple[int, ...]) -> str:
     for row in rows:
         if tuple(row[letter] for letter in "MNKR") == sizes and row["pass"] in us and "us" in row:
             us[row["pass"]][row["way"]] = row["us"]
-    before = {"forward": "split", "backward": "none"}
-    of_both = {name: of for name, of in us.items() if before[name] in of and len(of) > 1}
-    return ", ".join(tuned.won(name, of, before[name]) for name, of in of_both.items())
+    of_both = {name: of for name, of in us.items() if PARTS[name][0] in of and len(of) > 1}
+    return ", ".join(tuned.won(name, of) for name, of in of_both.items())

@@ -179,7 +179,7 @@ def told(study: Study) -> list[str]:
         entry = study.entry(case)
         if entry is None:
             continue
-        won = [tuned.won(name, entry[name], WAYS[name][0]) for name in WAYS if entry[name]]
+        won = [tuned.won(name, entry[name]) for name in WAYS if entry[name]]
         training = [(entry[name], WAYS[name][0]) for name in ("forward", "backward") if entry[name]]
         saved = sum(min(us.values()) - us[before] for us, before in training)
         lines.append(f"{case.M} x {case.N} x {case.K} R {case.R}: {', '.join(won)}; training {saved:+.0f} us")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib import report
+from dora_kernels.planning import measured
 from gpu_stages.benchmarks import COMPILED, read
 
 FAILURES_SHOWN = 12
@@ -119,7 +120,7 @@ def _steps(work: Path, over: str) -> str:
 def _ways(work: Path, name: str) -> str:
     """The fastest way of a pass at the square layer, and its time over that of the way taken without a measurement."""
     us = {row["way"]: row["us"] for row in _rows(work, "ways", **{"pass": name}, **_sizes(SQUARE)) if "us" in row}
-    before = "none" if name == "backward" else "split"
+    before = measured.PARTS[name][0]
     best = min(us, key=lambda way: us[way])
     return f"{best} {us[best] / us[before]:.3f}"
 
