@@ -5,6 +5,7 @@ On a CPU the streams are a model's (tests/support/stream_model.py), and dx is to
 
 import collections
 import contextlib
+import functools
 import itertools
 import sys
 import threading
@@ -18,10 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 import dora_kernels
 from dora_kernels import ops, passes, reference
-from dora_kernels.planning import devices, plan
+from dora_kernels.planning import devices, measured, plan
 from dora_kernels.planning.devices import DeviceFacts
 from dora_kernels.types import Gradients, How, Needs, Saved
 from tests.support.problem import DEVICE, EXACT_DTYPE, Problem
+from tests.support.racing_threads import in_threads
 from tests.support.step_problem import SHAPES, close
 
 kernels = pytest.importorskip("dora_kernels.kernels")
@@ -31,8 +33,8 @@ from dora_kernels.kernels.side import Side  # noqa: E402
 from tests.support.stream_model import CaptureError, ModelStream, StreamModel  # noqa: E402
 
 modelled = pytest.mark.skipif(not devices.interpreting(), reason="a GPU has streams of its own")
-LOW_RANK, TOKEN_SUMS = ("project", "outer_product"), ("token_sums",)
-BESIDE = {"low rank": LOW_RANK, "token sums": TOKEN_SUMS, "all": TOKEN_SUMS + LOW_RANK}
+BESIDE = {name: steps for name, steps in measured.BESIDE.items() if steps}
+LOW_RANK, TOKEN_SUMS = BESIDE["low rank"], BESIDE["token sums"]
 # two blocks of two steps in the interpreter's tiles, for each of the sums: all four programs finish some
 SIZES = 34, 48, 64, 5
 NEEDS = Needs(True, False, True, True, True, True)
@@ -315,12 +317,11 @@ def test_a_side_may_be_somebody_elses_stream(problem, inputs, expected, takes_ev
 @modelled
 @pytest.mark.parametrize("of_its_own", (False, True), ids=("one stream", "two streams"))
 def test_threads(of_its_own, problem, inputs, expected, takes_everything):
-    wrong, start = [], threading.Barrier(2)
+    wrong: list[str] = []
     model = StreamModel(3)
 
     def work(user: ModelStream) -> None:
         with model.on(user), model:
-            start.wait()
             for _ in range(3):
                 gradients = backward(problem, inputs, BESIDE["all"])
                 user.synchronize()
@@ -328,18 +329,9 @@ def test_threads(of_its_own, problem, inputs, expected, takes_everything):
                     pairs_of = pairs(gradients, expected["all"])
                     wrong.extend(name for name, actual, right in pairs_of if not torch.equal(actual, right))
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with model.entered():
-            users = (model.default, model.new_stream() if of_its_own else model.default)
-            threads = [threading.Thread(target=work, args=(user,)) for user in users]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-    finally:
-        sys.setswitchinterval(before)
+    with model.entered():
+        users = (model.default, model.new_stream() if of_its_own else model.default)
+        in_threads(*(functools.partial(work, user) for user in users))
     assert not wrong and not model.races()
     assert len(side_module._streams) == 1 + of_its_own
 

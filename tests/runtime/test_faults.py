@@ -27,6 +27,7 @@ from dora_kernels import DoraLinear, ops, options, reuse
 from dora_kernels.planning import configs, devices
 from dora_kernels.planning.options import Options, current_options
 from tests.support.problem import BACKENDS, DEVICE, GRADIENTS, Problem, core, definition
+from tests.support.racing_threads import in_threads
 
 ROOT = Path(__file__).parents[2]
 WAYS = ("split", "merged")
@@ -250,32 +251,6 @@ def test_a_layer_is_merged_or_it_is_not(backend, layer):
             assert layer.merged and torch.equal(layer.weight, merged)
     assert not layer.merged
     torch.testing.assert_close(layer.weight, weight)
-
-
-def in_threads(*works: Callable[[], None]) -> None:
-    """Run each in a thread of its own, all at once and switching often; raises what the first of them raised."""
-    errors: list[BaseException] = []
-    barrier = threading.Barrier(len(works))
-
-    def run(work):
-        try:
-            barrier.wait()
-            work()
-        except BaseException as error:
-            errors.append(error)
-
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        threads = [threading.Thread(target=run, args=(work,)) for work in works]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    if errors:
-        raise errors[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,7 +7,8 @@ layer_kinds: one layer of every kind, as it is and enabled, for what has to hold
 conformance_checks: what enable() promises of a library's layers; library_layers, structure_cases and restated_layers
     are such layers.
 packed_weights: a quantized weight in every format. launcher_operands: every launcher of kernels/, its operands by name.
-process_worlds: ranks of gloo. micro_demo: the demo in a second. derivative_routes, parity_ratios: how far two differ.
+process_worlds: ranks of gloo. racing_threads: threads at the same time. micro_demo: the demo in a second.
+derivative_routes, parity_ratios: how far two differ.
 gluon_simulator, _language, _values, _order, _schedule: a warp-specialised kernel on a CPU. gluon_gemm: our GEMM on it,
     held to float64; gluon_mutants, _equivalents: every small change to its source. simulated_hopper: whole layers.
 empty_layers, container_fuzzer: programs, run in processes of their own, which what they look for may end.
