@@ -1,7 +1,7 @@
 """Measure the errors of ours, plain PyTorch and PEFT against float64, into bench/results/<device>/errors.json.
 
     python tools/measure_errors.py --seed 2468 --configurations 200
-    python tools/measure_errors.py --ways --configurations 6         # high ranks, by way: errors-by-way.json
+    python tools/measure_errors.py --ways --configurations 4         # high ranks, by way: errors-by-way.json
     python -m bench.figures                                  # the tables in docs/correctness.md, from these files
 
 Random layers, lora_B not zero and gains spread over 0.5 to 1.5 (tests/support/parity_ratios.py). On a CPU the kernels

@@ -16,4 +16,4 @@ def dx(dy: Tensor, merged: Tensor, side: Side | None = None) -> Tensor:
     if side is None:
         return dy @ merged
     left = devices.device_facts(dy.device).multiprocessors - side.multiprocessors
-    return gemm(dy, merged, nn=True, multiprocessors=max(1, left))[0]  # of the interpreter's 2
+    return gemm(dy, merged, nn=True, multiprocessors=max(1, left))[0]  # the interpreter has 2
