@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "dora_kernels"
 # The order in which the package is read and imported: a file may import from its own room and those above it
 ORDER = (
+    "files",
     "reference",
     "quant",
     "types",
@@ -120,7 +121,18 @@ def test_the_order_has_no_empty_rooms():
 
 
 def test_what_importing_the_package_does_not_import():
-    others = "peft", "torchtune", "lycoris", "transformers", "matplotlib", "rich", "safetensors", "dora_kernels.extras"
+    others = (
+        "peft",
+        "torchtune",
+        "lycoris",
+        "transformers",
+        "matplotlib",
+        "rich",
+        "safetensors",
+        "pydantic",
+        "regex",
+        "dora_kernels.extras",
+    )
     code = f"import sys, dora_kernels; print(*set({others!r}) & set(sys.modules), 'torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "True"

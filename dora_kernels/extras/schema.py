@@ -1,0 +1,108 @@
+"""What the JSON in a stranger's checkpoint has to be: adapter_config.json, the index of shards, the alphas in a header.
+
+Types are strict, so that true is no 1 and "8" no 8, numbers are finite, and pydantic's parser bounds how deep JSON may
+be nested. What a field means, and which of them can be kept, is each command's to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, RootModel, ValidationError
+from pydantic_core import PydanticCustomError
+
+from dora_kernels.files.reading import read_bytes, shown
+
+
+def _held(expected: str, holds: Callable[[Any], bool]) -> Any:
+    """The type of the values for which `holds` is true, with one error that says all that was expected."""
+
+    def check(value: Any) -> Any:
+        if holds(value):
+            return value
+        raise PydanticCustomError("held", "{expected}", {"expected": expected})
+
+    return Annotated[Any, AfterValidator(check)]
+
+
+def _is_number(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer that no float64 holds
+        return False
+
+
+def _is_in_the_folder(name: Any) -> bool:
+    return type(name) is str and name not in ("", ".", "..") and not set(name) & set("/\\\0") and len(name) < 256
+
+
+Rank = _held("an integer of 1 or more", lambda value: type(value) is int and 1 <= value < 2**31)
+Number = _held("a number that float64 holds", _is_number)
+Shard = _held("the name of a file in the same folder", _is_in_the_folder)
+Initial = _held("true, false or a name", lambda value: value is None or type(value) in (bool, str))
+
+
+class AdapterConfig(BaseModel):
+    """PEFT's adapter_config.json, and those of the libraries that write the same fields. All others are kept as well.
+
+    None stands for what the file does not say; null is refused where PEFT could not read it.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    most_bytes: ClassVar[int] = 4 << 20
+
+    peft_type: str | None = None
+    r: Rank = None
+    lora_alpha: Number = None
+    rank_pattern: dict[str, Rank] | None = None
+    alpha_pattern: dict[str, Number] | None = None
+    use_dora: bool | None = None
+    use_rslora: bool | None = None
+    fan_in_fan_out: bool | None = None
+    init_lora_weights: Initial = None
+
+
+class ModelIndex(BaseModel):
+    """model.safetensors.index.json: the file of each tensor, in the index's own folder."""
+
+    model_config = ConfigDict(strict=True)
+    most_bytes: ClassVar[int] = 64 << 20  # of a model of 10^5 tensors it has 10 MB
+
+    weight_map: dict[str, Shard]
+
+
+class HeaderAlphas(RootModel[dict[str, Number]]):
+    """{module: alpha}, of the files written by `convert`."""
+
+    model_config = ConfigDict(strict=True)
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+_File = TypeVar("_File", AdapterConfig, ModelIndex)
+
+
+def read_json(function: str, path: Path, model: type[_File]) -> _File:
+    """The model in a file. Raises one ValueError with the file, the key, its value and what was expected."""
+    return parsed(function, shown(path), read_bytes(function, path, model.most_bytes), model)
+
+
+def parsed(function: str, where: str, text: bytes | str, model: type[_Model]) -> _Model:
+    """The model in JSON, of which `where` is the name in messages. Raises one ValueError as `read_json` does."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    key = shown(".".join(map(str, first["loc"])))
+    expected = first["msg"].removeprefix("Input should be ")
+    if first["type"] == "json_invalid":
+        raise ValueError(f"{function}: {where} cannot be read: {expected}; expected JSON")
+    if first["type"] == "missing":
+        raise ValueError(f"{function}: {where} has no {key}; expected one")
+    if first["type"] in ("model_type", "dict_type"):
+        expected = "a JSON object"
+    raise ValueError(
+        f"{function}: {where}: {f'{key} ' if key else 'it '}is {first['input']!r:.80}; expected {expected}"
+    )

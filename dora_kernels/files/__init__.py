@@ -1,0 +1,1 @@
+"""Files on disk: what is written is whole or not there."""
