@@ -8,19 +8,17 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dora_kernels import reuse
-from dora_kernels.functional.validate import (
+from dora_kernels.functional.arguments import (
     DROPOUTS,
+    check_choice,
     check_elements,
     check_flag,
     check_number,
     check_placement,
     check_probability,
-    check_row,
-    check_scaling,
-    check_sizes,
-    check_tensor,
-    check_tracing,
+    check_size,
 )
+from dora_kernels.functional.validate import check_row, check_scaling, check_tensor, check_tracing
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.ops import without_autocast
 from dora_kernels.quant import Weight, is_quantized, read, read_or_reason
@@ -116,8 +114,7 @@ class MergeableLinear(nn.Module):
         safe_merge: raise ValueError, and merge nothing, where the merged weight is not finite.
         """
         function = f"{type(self).__name__}.merge"
-        if not isinstance(safe_merge, bool):
-            raise ValueError(f"{function}: safe_merge is {safe_merge!r}; expected True or False")
+        check_flag(function, "safe_merge", safe_merge)
         if self.merged:
             return
         merged, norm, gain = self._merge(self.base()[0])
@@ -197,15 +194,17 @@ class DoraLinear(MergeableLinear):
         """adapter_dtype is that of lora_A, lora_B and the magnitude; None: float32 over a half-precision weight.
 
         Raises ValueError unless the sizes are ints and rank is positive, alpha finite, dropout in [0, 1) and dropout_on
-        one of the above, bias a bool, device one of torch's and the dtypes floating-point.
+        one of the above, bias a bool, device one that is here and the dtypes floating-point. NumPy's numbers are taken.
         """
-        check_sizes("DoraLinear", 0, in_features=in_features, out_features=out_features)
-        check_sizes("DoraLinear", 1, rank=rank)
-        check_elements("DoraLinear", (out_features, in_features), (rank, in_features), (out_features, rank))
-        check_number("DoraLinear", "alpha", alpha)
-        check_probability("DoraLinear", "dropout", dropout)
-        if dropout_on not in DROPOUTS:
-            raise ValueError(f"DoraLinear: dropout_on is {dropout_on!r}; expected one of {', '.join(DROPOUTS)}")
+        in_features = check_size("DoraLinear", "in_features", in_features)
+        out_features = check_size("DoraLinear", "out_features", out_features)
+        rank = check_size("DoraLinear", "rank", rank, 1)
+        check_elements("DoraLinear", out_features=out_features, in_features=in_features)
+        check_elements("DoraLinear", rank=rank, in_features=in_features)
+        check_elements("DoraLinear", out_features=out_features, rank=rank)
+        alpha = check_number("DoraLinear", "alpha", alpha)
+        dropout = check_probability("DoraLinear", "dropout", dropout)
+        check_choice("DoraLinear", "dropout_on", dropout_on, DROPOUTS)
         check_flag("DoraLinear", "bias", bias)
         check_placement("DoraLinear", device, dtype=dtype, adapter_dtype=adapter_dtype)
         dtype = dtype or torch.get_default_dtype()

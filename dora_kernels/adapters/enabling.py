@@ -10,7 +10,7 @@ from dora_kernels.adapters import parents
 from dora_kernels.adapters.libraries import dora_layers, libraries
 from dora_kernels.adapters.report import LayerReport, ModelReport
 from dora_kernels.adapters.taking import give_back, take_over
-from dora_kernels.functional.validate import DROPOUTS
+from dora_kernels.functional.arguments import DROPOUTS, check_choice, check_flag, check_model
 from dora_kernels.reuse import sharing
 
 
@@ -34,13 +34,13 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
     that cannot be taken over is left alone and named in the report with the reason. Calling it again is
     harmless, and needed after add_adapter: a layer that becomes a DoRA layer later is not known now.
 
-    Raises ValueError unless dropout and fuse_shared_inputs are one of these, ImportError if the model's layers come
-    from a library too old to be known (PEFT before 0.19).
+    Raises ValueError, and changes nothing, unless model is an nn.Module and dropout and fuse_shared_inputs are one of
+    these; ImportError if the model's layers come from a library too old to be known (PEFT before 0.19).
     """
-    if dropout is not None and dropout not in DROPOUTS:
-        raise ValueError(f"enable: dropout is {dropout!r}; expected None or one of {', '.join(DROPOUTS)}")
-    if not isinstance(fuse_shared_inputs, bool):
-        raise ValueError(f"enable: fuse_shared_inputs is {fuse_shared_inputs!r}; expected True or False")
+    check_model("enable", model)
+    if dropout is not None:
+        check_choice("enable", "dropout", dropout, DROPOUTS)
+    check_flag("enable", "fuse_shared_inputs", fuse_shared_inputs)
     layers = []
     found = dora_layers(model)
     held = [(functions.held(layer) if hasattr(functions, "held") else layer, layer) for _, layer, _, functions in found]
@@ -75,8 +75,10 @@ def _share(model: nn.Module) -> dict[str, tuple[str, ...]]:
 def disable(model: nn.Module) -> ModelReport:
     """Undo enable(model): every layer is computed by its own library again, and the report says so.
 
-    Other threads may be in forward passes: a call that has begun is computed by one of the two, correctly.
+    Other threads may be in forward passes: a call that has begun is computed by one of the two, correctly. Raises
+    ValueError unless model is an nn.Module.
     """
+    check_model("disable", model)
     for layer in model.modules():
         give_back(layer)
     layers = []

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from dora_kernels import reuse
+from dora_kernels.functional.arguments import check_choice, check_type, described
 from dora_kernels.functional.derivatives import is_batched
 from dora_kernels.functional.linear import check_dtypes, dora_linear_core
 from dora_kernels.functional.validate import check_adapter, check_call, check_norm_grad
@@ -54,7 +55,8 @@ def columnwise_dora_linear(
     (None: all ranks), so every rank must run the backward pass. Raises ValueError as dora_linear.
     """
     function = "columnwise_dora_linear"
-    _check(function, x, DoraWeight(weight, lora_A, lora_B, magnitude, scaling), bias, x_dropped)
+    _check(function, x, DoraWeight(weight, lora_A, lora_B, magnitude, scaling), bias, x_dropped, group=group)
+    check_norm_grad(function, norm_grad, None)
     x, lora_A = _sum_gradient(x, group), _sum_gradient(lora_A, group)
     x_dropped = None if x_dropped is None else _sum_gradient(x_dropped, group)
     layer = DoraWeight(weight, lora_A, lora_B, magnitude, scaling)
@@ -87,7 +89,7 @@ def rowwise_dora_linear(
     Raises ValueError as dora_linear, and before anything is sent.
     """
     function = "rowwise_dora_linear"
-    _check(function, x, DoraWeight(weight, lora_A, lora_B, magnitude, scaling), bias, x_dropped, norm)
+    _check(function, x, DoraWeight(weight, lora_A, lora_B, magnitude, scaling), bias, x_dropped, norm, group)
     check_norm_grad(function, norm_grad, norm)
     lora_B = _sum_gradient(lora_B, group)
     if norm is None:
@@ -114,6 +116,9 @@ def rowwise_norm(
     Shapes: weight (N, k) and lora_A (R, k) of this rank, lora_B (N, R) the same on every rank. norm_grad: True gives
     lora_A and lora_B their gradient, lora_B's summed over group. Raises ValueError as weight_norm.
     """
+    check_adapter("rowwise_norm", weight, lora_A, lora_B, scaling)
+    check_norm_grad("rowwise_norm", norm_grad, None)
+    _check_group("rowwise_norm", group)
     lora_B = _sum_gradient(lora_B, group)
     return _sum_squares(weight_norm(weight, lora_A, lora_B, scaling, norm_grad=norm_grad), group)
 
@@ -125,11 +130,19 @@ def _check(
     bias: Tensor | None,
     x_dropped: Tensor | None,
     norm: Tensor | None = None,
+    group: ProcessGroup | None = None,
 ) -> None:
     """dora_linear's checks, before a rank waits for the others."""
+    _check_group(function, group)
     check_adapter(function, layer.weight, layer.lora_A, layer.lora_B, layer.scaling)
     check_call(function, x, layer.weight, layer.magnitude, bias, x_dropped, norm)
     check_dtypes(function, x, layer.weight)
+
+
+def _check_group(function: str, group: ProcessGroup | None) -> None:
+    """Raise ValueError unless `group` is a ProcessGroup or None."""
+    if group is not None:
+        check_type(function, "group", group, ProcessGroup, "a ProcessGroup, or None for all ranks")
 
 
 def _sum_squares(norm: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -291,9 +304,9 @@ def shard_dora_linear(layer: DoraLinear, mesh: DeviceMesh, split: str) -> DoraLi
     changed then.
     """
     if type(layer) is not DoraLinear:
-        raise ValueError(f"shard_dora_linear: layer is a {type(layer).__name__}; expected a DoraLinear")
-    if split not in PLACEMENTS:
-        raise ValueError(f"shard_dora_linear: split is {split!r}; expected 'column' or 'row'")
+        raise ValueError(f"shard_dora_linear: layer is {described(layer)}; expected a DoraLinear")
+    check_choice("shard_dora_linear", "split", split, tuple(PLACEMENTS))
+    check_type("shard_dora_linear", "mesh", mesh, DeviceMesh, "a DeviceMesh")
     if mesh.ndim != 1:
         raise ValueError(
             f"shard_dora_linear: mesh has {mesh.ndim} dimensions; expected 1: take one of them by its name"

@@ -19,6 +19,7 @@ from dora_kernels import ops
 from dora_kernels.adapters.frozen import frozen_like
 from dora_kernels.adapters.promises import Promises
 from dora_kernels.adapters.taking import TakenOver
+from dora_kernels.functional.arguments import check_flag, check_model, check_type
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_call, check_row, check_tensor
 from dora_kernels.functional.weight import weight_norm
@@ -31,10 +32,12 @@ from dora_kernels.reference import accumulate_dtype, gain_of
 def norms_and_gains(model: nn.Module, *, progress: bool = False) -> dict[str, tuple[Tensor, Tensor]]:
     """norm (N,) and gain (N,) of every DoRA layer of `model`, by its name; constants.
 
-    progress: show a bar (needs rich). Raises ValueError where a layer has not just one adapter, is split over ranks, or
-    the model has none.
+    progress: show a bar (needs rich). Raises ValueError where a layer has not just one adapter, is split over ranks,
+    the model has none, or is no nn.Module.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
+    check_model("norms_and_gains", model)
+    check_flag("norms_and_gains", "progress", progress)
     for names, layer in _tracked("norms_and_gains", model, progress):
         found |= dict.fromkeys(names, layer.norm_and_gain())
     return found
@@ -54,8 +57,11 @@ def merge_model(model: nn.Module, *, progress: bool = False) -> dict[str, str]:
     that have a peft_config in `model`: give the wrapper.
 
     progress: show a bar (needs rich). Raises ValueError, and merges nothing, where the model has no layer to merge, is
-    one itself, or is a part of a PEFT model without the peft_config, which a wrapper could not be told of.
+    one itself or no nn.Module, or is a part of a PEFT model without the peft_config, of which a wrapper could not be
+    told.
     """
+    check_model("merge_model", model)
+    check_flag("merge_model", "progress", progress)
     if isinstance(model, (TakenOver, MergeableLinear)):
         raise ValueError(f"merge_model: model is a {type(model).__name__} itself; expected the model that holds it")
     left: dict[str, str] = {}
@@ -144,8 +150,7 @@ class AdapterBank:
     @torch.no_grad()
     def of(cls, weight: Tensor, adapters: Sequence[Adapter]) -> AdapterBank:
         """The bank of `adapters`, in their order. Raises ValueError unless each fits weight, and all share a dtype."""
-        if not isinstance(weight, Tensor):
-            raise ValueError(f"AdapterBank.of: weight is {type(weight).__name__}; expected a torch.Tensor")
+        check_type("AdapterBank.of", "weight", weight, Tensor, "a torch.Tensor")
         try:
             adapters = [Adapter(*adapter) for adapter in adapters]
         except (RuntimeError, TypeError) as error:  # nothing to go through, or not of four parts; of some tensors, too
@@ -195,10 +200,8 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
 
     Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit, and where a gradient is wanted.
     """
-    if not isinstance(bank, AdapterBank):
-        raise ValueError(f"bank_linear: bank is {type(bank).__name__}; expected an AdapterBank")
-    if not isinstance(weight, Tensor):
-        raise ValueError(f"bank_linear: weight is {type(weight).__name__}; expected a torch.Tensor")
+    check_type("bank_linear", "bank", bank, AdapterBank, "an AdapterBank")
+    check_type("bank_linear", "weight", weight, Tensor, "a torch.Tensor")
     lora_A, lora_B = bank.lora_A, bank.lora_B
     _check_bank(lora_A, lora_B, bank.gain, bank.scaling)  # again: what a tensor holds may have been changed since
     R = lora_B.shape[2]

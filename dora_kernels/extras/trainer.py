@@ -8,6 +8,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from dora_kernels import reuse
+from dora_kernels.functional.arguments import check_flag
 
 
 class FrozenAdaptersCallback(TrainerCallback):
@@ -20,6 +21,7 @@ class FrozenAdaptersCallback(TrainerCallback):
     """
 
     def __init__(self, *, keep_merged: bool = False) -> None:
+        check_flag("FrozenAdaptersCallback", "keep_merged", keep_merged)
         self.keep_merged = keep_merged
         self._scope: reuse.Scope | None = None
 

@@ -1,24 +1,16 @@
-"""Checks of every public function's arguments: ValueError if shapes, dtypes, devices or scaling do not fit."""
-
-from typing import Any, TypeGuard
+"""Checks of what a layer computes with: ValueError if shapes, dtypes, devices or scaling do not fit."""
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 
+from dora_kernels.functional.arguments import DTYPE_NAMES, LARGEST, check_flag, described, is_number
 from dora_kernels.quant import QuantizedWeight, Weight
 from dora_kernels.quant.parts import FLOATING
 
-DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
-DROPOUTS = ("adapter", "lora")
-"""The targets of dropout: all that an adapter adds, or its low-rank product alone."""
-LARGEST = {dtype: torch.finfo(dtype).max for dtype in FLOATING}
-"""The largest finite number of each dtype."""
 _ZERO_IN_FLOAT32 = 2.0**-150
 """Half of float32's smallest number: it, and all that is smaller, rounds to 0 in float32."""
-_MOST_ELEMENTS = 2**60
-"""Of a matrix: of more, torch cannot say how many bytes they are."""
 
 _INSTEAD = (
     "; expected neither: use torch.autograd (grad with create_graph or is_grads_batched, functional in reverse mode), "
@@ -120,27 +112,9 @@ def why_not_scaling(scaling: object, dtype: torch.dtype) -> str | None:
     """The reason that tensors of dtype cannot be multiplied with `scaling`; None if they can."""
     largest = LARGEST[torch.float64 if dtype == torch.float64 else torch.float32]
     # a comparison and not math.isfinite, which torch.compile cannot trace for a scaling that changes
-    if _is_number(scaling) and -largest <= scaling <= largest:
+    if is_number(scaling) and -largest <= scaling <= largest:
         return None
-    return f"scaling is {scaling!r}; expected a finite Python number, of at most {largest:.3g} over {dtype}"
-
-
-def check_number(function: str, name: str, value: float, dtype: torch.dtype = torch.float64) -> float:
-    """`value` as a float. Raise ValueError unless it is a number that is finite in dtype."""
-    if not _is_number(value) or not -LARGEST[dtype] <= value <= LARGEST[dtype]:
-        raise ValueError(f"{function}: {name} is {value!r}; expected a finite Python number, finite in {dtype}")
-    return float(value)
-
-
-def check_probability(function: str, name: str, value: float) -> float:
-    """`value` as a float. Raise ValueError unless it is a probability below 1, as dropout's is."""
-    if not _is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"{function}: {name} is {value!r}; expected a probability in [0, 1)")
-    return float(value)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return f"scaling is {described(scaling)}; expected a finite Python number, of at most {largest:.3g} over {dtype}"
 
 
 def check_call(
@@ -172,39 +146,6 @@ def check_call(
         check_row(function, "bias", bias, weight)
     if norm is not None:
         check_row(function, "norm", norm, weight)
-
-
-def check_sizes(function: str, least: int, **sizes: int) -> None:
-    """Raise ValueError unless each is an int, from `least` on."""
-    for name, value in sizes.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            expected = "a positive int" if least else "an int of at least 0"
-            raise ValueError(f"{function}: {name} is {value!r}; expected {expected}")
-
-
-def check_elements(function: str, *shapes: tuple[int, int]) -> None:
-    """Raise ValueError unless torch can say how large matrices of these shapes are. Memory is the caller's to have."""
-    for rows, columns in shapes:
-        if max(rows, columns, rows * columns) > _MOST_ELEMENTS:
-            raise ValueError(f"{function}: a matrix would be {rows} x {columns}; expected at most 2^60 elements")
-
-
-def check_flag(function: str, name: str, value: bool) -> None:
-    """Raise ValueError unless `value` is a bool."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{function}: {name} is {value!r}; expected True or False")
-
-
-def check_placement(function: str, device: Any, **dtypes: object) -> None:
-    """Raise ValueError unless device is one of torch's or None, and the dtypes are floating-point or None."""
-    for name, value in dtypes.items():
-        if value is not None and (not isinstance(value, torch.dtype) or value not in FLOATING):
-            raise ValueError(f"{function}: {name} is {value!r}; expected one of {DTYPE_NAMES}")
-    if device is not None:
-        try:
-            torch.device(device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(f"{function}: device is {device!r}; expected a device of torch") from error
 
 
 def check_norm_grad(function: str, norm_grad: bool, norm: Tensor | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import ops
+from dora_kernels.functional.arguments import check_flag, check_model
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_row
 from dora_kernels.planning.options import current_options
@@ -144,9 +145,9 @@ def frozen_adapters(model: nn.Module, *, keep_merged: bool = False) -> Iterator[
     keep_merged: also keep the merged weight, from which the backward pass makes dx if the planner chooses so. It takes
     the memory of one more weight for each layer.
 
-    Raises ValueError if the model has no layer to reuse anything for.
+    Raises ValueError unless model is an nn.Module with a layer to reuse something for, and keep_merged a bool.
     """
-    scope = _opened(model, keep_merged, held=False)
+    scope = _opened("frozen_adapters", model, keep_merged, held=False)
     try:
         yield
     finally:
@@ -157,17 +158,17 @@ def hold_adapters(model: nn.Module, *, keep_merged: bool = False) -> Scope:
     """`frozen_adapters` from here to the returned scope's close(), for callers whose beginning and end are events.
 
     An exception in the caller may leave such a scope open. So it keeps nothing in eval mode, and the next held scope
-    closes it.
+    closes it. Raises ValueError as frozen_adapters.
     """
-    return _opened(model, keep_merged, held=True)
+    return _opened("hold_adapters", model, keep_merged, held=True)
 
 
-def _opened(model: nn.Module, keep_merged: bool, held: bool) -> Scope:
+def _opened(function: str, model: nn.Module, keep_merged: bool, held: bool) -> Scope:
+    check_model(function, model)
+    check_flag(function, "keep_merged", keep_merged)
     layers = [module for module in model.modules() if hasattr(module, "adapter_operands")]
     if not layers:
-        raise ValueError(
-            "frozen_adapters: model has no DoRA layer of ours; expected enable(model) first, or DoraLinear"
-        )
+        raise ValueError(f"{function}: model has no DoRA layer of ours; expected enable(model) first, or DoraLinear")
     if held:
         for other in {other for layer in layers for other in store.scopes.get(layer, ()) if other.held}:
             other.close()

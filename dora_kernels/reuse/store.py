@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dora_kernels.functional.arguments import check_model
 from dora_kernels.functional.tracing import is_traced, is_transformed
 from dora_kernels.reuse import regions
 from dora_kernels.reuse.kept import Fingerprint, Kept, identity_of, owner_of
@@ -218,8 +219,10 @@ def invalidate(model: nn.Module) -> None:
     """Drop all results kept for the layers of `model`.
 
     Needed only inside `frozen_adapters`, after a write that breaks the promise: one through .data, a detached alias or
-    a NumPy view, which cannot be seen. A change that can be seen ends the reuse by itself.
+    a NumPy view, which cannot be seen. A change that can be seen ends the reuse by itself. Raises ValueError unless
+    model is an nn.Module.
     """
+    check_model("invalidate", model)
     for module in model.modules():
         forget(module)
         constants.pop(module, None)

@@ -1,6 +1,7 @@
 """check_gradients: output and every gradient against a float64 oracle and, where small enough, finite differences."""
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels.functional import linear
+from dora_kernels.functional.arguments import check_callable, check_flag, check_seed, check_type, described
+from dora_kernels.functional.validate import check_tensor
 from dora_kernels.modules import DoraLinear
 from dora_kernels.reference import dora_linear_ref
 from dora_kernels.testing.measure import compare
@@ -48,15 +51,20 @@ def check_gradients(
     so an element that nobody wrote as well); zeros, a missing gradient, another shape or dtype; an exact result that is
     zero everywhere, which tests nothing; a changed input; a second run that is not bitwise equal to the first.
 
-    Raises ValueError if reference is None and none is known.
+    Raises ValueError if reference is None and none is known, where the inputs are not those that the function takes,
+    and for what is not of the kinds above; what `function` itself raises is its own.
     """
+    inputs = _by_name(function, inputs)
+    if reference is not None:
+        check_callable("check_gradients", "reference", reference)
+    if dy is not None:
+        check_tensor("check_gradients", "dy", dy, None)
+    check_flag("check_gradients", "finite_differences", finite_differences)
+    seed = check_seed("check_gradients", seed)
     title = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", "function")
-    inputs = {"x": inputs} if isinstance(inputs, Tensor) else dict(inputs)
-    if reference is None:
-        reference = _known_reference(function)
-        differentiable = _with_constant_norm(function, inputs)
-    else:
-        differentiable = function
+    known = reference is None
+    reference = _known_reference(function) if reference is None else reference
+    given = inputs
     if isinstance(function, nn.Module):
         inputs |= {name: value for name, value in function.named_parameters() if value.requires_grad}
     actual, again = (run(_call(function), inputs, seed, dy) for _ in range(2))
@@ -67,8 +75,30 @@ def check_gradients(
     differing = [name for name, tensor in actual.tensors().items() if not _same(tensor, again.tensors()[name])]
     rows.append(_nothing_changed("repeat", differing, "differs in a second run"))
     if finite_differences:
+        differentiable = _with_constant_norm(function, given) if known else function
         rows += _finite_differences(_in_float64(differentiable), _in_float64(inputs), seed)
     return Report(title, tuple(rows))
+
+
+def _by_name(function: Callable[..., Tensor] | nn.Module, inputs: Mapping[str, Any] | Tensor) -> dict[str, Any]:
+    """The inputs by name. Raises ValueError unless `function` can be called with these names."""
+    check_callable("check_gradients", "function", function)
+    if isinstance(inputs, Tensor):
+        inputs = {"x": inputs}
+    check_type("check_gradients", "inputs", inputs, Mapping, "a tensor, or the arguments by name")
+    if isinstance(function, nn.Module):
+        if list(inputs) != ["x"]:
+            raise ValueError(f"check_gradients: inputs is {described(dict(inputs))}; expected a module's one tensor, x")
+        check_type("check_gradients", "inputs['x']", inputs["x"], Tensor, "a torch.Tensor")
+        return dict(inputs)
+    try:
+        inspect.signature(function).bind(**inputs)
+    except TypeError as error:
+        names = described(list(inputs))
+        raise ValueError(f"check_gradients: inputs has {names}: {error}; expected the function's arguments") from error
+    except ValueError:  # a builtin that does not tell its arguments
+        pass
+    return dict(inputs)
 
 
 def _known_reference(function: Callable[..., Tensor] | nn.Module) -> Callable[..., Tensor] | nn.Module:

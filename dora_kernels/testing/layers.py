@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dora_kernels import ops
 from dora_kernels.adapters import disable, enable
+from dora_kernels.functional.arguments import check_flag, check_model, check_seed, check_type
 from dora_kernels.quant import is_quantized
 from dora_kernels.testing.gradients import check_gradients, with_bias
 from dora_kernels.testing.measure import compare
@@ -19,7 +20,11 @@ MARGIN = 3
 
 
 def dora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) for every DoRA layer in `model` that enable() would take over. The model stays as it is."""
+    """(name, layer) for every DoRA layer in `model` that enable() would take over. The model stays as it is.
+
+    Raises ValueError unless model is an nn.Module.
+    """
+    check_model("dora_layers", model)
     names = [layer.name for layer in enable(copy.deepcopy(model)).taken_over]
     return [(name, model.get_submodule(name)) for name in names]
 
@@ -36,7 +41,14 @@ def check_layer(layer: nn.Module, x: Tensor | None = None, *, randomise: bool = 
     output and gradients are compared, in train mode, with one dropout mask for all, and in eval mode. If the layer can
     merge, so are the merged output and the weight after unmerge. It fails if enable() leaves the layer alone, with the
     reason, and if every call still goes to the library.
+
+    Raises ValueError unless layer is an nn.Module, x a tensor or None, randomise a bool and seed an int.
     """
+    check_model("check_layer", layer, "layer")
+    if x is not None:
+        check_type("check_layer", "x", x, Tensor, "a torch.Tensor, or None")
+    check_flag("check_layer", "randomise", randomise)
+    seed = check_seed("check_layer", seed)
     model = nn.ModuleDict({"layer": copy.deepcopy(layer)})
     disable(model)
     stock = model["layer"]

@@ -6,9 +6,12 @@ max_error(t) = max |t - exact| / RMS(exact) beside it, for the single element th
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
+
+from dora_kernels.functional.arguments import check_items, check_number, check_type, described
 
 # A single result may be twice as far from exact as PyTorch's own, plus 2 ulp (a tensor of a few elements can be
 # exact by luck); the geometric mean over many results may be MEAN_RATIO of PyTorch's.
@@ -23,15 +26,29 @@ WORST_MAX_RATIO = 8.0
 def rms_error(actual: Tensor, exact: Tensor) -> float:
     """RMS(actual - exact) / RMS(exact) in float64; inf if actual has a NaN or inf that exact does not have.
 
-    Raises ValueError if the shapes differ.
+    Raises ValueError unless both are tensors of floating-point numbers, of one shape and on one device.
     """
+    _check_like("rms_error", exact, actual=actual)
     return _errors(actual, exact)[0]
+
+
+def _check_like(function: str, exact: Tensor, **tensors: Tensor) -> None:
+    """Raise ValueError unless all are dense tensors of floating-point numbers, with exact's shape and device."""
+    for name, tensor in {"exact": exact, **tensors}.items():
+        check_type(function, name, tensor, Tensor, "a torch.Tensor")
+        if tensor.layout is not torch.strided or tensor.is_nested or not tensor.is_floating_point():
+            layout = "nested" if tensor.is_nested else tensor.layout
+            raise ValueError(f"{function}: {name} is {layout} of {tensor.dtype}; expected dense floating point")
+        if tensor.is_meta:
+            raise ValueError(f"{function}: {name} is on meta; expected numbers")
+        if tensor.shape != exact.shape:
+            raise ValueError(f"{function}: {name} has shape {tuple(tensor.shape)}; expected {tuple(exact.shape)}")
+        if tensor.device != exact.device:
+            raise ValueError(f"{function}: {name} is on {tensor.device} but exact is on {exact.device}; expected one")
 
 
 def _errors(actual: Tensor, exact: Tensor) -> tuple[float, float]:
     """The RMS and the largest element of actual - exact, both over RMS(exact)."""
-    if actual.shape != exact.shape:
-        raise ValueError(f"rms_error: actual has shape {tuple(actual.shape)}; expected {tuple(exact.shape)}")
     if actual.numel() == 0:
         return 0.0, 0.0
     actual, exact = actual.detach().double(), exact.detach().double()
@@ -80,13 +97,21 @@ def compare(
 ) -> Comparison:
     """The errors of `actual` and of `yardstick` (PyTorch in the same dtypes) against `exact` (float64).
 
-    The ulp is that of the coarsest of actual, yardstick and `through`, the dtype of an intermediate result.
+    The ulp is that of the coarsest of actual, yardstick and `through`, the dtype of an intermediate result. Raises
+    ValueError as rms_error, and unless name is a str and through a floating-point dtype.
     """
+    check_type("compare", "name", name, str, "a str")
+    _check_like("compare", exact, actual=actual, yardstick=yardstick)
+    if through is not None and not (isinstance(through, torch.dtype) and through.is_floating_point):
+        raise ValueError(f"compare: through is {described(through)}; expected a floating-point dtype, or None")
     ulp = max(torch.finfo(dtype or actual.dtype).eps for dtype in (actual.dtype, yardstick.dtype, through))
     (error, max_error), (measure, max_measure) = _errors(actual, exact), _errors(yardstick, exact)
     return Comparison(name, error, measure, ulp, max_error, max_measure)
 
 
 def geometric_mean(ratios: list[float]) -> float:
-    """The geometric mean of positive numbers."""
+    """The geometric mean of positive numbers. Raises ValueError where there is none, or one that is not positive."""
+    check_items("geometric_mean", "ratios", ratios, Real, "positive numbers")
+    if not ratios or not all(0 < check_number("geometric_mean", "ratios", ratio) for ratio in ratios):
+        raise ValueError(f"geometric_mean: ratios is {described(ratios)}; expected positive numbers, at least one")
     return math.exp(sum(map(math.log, ratios)) / len(ratios))

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from dora_kernels.functional.arguments import check_flag, check_number, check_placement, check_size, check_type
+
 # 0.75 and not 0.7: Triton takes a float32 scaling, and a check in float64 wants it exact
 SCALING = 0.75
 
@@ -28,7 +30,22 @@ def random_inputs(
     update: |scaling * lora_B lora_A| / |weight|, about; None leaves lora_B lora_A alone as large as weight.
     generator: a CPU generator, advanced by the call; None is one with seed 0. The numbers are drawn in float64 and do
     not depend on dtype or device.
+
+    Raises ValueError, and draws nothing, where an argument is none of these.
     """
+    function = "random_inputs"
+    M, N, K, R = (check_size(function, name, size) for name, size in {"M": M, "N": N, "K": K, "R": R}.items())
+    check_placement(function, device, dtype=dtype, adapter_dtype=adapter_dtype)
+    scaling = check_number(function, "scaling", scaling)
+    if update is not None:
+        update = check_number(function, "update", update)
+        if scaling == 0:
+            raise ValueError(f"{function}: scaling is {scaling} and update {update}; expected a scaling other than 0")
+    check_flag(function, "bias", bias)
+    if generator is not None:
+        check_type(function, "generator", generator, torch.Generator, "a torch.Generator of the CPU's, or None")
+        if generator.device.type != "cpu":
+            raise ValueError(f"{function}: generator is on {generator.device}; expected one of the CPU's")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     adapter_dtype = adapter_dtype or dtype
 

@@ -75,6 +75,11 @@ def run(call: OfInputs, inputs: Mapping[str, Any], seed: int, dy: Tensor | None 
         y = call(leaves)
         if not isinstance(y, Tensor):
             raise ValueError(f"check_gradients: the function returned {type(y).__name__}; expected one torch.Tensor")
+        if dy is not None and (dy.shape != y.shape or dy.device != y.device):
+            raise ValueError(
+                f"check_gradients: dy is on {dy.device} of shape {tuple(dy.shape)} but the output is on {y.device} of "
+                f"shape {tuple(y.shape)}; expected the same"
+            )
         dy = random_like(y, seed) if dy is None else dy.to(y.dtype)
         wanted = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.requires_grad}
         gradients = torch.autograd.grad(y, list(wanted.values()), dy, allow_unused=True) if wanted else ()

@@ -242,7 +242,7 @@ def refusals(rank, size):
 def test_refusals():
     expected = (
         "layer is a Linear; expected a DoraLinear",
-        "split is 'rows'; expected 'column' or 'row'",
+        "split is 'rows'; expected one of column, row",
         "layer is merged; expected a dense weight",
         "layer is a ParallelDoraLinear; expected a DoraLinear",
         "dropout_on is 'lora'; expected 'adapter'",

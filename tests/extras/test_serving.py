@@ -201,7 +201,7 @@ def test_opcheck(dtypes, backend):
         ({"x": torch.zeros(36), "index": torch.zeros(36, dtype=torch.int64)}, r".* expected integers of shape \(\)$"),
         ({"weight": torch.zeros(41, 36)}, r"lora_B has shape \(40, 20\) but weight has shape \(41, 36\)"),
         ({"bias": torch.zeros(39)}, r"bias has shape \(39,\)"),
-        ({"bank": None}, "bank is NoneType; expected an AdapterBank"),
+        ({"bank": None}, "bank is None; expected an AdapterBank"),
     ),
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -236,7 +236,7 @@ def test_constructors_of_dvora():
         with pytest.raises(ValueError, match=f"VeraProjection: ({next(iter(changes))} is|a matrix would be)"):
             VeraProjection(**arguments)
     for sizes in ((-1, N), (K, -1), (2.5, N), (K + 1, N), (None, N)):
-        with pytest.raises(ValueError, match="VeraProjection: "):
+        with pytest.raises(ValueError, match="VeraProjection.of: in_features is "):
             projection.of(*sizes)
     for sizes in ((2**63, 1, 1), (1, 2**63, 1), (1, 1, 2**63), (2**31, 2**31, 1)):
         with pytest.raises(ValueError, match="DoraLinear: a matrix would be"):

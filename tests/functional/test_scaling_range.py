@@ -9,8 +9,9 @@ from torch import nn
 import dora_kernels
 from dora_kernels import DoraLinear, dora_linear, merge_weight, options, weight_norm
 from dora_kernels.extras.serving import AdapterBank
+from dora_kernels.functional.arguments import check_elements, check_number, check_probability
 from dora_kernels.functional.rescale import rescale
-from dora_kernels.functional.validate import check_elements, check_number, check_probability, check_scaling
+from dora_kernels.functional.validate import check_scaling
 from dora_kernels.reference import dora_linear_ref
 from tests.support import restated_layers
 from tests.support.problem import BACKENDS, DEVICE, Problem, core
@@ -121,11 +122,11 @@ def test_the_last_number_on_either_side():
     for p in (1, math.nextafter(0, -1)):
         with pytest.raises(ValueError, match="f: p is"):
             check_probability("f", "p", p)
-    for shape in ((2**60, 1), (1, 2**60), (2**30, 2**30), (0, 2**60)):
-        check_elements("f", shape)
-    for shape in ((2**60 + 1, 1), (0, 2**60 + 1), (2**60 + 1, 0), (2**30, 2**30 + 1)):
-        with pytest.raises(ValueError, match="f: a matrix would be"):
-            check_elements("f", (1, 1), shape)
+    for rows, columns in ((2**60, 1), (1, 2**60), (2**30, 2**30), (0, 2**60)):
+        check_elements("f", N=rows, K=columns)
+    for rows, columns in ((2**60 + 1, 1), (0, 2**60 + 1), (2**60 + 1, 0), (2**30, 2**30 + 1)):
+        with pytest.raises(ValueError, match="f: a matrix would be N x K, "):
+            check_elements("f", N=rows, K=columns)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -356,7 +356,7 @@ def test_scopes_of_threads(model):
 
 
 def test_what_is_computed_while_the_last_scope_closes_is_not_kept(model, monkeypatch):
-    scope = reuse.scope._opened(model, False, False)
+    scope = reuse.scope._opened("frozen_adapters", model, False, False)
     grouped_norm = ops.grouped_norm
     monkeypatch.setattr(ops, "grouped_norm", lambda *arguments: (scope.close(), grouped_norm(*arguments))[1])
     model(batches(1)[0])

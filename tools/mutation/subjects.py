@@ -148,6 +148,12 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/functional/test_malformed.py",
     ),
     "dora_kernels/functional/tracing.py": ("tests/functional/test_tracing.py", *_SECOND),
+    "dora_kernels/functional/arguments.py": (
+        "tests/functional/test_malformed.py",
+        "tests/functional/test_scaling_range.py",
+        "tests/test_modules.py",
+        "tests/extras/test_dvora.py",
+    ),
     "dora_kernels/functional/validate.py": (
         "tests/functional/test_functional.py",
         "tests/functional/test_rescale.py",

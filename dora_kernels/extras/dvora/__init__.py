@@ -25,6 +25,7 @@ from dora_kernels.extras.dvora.function import (
     terms_are_small,
 )
 from dora_kernels.extras.dvora.module import DvoraLinear, VeraProjection
+from dora_kernels.functional.arguments import check_model, check_type
 
 __all__ = [
     "DvoraLinear",
@@ -43,6 +44,8 @@ __all__ = [
 
 def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
     """Make the VeRA adapter `adapter` of a PEFT model a DVoRA adapter, in place: dvora/peft.py has the rest."""
+    check_model("to_dvora", model)
+    check_type("to_dvora", "adapter", adapter, str, "the name of an adapter")
     from dora_kernels.extras.dvora import peft  # needs PEFT
 
     return peft.to_dvora(model, adapter)

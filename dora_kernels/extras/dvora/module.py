@@ -5,15 +5,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dora_kernels.extras.dvora.function import dvora_linear_reusing, dvora_norm, dvora_update
-from dora_kernels.functional.validate import (
+from dora_kernels.functional.arguments import (
     check_elements,
     check_flag,
     check_number,
     check_placement,
     check_probability,
-    check_sizes,
+    check_seed,
+    check_size,
+    check_type,
 )
 from dora_kernels.modules import MergeableLinear, default_adapter_dtype, part_of, read_linear
+from dora_kernels.quant import Weight
 
 
 class VeraProjection(nn.Module):
@@ -38,11 +41,12 @@ class VeraProjection(nn.Module):
     ) -> None:
         """Raises ValueError unless the sizes are positive ints, seed one of 64 bits, save a bool, device one of torch's
         and dtype floating-point."""
-        sizes = {"max_in_features": max_in_features, "max_out_features": max_out_features, "rank": rank}
-        check_sizes("VeraProjection", 1, **sizes)
-        check_elements("VeraProjection", (rank, max_in_features), (max_out_features, rank))
-        if not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"VeraProjection: seed is {seed!r}; expected an int of 64 bits")
+        max_in_features = check_size("VeraProjection", "max_in_features", max_in_features, 1)
+        max_out_features = check_size("VeraProjection", "max_out_features", max_out_features, 1)
+        rank = check_size("VeraProjection", "rank", rank, 1)
+        check_elements("VeraProjection", rank=rank, max_in_features=max_in_features)
+        check_elements("VeraProjection", max_out_features=max_out_features, rank=rank)
+        seed = check_seed("VeraProjection", seed)
         check_flag("VeraProjection", "save", save)
         check_placement("VeraProjection", device, dtype=dtype)
         super().__init__()
@@ -60,8 +64,8 @@ class VeraProjection(nn.Module):
         are_ints = isinstance(in_features, int) and isinstance(out_features, int)
         if not are_ints or not (0 <= in_features <= max_in and 0 <= out_features <= max_out):
             raise ValueError(
-                f"VeraProjection: the layer has {in_features!r} in and {out_features!r} out features; "
-                f"expected at most {max_in} and {max_out}, ints from 0 on"
+                f"VeraProjection.of: in_features is {in_features!r} and out_features {out_features!r}; "
+                f"expected ints from 0 to {max_in} and to {max_out}, the projection's"
             )
         # a view takes 1.6 us
         A = vera_A if in_features == max_in else vera_A[:, :in_features]
@@ -96,12 +100,16 @@ class DvoraLinear(MergeableLinear):
 
         adapter_dtype is that of the three vectors; None: float32 over a half-precision weight.
         """
-        check_sizes("DvoraLinear", 0, in_features=in_features, out_features=out_features)
-        check_elements("DvoraLinear", (out_features, in_features))
+        in_features = check_size("DvoraLinear", "in_features", in_features)
+        out_features = check_size("DvoraLinear", "out_features", out_features)
+        check_elements("DvoraLinear", out_features=out_features, in_features=in_features)
         check_flag("DvoraLinear", "bias", bias)
         check_placement("DvoraLinear", device, dtype=dtype, adapter_dtype=adapter_dtype)
-        linear = nn.Linear(in_features, out_features, bias, device, dtype)
-        self._build("DvoraLinear", linear, projection, d_initial, dropout, adapter_dtype)
+        like = torch.empty(0, device=device, dtype=dtype)
+        size = in_features, out_features
+        numbers = _check_adapter("DvoraLinear", *size, like, projection, d_initial, dropout, adapter_dtype)
+        linear = nn.Linear(*size, bias, device, dtype)
+        self._build(linear.weight, linear.bias, None, projection, *numbers)
 
     @classmethod
     def from_linear(
@@ -112,33 +120,26 @@ class DvoraLinear(MergeableLinear):
         A layer that bitsandbytes, torchao or HQQ has quantized becomes the submodule base_layer. Raises ValueError for
         other layers, for one that is larger than the projection or elsewhere, and for numbers that make no sense.
         """
+        function = "DvoraLinear.from_linear"
+        weight, bias, base_layer = read_linear(function, linear)
+        N, K = weight.shape
+        numbers = _check_adapter(function, K, N, weight, projection, d_initial, dropout, None)
         layer = cls.__new__(cls)
-        layer._build("DvoraLinear.from_linear", linear, projection, d_initial, dropout, None)
+        layer._build(weight, bias, base_layer, projection, *numbers)
         return layer.train(linear.training)
 
     def _build(
         self,
-        function: str,
-        linear: nn.Module,
+        weight: Weight,
+        bias: Tensor | None,
+        base_layer: nn.Module | None,
         projection: VeraProjection,
         d_initial: float,
         dropout: float,
-        adapter_dtype: torch.dtype | None,
+        adapter_dtype: torch.dtype,
     ) -> None:
-        if not isinstance(projection, VeraProjection):
-            raise ValueError(f"{function}: projection is {type(projection).__name__}; expected a VeraProjection")
-        dropout = check_probability(function, "dropout", dropout)
-        weight, bias, base_layer = read_linear(function, linear)
-        N, K = weight.shape
-        projection.of(K, N)
-        if weight.device != projection.vera_A.device:
-            raise ValueError(
-                f"{function}: the weight is on {weight.device} but projection is on {projection.vera_A.device}; "
-                "expected one device"
-            )
-        adapter_dtype = adapter_dtype or default_adapter_dtype(weight.dtype)
-        d_initial = check_number(function, "d_initial", d_initial, adapter_dtype)
         super().__init__(*((weight, bias) if base_layer is None else (None, None, base_layer)))
+        N, K = weight.shape
         self.in_features, self.out_features = K, N
         self.d_initial, self.dropout = d_initial, dropout
         self.projection = projection
@@ -188,3 +189,32 @@ class DvoraLinear(MergeableLinear):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.projection.rank}, "
             f"bias={(self.base_layer or self).bias is not None}, dropout={self.dropout}"
         )
+
+
+def _check_adapter(
+    function: str,
+    in_features: int,
+    out_features: int,
+    weight: Weight,
+    projection: VeraProjection,
+    d_initial: float,
+    dropout: float,
+    adapter_dtype: torch.dtype | None,
+) -> tuple[float, float, torch.dtype]:
+    """d_initial, dropout and adapter_dtype of a layer over a weight of this size, or like this one.
+
+    Raises ValueError unless the projection has room for it and is where weight is.
+    """
+    check_type(function, "projection", projection, VeraProjection, "a VeraProjection")
+    dropout = check_probability(function, "dropout", dropout)
+    try:
+        projection.of(in_features, out_features)
+    except ValueError as error:
+        raise ValueError(f"{function}: {error}") from error
+    if weight.device != projection.vera_A.device:
+        raise ValueError(
+            f"{function}: the weight is on {weight.device} but projection is on {projection.vera_A.device}; "
+            "expected one device"
+        )
+    adapter_dtype = adapter_dtype or default_adapter_dtype(weight.dtype)
+    return check_number(function, "d_initial", d_initial, adapter_dtype), dropout, adapter_dtype
