@@ -6,14 +6,18 @@ imported when a file is opened.
 
 from __future__ import annotations
 
-import json
+import bisect
 import math
-import re
+import os
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from dora_kernels.extras.schema import ModelIndex, read_json
+from dora_kernels.files.reading import check_regular, shown, unreadable
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_WEIGHTS, MODEL_INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,80 +28,112 @@ BASE_KEPT = (None, True, False, "gaussian", "eva", "orthogonal")
 """PEFT's init_lora_weights under which W stays what the base checkpoint holds; the others move a part of W to A and B,
 and the adapter belongs to what is left."""
 
+MOST_LETTERS, MOST_DIMENSIONS = 1000, 8
+"""Of a tensor's name and of its shape: more is no model's, and no message's."""
+
+_CHECKPOINT = f"a safetensors file, or a folder with {MODEL_WEIGHTS}, {MODEL_INDEX} or {ADAPTER_CONFIG}"
+_OPEN = 4
+"""Files that are open at a time: an index may name thousands, and a layer's tensors are in one or two."""
+
 
 class TensorFiles:
-    """The tensors of one or more safetensors files, by key: shapes and dtypes at once, data when it is asked for."""
+    """The tensors of one or more safetensors files, by key: shapes and dtypes at once, data when it is asked for.
 
-    def __init__(self, function: str, path: Path, files: Iterable[Path]) -> None:
-        """path: the name for all the files in messages. Raises ValueError where one cannot be read."""
+    Each file is opened once, and again where more than a few others were read since: opening parses its whole header.
+    """
+
+    def __init__(
+        self, function: str, path: Path, files: Iterable[Path], weight_map: Mapping[str, str] | None = None
+    ) -> None:
+        """path: the name for all the files in messages. weight_map: the file that each key counts of, and no others do.
+
+        Raises ValueError where a file cannot be read, or does not hold what weight_map says.
+        """
         self.function, self.path = function, path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        self.metadata: dict[str, str] = {}
         self._files: dict[str, Path] = {}
+        self._opened: dict[Path, Any] = {}
         for file in files:
-            with open_safetensors(function, file) as tensors:
-                for key in tensors.keys():
-                    entry = tensors.get_slice(key)
-                    self._files[key], self.shapes[key] = file, tuple(entry.get_shape())
-                    self.dtypes[key] = entry.get_dtype()
+            tensors = self._open(file)
+            self.metadata |= tensors.metadata() or {}
+            for key in tensors.keys():
+                if weight_map is not None and weight_map.get(key) != file.name:
+                    continue
+                entry = tensors.get_slice(key)
+                shape = tuple(entry.get_shape())
+                if len(key) > MOST_LETTERS or len(shape) > MOST_DIMENSIONS:
+                    raise ValueError(
+                        f"{function}: {shown(file)}: {shown(key)} has {len(key)} letters and {len(shape)} dimensions; "
+                        f"expected at most {MOST_LETTERS} and {MOST_DIMENSIONS}"
+                    )
+                self._files[key], self.shapes[key], self.dtypes[key] = file, shape, entry.get_dtype()
+        for key, name in (weight_map or {}).items():
+            if key not in self.shapes:
+                raise ValueError(
+                    f"{function}: {shown(path)}: {shown(name)} has no {shown(key)}; expected it, as {MODEL_INDEX} says"
+                )
+
+    def _open(self, file: Path) -> Any:
+        tensors = self._opened.pop(file, None) or open_safetensors(self.function, file)
+        self._opened[file] = tensors  # the latest at the end
+        if len(self._opened) > _OPEN:
+            del self._opened[next(iter(self._opened))]
+        return tensors
 
     def __getitem__(self, key: str) -> Tensor:
-        with open_safetensors(self.function, self._files[key]) as tensors:
-            return tensors.get_tensor(key)
+        file = self._files[key]
+        try:
+            return self._open(file).get_tensor(key)
+        except Exception as error:  # safetensors has dtypes that torch lacks, and says so with several kinds of error
+            raise ValueError(
+                f"{self.function}: {shown(file)}: {shown(key)}, {self.dtypes[key]}, cannot be read: {shown(error)}; "
+                "expected a dtype of torch's"
+            ) from error
 
     def __contains__(self, key: str) -> bool:
         return key in self.shapes
 
     def __str__(self) -> str:
-        return str(self.path)
+        return shown(self.path)
+
+    @cached_property
+    def _backwards(self) -> list[str]:
+        return sorted(key[::-1] for key in self.shapes)
+
+    def ending_with(self, end: str) -> list[str]:
+        """The keys that end so; two at the most. Takes as long for many keys as for few."""
+        start = end[::-1]
+        first = bisect.bisect_left(self._backwards, start)
+        return [key[::-1] for key in self._backwards[first : first + 2] if key.startswith(start)]
 
 
-def model_files(function: str, path: Path) -> list[Path]:
+def open_model(function: str, path: Path) -> TensorFiles:
     """A safetensors file, or those of a Hugging Face folder. Raises ValueError where there are none."""
-    if path.is_file():
-        return [path]
-    if (path / ADAPTER_CONFIG).exists():
-        raise ValueError(f"{function}: {path} is an adapter; expected the checkpoint of a model")
-    if (path / MODEL_WEIGHTS).exists():  # before the index, as transformers looks for them
-        return [path / MODEL_WEIGHTS]
-    if (path / MODEL_INDEX).exists():
-        weight_map = read_json(function, path / MODEL_INDEX).get("weight_map", {})
-        return [path / name for name in dict.fromkeys(weight_map.values())]
-    raise ValueError(
-        f"{function}: {path} is no checkpoint; expected a safetensors file, or a folder with {MODEL_WEIGHTS}, "
-        f"{MODEL_INDEX} or {ADAPTER_CONFIG}"
-    )
+    if not os.path.isdir(path):
+        if not os.path.lexists(path):
+            raise ValueError(f"{function}: {shown(path)} is no checkpoint; expected {_CHECKPOINT}")
+        return TensorFiles(function, path, [path])
+    if os.path.lexists(path / ADAPTER_CONFIG):
+        raise ValueError(f"{function}: {shown(path)} is an adapter; expected the checkpoint of a model")
+    if os.path.lexists(path / MODEL_WEIGHTS):  # before the index, as transformers looks for them
+        return TensorFiles(function, path, [path / MODEL_WEIGHTS])
+    if not os.path.lexists(path / MODEL_INDEX):
+        raise ValueError(f"{function}: {shown(path)} is no checkpoint; expected {_CHECKPOINT}")
+    weight_map = read_json(function, path / MODEL_INDEX, ModelIndex).weight_map
+    return TensorFiles(function, path, [path / name for name in dict.fromkeys(weight_map.values())], weight_map)
 
 
 def open_safetensors(function: str, file: Path) -> Any:
     """safe_open, on the CPU. Raises ValueError where it cannot be read."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
+    check_regular(function, file)
     try:
         return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{function}: {file} cannot be read: {error}; expected a safetensors file") from error
-
-
-def read_json(function: str, file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError where there is none."""
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{function}: {file} cannot be read: {error}; expected JSON") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{function}: {file} holds a {type(content).__name__}; expected a JSON object")
-    return content
-
-
-def pattern_value(function: str, config: Mapping[str, Any], field: str, module: str, default: Any) -> Any:
-    """The value of rank_pattern or alpha_pattern for one module. Each key is a regular expression for the end of its
-    name, and the first that fits counts. Raises ValueError where that cannot be asked."""
-    patterns = config.get(field) or {}
-    try:
-        return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-    except (re.error, AttributeError) as error:
-        raise ValueError(f"{function}: {field} is {patterns!r}: {error}; expected {{pattern: number}}") from error
+    except Exception as error:  # SafetensorError is an Exception, and nothing nearer to OSError or ValueError
+        raise unreadable(function, file, error, "a safetensors file") from error
 
 
 def lora_scaling(alpha: float, rank: int, use_rslora: bool) -> float:

@@ -28,7 +28,8 @@ def _held(expected: str, holds: Callable[[Any], bool]) -> Any:
     return Annotated[Any, AfterValidator(check)]
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """True for an int or a float that is finite as a float64; True and False are none."""
     try:
         return type(value) in (int, float) and math.isfinite(value)
     except OverflowError:  # an integer that no float64 holds
@@ -40,7 +41,7 @@ def _is_in_the_folder(name: Any) -> bool:
 
 
 Rank = _held("an integer of 1 or more", lambda value: type(value) is int and 1 <= value < 2**31)
-Number = _held("a number that float64 holds", _is_number)
+Number = _held("a number that float64 holds", is_number)
 Shard = _held("the name of a file in the same folder", _is_in_the_folder)
 Initial = _held("true, false or a name", lambda value: value is None or type(value) in (bool, str))
 
@@ -48,7 +49,7 @@ Initial = _held("true, false or a name", lambda value: value is None or type(val
 class AdapterConfig(BaseModel):
     """PEFT's adapter_config.json, and those of the libraries that write the same fields. All others are kept as well.
 
-    None stands for what the file does not say; null is refused where PEFT could not read it.
+    null is refused where PEFT could not read it; what the file does not say is in no `model_fields_set`.
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -87,6 +88,12 @@ _File = TypeVar("_File", AdapterConfig, ModelIndex)
 def read_json(function: str, path: Path, model: type[_File]) -> _File:
     """The model in a file. Raises one ValueError with the file, the key, its value and what was expected."""
     return parsed(function, shown(path), read_bytes(function, path, model.most_bytes), model)
+
+
+def read_config(function: str, path: Path) -> dict[str, Any]:
+    """The fields that an adapter_config.json has. Raises ValueError as `read_json` does."""
+    config = read_json(function, path, AdapterConfig)
+    return {name: value for name, value in config if name in config.model_fields_set}
 
 
 def parsed(function: str, where: str, text: bytes | str, model: type[_Model]) -> _Model:

@@ -215,7 +215,7 @@ def test_refusals_come_before_any_work(base, tmp_path, monkeypatch):
     refused("peft_type 'IA3'; expected 'LORA'", {"peft_type": "IA3"})
     refused("init_lora_weights 'pissa'", {"init_lora_weights": "pissa"})
     refused("rank_pattern is .* expected {pattern: number}", {"rank_pattern": {"(": 4}})
-    refused("alpha_pattern is .* expected {pattern: number}", {"alpha_pattern": [4]})
+    refused("adapter_config.json: alpha_pattern is \\[4\\]; expected a JSON object", {"alpha_pattern": [4]})
     refused("target_parameters", {"target_parameters": ["experts.gate_up_proj"]})
     refused("lora_A \\(3, 16\\) and .* for rank 4", {"r": 4})
     refused("has a magnitude; expected use_dora=False", {"use_dora": False})

@@ -206,7 +206,7 @@ def test_refuses_paths_and_options_that_cannot_be(tmp_path, capsys):
     refuse("expected JSON", folder, "peft", "lycoris")
     (folder / "adapter_config.json").unlink()
     refuse("no adapter_config.json", folder, "peft", "lycoris")
-    for header, expected in (("[]", "expected JSON"), ("{", "expected JSON"), ('{"b": 3}', "['b']")):
+    for header, expected in (("[]", "expected a JSON object"), ("{", "expected JSON"), ('{"b": 3}', "['b']")):
         tensors = dict(encode(FORMATS["dora_kernels"], [adapter("a")]).tensors)
         save_file(tensors, tmp_path / "ours.safetensors", {"dora_alpha": header})
         refuse(expected, tmp_path / "ours.safetensors", "dora_kernels", "lycoris")

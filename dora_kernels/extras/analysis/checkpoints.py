@@ -8,6 +8,7 @@ the layer's own r and alpha where a pattern names it.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,10 @@ from dora_kernels.extras.checkpoint_files import (
     PREFIX,
     TensorFiles,
     lora_scaling,
-    model_files,
-    pattern_value,
-    read_json,
+    open_model,
 )
+from dora_kernels.extras.patterns import pattern_values
+from dora_kernels.extras.schema import read_config
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 """safetensors' names of the dtypes of a dense weight."""
@@ -44,6 +45,8 @@ UNKNOWN_MEANINGS = (
 
 MAGNITUDES = (".lora_magnitude_vector", ".lora_magnitude_vector.weight")
 """The ends of a magnitude's key: written by save_pretrained, and in a state dict of one adapter."""
+
+_LORA_A = ".lora_A.weight"
 
 
 def analyze(
@@ -67,16 +70,16 @@ def analyze(
         raise ValueError("analyze: tuned is empty; expected one checkpoint or more")
     try:
         wanted = re.compile(targets or "")
-    except re.error as error:
-        raise ValueError(f"analyze: targets is {targets!r}: {error}; expected a regular expression") from error
-    pretrained = _model(Path(base))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"analyze: targets is {targets!r:.80}: {error}; expected a regular expression") from error
+    pretrained = open_model("analyze", Path(base))
     layers: list[Layer] = []
     left_out: list[LeftOut] = []
     for path in map(Path, tuned):
-        if (path / ADAPTER_CONFIG).exists():
+        if os.path.lexists(path / ADAPTER_CONFIG):
             found, skipped = adapter_layers(pretrained, path)
         else:
-            found, skipped = dense_layers(pretrained, _model(path), fan_in_fan_out)
+            found, skipped = dense_layers(pretrained, open_model("analyze", path), fan_in_fan_out)
         found, skipped = ([entry for entry in group if wanted.search(entry.name)] for group in (found, skipped))
         if not found:
             expected = "a layer" if targets is None else f"a layer in whose name {targets!r} is found"
@@ -85,10 +88,6 @@ def analyze(
         layers += found
         left_out += skipped
     return measure(layers, left_out, track)
-
-
-def _model(path: Path) -> TensorFiles:
-    return TensorFiles("analyze", path, model_files("analyze", path))
 
 
 def dense_layers(base: TensorFiles, tuned: TensorFiles, fan_in_fan_out: bool) -> tuple[list[Layer], list[LeftOut]]:
@@ -129,17 +128,20 @@ def dense_layers(base: TensorFiles, tuned: TensorFiles, fan_in_fan_out: bool) ->
 def adapter_layers(base: TensorFiles, folder: Path) -> tuple[list[Layer], list[LeftOut]]:
     """Every linear layer that the adapter in `folder` changes."""
     config = _adapter_config(folder)
-    if not (folder / ADAPTER_WEIGHTS).exists():
+    if not os.path.lexists(folder / ADAPTER_WEIGHTS):
         raise ValueError(f"analyze: {folder} has no {ADAPTER_WEIGHTS}; expected the adapter as safetensors")
     adapter = TensorFiles("analyze", folder / ADAPTER_WEIGHTS, [folder / ADAPTER_WEIGHTS])
+    stems = [key.removesuffix(_LORA_A) for key in adapter.shapes if key.endswith(_LORA_A)]
+    names = {stem: stem.removeprefix(PREFIX) for stem in stems}
+    ranks = pattern_values("analyze", "rank_pattern", config["rank_pattern"], names.values(), config["r"])
+    alphas = pattern_values("analyze", "alpha_pattern", config["alpha_pattern"], names.values(), config["lora_alpha"])
     known, layers, left_out = set(), [], []
-    for key_A, shape_A in adapter.shapes.items():
-        if not key_A.endswith(".lora_A.weight"):
-            continue
-        stem = key_A.removesuffix(".lora_A.weight")
-        name, key_B = stem.removeprefix(PREFIX), f"{stem}.lora_B.weight"
+    for stem, name in names.items():
+        key_A, key_B = stem + _LORA_A, f"{stem}.lora_B.weight"
+        shape_A = adapter.shapes[key_A]
         magnitudes = [stem + end for end in MAGNITUDES if stem + end in adapter]
-        known |= {key_A, key_B, *magnitudes}
+        keys = (key_A, key_B, *magnitudes)
+        known |= set(keys)
         if len(shape_A) != 2:
             left_out.append(LeftOut(name, str(folder), f"a convolution: lora_A has shape {shape_A}"))
             continue
@@ -152,7 +154,7 @@ def adapter_layers(base: TensorFiles, folder: Path) -> tuple[list[Layer], list[L
         if reason := _why_not_dense(base, key):
             raise ValueError(f"analyze: {key} of {base}: {reason}; expected a base that is not quantized")
         N, K = base.shapes[key][:: -1 if config["fan_in_fan_out"] else 1]
-        R, scaling = _rank_and_scaling(config, name)
+        R, scaling = ranks[name], lora_scaling(alphas[name], ranks[name], config["use_rslora"])
         if shape_A != (R, K) or shape_B != (N, R):
             raise ValueError(
                 f"analyze: {name} of {folder} has lora_A {shape_A} and lora_B {shape_B}; "
@@ -163,11 +165,16 @@ def adapter_layers(base: TensorFiles, folder: Path) -> tuple[list[Layer], list[L
             raise ValueError(
                 f"analyze: {name} of {folder} has {has}; expected use_dora={config['use_dora']} to be right"
             )
-        if magnitudes and math.prod(adapter.shapes[magnitudes[0]]) != N:
-            shape = adapter.shapes[magnitudes[0]]
-            raise ValueError(f"analyze: {name} of {folder} has a magnitude of shape {shape}; expected {(N,)}")
+        if magnitudes and (len(magnitudes) > 1 or math.prod(adapter.shapes[magnitudes[0]]) != N):
+            shapes = " and ".join(str(adapter.shapes[magnitude]) for magnitude in magnitudes)
+            raise ValueError(f"analyze: {name} of {folder} has a magnitude of shape {shapes}; expected {(N,)}")
+        for part in keys:
+            if adapter.dtypes[part] not in FLOATS:
+                raise ValueError(
+                    f"analyze: {part} of {folder} is stored as {adapter.dtypes[part]}; expected {', '.join(FLOATS)}"
+                )
 
-        def change(key: str = key, keys: tuple[str, ...] = (key_A, key_B, *magnitudes), s: float = scaling) -> Any:
+        def change(key: str = key, keys: tuple[str, ...] = keys, s: float = scaling) -> Any:
             weight = base[key].T if config["fan_in_fan_out"] else base[key]
             lora_A, lora_B, *magnitude = (adapter[k] for k in keys)
             return adapter_change(weight, lora_A, lora_B, s, *(m.flatten() for m in magnitude))
@@ -183,37 +190,30 @@ def adapter_layers(base: TensorFiles, folder: Path) -> tuple[list[Layer], list[L
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json with PEFT's defaults; ValueError where the adapter is not W + scaling * B A."""
-    read = read_json("analyze", folder / ADAPTER_CONFIG)
+    read = read_config("analyze", folder / ADAPTER_CONFIG)
     if read.get("peft_type") != "LORA":
         raise ValueError(
-            f"analyze: {folder} has peft_type {read.get('peft_type')!r}; expected 'LORA', with or without DoRA"
+            f"analyze: {folder} has peft_type {read.get('peft_type')!r:.80}; expected 'LORA', with or without DoRA"
         )
     initial = read.get("init_lora_weights", True)
     if initial not in BASE_KEPT:
         raise ValueError(
-            f"analyze: {folder} has init_lora_weights {initial!r}, which changes the base weight; expected an adapter "
-            "converted to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
+            f"analyze: {folder} has init_lora_weights {initial!r:.80}, which changes the base weight; expected an "
+            "adapter converted to plain LoRA (save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for option in UNKNOWN_MEANINGS:
         if read.get(option):
-            raise ValueError(f"analyze: {folder} has {option} {read[option]!r}; expected plain LoRA or DoRA")
+            raise ValueError(f"analyze: {folder} has {option} {read[option]!r:.80}; expected plain LoRA or DoRA")
     flags = {name: bool(read.get(name)) for name in ("use_dora", "use_rslora", "fan_in_fan_out")}
-    patterns = {name: read.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
-    return {"r": read.get("r", 8), "lora_alpha": read.get("lora_alpha", 8), **flags, **patterns}
-
-
-def _rank_and_scaling(config: dict[str, Any], name: str) -> tuple[int, float]:
-    """r and scaling of one layer."""
-    R = pattern_value("analyze", config, "rank_pattern", name, config["r"])
-    alpha = pattern_value("analyze", config, "alpha_pattern", name, config["lora_alpha"])
-    return R, lora_scaling(alpha, R, config["use_rslora"])
+    return {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}} | read | flags
 
 
 def _base_key(base: TensorFiles, key: str) -> str | None:
     """`key`, or the one key that is it but for a prefix: a model with a head has one that the bare model lacks."""
     if key in base:
         return key
-    found = [other for other in base.shapes if other.endswith(f".{key}") or key.endswith(f".{other}")]
+    shorter = (key[place + 1 :] for place, letter in enumerate(key) if letter == ".")
+    found = [*base.ending_with(f".{key}"), *(other for other in shorter if other in base)]
     return found[0] if len(found) == 1 else None
 
 

@@ -110,7 +110,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal in shape, dtype and every bit: -0.0 is not 0.0, and a NaN equals itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    return torch.equal(*(tensor.detach().resolve_neg().contiguous().view(-1).view(torch.uint8) for tensor in (a, b)))
 
 
 def alpha_of(scaling: float, divisor: float) -> int | float | None:

@@ -16,6 +16,7 @@ from dora_kernels.extras.convert import files
 from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable
 from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format, decode, encode
 from dora_kernels.extras.convert.scaling import One
+from dora_kernels.files.reading import shown
 
 # the layers whose rows torchtune keeps in another order than Hugging Face's models do
 _ROTARY = ("q_proj", "k_proj")
@@ -55,7 +56,11 @@ def convert_checkpoint(
     if heads is not None and same_rows:
         raise ValueError("convert: heads and same_rows are both given; expected one of them")
     files.check_out(out)
-    before = decode(reader, files.load(reader, source), alpha)
+    loaded = files.load(reader, source)
+    try:
+        before = decode(reader, loaded, alpha)
+    except ValueError as error:
+        raise ValueError(f"convert: {shown(source)}: {str(error).removeprefix('convert: ')}") from error
     adapters = _renamed(before, rename)
     if reader.bias != writer.bias and not no_bias:
         differ = f"{reader.name} {BIAS[reader.bias]} and {writer.name} {BIAS[writer.bias]}"
@@ -109,9 +114,9 @@ def _renamed(adapters: Sequence[DoraAdapter], rename: Sequence[tuple[str, str]])
         for pattern, replacement in rename:
             try:
                 module = re.sub(pattern, replacement, module)
-            except (re.error, IndexError) as error:
+            except (re.error, IndexError, OverflowError, RecursionError) as error:
                 raise ValueError(
-                    f"convert: rename is {pattern!r}, {replacement!r}: {error}; expected what re.sub takes"
+                    f"convert: rename is {pattern!r:.80}, {replacement!r:.80}: {error}; expected what re.sub takes"
                 ) from error
         if not module or module in renamed:
             raise ValueError(

@@ -1,9 +1,9 @@
-"""Checkpoints on disk: read with safetensors or torch.load(weights_only=True), written with safetensors."""
+"""Checkpoints on disk: read with safetensors or as torch.save's state dicts, written with safetensors."""
 
 from __future__ import annotations
 
 import json
-import pickle
+import os
 import shutil
 import tempfile
 from collections.abc import Collection
@@ -13,14 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dora_kernels.extras.checkpoint_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    TensorFiles,
-    open_safetensors,
-    read_json,
-)
+from dora_kernels.extras.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TensorFiles
 from dora_kernels.extras.convert.formats import Checkpoint, Format
+from dora_kernels.extras.convert.state_dicts import load_state_dict
+from dora_kernels.extras.schema import read_config
+from dora_kernels.files.reading import shown
 
 # what torch.save made; everything else is taken for safetensors
 _PICKLES = (".bin", ".pt", ".pth")
@@ -32,18 +29,20 @@ def load(row: Format, source: Path) -> Checkpoint:
     A file by one of row.files' names brings the adapter_config.json beside it. Raises ValueError where there is none,
     or it cannot be read.
     """
-    if source.is_dir():
-        path = next((source / name for name in row.files if (source / name).is_file()), None)
+    if os.path.isdir(source):
+        path = next((source / name for name in row.files if os.path.lexists(source / name)), None)
         if path is None:
-            raise ValueError(f"convert: {source} holds none of {', '.join(row.files)}; expected a {row.name} folder")
-    elif source.is_file():
+            raise ValueError(
+                f"convert: {shown(source)} holds none of {', '.join(row.files)}; expected a {row.name} folder"
+            )
+    elif os.path.lexists(source):
         path = source
     else:
-        raise ValueError(f"convert: {source} does not exist; expected a {row.name} file or folder")
+        raise ValueError(f"convert: {shown(source)} does not exist; expected a {row.name} file or folder")
     tensors, header = _tensors(path)
     config_path = path.parent / ADAPTER_CONFIG
-    has_config = path.name in row.files and config_path.is_file()
-    return Checkpoint(tensors, read_json("convert", config_path) if has_config else {}, header)
+    has_config = path.name in row.files and os.path.lexists(config_path)
+    return Checkpoint(tensors, read_config("convert", config_path) if has_config else {}, header)
 
 
 def save(row: Format, checkpoint: Checkpoint, out: Path) -> None:
@@ -80,23 +79,14 @@ def check_out(out: Path) -> None:
 
 def keys_of(base: Path) -> Collection[str]:
     """The names of all tensors of a model: one .safetensors file, or a folder of them. Reads no tensor."""
-    paths = sorted(base.glob("*.safetensors")) if base.is_dir() else [base]
-    if not paths or not all(path.is_file() for path in paths):
-        raise ValueError(f"convert: {base} holds no .safetensors; expected the model beneath the adapters")
+    paths = sorted(base.glob("*.safetensors")) if os.path.isdir(base) else [base]
+    if not paths or not os.path.lexists(base):
+        raise ValueError(f"convert: {shown(base)} holds no .safetensors; expected the model beneath the adapters")
     return TensorFiles("convert", base, paths).shapes.keys()
 
 
 def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if path.suffix not in _PICKLES:
-        with open_safetensors("convert", path) as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        # torch's own words advise weights_only=False, which would run what the file says
-        raise ValueError(
-            f"convert: {path} cannot be read; expected a state dict of tensors and nothing else"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"convert: {path} does not hold tensors by name; expected a state dict")
-    return tensors, {}
+    if path.suffix in _PICKLES:
+        return load_state_dict("convert", path), {}
+    file = TensorFiles("convert", path, [path])
+    return {key: file[key] for key in file.shapes}, file.metadata

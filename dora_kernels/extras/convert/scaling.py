@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.extras.checkpoint_files import BASE_KEPT, lora_scaling, pattern_value
-from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable, alpha_of
+from dora_kernels.extras.checkpoint_files import BASE_KEPT, lora_scaling
+from dora_kernels.extras.convert.adapter import DTYPES, DoraAdapter, Unrepresentable, alpha_of
+from dora_kernels.extras.patterns import pattern_values, whole
+from dora_kernels.extras.schema import HeaderAlphas, is_number, parsed
+from dora_kernels.files.reading import shown
 
 Written = tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]
 _HEADER = "dora_alpha"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # fields of adapter_config.json that say nothing of what a trained adapter computes
 _SILENT = {
     "auto_mapping",
@@ -71,8 +74,10 @@ class InTensor:
         scaling = {}
         for module, rank in ranks.items():
             tensor = tensors[module]
-            if tensor is not None and tensor.numel() != 1:
-                raise ValueError(f"convert: {module}: alpha has shape {tuple(tensor.shape)}; expected one number")
+            if tensor is not None and (tensor.numel() != 1 or tensor.dtype not in (*DTYPES, *_INTEGERS)):
+                raise ValueError(
+                    f"convert: {module}: alpha is {tensor.dtype} of shape {tuple(tensor.shape)}; expected one number"
+                )
             value = _stated(None if tensor is None else float(tensor), alpha, f"{module}.alpha")
             scaling[module] = (value or rank) / rank
         return scaling
@@ -97,10 +102,12 @@ class InHeader:
     uniform: bool = False
 
     def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
-        alphas = _loads(header.get(_HEADER, "{}"))
+        alphas = parsed("convert", f"the header's {_HEADER}", header.get(_HEADER, "{}"), HeaderAlphas).root
         unknown = sorted(set(alphas) - set(ranks))
         if unknown:
-            raise ValueError(f"convert: the header has an alpha for {unknown}, which have no adapter in the file")
+            raise ValueError(
+                f"convert: the header has an alpha for {shown(unknown)}, which have no adapter in the file"
+            )
         return {module: _stated(alphas.get(module), alpha, f"{module}.alpha") / rank for module, rank in ranks.items()}
 
     def write(self, adapters: Sequence[DoraAdapter]) -> Written:
@@ -139,8 +146,8 @@ class InPeftConfig:
         _check_config(config, "LORA")
         # PEFT's own defaults
         r, lora_alpha = config.get("r", 8), _stated(config.get("lora_alpha", 8), alpha, "lora_alpha")
-        _check_ranks(ranks, {module: pattern_value("convert", config, "rank_pattern", module, r) for module in ranks})
-        alphas = {module: pattern_value("convert", config, "alpha_pattern", module, lora_alpha) for module in ranks}
+        _check_ranks(ranks, pattern_values("convert", "rank_pattern", config.get("rank_pattern"), ranks, r))
+        alphas = pattern_values("convert", "alpha_pattern", config.get("alpha_pattern"), ranks, lora_alpha)
         use_rslora = bool(config.get("use_rslora"))
         return {module: lora_scaling(alphas[module], rank, use_rslora) for module, rank in ranks.items()}
 
@@ -164,10 +171,9 @@ class InPeftConfig:
             "r": r,
             "lora_alpha": lora_alpha,
             "use_rslora": use_rslora,
-            # PEFT reads a key as a pattern for the end of a name: ^ makes it the whole name
-            "rank_pattern": {_whole(adapter.module): adapter.R for adapter in adapters if adapter.R != r},
+            "rank_pattern": {whole(adapter.module): adapter.R for adapter in adapters if adapter.R != r},
             "alpha_pattern": {
-                _whole(adapter.module): alpha
+                whole(adapter.module): alpha
                 for adapter, alpha in zip(adapters, alphas, strict=True)
                 if alpha != lora_alpha
             },
@@ -179,16 +185,6 @@ class InPeftConfig:
         return {}, config, {}
 
 
-def _loads(text: str) -> dict[str, Any]:
-    try:
-        alphas = json.loads(text)
-    except ValueError:
-        alphas = None
-    if not isinstance(alphas, dict):
-        raise ValueError(f"convert: {_HEADER} is {text!r} in the header; expected JSON, {{module: alpha}}")
-    return alphas
-
-
 def _stated(stated: float | None, given: float | None, name: str) -> float:
     """The alpha that the file states or the caller gives; ValueError where neither does, or they differ."""
     if stated is None and given is None:
@@ -196,8 +192,8 @@ def _stated(stated: float | None, given: float | None, name: str) -> float:
     if stated is not None and given is not None and stated != given:
         raise ValueError(f"convert: {name} is {stated} in the source but --alpha is {given}; expected no --alpha")
     value = given if stated is None else stated
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"convert: {name} is {value!r}; expected a number")
+    if not is_number(value):
+        raise ValueError(f"convert: {name} is {value!r:.80}; expected a number that float64 holds")
     return value
 
 
@@ -207,7 +203,9 @@ def _check_config(config: Mapping[str, Any], peft_type: str, never: Sequence[str
     fan_in_fan_out says how the base stores its weight, and the adapter's tensors are the same either way.
     """
     if config.get("peft_type", peft_type) != peft_type:
-        raise ValueError(f"convert: peft_type is {config['peft_type']} in adapter_config.json; expected {peft_type}")
+        raise ValueError(
+            f"convert: peft_type is {config['peft_type']!s:.80} in adapter_config.json; expected {peft_type}"
+        )
     if config.get("use_dora") is False:
         raise ValueError("convert: use_dora is false in adapter_config.json; expected a DoRA adapter")
     allowed = {
@@ -221,7 +219,7 @@ def _check_config(config: Mapping[str, Any], peft_type: str, never: Sequence[str
             continue
         if value not in (None, False, [], {}):
             raise ValueError(
-                f"convert: {field} is {value!r} in adapter_config.json, which a conversion cannot keep; "
+                f"convert: {shown(field)} is {value!r:.80} in adapter_config.json, which a conversion cannot keep; "
                 f"expected {' or '.join(map(repr, allowed[field])) if field in allowed else 'it unset'}"
             )
 
@@ -233,10 +231,6 @@ def _check_ranks(ranks: Mapping[str, int], stated: Mapping[str, int | None]) -> 
                 f"convert: {module}: lora_A has rank {rank} but adapter_config.json says {stated[module]}; "
                 "expected the same"
             )
-
-
-def _whole(module: str) -> str:
-    return "^" + re.escape(module)
 
 
 def _alpha_of(adapter: DoraAdapter) -> int | float:
