@@ -1,8 +1,8 @@
 """What a pickle of torch.save describes. Nothing is run: no opcode calls or imports what it names.
 
-A pickle is a program. torch.load(weights_only=True) runs it over a list of functions that do no harm, but those take
-a stranger's arguments, and a key that is a tuple of tuples of one another is hashed for ever. Here the opcodes, which
-the standard library's pickletools reads, make numbers, names, and descriptions of tensors, and no others are taken.
+A pickle is a program. torch.load(weights_only=True) runs it over a list of functions that do no harm; but they take a
+stranger's arguments, and a key that is a tuple of one tuple twice, and so on 60 deep, is hashed for ever. Here the
+opcodes, which the standard library's pickletools reads, make numbers, names, and descriptions of tensors alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """State dicts in the files of torch.save, held against the bytes that a file has before any of them is taken.
 
-torch.load believes what a pickle says of lengths: a storage that claims more than its record has is read beyond it, and
-one that a file from before torch 1.6 forgets is memory as it was found.
+Not by torch.load(weights_only=True): where a file in the format from before torch 1.6 forgets a storage, that gives
+memory as it was found (seen with 2.11 and 2.13), and some pickles of 500 bytes keep it for ever (pickles.py).
 """
 
 from __future__ import annotations
