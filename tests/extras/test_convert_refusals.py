@@ -93,7 +93,7 @@ def test_refuses_torchtunes_rows_without_a_word(tmp_path, capsys):
     for options, expected in (
         ((), ("q_proj", "--heads", "--same-rows")),
         (("--heads", 2, 1), "6 rows but 2 heads"),
-        (("--heads", 0, 1), "0 heads"),
+        (("--heads", 0, 1), "heads[0] is 0; expected a positive int"),
         (("--heads", 1, 1, "--same-rows"), "expected one of them"),
     ):
         refuses(tmp_path, capsys, expected, path, "peft", "torchtune", "--no-bias", *options)

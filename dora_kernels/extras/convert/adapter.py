@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dora_kernels.functional.arguments import check_choice, check_flag, check_number, check_type
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -32,7 +34,11 @@ class DoraAdapter:
     norm_axis: str = "out"
 
     def __post_init__(self) -> None:
+        check_type("DoraAdapter", "module", self.module, str, "a module's name")
+        check_choice("DoraAdapter", "norm_axis", self.norm_axis, ("out", "in"))
+        object.__setattr__(self, "scaling", float(check_number("DoraAdapter", "scaling", self.scaling)))
         for name in ("lora_A", "lora_B", "magnitude"):
+            check_type("DoraAdapter", name, getattr(self, name), Tensor, "a torch.Tensor")
             dtype = getattr(self, name).dtype
             if dtype not in DTYPES:
                 raise ValueError(f"convert: {self.module}: {name} is {dtype}; expected one of {DTYPES}")
@@ -68,6 +74,7 @@ class DoraAdapter:
         Exact where scaling is a power of two and nothing leaves the dtype's range; else lora_B is rounded to its dtype
         if `rounding`, and Unrepresentable is raised if not.
         """
+        check_flag("DoraAdapter.folded", "rounding", rounding)
         if self.scaling == 1:
             return self
         lora_B = (self.lora_B.double() * self.scaling).to(self.lora_B.dtype)
@@ -87,6 +94,7 @@ class DoraAdapter:
 
     def same(self, other: DoraAdapter) -> bool:
         """Equal to the last bit: names, tensors and their dtypes, scaling."""
+        check_type("DoraAdapter.same", "other", other, DoraAdapter, "a DoraAdapter")
         return (
             (self.module, self.scaling, self.norm_axis) == (other.module, other.scaling, other.norm_axis)
             and same_bits(self.lora_A, other.lora_A)

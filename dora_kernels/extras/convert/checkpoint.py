@@ -14,9 +14,18 @@ from torch import Tensor
 
 from dora_kernels.extras.convert import files
 from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable
-from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format, decode, encode
+from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format, check_adapter_name, decode, encode
 from dora_kernels.extras.convert.scaling import One
 from dora_kernels.files.reading import shown
+from dora_kernels.functional.arguments import (
+    check_choice,
+    check_flag,
+    check_items,
+    check_number,
+    check_path,
+    check_size,
+    described,
+)
 
 # the layers whose rows torchtune keeps in another order than Hugging Face's models do
 _ROTARY = ("q_proj", "k_proj")
@@ -49,10 +58,18 @@ def convert_checkpoint(
     others, reorder the rows of q_proj and k_proj as torchtune does for Llama's rotary embedding; same_rows: the
     caller's word that this model's rows need none. adapter_name: written by llava.
     """
+    for name, path in {"source": source, "out": out, "base": "" if base is None else base}.items():
+        check_path("convert", name, path)
     source, out = Path(source), Path(out)
-    reader, writer = _format(source_format), _format(target_format)
-    if not re.fullmatch(r"[^.]+", adapter_name):
-        raise ValueError(f"convert: adapter_name is {adapter_name!r}; expected a name without dots")
+    check_choice("convert", "source_format", source_format, tuple(FORMATS))
+    check_choice("convert", "target_format", target_format, tuple(FORMATS))
+    reader, writer = FORMATS[source_format], FORMATS[target_format]
+    for name, flag in {"no_bias": no_bias, "fold": fold, "same_rows": same_rows}.items():
+        check_flag("convert", name, flag)
+    alpha = None if alpha is None else check_number("convert", "alpha", alpha)
+    check_adapter_name(adapter_name)
+    _check_rename(rename)
+    heads = None if heads is None else _checked_heads(heads)
     if heads is not None and same_rows:
         raise ValueError("convert: heads and same_rows are both given; expected one of them")
     files.check_out(out)
@@ -78,6 +95,7 @@ def convert_checkpoint(
 
 def table(adapters: Sequence[DoraAdapter]) -> str:
     """One line for each kind of layer: how many, their sizes, scaling and dtypes."""
+    check_items("table", "adapters", adapters, DoraAdapter, "DoraAdapters")
     rows = [("layers", "N", "K", "R", "scaling", "lora_A, lora_B", "magnitude")]
     kinds = Counter(
         (
@@ -100,10 +118,20 @@ def _dtypes(*tensors: Tensor) -> str:
     return ", ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
 
 
-def _format(name: str) -> Format:
-    if name not in FORMATS:
-        raise ValueError(f"convert: format is {name!r}; expected one of {', '.join(FORMATS)}")
-    return FORMATS[name]
+def _check_rename(rename: Sequence[tuple[str, str]]) -> None:
+    """Raise ValueError unless `rename` is a list of pairs of str."""
+    check_items("convert", "rename", rename, (tuple, list), "pairs (pattern, replacement)")
+    for pair in rename:
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"convert: rename has {described(pair)}; expected pairs (pattern, replacement) of str")
+
+
+def _checked_heads(heads: tuple[int, int]) -> tuple[int, int]:
+    """`heads` as ints. Raises ValueError unless they are two positive ones."""
+    if not isinstance(heads, (tuple, list)) or len(heads) != 2:
+        raise ValueError(f"convert: heads is {described(heads)}; expected the numbers of query and of key, value heads")
+    query, key = (check_size("convert", f"heads[{index}]", count, 1) for index, count in enumerate(heads))
+    return query, key
 
 
 def _renamed(adapters: Sequence[DoraAdapter], rename: Sequence[tuple[str, str]]) -> list[DoraAdapter]:
@@ -169,7 +197,7 @@ def _reordered(
                 "or --same-rows where this model's need none"
             )
         count = heads[_ROTARY.index(kind)]
-        if count < 1 or adapter.N % (2 * count):
+        if adapter.N % (2 * count):
             raise ValueError(
                 f"convert: {adapter.module} has {adapter.N} rows but {count} heads; expected a multiple of 2 * heads"
             )

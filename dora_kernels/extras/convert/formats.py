@@ -21,6 +21,7 @@ from torch import Tensor
 from dora_kernels.extras.checkpoint_files import PREFIX
 from dora_kernels.extras.convert.adapter import DoraAdapter, check_shapes
 from dora_kernels.extras.convert.scaling import InConfig, InHeader, InPeftConfig, InTensor, One
+from dora_kernels.functional.arguments import check_items, check_number, check_type, described
 
 Scaling = InConfig | InHeader | InPeftConfig | InTensor | One
 # what becomes of the bias beneath an adapter
@@ -182,6 +183,9 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
     Raises ValueError for a key that is not the format's, a tensor that is missing or of another shape, an adapter
     without a magnitude, and whatever the format's scaling refuses.
     """
+    check_type("convert", "row", row, Format, "one of FORMATS' values")
+    check_type("convert", "checkpoint", checkpoint, Checkpoint, "a Checkpoint")
+    alpha = None if alpha is None else check_number("convert", "alpha", alpha)
     modules = _sort_keys(row, checkpoint.tensors)
     if not modules:
         raise ValueError(f"convert: the source has no tensors; expected {row.name} adapters")
@@ -215,6 +219,12 @@ def encode(row: Format, adapters: Sequence[DoraAdapter], adapter_name: str = "de
 
     Raises ValueError where the format has no such layer, and Unrepresentable where it cannot hold the scaling.
     """
+    check_type("convert", "row", row, Format, "one of FORMATS' values")
+    check_items("convert", "adapters", adapters, DoraAdapter, "DoraAdapters")
+    modules = [adapter.module for adapter in adapters]
+    if len(set(modules)) != len(modules):
+        raise ValueError(f"convert: adapters are of {described(modules)}; expected modules of different names")
+    check_adapter_name(adapter_name)
     alphas, config, header = row.scaling.write(adapters)
     tensors = {}
     for adapter in adapters:
@@ -234,6 +244,12 @@ def encode(row: Format, adapters: Sequence[DoraAdapter], adapter_name: str = "de
         for part, suffix in row.parts().items():
             tensors[f"{row.prefix}{adapter.module}.{suffix.format(adapter=adapter_name)}"] = parts[part]
     return Checkpoint(tensors, config, header)
+
+
+def check_adapter_name(adapter_name: str) -> None:
+    """Raise ValueError unless this can be an adapter's name in a key."""
+    if not isinstance(adapter_name, str) or not re.fullmatch(r"[^.]+", adapter_name):
+        raise ValueError(f"convert: adapter_name is {described(adapter_name)}; expected a name without dots")
 
 
 def _check_conv(row: Format, module: str, ndim: int) -> None:
