@@ -27,6 +27,7 @@ from dora_kernels.extras.checkpoint_files import (
 )
 from dora_kernels.extras.patterns import pattern_values
 from dora_kernels.extras.schema import read_config
+from dora_kernels.functional.arguments import check_callable, check_flag, check_path, check_type
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 """safetensors' names of the dtypes of a dense weight."""
@@ -66,6 +67,14 @@ def analyze(
     Raises ValueError, before anything is computed, where a checkpoint cannot be read, does not fit the base, or means
     something else than W + scaling * B A; what is left out is named in the result.
     """
+    check_path("analyze", "base", base)
+    check_type("analyze", "tuned", tuned, (tuple, list), "a list of paths")
+    for path in tuned:
+        check_path("analyze", "tuned", path)
+    if targets is not None:
+        check_type("analyze", "targets", targets, str, "a regular expression, or None")
+    check_flag("analyze", "fan_in_fan_out", fan_in_fan_out)
+    check_callable("analyze", "track", track)
     if not tuned:
         raise ValueError("analyze: tuned is empty; expected one checkpoint or more")
     try:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dora_kernels.extras.analysis.measure import Change
+from dora_kernels.functional.arguments import check_items
 
 METHODS = ("full", "LoRA", "DoRA")
 """full: a dense tuned weight, whatever it was tuned by; a merged adapter is one."""
@@ -61,6 +62,7 @@ class Trend:
 
 def trend(points: Sequence[Point]) -> Trend:
     """The line through `points`."""
+    check_items("trend", "points", points, Point, "Points")
     x, y = [point.delta_direction for point in points], [point.delta_magnitude for point in points]
     if len(set(x)) < 2:
         return Trend(len(points))

@@ -10,6 +10,7 @@ from dora_kernels import quant
 from dora_kernels.extras.analysis.layers import Analysis, Layer, LeftOut, Track, measure
 from dora_kernels.extras.analysis.measure import adapter_change, weight_change
 from dora_kernels.extras.checkpoint_files import BASE_KEPT, PREFIX
+from dora_kernels.functional.arguments import check_callable, check_model, check_type
 
 CHECKPOINT = "model"
 """The checkpoint's name, where none is given."""
@@ -24,8 +25,13 @@ def analyze_model(
     those of `model`. checkpoint: the name of the points. Adapter layers that cannot be analysed are named in
     the result.
 
-    Raises ValueError where nothing can be analysed.
+    Raises ValueError where nothing can be analysed, or model or pretrained is no nn.Module.
     """
+    check_model("analyze_model", model)
+    if pretrained is not None:
+        check_model("analyze_model", pretrained, "pretrained")
+    check_type("analyze_model", "checkpoint", checkpoint, str, "a name")
+    check_callable("analyze_model", "track", track)
     layers, left_out = _adapters(model, checkpoint) if pretrained is None else _pairs(pretrained, model, checkpoint)
     if not layers:
         reasons = "; ".join(dict.fromkeys(entry.reason for entry in left_out)) or "no such layer"

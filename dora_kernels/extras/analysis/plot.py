@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dora_kernels.extras.analysis.layers import METHODS, Analysis
+from dora_kernels.functional.arguments import check_path, check_type
 
 MARKERS = "os^DvPX*<>"
 """One for each checkpoint of a method, in the order given; of the eleventh on, the last."""
@@ -17,8 +18,12 @@ COLOURS = 10
 def draw(analysis: Analysis, path: str | Path, title: str | None = None) -> None:
     """Write a PNG. A marker is a checkpoint, a colour a kind of layer (the last part of its name).
 
-    The same analysis gives the same bytes.
+    The same analysis gives the same bytes. Raises ValueError unless the arguments are of these types.
     """
+    check_type("draw", "analysis", analysis, Analysis, "an Analysis")
+    check_path("draw", "path", path)
+    if title is not None:
+        check_type("draw", "title", title, str, "a title, or None")
     import matplotlib
 
     matplotlib.use("Agg")
