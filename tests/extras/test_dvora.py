@@ -119,7 +119,7 @@ def test_the_norm_from_its_terms_where_the_update_cancels_the_weight():
     problem = inputs(1, 64, 48, 12, torch.float32, zero_row=False)
     names = ("vera_A", "vera_B", "lambda_d", "lambda_b")
     adapter = [problem[name] for name in names]
-    lora_A, lora_B = dvora.dvora_update(*adapter)
+    lora_A, lora_B = dvora.function.dvora_update(*adapter)
     weight = 1e-3 * problem["weight"] - lora_B @ lora_A
     exact = dvora_norm(weight.double(), *(tensor.double() for tensor in adapter))
     direct, ours = dvora_norm(weight, *adapter), dvora_norm(weight, *adapter, terms=norm_terms(weight, lora_A))
@@ -477,7 +477,7 @@ def test_terms_that_would_be_large_are_not_kept(made):
     for _ in range(3):
         torch.testing.assert_close(layer(x), definition(layer, x))
     assert not made
-    assert not dvora.terms_are_small(layer.weight, layer.projection.vera_A)
+    assert not dvora.function.terms_are_small(layer.weight, layer.projection.vera_A)
 
 
 def test_the_weight_is_not_read_for_the_norm(layer, monkeypatch):

@@ -18,11 +18,8 @@ from dora_kernels.extras.dvora.function import (
     NormTerms,
     dvora_linear,
     dvora_linear_ref,
-    dvora_linear_reusing,
     dvora_norm,
-    dvora_update,
     norm_terms,
-    terms_are_small,
 )
 from dora_kernels.extras.dvora.module import DvoraLinear, VeraProjection
 from dora_kernels.functional.arguments import check_model, check_type
@@ -33,11 +30,8 @@ __all__ = [
     "VeraProjection",
     "dvora_linear",
     "dvora_linear_ref",
-    "dvora_linear_reusing",
     "dvora_norm",
-    "dvora_update",
     "norm_terms",
-    "terms_are_small",
     "to_dvora",
 ]
 
