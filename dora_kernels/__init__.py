@@ -8,14 +8,8 @@ The extras are imported when they are first asked for: `dora_kernels.serving`, `
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
-
-from dora_kernels.adapters import disable, enable
-from dora_kernels.functional.linear import dora_linear
-from dora_kernels.functional.weight import merge_weight, weight_norm
-from dora_kernels.modules import DoraLinear
-from dora_kernels.planning.options import options
-from dora_kernels.reuse import frozen_adapters, invalidate
 
 __version__ = "0.1.0"
 
@@ -35,12 +29,26 @@ __all__ = [
     "weight_norm",
 ]
 
+_CORE = {
+    "DoraLinear": "modules",
+    "disable": "adapters",
+    "dora_linear": "functional.linear",
+    "enable": "adapters",
+    "frozen_adapters": "reuse",
+    "invalidate": "reuse",
+    "merge_weight": "functional.weight",
+    "options": "planning.options",
+    "weight_norm": "functional.weight",
+}
+"""The names of the core, and the module of each."""
+
+_EXTRAS = dict.fromkeys(("DvoraLinear", "VeraProjection", "dvora_linear", "to_dvora"), "extras.dvora")
 _EXTRA_MODULES = ("analysis", "convert", "demo", "dvora", "parallel", "serving", "trainer")
-_EXTRA_NAMES = ("DvoraLinear", "VeraProjection", "dvora_linear", "to_dvora")
-"""Of dora_kernels.extras.dvora."""
 
 if TYPE_CHECKING:
     # "as": for type checkers the names are this package's, too
+    from dora_kernels.adapters import disable as disable
+    from dora_kernels.adapters import enable as enable
     from dora_kernels.extras import analysis as analysis
     from dora_kernels.extras import convert as convert
     from dora_kernels.extras import demo as demo
@@ -49,14 +57,21 @@ if TYPE_CHECKING:
     from dora_kernels.extras import serving as serving
     from dora_kernels.extras import trainer as trainer
     from dora_kernels.extras.dvora import DvoraLinear, VeraProjection, dvora_linear, to_dvora
+    from dora_kernels.functional.linear import dora_linear as dora_linear
+    from dora_kernels.functional.weight import merge_weight as merge_weight
+    from dora_kernels.functional.weight import weight_norm as weight_norm
+    from dora_kernels.modules import DoraLinear as DoraLinear
+    from dora_kernels.planning.options import options as options
+    from dora_kernels.reuse import frozen_adapters as frozen_adapters
+    from dora_kernels.reuse import invalidate as invalidate
 
 
 def __getattr__(name: str) -> Any:
-    """A module or a name of the extras."""
+    """A name of the core or of the extras, or a module of the extras, imported when it is first asked for."""
     if name in _EXTRA_MODULES:
         value: Any = importlib.import_module(f"dora_kernels.extras.{name}")
-    elif name in _EXTRA_NAMES:
-        value = getattr(importlib.import_module("dora_kernels.extras.dvora"), name)
+    elif module := _CORE.get(name) or _EXTRAS.get(name):
+        value = getattr(importlib.import_module(f"dora_kernels.{module}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -66,3 +81,16 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     """The names that are here or in __all__. help() imports what is listed, and some extras need further packages."""
     return sorted({*globals(), *__all__})
+
+
+def _is_run_by_its_name() -> bool:
+    """True while Python looks for the command line, for `python -m dora_kernels`: sys.argv[0] is "-m" just then."""
+    return sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] in ("dora_kernels", "-mdora_kernels")
+
+
+if not _is_run_by_its_name():
+    # All of the core, whatever is asked for: an exported program finds the operators after `import dora_kernels`. The
+    # command line says what is wrong with its arguments first: torch takes 1.2 s.
+    for _name in _CORE:
+        __getattr__(_name)
+    del _name

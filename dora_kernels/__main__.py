@@ -1,7 +1,12 @@
-"""The command line, python -m dora_kernels: see cli.py."""
+"""The command line, python -m dora_kernels: see cli/."""
 
 import sys
 
-from dora_kernels.cli import main
+from dora_kernels.cli import main, stopping, streams
 
-sys.exit(main())
+if __name__ == "__main__":
+    stopping.at_once()
+    streams.keep_open()
+    code = main()
+    stopping.at_once(code)
+    sys.exit(code)

@@ -1,16 +1,13 @@
-"""The user's choices: backend, way and precision, and the one environment variable, DORA_KERNELS_BACKEND."""
+"""The user's choices, backend, way and precision, and who has made which: the environment, a block, a thread."""
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
-BACKENDS = ("auto", "triton", "reference")
-WAYS = ("auto", "split", "merged", "fused")
-PRECISIONS = ("auto", "exact")
+from dora_kernels.planning.choices import BACKENDS, PRECISIONS, WAYS, backend_of_environment
 
 
 @dataclass(frozen=True)
@@ -28,17 +25,9 @@ class Options:
                 raise ValueError(f"options: {name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
-def _from_environment() -> Options:
-    """The options that DORA_KERNELS_BACKEND asks for; unset and empty mean auto."""
-    backend = os.environ.get("DORA_KERNELS_BACKEND") or "auto"
-    if backend not in BACKENDS:
-        raise ValueError(f"DORA_KERNELS_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    return Options(backend=backend)
-
-
 # A module global and neither thread-local nor a ContextVar: torch.compile guards on a global, silently ignores
 # changes of a thread-local and refuses a ContextVar (torch 2.13).
-_default = _from_environment()
+_default = Options(backend=backend_of_environment())
 _current = _default
 # what each open `options` block asked for, in the order in which the blocks were entered
 _asked: list[dict[str, str]] = []

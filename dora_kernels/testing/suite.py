@@ -1,11 +1,10 @@
 """The cases of `python -m dora_kernels check`: layers, shapes, dtypes and backends, each checked against float64."""
 
+import contextlib
 import importlib.metadata
 import itertools
 import json
-import pathlib
 import platform
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
+from dora_kernels.files import writing
 from dora_kernels.functional.linear import dora_linear
 from dora_kernels.modules import DoraLinear
 from dora_kernels.planning.options import options
@@ -21,8 +21,6 @@ from dora_kernels.testing.layers import check_layer
 from dora_kernels.testing.problem import random_inputs
 from dora_kernels.testing.report import Report, Row, aligned
 
-# no size a multiple of a block; ranks in one chunk and in several; a rank above K; one token; rank 1
-SHAPES = ("33x70x90x20", "7x24x10x33", "1x50x33x4", "130x40x24x1")
 # name -> (dtype of x and weight, dtype of the adapter); the last is what PEFT makes of a bfloat16 model by default
 DTYPES = {
     "float32": (torch.float32, torch.float32),
@@ -49,56 +47,70 @@ class CheckCase:
         return f"{self.layer} {'x'.join(map(str, self.shape))} {self.dtype} {self.backend}"
 
     def check(self) -> Report:
-        """Run it; an error in it is a failure. Raises ValueError if the backend cannot take it."""
+        """Run it; an error in it is a failure. Raises ValueError if the backend cannot take it, or MemoryError."""
         try:
             with options(backend=self.backend, way=self.way):
                 return LAYERS[self.layer](self)
-        except (ValueError, ImportError):
+        except (ValueError, ImportError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the installed Triton cannot compile or interpret a kernel, for example
+            if "can't allocate memory" in str(error):  # torch's on a CPU
+                raise MemoryError(str(error)) from error
             return Report(str(self), (Row("runs", self.layer, False, f"{type(error).__name__}: {error}"),))
 
 
 def cases(
-    layers: Sequence[str], shapes: Sequence[str], dtypes: Sequence[str], backends: Sequence[str], **more: object
+    layers: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[str],
+    backends: Sequence[str],
+    **more: object,
 ) -> list[CheckCase]:
-    """All combinations. Raises ValueError for a shape that is not four positive sizes, or an unknown dtype."""
-    sizes = []
-    for shape in shapes:
-        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){3}", shape):
-            raise ValueError(f"shape is {shape!r}; expected tokens, out features, in features and rank as MxNxKxR")
-        sizes.append(tuple(map(int, shape.split("x"))))
-    for dtype in dtypes:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
-    return [CheckCase(*combination, **more) for combination in itertools.product(layers, sizes, dtypes, backends)]
+    """All combinations; the shapes are (M, N, K, R)."""
+    return [CheckCase(*combination, **more) for combination in itertools.product(layers, shapes, dtypes, backends)]
 
 
 def run(cases: Sequence[CheckCase], json_path: str | None = None, verbose: bool = False) -> int:
     """Check every case and print a table. Returns 0 if all are ok, else 1."""
-    reports, lines = [], [("layer", "MxNxKxR", "dtypes", "backend", "worst ratio to PyTorch's error", "verdict")]
-    progress = sys.stderr if sys.stderr.isatty() else None
-    for number, case in enumerate(cases, 1):
-        if progress:
-            print(f"\r\x1b[2K{number} of {len(cases)}: {case}", end="", file=progress, flush=True)
-        report = case.check()
-        reports.append(report)
+    with contextlib.nullcontext() if json_path is None else writing.claimed("check", json_path):
+        reports = _reports(cases)
+        for case, report in zip(cases, reports, strict=True):
+            if verbose or not report.ok:
+                print(f"{case}\n{report}\n")
+        print("\n".join(aligned(_lines(cases, reports))))
+        passed = sum(report.ok for report in reports)
+        print(f"{passed} of {len(reports)} cases ok")
+        if json_path is not None:
+            content = [asdict(case) | report.to_json() for case, report in zip(cases, reports, strict=True)]
+            writing.write_text(json_path, json.dumps({"meta": _meta(), "cases": content}, indent=1) + "\n")
+    return 0 if passed == len(reports) else 1
+
+
+def _reports(cases: Sequence[CheckCase]) -> list[Report]:
+    """Every case's, with a line on a terminal that says which is running."""
+    terminal = sys.stderr if sys.stderr.isatty() else None
+    reports = []
+    try:
+        for number, case in enumerate(cases, 1):
+            if terminal:
+                print(f"\r\x1b[2K{number} of {len(cases)}: {case}", end="", file=terminal, flush=True)
+            reports.append(case.check())
+    finally:
+        if terminal:
+            print("\r\x1b[2K", end="", file=terminal, flush=True)
+    return reports
+
+
+def _lines(cases: Sequence[CheckCase], reports: Sequence[Report]) -> list[tuple[str, ...]]:
+    lines: list[tuple[str, ...]] = [
+        ("layer", "MxNxKxR", "dtypes", "backend", "worst ratio to PyTorch's error", "verdict")
+    ]
+    for case, report in zip(cases, reports, strict=True):
         ratios = [(row.comparison.ratio, row.subject) for row in report.rows if row.comparison is not None]
         worst = "{:.2f} {}".format(*max(ratios)) if ratios else ""
         verdict = "ok" if report.ok else f"FAILED: {len(report.failures)} of {len(report.rows)}"
         lines.append((case.layer, "x".join(map(str, case.shape)), case.dtype, case.backend, worst, verdict))
-    if progress:
-        print("\r\x1b[2K", end="", file=progress, flush=True)
-    for case, report in zip(cases, reports, strict=True):
-        if verbose or not report.ok:
-            print(f"{case}\n{report}\n")
-    print("\n".join(aligned(lines)))
-    passed = sum(report.ok for report in reports)
-    print(f"{passed} of {len(reports)} cases ok")
-    if json_path is not None:
-        content = [asdict(case) | report.to_json() for case, report in zip(cases, reports, strict=True)]
-        pathlib.Path(json_path).write_text(json.dumps({"meta": _meta(), "cases": content}, indent=1) + "\n")
-    return 0 if passed == len(reports) else 1
+    return lines
 
 
 def _meta() -> dict[str, str]:

@@ -167,8 +167,7 @@ def test_the_command_converts_and_says_what(tmp_path, capsys):
 
 
 def test_the_command_names_every_format(capsys):
-    with pytest.raises(SystemExit):
-        main(["convert", "--help"])
+    assert main(["convert", "--help"]) == 0
     assert ", ".join(FORMATS) in " ".join(capsys.readouterr().out.split())
 
 

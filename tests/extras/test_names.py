@@ -40,10 +40,31 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = dora_kernels.surprise
 
 
-def test_type_checkers_see_the_names_that_are_imported_late():
+def test_type_checkers_see_the_names_where_they_are():
     tree = ast.parse(Path(dora_kernels.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
-    assert {alias.name for node in block.body for alias in node.names} == {*MODULES, *OF_DVORA}
+    places = {alias.name: f"{node.module}.{alias.name}" for node in block.body for alias in node.names}
+    expected = {name: f"dora_kernels.extras.{name}" for name in MODULES}
+    for name, module in (dora_kernels._CORE | dora_kernels._EXTRAS).items():
+        expected[name] = f"dora_kernels.{module}.{name}"
+    assert places == expected and set(expected) - set(MODULES) == set(dora_kernels.__all__)
+
+
+@pytest.mark.parametrize(
+    "command, lazy",
+    [
+        (["-m", "dora_kernels", "--help"], True),
+        (["-mdora_kernels", "--help"], True),
+        (["-m", "dora_kernels.planning.choices"], False),
+        (["-c", "import dora_kernels"], False),
+    ],
+)
+def test_the_command_line_alone_imports_no_torch(command, lazy):
+    """Whoever imports the package finds the operators, as an exported program does that is loaded next."""
+    done = subprocess.run([sys.executable, "-X", "importtime", *command], capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "dora_kernels" in imported
+    assert {"torch", "dora_kernels.ops"} & imported == (set() if lazy else {"torch", "dora_kernels.ops"})
 
 
 WITHOUT_OPTIONAL_PACKAGES = f"""

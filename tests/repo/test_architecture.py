@@ -104,10 +104,10 @@ def environment_uses(tree: ast.AST) -> tuple[set[int], set[int]]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_one_file_reads_the_environment(path):
-    """planning/options.py. planning/devices.py sets TRITON_INTERPRET, which Triton reads when it is imported."""
+    """planning/choices.py. planning/devices.py sets TRITON_INTERPRET, which Triton reads when it is imported."""
     reads, writes = environment_uses(ast.parse(path.read_text()))
     name = str(path.relative_to(PACKAGE))
-    assert not reads or name == "planning/options.py"
+    assert not reads or name == "planning/choices.py"
     assert not writes or name == "planning/devices.py"
 
 

@@ -30,7 +30,7 @@ def _files(*names: str) -> tuple[str, ...]:
 
 # What a GPU has no part in, or what takes it for other processes: ranks of gloo, trainers, the tools' own tests.
 OFF_DEVICE = _files(
-    "bench", "distributed", "repo", "tools", "test_cli.py", "kernels/test_interpreter.py", "reuse/test_constants.py",
+    "bench", "cli", "distributed", "repo", "tools", "kernels/test_interpreter.py", "reuse/test_constants.py",
     "adapters/test_structure_claims.py", "extras/test_analysis.py", "extras/test_analysis_checkpoints.py",
     "extras/test_convert.py", "extras/test_convert_libraries.py", "extras/test_convert_refusals.py",
     "extras/test_demo_dvora.py", "extras/test_names.py", "planning/test_configs.py", "planning/test_options.py",

@@ -176,7 +176,7 @@ NOT_MUTATED: dict[str, str] = {
     "dora_kernels/__init__.py": "names",
     "dora_kernels/__main__.py": _SHELL,
     "dora_kernels/adapters/": _LIBRARIES,
-    "dora_kernels/cli.py": _SHELL,
+    "dora_kernels/cli/": _SHELL,
     "dora_kernels/extras/__init__.py": "names",
     "dora_kernels/extras/analysis/": _SHELL,
     "dora_kernels/extras/checkpoint_files.py": _LIBRARIES,

@@ -8,13 +8,12 @@ Both runs take their steps in turns on the same batches. They share the frozen b
 computed every layer and the runs agree.
 
 settings.py has the presets and the options, base.py the model and its text, runs.py the two runs, dvora.py those of
-DVoRA, show.py the command.
+DVoRA, show.py the command. They are imported when one of their names is asked for: the command line looks at its
+settings before rich, transformers and matplotlib are imported.
 """
 
-from dora_kernels.extras.demo.base import TUNING_TEXT, sample, standard_library, trained_base
-from dora_kernels.extras.demo.runs import DemoResult, Run
-from dora_kernels.extras.demo.settings import PRESETS, Preset, Settings
-from dora_kernels.extras.demo.show import COLUMNS, run
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __all__ = [
     "COLUMNS",
@@ -29,3 +28,26 @@ __all__ = [
     "standard_library",
     "trained_base",
 ]
+
+_FILES = {
+    "base": ("TUNING_TEXT", "sample", "standard_library", "trained_base"),
+    "runs": ("DemoResult", "Run"),
+    "settings": ("PRESETS", "Preset", "Settings"),
+    "show": ("COLUMNS", "run"),
+}
+
+if TYPE_CHECKING:
+    from dora_kernels.extras.demo.base import TUNING_TEXT, sample, standard_library, trained_base
+    from dora_kernels.extras.demo.runs import DemoResult, Run
+    from dora_kernels.extras.demo.settings import PRESETS, Preset, Settings
+    from dora_kernels.extras.demo.show import COLUMNS, run
+
+
+def __getattr__(name: str) -> Any:
+    """One of __all__, imported when it is first asked for."""
+    for file, names in _FILES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"dora_kernels.extras.demo.{file}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+from dora_kernels.files import writing
 
-from dora_kernels.planning import devices
+if TYPE_CHECKING:
+    import torch
 
 WARM_UP_STEPS = 3
 """Steps left out of the median time: kernels compile and allocators grow in the first ones."""
@@ -16,7 +18,9 @@ WARM_UP_STEPS = 3
 
 @dataclass(frozen=True)
 class Preset:
-    """A Llama model and its training. dtype: of the frozen base on a GPU, with autocast; a CPU takes float32."""
+    """A Llama model and its training. dtype: torch's name of the frozen base's on a GPU, with autocast; a CPU takes
+    float32.
+    """
 
     hidden: int
     layers: int
@@ -30,7 +34,7 @@ class Preset:
     base_rate: float
     rate: float
     rank: int = 16
-    dtype: torch.dtype = torch.float32
+    dtype: str = "float32"
 
 
 PRESETS = {
@@ -61,7 +65,7 @@ PRESETS = {
         steps=60,
         base_rate=1e-4,
         rate=1e-4,
-        dtype=torch.bfloat16,
+        dtype="bfloat16",
     ),
 }
 
@@ -79,7 +83,7 @@ BASES = ("dense", "nf4")
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of the command line. ValueError where this machine cannot run them."""
+    """The options of the command line. ValueError where this machine cannot run them; torch is imported last."""
 
     preset: str = "tiny"
     method: str = "dora"
@@ -101,18 +105,26 @@ class Settings:
             raise ValueError("demo: base is 'nf4' but bitsandbytes is not installed; expected pip install bitsandbytes")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"demo: device is {self.device!r}; expected auto, cpu or cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("demo: device is 'cuda' but torch sees no CUDA device; expected auto or cpu")
         if self.steps is not None and self.steps <= WARM_UP_STEPS:
             raise ValueError(f"demo: steps is {self.steps}; expected more than {WARM_UP_STEPS}, the warm-up")
-        if not Path(self.out).absolute().parent.is_dir():
-            raise ValueError(f"demo: out is {self.out!r}; expected a file in a folder that exists")
+        writing.check_target("demo", "out", self.out)
         if Path(self.out).suffix != ".png":
             raise ValueError(f"demo: out is {self.out!r}; expected a name that ends in .png")
+        self._check_device()
+
+    def _check_device(self) -> None:
+        import torch
+
+        from dora_kernels.planning import devices
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("demo: device is 'cuda' but torch sees no CUDA device; expected auto or cpu")
         devices.backend_for(self.backend, self.torch_device, self.dtype)
 
     @property
     def torch_device(self) -> torch.device:
+        import torch
+
         available = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(available if self.device == "auto" else self.device)
 
@@ -122,4 +134,6 @@ class Settings:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32 if self.torch_device.type == "cpu" else PRESETS[self.preset].dtype
+        import torch
+
+        return getattr(torch, "float32" if self.torch_device.type == "cpu" else PRESETS[self.preset].dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -11,6 +12,7 @@ from dora_kernels.extras.demo import dvora, runs
 from dora_kernels.extras.demo.base import pack, trained_base
 from dora_kernels.extras.demo.runs import DemoResult, mean
 from dora_kernels.extras.demo.settings import METHODS, PRESETS, WARM_UP_STEPS, Settings
+from dora_kernels.files import writing
 from dora_kernels.planning import devices
 
 COLUMNS = (
@@ -23,9 +25,19 @@ COLUMNS = (
 """Of a progress bar: every task has a status."""
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let it be an error like any other: rich would exit with 1."""
+        raise  # BrokenPipeError, which rich has caught where it calls this
+
+
 def run(settings: Settings) -> int:
     """Run the demo. Returns 0, or 1 where it did not show what it promises."""
-    console = Console()
+    with writing.claimed("demo", settings.out):
+        return _run(settings, _Console())
+
+
+def _run(settings: Settings, console: Console) -> int:
     preset = PRESETS[settings.preset]
     device, dtype = settings.torch_device, settings.dtype
     console.print(
@@ -42,10 +54,11 @@ def run(settings: Settings) -> int:
         result = (dvora if settings.method == "dvora" else runs).fine_tune(model, settings, progress)
     console.print(result_table(result))
     draw(result, settings.out)
-    console.print(f"Chart: {settings.out}", soft_wrap=True)
+    out = settings.out if settings.out.isprintable() else ascii(settings.out)
+    console.print(f"Chart: {escape(out)}", soft_wrap=True)
     failures = result.failures()
     for failure in failures:
-        console.print(f"[bold red]FAILED[/] {failure}", soft_wrap=True)
+        console.print(f"[bold red]FAILED[/] {escape(failure)}", soft_wrap=True)
     if not failures:
         passed = f"every layer was taken over, and the losses are those of {result.stock.name}"
         console.print(f"[bold green]passed[/] {passed}", soft_wrap=True)
@@ -93,5 +106,6 @@ def draw(result: DemoResult, out: str) -> None:
     times.set(title="time per step", xlabel="step", ylabel="ms", ylim=(0, None))
     losses.legend()
     times.legend()
-    figure.savefig(out, dpi=120)
+    with writing.replacing(out) as made:
+        figure.savefig(made, dpi=120, format="png")
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""The command line, and the demo at a size that takes a second: it passes, and it notices what it promises to."""
+"""The commands, and the demo at a size that takes a second: it passes, and it notices what it promises to."""
 
 import importlib.util
 import json
@@ -230,8 +230,11 @@ class TestCheck:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         (
-            (("--shape", "5x12x10"), "check: shape is '5x12x10'; expected tokens, out features, in features and rank"),
-            (("--dtype", "int8"), "check: dtype is 'int8'; expected one of float32"),
+            (
+                ("--shape", "5x12x10"),
+                "check: argument --shape: is '5x12x10'; expected tokens, out features",
+            ),
+            (("--dtype", "int8"), "check: argument --dtype: invalid choice: 'int8' (choose from "),
         ),
     )
     def test_bad_arguments_are_status_2(self, arguments, message, capsys):

@@ -1,0 +1,1 @@
+"""A file for each command: `add` declares its arguments, `run` runs it."""
