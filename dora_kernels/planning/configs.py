@@ -6,6 +6,7 @@ Tiles are those of tuned/<gpu>.json where tools/tune.py measured, else the defau
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from dora_kernels.files.reading import read_bytes
 from dora_kernels.planning.devices import DeviceFacts, log_once
 from dora_kernels.planning.tiles import BYTES_IN_PARTS, CONFIGS, Config
 
@@ -153,6 +155,10 @@ def with_lora_B_resident(
 
 
 _Part = TypeVar("_Part")
+MOST_BYTES = 4 << 20
+"""Of a tuned table, in which a shape's entry has some 300."""
+MOST_ROWS = 256
+"""Of a tile: the most that a default or a candidate of tools/tune.py has."""
 TUNED_FOLDER = pathlib.Path(__file__).with_name("tuned")
 
 
@@ -170,17 +176,15 @@ def tuned_part(name: str, part: str, read: Callable[[object], _Part]) -> _Part |
     read: raises ValueError, which names the key and says what was expected. A warning has it, and the file.
     """
     path = tuned_path(name)
-    try:
-        table = object_at(json.loads(path.read_text()), "the file")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        log_once(f"dora_kernels ignores {path}: {error}")
-        return None
+    ignored = f"{path}"
     try:
+        table = object_at(json.loads(read_bytes("tuned", path, MOST_BYTES)), "the file")
+        ignored = f"{part!r} of {path}"
         return read(table[part]) if part in table else None
-    except ValueError as error:
-        log_once(f"dora_kernels ignores {part!r} of {path}: {error}")
+    except Exception as error:  # no table makes a call raise; nested deep, one is too deep even for a message of it
+        log_once(f"dora_kernels ignores {ignored}: {error}")
         return None
 
 
@@ -201,8 +205,8 @@ def tuned_configs(name: str, target: str) -> dict[tuple[int, str], Config]:
     def read(found: object) -> dict[tuple[int, str], Config]:
         tuned = {}
         for size, kernels in object_at(found, "configs").items():
-            for kernel, fields in object_at(kernels, f"configs.{size}").items():
-                key = f"configs.{size}.{kernel}"
+            for kernel, fields in object_at(kernels, f"configs.{size:.80}").items():
+                key = f"configs.{size:.80}.{kernel:.80}"
                 default = CONFIGS.get((target, int(size) if size.isdecimal() else 0), {}).get(kernel)
                 if default is None:
                     raise ValueError(f"{key} is unknown; expected the bytes of an operand and a kernel")
@@ -216,7 +220,7 @@ def _checked(fields: dict[str, Any], default: Config, target: str, key: str = "t
     """Config(**fields), the value of `key`. Raises ValueError if a launch with it could be wrong."""
     unknown = fields.keys() - {field.name for field in dataclasses.fields(Config)}
     if unknown:
-        raise ValueError(f"{key}.{min(unknown)} is unknown; expected a field of Config")
+        raise ValueError(f"{key}.{min(unknown):.80} is unknown; expected a field of Config")
     config = Config(**fields)
     for name, least, most in (("num_warps", 1, 16), ("num_stages", 1, 8), ("waves", 1, 64)):
         value = getattr(config, name)
@@ -231,8 +235,8 @@ def _checked(fields: dict[str, Any], default: Config, target: str, key: str = "t
         value, tile = getattr(config, name), getattr(default, name) is not None
         if (value is not None) != tile:
             raise ValueError(f"{key}.{name} is {value!r:.80}; expected {'a size' if tile else 'none'}")
-        if tile and (type(value) is not int or value < 16 or value & (value - 1)):
-            raise ValueError(f"{key}.{name} is {value!r:.80}; expected a power of two of at least 16")
+        if tile and (type(value) is not int or not 16 <= value <= MOST_ROWS or value & (value - 1)):
+            raise ValueError(f"{key}.{name} is {value!r:.80}; expected a power of two from 16 to {MOST_ROWS}")
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -51,7 +52,8 @@ class Point:
 class Trend:
     """The least-squares line delta M = slope * delta D + intercept, and Pearson's correlation.
 
-    None where there is none: fewer than two distinct delta D have no line, and no correlation if all delta M are equal.
+    None where there is none: fewer than two distinct delta D have no line, and no correlation if all delta M are equal;
+    nor is there one whose numbers leave float64.
     """
 
     count: int
@@ -66,9 +68,15 @@ def trend(points: Sequence[Point]) -> Trend:
     x, y = [point.delta_direction for point in points], [point.delta_magnitude for point in points]
     if len(set(x)) < 2:
         return Trend(len(points))
-    line = statistics.linear_regression(x, y)
+    # near 1, so that no square leaves float64: by powers of two, which round nothing
+    up_x, up_y = (-math.frexp(max(map(abs, values)))[1] for values in (x, y))
+    x, y = [math.ldexp(value, up_x) for value in x], [math.ldexp(value, up_y) for value in y]
     correlation = statistics.correlation(x, y) if len(set(y)) > 1 else None
-    return Trend(len(points), line.slope, line.intercept, correlation)
+    line = statistics.linear_regression(x, y)
+    try:
+        return Trend(len(points), math.ldexp(line.slope, up_x - up_y), math.ldexp(line.intercept, -up_y), correlation)
+    except OverflowError:
+        return Trend(len(points), correlation=correlation)
 
 
 @dataclass(frozen=True)
