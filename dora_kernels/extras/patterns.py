@@ -51,7 +51,8 @@ def pattern_values(
                 others.append((place, key, _compiled(function, field, key)))
         keys = list(patterns)
         for module in modules:
-            place = wholes.get(module, len(keys))
+            # $ is before a newline at the end, too
+            place = min(wholes.get(name, len(keys)) for name in (module, module.removesuffix("\n")))
             for earlier, key, pattern in others:  # noqa: B007 (the message below has it)
                 if earlier >= place or pattern.match(module, timeout=_left(deadline)):
                     place = min(place, earlier)
@@ -91,13 +92,13 @@ def _compiled(function: str, field: str, key: str) -> Any:
     try:
         if len(key) > _LETTERS or math.prod(max(1, count) for count in counts) > _REPEATS:
             raise ValueError("it is too long, or repeats too often")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # re warns of what it may come to read in another way, as sets in sets
-            re.compile(wrapped)
         if _UNSHARED.search(re.sub(r"\\.", "", key)):
             raise ValueError("not all regular expressions read it in the same way")
-        return regex.compile(wrapped)
-    except (re.error, regex.error, ValueError, ArithmeticError, RuntimeError, MemoryError, Warning) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sets in sets, which both read as letters
+            re.compile(wrapped)
+            return regex.compile(wrapped)
+    except (re.error, regex.error, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise ValueError(
             f"{function}: {field} is {{{shown(key)}: ...}}: {shown(error)}; expected {{pattern: number}}, patterns of "
             f"re, of at most {_LETTERS} letters"

@@ -27,6 +27,7 @@ from dora_kernels.extras.checkpoint_files import (
 )
 from dora_kernels.extras.patterns import pattern_values
 from dora_kernels.extras.schema import read_config
+from dora_kernels.files.reading import shown
 from dora_kernels.functional.arguments import check_callable, check_flag, check_path, check_type
 
 FLOATS = ("F16", "BF16", "F32", "F64")
@@ -142,8 +143,10 @@ def adapter_layers(base: TensorFiles, folder: Path) -> tuple[list[Layer], list[L
     adapter = TensorFiles("analyze", folder / ADAPTER_WEIGHTS, [folder / ADAPTER_WEIGHTS])
     stems = [key.removesuffix(_LORA_A) for key in adapter.shapes if key.endswith(_LORA_A)]
     names = {stem: stem.removeprefix(PREFIX) for stem in stems}
-    ranks = pattern_values("analyze", "rank_pattern", config["rank_pattern"], names.values(), config["r"])
-    alphas = pattern_values("analyze", "alpha_pattern", config["alpha_pattern"], names.values(), config["lora_alpha"])
+    ranks, alphas = (
+        pattern_values("analyze", f"{shown(folder / ADAPTER_CONFIG)}: {field}", config[field], names.values(), default)
+        for field, default in (("rank_pattern", config["r"]), ("alpha_pattern", config["lora_alpha"]))
+    )
     known, layers, left_out = set(), [], []
     for stem, name in names.items():
         key_A, key_B = stem + _LORA_A, f"{stem}.lora_B.weight"
