@@ -20,6 +20,10 @@ class Parser(argparse.ArgumentParser):
         """Raise ValueError."""
         raise ValueError(message)
 
+    def print_help(self, file: Any = None) -> None:
+        """Print what argparse does, which looks away where nothing can be printed."""
+        print(self.format_help(), end="", file=file)
+
 
 def integer(least: int, most: int) -> Callable[[str], int]:
     """The type of an argument from `least` to `most`."""

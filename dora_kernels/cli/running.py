@@ -28,10 +28,10 @@ def run(argv: Sequence[str] | None) -> int:
         try:
             sys.stdout.flush()
         except BrokenPipeError:
-            streams.drop_stdout()
+            streams.drop(sys.stdout)
             code, line = (141, None) if code in (0, 1) else (code, line)
         except OSError as error:
-            streams.drop_stdout()
+            streams.drop(sys.stdout)
             if code in (0, 1):
                 code, line = 2, f"stdout cannot be written: {error.strerror or error}"
     if line is not None:

@@ -7,8 +7,9 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from typing import TextIO
 
-LONGEST = 1000
+LONGEST_WORD, LONGEST_LINE = 200, 1000
 """Characters of the line that says what is wrong: a name in it can be as long as a command line."""
 
 
@@ -19,12 +20,18 @@ def printable(text: object, keep: str = "") -> str:
 
 def say(line: str) -> None:
     """One line on stderr, whatever is in it."""
-    line = printable(line)
-    if len(line) > LONGEST:  # what is wrong stands at its beginning, what was expected at its end
-        line = f"{line[: LONGEST * 2 // 3]} ... {line[-LONGEST // 3 :]}"
+    line = " ".join(_shortened(word, LONGEST_WORD) for word in printable(line).split(" "))
+    line = _shortened(line, LONGEST_LINE)
     if sys.stderr is not None:  # print() would take stdout
-        with contextlib.suppress(OSError, ValueError):
+        try:
             print(line, file=sys.stderr, flush=True)
+        except (OSError, ValueError):
+            drop(sys.stderr)
+
+
+def _shortened(text: str, most: int) -> str:
+    """What is wrong stands at a line's beginning, and what was expected at its end."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[3 - most // 3 :]}"
 
 
 @contextlib.contextmanager
@@ -42,10 +49,10 @@ def lenient_stdout() -> Iterator[None]:
                 stream.reconfigure(errors=errors)
 
 
-def drop_stdout() -> None:
-    """Let what is still to be written to stdout, which takes no more, be dropped: Python would complain at the end."""
+def drop(stream: TextIO) -> None:
+    """Let what a stream still holds and cannot write go nowhere: Python would complain at the end, and exit by 120."""
     with contextlib.suppress(OSError, ValueError):
-        number = sys.stdout.fileno()
+        number = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)
         os.close(nowhere)

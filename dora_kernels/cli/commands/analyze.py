@@ -66,23 +66,26 @@ def _check_paths(arguments: argparse.Namespace) -> None:
         writing.check_target("analyze", name, path)
     if Path(arguments.out).suffix != ".png":
         raise ValueError(f"analyze: out is {arguments.out!r}; expected a name that ends in .png")
-    taken = {os.path.realpath(path): path for path in (arguments.base, *arguments.tuned)}
-    for path in taken.values():
+    taken = set()
+    for path in (arguments.base, *arguments.tuned):
         if not os.path.exists(path):
             raise ValueError(f"analyze: {path} is no checkpoint: it does not exist; expected a file or a folder")
+        taken.add(os.path.realpath(path))
     for name, path in outputs.items():
-        if taken.setdefault(os.path.realpath(path), path) is not path:
+        if os.path.realpath(path) in taken:
             raise ValueError(f"analyze: {name} is {path!r}, which is another argument too; expected a file of its own")
+        taken.add(os.path.realpath(path))
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[Sequence[Any]], Iterable[Any]]]:
-    """A function that hands out the layers one by one, with a bar on stderr if rich is installed."""
+    """A function that hands out the layers one by one, with a bar if stderr is a terminal and rich installed."""
     try:
         from rich.console import Console
         from rich.progress import Progress
     except ModuleNotFoundError:
         yield iter
         return
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         yield lambda layers: progress.track(layers, description="measuring layers")
