@@ -58,9 +58,8 @@ def check_callable(function: str, name: str, value: object) -> None:
 
 
 def check_items(function: str, name: str, values: object, cls: Any, expected: str) -> None:
-    """Raise ValueError unless `values` is a list, or another sequence but a str, of instances of `cls`."""
-    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
-        raise ValueError(f"{function}: {name} is {described(values)}; expected a list of {expected}")
+    """Raise ValueError unless `values` is a list or a tuple of instances of `cls`, of which each is `expected`."""
+    check_type(function, name, values, (list, tuple), f"a list, each {expected}")
     for index, value in enumerate(values):
         check_type(function, f"{name}[{index}]", value, cls, expected)
 
@@ -90,22 +89,30 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def check_number(function: str, name: str, value: Any, dtype: torch.dtype = torch.float64) -> float:
     """`value` as Python's int or float. Raise ValueError unless it is a number that is finite in dtype."""
-    if not _is_real(value) or not -LARGEST[dtype] <= value <= LARGEST[dtype]:
+    number = _number(value)
+    if number is None or not -LARGEST[dtype] <= number <= LARGEST[dtype]:
         raise ValueError(
             f"{function}: {name} is {described(value)}; expected a finite Python number, finite in {dtype}"
         )
-    return int(value) if isinstance(value, Integral) else float(value)
+    return number
 
 
 def check_probability(function: str, name: str, value: Any) -> float:
     """`value` as a float. Raise ValueError unless it is a probability below 1, as dropout's is."""
-    if not _is_real(value) or not 0 <= value < 1:
+    number = _number(value)
+    if number is None or not 0 <= number < 1:
         raise ValueError(f"{function}: {name} is {described(value)}; expected a probability in [0, 1)")
-    return float(value)
+    return float(number)
 
 
-def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+def _number(value: object) -> int | float | None:
+    """`value` as Python's int or float; None where it is no number, or one that a float cannot hold."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return None
+    try:
+        return int(value) if isinstance(value, Integral) else float(value)
+    except OverflowError:
+        return None
 
 
 def check_size(function: str, name: str, value: Any, least: int = 0) -> int:
@@ -143,7 +150,7 @@ def check_placement(function: str, device: Any, **dtypes: object) -> None:
         try:
             torch.empty(0, device=device)
         except Exception as error:  # what a backend raises that is not there is its own: AssertionError of CUDA's
-            reason = str(error).partition("\n")[0]
+            reason = str(error).partition("\n")[0][:100]
             raise ValueError(
                 f"{function}: device is {described(device)}; expected one of torch's devices that is here: {reason}"
             ) from error

@@ -217,7 +217,7 @@ def check_rescale(
                 f"{function}: residual is {residual.dtype} of shape {_shape(residual)} but base is {base.dtype} of "
                 f"shape {_shape(base)}; expected the same"
             )
-    for name, row in (("gain", gain), ("bias", bias)):
-        if row is not None:
-            check_row(function, name, row, lora_B, "lora_B")
+    check_row(function, "gain", gain, lora_B, "lora_B")
+    if bias is not None:
+        check_row(function, "bias", bias, lora_B, "lora_B")
     return check_scaling(function, scaling, base.dtype)

@@ -94,8 +94,10 @@ def _by_name(function: Callable[..., Tensor] | nn.Module, inputs: Mapping[str, A
     try:
         inspect.signature(function).bind(**inputs)
     except TypeError as error:
-        names = described(list(inputs))
-        raise ValueError(f"check_gradients: inputs has {names}: {error}; expected the function's arguments") from error
+        found = f"{described(dict(inputs))}: {error}"
+        raise ValueError(
+            f"check_gradients: inputs is {found}; expected the arguments of {described(function)}"
+        ) from error
     except ValueError:  # a builtin that does not tell its arguments
         pass
     return dict(inputs)

@@ -42,7 +42,8 @@ def _check_like(function: str, exact: Tensor, **tensors: Tensor) -> None:
         if tensor.is_meta:
             raise ValueError(f"{function}: {name} is on meta; expected numbers")
         if tensor.shape != exact.shape:
-            raise ValueError(f"{function}: {name} has shape {tuple(tensor.shape)}; expected {tuple(exact.shape)}")
+            shapes = f"{tuple(tensor.shape)} but exact has {tuple(exact.shape)}"
+            raise ValueError(f"{function}: {name} has shape {shapes}; expected one shape")
         if tensor.device != exact.device:
             raise ValueError(f"{function}: {name} is on {tensor.device} but exact is on {exact.device}; expected one")
 
@@ -111,7 +112,7 @@ def compare(
 
 def geometric_mean(ratios: list[float]) -> float:
     """The geometric mean of positive numbers. Raises ValueError where there is none, or one that is not positive."""
-    check_items("geometric_mean", "ratios", ratios, Real, "positive numbers")
+    check_items("geometric_mean", "ratios", ratios, Real, "a positive number")
     if not ratios or not all(0 < check_number("geometric_mean", "ratios", ratio) for ratio in ratios):
         raise ValueError(f"geometric_mean: ratios is {described(ratios)}; expected positive numbers, at least one")
     return math.exp(sum(map(math.log, ratios)) / len(ratios))

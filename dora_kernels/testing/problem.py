@@ -35,6 +35,7 @@ def random_inputs(
     """
     function = "random_inputs"
     M, N, K, R = (check_size(function, name, size) for name, size in {"M": M, "N": N, "K": K, "R": R}.items())
+    check_type(function, "dtype", dtype, torch.dtype, "a floating-point dtype")
     check_placement(function, device, dtype=dtype, adapter_dtype=adapter_dtype)
     scaling = check_number(function, "scaling", scaling)
     if update is not None:

@@ -1,198 +1,238 @@
-"""A malformed call is a ValueError that names the function, whatever is wrong with it, and changes nothing.
+"""A malformed call of any public function is a ValueError that names function, argument and value, and changes nothing.
 
-Every argument of the public functions has a list of values that it must not have; a call gets one to three of them.
+tests/support/public_functions.py has a row for each: what every argument takes, and what it refuses. A call here gets
+one wrong argument, each in turn, or one to three drawn at random.
 """
 
 import contextlib
-import fractions
+import inspect
 import random
-from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, distributed, nn
+from torch.nn.parameter import is_lazy
 
-import dora_kernels
-from dora_kernels import DoraLinear, options
+from dora_kernels import reuse
+from dora_kernels.functional.arguments import described
 from dora_kernels.planning.options import current_options
-from tests.support.problem import DEVICE, Problem
+from tests.support.public_functions import MODULES, NO_ROW, PUBLIC, Public
 
-M, N, K, R = 5, 8, 6, 2
-SHAPES = {"x": (M, K), "weight": (N, K), "lora_A": (R, K), "lora_B": (N, R), "magnitude": (N,), "bias": (N,)}
-FIRST = ("weight", "lora_A", "lora_B")
-NOT_TENSORS = (
-    None,
-    3,
-    2.5,
-    "weight",
-    [1.0],
-    np.zeros((N, K), dtype=np.float32),
-    nn.Linear(K, N),
-    torch.float32,
-    object,
-)
-DTYPES = (torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
-NOT_NUMBERS = (None, "2", 1j, True, [1.0], torch.tensor(1.0), fractions.Fraction(1, 2))
-NOT_FINITE = (float("nan"), float("inf"), -float("inf"), 10**400)
-NOT_SIZES = (None, "2", 2.5, True, -1, float("nan"), [2], torch.tensor(2))
-NOT_DTYPES = (*DTYPES, "float32", 32, np.float32, torch.device("cpu"))
+CALLS = 1_000
+"""Random calls of each function, in 0.4 s; every night twenty times as many, others."""
+each_function = pytest.mark.parametrize("public", PUBLIC, ids=str)
 
 
-def zeros(*shape: int, **arguments) -> torch.Tensor:
-    return torch.zeros(shape, **{"device": DEVICE} | arguments)
+@pytest.fixture(autouse=True)
+def no_group_is_left():
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
-def wrong_tensors(name: str) -> list[object]:
-    """What the tensor `name` must not be."""
-    shape = SHAPES[name]
-    wrong = [value for value in NOT_TENSORS if not (name == "bias" and value is None)]
-    wrong += [zeros(*shape).to(dtype) for dtype in DTYPES]
-    wrong += [zeros(*shape, device="meta")]
-    wrong += [zeros(*shape).to_sparse(), zeros(*shape, dtype=torch.bfloat16).to_sparse()]
-    if DEVICE == "cpu":
-        wrong += [zeros(*shape).to_mkldnn()]
-    if len(shape) == 2:
-        wrong += [torch.nested.nested_tensor([zeros(3), zeros(4)]), zeros(*shape).to_sparse_csr()]
-    for axis, size in enumerate(shape):
-        # what M may be is for the caller to say, and R is what lora_A and lora_B agree on
-        if (name, axis) != ("x", 0):
-            wrong += [zeros(*shape[:axis], other, *shape[axis + 1 :]) for other in (0, size - 1, size + 1)]
-    wrong += [zeros(), zeros(*shape, 1)]
-    if name == "x":
-        wrong += [zeros(*shape, dtype=dtype) for dtype in (torch.float64, torch.bfloat16)]
-    else:
-        wrong += [zeros(1, *shape), zeros(*shape).flatten()[:-1]]
-    if name in ("lora_A", "lora_B"):
-        wrong += [zeros(*shape, dtype=torch.float64), zeros(*shape, dtype=torch.bfloat16), zeros(*shape).T]
-    if name == "weight":
-        wrong += [zeros(*shape).requires_grad_(), nn.Parameter(zeros(*shape)), zeros(*shape).T]
-    return wrong
+# The table has everything.
 
 
-def tensors_of(*names: str) -> dict[str, list[object]]:
-    return {name: wrong_tensors(name) for name in names} | {"scaling": [*NOT_NUMBERS, *NOT_FINITE]}
+def public_names() -> dict[str, Any]:
+    """Every function and class that a user may call, by its name; constants are none."""
+    found = {}
+    for module in MODULES:
+        own = [name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+        for name in getattr(module, "__all__", [name for name in own if not name.startswith("_")]):
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                found[name] = value
+    return found
 
 
-FLAGS = (None, "no", 1, 0.0, torch.tensor(True))
-# function -> its name in messages, and for every argument what it must not be
-WRONG: dict[Callable, tuple[str, dict[str, list[object]]]] = {
-    dora_kernels.dora_linear: (
-        "dora_linear",
-        tensors_of("x", *FIRST, "magnitude", "bias") | {"norm_grad": list(FLAGS)},
-    ),
-    dora_kernels.weight_norm: ("weight_norm", tensors_of(*FIRST)),
-    dora_kernels.merge_weight: ("merge_weight", tensors_of(*FIRST, "magnitude")),
-    DoraLinear: (
-        "DoraLinear",
-        {
-            "in_features": list(NOT_SIZES),
-            "out_features": list(NOT_SIZES),
-            "rank": [*NOT_SIZES, 0],
-            "alpha": [*NOT_NUMBERS, *NOT_FINITE],
-            "bias": list(FLAGS),
-            "dropout": [*NOT_NUMBERS, *NOT_FINITE, -0.1, 1.0, 1, 2],
-            "device": ["nowhere", 2.5, "cpu:x", [0], torch.float32],
-            "dtype": list(NOT_DTYPES),
-            "adapter_dtype": list(NOT_DTYPES),
-        },
-    ),
-    DoraLinear.from_linear: (
-        "DoraLinear",
-        {
-            "linear": [
-                None,
-                nn.Linear,
-                zeros(N, K),
-                nn.Conv1d(K, N, 1),
-                nn.Bilinear(K, K, N),
-                nn.Linear(K, N, dtype=torch.complex64),
-                DoraLinear(K, N, R, 1.0),
-                nn.modules.linear.NonDynamicallyQuantizableLinear(K, N),
-            ],
-            "rank": [*NOT_SIZES, 0],
-            "alpha": [*NOT_NUMBERS, *NOT_FINITE],
-            "dropout": [*NOT_NUMBERS, *NOT_FINITE, -0.1, 1.0],
-        },
-    ),
-    options: (
-        "options",
-        {
-            name: ["", "Triton", "cuda", 3, True, ["auto"], ("auto",), b"auto", np.zeros(2), torch.zeros(2), object()]
-            for name in ("backend", "way", "precision")
-        },
-    ),
-}
+def methods(cls: type) -> dict[str, Any]:
+    """The public methods of a class and its bases here that take an argument, by their qualified names."""
+    found = {}
+    for base in cls.__mro__:
+        for name, value in vars(base).items() if base.__module__.startswith("dora_kernels") else ():
+            method = getattr(value, "__func__", value)
+            if not name.startswith("_") and inspect.isfunction(method) and parameters(method):
+                found[method.__qualname__] = method
+    return found
 
 
-def fine(function: Callable) -> dict[str, object]:
-    """Arguments with which `function` succeeds."""
-    problem = Problem.random(M, N, K, R, torch.float32)
-    if function is DoraLinear:
-        return {"in_features": K, "out_features": N, "rank": R, "alpha": 1.0, "device": DEVICE}
-    if function == DoraLinear.from_linear:
-        return {"linear": nn.Linear(K, N, device=DEVICE), "rank": R, "alpha": 1.0}
-    if function is options:
-        return {}
-    names = [name for name in WRONG[function][1] if name != "norm_grad"]
-    return {name: getattr(problem, name) for name in names}
+def parameters(function: Any) -> set[str]:
+    """The names of a function's parameters, but for the instance or class that a method is of."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = [one.name for one in inspect.signature(function).parameters.values() if one.kind not in variadic]
+    return {name for name in found if name not in ("self", "cls")}
 
 
-def call(function: Callable, arguments: dict[str, object]) -> None:
-    result = function(**arguments)
-    if function is options:
-        with result:
-            pass
+def test_every_public_name_has_a_row():
+    rows = {str(public) for public in PUBLIC}
+    names = public_names()
+    for cls in [public.function for public in PUBLIC if inspect.isclass(public.function)]:
+        names |= methods(cls)
+    assert len(names) > 70
+    assert not names.keys() - rows - NO_ROW.keys()
+    assert not NO_ROW.keys() - names.keys() and not NO_ROW.keys() & rows
 
 
-def raised_by(function: Callable, changes: dict[str, object]) -> str:
-    """Why this call is not the ValueError that it should be; "" where it is."""
-    arguments = fine(function) | changes
-    kept = {name: value.clone() for name, value in arguments.items() if name in SHAPES and name not in changes}
-    before = current_options()
-    try:
-        with contextlib.redirect_stderr(None):
-            call(function, arguments)
-    except ValueError as error:
-        why = "" if str(error).startswith(WRONG[function][0]) else f"says {error}"
-    except Exception as error:
-        why = f"is {type(error).__name__}: {str(error).splitlines()[:1]}"
-    else:
-        why = "succeeds"
-    if not all(torch.equal(arguments[name], value) for name, value in kept.items()):
-        why += " and changes its arguments"
-    if current_options() != before:
-        why += " and leaves options behind"
-    shown = {name: (value if not isinstance(value, torch.Tensor) else f"{value.layout} {value.dtype} {value.device}")
-             for name, value in changes.items()}  # fmt: skip
-    return why and f"{WRONG[function][0]}({shown}) {why}"
+@each_function
+def test_every_argument_has_its_values(public):
+    assert public.arguments.keys() == parameters(public.function)
+    assert all(len(argument.refuses) > 5 for argument in public.arguments.values())
 
 
-@pytest.mark.parametrize("function", WRONG, ids=lambda function: function.__qualname__)
-def test_the_calls_are_fine_without_the_changes(function):
-    call(function, fine(function))
+# What is right succeeds.
 
 
-@pytest.mark.parametrize("function", WRONG, ids=lambda function: function.__qualname__)
-def test_every_wrong_value_is_a_value_error(function):
-    failures = [raised_by(function, {name: value}) for name, values in WRONG[function][1].items() for value in values]
-    assert len(failures) > 30 and not any(failures), "\n".join(filter(None, failures))
+@each_function
+def test_right_values_are_taken(public, tmp_path):
+    public(public.good(tmp_path))
+    for name, argument in public.arguments.items():
+        for number, value in enumerate(argument.takes):
+            folder = tmp_path / f"{name}{number}"
+            folder.mkdir()
+            try:
+                public(public.good(folder) | {name: value})
+            except Exception as error:
+                raise AssertionError(f"{public}({name}={described(value)})") from error
+
+
+# What is wrong is refused.
+
+
+class Malformed:
+    """Malformed calls of one function, which share the arguments that are right: nothing may change them."""
+
+    def __init__(self, public: Public, folder: Path) -> None:
+        self.public, self.root, self.made = public, folder, 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Make the arguments, in a folder of their own."""
+        self.made += 1
+        self.folder = self.root / str(self.made)
+        self.folder.mkdir()
+        self.good = self.public.good(self.folder)
+        self.before = self.state()
+
+    def state(self) -> object:
+        """All that a call must leave as it is."""
+        files = {path.relative_to(self.folder): path.is_file() and path.read_bytes() for path in self.folder.rglob("*")}
+        scopes = len(reuse.store.scopes), len(reuse.store.by_layer)
+        modes = current_options(), torch.get_default_dtype(), torch.is_grad_enabled()
+        return files, scopes, modes, bytes(torch.get_rng_state().numpy()), state_of(self.good)
+
+    def fault(self, changes: dict[str, object]) -> str:
+        """Why this call is not the ValueError that it should be; "" where it is."""
+        modules = {name: value for name, value in changes.items() if isinstance(value, nn.Module)}
+        wrong = state_of(modules)
+        try:
+            with contextlib.redirect_stderr(None):
+                self.public(self.good | changes)
+        except ValueError as error:
+            fault = self.fault_of(str(error), changes)
+        except Exception as error:
+            fault = f"is {type(error).__name__}: {str(error)[:100]}"
+        else:
+            fault = "succeeds"
+        if self.state() != self.before or state_of(modules) != wrong:
+            fault += " and changes something"
+            self.begin()
+        shown = {name: described(value) for name, value in changes.items()}
+        return fault and f"{self.public}({shown}) {fault}"
+
+    def fault_of(self, message: str, changes: dict[str, object]) -> str:
+        """Why this message is not the one line that it should be; "" where it is."""
+        fault = "is more than a line " if "\n" in message or len(message) > 600 else ""
+        if not message.startswith(self.public.says) or "expected" not in message:
+            fault += "does not name the function and what was expected "
+        names, values = [], []
+        for name, value in changes.items():
+            argument = self.public.arguments[name]
+            names += [name, *argument.called]
+            values += [*argument.shown, *texts_of(value)]
+        fault += "" if any(name in message for name in names) else "does not name the argument "
+        fault += "" if any(value in message for value in values) else "does not show the value "
+        return fault and f"{fault}({message[:200]})"
+
+
+def state_of(value: object) -> object:
+    """What a call could change of `value`; two of these are equal where it has not."""
+    if is_lazy(value):
+        return id(value), value.requires_grad
+    if isinstance(value, Tensor):
+        numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        return id(value), value._version, value.requires_grad, id(value.grad), value.shape, numbers
+    if isinstance(value, torch.Generator):
+        return bytes(value.get_state().numpy())
+    if isinstance(value, nn.Module):
+        modules = list(value.modules())
+        return [(id(one), type(one), list(vars(one)), one.training, own(one)) for one in modules]
+    if isinstance(value, dict):
+        return {key: state_of(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [state_of(entry) for entry in value]
+    return state_of(vars(value)) if hasattr(value, "__dataclass_fields__") else repr(value)
+
+
+def own(module: nn.Module) -> list[object]:
+    """Parameters, buffers, submodules and numbers of hooks of one module."""
+    parts = [state_of(part) for part in (*module._parameters.values(), *module._buffers.values())]
+    hooks = [len(value) for name, value in vars(module).items() if name.endswith("_hooks")]
+    return [*parts, *map(id, module._modules.values()), *hooks]
+
+
+def texts_of(value: object) -> list[str]:
+    """Any of these in a message shows the value, or a part of it that is wrong."""
+    texts = [described(value)[:30], type(value).__name__, getattr(value, "__name__", "")]
+    if isinstance(value, (list, tuple, dict)):
+        texts += [text for part in value for text in texts_of(part)]
+    if isinstance(value, Tensor):
+        shape = "nested" if value.is_nested else str(tuple(value.shape))
+        texts += [
+            str(value.dtype),
+            shape,
+            str(value.layout),
+            "meta" if value.is_meta else "requires_grad is True",
+            "tensor(",
+        ]
+    return list(filter(None, texts))
+
+
+@each_function
+def test_every_wrong_value_is_a_value_error(public, tmp_path):
+    malformed = Malformed(public, tmp_path)
+    wrong = [(name, value) for name, argument in public.arguments.items() for value in argument.refuses]
+    faults = [malformed.fault({name: value}) for name, value in wrong]
+    assert not any(faults), "\n".join(filter(None, faults))
 
 
 def could_be_right(value: object) -> bool:
     """A tensor of another shape or dtype: two of them may fit each other."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout is torch.strided
+    return isinstance(value, Tensor) and value.is_floating_point() and value.layout is torch.strided
 
 
-def test_a_thousand_malformed_calls():
-    draw = random.Random(0)
-    failures = []
-    for _ in range(1000):
-        function = draw.choice(list(WRONG))
-        wrong = WRONG[function][1]
-        names = draw.sample(sorted(wrong), draw.randint(1, min(3, len(wrong))))
-        changes = {name: draw.choice(wrong[name]) for name in names}
-        for name in [name for name, value in changes.items() if could_be_right(value)][1:]:
-            del changes[name]
-        failures.append(raised_by(function, changes))
-    assert len(failures) == 1000 and not any(failures), "\n".join(filter(None, failures))
+def draw(public: Public, random: random.Random) -> dict[str, object]:
+    """One to three arguments that are wrong."""
+    names = random.sample(sorted(public.arguments), random.randint(1, min(3, len(public.arguments))))
+    changes = {name: random.choice(public.arguments[name].refuses) for name in names}
+    for name in [name for name, value in changes.items() if could_be_right(value)][1:]:
+        del changes[name]
+    return changes
+
+
+def fuzz(public: Public, folder: Path, calls: int) -> None:
+    malformed, generator = Malformed(public, folder), random.Random(f"{public} {calls}")
+    faults = [malformed.fault(draw(public, generator)) for _ in range(calls)]
+    assert not any(faults), "\n".join(filter(None, faults))
+
+
+@each_function
+def test_a_thousand_malformed_calls(public, tmp_path):
+    fuzz(public, tmp_path, CALLS)
+
+
+@pytest.mark.nightly
+@each_function
+def test_many_malformed_calls(public, tmp_path):
+    fuzz(public, tmp_path, 20 * CALLS)

@@ -70,8 +70,8 @@ def analyze(
     """
     check_path("analyze", "base", base)
     check_type("analyze", "tuned", tuned, (tuple, list), "a list of paths")
-    for path in tuned:
-        check_path("analyze", "tuned", path)
+    for index, path in enumerate(tuned):
+        check_path("analyze", f"tuned[{index}]", path)
     if targets is not None:
         check_type("analyze", "targets", targets, str, "a regular expression, or None")
     check_flag("analyze", "fan_in_fan_out", fan_in_fan_out)

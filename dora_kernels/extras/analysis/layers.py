@@ -64,7 +64,7 @@ class Trend:
 
 def trend(points: Sequence[Point]) -> Trend:
     """The line through `points`."""
-    check_items("trend", "points", points, Point, "Points")
+    check_items("trend", "points", points, Point, "a Point")
     x, y = [point.delta_direction for point in points], [point.delta_magnitude for point in points]
     if len(set(x)) < 2:
         return Trend(len(points))

@@ -69,7 +69,8 @@ def adapter_change(
         _check_numbers("adapter_change", name, tensor, Tensor, weight.device)
         if tuple(tensor.shape) != shape:
             raise ValueError(
-                f"adapter_change: {name} has shape {tuple(tensor.shape)} but weight has {(N, K)}; expected {shape}"
+                f"adapter_change: {name} has shape {tuple(tensor.shape)} but weight has {(N, K)} and lora_A "
+                f"{tuple(lora_A.shape)}; expected {shape}"
             )
     # In an orthonormal basis of the rows of lora_A, d has the coordinates scaling * lora_B triangle^T and its length.
     basis, triangle = torch.linalg.qr(lora_A.double().T)

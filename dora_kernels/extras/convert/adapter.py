@@ -38,7 +38,7 @@ class DoraAdapter:
         check_choice("DoraAdapter", "norm_axis", self.norm_axis, ("out", "in"))
         object.__setattr__(self, "scaling", float(check_number("DoraAdapter", "scaling", self.scaling)))
         for name in ("lora_A", "lora_B", "magnitude"):
-            check_type("DoraAdapter", name, getattr(self, name), Tensor, "a torch.Tensor")
+            check_dense(f"convert: {self.module}", name, getattr(self, name))
             dtype = getattr(self, name).dtype
             if dtype not in DTYPES:
                 raise ValueError(f"convert: {self.module}: {name} is {dtype}; expected one of {DTYPES}")
@@ -46,7 +46,8 @@ class DoraAdapter:
         expected = (self.N if self.norm_axis == "out" else self.K,)
         if tuple(self.magnitude.shape) != expected:
             raise ValueError(
-                f"convert: {self.module}: magnitude has shape {tuple(self.magnitude.shape)}; expected {expected}"
+                f"convert: {self.module}: magnitude has shape {tuple(self.magnitude.shape)} but lora_B "
+                f"{tuple(self.lora_B.shape)}; expected {expected}"
             )
         if not math.isfinite(self.scaling) or self.scaling == 0:
             raise ValueError(f"convert: {self.module}: scaling is {self.scaling}; expected it finite and not 0")
@@ -101,6 +102,15 @@ class DoraAdapter:
             and same_bits(self.lora_B, other.lora_B)
             and same_bits(self.magnitude, other.magnitude)
         )
+
+
+def check_dense(function: str, name: str, tensor: object) -> None:
+    """Raise ValueError unless `tensor` is one whose numbers are there, one by one."""
+    check_type(function, name, tensor, Tensor, "a torch.Tensor")
+    assert isinstance(tensor, Tensor)
+    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
+        found = "nested" if tensor.is_nested else "on meta" if tensor.is_meta else tensor.layout
+        raise ValueError(f"{function}: {name} is {found}; expected a dense tensor with its numbers")
 
 
 def check_shapes(module: str, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -95,7 +95,7 @@ def convert_checkpoint(
 
 def table(adapters: Sequence[DoraAdapter]) -> str:
     """One line for each kind of layer: how many, their sizes, scaling and dtypes."""
-    check_items("table", "adapters", adapters, DoraAdapter, "DoraAdapters")
+    check_items("table", "adapters", adapters, DoraAdapter, "a DoraAdapter")
     rows = [("layers", "N", "K", "R", "scaling", "lora_A, lora_B", "magnitude")]
     kinds = Counter(
         (
@@ -120,7 +120,7 @@ def _dtypes(*tensors: Tensor) -> str:
 
 def _check_rename(rename: Sequence[tuple[str, str]]) -> None:
     """Raise ValueError unless `rename` is a list of pairs of str."""
-    check_items("convert", "rename", rename, (tuple, list), "pairs (pattern, replacement)")
+    check_items("convert", "rename", rename, (tuple, list), "a pair (pattern, replacement)")
     for pair in rename:
         if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise ValueError(f"convert: rename has {described(pair)}; expected pairs (pattern, replacement) of str")

@@ -220,7 +220,7 @@ def encode(row: Format, adapters: Sequence[DoraAdapter], adapter_name: str = "de
     Raises ValueError where the format has no such layer, and Unrepresentable where it cannot hold the scaling.
     """
     check_type("convert", "row", row, Format, "one of FORMATS' values")
-    check_items("convert", "adapters", adapters, DoraAdapter, "DoraAdapters")
+    check_items("convert", "adapters", adapters, DoraAdapter, "a DoraAdapter")
     modules = [adapter.module for adapter in adapters]
     if len(set(modules)) != len(modules):
         raise ValueError(f"convert: adapters are of {described(modules)}; expected modules of different names")

@@ -47,7 +47,6 @@ def dvora_linear(
     norm_grad: bool = False,
     x_dropped: Tensor | None = None,
     norm: Tensor | None = None,
-    function: str = "dvora_linear",
 ) -> Tensor:
     """The DVoRA linear layer, differentiable in x, lambda_d, lambda_b, magnitude and bias.
 
@@ -63,11 +62,11 @@ def dvora_linear(
     x_dropped: dropout(x). The adapter then sees x_dropped and the base layer x, as in PEFT's DoRA:
         y = x weight^T + (gain - 1) * x_dropped weight^T + gain * lambda_b * (lambda_d * (x_dropped vera_A^T)) vera_B^T
     norm (N,): used in place of the row norms, a constant.
-    function: the name that error messages give.
 
     Raises ValueError, naming the argument, where shapes, dtypes or devices do not fit, or what is frozen requires a
     gradient; NotImplementedError and higher derivatives as dora_linear.
     """
+    function = "dvora_linear"
     _check(function, x, weight, vera_A, vera_B, lambda_d, lambda_b, magnitude, bias, x_dropped, norm, norm_grad)
     if norm is None:
         if terms is not None:

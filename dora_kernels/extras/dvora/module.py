@@ -14,6 +14,7 @@ from dora_kernels.functional.arguments import (
     check_seed,
     check_size,
     check_type,
+    described,
 )
 from dora_kernels.modules import MergeableLinear, default_adapter_dtype, part_of, read_linear
 from dora_kernels.quant import Weight
@@ -63,9 +64,9 @@ class VeraProjection(nn.Module):
         max_in, max_out = vera_A.shape[1], vera_B.shape[0]
         are_ints = isinstance(in_features, int) and isinstance(out_features, int)
         if not are_ints or not (0 <= in_features <= max_in and 0 <= out_features <= max_out):
+            given = f"in_features is {described(in_features)} and out_features {described(out_features)}"
             raise ValueError(
-                f"VeraProjection.of: in_features is {in_features!r} and out_features {out_features!r}; "
-                f"expected ints from 0 to {max_in} and to {max_out}, the projection's"
+                f"VeraProjection.of: {given}; expected ints from 0 to {max_in} and to {max_out}, the projection's"
             )
         # a view takes 1.6 us
         A = vera_A if in_features == max_in else vera_A[:, :in_features]
