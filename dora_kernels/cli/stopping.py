@@ -53,20 +53,24 @@ def at_once(code: int | None = None) -> None:
 
 @contextlib.contextmanager
 def unwinding() -> Iterator[None]:
-    """Inside, a signal raises Stopped. In other threads than the main one, which gets all signals: nothing."""
+    """Inside, a signal raises Stopped. In other threads than the main one, which gets all signals: nothing.
+
+    Where foreign code makes another error of that (torch.asarray, a TypeError), it comes out as Stopped.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     raised: float | None = None
+    stopped: Stopped | None = None
     over = False
     again: list[threading.Timer] = []
 
     def stop(number: int, frame: object) -> None:
-        nonlocal raised
+        nonlocal raised, stopped
         if over or (raised is not None and time.monotonic() - raised < ONE_PRESS):
             return
-        raised = time.monotonic()
-        raise Stopped(number)
+        raised, stopped = time.monotonic(), Stopped(number)
+        raise stopped
 
     def unheard(unraisable: Any) -> None:
         """Where nothing can be raised, as in a destructor, Stopped is lost: raise it again a moment later."""
@@ -83,6 +87,10 @@ def unwinding() -> Iterator[None]:
     try:
         _handle(stop)
         yield
+    except Exception:
+        if stopped is None:
+            raise
+        raise stopped from None
     finally:
         over = True
         for timer in again:

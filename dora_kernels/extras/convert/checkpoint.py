@@ -17,6 +17,7 @@ from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable
 from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format, check_adapter_name, decode, encode
 from dora_kernels.extras.convert.scaling import One
 from dora_kernels.files.reading import shown
+from dora_kernels.files.writing import claimed
 from dora_kernels.functional.arguments import (
     check_choice,
     check_flag,
@@ -73,23 +74,24 @@ def convert_checkpoint(
     if heads is not None and same_rows:
         raise ValueError("convert: heads and same_rows are both given; expected one of them")
     files.check_out(out)
-    loaded = files.load(reader, source)
-    try:
-        before = decode(reader, loaded, alpha)
-    except ValueError as error:
-        raise ValueError(f"convert: {shown(source)}: {str(error).removeprefix('convert: ')}") from error
-    adapters = _renamed(before, rename)
-    if reader.bias != writer.bias and not no_bias:
-        differ = f"{reader.name} {BIAS[reader.bias]} and {writer.name} {BIAS[writer.bias]}"
-        _check_bias(differ, before, adapters, base)
-    if (reader.name == "torchtune") != (writer.name == "torchtune"):
-        adapters = _reordered(adapters, to_torchtune=writer.name == "torchtune", heads=heads, same_rows=same_rows)
-    adapters = _fitted(writer, adapters, fold)
-    checkpoint = encode(writer, adapters, adapter_name)
-    again = decode(writer, checkpoint)
-    if len(again) != len(adapters) or not all(a.same(b) for a, b in zip(adapters, again, strict=True)):
-        raise RuntimeError(f"convert: what is written as {writer.name} does not read back as what it was made of")
-    files.save(writer, checkpoint, out)
+    with claimed("convert", out):
+        loaded = files.load(reader, source)
+        try:
+            before = decode(reader, loaded, alpha)
+        except ValueError as error:
+            raise ValueError(f"convert: {shown(source)}: {str(error).removeprefix('convert: ')}") from error
+        adapters = _renamed(before, rename)
+        if reader.bias != writer.bias and not no_bias:
+            differ = f"{reader.name} {BIAS[reader.bias]} and {writer.name} {BIAS[writer.bias]}"
+            _check_bias(differ, before, adapters, base)
+        if (reader.name == "torchtune") != (writer.name == "torchtune"):
+            adapters = _reordered(adapters, to_torchtune=writer.name == "torchtune", heads=heads, same_rows=same_rows)
+        adapters = _fitted(writer, adapters, fold)
+        checkpoint = encode(writer, adapters, adapter_name)
+        again = decode(writer, checkpoint)
+        if len(again) != len(adapters) or not all(a.same(b) for a, b in zip(adapters, again, strict=True)):
+            raise RuntimeError(f"convert: what is written as {writer.name} does not read back as what it was made of")
+        files.save(writer, checkpoint, out)
     return adapters
 
 

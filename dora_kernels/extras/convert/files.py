@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,6 +15,7 @@ from dora_kernels.extras.checkpoint_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from dora_kernels.extras.convert.formats import Checkpoint, Format
 from dora_kernels.extras.convert.state_dicts import load_state_dict
 from dora_kernels.extras.schema import read_config
+from dora_kernels.files import writing
 from dora_kernels.files.reading import shown
 
 # what torch.save made; everything else is taken for safetensors
@@ -46,35 +45,38 @@ def load(row: Format, source: Path) -> Checkpoint:
 
 
 def save(row: Format, checkpoint: Checkpoint, out: Path) -> None:
-    """Write a folder or one file, as the format needs, under another name first: `out` is whole or not there.
+    """Write a folder or one file, as the format needs, whole or not at all.
 
-    Raises ValueError where `out` exists already or the folder that it should be in does not.
+    Raises ValueError where `out` exists, also if it does by the end, and OSError where the disk refuses.
     """
-    # beside `out`, so that the last step is a rename
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        made = work / "made"
+    with writing.creating("convert", out) as made:
         if row.folder:
             made.mkdir()
-            (made / ADAPTER_CONFIG).write_text(json.dumps(checkpoint.config, indent=2) + "\n")
-        # safetensors takes neither views nor tensors that share memory
-        tensors = {
-            key: tensor.detach().clone(memory_format=torch.contiguous_format)
-            for key, tensor in checkpoint.tensors.items()
-        }
-        save_file(tensors, made / ADAPTER_WEIGHTS if row.folder else made, {"format": "pt", **checkpoint.header})
-        check_out(out)
-        made.rename(out)
-    finally:
-        shutil.rmtree(work)
+            (made / ADAPTER_CONFIG).write_text(json.dumps(checkpoint.config, indent=2) + "\n", encoding="utf-8")
+        weights, header = made / ADAPTER_WEIGHTS if row.folder else made, {"format": "pt", **checkpoint.header}
+        try:
+            save_file(_apart(checkpoint.tensors), weights, header)
+        except SafetensorError as error:  # whatever the system said to it, in words
+            raise OSError(f"convert: {out} cannot be written: {error}") from error
 
 
 def check_out(out: Path) -> None:
-    """Raise ValueError unless `out` can be made: nothing there, and a folder above it."""
-    if out.exists() or out.is_symlink():
+    """Raise ValueError unless `out` can be made: nothing there, and a folder above it that may be written."""
+    if os.path.lexists(out):
         raise ValueError(f"convert: {out} exists; expected a name that is free")
-    if not out.parent.is_dir():
-        raise ValueError(f"convert: {out.parent} is no folder; expected OUT in a folder that exists")
+    writing.check_target("convert", "out", out)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors takes them: contiguous, each in memory of its own; only the others are copied."""
+    result = {key: tensor.detach().resolve_neg().contiguous() for key, tensor in tensors.items()}
+    end = 0
+    for key, tensor in sorted(result.items(), key=lambda item: item[1].data_ptr()):
+        start = tensor.data_ptr()
+        if start < end:
+            result[key] = tensor.clone()
+        end = max(end, start + tensor.nbytes)
+    return result
 
 
 def keys_of(base: Path) -> Collection[str]:
