@@ -60,7 +60,7 @@ def number(expected: str, fits: Callable[[float], bool] = math.isfinite) -> Call
 
 
 def shape(text: str) -> tuple[int, ...]:
-    """Four positive sizes, MxNxKxR."""
+    """The type of an argument of four positive sizes, MxNxKxR."""
     # eighteen digits: what is beyond is no size in any memory
     if not re.fullmatch(r"[1-9][0-9]{0,17}(x[1-9][0-9]{0,17}){3}", text):
         raise argparse.ArgumentTypeError(
@@ -70,14 +70,14 @@ def shape(text: str) -> tuple[int, ...]:
 
 
 def device_name(text: str) -> str:
-    """auto, cpu, cuda or cuda:N. Whether it is there: `device_of`, in commands/check.py."""
+    """The type of an argument auto, cpu, cuda or cuda:N; commands/check.py sees whether there is such."""
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", text):
         raise argparse.ArgumentTypeError(f"is {text!r:.80}; expected auto, cpu, cuda or cuda:N")
     return text
 
 
 def regular_expression(text: str) -> str:
-    """What re.compile takes."""
+    """The type of an argument that re.compile takes."""
     if error := why_no_substitution(text, ""):
         raise argparse.ArgumentTypeError(f"is {text!r:.80}: {error}; expected a regular expression")
     return text

@@ -73,7 +73,7 @@ def unwinding() -> Iterator[None]:
         raise stopped
 
     def unheard(unraisable: Any) -> None:
-        """Where nothing can be raised, as in a destructor, Stopped is lost: raise it again a moment later."""
+        """Raise again, a moment later, a Stopped that was lost where nothing can be raised, as in a destructor."""
         nonlocal raised
         if not isinstance(unraisable.exc_value, Stopped):
             before(unraisable)

@@ -1,4 +1,4 @@
-"""What is printed: any text on any stream, and one line for what went wrong."""
+"""Printing: any text on any stream, and one line for what went wrong."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def say(line: str) -> None:
 
 
 def _shortened(text: str, most: int) -> str:
-    """What is wrong stands at a line's beginning, and what was expected at its end."""
+    """Beginning and end of a text: what is wrong stands at the one, and what was expected at the other."""
     return text if len(text) <= most else f"{text[: most * 2 // 3]}...{text[3 - most // 3 :]}"
 
 

@@ -1,4 +1,4 @@
-"""What the user may choose from, and what the environment chooses: all that can be said before torch is imported."""
+"""The choices that there are, and that of the environment: all that can be said of them before torch is imported."""
 
 import os
 

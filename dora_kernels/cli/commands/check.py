@@ -110,7 +110,7 @@ def _drawn_bytes(M: int, N: int, K: int, R: int) -> int:
 
 
 def _least_bytes(M: int, N: int, K: int, R: int) -> int:
-    """What a check holds at one time at least: in float64 each argument, its copy and its gradient, y and dy.
+    """Of all that a check holds at one time at least: in float64 each argument, its copy and its gradient, y and dy.
 
     The reference on a CPU was seen to take 1.9 to 4.5 times as much.
     """
