@@ -11,9 +11,10 @@ SHOWN = 200
 
 
 def shown(name: object) -> str:
-    """A path, a key or a name, as a message has it: a stranger's may be a megabyte."""
+    """A path, a key or a name, as a message has it in its line: a stranger's may be a megabyte, or have lines."""
     text = str(name)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    text = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def check_regular(function: str, path: str | Path) -> int:

@@ -105,7 +105,7 @@ def dense_layers(base: TensorFiles, tuned: TensorFiles, fan_in_fan_out: bool) ->
     adapters = [key for key in tuned.shapes if ".lora_A." in key]
     if adapters:
         raise ValueError(
-            f"analyze: {tuned} holds {adapters[0]}; expected an adapter as its folder with {ADAPTER_CONFIG}"
+            f"analyze: {tuned} holds {shown(adapters[0])}; expected an adapter as its folder with {ADAPTER_CONFIG}"
         )
     layers, left_out = [], []
     for key, shape in tuned.shapes.items():
@@ -161,29 +161,30 @@ def adapter_layers(base: TensorFiles, folder: Path) -> tuple[list[Layer], list[L
         key = _base_key(base, f"{name}.weight")
         if key is None:
             raise ValueError(
-                f"analyze: {base} has no {name}.weight, which {folder} changes; expected the adapter's base"
+                f"analyze: {base} has no {shown(name)}.weight, which {folder} changes; expected the adapter's base"
             )
         if reason := _why_not_dense(base, key):
-            raise ValueError(f"analyze: {key} of {base}: {reason}; expected a base that is not quantized")
+            raise ValueError(f"analyze: {shown(key)} of {base}: {reason}; expected a base that is not quantized")
         N, K = base.shapes[key][:: -1 if config["fan_in_fan_out"] else 1]
         R, scaling = ranks[name], lora_scaling(alphas[name], ranks[name], config["use_rslora"])
         if shape_A != (R, K) or shape_B != (N, R):
             raise ValueError(
-                f"analyze: {name} of {folder} has lora_A {shape_A} and lora_B {shape_B}; "
+                f"analyze: {shown(name)} of {folder} has lora_A {shape_A} and lora_B {shape_B}; "
                 f"expected {(R, K)} and {(N, R)} for rank {R} over the base's weight {(N, K)}"
             )
         if bool(magnitudes) != config["use_dora"]:
             has = "a magnitude" if magnitudes else "no magnitude"
             raise ValueError(
-                f"analyze: {name} of {folder} has {has}; expected use_dora={config['use_dora']} to be right"
+                f"analyze: {shown(name)} of {folder} has {has}; expected use_dora={config['use_dora']} to be right"
             )
         if magnitudes and (len(magnitudes) > 1 or math.prod(adapter.shapes[magnitudes[0]]) != N):
             shapes = " and ".join(str(adapter.shapes[magnitude]) for magnitude in magnitudes)
-            raise ValueError(f"analyze: {name} of {folder} has a magnitude of shape {shapes}; expected {(N,)}")
+            raise ValueError(f"analyze: {shown(name)} of {folder} has a magnitude of shape {shapes}; expected {(N,)}")
         for part in keys:
             if adapter.dtypes[part] not in FLOATS:
                 raise ValueError(
-                    f"analyze: {part} of {folder} is stored as {adapter.dtypes[part]}; expected {', '.join(FLOATS)}"
+                    f"analyze: {shown(part)} of {folder} is stored as {adapter.dtypes[part]}; expected "
+                    f"{', '.join(FLOATS)}"
                 )
 
         def change(key: str = key, keys: tuple[str, ...] = keys, s: float = scaling) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dora_kernels.files.reading import shown
 from dora_kernels.functional.arguments import check_choice, check_flag, check_number, check_type
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -38,19 +39,19 @@ class DoraAdapter:
         check_choice("DoraAdapter", "norm_axis", self.norm_axis, ("out", "in"))
         object.__setattr__(self, "scaling", float(check_number("DoraAdapter", "scaling", self.scaling)))
         for name in ("lora_A", "lora_B", "magnitude"):
-            check_dense(f"convert: {self.module}", name, getattr(self, name))
+            check_dense(f"convert: {shown(self.module)}", name, getattr(self, name))
             dtype = getattr(self, name).dtype
             if dtype not in DTYPES:
-                raise ValueError(f"convert: {self.module}: {name} is {dtype}; expected one of {DTYPES}")
+                raise ValueError(f"convert: {shown(self.module)}: {name} is {dtype}; expected one of {DTYPES}")
         check_shapes(self.module, self.lora_A, self.lora_B)
         expected = (self.N if self.norm_axis == "out" else self.K,)
         if tuple(self.magnitude.shape) != expected:
             raise ValueError(
-                f"convert: {self.module}: magnitude has shape {tuple(self.magnitude.shape)} but lora_B "
+                f"convert: {shown(self.module)}: magnitude has shape {tuple(self.magnitude.shape)} but lora_B "
                 f"{tuple(self.lora_B.shape)}; expected {expected}"
             )
         if not math.isfinite(self.scaling) or self.scaling == 0:
-            raise ValueError(f"convert: {self.module}: scaling is {self.scaling}; expected it finite and not 0")
+            raise ValueError(f"convert: {shown(self.module)}: scaling is {self.scaling}; expected it finite and not 0")
 
     @property
     def N(self) -> int:
@@ -83,12 +84,13 @@ class DoraAdapter:
         exact = power_of_two and same_bits((lora_B.double() / self.scaling).to(lora_B.dtype), self.lora_B)
         if not exact and not rounding:
             raise Unrepresentable(
-                f"convert: {self.module}: scaling {self.scaling!r} cannot be folded into lora_B without rounding it; "
+                f"convert: {shown(self.module)}: scaling {self.scaling!r} cannot be folded into lora_B "
+                "without rounding it; "
                 "expected a power of two, or --fold to round"
             )
         if lora_B.isinf().any() and not self.lora_B.isinf().any():
             raise Unrepresentable(
-                f"convert: {self.module}: scaling {self.scaling!r} times lora_B overflows {lora_B.dtype}; "
+                f"convert: {shown(self.module)}: scaling {self.scaling!r} times lora_B overflows {lora_B.dtype}; "
                 "expected a lora_B that can hold it"
             )
         return replace(self, lora_B=lora_B, scaling=1.0)
@@ -119,7 +121,8 @@ def check_shapes(module: str, lora_A: Tensor, lora_B: Tensor) -> None:
     fits = 2 <= ndim <= 5 and 0 not in lora_A.shape and 0 not in lora_B.shape
     if not fits or tuple(lora_B.shape[1:]) != (lora_A.shape[0], *(1,) * (ndim - 2)):
         raise ValueError(
-            f"convert: {module}: lora_A has shape {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)}; expected "
+            f"convert: {shown(module)}: lora_A has shape {tuple(lora_A.shape)} and lora_B "
+            f"{tuple(lora_B.shape)}; expected "
             "(R, K) and (N, R), or (R, K, *kernel) and (N, R, 1, ...) of a convolution without groups"
         )
 

@@ -150,7 +150,7 @@ def _renamed(adapters: Sequence[DoraAdapter], rename: Sequence[tuple[str, str]])
                 ) from error
         if not module or module in renamed:
             raise ValueError(
-                f"convert: rename makes {module!r} of {adapter.module}, "
+                f"convert: rename makes {module!r:.80} of {shown(adapter.module)}, "
                 f"{'a name that another module has too' if module else 'no name'}; expected one name each"
             )
         renamed[module] = replace(adapter, module=module)
@@ -172,10 +172,10 @@ def _check_bias(
     for module in sorted(known):
         if f"{module}.weight" not in keys:
             raise ValueError(
-                f"convert: {base} has no {module}.weight; expected the model beneath the adapters, or --no-bias"
+                f"convert: {base} has no {shown(module)}.weight; expected the model beneath the adapters, or --no-bias"
             )
         if f"{module}.bias" in keys:
-            raise ValueError(f"convert: {module} has a bias in {base}; expected none, for {differ}")
+            raise ValueError(f"convert: {shown(module)} has a bias in {base}; expected none, for {differ}")
 
 
 def _reordered(
@@ -194,14 +194,16 @@ def _reordered(
             continue
         if heads is None:
             raise ValueError(
-                f"convert: {adapter.module}: torchtune keeps the rows of {kind} in another order for Llama and its "
+                f"convert: {shown(adapter.module)}: torchtune keeps the rows of {kind} in another order for "
+                "Llama and its "
                 "like; expected --heads, the numbers of query and of key and value heads, to reorder them, "
                 "or --same-rows where this model's need none"
             )
         count = heads[_ROTARY.index(kind)]
         if adapter.N % (2 * count):
             raise ValueError(
-                f"convert: {adapter.module} has {adapter.N} rows but {count} heads; expected a multiple of 2 * heads"
+                f"convert: {shown(adapter.module)} has {adapter.N} rows but {count} heads; expected a "
+                "multiple of 2 * heads"
             )
         half = adapter.N // (2 * count)
         shape = (count, 2, half) if to_torchtune else (count, half, 2)

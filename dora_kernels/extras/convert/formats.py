@@ -21,6 +21,7 @@ from torch import Tensor
 from dora_kernels.extras.checkpoint_files import PREFIX
 from dora_kernels.extras.convert.adapter import DoraAdapter, check_shapes
 from dora_kernels.extras.convert.scaling import InConfig, InHeader, InPeftConfig, InTensor, One
+from dora_kernels.files.reading import shown
 from dora_kernels.functional.arguments import check_items, check_number, check_type, described
 
 Scaling = InConfig | InHeader | InPeftConfig | InTensor | One
@@ -194,7 +195,7 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
             if part not in tensors:
                 plain = " (a plain LoRA is not converted)" if part == "magnitude" else ""
                 key = getattr(row, part)
-                raise ValueError(f"convert: {module} has no {part}; expected a {module}.{key}{plain}")
+                raise ValueError(f"convert: {shown(module)} has no {part}; expected a {shown(module)}.{key}{plain}")
         check_shapes(module, tensors["lora_A"], tensors["lora_B"])
     ranks = {module: tensors["lora_A"].shape[0] for module, tensors in modules.items()}
     alphas = {module: tensors.get("alpha") for module, tensors in modules.items()}
@@ -208,7 +209,7 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
         if axis is None:
             expected = " or ".join(map(str, shapes.values()))
             raise ValueError(
-                f"convert: {module}: {row.magnitude} has shape {tuple(magnitude.shape)}; expected {expected}"
+                f"convert: {shown(module)}: {row.magnitude} has shape {tuple(magnitude.shape)}; expected {expected}"
             )
         adapters.append(DoraAdapter(module, lora_A, lora_B, magnitude.reshape(-1), float(scaling[module]), axis))
     return adapters
@@ -232,7 +233,8 @@ def encode(row: Format, adapters: Sequence[DoraAdapter], adapter_name: str = "de
         shapes = row.shapes(adapter.ndim, adapter.N, adapter.K)
         if adapter.norm_axis not in shapes:
             raise ValueError(
-                f"convert: {adapter.module}: its norm is over each input column (LyCORIS with wd_on_out=False), which "
+                f"convert: {shown(adapter.module)}: its norm is over each input column (LyCORIS with "
+                "wd_on_out=False), which "
                 f"{row.name} does not know; expected one over each output row"
             )
         parts = {
@@ -255,7 +257,7 @@ def check_adapter_name(adapter_name: str) -> None:
 def _check_conv(row: Format, module: str, ndim: int) -> None:
     if ndim > 2 and not row.conv:
         raise ValueError(
-            f"convert: {module}: lora_A has {ndim} dimensions, a convolution's, which {row.name} does not know; "
+            f"convert: {shown(module)}: lora_A has {ndim} dimensions, a convolution's, which {row.name} does not know; "
             "expected (R, K)"
         )
 
@@ -269,14 +271,14 @@ def _sort_keys(row: Format, tensors: Mapping[str, Tensor]) -> dict[str, dict[str
         name = key.removeprefix(prefix)
         for pattern, reason in row.refused.items():
             if re.fullmatch(rf".+\.{pattern}", name):
-                raise ValueError(f"convert: {key}: {reason}")
+                raise ValueError(f"convert: {shown(key)}: {reason}")
         module, part, adapter = _match(row, name)
         if module is None:
             expected = ", ".join(f"<module>.{suffix}" for suffix in row.parts().values())
-            raise ValueError(f"convert: {key} is no key of {row.name}; expected only {expected}")
+            raise ValueError(f"convert: {shown(key)} is no key of {row.name}; expected only {expected}")
         names.setdefault(adapter, key)
         if len(names) > 1:
-            raise ValueError(f"convert: the source holds adapters {sorted(names)}; expected one")
+            raise ValueError(f"convert: the source holds adapters {shown(sorted(names))}; expected one")
         modules.setdefault(module, {})[part] = tensors[key]
     return modules
 

@@ -13,7 +13,10 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from dora_kernels.extras.checkpoint_files import MOST_LETTERS
+from dora_kernels.extras.checkpoint_files import MOST_LETTERS, is_name
+
+MOST_OPCODES = 10_000_000
+"""Of a pickle: 10^5 tensors have 3 * 10^6. So many took at most 8 s and 1 GB, of the kinds that take the most."""
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"} | {
@@ -75,8 +78,10 @@ def described(file: IO[bytes], storages: dict[str, Storage] | None = None) -> An
         del stack[start:]
         return items
 
-    for opcode, argument, _ in pickletools.genops(file):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         name = opcode.name
+        if count > MOST_OPCODES:
+            raise ValueError(f"it has more than {MOST_OPCODES} opcodes")
         if name in ("PROTO", "FRAME"):
             continue
         if name in _LITERALS:
@@ -122,10 +127,10 @@ def described(file: IO[bytes], storages: dict[str, Storage] | None = None) -> An
 
 def _key(key: object) -> str:
     """`key`, if it is a name. Others are not hashed, which may take for ever, nor is their repr asked for."""
-    if type(key) is str and len(key) <= MOST_LETTERS:
+    if type(key) is str and is_name(key):
         return key
     found = f"{key!r:.80}" if type(key) in (str, int) else f"of type {type(key).__name__}"
-    raise ValueError(f"a key is {found}; expected a name of at most {MOST_LETTERS} letters")
+    raise ValueError(f"a key is {found}; expected a name of at most {MOST_LETTERS} letters that print")
 
 
 def _named(name: str) -> Any:

@@ -62,7 +62,7 @@ class One:
     def write(self, adapters: Sequence[DoraAdapter]) -> Written:
         for adapter in adapters:
             if adapter.scaling != 1:
-                raise Unrepresentable(f"convert: {adapter.module}: scaling is {adapter.scaling!r}; expected 1")
+                raise Unrepresentable(f"convert: {shown(adapter.module)}: scaling is {adapter.scaling!r}; expected 1")
         return {}, {}, {}
 
 
@@ -76,7 +76,8 @@ class InTensor:
             tensor = tensors[module]
             if tensor is not None and (tensor.numel() != 1 or tensor.dtype not in (*DTYPES, *_INTEGERS)):
                 raise ValueError(
-                    f"convert: {module}: alpha is {tensor.dtype} of shape {tuple(tensor.shape)}; expected one number"
+                    f"convert: {shown(module)}: alpha is {tensor.dtype} of shape {tuple(tensor.shape)}; "
+                    "expected one number"
                 )
             value = _stated(None if tensor is None else float(tensor), alpha, f"{module}.alpha")
             scaling[module] = (value or rank) / rank
@@ -88,7 +89,7 @@ class InTensor:
             tensor = torch.tensor(adapter.scaling * adapter.R, dtype=torch.float64).float()
             if float(tensor) / adapter.R != adapter.scaling:
                 raise Unrepresentable(
-                    f"convert: {adapter.module}: no float32 alpha makes alpha / {adapter.R} exactly "
+                    f"convert: {shown(adapter.module)}: no float32 alpha makes alpha / {adapter.R} exactly "
                     f"{adapter.scaling!r}; expected such a scaling, or --fold to round it into lora_B"
                 )
             tensors[adapter.module] = tensor
@@ -160,7 +161,8 @@ class InPeftConfig:
         if None in alphas:
             first = next(adapter for adapter in adapters if alpha_of(adapter.scaling, adapter.R) is None)
             raise Unrepresentable(
-                f"convert: {first.module}: no lora_alpha makes lora_alpha / {first.R} exactly {first.scaling!r}, and "
+                f"convert: {shown(first.module)}: no lora_alpha makes lora_alpha / {first.R} exactly "
+                f"{first.scaling!r}, and "
                 "none for every layer / sqrt(r); expected such a scaling, or --fold to round it into lora_B"
             )
         r = Counter(adapter.R for adapter in adapters).most_common(1)[0][0]
@@ -188,12 +190,14 @@ class InPeftConfig:
 def _stated(stated: float | None, given: float | None, name: str) -> float:
     """The alpha that the file states or the caller gives; ValueError where neither does, or they differ."""
     if stated is None and given is None:
-        raise ValueError(f"convert: the source has no {name}; expected --alpha, the value it was trained with")
+        raise ValueError(f"convert: the source has no {shown(name)}; expected --alpha, the value it was trained with")
     if stated is not None and given is not None and stated != given:
-        raise ValueError(f"convert: {name} is {stated} in the source but --alpha is {given}; expected no --alpha")
+        raise ValueError(
+            f"convert: {shown(name)} is {stated!r:.80} in the source but --alpha is {given}; expected no --alpha"
+        )
     value = given if stated is None else stated
     if not is_number(value):
-        raise ValueError(f"convert: {name} is {value!r:.80}; expected a number that float64 holds")
+        raise ValueError(f"convert: {shown(name)} is {value!r:.80}; expected a number that float64 holds")
     return value
 
 
@@ -204,7 +208,7 @@ def _check_config(config: Mapping[str, Any], peft_type: str, never: Sequence[str
     """
     if config.get("peft_type", peft_type) != peft_type:
         raise ValueError(
-            f"convert: peft_type is {config['peft_type']!s:.80} in adapter_config.json; expected {peft_type}"
+            f"convert: peft_type is {config['peft_type']!r:.80} in adapter_config.json; expected {peft_type}"
         )
     if config.get("use_dora") is False:
         raise ValueError("convert: use_dora is false in adapter_config.json; expected a DoRA adapter")
@@ -228,7 +232,7 @@ def _check_ranks(ranks: Mapping[str, int], stated: Mapping[str, int | None]) -> 
     for module, rank in ranks.items():
         if stated[module] not in (None, rank):
             raise ValueError(
-                f"convert: {module}: lora_A has rank {rank} but adapter_config.json says {stated[module]}; "
+                f"convert: {shown(module)}: lora_A has rank {rank} but adapter_config.json says {stated[module]}; "
                 "expected the same"
             )
 
@@ -237,7 +241,7 @@ def _alpha_of(adapter: DoraAdapter) -> int | float:
     alpha = alpha_of(adapter.scaling, adapter.R)
     if alpha is None:
         raise Unrepresentable(
-            f"convert: {adapter.module}: no alpha makes alpha / {adapter.R} exactly {adapter.scaling!r}; "
+            f"convert: {shown(adapter.module)}: no alpha makes alpha / {adapter.R} exactly {adapter.scaling!r}; "
             "expected such a scaling, or --fold to round it into lora_B"
         )
     return alpha
@@ -249,7 +253,8 @@ def _uniform(adapters: Sequence[DoraAdapter]) -> tuple[int, int | float]:
     for adapter in adapters:
         if (adapter.R, adapter.scaling) != (first.R, first.scaling):
             raise Unrepresentable(
-                f"convert: {adapter.module} has rank {adapter.R} and scaling {adapter.scaling!r} but {first.module} "
+                f"convert: {shown(adapter.module)} has rank {adapter.R} and scaling {adapter.scaling!r} but "
+                f"{shown(first.module)} "
                 f"{first.R} and {first.scaling!r}; expected the same, for the target has one of each for all layers"
             )
     return first.R, _alpha_of(first)
