@@ -78,6 +78,15 @@ def test_what_was_saved_is_read(tmp_path, options):
                 assert same_bits(ours, theirs), key
 
 
+def test_an_archive_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        saved(tmp_path / "x.pt", {"a": torch.arange(3)})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert load_state_dict("f", tmp_path / "x.pt")["a"].tolist() == [0, 1, 2]
+
+
 REFUSED = {
     "a number": ({"a": 3}, "a is of type int"),
     "text": ({"a": "x" * 10_000}, "a is of type str"),

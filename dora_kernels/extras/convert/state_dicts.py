@@ -87,13 +87,20 @@ def _from_zip(file: IO[bytes], size: int) -> tuple[Any, Content]:
             raise ValueError("a record is compressed")
         if sum(record.file_size for record in records) > size:
             raise ValueError("its records are larger than the file")
-        names = [record.filename for record in records]
-        (root,) = (name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl"))
-        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+        for record in records:
+            record.CRC = record.CRC or None  # torch.serialization.set_crc32_options(False) writes 0: none was computed
+        named = {record.filename: record for record in records}
+        (root,) = (name.removesuffix("data.pkl") for name in named if name.endswith("/data.pkl"))
+        order = named.get(f"{root}byteorder")
+        if order is not None and archive.read(order) != b"little":
             raise ValueError("its numbers are big-endian")
-        found = described(io.BytesIO(archive.read(f"{root}data.pkl")))
+        found = described(io.BytesIO(archive.read(named[f"{root}data.pkl"])))
         folder = f"{root}data/"
-        content = {name[len(folder) :]: bytearray(archive.read(name)) for name in names if name.startswith(folder)}
+        content = {
+            name.removeprefix(folder): bytearray(archive.read(record))
+            for name, record in named.items()
+            if name.startswith(folder)
+        }
     return found, content
 
 
