@@ -23,10 +23,13 @@ class Child:
 
     def __init__(self, work: Callable[[], Any]) -> None:
         reading, writing = os.pipe()
+        # no signal may come before the child is where it ends: it would go on as a second pytest
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self.number = os.fork()
         if self.number == 0:
             os.close(reading)
-            _serve(work, writing)
+            _serve(work, writing, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         os.close(writing)
         self._reading = reading
 
@@ -53,9 +56,10 @@ class Child:
         return result
 
 
-def _serve(work: Callable[[], Any], writing: int) -> None:
+def _serve(work: Callable[[], Any], writing: int, mask: set[int]) -> None:
     try:
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             answer = pickle.dumps((True, work()))
         except BaseException as error:
             answer = pickle.dumps((False, error))
