@@ -41,7 +41,7 @@ def test_nan_inf_and_something_for_nothing_are_infinitely_wrong():
 
 
 def test_another_shape_is_an_error():
-    with pytest.raises(ValueError, match=r"actual has shape \(1, 2\); expected \(2,\)"):
+    with pytest.raises(ValueError, match=r"actual has shape \(1, 2\) but exact has \(2,\)"):
         rms_error(torch.ones(1, 2), torch.ones(2))
 
 
