@@ -59,8 +59,8 @@ def _check(key: str, view: Any, content: Content) -> None:
     shape = (*view.size, *view.stride, view.offset)
     if len(view.size) != len(view.stride) or len(view.size) > MOST_DIMENSIONS:
         raise ValueError(f"{shown(key)} has {len(view.size)} sizes and {len(view.stride)} strides")
-    if not all(type(number) is int and 0 <= number < 2**63 for number in shape):
-        raise ValueError(f"{shown(key)} has the size {view.size!r:.80} and the stride {view.stride!r:.80}")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in shape):  # not shown, as in _key of pickles.py
+        raise ValueError(f"{shown(key)} has a size, a stride or an offset that is no integer, or none of a tensor's")
     last = view.offset + sum((size - 1) * stride for size, stride in zip(view.size, view.stride, strict=True))
     storage, there = view.storage, len(content.get(view.storage.key, b""))
     if there != storage.bytes or (0 not in view.size and (last + 1) * view.dtype.itemsize > there):
@@ -117,7 +117,7 @@ def _from_pickles(file: IO[bytes], size: int) -> tuple[Any, Content]:
     found = described(file, storages)
     content = {}
     for key in described(file):
-        if key not in storages:  # of a tensor that is refused: a quantized one's
+        if type(key) is not str or key not in storages:  # of a tensor that is refused: a quantized one's
             break
         (elements,) = struct.unpack("<q", file.read(8))
         if elements != storages[key].elements or not 0 <= storages[key].bytes <= size:
