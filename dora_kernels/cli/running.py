@@ -73,6 +73,9 @@ def _parse(argv: Sequence[str] | None, chosen: Namespace) -> None:
     for command in COMMANDS:
         command.add(commands)
     _, unknown = parser.parse_known_args(argv, chosen)
+    for name, value in vars(chosen).items():
+        if value == []:  # argparse takes the -- of --out=-- away
+            raise ValueError(f"argument {name}: is '--'; expected a value")
     if unknown:
         raise ValueError(f"unrecognized arguments: {' '.join(unknown)}")
     if chosen.command != "info":  # which shows what the environment says

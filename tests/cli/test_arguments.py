@@ -13,6 +13,7 @@ from dora_kernels.cli.commands import check, convert
 from dora_kernels.cli.running import EXIT_CODES
 from dora_kernels.extras.convert import FORMATS
 from dora_kernels.testing import suite
+from tests.support.command_files import write_checkpoints
 
 CONVERT = ("convert", "a", "b", "--from", "peft", "--to", "lycoris")
 WRONG = {
@@ -41,6 +42,7 @@ WRONG = {
     ("check", "--json", "no/such/file"): "check: json is 'no/such/file'; expected a file in a folder that exists",
     ("check", "--json", "."): "check: json is '.'; expected a file, not a folder",
     ("check", "--json", "a\0b"): "check: json is 'a\\x00b'; expected a path that can be",
+    ("check", "--json=--"): "check: argument json: is '--'; expected a value",
     ("demo", "--steps", "nan"): "demo: argument --steps: is 'nan'; expected an integer from 1 to ",
     ("demo", "--seed", str(2**63)): f"demo: argument --seed: is '{2**63}'; expected an integer",
     ("analyze", "a"): "analyze: the following arguments are required: TUNED",
@@ -151,10 +153,10 @@ def test_a_line_is_short_and_moves_no_cursor(capsys):
 WORDS = (
     "", "-", "--", "-1", "0", "1", "2.5", "1e400", "nan", "-inf", "9" * 30, "9" * 5000, "1x2x3x1", "0x1x1x1", "9x9",
     "1x1x1x99999999999999", "é", "\udcff", "\0", "\n", "\x1b[2J", "%s", "%(prog)s", "{}", "(", "(?P<a", "[[a]",
-    "a{9999999999}", "x" * 5000, "/", "/dev/null", "/dev/full", "/proc/self/mem", "folder", "garbage.safetensors",
-    "garbage.pt", "no/where", "out.png", "folder/out.png", "cpu", "cuda", "cuda:0", "cuda:-1", "meta", "auto",
-    "reference", "float32", "int8", "function", "module", "split", "peft", "lycoris", "tiny", "nf4", "@file", "--help",
-    "-h", "--unknown", "=",
+    "a{9999999999}", "out", "x" * 5000, "/", "/dev/null", "/dev/full", "/proc/self/mem", "folder", "no/where",
+    "garbage.safetensors", "garbage.pt", "adapter", "base.safetensors", "out.png", "folder/out.png", "cpu", "cuda",
+    "cuda:0", "cuda:-1", "meta", "auto", "reference", "float32", "int8", "function", "module", "split", "peft",
+    "lycoris", "tiny", "nf4", "@file", "--help", "-h", "--unknown", "=",
 )  # fmt: skip
 OPTIONS = {
     "info": (),
@@ -168,10 +170,11 @@ OPTIONS = {
         "--adapter-name",
     ),
 }  # fmt: skip
-# what makes a vector end before the work, or the work small
+# what makes the work small, or ends a vector before it; what comes later has the last word
 FIRST = {
     "check": ("--shape", "1x2x3x1", "--dtype", "float32", "--backend", "reference"),
-    "convert": ("--from", "peft", "--to", "lycoris"),
+    "convert": ("adapter", "out", "--from", "peft", "--to", "lycoris", "--no-bias"),
+    "analyze": ("base.safetensors", "adapter"),
 }
 LAST = {"demo": ("--steps", "3")}
 
@@ -179,18 +182,23 @@ LAST = {"demo": ("--steps", "3")}
 def vector(draw: random.Random) -> list[str]:
     """Random arguments of a random command."""
     command = draw.choice([*OPTIONS, *OPTIONS, draw.choice(WORDS)])
-    words = [draw.choice(WORDS) for _ in range(draw.choice((0, 0, 1, 2, 2, 2, 3)))]
+    first = FIRST.get(command, ())
+    if command != "check":
+        first = first[draw.choice((0, 2, len(first))) :]
+    words = [draw.choice(WORDS) for _ in range(draw.choice((0, 0, 1, 2, 2, 3)))]
     options = OPTIONS.get(command, ("--help",))
     for option in draw.sample(options, min(len(options), draw.choice((0, 1, 1, 2, 3)))):
         joined = draw.random() < 0.2
         values = [draw.choice(WORDS) for _ in range(draw.choice((0, 1, 1, 1, 2)))]
         words += [f"{option}={draw.choice(WORDS)}"] if joined else [option, *values]
-    return [command, *FIRST.get(command, ()), *words, *LAST.get(command, ())]
+    return [command, *first, *words, *LAST.get(command, ())]
 
 
 @pytest.mark.parametrize("seed", [pytest.param(seed, marks=pytest.mark.nightly if seed else ()) for seed in range(20)])
 def test_random_arguments(seed, ends, tmp_path):
-    """On a file system with a folder and two files that are no checkpoints."""
+    """In a folder with two checkpoints, a folder, and two files that are no checkpoints."""
+    pytest.importorskip("safetensors")
+    write_checkpoints(tmp_path)
     (tmp_path / "folder").mkdir()
     for name in ("garbage.safetensors", "garbage.pt"):
         (tmp_path / name).write_bytes(b"garbage" * 9)

@@ -1,6 +1,5 @@
 """Ctrl-C, SIGTERM and SIGHUP at any moment: one line, the exit code that is documented, and nothing left behind."""
 
-import json
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import torch
 
 from dora_kernels.cli import main, stopping
 from dora_kernels.testing import suite
+from tests.support.command_files import write_checkpoints
 
 COMMAND = [sys.executable, "-m", "dora_kernels"]
 # Python runs it first of all: it sends this process a signal when a module is looked for
@@ -132,28 +132,6 @@ def test_a_mistake_of_ours_is_a_traceback(monkeypatch):
         main(["info"])
 
 
-def checkpoints(folder):
-    """A model and an adapter of it, and the commands that read them."""
-    from safetensors.torch import save_file
-
-    (folder / "adapter").mkdir()
-    layer = "base_model.model.a.q"
-    shapes = {"lora_A.weight": (2, 8), "lora_B.weight": (8, 2), "lora_magnitude_vector": (8,)}
-    tensors = {f"{layer}.{name}": torch.rand(shape) for name, shape in shapes.items()}
-    save_file(tensors, folder / "adapter" / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "use_dora": True, "target_modules": ["q"]}
-    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
-    save_file({"a.q.weight": torch.rand(8, 8)}, folder / "base.safetensors")
-    return {
-        "info": ["info"],
-        "check": ["check", "--json", "check.json"],
-        "convert": ["convert", "adapter", "out", "--from", "peft", "--to", "lycoris", "--no-bias"],
-        "analyze": ["analyze", "base.safetensors", "adapter", "--json", "analysis.json"],
-        "demo": ["demo", "--steps", "4"],
-        "check of peft": ["check", "--layer", "peft", "--json", "check.json"],
-    }
-
-
 @pytest.mark.parametrize(
     "command, module",
     [
@@ -168,7 +146,7 @@ def checkpoints(folder):
 def test_a_signal_during_an_import(command, module, tmp_path):
     for package in ("safetensors", "matplotlib"):
         pytest.importorskip(package)
-    arguments = checkpoints(tmp_path)[command]
+    arguments = write_checkpoints(tmp_path)[command]
     before = sorted(tmp_path.iterdir())
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITECUSTOMIZE)
@@ -203,7 +181,7 @@ def ends_well(arguments, number, delay, twice, folder):
 @pytest.mark.parametrize("seed", range(100))
 def test_a_signal_at_any_moment(seed, tmp_path):
     draw = random.Random(seed)
-    commands = checkpoints(tmp_path)
+    commands = write_checkpoints(tmp_path)
     command = draw.choice(list(commands))
     delay = draw.uniform(0.1, 15 if command in ("demo", "check of peft") else 4)  # Python itself has begun after 0.1 s
     ends_well(commands[command], draw.choice(stopping.NUMBERS), delay, draw.random() < 0.3, tmp_path)

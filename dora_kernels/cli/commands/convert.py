@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     add("--base", help="the model's safetensors, a file or a folder: looked through for biases")
     add("--no-bias", action="store_true", help="no adapted layer has a bias, which some libraries' gain multiplies")
     add("--fold", action="store_true", help="round scaling * lora_B where the target cannot hold scaling exactly")
-    add("--rename", nargs=2, action="append", default=[], metavar=("PATTERN", "WITH"), help="re.sub on module names")
+    add("--rename", nargs=2, action="append", metavar=("PATTERN", "WITH"), help="re.sub on module names")
     rows = parser.add_mutually_exclusive_group()
     heads = integer(1, 2**31 - 1)
     rows.add_argument(
@@ -53,6 +53,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert, and print a table of the layers. Returns 0."""
+    arguments.rename = arguments.rename or []
     for pattern, replacement in arguments.rename:
         if reason := why_no_substitution(pattern, replacement):
             raise ValueError(f"rename is {pattern!r:.80}, {replacement!r:.80}: {reason}; expected what re.sub takes")
