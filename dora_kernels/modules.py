@@ -27,15 +27,27 @@ from dora_kernels.types import DoraWeight
 
 
 class MergeableLinear(nn.Module):
-    """weight (N, K) and bias (N,), frozen, or base_layer in their place; subclasses have the adapter over them."""
+    """weight (N, K) and bias (N,), or base_layer in their place; subclasses have the adapter over them.
+
+    A subclass freezes them last: where it refuses its arguments, a layer that it was to share is as it was.
+    """
 
     def __init__(self, weight: Tensor | None, bias: Tensor | None, base_layer: nn.Module | None = None) -> None:
         super().__init__()
-        self.weight = None if weight is None else weight.requires_grad_(False)
-        self.bias = None if bias is None else bias.requires_grad_(False)
-        self.base_layer: Any = None if base_layer is None else base_layer.requires_grad_(False)
+        self.weight, self.bias = weight, bias
+        self.base_layer: Any = base_layer
         # norm and gain with which the weight was merged; None while it is not
         self._merged_with: tuple[Tensor, Tensor] | None = None
+
+    def _freeze_base(self) -> None:
+        for part in (self.weight, self.bias, self.base_layer):
+            if part is not None:
+                part.requires_grad_(False)
+
+    def _detached_base(self) -> Weight:
+        """The weight beneath the adapter, of which no gradient can be wanted."""
+        weight, _ = self.base()
+        return weight.detach() if isinstance(weight, Tensor) else weight
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:
         """lora_A (R, K), lora_B (N, R), magnitude (N,), scaling of the adapter."""
@@ -219,6 +231,7 @@ class DoraLinear(MergeableLinear):
         self.lora_B = nn.Linear(rank, out_features, False, device, adapter_dtype)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(out_features, device=device, dtype=adapter_dtype))
         self.reset_adapter()
+        self._freeze_base()
 
     @classmethod
     def from_linear(
@@ -235,26 +248,27 @@ class DoraLinear(MergeableLinear):
         # on meta, so that no second weight is made
         layer = cls(K, N, rank, alpha, False, dropout, "meta", weight.dtype, dropout_on=dropout_on)
         if base_layer is not None:
-            layer.weight, layer.base_layer = None, base_layer.requires_grad_(False)
+            layer.weight, layer.base_layer = None, base_layer
         else:
-            layer.weight = weight.requires_grad_(False)  # type: ignore[union-attr]  # nn.Linear's, dense
-            layer.bias = None if bias is None else bias.requires_grad_(False)
+            layer.weight, layer.bias = weight, bias
         layer.lora_A.to_empty(device=weight.device)
         layer.lora_B.to_empty(device=weight.device)
         layer.lora_magnitude_vector = nn.Parameter(torch.empty_like(layer.lora_magnitude_vector, device=weight.device))
         layer.train(linear.training)
         layer.reset_adapter()
+        layer._freeze_base()
         return layer
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
         """lora_A uniform as nn.Linear, lora_B zero, the magnitude the row norms of weight."""
         self._refuse_while_merged("reset_adapter")
+        weight, nothing = self._detached_base(), (torch.zeros_like(lora.weight) for lora in (self.lora_A, self.lora_B))
+        # first: it may be refused, under options(backend="triton") say
+        norm = None if weight.device.type == "meta" else weight_norm(weight, *nothing, self.scaling)
         self.lora_A.reset_parameters()
         self.lora_B.weight.zero_()
-        weight, _ = self.base()
-        if weight.device.type != "meta":
-            norm = weight_norm(weight, self.lora_A.weight, self.lora_B.weight, self.scaling)
+        if norm is not None:
             self.lora_magnitude_vector.copy_(norm)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor, float]:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parameter import is_lazy
 
-from dora_kernels import reuse
+from dora_kernels import DoraLinear, DvoraLinear, reuse, to_dvora
+from dora_kernels.extras.dvora import peft as dvora_peft
 from dora_kernels.functional.arguments import described
 from dora_kernels.planning.options import current_options
+from tests.support import right_values, vera_problem
 from tests.support.public_functions import MODULES, NO_ROW, PUBLIC, Public
 
 CALLS = 1_000
@@ -236,3 +238,52 @@ def test_a_thousand_malformed_calls(public, tmp_path):
 @each_function
 def test_many_malformed_calls(public, tmp_path):
     fuzz(public, tmp_path, 20 * CALLS)
+
+
+# What is refused on the way, when a part is done.
+
+
+def refused_on_the_way(change, kept: object) -> None:
+    """change() is a ValueError of the backend, which sees the tensors last; `kept` is as it was."""
+    before = state_of(kept)
+    with pytest.raises(ValueError, match="no backend"):
+        change()
+    assert state_of(kept) == before
+
+
+@pytest.mark.parametrize("method", ("from_linear", "reset_adapter", "merge"))
+@pytest.mark.parametrize("cls", (DoraLinear, DvoraLinear))
+def test_a_layer_is_not_half_made(cls, method, monkeypatch):
+    linear = right_values.linear()
+    layer = right_values.layer() if cls is DoraLinear else right_values.dvora_layer()
+    arguments = (2, 1.0) if cls is DoraLinear else (right_values.projection(),)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1)
+    changes = {"from_linear": lambda: cls.from_linear(linear, *arguments)}
+
+    def refuse(*_):
+        raise ValueError("no backend")
+
+    monkeypatch.setattr("dora_kernels.functional.weight.current_options", refuse)
+    refused_on_the_way(changes.get(method) or getattr(layer, method), [layer, linear, *arguments])
+
+
+@pytest.mark.parametrize("wrong", ("layer", "backend"))
+def test_a_model_is_not_half_converted(wrong, monkeypatch):
+    model = vera_problem.vera_model()
+    last = vera_problem.layers(model)[-1]
+    if wrong == "layer":
+        last.vera_dropout["default"] = nn.Flatten()
+    norms = dvora_peft.dvora_norm
+
+    def refuse_the_last(weight, *factors):
+        if wrong == "backend" and weight is last.base_layer.weight:
+            raise ValueError("no backend")
+        return norms(weight, *factors)
+
+    monkeypatch.setattr(dvora_peft, "dvora_norm", refuse_the_last)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="dropout is a|no backend"):
+        to_dvora(model)
+    assert state_of(model) == before

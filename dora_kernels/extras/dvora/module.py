@@ -148,16 +148,21 @@ class DvoraLinear(MergeableLinear):
             empty = torch.empty(size, device=weight.device, dtype=adapter_dtype)
             self.register_parameter(name, nn.Parameter(empty))
         self.reset_adapter()
+        self._freeze_base()
 
     @torch.no_grad()
     def reset_adapter(self) -> None:
         """lambda_d to d_initial, lambda_b to zero, the magnitude to the row norms of weight."""
         self._refuse_while_merged("reset_adapter")
-        self.vera_lambda_d.fill_(self.d_initial)
-        self.vera_lambda_b.zero_()
-        weight, _ = self.base()
-        if weight.device.type != "meta":
-            self.vera_magnitude_vector.copy_(dvora_norm(weight, *self._vera()))
+        vera_A, vera_B, lambda_d, lambda_b = self._vera()
+        fresh = torch.full_like(lambda_d, self.d_initial), torch.zeros_like(lambda_b)
+        weight = self._detached_base()
+        # first: it may be refused, under options(backend="triton") say
+        norm = None if weight.device.type == "meta" else dvora_norm(weight, vera_A, vera_B, *fresh)
+        lambda_d.copy_(fresh[0])
+        lambda_b.zero_()
+        if norm is not None:
+            self.vera_magnitude_vector.copy_(norm)
 
     def _vera(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """vera_A (R, K), vera_B (N, R), lambda_d (R,), lambda_b (N,)."""
