@@ -36,11 +36,6 @@ _OPEN = 4
 """Files that are open at a time: an index may name thousands, and a layer's tensors are in one or two."""
 
 
-def is_name(key: str) -> bool:
-    """True for what can be the name of a tensor or a module: no megabyte, no lines, no half of a letter."""
-    return len(key) <= MOST_LETTERS and key.isprintable()
-
-
 class TensorFiles:
     """The tensors of one or more safetensors files, by key: shapes and dtypes at once, data when it is asked for.
 
@@ -68,10 +63,10 @@ class TensorFiles:
                     continue
                 entry = tensors.get_slice(key)
                 shape = tuple(entry.get_shape())
-                if not is_name(key) or len(shape) > MOST_DIMENSIONS:
+                if len(key) > MOST_LETTERS or len(shape) > MOST_DIMENSIONS:
                     raise ValueError(
                         f"{function}: {shown(file)}: {shown(key)} has {len(key)} letters and {len(shape)} dimensions; "
-                        f"expected at most {MOST_LETTERS}, which print, and {MOST_DIMENSIONS}"
+                        f"expected at most {MOST_LETTERS} and {MOST_DIMENSIONS}"
                     )
                 self._files[key], self.shapes[key], self.dtypes[key] = file, shape, entry.get_dtype()
         for key, name in (weight_map or {}).items():

@@ -96,7 +96,7 @@ def _compiled(function: str, field: str, key: str) -> Any:
             raise ValueError("not all regular expressions read it in the same way")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sets in sets, which both read as letters
-            re.compile(wrapped)
+            re.compile(key), re.compile(wrapped)
             return regex.compile(wrapped)
     except (re.error, regex.error, ValueError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise ValueError(

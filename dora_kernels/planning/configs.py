@@ -222,7 +222,7 @@ def _checked(fields: dict[str, Any], default: Config, target: str, key: str = "t
     if unknown:
         raise ValueError(f"{key}.{min(unknown):.80} is unknown; expected a field of Config")
     config = Config(**fields)
-    for name, least, most in (("num_warps", 1, 16), ("num_stages", 1, 8), ("waves", 1, 64)):
+    for name, least, most in (("num_warps", 1, 16), ("num_stages", 1, 8), ("waves", 1, 16)):
         value = getattr(config, name)
         power = name != "num_warps" or (type(value) is int and value & (value - 1) == 0)
         if type(value) is not int or not least <= value <= most or not power:

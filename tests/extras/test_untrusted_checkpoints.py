@@ -225,9 +225,9 @@ def test_every_file_is_opened_once_and_few_at_a_time(tmp_path, monkeypatch):
 
 
 def test_names_and_shapes_beyond_any_models_are_refused(tmp_path):
-    for tensors in ({"x" * 1001: torch.ones(1)}, {"x": torch.ones([1] * 9)}, {"a\nb": torch.ones(1)}):
+    for tensors in ({"x" * 1001: torch.ones(1)}, {"x": torch.ones([1] * 9)}):
         save_file(tensors, tmp_path / "x.safetensors")
-        with pytest.raises(ValueError, match="^f: .*expected at most 1000, which print, and 8$") as raised:
+        with pytest.raises(ValueError, match="^f: .*expected at most 1000 and 8$") as raised:
             TensorFiles("f", tmp_path, [tmp_path / "x.safetensors"])
         assert len(str(raised.value)) < 500 and "\n" not in str(raised.value)
 

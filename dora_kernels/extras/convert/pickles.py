@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 
 import torch
 
-from dora_kernels.extras.checkpoint_files import MOST_LETTERS, is_name
+from dora_kernels.extras.checkpoint_files import MOST_LETTERS
 
 MOST_OPCODES = 10_000_000
 """Of a pickle: 10^5 tensors have 3 * 10^6. So many took at most 8 s and 1 GB, of the kinds that take the most."""
@@ -127,10 +127,11 @@ def described(file: IO[bytes], storages: dict[str, Storage] | None = None) -> An
 
 def _key(key: object) -> str:
     """`key`, if it is a name. Others are not hashed, which may take for ever, nor is their repr asked for."""
-    if type(key) is str and is_name(key):
+    if type(key) is str and len(key) <= MOST_LETTERS:
+        key.encode()  # ValueError for half a letter, which no safetensors file holds
         return key
     found = f"{key!r:.80}" if type(key) in (str, int) else f"of type {type(key).__name__}"
-    raise ValueError(f"a key is {found}; expected a name of at most {MOST_LETTERS} letters that print")
+    raise ValueError(f"a key is {found}; expected a name of at most {MOST_LETTERS} letters")
 
 
 def _named(name: str) -> Any:
