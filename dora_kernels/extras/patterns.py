@@ -22,7 +22,7 @@ SECONDS = 10.0
 
 _LETTERS = 1000
 _REPEATS = 10_000
-"""What the counts of a pattern may multiply to: `regex` writes repetitions out, (a{65535}){65535} in over 10 GB."""
+"""The most that the counts of a pattern may multiply to: `regex` writes repetitions out, (a{65535}){65535} in 10 GB."""
 
 # What the two libraries do not share: fuzzy counts, sets of POSIX, and groups that are more than a group.
 _UNSHARED = re.compile(r"\{(?!\d+(,\d*)?\}|,\d+\})|\[:|\(\?(?![:=!]|<[=!]|P[<=])")

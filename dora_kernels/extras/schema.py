@@ -1,4 +1,4 @@
-"""What the JSON in a stranger's checkpoint has to be: adapter_config.json, the index of shards, the alphas in a header.
+"""The schema of the JSON in a checkpoint: adapter_config.json, the index of shards, the alphas in a header.
 
 Types are strict, so that true is no 1 and "8" no 8, numbers are finite, and pydantic's parser bounds how deep JSON may
 be nested. What a field means, and which of them can be kept, is each command's to say.

@@ -31,7 +31,7 @@ def check_regular(function: str, path: str | Path) -> int:
 
 
 def read_bytes(function: str, path: str | Path, at_most: int) -> bytes:
-    """What is in a regular file of at most so many bytes. Raises ValueError for another, or where it cannot be read."""
+    """The bytes of a regular file of at most so many. Raises ValueError for another, or where it cannot be read."""
     check_regular(function, path)
     try:
         with open(path, "rb", opener=_without_waiting) as file:

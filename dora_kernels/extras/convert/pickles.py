@@ -1,4 +1,4 @@
-"""What a pickle of torch.save describes. Nothing is run: no opcode calls or imports what it names.
+"""Descriptions of the tensors in a pickle of torch.save. Nothing is run: no opcode calls or imports what it names.
 
 A pickle is a program. torch.load(weights_only=True) runs it over a list of functions that do no harm; but they take a
 stranger's arguments, and a key that is a tuple of one tuple twice, and so on 60 deep, is hashed for ever. Here the
@@ -34,7 +34,7 @@ _PLAIN = ("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter"
 
 
 class Named(NamedTuple):
-    """What a pickle names, or what it makes by calling that, of which no more is known."""
+    """A name of a pickle's, or what it makes by calling that, of which no more is known."""
 
     name: str
 
@@ -64,7 +64,7 @@ class View(NamedTuple):
 
 
 def described(file: IO[bytes], storages: dict[str, Storage] | None = None) -> Any:
-    """What the pickle at the place of `file` makes, up to its end; its storages are added to `storages`.
+    """The object that the pickle at the place of `file` describes, up to its end; fills `storages`.
 
     Dicts, lists, tuples, numbers, strings, dtypes, Storage, View, and Named for all else. Raises ValueError for opcodes
     that torch.save has no use for, and whatever a damaged pickle leads to.
