@@ -17,12 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.lib import host_tables
+from bench.lib import host_tables, outputs
 from bench.lib.machine import ROOT
 from bench.lib.plots import draw, plot_names, points
 from bench.lib.results import COMPARED, cases, heading, load
 from bench.studies import dropout, evaluation, predictions, scaling, shared
 from dora_kernels.extras import analysis
+from dora_kernels.files import writing
 from dora_kernels.testing import geometric_mean
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -269,6 +270,7 @@ def replaced(text: str, markdown: str, name: str = "figures") -> str:
     return f"{head}{begin}\n{markdown}\n{end}{rest.split(end)[1]}"
 
 
+@outputs.command("bench.figures")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 with --check where a text differs."""
     parser = argparse.ArgumentParser(prog="python -m bench.figures", description=__doc__.splitlines()[0])
@@ -305,9 +307,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     texts[folder / "layer.md"] = layer_page(results)
     if arguments.check:
         return int(any(not path.exists() or text != path.read_text() for path, text in texts.items()))
-    folder.mkdir(parents=True, exist_ok=True)
+    outputs.claim("bench.figures", *texts)
     for path, text in texts.items():
-        path.write_text(text)
+        writing.write_text(path, text)
     for path in draw(results, folder):
         print(path.relative_to(ROOT))
     return 0

@@ -23,10 +23,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from bench.lib import host_driver
+from bench.lib import host_driver, outputs
 from bench.lib.machine import ROOT
 
 
+@outputs.command("bench.host")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 where nothing can be measured."""
     reason = host_driver.why_not()
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--instructions", action="store_true", help="count them, too, by callgrind")
     parser.add_argument("--profile", action="store_true", help="print where the time of our training steps goes")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "bench" / "results" / "cpu" / "host.json")
-    host_measure.run(parser.parse_args(argv), driver)
+    arguments = parser.parse_args(argv)
+    outputs.claim("bench.host", arguments.out)
+    host_measure.run(arguments, driver)
     return 0
 
 

@@ -27,6 +27,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from bench.lib import outputs
 from bench.lib.machine import ROOT, conditions, device_folder, meta
 from bench.lib.measure import Timing, interleave, stopwatch_of
 from bench.lib.problem import SCALING
@@ -306,6 +307,7 @@ def table(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+@outputs.command("bench.kernels")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a kernel was wrong or raised, 2 where the device is not there."""
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=__doc__.splitlines()[0])
@@ -326,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     gpu = device.type == "cuda"
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "kernels.json"
+    outputs.claim("bench.kernels", out)
     end = time.monotonic() + arguments.seconds
     roof = roof_for(device, arguments.roof, None if gpu else (64 << 20, 512, 5))
     cases = cases_of(arguments.case or [(sizes, None) for sizes in GPU_CASES if gpu], arguments.precision, device.type)

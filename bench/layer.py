@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 
+from bench.lib import outputs
 from bench.lib.machine import ROOT, conditions, device_folder, meta
 from bench.lib.problem import FROZEN_INFERENCE, PASSES
 from bench.lib.providers import PROVIDERS, providers_of
@@ -142,6 +143,7 @@ def _flat(rows: dict[Any, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     return [row for group in rows.values() for row in group]
 
 
+@outputs.command("bench.layer")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a provider failed the gate, 2 where the device is not there."""
     parser = _parser()
@@ -166,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     file = "layer.json" if arguments.grid in (None, "core", "cpu") else f"layer-{arguments.grid}.json"
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / file
+    outputs.claim("bench.layer", out)
     try:
         cases = cases_of(arguments, device.type)
     except ValueError as error:

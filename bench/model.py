@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import dora_kernels
-from bench.lib import machine
+from bench.lib import machine, outputs
 from bench.lib.machine import ROOT, device_folder, meta
 from bench.lib.problem import SCALING
 from bench.lib.report import write
@@ -312,6 +312,7 @@ def line(row: ModelRow) -> str:
     return f"{row.variant:<10} {row.seconds:8.3f} s {row.tokens_per_second:9.0f} tokens/s {memory}  loss {row.loss:.4f}"
 
 
+@outputs.command("bench.model")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a variant was not measured, 2 where the device is not there."""
     parser = argparse.ArgumentParser(prog="python -m bench.model", description=__doc__.splitlines()[0])
@@ -330,6 +331,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("bench.model: torch sees no GPU; expected one, or --preset tiny --device cpu", file=sys.stderr)
         return 2
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "model.json"
+    outputs.claim("bench.model", out)
     information = meta(device, arguments.commit)
     print(information["device"])
     rows = run(arguments.preset, arguments.variant, device, out, arguments.seconds, arguments.repeats, information)

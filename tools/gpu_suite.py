@@ -50,7 +50,7 @@ from gpu_stages.device_tests import tests_core, tests_failed  # noqa: E402
 from gpu_stages.running import Stage, Suite, finished_before, run_stages  # noqa: E402
 from gpu_stages.sanitizer import sanitizer  # noqa: E402
 
-from bench.lib import machine  # noqa: E402
+from bench.lib import machine, outputs  # noqa: E402
 from bench.lib.machine import ROOT  # noqa: E402
 
 # bench.layer: the square layer, a larger one, a wide one at a high rank, one token, 512 tokens, a trainer's autocast
@@ -118,6 +118,7 @@ PLANS = {"first": (FIRST, 340.0), "second": (SECOND, 340.0), "all": (_all(), 180
 STAGES = {stage.name: stage for stage in _all()}
 
 
+@outputs.command("gpu_suite")
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's docstring."""
     arguments = _parser().parse_args(argv)
@@ -131,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stages = tuple(replace(STAGES[stage], most=float("inf")) for stage in arguments.stage) + (SAVE,)
     seconds = arguments.seconds or seconds
     out = (arguments.out or ROOT / "bench" / "results" / "-".join(name.lower().split())).resolve()
+    outputs.claim("gpu_suite", out / "suite.json")
     suite = Suite(out, arguments.commit, arguments.plan, cache=arguments.cache, failed=arguments.failed)
     # as machine.meta of the GPU, which would make a CUDA context
     about = machine.meta(torch.device("cpu"), arguments.commit) | {"device": name, "threads": None}

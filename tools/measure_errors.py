@@ -25,7 +25,7 @@ from dora_kernels.planning import devices  # noqa: E402
 if not torch.cuda.is_available():
     devices.interpret_on_cpu()  # before anything that imports triton, as peft does
 
-from bench.lib import machine, report  # noqa: E402
+from bench.lib import machine, outputs, report  # noqa: E402
 from dora_kernels.testing import compare, geometric_mean, rms_error  # noqa: E402
 from tests.support.parity_ratios import NAMES, configurations, peft_dora  # noqa: E402
 from tests.support.problem import DEVICE  # noqa: E402
@@ -83,6 +83,7 @@ def measure_ways(seed: int, count: int, dtypes: tuple[torch.dtype, torch.dtype],
     ]
 
 
+@outputs.command("measure_errors")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="tools/measure_errors.py", description=__doc__.splitlines()[0])
@@ -94,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device(DEVICE)
     name = "errors-by-way.json" if arguments.ways else "errors.json"
     out = arguments.out or machine.ROOT / "bench" / "results" / machine.device_folder(device) / name
+    outputs.claim("measure_errors", out)
     information = machine.meta(device) | {"seed": arguments.seed, "configurations": arguments.configurations}
     rows: list[dict[str, object]] = []
     for dtypes, name in (HALF if arguments.ways else NAMES).items():

@@ -28,10 +28,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from mutation.changes import Finder, Mutant
 from mutation.excluded import EXCLUDED, Excluded
 from mutation.running import Copy, Lines, those_that_run
 from mutation.subjects import SUBJECTS
+
+from bench.lib import outputs  # noqa: E402
+from dora_kernels.files import writing  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ENOUGH = 0.95
@@ -46,10 +51,11 @@ def lines_run(tree: Copy, tests: Sequence[str], file: Path | None) -> Lines:
             return known["lines"]
     lines = tree.lines(tests)
     if file is not None:
-        file.write_text(json.dumps({"key": key, "lines": lines}))
+        writing.write_text(file, json.dumps({"key": key, "lines": lines}))
     return lines
 
 
+@outputs.command("mutate")
 def main(
     argv: Sequence[str] | None = None,
     root: Path = ROOT,
@@ -83,6 +89,7 @@ def main(
         mutants = random.Random(arguments.seed).sample(mutants, min(arguments.sample, len(mutants)))
         print(f"drew {len(mutants)} with seed {arguments.seed}", flush=True)
 
+    outputs.claim("mutate", arguments.json, arguments.lines)
     start, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="mutate_") as folder, Copy(root, Path(folder)) as tree:
         try:
@@ -108,7 +115,8 @@ def main(
     if arguments.json:
         excluded = [str(mutant) + f": {reason}" for mutant, reason in reasons.items() if reason]
         report = {"seed": arguments.seed, "rate": rate, "left_out": len(mutants) - len(rows), "rows": rows}
-        arguments.json.write_text(json.dumps(report | {"excluded": excluded, "unrun": unrun}, indent=1) + "\n")
+        report |= {"excluded": excluded, "unrun": unrun}
+        writing.write_text(arguments.json, json.dumps(report, indent=1) + "\n")
     return 0 if rate >= ENOUGH and not unrun else 1
 
 

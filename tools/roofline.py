@@ -19,11 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from bench.lib import machine, report, roof  # noqa: E402
+from bench.lib import machine, outputs, report, roof  # noqa: E402
 from bench.studies import predictions  # noqa: E402
 from dora_kernels.planning import costs, devices  # noqa: E402
 
 
+@outputs.command("roofline")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 2 where the device is not there."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -40,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("roofline: --device cuda but torch sees no GPU; expected a GPU, or --device cpu", file=sys.stderr)
         return 2
     device = torch.device("cuda" if torch.cuda.is_available() and arguments.device != "cpu" else "cpu")
+    out = arguments.out or machine.ROOT / "bench" / "results" / machine.device_folder(device) / "roofline.json"
+    outputs.claim("roofline", out)
     large = device.type == "cuda"
     sizes = (roof.COPY_BYTES, 8192, 20) if large else (64 << 20, 512, 5)
     rows = roof.rows_of(roof.measure_roof(device, *sizes))
-    out = arguments.out or machine.ROOT / "bench" / "results" / machine.device_folder(device) / "roofline.json"
     information = machine.meta(device, arguments.commit)
     report.write(out, information | {"conditions": machine.conditions(device)}, rows)
     print(information["device"])

@@ -38,7 +38,7 @@ from candidates import PRECISIONS, SUBJECTS  # noqa: E402
 from precompile import Judged  # noqa: E402
 
 from bench import kernels  # noqa: E402
-from bench.lib import machine, tuned  # noqa: E402
+from bench.lib import machine, outputs, tuned  # noqa: E402
 from bench.lib.measure import interleave, stopwatch_of  # noqa: E402
 from bench.lib.shapes import LayerCase  # noqa: E402
 from dora_kernels.planning import configs  # noqa: E402
@@ -188,6 +188,7 @@ def measure_on(device: torch.device, seconds: float = 0.4, rounds: tuple[int, in
     return measure
 
 
+@outputs.command("tune")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where kernels were left out, 2 without a GPU that there are configurations for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -207,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if target is None:
         print(f"tune: no kernel configuration is known for {gpu}; expected one in tiles.py", file=sys.stderr)
         return 2
+    path = arguments.out or configs.tuned_path(gpu)
+    outputs.claim("tune", path)  # another run's entries would be lost
     operand_bytes, names = arguments.operand_bytes, [name for name in SUBJECTS if name in arguments.kernel]
     wanted = precompile.candidates_of(names, operand_bytes, target)
     processes = max(2, (os.cpu_count() or 2) - 1)
@@ -217,7 +220,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name}: {fields_of(config)} is not tried: {why}", flush=True)
     device = torch.device("cuda", torch.cuda.current_device())
     information = machine.meta(device, arguments.commit)
-    path = arguments.out or configs.tuned_path(gpu)
     left = arguments.seconds - (time.monotonic() - start)
     settings = {"fresh": arguments.fresh, "device": device}
     left_out = tune(

@@ -7,6 +7,7 @@ from typing import Any
 
 from bench.lib.results import cases, load
 from dora_kernels.extras import analysis
+from dora_kernels.files import writing
 
 
 def points(data: dict[str, Any]) -> analysis.Analysis:
@@ -38,7 +39,8 @@ def draw(results: Path, folder: Path) -> list[Path]:
     def save(figure: Any, name: str) -> None:
         path = folder / f"{name}.png"
         # no date and no version in the file: the same results give the same bytes
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        with writing.replacing(path) as made:
+            figure.savefig(made, format="png", dpi=110, metadata={"Software": None})
         pyplot.close(figure)
         written.append(path)
 

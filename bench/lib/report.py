@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any
 
+from dora_kernels.files import writing
 from dora_kernels.testing import geometric_mean
 
 
@@ -16,9 +17,7 @@ def write(path: pathlib.Path, meta: dict[str, Any], rows: list[dict[str, Any]]) 
     lines = ",\n".join(json.dumps(_tidy(row), allow_nan=False) for row in rows)
     text = f'{{"meta": {json.dumps(_tidy(meta), indent=1, allow_nan=False)},\n"rows": [\n{lines}\n]}}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    writing.write_text(path, text)
 
 
 def _tidy(value: Any) -> Any:

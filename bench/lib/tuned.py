@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.lib import outputs
+from dora_kernels.files import writing
 from dora_kernels.planning import configs, measured
 
 Table = dict[str, Any]
@@ -32,11 +33,9 @@ def read(path: Path) -> Table:
 
 
 def write(path: Path, table: Table) -> None:
-    """Whole or not at all, also where two GPUs of one name are measured side by side."""
+    """Whole or not at all. Who has read the table before holds it (outputs.claim), or loses what came meanwhile."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(table, indent=1, allow_nan=False) + "\n")
-    os.replace(partial, path)
+    writing.write_text(path, json.dumps(table, indent=1, allow_nan=False) + "\n")
 
 
 def with_entries(ways: Sequence[dict[str, Any]], new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -63,20 +62,24 @@ def enter(path: Path) -> Path:
     """Enter the parts of the table in a file into the package's of the same GPU; returns the path of that."""
     new = read(path)
     package = configs.tuned_path(new["meta"]["device"])
-    known = read(package)
-    ways = with_entries(known.get("ways", ()), new.get("ways", ()))
-    write(package, known | new | ({"ways": ways} if ways else {}))
+    with writing.claimed("tuned", package):
+        known = read(package)
+        ways = with_entries(known.get("ways", ()), new.get("ways", ()))
+        write(package, known | new | ({"ways": ways} if ways else {}))
     return package
 
 
+@outputs.command("bench.lib.tuned")
 def main(argv: Sequence[str] | None = None) -> int:
     """See the module's docstring; returns 0, or 1 where a file is no table of a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.lib.tuned", description=__doc__.splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     for path in parser.parse_args(argv).files:
-        if "device" not in read(path).get("meta", {}):
+        device = read(path).get("meta", {}).get("device")
+        if device is None:
             print(f"bench.lib.tuned: {path} is no table; expected what a stage has left", file=sys.stderr)
             return 1
+        outputs.claim("bench.lib.tuned", configs.tuned_path(device))
         print(f"{path} -> {enter(path)}")
     return 0
 

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
+from bench.lib import outputs
 from bench.lib.machine import ROOT, device_folder, meta
 from bench.lib.report import write
 from dora_kernels import adapters
@@ -101,6 +102,7 @@ def kind_of(layer: str) -> str:
     return layer.rpartition(".")[2]
 
 
+@outputs.command("bench.studies.analysis")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.analysis", description=__doc__.splitlines()[0])
@@ -115,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"checkpoints is {arguments.checkpoints}; expected 1 to {arguments.steps}, the steps")
     device = torch.device("cpu")
     information = meta(device, arguments.commit)
+    out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "analysis.json"
+    outputs.claim("bench.studies.analysis", out)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, Progress(*demo.COLUMNS, console=Console(stderr=True)) as progress:
         preset, sizes = demo.PRESETS[arguments.preset], (arguments.steps, arguments.checkpoints, arguments.seed)
@@ -130,7 +134,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         "left_out": [dataclasses.asdict(entry) for entry in result.left_out],
         "trends": lines(result),
     }
-    out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "analysis.json"
     write(out, information | settings, [dataclasses.asdict(point) for point in result.points])
     print(result)
     print(out)

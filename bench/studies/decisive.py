@@ -25,6 +25,7 @@ from torch import Tensor
 
 import dora_kernels
 from bench import kernels
+from bench.lib import outputs
 from bench.lib.machine import ROOT, conditions, device_folder, meta
 from bench.lib.measure import capture
 from bench.lib.problem import SCALING
@@ -218,6 +219,7 @@ def run(
     return rows
 
 
+@outputs.command("bench.studies.decisive")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a row is not ok, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.decisive", description=__doc__.splitlines()[0])
@@ -234,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if arguments.small else "cuda")
     roof = roof_for(device, arguments.roof, (1 << 20, 64, 3) if arguments.small else None)
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "decisive.json"
+    outputs.claim("bench.studies.decisive", out)
     information = meta(device, arguments.commit) | {"roof": asdict(roof)}
     sections = {name: SECTIONS[name] for name in SECTIONS if name in arguments.section}
     rows = run(Bench(device, roof, arguments.small), out, information, arguments.seconds, sections)

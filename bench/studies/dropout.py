@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from rich.progress import track
 from torch import Tensor, nn
 
+from bench.lib import outputs
 from bench.lib.machine import ROOT, device_folder, meta
 from bench.lib.measure import failure, interleave, peak_bytes, saved_bytes, stopwatch_of
 from bench.lib.problem import lora_dropout_ref
@@ -136,6 +137,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@outputs.command("bench.studies.dropout")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.dropout", description=__doc__.splitlines()[0])
@@ -146,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "dropout.json"
+    outputs.claim("bench.studies.dropout", out)
     cases = [DropoutCase(precision, *shape) for precision in PRECISIONS for shape in arguments.shape or SHAPES]
     where, rows = meta(device, arguments.commit), []
     for case in track(cases, "bench.studies.dropout"):

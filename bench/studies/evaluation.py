@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import dora_kernels
+from bench.lib import outputs
 from bench.lib.machine import ROOT, meta
 from bench.lib.measure import failure, interleave
 from bench.lib.report import write
@@ -95,6 +96,7 @@ def with_before(rows: list[dict[str, Any]], before: dict[str, Any]) -> list[dict
     return [row for group in cases.values() for row in group]
 
 
+@outputs.command("bench.studies.evaluation")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.evaluation", description=__doc__.splitlines()[0])
@@ -105,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--before", type=pathlib.Path, metavar="FILE", help="what this wrote on another commit")
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     arguments = parser.parse_args(argv)
+    outputs.claim("bench.studies.evaluation", arguments.out)
     torch.set_num_threads(1)
     where, rows = meta(torch.device("cpu"), arguments.commit), []
     for precision in arguments.precision:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from bench.lib import outputs
 from bench.lib.apart import Attempt, Row, make
 from bench.lib.machine import ROOT, device_folder, meta
 from bench.lib.report import write
@@ -260,6 +261,7 @@ def without_rows(sections: Iterable[str], probe: Probe) -> list[str]:
     return [name for name in sections if name not in {row["section"] for row in probe.rows}]
 
 
+@outputs.command("bench.studies.probe")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a row is not ok, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.probe", description=__doc__.splitlines()[0])
@@ -280,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if found else 2
     information = found[0]["meta"]
     out = arguments.out or ROOT / "bench" / "results" / found[0]["folder"] / "probe.json"
+    outputs.claim("bench.studies.probe", out)
     shapes = [tuple(arguments.shape), *(shape for shape in OTHER_SHAPES if shape != tuple(arguments.shape))]
     first, *others = (LayerCase(*shape, "bf16", "cuda") for shape in shapes)
     probe, stopped = Probe(first, tuple(others)), False

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from bench.lib import outputs
 from bench.lib.machine import ROOT, device_folder, meta
 from bench.lib.measure import interleave, peak_bytes, saved_bytes, stopwatch_of
 from bench.lib.report import write
@@ -106,6 +107,7 @@ def section(measured: dict[str, list[dict[str, Any]]]) -> str:
     return "\n\n".join([*parts, f"Predicted for an H200 in bf16, none of it measured:\n\n{predicted_table()}"])
 
 
+@outputs.command("bench.studies.shared")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.shared", description=__doc__.splitlines()[0])
@@ -119,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = arguments.out or ROOT / "bench" / "results" / device_folder(device) / "shared.json"
+    outputs.claim("bench.studies.shared", out)
     cases = [
         SharedCase(block, precision, M, R)
         for block in arguments.block

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from bench.lib import tuned
+from bench.lib import outputs, tuned
 from bench.lib.apart import Attempt, Row, make
 from bench.lib.machine import ROOT, conditions, device_folder, meta
 from bench.lib.measure import failure, interleave, stopwatch_of
@@ -213,6 +213,7 @@ def facts(commit: str | None) -> Iterator[Row]:
         yield {"meta": meta(device, commit), "folder": device_folder(device)}
 
 
+@outputs.command("bench.studies.ways")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a row is not ok, 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="python -m bench.studies.ways", description=__doc__.splitlines()[0])
@@ -233,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     information = found[0]["meta"]
     out = arguments.out or ROOT / "bench" / "results" / found[0]["folder"] / "ways.json"
     table = arguments.table or configs.tuned_path(information["device"])
+    outputs.claim("bench.studies.ways", out, table)
     study, stopped = Study([LayerCase(*shape, "bf16", "cuda") for shape in arguments.shape or WAY_SHAPES]), False
     try:
         run(study, out, table, information, arguments.seconds - (time.monotonic() - start))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.lib.machine import ROOT
+from dora_kernels.files import writing
 from gpu_stages.running import Suite
 
 TESTS = ROOT / "tests"
@@ -30,9 +31,10 @@ def _files(*names: str) -> tuple[str, ...]:
 
 # What a GPU has no part in, or what takes it for other processes: ranks of gloo, trainers, the tools' own tests.
 OFF_DEVICE = _files(
-    "bench", "cli", "distributed", "repo", "tools", "kernels/test_interpreter.py", "reuse/test_constants.py",
+    "bench", "cli", "distributed", "files", "repo", "tools", "kernels/test_interpreter.py", "reuse/test_constants.py",
     "adapters/test_structure_claims.py", "extras/test_analysis.py", "extras/test_analysis_checkpoints.py",
-    "extras/test_convert.py", "extras/test_convert_libraries.py", "extras/test_convert_refusals.py",
+    "extras/test_analysis_plot.py", "extras/test_convert.py", "extras/test_convert_libraries.py",
+    "extras/test_convert_refusals.py", "extras/test_convert_writes.py",
     "extras/test_demo_dvora.py", "extras/test_names.py", "planning/test_configs.py", "planning/test_options.py",
 )  # fmt: skip
 # Every kernel and operator, and the promises that a GPU can break: graphs, streams, reuse, faults.
@@ -109,7 +111,7 @@ def tests_failed(suite: Suite, seconds: float) -> dict[str, Any]:
             note = {"note": f"{suite.failed}: {type(error).__name__}: {error}"[:200]}
             print(f"    {note['note']}", flush=True)
     path = suite.work / "passed_before.json"
-    path.write_text(json.dumps(sorted(passed)))
+    writing.write_text(path, json.dumps(sorted(passed)))
     names = [name for name in CORE if name in again - {HUGE_FILE}] + files() + [HUGE_FILE]
     return _run(suite, seconds, "tests_failed", [f"--passed={path}", *paths(names)]) | note
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from triton.runtime.cache import triton_key
 
-from bench.lib import machine, report, roof
+from bench.lib import machine, outputs, report, roof
 from gpu_stages import card
 
 DISTRIBUTIONS = (
@@ -138,6 +138,7 @@ FACTS: dict[str, Callable[[], Any]] = {
 }
 
 
+@outputs.command("facts")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where a fact could not be had, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -147,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("facts: torch sees no GPU; expected one", file=sys.stderr)
         return 2
+    outputs.claim("facts", arguments.out, arguments.out.with_name("roofline.json"))
     rows: list[dict[str, Any]] = []
     for name, fact in FACTS.items():
         start = time.monotonic()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dora_kernels.files import writing
 from gpu_stages.running import Suite
 
 RESULTS, CACHE = "results.tar.gz", "cache.tar.xz"
@@ -24,15 +25,20 @@ def pack_results(suite: Suite) -> int:
     suite.out.mkdir(parents=True, exist_ok=True)
     for log in suite.work.rglob("*.log"):
         if log.stat().st_size > LOG_BYTES:
-            log.write_bytes(log.read_bytes()[-LOG_BYTES:])
-    archive, partial = suite.out / RESULTS, suite.out / f"{RESULTS}.partial"
-    with tarfile.open(partial, "w:gz", compresslevel=6) as tar:
+            with writing.replacing(log) as made:
+                made.write_bytes(log.read_bytes()[-LOG_BYTES:])
+    archive = suite.out / RESULTS
+    with writing.replacing(archive) as made, tarfile.open(made, "w:gz", compresslevel=6) as tar:
         for path in sorted(suite.work.iterdir()):
-            tar.add(path, path.name)
+            tar.add(path, path.name, filter=_not_hidden)
         if (suite.out / "suite.json").exists():
             tar.add(suite.out / "suite.json", f"suite-{suite.plan}.json")
-    os.replace(partial, archive)
     return archive.stat().st_size
+
+
+def _not_hidden(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    """The entry, or None for what a stage that was killed has left of a file that it wrote."""
+    return None if os.path.basename(entry.name).startswith(".") else entry
 
 
 def unpack_results(archive: Path, folder: Path) -> None:
@@ -51,14 +57,14 @@ def pack_cache(
     end = clock() + seconds
     paths = [path for path in cache.rglob("*") if path.suffix in KEPT and path.is_file()] if cache.exists() else []
     paths.sort(key=lambda path: (path.parent.stat().st_mtime, path))
-    partial, packed = archive.with_name(f"{archive.name}.partial"), 0
-    with partial.open("wb") as file, tarfile.open(fileobj=file, mode="w:xz", preset=XZ_PRESET) as tar:
-        for path in paths:
-            if clock() >= end or file.tell() > CACHE_BYTES:
-                break
-            tar.add(path, str(path.relative_to(cache)))
-            packed += 1
-    os.replace(partial, archive)
+    packed = 0
+    with writing.replacing(archive) as made, made.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w:xz", preset=XZ_PRESET) as tar:
+            for path in paths:
+                if clock() >= end or file.tell() > CACHE_BYTES:
+                    break
+                tar.add(path, str(path.relative_to(cache)))
+                packed += 1
     return packed, len(paths) - packed
 
 

@@ -25,7 +25,7 @@ import precompile
 import specializations
 import torch
 
-from bench.lib import machine, report
+from bench.lib import machine, outputs, report
 from gpu_stages import workload
 
 SPILLS_SHOWN = 8
@@ -60,6 +60,7 @@ def _dimensions(descriptor: re.Match) -> str:
     return f"tensordesc of {len(descriptor[1].split(','))}"
 
 
+@outputs.command("warm")
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, 1 where something was not compiled, 2 without a GPU that there are configurations for."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", help="what is measured, where the checkout has no .git folder")
     arguments = parser.parse_args(argv)
+    outputs.claim("warm", arguments.out)
     start = time.monotonic()
     end = start + arguments.seconds
     if arguments.target:
