@@ -172,7 +172,7 @@ OPTIONS = {
 }  # fmt: skip
 # what makes the work small, or ends a vector before it; what comes later has the last word
 FIRST = {
-    "check": ("--shape", "1x2x3x1", "--dtype", "float32", "--backend", "reference"),
+    "check": ("--shape", "1x2x3x1", "--dtype", "float32", "--backend", "reference", "--seed", "1"),
     "convert": ("adapter", "out", "--from", "peft", "--to", "lycoris", "--no-bias"),
     "analyze": ("base.safetensors", "adapter"),
 }

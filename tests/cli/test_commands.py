@@ -21,9 +21,9 @@ from tests.support.micro_demo import MICRO
 def run_micro(monkeypatch, tmp_path, capsys):
     """Run the demo at a preset (MICRO), on the CPU, and return its exit status, what it printed and its chart."""
 
-    def run(preset: demo.Preset = MICRO, device: str = "cpu", base: str = "dense"):
+    def run(preset: demo.Preset = MICRO, device: str = "cpu", base: str = "dense", chart: str = "chart.png"):
         monkeypatch.setitem(demo.PRESETS, "micro", preset)
-        chart = tmp_path / "chart.png"
+        chart = tmp_path / chart
         status = main(["demo", "--preset", "micro", "--device", device, "--base", base, "--out", str(chart)])
         return status, capsys.readouterr().out, chart
 
@@ -68,6 +68,13 @@ def test_demo_passes(run_micro):
     assert "7 of 7" in printed
     assert printed.count("84 of 84") == 2
     assert "FAILED" not in printed
+
+
+def test_demo_takes_any_name_for_its_chart(run_micro):
+    """rich reads [red] as a colour, and a terminal would obey the other."""
+    status, printed, chart = run_micro(chart="[red] \x1b[2J.png")
+    assert status == 0 and chart.read_bytes().startswith(b"\x89PNG")
+    assert r"[red] \x1b[2J.png" in printed and "\x1b" not in printed
 
 
 @pytest.mark.parametrize("base, bits", [("dense", "32.00 bits"), ("nf4", "5.79 bits")])
