@@ -57,8 +57,11 @@ def check_target(function: str, name: str, path: Target) -> None:
 def claimed(function: str, path: Target) -> Iterator[None]:
     """Inside, no other run writes to `path`: it gets a ValueError, as this one does where another is inside.
 
-    Where a file system has no locks there is no claim.
+    Where a file system has no locks there is no claim, nor of what is no regular file.
     """
+    if _is_poured_into(Path(path)):
+        yield
+        return
     with claim(_resolved(path), f"{function}: {path}"):
         yield
 
@@ -73,7 +76,7 @@ def replacing(path: Target) -> Iterator[Path]:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; expected a file")
-    if _descriptor(path) is not None or (path.exists() and not path.is_file()):
+    if _is_poured_into(path):
         with tempfile.TemporaryDirectory() as folder, _naming(path):
             yield Path(folder) / (path.name or "made")
             _pour(Path(folder) / (path.name or "made"), path)
@@ -122,6 +125,11 @@ def write_text(path: Target, text: str) -> None:
 def _resolved(path: Target) -> Path:
     """The path of the file itself: behind the links, if `path` is one."""
     return Path(os.path.realpath(path))
+
+
+def _is_poured_into(path: Path) -> bool:
+    """True of a device, a pipe and an open file: they are written to, and not replaced."""
+    return _descriptor(path) is not None or (path.exists() and not path.is_file())
 
 
 def _descriptor(path: Path) -> int | None:

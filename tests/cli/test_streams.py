@@ -1,5 +1,6 @@
 """stdout that is full, closed or not read any more, and encodings that cannot say what is to be said."""
 
+import json
 import os
 import subprocess
 import sys
@@ -47,6 +48,15 @@ def test_closed_streams(tmp_path):
         command = [sys.executable, "-c", code, numbers, *COMMAND, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert (done.returncode, done.stderr) == (expected, said)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/fd"), reason="needs /dev/fd")
+def test_json_to_a_pipe():
+    reader, writer = os.pipe()
+    assert main([*CHECK, "--json", f"/dev/fd/{writer}"]) == 0
+    os.close(writer)
+    with open(reader) as file:
+        assert json.load(file)["cases"][0]["ok"]
 
 
 @needs_dev_full
