@@ -15,6 +15,7 @@ Exit status 0 without a difference; 1 with one: its seed, its operations, and th
 
 Left out, because stock's own result has no meaning, or none to compare with:
 - changes of an adapter, its scale or the base weight while merged: unmerge then takes out other numbers than went in
+- merge_model while merged: the layer as it computes then; merge_and_unload merges what else is active first
 - adapter_names of a mixed batch: PEFT leaves its hooks in the model after its own error
 - dropout="lora" with a dropout that is active: another function than PEFT's, by request
 - dropout with torch.utils.checkpoint: under the shared masks a block that runs again draws new ones

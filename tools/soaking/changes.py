@@ -166,7 +166,7 @@ def write_to(twin: Twin, parameters: list[tuple[str, nn.Parameter]], draw: rando
         else:
             holder, _, name = path.rpartition(".")
             setattr(twin.model.get_submodule(holder), name, nn.Parameter(new, parameter.requires_grad))
-    if twin.ours and way in ("data", "alias", "numpy"):
+    if twin.ours and way in ("data", "alias", "numpy", "assigned"):
         dora_kernels.invalidate(twin.model)
 
 
@@ -210,12 +210,11 @@ def mode(twin: Twin, draw: random.Random) -> None:
 def cast(twin: Twin, draw: random.Random) -> None:
     """To one of five: four dtypes, or float32 adapters over half precision."""
     dtype, wide = draw.choice(DTYPES), not twin.kind.others and draw.random() < 0.3
-    if twin.exact:
-        return
-    twin.model.to(dtype)
+    if not twin.exact:
+        twin.model.to(dtype)
     if wide and dtype.itemsize == 2:
         for _, parameter in of_adapter(twin.model):
-            parameter.data, parameter.grad = parameter.data.float(), None
+            parameter.data, parameter.grad = parameter.data.to(twin.input_dtype(torch.float32)), None
 
 
 @operation()
@@ -251,12 +250,12 @@ def load_state_dict(twin: Twin, draw: random.Random) -> None:
 
 
 def finish(twin: Twin, draw: random.Random) -> None:
-    """The end of a walk: merge_and_unload, or merge_model and unload where it leaves no layer."""
-    merge_model, training, layers = draw.random() < 0.5, draw.random() < 0.5, twin.layers()
-    if merge_model and twin.ours and is_enabled(twin) and layers:
-        merged = copy.deepcopy(twin.model)
-        if not dora_kernels.serving.merge_model(merged) and not any(module in layers for module in merged.modules()):
-            twin.model = merged.unload().train(training)
+    """The end of a walk: merge_and_unload, or merge_model and unload where it leaves no layer and none was merged."""
+    merge_model, training = draw.random() < 0.5, draw.random() < 0.5
+    if merge_model and twin.ours and is_enabled(twin) and not twin.merged:
+        merged = Twin(copy.deepcopy(twin.model), twin.kind)
+        if not dora_kernels.serving.merge_model(merged.model) and not merged.layers():
+            twin.model = merged.model.unload().train(training)
             return
     # what was unloaded has the mode of the base layers, and merge_model's layers that of those they replace
     twin.model = twin.model.merge_and_unload().train(training)

@@ -158,7 +158,7 @@ def interrupted(twin: Twin, draw: random.Random) -> None:
         except Planted:
             ended = False
         handle.remove()
-        twin.records["ended"] = torch.tensor(ended)
+        twin.records["ended"] = torch.tensor(float(ended))
         for parameter in twin.model.parameters():
             parameter.grad = None
         twin.records["y"] = call(twin, seed).detach()

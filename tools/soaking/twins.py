@@ -85,6 +85,8 @@ class Twin:
     def copied(self, exact: bool = False) -> Twin:
         """A copy to try an operation on; of a stock twin."""
         twin = Twin(copy.deepcopy(self.model), self.kind, exact=exact)
+        for copied, parameter in zip(twin.model.parameters(), self.model.parameters(), strict=True):
+            copied.grad = None if parameter.grad is None else parameter.grad.clone()  # which deepcopy leaves out
         if exact:
             twin.model.double()
             for layer in twin.layers():
