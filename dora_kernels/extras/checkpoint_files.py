@@ -32,8 +32,9 @@ MOST_LETTERS, MOST_DIMENSIONS = 1000, 8
 """Of a tensor's name and of its shape: more is no model's, and no message's."""
 
 _CHECKPOINT = f"a safetensors file, or a folder with {MODEL_WEIGHTS}, {MODEL_INDEX} or {ADAPTER_CONFIG}"
-_OPEN = 4
-"""Files that are open at a time: an index may name thousands, and a layer's tensors are in one or two."""
+_OPEN = 64
+"""Files that are open at a time, of thousands that an index may name. Reading one more parses its header again: with 4,
+8,000 tensors in 5 files, one after another in turn, took 16 s in place of 1.3."""
 
 
 class TensorFiles:

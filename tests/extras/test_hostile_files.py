@@ -220,3 +220,17 @@ def test_many_tensors_open_few_files(case, monkeypatch, count):
         assert len(analyze(base, [source, tuned]).points) == 2 * count
         assert len(convert_checkpoint(source, folder / "out", "peft", "dora_kernels", no_bias=True)) == count
     assert len(made) <= 12, f"{len(made)} times for 4 reads of 3 files"
+
+
+def test_shards_in_turn_are_opened_once(case, monkeypatch):
+    folder, names = case(), [f"{number}.safetensors" for number in range(5)]
+    base, weight_map = folder / "base", {}
+    base.mkdir()
+    for number, name in enumerate(names):
+        modules = [f"layers.{layer}" for layer in range(number, 100, 5)]
+        peft.write_model(base / name, modules)
+        weight_map |= {f"{module}.weight": name for module in modules}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    tuned = peft.write_model(folder / "tuned.safetensors", [f"layers.{layer}" for layer in range(100)], seed=1)
+    made = opened(monkeypatch)
+    assert len(analyze(base, [tuned]).points) == 100 and len(made) == 6
