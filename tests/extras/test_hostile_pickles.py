@@ -199,6 +199,16 @@ def test_nothing_runs(case, tmp_path):
     assert not canary.exists()
 
 
+def test_a_name_imports_nothing(case, monkeypatch):
+    """torch makes some of its names, torch.onnx for one, when it is asked for them."""
+    asked = []
+    monkeypatch.setattr(torch, "__getattr__", asked.append)
+    for program in (b"\x80\x02}X\x01\x00\x00\x00actorch\nonnx_of_tomorrow\ns.", b"\x80\x02ctorch\nonnx_of_tomorrow\n."):
+        for content in pickles.files_around(program):
+            assert read(case, content) is None
+    assert "onnx_of_tomorrow" not in asked
+
+
 def test_records_that_are_not_what_they_seem(case):
     """Compressed ones, which may be bombs, ones that are gone or longer, twice the same name, another byte order."""
     content = saved(state_dict())

@@ -135,7 +135,8 @@ def _key(key: object) -> str:
 
 
 def _named(name: str) -> Any:
-    dtype = getattr(torch, name.removeprefix("torch."), None) if name.startswith("torch.") else None
+    # not by getattr, which imports torch.onnx and others of which there is the name alone
+    dtype = vars(torch).get(name.removeprefix("torch.")) if name.startswith("torch.") else None
     return dtype if isinstance(dtype, torch.dtype) else _STORAGES.get(name, Named(name))
 
 
