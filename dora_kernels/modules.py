@@ -250,7 +250,7 @@ class DoraLinear(MergeableLinear):
         if base_layer is not None:
             layer.weight, layer.base_layer = None, base_layer
         else:
-            layer.weight, layer.bias = weight, bias
+            layer.weight, layer.bias = weight, bias  # type: ignore[assignment]  # nn.Linear's, dense
         layer.lora_A.to_empty(device=weight.device)
         layer.lora_B.to_empty(device=weight.device)
         layer.lora_magnitude_vector = nn.Parameter(torch.empty_like(layer.lora_magnitude_vector, device=weight.device))
@@ -263,9 +263,10 @@ class DoraLinear(MergeableLinear):
     def reset_adapter(self) -> None:
         """lora_A uniform as nn.Linear, lora_B zero, the magnitude the row norms of weight."""
         self._refuse_while_merged("reset_adapter")
-        weight, nothing = self._detached_base(), (torch.zeros_like(lora.weight) for lora in (self.lora_A, self.lora_B))
+        weight = self._detached_base()
+        zero_A, zero_B = torch.zeros_like(self.lora_A.weight), torch.zeros_like(self.lora_B.weight)
         # first: it may be refused, under options(backend="triton") say
-        norm = None if weight.device.type == "meta" else weight_norm(weight, *nothing, self.scaling)
+        norm = None if weight.device.type == "meta" else weight_norm(weight, zero_A, zero_B, self.scaling)
         self.lora_A.reset_parameters()
         self.lora_B.weight.zero_()
         if norm is not None:

@@ -57,7 +57,7 @@ def check_callable(function: str, name: str, value: object) -> None:
     check_type(function, name, value, Callable, "a function")
 
 
-def check_items(function: str, name: str, values: object, cls: Any, expected: str) -> None:
+def check_items(function: str, name: str, values: Any, cls: Any, expected: str) -> None:
     """Raise ValueError unless `values` is a list or a tuple of instances of `cls`, of which each is `expected`."""
     check_type(function, name, values, (list, tuple), f"a list, each {expected}")
     for index, value in enumerate(values):
@@ -117,7 +117,7 @@ def _number(value: object) -> int | float | None:
 
 def check_size(function: str, name: str, value: Any, least: int = 0) -> int:
     """`value` as an int. Raise ValueError unless it is one, from `least` on."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < least:
         expected = "a positive int" if least else "an int of at least 0"
         raise ValueError(f"{function}: {name} is {described(value)}; expected {expected}")
     return int(value)
@@ -125,7 +125,7 @@ def check_size(function: str, name: str, value: Any, least: int = 0) -> int:
 
 def check_seed(function: str, seed: Any) -> int:
     """`seed` as an int. Raise ValueError unless it is one that torch's generators take."""
-    if not isinstance(seed, Integral) or isinstance(seed, bool) or not -(2**63) <= seed < 2**64:
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= int(seed) < 2**64:
         raise ValueError(f"{function}: seed is {described(seed)}; expected an int of 64 bits")
     return int(seed)
 
