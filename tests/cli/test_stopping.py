@@ -140,7 +140,7 @@ def test_a_mistake_of_ours_is_a_traceback(monkeypatch):
         ("info", "torch.fx"),
         ("check", "dora_kernels.testing.suite"),
         ("convert", "safetensors"),
-        ("analyze", "matplotlib.pyplot"),
+        ("analyze", "matplotlib.figure"),
     ],
 )
 def test_a_signal_during_an_import(command, module, tmp_path):
@@ -154,7 +154,7 @@ def test_a_signal_during_an_import(command, module, tmp_path):
     path = os.pathsep.join([str(tmp_path / "site"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "SEND_AT": module, "SEND": str(int(number))}
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment)
-    name = command if module == "matplotlib.pyplot" else "dora_kernels"
+    name = command if module == "matplotlib.figure" else "dora_kernels"
     assert (done.returncode, done.stderr) == (128 + number, f"{name}: ended by {number.name}\n")
     left = {path.name for path in tmp_path.iterdir()} - {path.name for path in before} - {"site"}
     assert not {name for name in left if name.startswith(".")} and left <= {"analysis.json"}

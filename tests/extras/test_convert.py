@@ -173,7 +173,7 @@ def test_the_command_names_every_format(capsys):
 
 def test_without_safetensors_the_command_says_so():
     code = "import sys; sys.modules['safetensors'] = None\nfrom dora_kernels.cli import main\n"
-    code += "sys.exit(main(['convert', 'a', 'b', '--from', 'peft', '--to', 'lycoris']))"
+    code += "sys.exit(main(['convert', '.', 'b', '--from', 'peft', '--to', 'lycoris']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 2 and "dora-kernels[convert]" in result.stderr
 
