@@ -93,10 +93,13 @@ def test_refuses_torchtunes_rows_without_a_word(tmp_path, capsys):
     for options, expected in (
         ((), ("q_proj", "--heads", "--same-rows")),
         (("--heads", 2, 1), "6 rows but 2 heads"),
-        (("--heads", 0, 1), "heads[0] is 0; expected a positive int"),
-        (("--heads", 1, 1, "--same-rows"), "expected one of them"),
+        (("--heads", 0, 1), "--heads: is '0'; expected an integer from 1"),
+        (("--heads", 1, 1, "--same-rows"), "not allowed with argument --heads"),
     ):
         refuses(tmp_path, capsys, expected, path, "peft", "torchtune", "--no-bias", *options)
+    for heads, same_rows, expected in (((0, 1), False, r"heads\[0\] is 0"), ((1, 1), True, "expected one of them")):
+        with pytest.raises(ValueError, match=f"convert: .*{expected}"):
+            convert_checkpoint(path, tmp_path / "out", "peft", "torchtune", heads=heads, same_rows=same_rows)
     convert_checkpoint(path, tmp_path / "same", "peft", "torchtune", no_bias=True, same_rows=True)
     assert_same(reread(tmp_path / "same", "torchtune"), reread(path, "peft"))
     convert_checkpoint(path, tmp_path / "ours", "peft", "dora_kernels")
