@@ -3,7 +3,9 @@
 import errno
 import os
 import signal
+import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -149,6 +151,64 @@ def test_what_cannot_be_written_is_said_before(tmp_path):
         assert str(error.value).startswith("f: out is '") and reason in str(error.value), (bad, error.value)
         assert len(str(error.value)) < 400
     assert names(tmp_path) == ["dangling", "file", "folder", "link", "loop", "pipe"]
+
+
+def test_a_device_and_a_pipe_are_written_to(tmp_path):
+    write_text("/dev/null", BIG)
+    with pytest.raises(OSError, match="/dev/full") as error:
+        write_text("/dev/full", "new")
+    assert error.value.errno == errno.ENOSPC and stat.S_ISCHR(os.stat("/dev/full").st_mode)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError) as error:  # not to wait for ever
+        write_text(pipe, "new")
+    assert error.value.errno == errno.ENXIO
+    reader = subprocess.Popen(["cat", str(pipe)], stdout=subprocess.PIPE, text=True)
+    while refusal(write_text, pipe, "new" * 1000) != ("ok", ""):  # until it has opened the pipe
+        assert reader.poll() is None
+    assert reader.communicate(timeout=children.SECONDS)[0] == "new" * 1000 and names(tmp_path) == ["pipe"]
+
+
+def test_a_reader_that_has_gone_is_a_broken_pipe():
+    reading, writing_end = os.pipe()
+    os.close(reading)
+    with pytest.raises(BrokenPipeError):
+        write_text(f"/dev/fd/{writing_end}", "new")
+    os.close(writing_end)
+
+
+def print_around(path, out):
+    os.dup2(out, 1)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    print("before")
+    write_text(path, "new\n")
+    print("after", flush=True)
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/proc/self/fd/1", "/dev/fd/1", "link"])
+def test_stdout_goes_on_behind_what_is_written_to_it(tmp_path, name):
+    """Be it a pipe or, where the shell has redirected it, a file, which is not replaced under its feet."""
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    with open(tmp_path / "out", "wb") as file:
+        in_child(partial(print_around, tmp_path / name, file.fileno()))
+    assert (tmp_path / "out").read_text() == "before\nnew\nafter\n" and names(tmp_path) == ["link", "out"]
+    reading, writing_end = os.pipe()
+    in_child(partial(print_around, tmp_path / name, writing_end))
+    os.close(writing_end)
+    with os.fdopen(reading) as file:
+        assert file.read() == "before\nnew\nafter\n"
+
+
+def test_a_folder_and_a_socket_are_refused(tmp_path, monkeypatch):
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # the name of a socket may have 108 bytes
+        server.bind("socket")
+        with pytest.raises(ValueError, match="not a socket"):
+            check_target("f", "out", "socket")
+        assert refusal(write_text, "socket", "new")[0] == "OSError"
+    with pytest.raises(ValueError, match="is a folder"):
+        write_text(tmp_path, "new")
+    assert names(tmp_path) == ["socket"]
 
 
 def limited(write, path):
