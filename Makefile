@@ -26,17 +26,20 @@ GUARDED_TESTS := $(KERNEL_TESTS) tests/quant/test_quant.py tests/runtime/test_au
 	$(patsubst %,tests/adapters/test_peft_%.py,conv embedding) tests/reuse/test_shared_calls.py
 # Which mutants the night draws; it is printed, and make nightly MUTANTS_SEED=20261125 draws the same again.
 MUTANTS_SEED ?= $(shell date +%Y%m%d)
+# How long make soak and the night walk, and from where; printed as well: make soak SECONDS=60 SEED=7
+SECONDS ?= 1200
+SEED ?= $(shell date +%Y%m%d)
 
 # Not on the pretended GPU: LyCORIS measures the card for minutes, HQQ's and bitsandbytes' kernels need a driver, and
 # sparse tensors are made while test_malformed.py is collected.
 NOT_PRETENDED := $(patsubst %,adapters/test_%.py,conformance lycoris peft_quantized) \
 	functional/test_malformed.py quant/test_quant.py
 
-.PHONY: test lint demo bench nightly test-oldest test-tritons test-processors test-pretended-gpu test-guarded
+.PHONY: test lint demo bench soak nightly test-oldest test-tritons test-processors test-pretended-gpu test-guarded
 
 # An idle OpenMP thread that spins takes the core from whoever has work: on two cores under a load of 4, thirty
 # steps of the demo's training took 84 s, and 18 s when idle threads sleep.
-test demo nightly test-oldest test-tritons test-processors test-pretended-gpu test-guarded: export OMP_WAIT_POLICY := passive
+test demo soak nightly test-oldest test-tritons test-processors test-pretended-gpu test-guarded: export OMP_WAIT_POLICY := passive
 
 test: lint
 	$(VENV)/bin/python -m pytest
@@ -69,6 +72,11 @@ nightly: $(VENV)/installed $(VENV_OLDEST_PEFT)/installed test-oldest test-triton
 	$(VENV_OLDEST_PEFT)/bin/python -m pytest tests/adapters/test_peft*.py
 	$(VENV_OLDEST_PEFT)/bin/python tools/peft_suite.py
 	$(VENV)/bin/python tools/mutate.py --sample 250 --seed $(MUTANTS_SEED) --seconds 5400
+	$(VENV)/bin/python tools/soak.py --seconds $(SECONDS) --seed $(SEED)
+
+# Random operations on an enabled model and on a stock twin, compared after each.
+soak: $(VENV)/installed
+	$(VENV)/bin/python tools/soak.py --seconds $(SECONDS) --seed $(SEED)
 
 # The lower bounds, and none of the libraries whose models are read.
 test-oldest: $(VENV_OLDEST)/installed

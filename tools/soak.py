@@ -35,7 +35,8 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # has to be chosen before triton is imported
+if "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # the models are on the CPU
 
 import torch  # noqa: E402
 from soaking.models import Kind  # noqa: E402
@@ -55,7 +56,7 @@ def report(failed: Walk, seconds: float) -> None:
         f"walk {failed.kind.seed}: {failed.kind}\n    {failed.difference}\n    after {listed(failed.done)}", flush=True
     )
     print(f"    shrunk to {listed(shrunk(failed.kind, failed.done, seconds))}")
-    print(f"    again: python tools/soak.py --walk {failed.kind.seed}", flush=True)
+    print(f"    again: python tools/soak.py --walk {failed.kind.seed} --backend {failed.kind.backend}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the walks, whose own are 10**6 times this and up")
     parser.add_argument("--walk", type=int, metavar="SEED", help="only this walk")
     parser.add_argument("--backend", choices=LENGTH, help="of all walks (default: as each draws)")
+    parser.add_argument("--length", type=int, help="operations of a walk (default: what takes a few seconds)")
     parser.add_argument("--shrink", type=float, default=120, metavar="SECONDS", help="the longest that shrinking takes")
     arguments = parser.parse_args(argv)
     logging.getLogger("dora_kernels").setLevel(logging.ERROR)
@@ -80,7 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if time.monotonic() > end:
             break
         kind = Kind.draw(seed, arguments.backend)
-        made = walk(kind, LENGTH[kind.backend], until=lambda: time.monotonic() > end)
+        print(f"walk {seed}: {kind.backend}, {kind.dtype}", end="\r" if sys.stdout.isatty() else "\n", flush=True)
+        made = walk(kind, arguments.length or LENGTH[kind.backend], until=lambda: time.monotonic() > end)
         walks += 1
         done.update(name for name, _ in made.done)
         refused.update(made.refused)
