@@ -115,11 +115,13 @@ def _worst(pairs: dict[str, list[Comparison]], ulp: float) -> Difference | None:
     return None
 
 
-def moved(twin: Twin, seed: int) -> Twin:
-    """A copy of a stock twin with every number of its parameters an ulp up or down."""
+def moved(twin: Twin, seed: int, ulp: float) -> Twin:
+    """A copy of a stock twin with every number of its parameters an ulp up or down.
+
+    ulp: of the dtype that computes. Under autocast float32's own would round to the same bfloat16 again.
+    """
     copied = twin.copied()
     for i, parameter in enumerate(copied.model.parameters()):
         step = normal(parameter.shape, seed + i, torch.float64).sign()
-        ulp = torch.finfo(parameter.dtype).eps
         parameter.data = (parameter.data.double() * (1 + ulp * step)).to(parameter.dtype)
     return copied

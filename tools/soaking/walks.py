@@ -77,7 +77,7 @@ class Walk:
         apart = judged(
             all_of(self.ours), all_of(self.stock), ulp,
             exact=lambda: rerun(before.copied(exact=True)),
-            again=lambda: rerun(moved(before, next(tries))),
+            again=lambda: rerun(moved(before, next(tries), ulp)),
         )  # fmt: skip
         if apart is None:
             follow(stock, ours)
