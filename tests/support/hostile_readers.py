@@ -29,17 +29,24 @@ def refuses(arguments, message):
     assert line.startswith(message[:16])
 
 
-def converted(folder, source, *names, source_format="peft", **options):
-    """The adapters of `source` as they are written in our format and read by safetensors; None where it is refused."""
+def converted(folder, source, *names, source_format="peft", seconds=10.0, command=True, **options):
+    """The adapters of `source` as they are written in our format and read by safetensors; None where it is refused.
+
+    seconds: in which that has to be known. command: the command has to say the same, which it need not at a time limit.
+    """
     options = {"no_bias": True} | options
     out = folder / "out"
     adapters, refused = value_or_refusal(
-        folder, lambda: convert_checkpoint(source, out, source_format, "dora_kernels", **options), *(names or [source])
+        folder,
+        lambda: convert_checkpoint(source, out, source_format, "dora_kernels", **options),
+        *(names or [source]),
+        seconds=seconds,
     )
     flags = ["--no-bias"] if options["no_bias"] else ["--base", options["base"]]
     flags += ["--alpha", options["alpha"]] if "alpha" in options else []
     if refused:
-        refuses(["convert", source, out, "--from", source_format, "--to", "dora_kernels", *flags], refused)
+        if command:
+            refuses(["convert", source, out, "--from", source_format, "--to", "dora_kernels", *flags], refused)
         return None
     with safe_open(out, "pt") as file:
         alphas = json.loads(file.metadata()["dora_alpha"])
@@ -57,10 +64,12 @@ def assert_bits(ours, theirs):
     assert torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
 
 
-def analyzed(folder, base, tuned, *names):
-    """The points and what is left out; None where it is refused."""
-    result, refused = value_or_refusal(folder, lambda: analyze(base, [tuned]), *(names or (base, tuned)))
-    if refused:
+def analyzed(folder, base, tuned, *names, seconds=10.0, command=True):
+    """The points and what is left out; None where it is refused. seconds, command: as of `converted`."""
+    result, refused = value_or_refusal(
+        folder, lambda: analyze(base, [tuned]), *(names or (base, tuned)), seconds=seconds
+    )
+    if refused and command:
         refuses(["analyze", base, tuned, "--out", folder / "chart.png"], refused)
     return result
 
