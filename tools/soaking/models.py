@@ -101,7 +101,8 @@ class Kind:
     def draw(cls, seed: int, backend: str | None = None) -> Kind:
         """The model of one walk. Half of them are float32, where a stale number shows best."""
         draw = random.Random(seed)
-        backend = backend or ("triton" if draw.random() < 0.08 else "reference")
+        drawn = "triton" if draw.random() < 0.08 else "reference"
+        backend = backend or drawn
         others = draw.random() < 0.5
         dtypes = [torch.float32, torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16]
         return cls(

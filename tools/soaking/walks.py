@@ -16,7 +16,7 @@ import dora_kernels
 from dora_kernels.testing.run import shared_dropout
 from soaking import steps
 from soaking.changes import OPERATIONS, Operation, finish
-from soaking.comparing import Difference, differing, judged, moved
+from soaking.comparing import LEAST_ULP, Difference, differing, judged, moved
 from soaking.models import Kind
 from soaking.twins import Records, Twin, described, follow, numbers
 
@@ -24,7 +24,7 @@ Step = tuple[str, int]
 """The name of an operation and the seed that it draws from."""
 
 REFUSALS = (ValueError, RuntimeError, NotImplementedError, KeyError)
-"""What PEFT and torch refuse with; anything else is a fault of the soak's own."""
+"""Errors with which PEFT and torch refuse; any other of stock's is a fault of the soak's own."""
 
 FINISH = Operation("finish", finish)
 PROBE = Operation("probe", steps.probe)
@@ -60,6 +60,8 @@ class Walk:
         before = self.stock.copied()
         errors = [attempt(operation, twin, seed) for twin in (self.stock, self.ours)]
         if errors[0] is not None:
+            if not isinstance(errors[0], REFUSALS):
+                raise errors[0]
             self.refused[f"{operation.name}: {type(errors[0]).__name__}: {str(errors[0]):.60}"] += 1
         if not same_error(*errors):
             return Difference(operation.name, f"ours raised {errors[1]!r:.300}, stock {errors[0]!r:.300}")
@@ -72,7 +74,7 @@ class Walk:
             attempt(operation, twin, seed)
             return all_of(twin)
 
-        ulp = max(torch.finfo(dtype).eps for twin in (before, self.stock) for dtype in dtypes_of(twin))
+        ulp = max(LEAST_ULP, *(torch.finfo(dtype).eps for twin in (before, self.stock) for dtype in dtypes_of(twin)))
         tries = iter(range(1000))
         apart = judged(
             all_of(self.ours), all_of(self.stock), ulp,
@@ -96,7 +98,7 @@ def attempt(operation: Operation, twin: Twin, seed: int) -> Exception | None:
         with warnings.catch_warnings(), shared_dropout(seed), twin.backend():
             warnings.simplefilter("ignore")
             operation.run(twin, random.Random(seed))
-    except REFUSALS as error:
+    except Exception as error:
         return error
     return None
 
@@ -109,7 +111,7 @@ def same_error(stock: Exception | None, ours: Exception | None) -> bool:
 
 
 def all_of(twin: Twin) -> Records:
-    """What an operation computed, and the numbers of the model after it."""
+    """The numbers that an operation computed, and those of the model after it."""
     return {f"{name} (computed)": value for name, value in twin.records.items()} | numbers(twin.model)
 
 
