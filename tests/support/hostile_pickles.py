@@ -173,13 +173,18 @@ class View:
 
 
 class _Pickler(pickle.Pickler):
+    more: tuple[Any, ...] = ()
+
     def persistent_id(self, value: object) -> Any:
-        return value.id if isinstance(value, Storage) else None
+        return value.id + self.more if isinstance(value, Storage) else None
 
 
-def dumped(value: object) -> bytes:
+def dumped(value: object, more: tuple[Any, ...] = ()) -> bytes:
+    """A pickle. more: of what stands for a storage."""
     file = io.BytesIO()
-    _Pickler(file, protocol=2).dump(value)
+    pickler = _Pickler(file, protocol=2)
+    pickler.more = more
+    pickler.dump(value)
     return file.getvalue()
 
 
@@ -197,7 +202,8 @@ def archive(value: object, records: dict[str, bytes]) -> bytes:
 
 def legacy(value: object, keys: object, records: list[tuple[int, bytes]]) -> bytes:
     """The format from before torch 1.6: `keys` says which storages follow, each with its number of elements."""
-    head = [dumped(part) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, value, keys)]
+    # None: the storage is no part of another one
+    head = [dumped(part, (None,)) for part in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, value, keys)]
     return b"".join(head) + b"".join(struct.pack("<q", count) + content for count, content in records)
 
 
