@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import pytest
 import torch
@@ -38,6 +39,21 @@ def poison(request):
 
     with nan_filled_memory():
         yield
+
+
+@pytest.fixture
+def heard_signals():
+    """Signals that the run was started to ignore are heard: SIGINT by a shell's background job, SIGHUP under nohup.
+
+    What a test starts inherits that they are ignored, and obeys.
+    """
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    ignored = [number for number in usual if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, usual[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture

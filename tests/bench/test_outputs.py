@@ -18,6 +18,7 @@ from dora_kernels.planning import configs
 from tests.support import children
 from tests.support.children import in_child
 
+pytestmark = pytest.mark.usefixtures("heard_signals")
 ROOT = Path(__file__).parents[2]
 ROWS = [{"number": number} for number in range(1000)]
 

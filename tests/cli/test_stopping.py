@@ -15,6 +15,7 @@ from dora_kernels.cli import main, stopping
 from dora_kernels.testing import suite
 from tests.support.command_files import write_checkpoints
 
+pytestmark = pytest.mark.usefixtures("heard_signals")
 COMMAND = [sys.executable, "-m", "dora_kernels"]
 # Python runs it first of all: it sends this process a signal when a module is looked for
 SITECUSTOMIZE = """

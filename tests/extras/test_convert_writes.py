@@ -18,6 +18,7 @@ from tests.support import children
 from tests.support.children import Child, in_child
 from tests.support.convert_problem import adapter, assert_same, reread, several, written
 
+pytestmark = pytest.mark.usefixtures("heard_signals")
 FORMAT = pytest.mark.parametrize("target", ["dora_kernels", "peft"], ids=("file", "folder"))
 
 

@@ -20,6 +20,7 @@ from tests.support import children
 from tests.support.children import Child, in_child
 from tests.support.racing_threads import in_threads
 
+pytestmark = pytest.mark.usefixtures("heard_signals")
 BIG = "new" * 100_000
 
 
