@@ -38,8 +38,7 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
     these; ImportError if the model's layers come from a library too old to be known (PEFT before 0.19).
     """
     check_model("enable", model)
-    if dropout is not None:
-        check_choice("enable", "dropout", dropout, DROPOUTS)
+    check_choice("enable", "dropout", dropout, (None, *DROPOUTS))
     check_flag("enable", "fuse_shared_inputs", fuse_shared_inputs)
     layers = []
     found = dora_layers(model)

@@ -64,10 +64,11 @@ def check_items(function: str, name: str, values: Any, cls: Any, expected: str) 
         check_type(function, f"{name}[{index}]", value, cls, expected)
 
 
-def check_choice(function: str, name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is a str among `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{function}: {name} is {described(value)}; expected one of {', '.join(choices)}")
+def check_choice(function: str, name: str, value: object, choices: Sequence[str | None]) -> None:
+    """Raise ValueError unless `value` is a str, or None, among `choices`."""
+    if not isinstance(value, (str, type(None))) or value not in choices:
+        expected = ", ".join(map(str, choices))
+        raise ValueError(f"{function}: {name} is {described(value)}; expected one of {expected}")
 
 
 def check_path(function: str, name: str, value: object) -> None:

@@ -328,7 +328,7 @@ def test_the_report_names_a_dropout_that_stays_the_library_s():
 
 def test_bad_input():
     model = build(lora_dropout=0.5)
-    with pytest.raises(ValueError, match="enable: dropout is 'peft'; expected None or one of adapter, lora"):
+    with pytest.raises(ValueError, match="enable: dropout is 'peft'; expected one of None, adapter, lora"):
         dora_kernels.enable(model, dropout="peft")
     assert not any(isinstance(layer, dora_kernels.adapters.taking.TakenOver) for layer in layers(model))
     with pytest.raises(ValueError, match="DoraLinear: dropout_on is 'x'; expected one of adapter, lora"):
