@@ -9,13 +9,10 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+from dora_kernels.files.reading import printable
+
 LONGEST_WORD, LONGEST_LINE = 200, 1000
 """Characters of the line that says what is wrong: a name in it can be as long as a command line."""
-
-
-def printable(text: object, keep: str = "") -> str:
-    """`text` with what moves a cursor, sets a colour or is no character escaped, but for the characters of `keep`."""
-    return "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1] for letter in str(text))
 
 
 def say(line: str) -> None:

@@ -10,11 +10,15 @@ SHOWN = 200
 """The letters of a name that a message shows."""
 
 
+def printable(text: object, keep: str = "") -> str:
+    """`text` with what moves a cursor, sets a colour or is no character escaped, but for the characters of `keep`."""
+    return "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1] for letter in str(text))
+
+
 def shown(name: object) -> str:
     """A path, a key or a name, as a message has it in its line: a stranger's may be a megabyte, or have lines."""
-    text = str(name)
-    text = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    text = printable(str(name)[: SHOWN + 1])
+    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
 
 
 def check_regular(function: str, path: str | Path) -> int:

@@ -70,3 +70,4 @@ def test_names_are_shown_to_a_length():
     assert shown(Path("a/b")) == "a/b" and shown("x" * SHOWN) == "x" * SHOWN
     assert shown("a\nb\x1b") == r"a\nb\x1b" and shown("\ud800") == r"\ud800" and shown("é b") == "é b"
     assert len(shown("x" * 5000)) == SHOWN and shown("x" * 5000).endswith("x...")
+    assert len(shown("\U000e0001" * 5000)) == SHOWN  # ten letters each

@@ -13,8 +13,8 @@ from typing import Any
 
 from dora_kernels.cli import stopping
 from dora_kernels.cli.arguments import regular_expression
-from dora_kernels.cli.streams import printable
 from dora_kernels.files import writing
+from dora_kernels.files.reading import printable
 
 
 def add(commands: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dora_kernels.cli import stopping
 from dora_kernels.cli.arguments import integer, number, why_no_substitution
-from dora_kernels.cli.streams import printable
+from dora_kernels.files.reading import printable
 
 FORMATS = (
     "peft",
