@@ -174,5 +174,14 @@ def test_the_limit_is_stock_s_error():
     assert found is not None and "in the mean of 3" in str(found)
 
 
+def test_what_stock_has_no_digit_of_is_no_limit():
+    """Nor is it none for NaN."""
+    exact = torch.full((100,), 1e-7, dtype=torch.float64)
+    stock = {"dlora_A": (-2 * exact).bfloat16()}
+    for ours, good in ((-20 * exact, True), (exact * float("nan"), False)):
+        found = comparing.judged({"dlora_A": ours.bfloat16()}, stock, 2**-7, lambda: {"dlora_A": exact}, lambda: stock)
+        assert (found is None) is good, found
+
+
 def test_every_kind_of_operation_is_drawn():
     assert len(OPERATIONS) >= 20 and all(one.weight > 0 for one in OPERATIONS.values())
