@@ -61,7 +61,7 @@ def unwinding() -> Iterator[None]:
         yield
         return
     raised: float | None = None
-    stopped: Stopped | None = None
+    stopped: int | None = None  # not the exception: it holds the frames, which would hold it
     over = False
     again: list[threading.Timer] = []
 
@@ -69,8 +69,8 @@ def unwinding() -> Iterator[None]:
         nonlocal raised, stopped
         if over or (raised is not None and time.monotonic() - raised < ONE_PRESS):
             return
-        raised, stopped = time.monotonic(), Stopped(number)
-        raise stopped
+        raised, stopped = time.monotonic(), number
+        raise Stopped(number)
 
     def unheard(unraisable: Any) -> None:
         """Raise again, a moment later, a Stopped that was lost where nothing can be raised, as in a destructor."""
@@ -90,7 +90,7 @@ def unwinding() -> Iterator[None]:
     except Exception:
         if stopped is None:
             raise
-        raise stopped from None
+        raise Stopped(stopped) from None
     finally:
         over = True
         for timer in again:
