@@ -39,6 +39,7 @@ if "triton" not in sys.modules:
     os.environ["TRITON_INTERPRET"] = "1"  # the models are on the CPU
 
 import torch  # noqa: E402
+from soaking import comparing  # noqa: E402
 from soaking.models import Kind  # noqa: E402
 from soaking.walks import Step, Walk, shrunk, walk  # noqa: E402
 
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
     print(f"{walks} walks, {done.total()} operations, no difference, seed {arguments.seed}")
     print("    " + ", ".join(f"{name} {count}" for name, count in done.most_common()))
+    print(f"    {len(comparing.not_judged)} tensors not judged, of which stock's is more than 50% off")
     for what, count in refused.most_common():
         print(f"    refused by both, {count} times: {what}")
     return 0

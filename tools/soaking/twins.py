@@ -31,6 +31,7 @@ class Twin:
     kind: Kind
     ours: bool = False
     exact: bool = False
+    was_half: bool = False
     scopes: list[contextlib.ExitStack] = field(default_factory=list)
     held: list[object] = field(default_factory=list)
     records: Records = field(default_factory=dict)
@@ -66,6 +67,11 @@ class Twin:
         """The dtype of the base model."""
         return self.net.shift.dtype
 
+    @property
+    def half(self) -> bool:
+        """True if the base model or some adapter is half precision, or was before it became the exact twin."""
+        return self.was_half or any(parameter.dtype.itemsize == 2 for parameter in self.model.parameters())
+
     def input_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """`dtype`, or what stands for it in the exact twin."""
         return torch.float64 if self.exact else dtype
@@ -84,7 +90,7 @@ class Twin:
 
     def copied(self, exact: bool = False) -> Twin:
         """A copy to try an operation on; of a stock twin."""
-        twin = Twin(copy.deepcopy(self.model), self.kind, exact=exact)
+        twin = Twin(copy.deepcopy(self.model), self.kind, exact=exact, was_half=self.half)
         for copied, parameter in zip(twin.model.parameters(), self.model.parameters(), strict=True):
             copied.grad = None if parameter.grad is None else parameter.grad.clone()  # which deepcopy leaves out
         if exact:
