@@ -22,7 +22,8 @@ class Options:
         for name, allowed in (("backend", BACKENDS), ("way", WAYS), ("precision", PRECISIONS)):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
-                raise ValueError(f"options: {name} is {value!r}; expected one of {', '.join(allowed)}")
+                found = f"{value!r:.80}" if isinstance(value, str) else f"a {type(value).__name__}"
+                raise ValueError(f"options: {name} is {found}; expected one of {', '.join(allowed)}")
 
 
 # A module global and neither thread-local nor a ContextVar: torch.compile guards on a global, silently ignores

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from dora_kernels.functional.arguments import check_flag, check_number, check_placement, check_size, check_type
+from dora_kernels.functional.arguments import (
+    check_elements,
+    check_flag,
+    check_number,
+    check_placement,
+    check_size,
+    check_type,
+)
 
 # 0.75 and not 0.7: Triton takes a float32 scaling, and a check in float64 wants it exact
 SCALING = 0.75
@@ -35,6 +42,8 @@ def random_inputs(
     """
     function = "random_inputs"
     M, N, K, R = (check_size(function, name, size) for name, size in {"M": M, "N": N, "K": K, "R": R}.items())
+    for sizes in ({"M": M, "K": K}, {"N": N, "K": K}, {"R": R, "K": K}, {"N": N, "R": R}, {"M": M, "N": N}):
+        check_elements(function, **sizes)
     check_type(function, "dtype", dtype, torch.dtype, "a floating-point dtype")
     check_placement(function, device, dtype=dtype, adapter_dtype=adapter_dtype)
     scaling = check_number(function, "scaling", scaling)

@@ -142,6 +142,27 @@ def test_analyze_overwrites_no_input(tmp_path, ends):
     assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
 
 
+def test_analyze_overwrites_no_file_of_an_inputs_folder(tmp_path, ends):
+    """Nor what a link in it points at, as in Hugging Face's cache."""
+    pytest.importorskip("safetensors")
+    pytest.importorskip("matplotlib")
+    write_checkpoints(tmp_path)
+    for name in ("base", "blobs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "base.safetensors").rename(tmp_path / "blobs" / "0")
+    (tmp_path / "base" / "model.safetensors").symlink_to("../blobs/0")
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    files = ["base/model.safetensors", "base/tokenizer.json", "blobs/0", "adapter/adapter_config.json"]
+    before = [(tmp_path / name).read_bytes() for name in files]
+    for name in files:
+        code, said = ends(["analyze", "base", "adapter", "--json", name])
+        assert code == 2 and "a file of its folder" in said
+    assert [(tmp_path / name).read_bytes() for name in files] == before
+    chart = ["--out", "adapter/chart.png", "--json", "base/new.json"]
+    assert ends(["analyze", "base", "adapter", *chart])[0] == 0
+    assert ends(["analyze", "base", "adapter", *chart[:2]])[0] == 0  # a chart is drawn again
+
+
 def test_a_line_is_short_and_moves_no_cursor(capsys):
     streams.say("convert: " + "a" * 10**4 + " is \x1b[31m\r\n\u2028\udcff; expected b" + " c" * 10**4 + " d")
     said = capsys.readouterr().err

@@ -23,12 +23,14 @@ LONGEST_KIND, LONGEST_TITLE = 40, 80
 def draw(analysis: Analysis, path: str | Path, title: str | None = None) -> None:
     """Write a PNG. A marker is a checkpoint, a colour a kind of layer (the last part of its name).
 
-    The same analysis gives the same bytes. Raises ValueError unless the arguments are of these types.
+    The same analysis gives the same bytes. Raises ValueError unless the arguments are of these types, and
+    where no file can be written to path.
     """
     check_type("draw", "analysis", analysis, Analysis, "an Analysis")
     check_path("draw", "path", path)
     if title is not None:
         check_type("draw", "title", title, str, "a title, or None")
+    writing.check_target("draw", "path", path)
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

@@ -222,6 +222,8 @@ def encode(row: Format, adapters: Sequence[DoraAdapter], adapter_name: str = "de
     """
     check_type("convert", "row", row, Format, "one of FORMATS' values")
     check_items("convert", "adapters", adapters, DoraAdapter, "a DoraAdapter")
+    if not adapters:
+        raise ValueError("convert: adapters is empty; expected at least one")
     modules = [adapter.module for adapter in adapters]
     if len(set(modules)) != len(modules):
         raise ValueError(f"convert: adapters are of {described(modules)}; expected modules of different names")
