@@ -38,7 +38,7 @@ def check_target(function: str, name: str, path: Target) -> None:
     mode = None
     try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            mode = os.stat(path).st_mode
+            mode = os.stat(Path(path)).st_mode  # of "", the folder
         folder = _resolved(path).parent
     except (OSError, ValueError) as error:
         refuse(f"a path that can be: {getattr(error, 'strerror', None) or error}")
@@ -46,6 +46,8 @@ def check_target(function: str, name: str, path: Target) -> None:
         refuse("a file in a folder that exists")
     if mode is not None and (stat.S_ISDIR(mode) or stat.S_ISSOCK(mode)):
         refuse(f"a file, not a {'folder' if stat.S_ISDIR(mode) else 'socket'}")
+    if os.fspath(path).endswith(os.sep):  # the writers would leave it out
+        refuse("a file, and no slash behind it")
     if mode is not None and not os.access(path, os.W_OK):
         refuse("a file that may be written")
     beside = _descriptor(Path(path)) is None and (mode is None or stat.S_ISREG(mode))

@@ -151,6 +151,9 @@ def test_what_cannot_be_written_is_said_before(tmp_path):
             check_target("f", "out", os.path.join(tmp_path, bad))
         assert str(error.value).startswith("f: out is '") and reason in str(error.value), (bad, error.value)
         assert len(str(error.value)) < 400
+    for bad in ("", ".", str(tmp_path / "free") + "/", str(tmp_path / "file") + "/"):
+        with pytest.raises(ValueError, match="f: out is .*expected a file, "):
+            check_target("f", "out", bad)
     assert names(tmp_path) == ["dangling", "file", "folder", "link", "loop", "pipe"]
 
 
