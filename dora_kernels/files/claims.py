@@ -22,7 +22,9 @@ except ImportError:  # no locks on Windows
 NAME_BYTES = 255
 """The longest name that ext4, XFS, tmpfs and most others take."""
 
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_NO_LINK_NOR_WAIT = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+"""A pipe of that name, which nobody reads, would never open."""
+
 _held: dict[tuple[str, int, int], BinaryIO] = {}
 """The lock files that are open, by path, process and thread."""
 
@@ -62,7 +64,7 @@ def _locked(lock: Path, me: tuple[str, int, int], target: Path, told: str) -> bo
     """Lock the file, which is made where there is none; returns False where there are no locks."""
     while True:
         try:
-            _held[me] = open(lock, "ab", opener=lambda path, flags: os.open(path, flags | _NO_LINK, 0o666))
+            _held[me] = open(lock, "ab", opener=lambda path, flags: os.open(path, flags | _NO_LINK_NOR_WAIT, 0o666))
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(target)) from error
         try:

@@ -441,6 +441,17 @@ def test_what_a_killed_run_leaves_is_used_again(tmp_path, write):
     assert names(tmp_path) == ["a"] and content_of(tmp_path / "a") == "new"
 
 
+@pytest.mark.timeout(20)
+def test_no_lock_is_waited_for(tmp_path):
+    """Whoever has put a pipe in its place; the link's target is not touched."""
+    os.mkfifo(tmp_path / ".a.lock")
+    assert refusal(write_text, tmp_path / "a", "new")[0] == "OSError"
+    (tmp_path / "other").write_text("theirs")
+    (tmp_path / ".b.lock").symlink_to("other")
+    assert refusal(write_text, tmp_path / "b", "new")[0] == "OSError"
+    assert (tmp_path / "other").read_text() == "theirs" and {"a", "b"}.isdisjoint(names(tmp_path))
+
+
 def test_a_link_that_a_killed_run_left_is_not_written_through(tmp_path):
     """The run was killed between link and unlink: what it has written has two names."""
     create(tmp_path / "a")
