@@ -19,7 +19,7 @@ from dora_kernels import ops
 from dora_kernels.adapters.frozen import frozen_like
 from dora_kernels.adapters.promises import Promises
 from dora_kernels.adapters.taking import TakenOver
-from dora_kernels.functional.arguments import check_flag, check_model, check_type
+from dora_kernels.functional.arguments import check_dense, check_flag, check_model, check_type
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.validate import check_adapter, check_call, check_row, check_tensor
 from dora_kernels.functional.weight import weight_norm
@@ -219,9 +219,7 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
         tensor is not None and tensor.requires_grad for tensor in (x, lora_A, lora_B, bank.gain, bank.scaling, bias)
     ):
         raise ValueError("bank_linear: a gradient is wanted; expected torch.no_grad(): it is forward only")
-    if not isinstance(index, Tensor) or index.layout is not torch.strided or index.is_nested:
-        what = index.layout if isinstance(index, Tensor) else type(index).__name__
-        raise ValueError(f"bank_linear: index is {what}; expected a dense torch.Tensor of integers")
+    check_dense("bank_linear", "index", index)
     shapes = [x.shape[:-1], x.shape[: min(1, x.dim() - 1)]]  # x (K,) is one row: an index ()
     # compared, and not looked for in a set: torch.jit.trace has tensors for sizes
     if index.dtype not in (torch.int32, torch.int64) or all(index.shape != shape for shape in shapes):

@@ -12,7 +12,9 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
+from dora_kernels.files.reading import printable
 from dora_kernels.quant.parts import FLOATING
 
 DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
@@ -33,12 +35,12 @@ def described(value: object) -> str:
         return f"the class {value.__name__}"
     if isinstance(value, nn.Module):
         return f"a {type(value).__name__}"
-    if isinstance(value, Tensor):
-        return f"a {type(value).__name__} of {value.dtype}"
     try:
-        return " ".join(_short.repr(value).split())
-    except ValueError:  # an int of more than 4,300 digits
-        return f"a very long {type(value).__name__}"
+        if isinstance(value, Tensor):
+            return f"a {type(value).__name__} of {value.dtype}"
+        return printable(" ".join(_short.repr(value).split()))
+    except Exception:  # an int of more than 4,300 digits; a class of another's that is named dict, too
+        return f"a {type(value).__name__} that has no short repr"
 
 
 def check_model(function: str, model: object, name: str = "model") -> None:
@@ -55,6 +57,23 @@ def check_type(function: str, name: str, value: object, cls: Any, expected: str)
 def check_callable(function: str, name: str, value: object) -> None:
     """Raise ValueError unless `value` can be called."""
     check_type(function, name, value, Callable, "a function")
+
+
+def check_dense(function: str, name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a tensor whose elements lie one by one in memory, or would on meta."""
+    check_type(function, name, value, Tensor, "a torch.Tensor")
+    if isinstance(value, UninitializedTensorMixin):  # torch.compile traces no is_lazy
+        raise ValueError(f"{function}: {name} is {described(value)}; expected one that has a shape")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise ValueError(f"{function}: {name} is {layout}; expected a dense tensor (torch.strided)")
+
+
+def check_floats(function: str, name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a dense tensor of floating-point numbers, which are there to be read."""
+    check_dense(function, name, value)
+    if not value.is_floating_point() or value.is_meta:
+        raise ValueError(f"{function}: {name} is {value.dtype} on {value.device}; expected floating-point numbers")
 
 
 def check_items(function: str, name: str, values: Any, cls: Any, expected: str) -> None:

@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from dora_kernels.functional.arguments import check_items, check_number, check_type, described
+from dora_kernels.functional.arguments import check_floats, check_items, check_number, check_type, described
 
 # A single result may be twice as far from exact as PyTorch's own, plus 2 ulp (a tensor of a few elements can be
 # exact by luck); the geometric mean over many results may be MEAN_RATIO of PyTorch's.
@@ -35,12 +35,7 @@ def rms_error(actual: Tensor, exact: Tensor) -> float:
 def _check_like(function: str, exact: Tensor, **tensors: Tensor) -> None:
     """Raise ValueError unless all are dense tensors of floating-point numbers, with exact's shape and device."""
     for name, tensor in {"exact": exact, **tensors}.items():
-        check_type(function, name, tensor, Tensor, "a torch.Tensor")
-        if tensor.layout is not torch.strided or tensor.is_nested or not tensor.is_floating_point():
-            layout = "nested" if tensor.is_nested else tensor.layout
-            raise ValueError(f"{function}: {name} is {layout} of {tensor.dtype}; expected dense floating point")
-        if tensor.is_meta:
-            raise ValueError(f"{function}: {name} is on meta; expected numbers")
+        check_floats(function, name, tensor)
         if tensor.shape != exact.shape:
             shapes = f"{tuple(tensor.shape)} but exact has {tuple(exact.shape)}"
             raise ValueError(f"{function}: {name} has shape {shapes}; expected one shape")

@@ -189,7 +189,7 @@ def texts_of(value: object) -> list[str]:
     texts = [described(value)[:30], type(value).__name__, getattr(value, "__name__", "")]
     if isinstance(value, (list, tuple, dict)):
         texts += [text for part in value for text in texts_of(part)]
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not is_lazy(value):
         shape = "nested" if value.is_nested else str(tuple(value.shape))
         texts += [
             str(value.dtype),

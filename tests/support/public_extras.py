@@ -90,7 +90,7 @@ EXTRAS = (
                 list_of([], [PARTS[0][:3]], [(*PARTS[0], 1)], [(*PARTS[0][:3], "1")], [(None, *PARTS[0][1:])]),
                 *([(zeros(R, K), zeros(N, R + 1), None, 1.0)], [(zeros(R, K), zeros(N, R), zeros(N + 1), 1.0)]),
                 called=("adapter",),
-                shown=("is empty", "(8, 3)", "(9,)"),
+                shown=("is empty", "(8, 3)", "(9,)", "'t'"),
             ),
         },
     ),

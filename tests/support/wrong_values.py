@@ -80,9 +80,10 @@ NOT_TENSORS = (
     torch.float32,
     object,
 )
+Dict = type("dict", (), {})  # reprlib takes it for Python's
 DTYPES = (torch.int64, torch.bool, torch.uint8, torch.complex64, torch.float8_e4m3fn)
 NOT_MODELS = (None, 3, True, "model", b"model", nn.Linear, type, object(), {}, len, zeros(N, K), np.zeros(2), os)
-NOT_NUMBERS = (None, "2", b"2", 1j, True, [1.0], torch.tensor(1.0), np.ones(1), np.bool_(True), object())
+NOT_NUMBERS = (None, "2", b"2", 1j, True, [1.0], torch.tensor(1.0), np.ones(1), np.bool_(True), object(), Dict())
 NOT_FINITE = (
     float("nan"),
     float("inf"),
@@ -152,6 +153,7 @@ def list_of(*refuses: Any) -> Argument:
 def tensor(*shape: int, free: tuple[int, ...] = (), dtypes: tuple[torch.dtype, ...] = ()) -> Argument:
     """A dense tensor of floating-point numbers of this shape, but for the axes in `free`; not of one of `dtypes`."""
     wrong: list[Any] = [*NOT_TENSORS, *(zeros(*shape).to(dtype) for dtype in DTYPES), zeros(*shape, device="meta")]
+    wrong += [nn.UninitializedParameter(device=DEVICE), nn.UninitializedBuffer(device=DEVICE)]
     wrong += [zeros(*shape).to_sparse(), zeros(*shape, dtype=torch.bfloat16).to_sparse()]
     if DEVICE == "cpu":
         wrong += [zeros(*shape).to_mkldnn()]

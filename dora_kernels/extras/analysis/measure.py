@@ -23,12 +23,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dora_kernels.functional.arguments import check_number, check_type
+from dora_kernels.functional.arguments import check_floats, check_number
 from dora_kernels.quant import QuantizedWeight, Weight
 
 _BLOCK_BYTES = 32 << 20
@@ -59,14 +58,15 @@ def adapter_change(
     Raises ValueError where shapes do not fit or a value is not finite.
     """
     N, K = _matrix("adapter_change", "weight", weight)
-    _check_numbers("adapter_change", "lora_A", lora_A, Tensor, weight.device)
+    check_floats("adapter_change", "lora_A", lora_A)
     R = lora_A.shape[0] if lora_A.dim() else 0
     scaling = check_number("adapter_change", "scaling", scaling)
     expected = {"lora_A": (lora_A, (R, K)), "lora_B": (lora_B, (N, R))}
     if magnitude is not None:
         expected["magnitude"] = (magnitude, (N,))
     for name, (tensor, shape) in expected.items():
-        _check_numbers("adapter_change", name, tensor, Tensor, weight.device)
+        check_floats("adapter_change", name, tensor)
+        _check_weight("adapter_change", name, tensor, weight.device)
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"adapter_change: {name} has shape {tuple(tensor.shape)} but weight has {(N, K)} and lora_A "
@@ -98,7 +98,7 @@ def weight_change(weight: Weight, tuned: Weight) -> Change:
     Raises ValueError where shapes do not fit or a value is not finite.
     """
     N, K = _matrix("weight_change", "weight", weight)
-    _check_numbers("weight_change", "tuned", tuned, (Tensor, QuantizedWeight), weight.device)
+    _check_weight("weight_change", "tuned", tuned, weight.device)
     if tuple(tuned.shape) != (N, K):
         raise ValueError(f"weight_change: tuned has shape {tuple(tuned.shape)}; expected weight's {(N, K)}")
     grown, turned = [], []
@@ -115,22 +115,16 @@ def weight_change(weight: Weight, tuned: Weight) -> Change:
 
 def _matrix(function: str, name: str, weight: Weight) -> tuple[int, int]:
     """The shape (N, K) of a weight of floating-point numbers."""
-    _check_numbers(function, name, weight, (Tensor, QuantizedWeight))
+    _check_weight(function, name, weight)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(f"{function}: {name} has shape {tuple(weight.shape)}; expected (N, K)")
     return tuple(weight.shape)
 
 
-def _check_numbers(function: str, name: str, value: Weight, kinds: Any, device: torch.device | None = None) -> None:
-    """Raise ValueError unless `value` is one of `kinds`, and dense floating point on `device` where it is a tensor."""
-    expected = "a torch.Tensor" if kinds is Tensor else "a torch.Tensor or a QuantizedWeight"
-    check_type(function, name, value, kinds, expected)
-    if isinstance(value, Tensor):
-        if value.layout is not torch.strided or value.is_nested:
-            layout = "nested" if value.is_nested else value.layout
-            raise ValueError(f"{function}: {name} is {layout}; expected a dense tensor (torch.strided)")
-        if not value.is_floating_point():
-            raise ValueError(f"{function}: {name} is {value.dtype}; expected floating point, or a QuantizedWeight")
+def _check_weight(function: str, name: str, value: Weight, device: torch.device | None = None) -> None:
+    """Raise ValueError unless `value` is dense floating point or a QuantizedWeight, on `device`."""
+    if not isinstance(value, QuantizedWeight):
+        check_floats(function, name, value)
     if value.device.type == "meta" or device not in (None, value.device):
         raise ValueError(f"{function}: {name} is on {value.device}; expected {device or 'numbers'}")
 

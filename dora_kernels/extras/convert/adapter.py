@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dora_kernels.files.reading import shown
-from dora_kernels.functional.arguments import check_choice, check_flag, check_number, check_type
+from dora_kernels.functional.arguments import check_choice, check_dense, check_flag, check_number, check_type
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,10 +39,11 @@ class DoraAdapter:
         check_choice("DoraAdapter", "norm_axis", self.norm_axis, ("out", "in"))
         object.__setattr__(self, "scaling", float(check_number("DoraAdapter", "scaling", self.scaling)))
         for name in ("lora_A", "lora_B", "magnitude"):
-            check_dense(f"convert: {shown(self.module)}", name, getattr(self, name))
-            dtype = getattr(self, name).dtype
-            if dtype not in DTYPES:
-                raise ValueError(f"convert: {shown(self.module)}: {name} is {dtype}; expected one of {DTYPES}")
+            tensor = getattr(self, name)
+            check_dense(f"convert: {shown(self.module)}", name, tensor)
+            if tensor.dtype not in DTYPES or tensor.is_meta:
+                found = f"{tensor.dtype} on {tensor.device}"
+                raise ValueError(f"convert: {shown(self.module)}: {name} is {found}; expected numbers, of {DTYPES}")
         check_shapes(self.module, self.lora_A, self.lora_B)
         expected = (self.N if self.norm_axis == "out" else self.K,)
         if tuple(self.magnitude.shape) != expected:
@@ -104,15 +105,6 @@ class DoraAdapter:
             and same_bits(self.lora_B, other.lora_B)
             and same_bits(self.magnitude, other.magnitude)
         )
-
-
-def check_dense(function: str, name: str, tensor: object) -> None:
-    """Raise ValueError unless `tensor` is one whose numbers are there, one by one."""
-    check_type(function, name, tensor, Tensor, "a torch.Tensor")
-    assert isinstance(tensor, Tensor)
-    if tensor.layout is not torch.strided or tensor.is_nested or tensor.is_meta:
-        found = "nested" if tensor.is_nested else "on meta" if tensor.is_meta else tensor.layout
-        raise ValueError(f"{function}: {name} is {found}; expected a dense tensor with its numbers")
 
 
 def check_shapes(module: str, lora_A: Tensor, lora_B: Tensor) -> None:
