@@ -15,6 +15,7 @@ Exit status 0 without a difference; 1 with one: its seed, its operations, and th
 
 Left out, because stock's own result has no meaning, or none to compare with:
 - changes of an adapter, its scale or the base weight while merged: unmerge then takes out other numbers than went in
+- rows merged with a gain that is 0 in the weight's dtype, which ours refuses to unmerge: the walk ends
 - merge_model while merged: the layer as it computes then; merge_and_unload merges what else is active first
 - adapter_names of a mixed batch: PEFT leaves its hooks in the model after its own error
 - dropout="lora" with a dropout that is active: another function than PEFT's, by request
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("    " + ", ".join(f"{name} {count}" for name, count in done.most_common()))
     print(f"    {len(comparing.not_judged)} tensors not judged, of which stock's is more than 50% off")
     for what, count in refused.most_common():
-        print(f"    refused by both, {count} times: {what}")
+        print(f"    refused {count} times: {what}")
     return 0
 
 

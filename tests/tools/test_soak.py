@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 import soak  # noqa: E402
 from soaking import comparing  # noqa: E402
 from soaking.changes import OPERATIONS  # noqa: E402
-from soaking.models import Kind  # noqa: E402
-from soaking.walks import replay, shrunk, walk  # noqa: E402
+from soaking.models import Kind, of_adapter  # noqa: E402
+from soaking.walks import Walk, replay, shrunk, walk  # noqa: E402
 
 from dora_kernels.adapters.peft.linear import TakenOverLinear  # noqa: E402
 from dora_kernels.adapters.peft.merging import Merging  # noqa: E402
@@ -181,6 +181,16 @@ def test_what_stock_has_no_digit_of_is_no_limit():
     for ours, good in ((-20 * exact, True), (exact * float("nan"), False)):
         found = comparing.judged({"dlora_A": ours.bfloat16()}, stock, 2**-7, lambda: {"dlora_A": exact}, lambda: stock)
         assert (found is None) is good, found
+
+
+def test_a_walk_ends_at_rows_that_cannot_be_unmerged():
+    made = Walk(Kind(**vars(HALF) | {"dtype": torch.float16}))
+    for twin in (made.stock, made.ours):
+        for path, parameter in of_adapter(twin.model, "a0"):
+            if "magnitude" in path:
+                parameter.data[0] = 0
+    assert made.step("merge", 0) and made.step("unmerge", 0)
+    assert made.lost and not made.is_comparable() and "by ours alone" in str(made.refused)
 
 
 def test_every_kind_of_operation_is_drawn():

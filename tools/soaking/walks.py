@@ -26,17 +26,21 @@ Step = tuple[str, int]
 REFUSALS = (ValueError, RuntimeError, NotImplementedError, KeyError)
 """Errors with which PEFT and torch refuse; any other of stock's is a fault of the soak's own."""
 
+LOST = "their weights cannot be recovered"
+"""In our refusal to unmerge rows whose gain was 0 in the dtype of the weight; stock's are another weight afterwards."""
+
 FINISH = Operation("finish", finish)
 PROBE = Operation("probe", steps.probe)
 
 
 @dataclass
 class Walk:
-    """The twins, the operations done so far, and the first difference."""
+    """The twins, the operations done so far, and the first difference. lost: nothing is left to compare."""
 
     kind: Kind
     done: list[Step] = field(default_factory=list)
     difference: Difference | None = None
+    lost: bool = False
     refused: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -52,7 +56,9 @@ class Walk:
         if not operation.possible(self.ours):
             return False
         self.done.append((name, seed))
-        self.difference = self._apart(operation, seed) or self._apart(PROBE, seed)
+        self.difference = self._apart(operation, seed)
+        if self.difference is None and not self.lost:
+            self.difference = self._apart(PROBE, seed)
         return self.difference is None
 
     def _apart(self, operation: Operation, seed: int) -> Difference | None:
@@ -63,6 +69,10 @@ class Walk:
             if not isinstance(errors[0], REFUSALS):
                 raise errors[0]
             self.refused[f"{operation.name}: {type(errors[0]).__name__}: {str(errors[0]):.60}"] += 1
+        if errors[0] is None and LOST in str(errors[1]):
+            self.lost = True
+            self.refused[f"{operation.name}, by ours alone: {str(errors[1]):.60}"] += 1
+            return None
         if not same_error(*errors):
             return Difference(operation.name, f"ours raised {errors[1]!r:.300}, stock {errors[0]!r:.300}")
         stock, ours = self.stock.model, self.ours.model
@@ -85,9 +95,9 @@ class Walk:
             follow(stock, ours)
         return apart
 
-    def is_finite(self) -> bool:
+    def is_comparable(self) -> bool:
         """False where the model is past comparing."""
-        return all(bool(p.isfinite().all()) for p in self.ours.model.parameters())
+        return not self.lost and all(bool(p.isfinite().all()) for p in self.ours.model.parameters())
 
 
 def attempt(operation: Operation, twin: Twin, seed: int) -> Exception | None:
@@ -126,9 +136,9 @@ def walk(kind: Kind, count: int, kinds: Sequence[str] = (), until: Callable[[], 
     made, draw = Walk(kind), random.Random(kind.seed)
     names = [name for name, one in OPERATIONS.items() if not kinds or name in kinds for _ in range(one.weight)]
     try:
-        while len(made.done) < count and made.difference is None and not until() and made.is_finite():
+        while len(made.done) < count and made.difference is None and not until() and made.is_comparable():
             made.step(draw.choice(names), draw.randrange(10**6))
-        if made.difference is None and made.is_finite() and not until():
+        if made.difference is None and made.is_comparable() and not until():
             made.step("finish", draw.randrange(10**6))
     finally:
         made.ours.close()
@@ -141,7 +151,7 @@ def replay(kind: Kind, done: Sequence[Step]) -> Walk:
     try:
         for name, seed in done:
             made.step(name, seed)
-            if made.difference is not None:
+            if made.difference is not None or made.lost:
                 break
     finally:
         made.ours.close()
