@@ -62,6 +62,7 @@ def enter(path: Path) -> Path:
     """Enter the parts of the table in a file into the package's of the same GPU; returns the path of that."""
     new = read(path)
     package = configs.tuned_path(new["meta"]["device"])
+    package.parent.mkdir(parents=True, exist_ok=True)
     with writing.claimed("tuned", package):
         known = read(package)
         ways = with_entries(known.get("ways", ()), new.get("ways", ()))

@@ -494,8 +494,8 @@ def test_a_killed_write_leaves_the_old_table_or_none(there_was_one, tune, tmp_pa
     def write_half_and_die():
         write_text = Path.write_text
 
-        def half(path, text):
-            write_text(path, text[: len(text) // 2])
+        def half(path, text, **keywords):
+            write_text(path, text[: len(text) // 2], **keywords)
             os.kill(os.getpid(), signal.SIGKILL)
 
         Path.write_text = half
@@ -515,20 +515,3 @@ def test_a_killed_write_leaves_the_old_table_or_none(there_was_one, tune, tmp_pa
     assert path.exists() == there_was_one
     tuned.write(path, {"meta": {}, "configs": {}, "measured": {}})
     assert json.loads(path.read_text())["configs"] == {}
-
-
-def test_two_tuners_of_one_table_do_not_write_into_one_file(tmp_path, monkeypatch):
-    """A second process comes in between writing and replacing: the last one wins, whole."""
-    path = tmp_path / "t.json"
-    replace, pid = tuned.os.replace, tuned.os.getpid()
-
-    def overtaken(partial, path):
-        monkeypatch.setattr(tuned.os, "replace", replace)
-        monkeypatch.setattr(tuned.os, "getpid", lambda: pid + 1)
-        tuned.write(path, {"configs": "second"})
-        replace(partial, path)
-
-    monkeypatch.setattr(tuned.os, "replace", overtaken)
-    tuned.write(path, {"configs": "first"})
-    assert json.loads(path.read_text()) == {"configs": "first"}
-    assert list(tmp_path.iterdir()) == [path]
