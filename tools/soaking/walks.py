@@ -29,6 +29,9 @@ REFUSALS = (ValueError, RuntimeError, NotImplementedError, KeyError)
 LOST = "their weights cannot be recovered"
 """In our refusal to unmerge rows whose gain was 0 in the dtype of the weight; stock's are another weight afterwards."""
 
+LARGEST_PARAMETER = 30.0
+"""New ones are below 2, so a model with one that is larger has gone astray; its walk ends."""
+
 FINISH = Operation("finish", finish)
 PROBE = Operation("probe", steps.probe)
 
@@ -96,8 +99,9 @@ class Walk:
         return apart
 
     def is_comparable(self) -> bool:
-        """False where the model is past comparing."""
-        return not self.lost and all(bool(p.isfinite().all()) for p in self.ours.model.parameters())
+        """False where the model is past comparing: a gradient through a softmax of 100s is rounding alone."""
+        sane = all(bool((p.abs() < LARGEST_PARAMETER).all()) for p in self.ours.model.parameters())
+        return sane and not self.lost
 
 
 def attempt(operation: Operation, twin: Twin, seed: int) -> Exception | None:
