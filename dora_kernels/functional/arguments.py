@@ -73,7 +73,7 @@ def check_floats(function: str, name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a dense tensor of floating-point numbers, which are there to be read."""
     check_dense(function, name, value)
     if not value.is_floating_point() or value.is_meta:
-        raise ValueError(f"{function}: {name} is {value.dtype} on {value.device}; expected floating-point numbers")
+        raise ValueError(f"{function}: {name} is {value.dtype} on {value.device}; expected floating point numbers")
 
 
 def check_items(function: str, name: str, values: Any, cls: Any, expected: str) -> None:
