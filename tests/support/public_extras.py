@@ -20,13 +20,13 @@ from tests.support.wrong_values import (
     CALLABLE,
     COUNT,
     DTYPE,
+    FILE,
     FLAG,
     LAYER,
     LIKE,
     MODEL,
     NORM,
     NOT_LISTS,
-    NOT_SIZES,
     NUMBER,
     OURS,
     PATH,
@@ -177,7 +177,7 @@ EXTRAS = (
         analysis.draw,
         "draw",
         right.figure,
-        {"analysis": one_of(analysis.Analysis, right.points()), "path": PATH, "title": optional(TEXT)},
+        {"analysis": one_of(analysis.Analysis, right.points()), "path": FILE, "title": optional(TEXT)},
     ),
     # checkpoints
     Public(
@@ -202,7 +202,7 @@ EXTRAS = (
         always(row=convert.FORMATS["llava"], adapters=[right.adapter()]),
         {
             "row": FORMAT,
-            "adapters": besides(ADAPTERS, [right.adapter()] * 2, shown=("w1', 'layers",)),
+            "adapters": besides(ADAPTERS, [right.adapter()] * 2, [], shown=("w1', 'layers", "is empty")),
             "adapter_name": NAME,
         },
     ),
@@ -270,7 +270,7 @@ EXTRAS = (
         testing.random_inputs,
         "random_inputs",
         always(M=M, N=N, K=K, R=R),
-        dict.fromkeys(("M", "N", "K", "R"), Argument(COUNT.takes, NOT_SIZES))
+        dict.fromkeys(("M", "N", "K", "R"), COUNT)
         | {"adapter_dtype": DTYPE, "scaling": NUMBER, "update": optional(NUMBER), "bias": FLAG}
         | {
             "device": PLACEMENT["device"],

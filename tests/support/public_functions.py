@@ -185,7 +185,7 @@ PUBLIC = (
         "to_dvora",
         always(model=vera_problem.vera_model),
         {"model": besides(MODEL, nn.Linear(K, N), called=("VeRA layer",), shown=("no VeRA layer",))}
-        | {"adapter": Argument(["default"], [*TEXT.refuses, "", "other"])},
+        | {"adapter": Argument(["default"], [*TEXT.refuses, "", "other", "x" * 5000])},
     ),
     *EXTRAS,
 )

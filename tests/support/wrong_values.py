@@ -133,11 +133,12 @@ PLACEMENT = {"device": Argument([None, torch.device("cpu"), Word("cpu")], [*NOT_
 ROOM = Argument([0], [None, "2", 2.5, -1, N + 1, 10**5000, [2], torch.tensor(2)])
 TEXT = Argument([Word("text")], list(NOT_TEXTS))
 PATH = Argument([], [None, *NOT_PATHS])
+FILE = besides(PATH, "no/such/folder/file", ".", "\0", "\ud800/file", "x" * 5000)
 CALLABLE = Argument([], [None, *NOT_CALLABLES])
 
 
 def choice(*words: str) -> Argument:
-    return Argument([*words, Word(words[0])], [*NOT_TEXTS, "", "other", words[0].upper(), f"{words[0]} "])
+    return Argument([*words, Word(words[0])], [*NOT_TEXTS, "", "other", "x" * 5000, words[0].upper(), f"{words[0]} "])
 
 
 def one_of(cls: type, *refuses: Any) -> Argument:

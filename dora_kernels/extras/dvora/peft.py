@@ -23,6 +23,7 @@ from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, u
 from dora_kernels.adapters.reading import DROPOUT_LAYERS, class_name, forward_is_the_class_s, is_active, why_not_bypass
 from dora_kernels.adapters.taking import TakenOver, take_over
 from dora_kernels.extras.dvora.function import dvora_linear_reusing, dvora_norm, dvora_update
+from dora_kernels.functional.arguments import described
 from dora_kernels.functional.weight import merge_weight_and_norm, unmerge_weight, weight_norm
 from dora_kernels.quant import Weight
 from dora_kernels.reference import gain_of
@@ -54,7 +55,8 @@ def to_dvora(model: nn.Module, adapter: str = "default") -> nn.Module:
             norm = dvora_norm(_read_base(layer)[0], *vera_factors(layer, adapter))
         magnitudes[layer] = nn.Parameter(norm.to(lambda_d.dtype), requires_grad=lambda_d.requires_grad)
     if not magnitudes:
-        raise ValueError(f"to_dvora: no VeRA layer has an adapter {adapter!r}; expected one of get_peft_model's")
+        found = f"no VeRA layer has an adapter {described(adapter)}"
+        raise ValueError(f"to_dvora: {found}; expected one of get_peft_model's")
     for layer, magnitude in magnitudes.items():
         if not isinstance(layer, DvoraVeraLinear):
             layer.vera_magnitude_vector = nn.ParameterDict()
