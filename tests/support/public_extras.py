@@ -24,6 +24,7 @@ from tests.support.wrong_values import (
     FLAG,
     LAYER,
     LIKE,
+    MAPPING,
     MODEL,
     NORM,
     NOT_LISTS,
@@ -31,6 +32,7 @@ from tests.support.wrong_values import (
     OURS,
     PATH,
     PLACEMENT,
+    REAL,
     ROW,
     SEED,
     TEXT,
@@ -62,6 +64,7 @@ TWICE = [right.adapter(), right.adapter()]
 NAME = besides(TEXT, "", "a.b")
 PAIRS = list_of(("a", "b"), ["ab"], [("a",)], [("a", "b", "c")], [("a", 3)], [(b"a", b"b")], [("(", "b")], [(".*", "")])
 HEADS = list_of((1,), (1, 2, 3), ("a", "b"), (0, 1), (1, -1), (True, 1), (1.0, 2), torch.Size([1]))
+A_TENSOR = {"called": ("a is",), "shown": ("[1.0]",)}
 
 EXTRAS = (
     # serving, and tensor parallelism in a group of one process
@@ -174,6 +177,13 @@ EXTRAS = (
     ),
     Public(analysis.trend, "trend", always(points=right.points), {"points": list_of(right.points()[0], [3])}),
     Public(
+        analysis.Point,
+        "Point",
+        always(layer="a", checkpoint="b", method="LoRA", delta_magnitude=0.1, delta_direction=0.2),
+        dict.fromkeys(("layer", "checkpoint", "method"), TEXT)
+        | dict.fromkeys(("delta_magnitude", "delta_direction"), REAL),
+    ),
+    Public(
         analysis.draw,
         "draw",
         right.figure,
@@ -205,6 +215,13 @@ EXTRAS = (
             "adapters": besides(ADAPTERS, [right.adapter()] * 2, [], shown=("w1', 'layers", "is empty")),
             "adapter_name": NAME,
         },
+    ),
+    Public(
+        convert.Checkpoint,
+        "Checkpoint",
+        always(tensors={"a": zeros(2)}),
+        {"tensors": besides(MAPPING, {3: zeros(2)}, {"a": [1.0]}, {"a": zeros(2).to_sparse()}, **A_TENSOR)}
+        | {"config": MAPPING, "header": MAPPING},
     ),
     Public(convert.table, "table", always(adapters=[right.adapter()]), {"adapters": ADAPTERS}),
     Public(

@@ -134,6 +134,8 @@ ROOM = Argument([0], [None, "2", 2.5, -1, N + 1, 10**5000, [2], torch.tensor(2)]
 TEXT = Argument([Word("text")], list(NOT_TEXTS))
 PATH = Argument([], [None, *NOT_PATHS])
 FILE = besides(PATH, "no/such/folder/file", ".", "\0", "\ud800/file", "x" * 5000)
+REAL = Argument([1, -float("inf")], [None, "2", 1j, [1.0], torch.tensor(1.0), np.ones(1)])
+MAPPING = Argument([{}], [*NOT_LISTS, [("a", zeros(2))]])
 CALLABLE = Argument([], [None, *NOT_CALLABLES])
 
 

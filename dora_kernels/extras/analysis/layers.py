@@ -6,10 +6,11 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 from dora_kernels.extras.analysis.measure import Change
-from dora_kernels.functional.arguments import check_items
+from dora_kernels.functional.arguments import check_items, check_type
 
 METHODS = ("full", "LoRA", "DoRA")
 """full: a dense tuned weight, whatever it was tuned by; a merged adapter is one."""
@@ -39,13 +40,20 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Point:
-    """One layer of one checkpoint in the scatter."""
+    """One layer of one checkpoint in the scatter. Raises ValueError unless its names are str, and
+    its changes numbers."""
 
     layer: str
     checkpoint: str
     method: str
     delta_magnitude: float
     delta_direction: float
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "checkpoint", "method"):
+            check_type("Point", name, getattr(self, name), str, "a name")
+        for name in ("delta_magnitude", "delta_direction"):
+            check_type("Point", name, getattr(self, name), Real, "a number")
 
 
 @dataclass(frozen=True)

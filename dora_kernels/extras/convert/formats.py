@@ -22,7 +22,7 @@ from dora_kernels.extras.checkpoint_files import PREFIX
 from dora_kernels.extras.convert.adapter import DoraAdapter, check_shapes
 from dora_kernels.extras.convert.scaling import InConfig, InHeader, InPeftConfig, InTensor, One
 from dora_kernels.files.reading import shown
-from dora_kernels.functional.arguments import check_items, check_number, check_type, described
+from dora_kernels.functional.arguments import check_dense, check_items, check_number, check_type, described
 
 Scaling = InConfig | InHeader | InPeftConfig | InTensor | One
 # what becomes of the bias beneath an adapter
@@ -35,11 +35,21 @@ BIAS = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The content of a checkpoint: tensors, the safetensors header, adapter_config.json ({} where there is none)."""
+    """The content of a checkpoint: tensors, the safetensors header, adapter_config.json ({} where there is none).
+
+    Raises ValueError unless these are mappings, and the tensors dense ones by name.
+    """
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any] = field(default_factory=dict)
     header: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check_type("Checkpoint", name, value, Mapping, "a mapping")
+        for key, tensor in self.tensors.items():
+            check_type("Checkpoint", "a key of tensors", key, str, "a str")
+            check_dense("Checkpoint", shown(key), tensor)
 
 
 # shape of the magnitude for each norm axis, of a layer with an ndim-dimensional weight (N, K, ...)
