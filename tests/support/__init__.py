@@ -11,5 +11,8 @@ process_worlds: ranks of gloo. racing_threads: threads at the same time. micro_d
 derivative_routes, parity_ratios: how far two differ.
 gluon_simulator, _language, _values, _order, _schedule: a warp-specialised kernel on a CPU. gluon_gemm: our GEMM on it,
     held to float64; gluon_mutants, _equivalents: every small change to its source. simulated_hopper: whole layers.
+public_functions, public_extras: what every public function takes and refuses, of right_values and wrong_values.
+hostile_files, _pickles, _patterns: what strangers may send; hostile_readers: who reads it; peft_meaning: what PEFT
+    makes of an adapter. command_files: files for commands to read. children: processes under limits, or as others.
 empty_layers, container_fuzzer: programs, run in processes of their own, which what they look for may end.
 """
