@@ -86,8 +86,7 @@ class DoraAdapter:
         if not exact and not rounding:
             raise Unrepresentable(
                 f"convert: {shown(self.module)}: scaling {self.scaling!r} cannot be folded into lora_B "
-                "without rounding it; "
-                "expected a power of two, or --fold to round"
+                "without rounding it; expected a power of two, or --fold to round"
             )
         if lora_B.isinf().any() and not self.lora_B.isinf().any():
             raise Unrepresentable(

@@ -195,15 +195,14 @@ def _reordered(
         if heads is None:
             raise ValueError(
                 f"convert: {shown(adapter.module)}: torchtune keeps the rows of {kind} in another order for "
-                "Llama and its "
-                "like; expected --heads, the numbers of query and of key and value heads, to reorder them, "
-                "or --same-rows where this model's need none"
+                "Llama and its like; expected --heads, the numbers of query and of key and value heads, to reorder "
+                "them, or --same-rows where this model's need none"
             )
         count = heads[_ROTARY.index(kind)]
         if adapter.N % (2 * count):
             raise ValueError(
-                f"convert: {shown(adapter.module)} has {adapter.N} rows but {count} heads; expected a "
-                "multiple of 2 * heads"
+                f"convert: {shown(adapter.module)} has {adapter.N} rows but {count} heads; expected "
+                "a multiple of 2 * heads"
             )
         half = adapter.N // (2 * count)
         shape = (count, 2, half) if to_torchtune else (count, half, 2)

@@ -246,8 +246,7 @@ def encode(row: Format, adapters: Sequence[DoraAdapter], adapter_name: str = "de
         if adapter.norm_axis not in shapes:
             raise ValueError(
                 f"convert: {shown(adapter.module)}: its norm is over each input column (LyCORIS with "
-                "wd_on_out=False), which "
-                f"{row.name} does not know; expected one over each output row"
+                f"wd_on_out=False), which {row.name} does not know; expected one over each output row"
             )
         parts = {
             "lora_A": adapter.lora_A,

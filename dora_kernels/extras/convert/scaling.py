@@ -254,7 +254,7 @@ def _uniform(adapters: Sequence[DoraAdapter]) -> tuple[int, int | float]:
         if (adapter.R, adapter.scaling) != (first.R, first.scaling):
             raise Unrepresentable(
                 f"convert: {shown(adapter.module)} has rank {adapter.R} and scaling {adapter.scaling!r} but "
-                f"{shown(first.module)} "
-                f"{first.R} and {first.scaling!r}; expected the same, for the target has one of each for all layers"
+                f"{shown(first.module)} {first.R} and {first.scaling!r}; "
+                "expected the same, for the target has one of each for all layers"
             )
     return first.R, _alpha_of(first)
