@@ -72,7 +72,7 @@ class AdapterConfig(BaseModel):
     """
 
     model_config = ConfigDict(strict=True, extra="allow")
-    most_bytes: ClassVar[int] = 4 << 20
+    most_bytes: ClassVar[int] = 16 << 20  # with 46,000 experts' layers by name, rank and alpha it has 9 MB
 
     peft_type: str | None = None
     r: Rank = None
@@ -98,6 +98,7 @@ class HeaderAlphas(RootModel[Numbers]):
     """{module: alpha}, of the files written by `convert`."""
 
     model_config = ConfigDict(strict=True)
+    most_bytes: ClassVar[int] = 16 << 20  # 75 MB of brackets, which a header may have, became 5 GB of lists
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

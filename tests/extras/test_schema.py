@@ -4,8 +4,11 @@ import json
 import math
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from dora_kernels.extras import convert
+from dora_kernels.extras.patterns import whole
 from dora_kernels.extras.schema import AdapterConfig, HeaderAlphas, ModelIndex, parsed, read_config, read_json
 
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -104,3 +107,25 @@ def test_of_many_wrong_values_the_first_is_the_only_error(model, text):
     with pytest.raises(ValidationError) as raised:
         model.model_validate_json(text)
     assert raised.value.error_count() == 1
+
+
+def test_what_is_written_of_46_000_layers_is_not_too_long_to_be_read():
+    """Of 60 blocks with 256 experts of 3 layers, each with a rank and an alpha of its own."""
+    names = [f"model.layers.{i}.mlp.experts.{j}.gate_{k}_proj" for i in range(60) for j in range(256) for k in range(3)]
+    settings = {whole(name): 16 for name in names}
+    config = {"rank_pattern": settings, "alpha_pattern": settings, "target_modules": names}
+    assert len(json.dumps(config, indent=2)) < AdapterConfig.most_bytes
+    assert len(json.dumps(dict.fromkeys(names, 16))) < HeaderAlphas.most_bytes
+
+
+def test_alphas_of_a_header_that_are_too_long_are_refused(monkeypatch):
+    monkeypatch.setattr(HeaderAlphas, "most_bytes", 9)
+    tensors = {"a.lora_A.weight": torch.ones(4, 5), "a.lora_B.weight": torch.ones(6, 4)}
+    tensors["a.lora_magnitude_vector"] = torch.ones(6)
+    for text, fits in (('{"a": 40}', True), ('{"a": 40 }', False)):
+        checkpoint = convert.Checkpoint(tensors, header={"dora_alpha": text})
+        if fits:
+            assert convert.decode(convert.FORMATS["dora_kernels"], checkpoint)[0].scaling == 10
+            continue
+        with pytest.raises(ValueError, match="dora_alpha has 10 letters; expected at most 9"):
+            convert.decode(convert.FORMATS["dora_kernels"], checkpoint)

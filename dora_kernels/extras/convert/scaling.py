@@ -103,7 +103,12 @@ class InHeader:
     uniform: bool = False
 
     def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
-        alphas = parsed("convert", f"the header's {_HEADER}", header.get(_HEADER, "{}"), HeaderAlphas).root
+        text = header.get(_HEADER, "{}")
+        if len(text) > HeaderAlphas.most_bytes:
+            raise ValueError(
+                f"convert: the header's {_HEADER} has {len(text)} letters; expected at most {HeaderAlphas.most_bytes}"
+            )
+        alphas = parsed("convert", f"the header's {_HEADER}", text, HeaderAlphas).root
         unknown = sorted(set(alphas) - set(ranks))
         if unknown:
             raise ValueError(
