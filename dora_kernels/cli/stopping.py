@@ -55,11 +55,13 @@ def at_once(code: int | None = None) -> None:
 def unwinding() -> Iterator[None]:
     """Inside, a signal raises Stopped. In other threads than the main one, which gets all signals: nothing.
 
-    Where foreign code makes another error of that (torch.asarray, a TypeError), it comes out as Stopped.
+    Where foreign code makes another error of that (torch.asarray, a TypeError), it comes out as Stopped. A process
+    that is forked inside, a worker, dies of a signal as any other: what was begun is the parent's to put away.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    parent = os.getpid()
     raised: float | None = None
     stopped: int | None = None  # not the exception: it holds the frames, which would hold it
     over = False
@@ -67,6 +69,9 @@ def unwinding() -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         nonlocal raised, stopped
+        if os.getpid() != parent:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if over or (raised is not None and time.monotonic() - raised < ONE_PRESS):
             return
         raised, stopped = time.monotonic(), number
@@ -96,7 +101,8 @@ def unwinding() -> Iterator[None]:
         for timer in again:
             timer.cancel()
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:  # else it is one of C's, which has stayed
+                signal.signal(number, handler)
         sys.unraisablehook = before
 
 

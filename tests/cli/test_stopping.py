@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from dora_kernels.cli import main, stopping
+from dora_kernels.files.writing import claimed
 from dora_kernels.testing import suite
+from tests.support.children import in_child
 from tests.support.command_files import write_checkpoints
 
 pytestmark = pytest.mark.usefixtures("heard_signals")
@@ -85,6 +87,24 @@ def test_what_is_ignored_stays_ignored(handlers):
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_handler_that_is_not_pythons_stays(handlers, monkeypatch):
+    """As a program in C may have that runs Python: Python cannot say what it is."""
+    read = signal.getsignal
+    with monkeypatch.context() as patched:
+        patched.setattr(signal, "getsignal", lambda number: None if number == signal.SIGHUP else read(number))
+        with stopping.unwinding():
+            assert read(signal.SIGINT) is not signal.default_int_handler
+            assert read(signal.SIGHUP) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", stopping.NUMBERS, ids=lambda number: number.name)
+def test_a_forked_worker_dies_of_a_signal_and_puts_nothing_away(number, handlers, tmp_path):
+    with stopping.unwinding(), claimed("f", tmp_path / "a"):
+        with pytest.raises(ProcessLookupError) as died:
+            in_child(lambda: signal.raise_signal(number))
+        assert died.value.args == (-number,) and (tmp_path / ".a.lock").exists()
 
 
 def test_other_threads_have_no_signals(handlers):
