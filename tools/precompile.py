@@ -139,12 +139,13 @@ def in_all_cores(function: Callable[[Any], Done], items: Sequence[Any], processe
                 done[futures[future]] = {"ok": False, "error": f"{type(error).__name__}: {error}"[:300]}
     except concurrent.futures.TimeoutError:
         pass
-    for future in futures:
-        future.cancel()
-    pool.shutdown(wait=False)
-    if len(done) < len(futures):
-        for worker in multiprocessing.active_children():  # the end of this process would wait for them
-            worker.kill()
+    finally:
+        for future in futures:
+            future.cancel()
+        pool.shutdown(wait=False)
+        if len(done) < len(futures):
+            for worker in multiprocessing.active_children():  # the end of this process would wait for them
+                worker.kill()
     return done
 
 

@@ -3,9 +3,13 @@
 import concurrent.futures
 import json
 import logging
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +18,7 @@ import pytest
 import torch
 
 from bench.lib import tuned
+from dora_kernels.cli import stopping
 from dora_kernels.planning import configs, devices
 from dora_kernels.planning.devices import DeviceFacts
 from dora_kernels.planning.tiles import Config
@@ -189,6 +194,18 @@ def one_core(monkeypatch):
         return precompile.judge(wanted, 1, seconds=60)["norm"]
 
     return judge
+
+
+def test_a_signal_ends_the_compilation_of_all(heard_signals):
+    """Not the line that says so alone: the process waited for all that was still to be compiled."""
+    children = set(multiprocessing.active_children())
+    with pytest.raises(stopping.Stopped), stopping.unwinding():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        precompile.in_all_cores(lambda item: time.sleep(60), range(4), 2, time.monotonic() + 60)
+    end = time.monotonic() + 30
+    while set(multiprocessing.active_children()) - children and time.monotonic() < end:
+        time.sleep(0.01)
+    assert time.monotonic() < end
 
 
 def test_only_what_compiles_spills_nothing_and_fits_is_tried(one_core):
