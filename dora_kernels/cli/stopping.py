@@ -84,7 +84,8 @@ def unwinding() -> Iterator[None]:
             before(unraisable)
             return
         raised = None
-        again.append(threading.Timer(0.02, signal.raise_signal, (unraisable.exc_value.code - 128,)))
+        # to the main thread itself: one that waits for a lock does not wake up for a signal that another has got
+        again.append(threading.Timer(0.02, _to_main_thread, (unraisable.exc_value.code - 128,)))
         again[-1].start()
 
     before, sys.unraisablehook = sys.unraisablehook, unheard
@@ -104,6 +105,13 @@ def unwinding() -> Iterator[None]:
             if handler is not None:  # else it is one of C's, which has stayed
                 signal.signal(number, handler)
         sys.unraisablehook = before
+
+
+def _to_main_thread(number: int) -> None:
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, number)
+    else:
+        signal.raise_signal(number)
 
 
 def _handle(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
