@@ -441,11 +441,10 @@ def test_what_a_killed_run_leaves_is_used_again(tmp_path, write):
     assert names(tmp_path) == ["a"] and content_of(tmp_path / "a") == "new"
 
 
-@pytest.mark.timeout(20)
 def test_no_lock_is_waited_for(tmp_path):
     """Whoever has put a pipe in its place; the link's target is not touched."""
     os.mkfifo(tmp_path / ".a.lock")
-    assert refusal(write_text, tmp_path / "a", "new")[0] == "OSError"
+    assert in_child(partial(refusal, write_text, tmp_path / "a", "new"))[0] == "OSError"  # which may not take long
     (tmp_path / "other").write_text("theirs")
     (tmp_path / ".b.lock").symlink_to("other")
     assert refusal(write_text, tmp_path / "b", "new")[0] == "OSError"
