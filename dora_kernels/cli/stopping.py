@@ -108,8 +108,9 @@ def unwinding() -> Iterator[None]:
 
 
 def _to_main_thread(number: int) -> None:
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident, number)
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main, number)
     else:
         signal.raise_signal(number)
 
