@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its stub
 
 from dora_kernels.files.reading import printable
 from dora_kernels.quant.parts import FLOATING

@@ -71,9 +71,13 @@ def _check_paths(arguments: argparse.Namespace) -> None:
         if not os.path.exists(path):
             raise ValueError(f"analyze: {path} is no checkpoint: it does not exist; expected a file or a folder")
         taken.add(os.path.realpath(path))
+        if os.path.isdir(path):
+            # what a checkpoint's folder holds, read or not (a tokenizer), is not written over; an earlier chart may be
+            taken |= {os.path.realpath(entry) for entry in os.scandir(path) if not entry.name.endswith(".png")}
     for name, path in outputs.items():
         if os.path.realpath(path) in taken:
-            raise ValueError(f"analyze: {name} is {path!r}, which is another argument too; expected a file of its own")
+            found = f"analyze: {name} is {path!r}, which is another argument too, or a file of its folder"
+            raise ValueError(f"{found}; expected a file of its own")
         taken.add(os.path.realpath(path))
 
 
