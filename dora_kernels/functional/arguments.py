@@ -91,8 +91,9 @@ def check_choice(function: str, name: str, value: object, choices: Sequence[str 
 
 
 def check_path(function: str, name: str, value: object) -> None:
-    """Raise ValueError unless `value` is a path: a str or an os.PathLike of one."""
-    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+    """Raise ValueError unless `value` is a path: a str or an os.PathLike of one. An empty one is none: pathlib takes it
+    for the current folder."""
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str) or not os.fspath(value):
         raise ValueError(f"{function}: {name} is {described(value)}; expected a path, a str or an os.PathLike")
 
 

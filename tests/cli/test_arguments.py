@@ -57,6 +57,9 @@ WRONG = {
     (*CONVERT, "--rename", "(", ""): "convert: rename is '(', '': missing ), unterminated",
     (*CONVERT, "--rename", "a", r"\1"): r"convert: rename is 'a', '\\1': invalid group reference 1",
     CONVERT: "convert: a does not exist; expected a file or a folder",
+    ("convert", "", *CONVERT[2:]): "convert: '' does not exist; expected a file or a folder",
+    ("convert", ".", *CONVERT[2:], "--base", ""): "convert: '' does not exist; expected a file or a folder",
+    ("analyze", "", "."): "analyze: '' is no checkpoint: it does not exist; expected",
 }
 
 

@@ -109,7 +109,7 @@ NOT_SIZES = (
 )
 NOT_DTYPES = (*DTYPES, "float32", 32, np.float32, np.dtype("float32"), torch.device("cpu"), float, [torch.float32])
 NOT_TEXTS = (None, 3, True, b"auto", ["auto"], ("auto",), object(), torch.zeros(2), np.zeros(2), str, {"auto": 1})
-NOT_PATHS = (3, True, 2.5, b"file", ["file"], ("file",), object(), torch.zeros(2), open, Folder(b"file"), {"file"})
+NOT_PATHS = ("", 3, True, 2.5, b"file", ["file"], ("file",), object(), torch.zeros(2), open, Folder(b"file"), {"file"})
 NOT_CALLABLES = (3, "function", [len], (), {}, zeros(2), object(), True)
 NOT_LISTS = (None, 3, "list", b"list", {1}, object(), zeros(2), len, True)
 

@@ -69,7 +69,9 @@ def _check_paths(arguments: argparse.Namespace) -> None:
     taken = set()
     for path in (arguments.base, *arguments.tuned):
         if not os.path.exists(path):
-            raise ValueError(f"analyze: {path} is no checkpoint: it does not exist; expected a file or a folder")
+            raise ValueError(
+                f"analyze: {path or repr(path)} is no checkpoint: it does not exist; expected a file or a folder"
+            )
         taken.add(os.path.realpath(path))
         if os.path.isdir(path):
             # what a checkpoint's folder holds, read or not (a tokenizer), is not written over; an earlier chart may be

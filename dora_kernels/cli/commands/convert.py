@@ -57,9 +57,9 @@ def run(arguments: argparse.Namespace) -> int:
     for pattern, replacement in arguments.rename:
         if reason := why_no_substitution(pattern, replacement):
             raise ValueError(f"rename is {pattern!r:.80}, {replacement!r:.80}: {reason}; expected what re.sub takes")
-    for path in filter(None, (arguments.source, arguments.base)):
-        if not os.path.exists(path):
-            raise ValueError(f"{path} does not exist; expected a file or a folder")
+    for path in (arguments.source, arguments.base):
+        if path is not None and not os.path.exists(path):
+            raise ValueError(f"{path or repr(path)} does not exist; expected a file or a folder")
     if os.path.lexists(arguments.out):
         raise ValueError(f"{arguments.out} exists; expected a name that is free")
 

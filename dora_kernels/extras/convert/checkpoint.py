@@ -59,7 +59,7 @@ def convert_checkpoint(
     others, reorder the rows of q_proj and k_proj as torchtune does for Llama's rotary embedding; same_rows: the
     caller's word that this model's rows need none. adapter_name: written by llava.
     """
-    for name, path in {"source": source, "out": out, "base": "" if base is None else base}.items():
+    for name, path in {"source": source, "out": out, "base": "." if base is None else base}.items():
         check_path("convert", name, path)
     source, out = Path(source), Path(out)
     check_choice("convert", "source_format", source_format, tuple(FORMATS))
