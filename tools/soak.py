@@ -71,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, help="operations of a walk (default: what takes a few seconds)")
     parser.add_argument("--shrink", type=float, default=120, metavar="SECONDS", help="the longest that shrinking takes")
     arguments = parser.parse_args(argv)
-    logging.getLogger("dora_kernels").setLevel(logging.ERROR)
-    torch.set_num_threads(1)  # more do not help models of this size
     end = time.monotonic() + (float("inf") if arguments.walk is not None else arguments.seconds)
     done: Counter[str] = Counter()
     refused: Counter[str] = Counter()
@@ -101,4 +99,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.getLogger("dora_kernels").setLevel(logging.ERROR)
+    torch.set_num_threads(1)  # more do not help models of this size
     sys.exit(main())

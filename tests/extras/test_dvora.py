@@ -287,7 +287,7 @@ def test_quantised_weight(quantized):
         ({"magnitude": torch.ones(5)}, r"dvora_linear: magnitude has shape \(5,\)"),
         ({"x": torch.ones(3, 6)}, r"dvora_linear: x has shape \(3, 6\)"),
         ({"x": torch.ones(3, 5).double()}, "dvora_linear: x is torch.float64 but weight is torch.float32"),
-        ({"lambda_b": 3}, "dvora_linear: lambda_b is int; expected a torch.Tensor"),
+        ({"lambda_b": 3}, "dvora_linear: lambda_b is 3; expected a torch.Tensor"),
         ({"norm_grad": 1}, "dvora_linear: norm_grad is 1"),
     ),
     ids=str,
