@@ -180,7 +180,7 @@ def freeze(twin: Twin, draw: random.Random) -> None:
 def scale(twin: Twin, draw: random.Random) -> None:
     way, factor, all_layers = draw.choice(["scale", "unscale", "reset", "set"]), draw.choice([0.5, 1.5, 2.0]), 0.7
     layers, name = twin.layers(), draw.choice(twin.names)
-    if way == "scale" and max(max(layer.scaling.values()) for layer in layers) > 4:
+    if way == "scale" and max((max(layer.scaling.values(), default=0) for layer in layers), default=0) > 4:
         way = "reset"  # or a walk that scales often has outputs of scaling alone
     for layer in layers if draw.random() < all_layers else [draw.choice(layers)]:
         if way == "scale":

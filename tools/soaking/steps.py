@@ -93,7 +93,9 @@ def train(twin: Twin, draw: random.Random) -> None:
     # a mask is drawn anew when torch.utils.checkpoint runs a block again under shared_dropout
     net = twin.net
     net.checkpointing = checkpointing if without_dropout(twin) else None
-    with frozen(twin, around_all):
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, net, "checkpointing", None)  # also where a reentrant one has left the loss no gradient
+        stack.enter_context(frozen(twin, around_all))
         for step in range(steps):
             with frozen(twin, around_step):
                 for batch in range(batches):
@@ -109,7 +111,6 @@ def train(twin: Twin, draw: random.Random) -> None:
             optimizer.step()
             if step < steps - 1 or draw.random() < 0.7:
                 optimizer.zero_grad()
-    net.checkpointing = None
 
 
 @operation()
