@@ -75,7 +75,8 @@ def _check_paths(arguments: argparse.Namespace) -> None:
         taken.add(os.path.realpath(path))
         if os.path.isdir(path):
             # what a checkpoint's folder holds, read or not (a tokenizer), is not written over; an earlier chart may be
-            taken |= {os.path.realpath(entry) for entry in os.scandir(path) if not entry.name.endswith(".png")}
+            with contextlib.suppress(PermissionError):  # which the reader tells of
+                taken |= {os.path.realpath(entry) for entry in os.scandir(path) if not entry.name.endswith(".png")}
     for name, path in outputs.items():
         if os.path.realpath(path) in taken:
             found = f"analyze: {name} is {path!r}, which is another argument too, or a file of its folder"
