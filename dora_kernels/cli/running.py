@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from dora_kernels.cli import arguments, streams
 from dora_kernels.cli.commands import analyze, check, convert, demo, info
+from dora_kernels.planning import choices
 
 COMMANDS = (info, demo, check, analyze, convert)
 EXIT_CODES = (
@@ -66,8 +67,6 @@ def _outcome(argv: Sequence[str] | None, chosen: Namespace) -> tuple[int, str | 
 
 def _parse(argv: Sequence[str] | None, chosen: Namespace) -> None:
     """Put the arguments into `chosen`, and raise ValueError for what is wrong with them or with the environment."""
-    from dora_kernels.planning import choices
-
     parser = arguments.Parser(prog="python -m dora_kernels", description="Fast DoRA linear layers.", epilog=EXIT_CODES)
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     for command in COMMANDS:
