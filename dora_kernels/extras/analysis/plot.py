@@ -8,6 +8,7 @@ from typing import Any
 
 from dora_kernels.extras.analysis.layers import METHODS, Analysis, Point
 from dora_kernels.files import writing
+from dora_kernels.files.reading import printable
 from dora_kernels.functional.arguments import check_path, check_type
 
 MARKERS = "os^DvPX*<>"
@@ -83,6 +84,6 @@ def _kind(point: Point) -> str:
 
 def _drawn(name: str, longest: int) -> str:
     """A name as it is drawn: on one line, of characters that a font can have, without its middle where it is long."""
-    name = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
+    name = printable(name)
     half = longest // 2 - 1
     return name if len(name) <= longest else f"{name[:half]}...{name[-half:]}"

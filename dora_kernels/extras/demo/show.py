@@ -13,6 +13,7 @@ from dora_kernels.extras.demo.base import pack, trained_base
 from dora_kernels.extras.demo.runs import DemoResult, mean
 from dora_kernels.extras.demo.settings import METHODS, PRESETS, WARM_UP_STEPS, Settings
 from dora_kernels.files import writing
+from dora_kernels.files.reading import printable
 from dora_kernels.planning import devices
 
 COLUMNS = (
@@ -54,8 +55,7 @@ def _run(settings: Settings, console: Console) -> int:
         result = (dvora if settings.method == "dvora" else runs).fine_tune(model, settings, progress)
     console.print(result_table(result))
     draw(result, settings.out)
-    out = settings.out if settings.out.isprintable() else ascii(settings.out)
-    console.print(f"Chart: {escape(out)}", soft_wrap=True)
+    console.print(f"Chart: {escape(printable(settings.out))}", soft_wrap=True)
     failures = result.failures()
     for failure in failures:
         console.print(f"[bold red]FAILED[/] {escape(failure)}", soft_wrap=True)
