@@ -26,6 +26,8 @@ GUARDED_TESTS := $(KERNEL_TESTS) tests/quant/test_quant.py tests/runtime/test_au
 	$(patsubst %,tests/adapters/test_peft_%.py,conv embedding) tests/reuse/test_shared_calls.py
 # Which mutants the night draws; it is printed, and make nightly MUTANTS_SEED=20261125 draws the same again.
 MUTANTS_SEED ?= $(shell date +%Y%m%d)
+# How many processes make test runs side by side.
+JOBS ?= 2
 # How long make soak and the night walk, and from where; printed as well: make soak SECONDS=60 SEED=7
 SECONDS ?= 1200
 SEED ?= $(shell date +%Y%m%d)
@@ -41,8 +43,9 @@ NOT_PRETENDED := $(patsubst %,adapters/test_%.py,conformance lycoris peft_quanti
 # steps of the demo's training took 84 s, and 18 s when idle threads sleep.
 test demo soak nightly test-oldest test-tritons test-processors test-pretended-gpu test-guarded: export OMP_WAIT_POLICY := passive
 
+# One test after the other takes 16 minutes. loadfile: what the tests of a file share is made once.
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 # Needs g++. Its numbers are the host's; what holds on a CPU alone fails.
 test-pretended-gpu: $(VENV)/installed

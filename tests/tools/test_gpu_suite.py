@@ -710,7 +710,9 @@ def run_pytest(folder: Path, source: str, *options: str) -> dict:
     xml = folder / "tests.xml"
     command = [*device_tests.PYTEST, "-p", "gpu_stages.pytest_on_device", f"--junitxml={xml}", *options]
     command += [f"--rootdir={folder}", "-c", os.devnull, str(folder / "test_some.py")]
-    done = running.run_command(command, 120, folder / "tests.log")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)  # the plugin would take its process for one of ours
+        done = running.run_command(command, 120, folder / "tests.log")
     return device_tests.pytest_outcome(xml, done.log) | {"status": done.status, "log": done.log}
 
 
