@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import profiler
 
 from dora_kernels import ops
 from dora_kernels.functional.tracing import is_traced, is_transformed
@@ -23,17 +24,20 @@ KEPT = 4096
 """The most signatures that are kept: of many ranks and shapes in one process, a few hundred."""
 
 
+# asked at each call
+_is_profiled_here = torch._C._autograd._profiler_enabled
+_function_modes = torch._C._len_torch_function_stack
+
+
 def is_observed() -> bool:
     """True if the operators that run now are more than run: they go into a graph, are transformed, or are profiled.
 
+    By a profiler that Python has started, for one thread or for all; or by any that is on in this thread.
     Or a TorchFunctionMode sees them, to which an operator is one call. torch.set_default_device leaves such a mode on:
     it would be asked about each attribute of a tensor that a pass and its launches read.
     """
     return (
-        is_traced()
-        or is_transformed()
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._len_torch_function_stack() > 0
+        is_traced() or is_transformed() or profiler._is_profiler_enabled or _is_profiled_here() or _function_modes() > 0
     )
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import threading
 
 import pytest
 import torch
@@ -179,12 +180,88 @@ def test_a_backward_pass_alone_is_seen_by_who_watches_it():
     assert recorder.seen == ["dora_kernels::backward"]
 
 
-def test_a_profiler_sees_the_operators():
+FORWARD, BACKWARD = {"dora_kernels::forward", "DoraLinearFunction"}, {"dora_kernels::backward"}
+CPU = [torch.profiler.ProfilerActivity.CPU]
+
+
+def profiled_names(profile):
+    return {event.name for event in profile.events()}
+
+
+def one_pass(problem):
+    """A training step as a user makes it."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (problem.x, *problem.layer[1:4])]
+    return dora_kernels.dora_linear(leaves[0], problem.weight, *leaves[1:], 0.7)
+
+
+PROFILERS = {
+    "torch.profiler": lambda: torch.profiler.profile(activities=CPU),
+    "torch.autograd.profiler": lambda: torch.autograd.profiler.profile(use_kineto=True),
+    "of a schedule": lambda: torch.profiler.profile(activities=CPU, schedule=lambda step: RECORDING),
+}
+RECORDING = torch.profiler.ProfilerAction.RECORD
+
+
+@pytest.mark.parametrize("profiler", PROFILERS)
+def test_a_profiler_sees_the_operators_by_name(profiler):
     problem = Problem.random(M, N, K, R, torch.float32)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step(problem)
-    names = {event.key for event in profile.key_averages()}
-    assert {"dora_kernels::forward", "dora_kernels::backward"} <= names
+    one_pass(problem).sum().backward()  # which goes past them
+    with PROFILERS[profiler]() as profile:
+        y = one_pass(problem)
+        with torch.profiler.record_function("the backward pass"):
+            y.sum().backward()
+    events = getattr(profile, "events", None) or (lambda: profile.function_events)
+    names = [event.name for event in events()]
+    assert FORWARD | BACKWARD | {"DoraLinearFunctionBackward", "the backward pass"} <= set(names)
+    assert names.count("dora_kernels::forward") == names.count("dora_kernels::backward") == 1
+
+
+def test_a_profiler_that_starts_between_the_passes_sees_the_second():
+    problem = Problem.random(M, N, K, R, torch.float32)
+    y = one_pass(problem)
+    with torch.profiler.profile(activities=CPU) as profile:
+        y.sum().backward()
+    assert BACKWARD < profiled_names(profile) and not FORWARD & profiled_names(profile)
+    with torch.profiler.profile(activities=CPU) as profile:
+        y = one_pass(problem)
+    ops.calls.clear()
+    y.sum().backward()
+    assert FORWARD < profiled_names(profile) and not BACKWARD & profiled_names(profile)
+    assert ops.calls.total() == 1
+
+
+@pytest.mark.parametrize("where", ("here", "in another thread"))
+def test_a_profiler_of_all_threads_sees_the_operators(where):
+    """To torch._C._autograd._profiler_enabled it is on in no thread."""
+    problem = Problem.random(M, N, K, R, torch.float32)
+
+    def step():
+        one_pass(problem).sum().backward()
+
+    threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    with torch.profiler.profile(activities=CPU, experimental_config=threads) as profile:
+        if where == "here":
+            step()
+        else:
+            thread = threading.Thread(target=step)
+            thread.start()
+            thread.join()
+    assert FORWARD | BACKWARD <= profiled_names(profile)
+
+
+@pytest.mark.skipif(not torch.profiler.itt.is_available(), reason="a torch without Intel's ITT")
+def test_observers_of_record_functions_see_the_operators(monkeypatch):
+    """emit_nvtx pushes a range for each; here that of Intel's, which needs no GPU, says what is observed."""
+    problem = Problem.random(M, N, K, R, torch.float32)
+    called = []
+    for name in ("forward", "backward"):
+        run = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *flat, name=name, run=run: called.append(name) or run(*flat))
+    with torch.autograd.profiler.emit_itt():
+        one_pass(problem).sum().backward()
+    assert called == ["forward", "backward"]
+    one_pass(problem).sum().backward()
+    assert called == ["forward", "backward"]
 
 
 class FunctionRecorder(TorchFunctionMode):
