@@ -5,7 +5,8 @@ torch.fx.symbolic_trace; the library's own forward has. torch.compile, torch.exp
 
 Global module hooks: they are meant to be called for the parts of a layer (base_layer, lora_A, dropout, ...), which the
 library's forward calls and dora_kernels reads. So the library gets the call, unless it would compute another function.
-FlopCounterMode and CommDebugMode have such hooks, and would see nothing inside the operators.
+Those with which torch itself keeps track of the module that runs (FlopCounterMode, CommDebugMode, MemTracker) do not
+count: they tell whose an operator is, and a table of the library's operators would be of a run that nobody makes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ from dora_kernels.functional import tracing
 
 ZERO_HOOKS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 """The beginnings of the __module__ of DeepSpeed's hooks. The second is the wrapper with which it profiles them."""
+
+TRACKERS = (
+    "torch.utils.module_tracker",
+    "torch.distributed._tools.mod_tracker",
+    "torch.distributed.tensor.debug._comm_mode",
+)
+"""The __module__ of the hooks of ModuleTracker, ModTracker and what CommDebugMode makes of that."""
 
 
 def why_not_here(layer: Any, x: Any) -> str | None:
@@ -61,7 +69,7 @@ def _why_not_global_hooks() -> str | None:
         *modules._global_backward_hooks.values(),
         *modules._global_backward_pre_hooks.values(),
     )
-    hook = next((hook for hook in registered if not only_gathers(hook)), None)
+    hook = next((hook for hook in registered if not (only_gathers(hook) or only_tracks(hook))), None)
     if hook is None:
         return None
     # no more than getattr: Dynamo of torch 2.11 cannot ask a class for its names
@@ -71,3 +79,8 @@ def _why_not_global_hooks() -> str | None:
 def only_gathers(hook: Any) -> bool:
     """True of DeepSpeed ZeRO's hooks: they gather a weight, which reading it inside a forward does, too."""
     return getattr(hook, "__module__", "").startswith(ZERO_HOOKS)
+
+
+def only_tracks(hook: Any) -> bool:
+    """True of the hooks of torch's own trackers of modules, which change nothing."""
+    return getattr(hook, "__module__", "") in TRACKERS
