@@ -89,8 +89,9 @@ def _is_run_by_its_name() -> bool:
 
 
 if not _is_run_by_its_name():
-    # All of the core, whatever is asked for: an exported program finds the operators after `import dora_kernels`. The
-    # command line says what is wrong with its arguments first: torch takes 1.2 s.
+    # All of the core, whatever is asked for: an exported program finds the operators after `import dora_kernels`, and
+    # FlopCounterMode their FLOPs. The command line says what is wrong with its arguments first: torch takes 1.2 s.
     for _name in _CORE:
         __getattr__(_name)
     del _name
+    importlib.import_module("dora_kernels.flops")

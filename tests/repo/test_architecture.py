@@ -20,6 +20,7 @@ ORDER = (
     "kernels",
     "passes",
     "ops",
+    "flops",
     "functional",
     "reuse",
     "modules",

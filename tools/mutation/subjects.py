@@ -119,6 +119,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
         "tests/test_modules.py",
         *_COMPOSED,
     ),
+    "dora_kernels/flops.py": ("tests/runtime/test_flops.py",),
     "dora_kernels/passes.py": (
         "tests/test_passes.py",
         "tests/functional/test_functional.py",
