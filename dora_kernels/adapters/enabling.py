@@ -45,7 +45,11 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
     held = [(functions.held(layer) if hasattr(functions, "held") else layer, layer) for _, layer, _, functions in found]
     past = parents.remarks(model, held)
     for name, layer, library, functions in found:
-        cls, reason = functions.class_for(layer)
+        remark = past.get(layer)
+        if remark is None or remark.is_called:
+            cls, reason = functions.class_for(layer)
+        else:
+            cls, reason = None, ""
         if cls is None:
             give_back(layer)  # taken over before, perhaps, and changed since
         else:
@@ -54,7 +58,7 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
             if own is not None:
                 reason = "; ".join(filter(None, (reason, f"dropout stays the library's, of {own}")))
         sharing.leave(layer)
-        reason = "; ".join(filter(None, (reason, past.get(layer))))
+        reason = "; ".join(filter(None, (reason, None if remark is None else remark.text)))
         layers.append(LayerReport(name, library, cls is not None, reason))
     shares_with = _share(model) if fuse_shared_inputs else {}
     return ModelReport(tuple(replace(report, shares_with=shares_with.get(report.name, ())) for report in layers))

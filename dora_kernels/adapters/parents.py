@@ -1,9 +1,10 @@
 """Parents that read a layer's weight past the layer. Where they do no adapter is applied, enabled or not.
 
-torch's nn.TransformerEncoderLayer hands linear1.weight to a fast path in eval mode, nn.MultiheadAttention never calls
-its out_proj, WavLM's attention passes q_proj.weight to a function. The source says so, and is read here: `forward`, of
-the class or put on the instance, what that wraps, and the methods that it calls on self, for `self.name.weight` or a
-longer path of names. A weight that is handed on under another name is not seen.
+torch's nn.TransformerEncoderLayer hands linear1.weight to a fast path in eval mode, WavLM's attention passes
+q_proj.weight to a function, nn.MultiheadAttention never calls its out_proj, which is therefore left alone. The source
+says so, and is read here: `forward`, of the class or put on the instance, what that wraps, and the methods that it
+calls on self, for `self.name.weight` or a longer path of names. A weight that is handed on under another name is not
+seen.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator
 from types import FunctionType, MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -21,35 +22,65 @@ CALLABLE = (FunctionType, MethodType, functools.partial)
 """The types of attributes of an instance that may be called in place of a method."""
 
 
-def remarks(model: nn.Module, layers: Iterable[tuple[nn.Module, nn.Module]]) -> dict[nn.Module, str]:
+class Remark(NamedTuple):
+    """Text of the report on a layer whose weight a module reads past it."""
+
+    text: str
+    is_called: bool = True
+    """False of the out_proj of an nn.MultiheadAttention that never calls it."""
+
+
+def remarks(model: nn.Module, layers: Iterable[tuple[nn.Module, nn.Module]]) -> dict[nn.Module, Remark]:
     """The remark in the report on each layer whose weight a module of `model` reads past it.
 
     layers: (what a parent holds, the layer), the same module but where a library's layer stands beside the wrapped one.
     """
     found: dict[nn.Module, list[str]] = {}
+    uncalled: dict[nn.Module, str] = {}
     held: dict[nn.Module, list[nn.Module]] = {}
     for module, layer in layers:
         held.setdefault(module, []).append(layer)
-    of_class: dict[type, dict[str, str]] = {}
+    of_class: dict[type, Uses] = {}
     for parent in model.modules():
         if not parent._modules:
             continue
         cls = type(parent)
         if not any(isinstance(value, CALLABLE) for value in vars(parent).values()):
             if cls not in of_class:
-                of_class[cls] = reads(cls)
-            read = of_class[cls]
+                of_class[cls] = uses(cls)
+            used = of_class[cls]
         else:
-            read = reads(cls, parent)
-        for path, function in read.items():
+            used = uses(cls, parent)
+        for path, function in used.read.items():
             for layer in held.get(_at(parent, path), ()):
-                found.setdefault(layer, []).append(f"{cls.__name__}.{function}")
+                reader = f"{cls.__name__}.{function}"
+                found.setdefault(layer, []).append(reader)
+                if isinstance(parent, nn.MultiheadAttention) and path == "out_proj" and path not in used.called:
+                    uncalled.setdefault(layer, reader)
+    return {layer: _remark(readers, uncalled.get(layer)) for layer, readers in found.items()}
+
+
+def _remark(readers: list[str], uncalled: str | None) -> Remark:
+    names = dict.fromkeys(readers)
     consequence = "this weight past the layer, and no adapter is applied where that is done"
-    return {layer: f"{' and '.join(dict.fromkeys(readers))} can read {consequence}" for layer, readers in found.items()}
+    if uncalled is None:
+        return Remark(f"{' and '.join(names)} can read {consequence}")
+    others = [name for name in names if name != uncalled]
+    more = f"; {' and '.join(others)} can read it, too" if others else ""
+    return Remark(f"{uncalled} reads this weight and never calls the layer: no adapter is applied there{more}", False)
 
 
-def reads(cls: type[nn.Module], parent: nn.Module | None = None) -> dict[str, str]:
-    """The paths of submodules whose weight code of `cls` reads when it is called, each with the name of a method.
+class Uses(NamedTuple):
+    """The submodules that code of a class uses when it is called."""
+
+    read: dict[str, str]
+    """The paths of those whose weight is read, each with the name of a method."""
+    called: set[str]
+    """The names of those that are called, and of methods of the class."""
+
+
+def uses(cls: type[nn.Module], parent: nn.Module | None = None) -> Uses:
+    """The submodules that code of `cls` uses when it is called.
 
     parent: the module itself, if functions on the instance replace methods of its class.
     """
@@ -78,7 +109,7 @@ def reads(cls: type[nn.Module], parent: nn.Module | None = None) -> dict[str, st
                 if called not in seen:
                     seen.add(called)
                     waiting.append(called)
-    return found
+    return Uses(found, {name for name, _ in seen})
 
 
 def _functions(value: Any, parent: nn.Module | None) -> Iterator[tuple[FunctionType, set[str]]]:

@@ -67,11 +67,34 @@ def test_no_remark_where_the_layers_are_called():
     assert [layer.reason for layer in (*layers.values(), *others.values())] == ["", "", ""]
 
 
-def test_torchs_attention_never_calls_out_proj():
-    """Through MultiheadAttention, and through the encoder layer that holds it."""
-    _, layers = reported(encoder_layer(), "out_proj")
-    (layer,) = layers.values()
-    assert "MultiheadAttention.forward" in layer.reason and "TransformerEncoderLayer.forward" in layer.reason
+REACHED = {
+    "alone": lambda: nn.MultiheadAttention(16, 2),
+    "encoder layer": encoder_layer,
+    "encoder": lambda: nn.TransformerEncoder(encoder_layer(), 1, enable_nested_tensor=False),
+    "decoder layer": lambda: nn.TransformerDecoderLayer(16, 2, 32),
+    "replaced out_proj": lambda: replaced(nn.MultiheadAttention(16, 2)),
+}
+
+
+def replaced(attention):
+    attention.out_proj = nn.Linear(16, 16)
+    return attention
+
+
+@pytest.mark.parametrize("reached", REACHED)
+def test_torchs_attention_never_calls_out_proj(reached):
+    """Its layer is left alone, by whatever way the attention is reached; stock PEFT's adapter does nothing there."""
+    model, layers = reported(REACHED[reached](), "out_proj")
+    for layer in layers.values():
+        assert not layer.taken_over
+        assert "MultiheadAttention.forward reads this weight and never calls the layer" in layer.reason
+        assert ("TransformerEncoderLayer.forward can read it, too" in layer.reason) == ("encoder" in reached)
+    assert len(layers) == (2 if reached == "decoder layer" else 1)
+    if reached == "alone":
+        x, attention = torch.randn(4, 1, 16), model.base_model.model
+        with model.disable_adapter():
+            without = attention(x, x, x)[0]
+        assert torch.equal(attention(x, x, x)[0], without)
 
 
 class Functional(nn.Module):
@@ -125,8 +148,8 @@ class Uses(Asks):
 
 
 def test_facts_about_a_weight_are_no_use_of_it():
-    assert parents.reads(Asks) == {}
-    assert parents.reads(Uses).keys() == {"a", "b", "c"}
+    assert parents.uses(Asks).read == {}
+    assert parents.uses(Uses).read.keys() == {"a", "b", "c"}
 
 
 def own_method(parent):
@@ -207,14 +230,14 @@ def test_lycoris_wraps_what_the_parent_holds():
 
 def test_parents_in_transformers():
     modeling = pytest.importorskip("transformers.models.wavlm.modeling_wavlm")
-    assert {"q_proj", "k_proj", "v_proj", "out_proj"} <= parents.reads(modeling.WavLMAttention).keys()
+    assert {"q_proj", "k_proj", "v_proj", "out_proj"} <= parents.uses(modeling.WavLMAttention).read.keys()
     from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
     from transformers.models.t5.modeling_t5 import T5DenseActDense  # asks wo.weight for its dtype
 
-    assert not any(parents.reads(cls) for cls in (LlamaAttention, LlamaMLP, T5DenseActDense))
+    assert not any(parents.uses(cls).read for cls in (LlamaAttention, LlamaMLP, T5DenseActDense))
 
 
 def test_a_parent_without_source():
     namespace = {"nn": nn}
     exec("class Made(nn.Module):\n    def forward(self, x):\n        return x @ self.proj.weight.T", namespace)
-    assert parents.reads(namespace["Made"]) == {}
+    assert parents.uses(namespace["Made"]).read == {}
