@@ -5,6 +5,7 @@
     libraries.py    which libraries are known, and what the file of each offers
     taking.py       a layer is taken over by changing its class, and given back
     reading.py      whether a part of a layer may be read and not called
+    classes.py      whether a class that derives from torch's computes torch's product; two_steps.py: Falcon's
     frozen.py       the frozen layer that stands in the place of a merged one
     calls.py        calls that are left to the library because of what surrounds them
     parents.py      modules that read a layer's weight past the layer; source.py reads their source

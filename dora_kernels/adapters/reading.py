@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from dora_kernels.adapters import calls
+from dora_kernels.adapters.classes import class_name, why_replaced
 
 AUTOCAST_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 """The dtypes that autocast casts; it leaves float64 alone."""
@@ -34,7 +35,7 @@ def why_not_bypass(part: str, module: nn.Module) -> str | None:
         return f"{part} has hooks"
     if not forward_is_the_class_s(module):
         return f"the forward of {part} was replaced on the instance"
-    return None
+    return why_replaced(part, module)
 
 
 def forward_is_the_class_s(module: nn.Module) -> bool:
@@ -92,7 +93,3 @@ def is_bound_forward(module: nn.Module, method: Any) -> bool:
 def first_reason(reasons: Iterable[str | None]) -> str | None:
     """The first that is not None."""
     return next((reason for reason in reasons if reason is not None), None)
-
-
-def class_name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -26,14 +26,42 @@ from tests.support.peft_problem import build, build_convolution, layers
 from tests.support.problem import DEVICE
 from tests.support.quantized_problem import build as build_quantized
 
+
+class Sub(nn.Linear):
+    """nn.Linear under another name."""
+
+
+class TwoSteps(nn.Linear):
+    """As Falcon's."""
+
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class SubConv(nn.Conv2d):
+    """nn.Conv2d under another name."""
+
+
+def over(cls, make):
+    """The model of `make` with a first base layer of another class, of the same numbers."""
+    model = make()
+    layers(model)[0].base_layer.__class__ = cls
+    return model
+
+
 KINDS = {
     "linear": lambda: build(adapters=2),
+    "subclass": lambda: over(Sub, lambda: build(adapters=2)),
+    "two steps": lambda: over(TwoSteps, lambda: build(adapters=2)),
     "dropout": lambda: build(adapters=2, lora_dropout=0.5),
     "convolution": lambda: build_convolution(adapters=2)[0],
+    "subclass of a convolution": lambda: over(SubConv, lambda: build_convolution(adapters=2)[0]),
     "dilated convolution": lambda: build_convolution(adapters=2, config={"padding": "same", "dilation": 2})[0],
     "nf4": lambda: build_quantized("nf4", adapters=2),
     "int8": lambda: build_quantized("int8", adapters=2),
 }
+DENSE = tuple(name for name in KINDS if name not in ("dropout", "nf4", "int8"))
 PARTS = ("base_layer", "lora_A", "lora_B", "lora_dropout", "lora_magnitude_vector")
 HOOKS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
 
@@ -84,6 +112,18 @@ def put(dictionary, key, value):
 
 
 @contextlib.contextmanager
+def on_class(cls, name, value):
+    """cls.name = value, until it is over."""
+    missing = object()
+    before = vars(cls).get(name, missing)
+    setattr(cls, name, value)
+    try:
+        yield
+    finally:
+        delattr(cls, name) if before is missing else setattr(cls, name, before)
+
+
+@contextlib.contextmanager
 def as_class(value, cls):
     before, value.__class__ = value.__class__, cls
     try:
@@ -130,9 +170,14 @@ def active(layer, names):
         layer._active_adapter = before
 
 
-def odd(cls):
+def odd(cls, **members):
     """A class over `cls`, which is not known."""
-    return type(f"Odd{cls.__name__}", (cls,), {})
+    return type(f"Odd{cls.__name__}", (cls,), members)
+
+
+def refuse(*arguments):
+    """A method in place of another."""
+    raise AttributeError("refused")
 
 
 def changes(layer):
@@ -150,6 +195,7 @@ def changes(layer):
         made |= {
             f"forward of {part}": (put, module.__dict__, "forward", lambda x: x),
             f"class of {part}": (as_class, module, odd(type(module))),
+            f"class of {part} that reads otherwise": (as_class, module, odd(type(module), __getattr__=refuse)),
             f"another {part}": (put, holder, key, copy.deepcopy(module)),
             f"odd {part}": (put, holder, key, nn.Identity() if part != "lora_dropout" else nn.AlphaDropout(0.5)),
             f"{part} over the layer's": (put, own, part, copy.deepcopy(getattr(layer, part))),
@@ -205,7 +251,12 @@ def changes(layer):
         "dropout's p": (put, part_of(layer, "lora_dropout").__dict__, "p", 0.9),
         "eval mode": (attribute, layer, "training", False),
     }
+    for owner, module in (("the base layer", base), ("lora_A", lora_A)):
+        made[f"forward of the class of {owner}"] = on_class, type(module), "forward", refuse
+    made["__call__ of the class of the base layer"] = on_class, type(base), "__call__", refuse
     if hasattr(base, "dilation"):
+        made["_conv_forward of the base layer"] = put, base.__dict__, "_conv_forward", refuse
+        made["_conv_forward of its class"] = on_class, type(base), "_conv_forward", refuse
         made["dilation"] = put, base.__dict__, "dilation", tuple(3 for _ in base.dilation)
         made["padding"] = put, base.__dict__, "padding", tuple(0 for _ in base.dilation)
     return {key: lambda function=function, rest=rest: function(*rest) for key, (function, *rest) in made.items()}
@@ -326,12 +377,12 @@ def test_a_device_of_x_is_seen():
     assert layer.read_call(x.to("meta"))[1] == layer._judge(x.to("meta"))[1] is not None
 
 
-@pytest.mark.parametrize("kinds", [("linear", "convolution", "dilated convolution"), ("int8",)])
+@pytest.mark.parametrize("kinds", [DENSE, ("int8", "nf4")])
 def test_every_element_of_the_state_is_needed(kinds, monkeypatch):
     """Without any one of them some change of some layer is not seen."""
     read, needed, elements = known.read, set(), set()
     for layer, x in map(known_layer, kinds):
-        elements |= set(range(len(read(layer, x.device, layer.quantized)[0])))
+        elements |= set(range(len(read(layer, x.device, layer.base_kind)[0])))
         for index in elements - needed:
 
             def without(*arguments, index=index):
@@ -345,7 +396,7 @@ def test_every_element_of_the_state_is_needed(kinds, monkeypatch):
                 needed.add(index)
             monkeypatch.undo()
     # a quantized weight is read at each call, and has to be on the device of x
-    assert elements - needed == ({2} if kinds == ("int8",) else set())
+    assert elements - needed == ({4} if "int8" in kinds else set())
 
 
 @pytest.mark.parametrize("kind", ["linear", "convolution"])

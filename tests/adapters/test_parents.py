@@ -67,6 +67,21 @@ def test_no_remark_where_the_layers_are_called():
     assert [layer.reason for layer in (*layers.values(), *others.values())] == ["", "", ""]
 
 
+class CallsToo(nn.MultiheadAttention):
+    """A forward that calls out_proj after torch's, which reads its weight."""
+
+    def forward(self, *arguments, **keywords):
+        y, *more = super().forward(*arguments, **keywords)
+        return self.out_proj(y), *more
+
+
+class Own(nn.MultiheadAttention):
+    """A forward that calls out_proj."""
+
+    def forward(self, x):
+        return self.out_proj(nn.functional.linear(x, self.in_proj_weight, self.in_proj_bias)[..., : x.shape[-1]])
+
+
 REACHED = {
     "alone": lambda: nn.MultiheadAttention(16, 2),
     "encoder layer": encoder_layer,
@@ -95,6 +110,18 @@ def test_torchs_attention_never_calls_out_proj(reached):
         with model.disable_adapter():
             without = attention(x, x, x)[0]
         assert torch.equal(attention(x, x, x)[0], without)
+
+
+@pytest.mark.parametrize("cls", [CallsToo, Own])
+def test_an_attention_that_calls_out_proj(cls):
+    """The layer is torch's NonDynamicallyQuantizableLinear, with the forward of nn.Linear."""
+    _, layers = reported(cls(16, 2), "out_proj")
+    assert layers["out_proj"].taken_over
+    assert layers["out_proj"].reason == (
+        ""
+        if cls is Own
+        else "CallsToo.forward can read this weight past the layer, and no adapter is applied where that is done"
+    )
 
 
 class Functional(nn.Module):

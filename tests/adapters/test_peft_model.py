@@ -294,6 +294,9 @@ class Mixed(nn.Module):
 class SpecialLinear(nn.Linear):
     """As a quantized layer is: a subclass whose weight need not be what forward multiplies with."""
 
+    def forward(self, x):
+        return super().forward(x)
+
 
 def test_report_names_every_layer_and_why():
     names = ["dense", "embedding", "conv", "special"]

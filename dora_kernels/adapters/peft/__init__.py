@@ -4,7 +4,7 @@
     layer.py       the forward that the layers below share: who computes a call
     known.py       what is known of a layer between two calls, and when it still holds
     merging.py     merging and unmerging
-    linear.py      `lora.Linear`, over nn.Linear and GPT-2's Conv1D
+    linear.py      `lora.Linear`, over nn.Linear, GPT-2's Conv1D and what derives from them; over Falcon's linear layer
     conv.py        `lora.Conv1d`, `lora.Conv2d`, `lora.Conv3d`
     embedding.py   `lora.Embedding`
     siblings.py    the linear layers that read the same x
@@ -28,10 +28,11 @@ from dora_kernels.adapters.peft.adapter import read_adapter, why_not_adapter, wh
 from dora_kernels.adapters.peft.conv import DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d
 from dora_kernels.adapters.peft.embedding import DoraKernelsEmbedding
 from dora_kernels.adapters.peft.layer import TakenOverLayer
-from dora_kernels.adapters.peft.linear import DoraKernelsLinear
+from dora_kernels.adapters.peft.linear import DoraKernelsLinear, DoraKernelsTwoSteps
 from dora_kernels.adapters.peft.siblings import groups
 from dora_kernels.adapters.reading import class_name, forward_is_the_class_s
 from dora_kernels.adapters.taking import TakenOver, library_class
+from dora_kernels.adapters.two_steps import is_two_steps
 
 _DENSE = (DoraKernelsLinear, DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d, DoraKernelsEmbedding)
 __all__ = ["CLASSES", "QUANTIZED_LAYERS", "groups", "class_for", "layers"]
@@ -52,7 +53,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     """The class that takes `layer` over and a remark on adapters that PEFT still computes, or None and the reason."""
-    cls = _class_over(library_class(layer))
+    cls = _class_over(library_class(layer), layer)
     if cls is None:
         return None, f"the layer is a {class_name(layer)}, not one of PEFT's that dora_kernels knows"
     reason = why_not_family(cls.family)
@@ -68,10 +69,11 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     return None if len(against) == len(reasons) else cls, "; ".join(against or cls.remarks(weight))
 
 
-def _class_over(cls: type[nn.Module]) -> type[TakenOverLayer] | None:
-    """The class that takes over layers of PEFT's `cls`; None where there is none."""
+def _class_over(cls: type[nn.Module], layer: nn.Module) -> type[TakenOverLayer] | None:
+    """The class that takes over `layer`, one of PEFT's `cls`; None where there is none."""
     if cls.__module__ in QUANTIZED_LAYERS:
         from dora_kernels.adapters.peft import quantized
 
         return quantized.CLASSES.get(cls)
-    return CLASSES.get(cls)
+    taken_over = CLASSES.get(cls)
+    return DoraKernelsTwoSteps if taken_over is DoraKernelsLinear and is_two_steps(layer.base_layer) else taken_over

@@ -11,9 +11,10 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, LoraLayer
 from torch import Tensor, nn
 
 from dora_kernels import reuse
+from dora_kernels.adapters.classes import CONVOLUTIONS, why_not_product
 from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, PeftAdapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
-from dora_kernels.adapters.reading import class_name, why_not_bypass, why_not_dtypes
+from dora_kernels.adapters.reading import why_not_bypass, why_not_dtypes
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.reference import accumulate_dtype, gain_of
 from dora_kernels.types import DoraWeight
@@ -23,13 +24,15 @@ class TakenOverConv(TakenOverLayer):
     """A convolution of PEFT's. Its norm runs over all but the first dimension of the weight."""
 
     base_class: type[nn.Module]
+    base_kind = "convolution"
 
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[Tensor | None, str | None]:
         """The weight (N, C / groups, ...) and None, or the reason why PEFT must compute over this base layer."""
         base = layer.base_layer
-        if type(base) is not cls.base_class:
-            return None, f"the base layer is a {class_name(base)}; expected nn.{cls.base_class.__name__}"
+        reason = why_not_product("the base layer", base, CONVOLUTIONS[cls.base_class])
+        if reason is not None:
+            return None, reason
         weight, reason = read_weight(base)
         if reason is None and base.padding != "same" and any(step != 1 for step in base.dilation):
             reason = "the base layer is dilated, and PEFT's lora_A is not: their outputs differ in size"

@@ -4,14 +4,16 @@ Judging a call in full takes the host some 40 us; reading the state and comparin
 have equal verdicts, so the state has whatever the judgement reads (`layer._why_not_call`, `why_not_adapter`,
 `read_base`):
 
-    in the state        classes of the layer and of each part, the parts of the active adapters, their scaling and
-                        variants, fan_in_fan_out, padding and dilation, the class, dtype and device of every weight, and
-                        the device of x
+    in the state        classes of the layer and of each part, the methods that the classes of the base layer and of
+                        lora_A are called by, the parts of the active adapters, their scaling and variants,
+                        fan_in_fan_out, padding and dilation, the class, dtype and device of every weight, and the
+                        device of x
     nothing is known    of a layer that is disabled, merged, or not to cast its input; while PEFT's DoraCaching is on;
                         with a hook or another forward on a part, a bias in lora_A or lora_B, an empty weight (ZeRO-3),
                         a dense base weight that requires a gradient (FSDP1's views do), or an attribute over a part.
                         Then the call is judged in full
     not judged          dropout's p and mode, the numbers, and requires_grad of the adapter: `compute` reads them
+    not seen            what is put on the class of a part later, but for forward, __call__ and _conv_forward
 
 The base layer and all weights are never kept: they are read at each call, past nn.Module.__getattr__, which takes .5
 us. The adapters' parts are held until a call is judged that dora_kernels computes, or an adapter is deleted, so that
@@ -51,10 +53,10 @@ class Known:
 Reading = tuple[tuple[object, ...], Tensor | None, Tensor | None, Tensor, Tensor, Tensor]
 
 
-def read(layer: nn.Module, device: torch.device, quantized: bool) -> Reading | None:
+def read(layer: nn.Module, device: torch.device, base_kind: str) -> Reading | None:
     """The state of `layer` as it is called with an x on `device`; None where the call must be judged in full.
 
-    For layers whose lora_A and lora_B are modules.
+    For layers whose lora_A and lora_B are modules. base_kind: "linear", "convolution" or "quantized".
     """
     own = layer.__dict__
     try:
@@ -66,26 +68,32 @@ def read(layer: nn.Module, device: torch.device, quantized: bool) -> Reading | N
         base = modules["base_layer"]
         attributes = base.__dict__
         bias = attributes["bias"] if "bias" in attributes else attributes["_parameters"]["bias"]
-        if quantized:
+        cls = type(base)
+        if base_kind == "quantized":
             weight = None
             if _may_run_code(attributes):
                 return None
-            state = (type(layer), type(base), device)
+            state = (type(layer), cls, cls.forward, cls.__call__, device)
         else:
             weight = _weight(base)
             if weight.requires_grad:
                 return None
             state = (
                 type(layer),
-                type(base),
+                cls,
+                cls.forward,
+                cls.__call__,
                 device,
-                own.get("fan_in_fan_out"),
-                attributes.get("padding"),
-                attributes.get("dilation"),
                 type(weight),
                 weight.dtype,
                 weight.device,
             )
+            if base_kind == "linear":
+                state += (own["fan_in_fan_out"],)
+            elif "_conv_forward" in attributes:
+                return None
+            else:
+                state += (cls._conv_forward, attributes["padding"], attributes["dilation"])
         lora_As, lora_Bs = modules["lora_A"], modules["lora_B"]
         dropouts, magnitudes = modules["lora_dropout"], modules["lora_magnitude_vector"]
         if not type(lora_As) is type(lora_Bs) is type(dropouts) is type(magnitudes) is nn.ModuleDict:
@@ -96,17 +104,18 @@ def read(layer: nn.Module, device: torch.device, quantized: bool) -> Reading | N
                 continue
             module_A, module_B = lora_As._modules[name], lora_Bs._modules[name]
             dropout, module_m = dropouts._modules[name], magnitudes._modules[name]
-            lora_A, lora_B, magnitude = _weight(module_A), _weight(module_B), _weight(module_m)
-            if _has_bias(module_A) or _has_bias(module_B) or _may_run_code(dropout.__dict__):
+            lora_A, lora_B, magnitude = _weight(module_A, True), _weight(module_B, True), _weight(module_m)
+            if _may_run_code(dropout.__dict__):
                 return None
-            variant, scaling = own["lora_variant"][name], own["scaling"][name]
+            variant, scaling, factor = own["lora_variant"][name], own["scaling"][name], type(module_A)
             state += (
                 variant,
                 type(variant),
                 type(scaling),  # before scaling: a tensor is not compared with a number, which waits for its device
                 scaling,
                 module_A,
-                type(module_A),
+                factor,
+                factor.forward,
                 type(lora_A),
                 lora_A.dtype,
                 lora_A.device,
@@ -138,10 +147,12 @@ def _may_run_code(attributes: dict[str, Any]) -> bool:
     )
 
 
-def _weight(module: nn.Module) -> Tensor:
-    """The weight of a module that need not be called. Raises KeyError for any other, and for an empty weight."""
+def _weight(module: nn.Module, alone: bool = False) -> Tensor:
+    """The weight of a module that need not be called; with `alone`, of one that was built without a bias and is so
+    still. Raises KeyError for any other, and for an empty weight."""
     attributes = module.__dict__
-    weight = attributes["_parameters"]["weight"]
+    parameters = attributes["_parameters"]
+    weight = parameters["weight"]
     if (
         attributes["_forward_hooks"]  # _may_run_code, without the call
         or attributes["_forward_pre_hooks"]
@@ -149,13 +160,8 @@ def _weight(module: nn.Module) -> Tensor:
         or attributes["_backward_pre_hooks"]
         or "forward" in attributes
         or "weight" in attributes
+        or (alone and ("bias" in attributes or parameters["bias"] is not None))
         or not weight.numel()
     ):
         raise KeyError("weight")
     return weight
-
-
-def _has_bias(factor: nn.Module) -> bool:
-    """True unless the factor was built without a bias and is so still."""
-    attributes = factor.__dict__
-    return "bias" in attributes or attributes["_parameters"]["bias"] is not None

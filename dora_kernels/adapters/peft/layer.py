@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from peft.tuners.lora import dora
@@ -37,7 +37,8 @@ class TakenOverLayer(Merging):
 
     library = "PEFT"
     family: Family
-    quantized = False
+    base_kind: ClassVar[str] = "linear"
+    """For known.py: "linear", "convolution" or "quantized"."""
     dora_attributes = ("dora_dropout", known.ATTRIBUTE)
 
     @classmethod
@@ -87,7 +88,7 @@ class TakenOverLayer(Merging):
         """
         if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return self._judge(x)
-        reading = known.read(self, x.device, self.quantized)
+        reading = known.read(self, x.device, self.base_kind)
         if reading is None:
             return self._judge(x)
         state, stored, bias, lora_A, lora_B, magnitude = reading
@@ -103,7 +104,7 @@ class TakenOverLayer(Merging):
                 return CallParts(operand, weight, adapters, dora, bias), reason
         parts, reason = self._judge(x)
         if reason is None:
-            again = known.read(self, x.device, self.quantized)  # another thread may have changed it meanwhile
+            again = known.read(self, x.device, self.base_kind)  # another thread may have changed it meanwhile
             if again is not None and again[0] == state:
                 self.__dict__[known.ATTRIBUTE] = known.Known(state, parts.adapters)
         return parts, reason
@@ -116,7 +117,7 @@ class TakenOverLayer(Merging):
     def is_known(self, device: torch.device) -> bool:
         """True if dora_kernels computes a call with an x on `device`, as long as the dtypes meet. False if unknown."""
         last = self.__dict__.get(known.ATTRIBUTE)
-        reading = None if last is None else known.read(self, device, self.quantized)
+        reading = None if last is None else known.read(self, device, self.base_kind)
         return reading is not None and last.state == reading[0]
 
     def _judge(self, x: Tensor) -> tuple[CallParts | None, str | None]:

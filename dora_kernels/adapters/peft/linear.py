@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import reuse
+from dora_kernels.adapters.classes import LINEAR as TORCH_LINEAR
+from dora_kernels.adapters.classes import product_of, why_not_product
 from dora_kernels.adapters.peft.adapter import LINEAR, PeftAdapter, read_adapter, why_not_adapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
-from dora_kernels.adapters.reading import class_name, why_not_bypass, why_not_dtypes
+from dora_kernels.adapters.reading import why_not_bypass, why_not_dtypes
+from dora_kernels.adapters.two_steps import why_not_two_steps
 from dora_kernels.functional.linear import dora_linear_core, operand_dtypes
 from dora_kernels.quant import Weight, frozen_product
 from dora_kernels.reference import gain_of
 from dora_kernels.reuse import sharing
 from dora_kernels.types import DoraWeight, Given
+
+CONV1D = product_of(Conv1D, "forward")
 
 
 class TakenOverLinear(TakenOverLayer):
@@ -66,10 +71,15 @@ class TakenOverLinear(TakenOverLayer):
         An adapter with dropout adds (g - 1) * xd W^T + g * d(xd), xd = dropout(x), to the output so far; or, where the
         layer was enabled with dropout="lora", nests as those without, with d(xd).
         """
-        bias, lora_dropout = self.base_layer.bias, self.dora_dropout == "lora"
-        first, *others = adapters
-        if not others:
-            return self.one_adapter(x, operand, first, first.over(weight), bias)
+        bias = self.base_layer.bias
+        if len(adapters) == 1:
+            return self.one_adapter(x, operand, adapters[0], adapters[0].over(weight), bias)
+        return self.several_adapters(x, operand, weight, adapters, bias)
+
+    def several_adapters(
+        self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[PeftAdapter], bias: Tensor | None
+    ) -> Tensor:
+        (first, *others), lora_dropout = adapters, self.dora_dropout == "lora"
         norms = self.norms(weight.T if self.fan_in_fan_out else weight, adapters)
         dtype = _output_dtype(x, operand, first.lora_A.weight)
         wide = torch.promote_types(dtype, first.magnitude.weight.dtype)
@@ -111,14 +121,20 @@ class TakenOverLinear(TakenOverLayer):
         return adapter.dropout(x)
 
 
-class DoraKernelsLinear(TakenOverLinear, LoraLinear):
-    """Over `lora.Linear`, whose base layer is nn.Linear or GPT-2's Conv1D."""
+class TakenOverDense(TakenOverLinear):
+    """TakenOverLinear with a dense weight."""
+
+    @classmethod
+    def why_not_base(cls, layer: LoraLinear) -> str | None:
+        """The reason why the base layer has to be called."""
+        raise NotImplementedError
 
     @classmethod
     def read_base(cls, layer: LoraLinear) -> tuple[Tensor | None, str | None]:
         base = layer.base_layer
-        if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
-            return None, f"the base layer is a {class_name(base)}; expected nn.Linear, or Conv1D with fan_in_fan_out"
+        reason = cls.why_not_base(layer)
+        if reason is not None:
+            return None, reason
         weight, reason = read_weight(base)
         if reason is not None:
             return None, reason
@@ -137,6 +153,42 @@ class DoraKernelsLinear(TakenOverLinear, LoraLinear):
 
     def shaped(self, rows: Tensor) -> Tensor:
         return rows.T.contiguous() if self.fan_in_fan_out else rows
+
+
+class DoraKernelsLinear(TakenOverDense, LoraLinear):
+    """Over `lora.Linear`, whose base layer is nn.Linear or GPT-2's Conv1D, or one that derives from these."""
+
+    @classmethod
+    def why_not_base(cls, layer: LoraLinear) -> str | None:
+        product = CONV1D if layer.fan_in_fan_out else TORCH_LINEAR
+        expected = "nn.Linear, or Conv1D with fan_in_fan_out"
+        return why_not_product("the base layer", layer.base_layer, product, expected)
+
+
+class DoraKernelsTwoSteps(TakenOverDense, LoraLinear):
+    """Over `lora.Linear`, whose base layer is Falcon's, x @ W.T and then + bias, or another that computes so."""
+
+    @classmethod
+    def why_not_base(cls, layer: LoraLinear) -> str | None:
+        if layer.fan_in_fan_out:
+            return "fan_in_fan_out is set over an nn.Linear"
+        return why_not_two_steps("the base layer", layer.base_layer)
+
+    def one_adapter(
+        self, x: Tensor, operand: Tensor, adapter: PeftAdapter, dora: DoraWeight, bias: Tensor | None
+    ) -> Tensor:
+        """A bias of another dtype than the product's is added to y, which then has the wider of the two."""
+        if bias is None or bias.dtype == _output_dtype(x, operand, dora.lora_A):
+            return super().one_adapter(x, operand, adapter, dora, bias)
+        return super().one_adapter(x, operand, adapter, dora, None) + bias
+
+    def several_adapters(
+        self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[PeftAdapter], bias: Tensor | None
+    ) -> Tensor:
+        """Adds the bias as one_adapter does."""
+        if bias is None or bias.dtype == _output_dtype(x, operand, adapters[0].lora_A.weight):
+            return super().several_adapters(x, operand, weight, adapters, bias)
+        return super().several_adapters(x, operand, weight, adapters, None) + bias
 
 
 def _output_dtype(x: Tensor, operand: Tensor, lora_A: Tensor) -> torch.dtype:

@@ -9,15 +9,16 @@ layers of bitsandbytes multiply with the decoded weight everywhere, and not with
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available, is_hqq_available
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.torchao import TorchaoLoraLinear
-from torch import Tensor, nn
+from torch import Tensor
 
 from dora_kernels import quant
+from dora_kernels.adapters.classes import LINEAR, Product, product_of, why_not_product
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack, wrong_decoding
 from dora_kernels.adapters.peft.linear import TakenOverLinear
 from dora_kernels.adapters.reading import AUTOCAST_DTYPES, class_name, why_not_bypass
@@ -27,8 +28,11 @@ from dora_kernels.quant import QuantizedWeight
 class TakenOverQuantized(TakenOverLinear):
     """TakenOverLinear, with a base layer that `quant.read` knows."""
 
-    base_classes: tuple[type[nn.Module], ...] = ()
-    quantized = True
+    base_product: ClassVar[Product]
+    """Subclasses count that leave its methods alone, but with `exact`: of a class that quant.read knows by its name."""
+
+    exact: ClassVar[bool] = False
+    base_kind = "quantized"
 
     def reread_base(self, weight: None) -> tuple[QuantizedWeight | None, str | None]:
         return quant.read_or_reason(self.base_layer)
@@ -36,9 +40,11 @@ class TakenOverQuantized(TakenOverLinear):
     @classmethod
     def read_base(cls, layer: LoraLayer) -> tuple[QuantizedWeight | None, str | None]:
         base = layer.base_layer
-        if type(base) not in cls.base_classes:
-            names = " or ".join(base_class.__name__ for base_class in cls.base_classes)
-            return None, f"the base layer is a {class_name(base)}; expected {names}"
+        if cls.exact and type(base) is not cls.base_product.cls:
+            return None, f"the base layer is a {class_name(base)}; expected {cls.base_product}"
+        reason = why_not_product("the base layer", base, cls.base_product)
+        if reason is not None:
+            return None, reason
         weight, reason = quant.read_or_reason(base)
         return weight, reason or why_not_bypass("base_layer", base)
 
@@ -46,7 +52,7 @@ class TakenOverQuantized(TakenOverLinear):
 class DoraKernelsTorchaoLinear(TakenOverQuantized, TorchaoLoraLinear):
     """Over TorchaoLoraLinear: nn.Linear with a weight-only int8 or float8 tensor of torchao's."""
 
-    base_classes = (nn.Linear,)
+    base_product = LINEAR
 
 
 CLASSES: dict[type[LoraLayer], type[TakenOverLinear]] = {TorchaoLoraLinear: DoraKernelsTorchaoLinear}
@@ -59,7 +65,8 @@ if is_hqq_available():
     class DoraKernelsHqqLinear(TakenOverQuantized, HqqLoraLinear):
         """Over HqqLoraLinear."""
 
-        base_classes = (HQQLinear,)
+        base_product = product_of(HQQLinear)  # whose backends are forwards of its own
+        exact = True
         draws_in_adapter_dtype = False
 
     CLASSES[HqqLoraLinear] = DoraKernelsHqqLinear
@@ -71,7 +78,8 @@ if is_bnb_available():
     class DoraKernelsLinear8bitLt(TakenOverQuantized, Linear8bitLt):
         """Over PEFT's Linear8bitLt, which computes in the dtype of x."""
 
-        base_classes = (bnb.nn.Linear8bitLt,)
+        base_product = product_of(bnb.nn.Linear8bitLt, "forward")
+        exact = True
         draws_in_adapter_dtype = False
 
         def base_operands(self, x: Tensor, weight: QuantizedWeight) -> tuple[Tensor, QuantizedWeight, str | None]:
@@ -89,7 +97,7 @@ if is_bnb_4bit_available():
         results for the first are refused; the second is unpacked first.
         """
 
-        base_classes = (bnb.nn.Linear4bit, bnb.nn.LinearNF4, bnb.nn.LinearFP4)
+        base_product = product_of(bnb.nn.Linear4bit, "forward")  # LinearNF4 and LinearFP4 have no other
         draws_in_adapter_dtype = False
 
         @classmethod
