@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dora_kernels import reuse
+from dora_kernels.decompositions import is_for_onnx
 from dora_kernels.functional.arguments import (
     DROPOUTS,
     check_choice,
@@ -160,7 +161,8 @@ class MergeableLinear(nn.Module):
         self._merged_with = None
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        self._refuse_while_merged("state_dict")
+        if not is_for_onnx():  # whose exporter numbers the parameters by it, and keeps those that are read
+            self._refuse_while_merged("state_dict")
         super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:

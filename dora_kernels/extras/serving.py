@@ -21,6 +21,7 @@ from dora_kernels.adapters.promises import Promises
 from dora_kernels.adapters.taking import TakenOver
 from dora_kernels.functional.arguments import check_dense, check_flag, check_model, check_type
 from dora_kernels.functional.linear import operand_dtypes
+from dora_kernels.functional.signature import run
 from dora_kernels.functional.validate import check_adapter, check_call, check_row, check_tensor
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.modules import MergeableLinear
@@ -234,7 +235,8 @@ def bank_linear(x: Tensor, weight: Tensor, bank: AdapterBank, index: Tensor, bia
     base_dtype, dtype = operand_dtypes(x, lora_A)
     # math.prod and not Size.numel(), which makes a symbolic or traced size a number
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = ops.bank_epilogue(
+    y: Tensor = run(
+        "bank_epilogue",
         F.linear(rows.to(base_dtype), weight.to(base_dtype)),
         F.linear(rows.to(dtype), lora_A.to(dtype)),
         # the kernel has no strides of these: what a bank holds may have others by now, an index is a column of a table

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dora_kernels.functional.autograd import DoraLinearFunction, folded, let_x_change
+from dora_kernels import decompositions
+from dora_kernels.functional.autograd import DoraLinearFunction, folded, in_dtype, let_x_change
 from dora_kernels.functional.signature import KEPT, signature_of
 from dora_kernels.functional.validate import (
     check_adapter,
@@ -22,7 +23,7 @@ from dora_kernels.planning import plan
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import QuantizedWeight, Weight, flatten_weight
 from dora_kernels.reference import accumulate_dtype
-from dora_kernels.types import NOTHING_GIVEN, DoraWeight, Given, How
+from dora_kernels.types import NOTHING_GIVEN, Call, DoraWeight, Given, How
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
@@ -98,6 +99,8 @@ def dora_linear_core(
     scaling, how, direct = checked(function, x, layer, bias, x_dropped, given, norm_grad)
     weight, lora_A, lora_B, magnitude, _ = layer
     base_dtype, dtype = how.base_dtype, how.dtype
+    if decompositions.is_traced_for_onnx():
+        return _decomposed(x, layer._replace(scaling=scaling), bias, x_dropped, given, how)
     # the kernels read both without a stride
     norm = None if given.norm is None else _constant_row(given.norm, base_dtype)
     gain = None if given.gain is None else given.gain.contiguous()
@@ -129,6 +132,21 @@ def dora_linear_core(
         let_x_change(y.grad_fn)
     y = unfolded(y, x.shape[:-1])
     return y, new_norm if norm is None else norm, new_gain if gain is None else gain
+
+
+def _decomposed(
+    x: Tensor, layer: DoraWeight, bias: Tensor | None, x_dropped: Tensor | None, given: Given, how: How
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The results of `dora_linear_core` by torch's operators alone."""
+    base_dtype = how.base_dtype
+    if isinstance(layer.weight, Tensor):
+        layer = layer._replace(weight=in_dtype(layer.weight, base_dtype))
+    bias = None if bias is None else in_dtype(bias, base_dtype)
+    norm = None if given.norm is None else _constant_row(given.norm, base_dtype)
+    low = None if given.low is None else given.low.view(*x.shape[:-1], given.low.shape[1])
+    given = Given(norm, given.gain, low)
+    made: Any = decompositions.forward(Call(in_dtype(x, base_dtype), x_dropped, layer, bias, given, how))
+    return made.y, made.norm if norm is None else norm, made.gain if given.gain is None else given.gain
 
 
 _known: dict[tuple[object, ...], How] = {}

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dora_kernels import decompositions
 from dora_kernels.functional import derivatives
 from dora_kernels.functional.autograd import folded, in_dtype
 from dora_kernels.functional.linear import checked, unfolded
@@ -56,6 +57,8 @@ def _rescaled(
     """`rescale` of what fits each other."""
     gain = in_dtype(gain, accumulate_dtype(base.dtype)).contiguous()
     backend = current_options().backend
+    if decompositions.is_traced_for_onnx():
+        return decompositions.rescale(base, low, lora_B, gain, bias, residual, scaling, backend)
     base_rows, low_rows = folded(base, base.dtype), folded(low, low.dtype)
     residual = None if residual is None else folded(residual, residual.dtype)
     y = _Rescale.apply(base_rows, low_rows, lora_B, gain, bias, residual, scaling, backend)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import profiler
 
-from dora_kernels import ops
+from dora_kernels import decompositions, ops
 from dora_kernels.functional.tracing import is_traced, is_transformed
 from dora_kernels.planning.options import current_options
 from dora_kernels.quant import QuantizedWeight
@@ -42,7 +42,12 @@ def is_observed() -> bool:
 
 
 def run(name: str, *arguments: Any) -> Any:
-    """The results of the operator of that name in ops.py, whose dispatcher is asked only where somebody may look on."""
+    """The results of the operator of that name in ops.py, whose dispatcher is asked only where somebody may look on.
+
+    Those of its decomposition where ONNX' tracer records, which is to see no operator of ours.
+    """
+    if decompositions.is_traced_for_onnx():
+        return decompositions.BY_NAME[name](*arguments)
     if is_observed() or not all(map(_is_plain, arguments)):
         return getattr(ops, name)(*arguments)
     return ops.OPERATORS[name](*arguments)

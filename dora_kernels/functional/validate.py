@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its stub
 
+from dora_kernels.decompositions import is_for_onnx
 from dora_kernels.functional.arguments import (
     DTYPE_NAMES,
     LARGEST,
@@ -71,7 +72,7 @@ def check_tracing(function: str, x: Tensor) -> None:
     """
     _check_proxy(function, x)
     # of the questions, the one that Dynamo can trace
-    if torch._C._get_tracing_state() is not None and torch.is_grad_enabled():
+    if torch._C._get_tracing_state() is not None and torch.is_grad_enabled() and not is_for_onnx():
         raise NotImplementedError(
             f"{function}: torch.jit.trace cannot record our backward pass; expected torch.no_grad() around it"
         )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from dora_kernels import ops
+from dora_kernels import decompositions, ops
 from dora_kernels.functional.autograd import WeightNorm
 from dora_kernels.functional.linear import operand_dtypes
 from dora_kernels.functional.signature import run
@@ -28,7 +28,7 @@ def weight_norm(weight: Weight, lora_A: Tensor, lora_B: Tensor, scaling: float, 
     check_norm_grad("weight_norm", norm_grad, None)
     backend = current_options().backend
     _, dtype = operand_dtypes(weight, lora_A)
-    if norm_grad:
+    if norm_grad and not decompositions.is_traced_for_onnx():
         stored = flatten_weight(weight)
         norm: Tensor = WeightNorm.apply(lora_A, lora_B, scaling, dtype, backend, stored[1:], *stored[0])
         return norm
@@ -54,9 +54,9 @@ def merge_weight_and_norm(layer: DoraWeight, norm: Tensor | None = None) -> tupl
     _, dtype = operand_dtypes(weight, lora_A)
     with torch.no_grad():
         stored = flatten_weight(weight)
-        norm = ops.norm(*stored, lora_A, lora_B, scaling, dtype, backend) if norm is None else norm
+        norm = run("norm", *stored, lora_A, lora_B, scaling, dtype, backend) if norm is None else norm
         gain = gain_of(magnitude, norm)
-        return ops.merge(*stored, lora_A, lora_B, gain, scaling, dtype, backend), norm, gain
+        return run("merge", *stored, lora_A, lora_B, gain, scaling, dtype, backend), norm, gain
 
 
 def unmerge_weight(function: str, layer: DoraWeight, norm: Tensor, gain: Tensor) -> Tensor:

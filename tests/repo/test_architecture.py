@@ -21,6 +21,7 @@ ORDER = (
     "passes",
     "ops",
     "flops",
+    "decompositions",
     "functional",
     "reuse",
     "modules",

@@ -73,6 +73,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/kernels/tile.py": (*_KERNELS, *_SERVING, _SIDE),
     "dora_kernels/kernels/token_sums.py": (*_KERNELS, "tests/functional/test_rescale.py", _SIDE),
     "dora_kernels/kernels/merge.py": (*_NORMS, *_KERNELS, "tests/quant/test_quantized.py"),
+    "dora_kernels/decompositions.py": ("tests/test_decompositions.py", "tests/runtime/test_onnx.py"),
     "dora_kernels/functional/autograd.py": (
         "tests/test_passes.py",
         "tests/functional/test_functional.py",
