@@ -191,7 +191,7 @@ OPTIONS = {
     "analyze": ("--out", "--json", "--targets", "--fan-in-fan-out"),
     "convert": (
         "--from", "--to", "--alpha", "--base", "--no-bias", "--fold", "--rename", "--heads", "--same-rows",
-        "--adapter-name",
+        "--allow-nonfinite", "--adapter-name",
     ),
 }  # fmt: skip
 # what makes the work small, or ends a vector before it; what comes later has the last word

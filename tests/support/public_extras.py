@@ -194,11 +194,19 @@ EXTRAS = (
         convert.convert_checkpoint,
         "convert",
         right.conversion,
-        {"source": PATH, "out": PATH, "source_format": choice("peft"), "base": optional(PATH), "fold": FLAG}
+        {"source": PATH, "out": PATH, "source_format": optional(choice("peft")), "base": optional(PATH), "fold": FLAG}
         | {"target_format": besides(choice("dora_kernels"), convert.FORMATS["peft"]), "adapter_name": NAME}
         | {"alpha": optional(Argument([], NUMBER.refuses)), "no_bias": Argument([True], FLAG.refuses)}
         | {"rename": besides(PAIRS, takes=([("mlp", "ff")], (["mlp", "ff"],), ()), shown=("no name",))}
-        | {"heads": optional(besides(HEADS, takes=((2, 1), [2, 1], torch.Size([2, 1])))), "same_rows": FLAG},
+        | {"heads": optional(besides(HEADS, takes=((2, 1), [2, 1], torch.Size([2, 1])))), "same_rows": FLAG}
+        | {"allow_nonfinite": FLAG},
+    ),
+    Public(
+        convert.read_adapters,
+        "convert",
+        right.adapters_on_disk,
+        {"source": PATH, "source_format": optional(choice("peft")), "allow_nonfinite": FLAG}
+        | {"alpha": optional(Argument([], NUMBER.refuses))},
     ),
     Public(
         convert.decode,
@@ -229,7 +237,11 @@ EXTRAS = (
         "",
         lambda _: vars(right.adapter()).copy(),
         {"module": TEXT, "lora_A": tensor(4, 10, free=(1,)), "scaling": besides(NUMBER, 0.0)}
-        | {"lora_B": besides(tensor(6, 4), called=("magnitude",)), "magnitude": tensor(6), "norm_axis": choice("out")},
+        | {
+            "lora_B": besides(tensor(6, 4), called=("magnitude",)),
+            "magnitude": optional(tensor(6)),
+            "norm_axis": choice("out"),
+        },
     ),
     Public(
         convert.DoraAdapter.folded,

@@ -145,6 +145,10 @@ def conversion(folder: Path) -> Arguments:
     return {"source": source, "out": folder / "out", **formats, "no_bias": True}
 
 
+def adapters_on_disk(folder: Path) -> Arguments:
+    return {"source": convert_problem.written(folder, "peft", [adapter()])}
+
+
 def two_checkpoints(folder: Path) -> Arguments:
     for name in ("base", "tuned"):
         save_file({"a.weight": torch.randn(N, K)}, folder / f"{name}.safetensors")

@@ -31,9 +31,9 @@ def add(commands: Any) -> None:
     add = parser.add_argument
     add("source", metavar="SOURCE", help="a .safetensors, .bin or .pt file, or a folder with adapter_config.json")
     add("out", metavar="OUT", help="what is written: safetensors, in a folder where the format has adapter_config.json")
-    formats = {"required": True, "choices": FORMATS, "metavar": "FORMAT"}
-    add("--from", dest="source_format", help=", ".join(FORMATS), **formats)
-    add("--to", dest="target_format", help="the same", **formats)
+    formats = {"choices": FORMATS, "metavar": "FORMAT"}
+    add("--from", dest="source_format", help=f"{', '.join(FORMATS)} (default: the one that fits)", **formats)
+    add("--to", dest="target_format", help="the same", required=True, **formats)
     add("--alpha", type=number("a finite number"), help="where the source does not say it; scaling is alpha / R")
     add("--base", help="the model's safetensors, a file or a folder: looked through for biases")
     add("--no-bias", action="store_true", help="no adapted layer has a bias, which some libraries' gain multiplies")
@@ -47,6 +47,7 @@ def add(commands: Any) -> None:
     rows.add_argument(
         "--same-rows", action="store_true", help="torchtune: this model's q_proj and k_proj need no reordering"
     )
+    add("--allow-nonfinite", action="store_true", help="convert NaN and infinite values too")
     add("--adapter-name", default="default", help="written by llava (default: %(default)s)")
     parser.set_defaults(run=run, extra="convert")
 
@@ -63,12 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
     if os.path.lexists(arguments.out):
         raise ValueError(f"{arguments.out} exists; expected a name that is free")
 
-    from dora_kernels.extras.convert import convert_checkpoint, table
+    from dora_kernels.extras.convert import table
+    from dora_kernels.extras.convert.checkpoint import converted
 
     options = {key: value for key, value in vars(arguments).items() if key not in ("run", "command", "extra")}
     with stopping.unwinding():
-        adapters = convert_checkpoint(**options)
+        source_format, adapters = converted(**options)
     print(table(adapters))
-    formats = f"{arguments.source_format} to {arguments.target_format}"
+    formats = f"{source_format} to {arguments.target_format}"
     print(f"{formats}: {len(adapters)} layers in {printable(arguments.out)}")
     return 0

@@ -1,12 +1,13 @@
 """DoRA checkpoints from one library's format to another's: `python -m dora_kernels convert`.
 
 adapter.py is the neutral form, scaling.py where alpha is kept, formats.py the table of formats, files.py the disk,
-checkpoint.py the conversion. Needs safetensors.
+reading.py what finds the format, checkpoint.py the conversion. Needs safetensors.
 """
 
 from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable
 from dora_kernels.extras.convert.checkpoint import convert_checkpoint, table
 from dora_kernels.extras.convert.formats import FORMATS, Checkpoint, Format, decode, encode
+from dora_kernels.extras.convert.reading import read_adapters
 
 __all__ = [
     "FORMATS",
@@ -17,5 +18,6 @@ __all__ = [
     "convert_checkpoint",
     "decode",
     "encode",
+    "read_adapters",
     "table",
 ]

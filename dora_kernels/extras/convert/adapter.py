@@ -24,13 +24,14 @@ class DoraAdapter:
 
     lora_A (R, K), lora_B (N, R), magnitude (N,); of a convolution lora_A (R, K, *kernel), lora_B (N, R, 1, ...).
     norm_axis "out" is one norm for each of the N rows; "in", which LyCORIS alone knows, one for each of the K columns,
-    and the magnitude is (K,). Raises ValueError where shapes, dtypes or scaling are none of these.
+    and the magnitude is (K,). A magnitude of None is a layer of plain LoRA, whose gain is 1. Raises ValueError where
+    shapes, dtypes or scaling are none of these.
     """
 
     module: str
     lora_A: Tensor
     lora_B: Tensor
-    magnitude: Tensor
+    magnitude: Tensor | None
     scaling: float
     norm_axis: str = "out"
 
@@ -40,13 +41,15 @@ class DoraAdapter:
         object.__setattr__(self, "scaling", float(check_number("DoraAdapter", "scaling", self.scaling)))
         for name in ("lora_A", "lora_B", "magnitude"):
             tensor = getattr(self, name)
+            if tensor is None and name == "magnitude":
+                continue
             check_dense(f"convert: {shown(self.module)}", name, tensor)
             if tensor.dtype not in DTYPES or tensor.is_meta:
                 found = f"{tensor.dtype} on {tensor.device}"
                 raise ValueError(f"convert: {shown(self.module)}: {name} is {found}; expected numbers, of {DTYPES}")
         check_shapes(self.module, self.lora_A, self.lora_B)
         expected = (self.N if self.norm_axis == "out" else self.K,)
-        if tuple(self.magnitude.shape) != expected:
+        if self.magnitude is not None and tuple(self.magnitude.shape) != expected:
             raise ValueError(
                 f"convert: {shown(self.module)}: magnitude has shape {tuple(self.magnitude.shape)} but lora_B "
                 f"{tuple(self.lora_B.shape)}; expected {expected}"
@@ -102,7 +105,8 @@ class DoraAdapter:
             (self.module, self.scaling, self.norm_axis) == (other.module, other.scaling, other.norm_axis)
             and same_bits(self.lora_A, other.lora_A)
             and same_bits(self.lora_B, other.lora_B)
-            and same_bits(self.magnitude, other.magnitude)
+            and (self.magnitude is None) == (other.magnitude is None)
+            and (self.magnitude is None or same_bits(self.magnitude, other.magnitude))
         )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dora_kernels.extras.convert import files
 from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable
-from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format, check_adapter_name, decode, encode
+from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format, check_adapter_name, check_layers, decode, encode
+from dora_kernels.extras.convert.reading import read_adapters
 from dora_kernels.extras.convert.scaling import One
 from dora_kernels.files.reading import shown
 from dora_kernels.files.writing import claimed
@@ -35,7 +36,7 @@ _ROTARY = ("q_proj", "k_proj")
 def convert_checkpoint(
     source: str | PathLike[str],
     out: str | PathLike[str],
-    source_format: str,
+    source_format: str | None,
     target_format: str,
     *,
     alpha: float | None = None,
@@ -45,6 +46,7 @@ def convert_checkpoint(
     rename: Sequence[tuple[str, str]] = (),
     heads: tuple[int, int] | None = None,
     same_rows: bool = False,
+    allow_nonfinite: bool = False,
     adapter_name: str = "default",
 ) -> list[DoraAdapter]:
     """Write the adapters of `source` to `out` in another format, and return them as they are written.
@@ -52,20 +54,57 @@ def convert_checkpoint(
     Tensors and scaling are the same to the last bit, and what is written decodes to them: else ValueError, and nothing
     is written. So it is for a layer, a setting or a key that the target has no counterpart of.
 
-    alpha: for a source that does not state it. base: the model beneath (safetensors), or no_bias: the caller's word
-    that no adapted layer has a bias; one of them is needed between formats that treat a bias differently. fold: where
-    the target cannot hold scaling exactly, round scaling * lora_B to lora_B's dtype. rename: (pattern, replacement)
-    pairs for re.sub, applied to each module's name in turn. heads (query, key and value): between torchtune and the
-    others, reorder the rows of q_proj and k_proj as torchtune does for Llama's rotary embedding; same_rows: the
-    caller's word that this model's rows need none. adapter_name: written by llava.
+    source_format: None for the one that fits, as `read_adapters` finds it. alpha: for a source that does not state
+    it. base: the model beneath (safetensors), or no_bias: the caller's word that no adapted layer has a bias; one of
+    them is needed between formats that treat a bias differently. fold: where the target cannot hold scaling exactly,
+    round scaling * lora_B to lora_B's dtype. rename: (pattern, replacement) pairs for re.sub, applied to each module's
+    name in turn. heads (query, key and value): between torchtune and the others, reorder the rows of q_proj and k_proj
+    as torchtune does for Llama's rotary embedding; same_rows: the caller's word that this model's rows need none.
+    allow_nonfinite: convert NaN and infinite values, which are refused by name else. adapter_name: written by llava.
     """
+    return converted(
+        source,
+        out,
+        source_format,
+        target_format,
+        alpha=alpha,
+        base=base,
+        no_bias=no_bias,
+        fold=fold,
+        rename=rename,
+        heads=heads,
+        same_rows=same_rows,
+        allow_nonfinite=allow_nonfinite,
+        adapter_name=adapter_name,
+    )[1]
+
+
+def converted(
+    source: str | PathLike[str],
+    out: str | PathLike[str],
+    source_format: str | None,
+    target_format: str,
+    *,
+    alpha: float | None,
+    base: str | PathLike[str] | None,
+    no_bias: bool,
+    fold: bool,
+    rename: Sequence[tuple[str, str]],
+    heads: tuple[int, int] | None,
+    same_rows: bool,
+    allow_nonfinite: bool,
+    adapter_name: str,
+) -> tuple[str, list[DoraAdapter]]:
+    """`convert_checkpoint`, which returns the format that the source was in besides."""
     for name, path in {"source": source, "out": out, "base": "." if base is None else base}.items():
         check_path("convert", name, path)
     source, out = Path(source), Path(out)
-    check_choice("convert", "source_format", source_format, tuple(FORMATS))
+    if source_format is not None:
+        check_choice("convert", "source_format", source_format, tuple(FORMATS))
     check_choice("convert", "target_format", target_format, tuple(FORMATS))
-    reader, writer = FORMATS[source_format], FORMATS[target_format]
-    for name, flag in {"no_bias": no_bias, "fold": fold, "same_rows": same_rows}.items():
+    writer = FORMATS[target_format]
+    flags = {"no_bias": no_bias, "fold": fold, "same_rows": same_rows, "allow_nonfinite": allow_nonfinite}
+    for name, flag in flags.items():
         check_flag("convert", name, flag)
     alpha = None if alpha is None else check_number("convert", "alpha", alpha)
     check_adapter_name(adapter_name)
@@ -75,24 +114,22 @@ def convert_checkpoint(
         raise ValueError("convert: heads and same_rows are both given; expected one of them")
     files.check_out(out)
     with claimed("convert", out):
-        loaded = files.load(reader, source)
-        try:
-            before = decode(reader, loaded, alpha)
-        except ValueError as error:
-            raise ValueError(f"convert: {shown(source)}: {str(error).removeprefix('convert: ')}") from error
+        name, before = read_adapters(source, source_format, alpha=alpha, allow_nonfinite=allow_nonfinite)
+        reader = FORMATS[name]
         adapters = _renamed(before, rename)
         if reader.bias != writer.bias and not no_bias:
             differ = f"{reader.name} {BIAS[reader.bias]} and {writer.name} {BIAS[writer.bias]}"
             _check_bias(differ, before, adapters, base)
         if (reader.name == "torchtune") != (writer.name == "torchtune"):
             adapters = _reordered(adapters, to_torchtune=writer.name == "torchtune", heads=heads, same_rows=same_rows)
+        check_layers(writer, adapters)
         adapters = _fitted(writer, adapters, fold)
         checkpoint = encode(writer, adapters, adapter_name)
         again = decode(writer, checkpoint)
         if len(again) != len(adapters) or not all(a.same(b) for a, b in zip(adapters, again, strict=True)):
             raise RuntimeError(f"convert: what is written as {writer.name} does not read back as what it was made of")
         files.save(writer, checkpoint, out)
-    return adapters
+    return name, adapters
 
 
 def table(adapters: Sequence[DoraAdapter]) -> str:
@@ -106,7 +143,7 @@ def table(adapters: Sequence[DoraAdapter]) -> str:
             str(adapter.R),
             f"{adapter.scaling:.6g}",
             _dtypes(adapter.lora_A, adapter.lora_B),
-            _dtypes(adapter.magnitude),
+            "none" if adapter.magnitude is None else _dtypes(adapter.magnitude),
         )
         for adapter in adapters
     )
@@ -207,7 +244,8 @@ def _reordered(
         half = adapter.N // (2 * count)
         shape = (count, 2, half) if to_torchtune else (count, half, 2)
         rows = torch.arange(adapter.N).view(shape).transpose(1, 2).reshape(-1)
-        result.append(replace(adapter, lora_B=adapter.lora_B[rows], magnitude=adapter.magnitude[rows]))
+        magnitude = None if adapter.magnitude is None else adapter.magnitude[rows]
+        result.append(replace(adapter, lora_B=adapter.lora_B[rows], magnitude=magnitude))
     return result
 
 

@@ -22,22 +22,31 @@ from dora_kernels.files.reading import shown
 _PICKLES = (".bin", ".pt", ".pth")
 
 
+class Missing(ValueError):
+    """A folder that has no file of the format's names."""
+
+
+def weights_of(row: Format, source: Path) -> Path:
+    """The file of the tensors: in a folder one of row.files. Raises ValueError where there is none."""
+    if os.path.isdir(source):
+        path = next((source / name for name in row.files if os.path.lexists(source / name)), None)
+        if path is None:
+            raise Missing(
+                f"convert: {shown(source)} holds none of {', '.join(row.files)}; expected a {row.name} folder"
+            )
+        return path
+    if not os.path.lexists(source):
+        raise ValueError(f"convert: {shown(source)} does not exist; expected a {row.name} file or folder")
+    return source
+
+
 def load(row: Format, source: Path) -> Checkpoint:
     """The checkpoint in a folder, one of row.files and adapter_config.json, or in a file.
 
     A file by one of row.files' names brings the adapter_config.json beside it. Raises ValueError where there is none,
     or it cannot be read.
     """
-    if os.path.isdir(source):
-        path = next((source / name for name in row.files if os.path.lexists(source / name)), None)
-        if path is None:
-            raise ValueError(
-                f"convert: {shown(source)} holds none of {', '.join(row.files)}; expected a {row.name} folder"
-            )
-    elif os.path.lexists(source):
-        path = source
-    else:
-        raise ValueError(f"convert: {shown(source)} does not exist; expected a {row.name} file or folder")
+    path = weights_of(row, source)
     tensors, header = _tensors(path)
     config_path = path.parent / ADAPTER_CONFIG
     has_config = path.name in row.files and os.path.lexists(config_path)

@@ -80,7 +80,8 @@ class Format:
     lora_A, lora_B, magnitude: what follows `<module>.` in a key; {adapter} stands for an adapter's name.
     prefix: what is written before every module, and read where every key has it.
     folder: written as a folder of adapter_model.safetensors and adapter_config.json, else as one file.
-    bias: one of BIAS. refused: patterns of keys, and why they are refused.
+    bias: one of BIAS. mixed: a layer without a magnitude is one of plain LoRA, where others have one.
+    refused: patterns of keys, and why they are refused.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Format:
     shapes: Shapes = _flat
     conv: bool = False
     bias: str = "unscaled"
+    mixed: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self) -> dict[str, str]:
@@ -170,6 +172,7 @@ _ROWS = (
         alpha="alpha",
         shapes=_lycoris,
         conv=True,
+        mixed=True,
         refused={r"lora_mid\.weight": "a Tucker decomposition has no counterpart elsewhere"},
     ),
     # a linear layer of Megatron's returns its bias beside its output or within it, and the gain multiplies the output
@@ -192,7 +195,7 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
     """The adapters of a checkpoint, by module name; `alpha` where the checkpoint has none.
 
     Raises ValueError for a key that is not the format's, a tensor that is missing or of another shape, an adapter
-    without a magnitude, and whatever the format's scaling refuses.
+    without a magnitude where the format has no plain LoRA beside others, and whatever the format's scaling refuses.
     """
     check_type("convert", "row", row, Format, "one of FORMATS' values")
     check_type("convert", "checkpoint", checkpoint, Checkpoint, "a Checkpoint")
@@ -200,9 +203,10 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
     modules = _sort_keys(row, checkpoint.tensors)
     if not modules:
         raise ValueError(f"convert: the source has no tensors; expected {row.name} adapters")
+    mixed = row.mixed and any("magnitude" in tensors for tensors in modules.values())
     for module, tensors in modules.items():
         for part in ("lora_A", "lora_B", "magnitude"):
-            if part not in tensors:
+            if part not in tensors and not (part == "magnitude" and mixed):
                 plain = " (a plain LoRA is not converted)" if part == "magnitude" else ""
                 key = getattr(row, part)
                 raise ValueError(f"convert: {shown(module)} has no {part}; expected a {shown(module)}.{key}{plain}")
@@ -212,8 +216,11 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
     scaling = row.scaling.read(alphas, ranks, checkpoint.config, checkpoint.header, alpha)
     adapters = []
     for module, tensors in sorted(modules.items()):
-        lora_A, lora_B, magnitude = tensors["lora_A"], tensors["lora_B"], tensors["magnitude"]
+        lora_A, lora_B, magnitude = tensors["lora_A"], tensors["lora_B"], tensors.get("magnitude")
         _check_conv(row, module, lora_A.ndim)
+        if magnitude is None:
+            adapters.append(DoraAdapter(module, lora_A, lora_B, None, float(scaling[module])))
+            continue
         shapes = row.shapes(lora_A.ndim, lora_B.shape[0], lora_A.shape[1])
         axis = next((axis for axis, shape in shapes.items() if shape == tuple(magnitude.shape)), None)
         if axis is None:
@@ -238,25 +245,38 @@ def encode(row: Format, adapters: Sequence[DoraAdapter], adapter_name: str = "de
     if len(set(modules)) != len(modules):
         raise ValueError(f"convert: adapters are of {described(modules)}; expected modules of different names")
     check_adapter_name(adapter_name)
+    check_layers(row, adapters)
     alphas, config, header = row.scaling.write(adapters)
     tensors = {}
     for adapter in adapters:
-        _check_conv(row, adapter.module, adapter.ndim)
         shapes = row.shapes(adapter.ndim, adapter.N, adapter.K)
-        if adapter.norm_axis not in shapes:
+        parts = {
+            "lora_A": adapter.lora_A,
+            "lora_B": adapter.lora_B,
+            "magnitude": None if adapter.magnitude is None else adapter.magnitude.reshape(shapes[adapter.norm_axis]),
+            "alpha": alphas.get(adapter.module),
+        }
+        for part, suffix in row.parts().items():
+            if part == "magnitude" and adapter.magnitude is None:
+                continue
+            tensors[f"{row.prefix}{adapter.module}.{suffix.format(adapter=adapter_name)}"] = parts[part]
+    return Checkpoint(tensors, config, header)
+
+
+def check_layers(row: Format, adapters: Sequence[DoraAdapter]) -> None:
+    """Raise ValueError for a layer that the format has no word for."""
+    for adapter in adapters:
+        _check_conv(row, adapter.module, adapter.ndim)
+        if adapter.magnitude is None and not row.mixed:
+            raise ValueError(
+                f"convert: {shown(adapter.module)} has no magnitude, a plain LoRA among others, which {row.name} has "
+                "no word for; expected a magnitude for every layer"
+            )
+        if adapter.norm_axis not in row.shapes(adapter.ndim, adapter.N, adapter.K):
             raise ValueError(
                 f"convert: {shown(adapter.module)}: its norm is over each input column (LyCORIS with "
                 f"wd_on_out=False), which {row.name} does not know; expected one over each output row"
             )
-        parts = {
-            "lora_A": adapter.lora_A,
-            "lora_B": adapter.lora_B,
-            "magnitude": adapter.magnitude.reshape(shapes[adapter.norm_axis]),
-            "alpha": alphas.get(adapter.module),
-        }
-        for part, suffix in row.parts().items():
-            tensors[f"{row.prefix}{adapter.module}.{suffix.format(adapter=adapter_name)}"] = parts[part]
-    return Checkpoint(tensors, config, header)
 
 
 def check_adapter_name(adapter_name: str) -> None:
@@ -271,6 +291,14 @@ def _check_conv(row: Format, module: str, ndim: int) -> None:
             f"convert: {shown(module)}: lora_A has {ndim} dimensions, a convolution's, which {row.name} does not know; "
             "expected (R, K)"
         )
+
+
+def known_keys(row: Format, tensors: Mapping[str, Tensor]) -> int:
+    """The number of keys that the format knows, if only as what is refused."""
+    return sum(
+        _match(row, key)[0] is not None or any(re.fullmatch(rf".+\.{pattern}", key) for pattern in row.refused)
+        for key in tensors
+    )
 
 
 def _sort_keys(row: Format, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

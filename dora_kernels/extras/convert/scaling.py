@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ from dora_kernels.extras.schema import HeaderAlphas, is_number, parsed
 from dora_kernels.files.reading import shown
 
 Written = tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]
-_HEADER = "dora_alpha"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # fields of adapter_config.json that say nothing of what a trained adapter computes
 _SILENT = {
@@ -48,6 +47,10 @@ _SILENT = {
     "task_type",
 }
 _READ = {"peft_type", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+
+
+class Unstated(ValueError):
+    """An alpha that neither the source nor the caller says."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,16 @@ class InHeader:
     """Nothing in the library's own state dict. Files written here carry {module: alpha} in the safetensors header."""
 
     uniform: bool = False
+    header: ClassVar[str] = "dora_alpha"
 
     def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
-        text = header.get(_HEADER, "{}")
+        text = header.get(self.header, "{}")
         if len(text) > HeaderAlphas.most_bytes:
             raise ValueError(
-                f"convert: the header's {_HEADER} has {len(text)} letters; expected at most {HeaderAlphas.most_bytes}"
+                f"convert: the header's {self.header} has {len(text)} letters; expected at most "
+                f"{HeaderAlphas.most_bytes}"
             )
-        alphas = parsed("convert", f"the header's {_HEADER}", text, HeaderAlphas).root
+        alphas = parsed("convert", f"the header's {self.header}", text, HeaderAlphas).root
         unknown = sorted(set(alphas) - set(ranks))
         if unknown:
             raise ValueError(
@@ -119,7 +124,7 @@ class InHeader:
     def write(self, adapters: Sequence[DoraAdapter]) -> Written:
         if self.uniform:
             _uniform(adapters)
-        return {}, {}, {_HEADER: json.dumps({adapter.module: _alpha_of(adapter) for adapter in adapters})}
+        return {}, {}, {self.header: json.dumps({adapter.module: _alpha_of(adapter) for adapter in adapters})}
 
 
 @dataclass(frozen=True)
@@ -145,8 +150,10 @@ class InPeftConfig:
     """PEFT's adapter_config.json: lora_alpha / r or, with use_rslora, / sqrt(r); patterns name layers of their own."""
 
     def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
+        if not config and alpha is None:
+            raise Unstated("convert: there is no adapter_config.json; expected PEFT's folder, or --alpha")
         if not config:
-            raise ValueError("convert: there is no adapter_config.json; expected PEFT's folder")
+            return {module: alpha / rank for module, rank in ranks.items()}
         if not config.get("use_dora"):
             raise ValueError(f"convert: use_dora is {config.get('use_dora')} in adapter_config.json; expected true")
         _check_config(config, "LORA")
@@ -195,7 +202,7 @@ class InPeftConfig:
 def _stated(stated: float | None, given: float | None, name: str) -> float:
     """The alpha that the file states or the caller gives; ValueError where neither does, or they differ."""
     if stated is None and given is None:
-        raise ValueError(f"convert: the source has no {shown(name)}; expected --alpha, the value it was trained with")
+        raise Unstated(f"convert: the source has no {shown(name)}; expected --alpha, the value it was trained with")
     if stated is not None and given is not None and stated != given:
         raise ValueError(
             f"convert: {shown(name)} is {stated!r:.80} in the source but --alpha is {given}; expected no --alpha"

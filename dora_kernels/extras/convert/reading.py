@@ -1,0 +1,126 @@
+"""read_adapters: the adapters of a file or folder, of a format that is given or found by trying all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+from pathlib import Path
+
+from torch import Tensor
+
+from dora_kernels.extras.convert import files
+from dora_kernels.extras.convert.adapter import DTYPES, DoraAdapter
+from dora_kernels.extras.convert.formats import FORMATS, Checkpoint, Format, decode, known_keys
+from dora_kernels.extras.convert.scaling import Unstated
+from dora_kernels.files.reading import shown
+from dora_kernels.functional.arguments import check_choice, check_flag, check_number, check_path
+
+
+def read_adapters(
+    source: str | PathLike[str],
+    source_format: str | None = None,
+    *,
+    alpha: float | None = None,
+    allow_nonfinite: bool = False,
+) -> tuple[str, list[DoraAdapter]]:
+    """The name of the format and the adapters of `source`, by module name, as the file has them.
+
+    source_format None: the one format that accounts for every key; where several do, they have to say the same. alpha:
+    for a source that does not state it. Raises ValueError as `decode` does, where no format fits or several differ,
+    and for NaN and infinite values unless allow_nonfinite.
+    """
+    check_path("convert", "source", source)
+    if source_format is not None:
+        check_choice("convert", "source_format", source_format, tuple(FORMATS))
+    alpha = None if alpha is None else check_number("convert", "alpha", alpha)
+    check_flag("convert", "allow_nonfinite", allow_nonfinite)
+    source = Path(source)
+    loaded: dict[Path, Checkpoint] = {}
+
+    def load(row: Format) -> Checkpoint:
+        path = files.weights_of(row, source)
+        if path not in loaded:
+            loaded[path] = files.load(row, path)
+        return loaded[path]
+
+    if source_format is None:
+        row, adapters = _found(source, load, alpha)
+    else:
+        row = FORMATS[source_format]
+        checkpoint = load(row)
+        try:
+            adapters = decode(row, checkpoint, alpha)
+        except ValueError as error:
+            raise _of(source, error) from error
+    if not allow_nonfinite:
+        check_finite(source, load(row).tensors)
+    return row.name, adapters
+
+
+def check_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for the first tensor with a value that is NaN or infinite, and say how many it has."""
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        bad = int((~tensor.isfinite()).sum()) if tensor.dtype in DTYPES else 0
+        if bad:
+            raise ValueError(
+                f"convert: {shown(source)}: {shown(key)} has {bad} of {tensor.numel()} values that are NaN or "
+                "infinite; expected finite ones, or --allow-nonfinite"
+            )
+
+
+def _found(source: Path, load: Callable[[Format], Checkpoint], alpha: float | None) -> tuple[Format, list[DoraAdapter]]:
+    """The row and the adapters of the one format that `source` is in."""
+    fit: list[tuple[Format, list[DoraAdapter]]] = []
+    unstated: dict[str, ValueError] = {}
+    refused: list[tuple[int, str, ValueError]] = []
+    for row, checkpoint in _candidates(source, load):
+        try:
+            fit.append((row, decode(row, checkpoint, alpha)))
+        except Unstated as error:
+            unstated[row.name] = error
+        except ValueError as error:
+            refused.append((known_keys(row, checkpoint.tensors), row.name, error))
+    if fit:
+        (row, first), *others = fit
+        for other, adapters in others:
+            if len(adapters) != len(first) or not all(a.same(b) for a, b in zip(first, adapters, strict=True)):
+                raise ValueError(
+                    f"convert: {shown(source)} may be {row.name} or {other.name}, which read it differently; "
+                    "expected --from to say which"
+                )
+        return row, first
+    if len(unstated) > 1:
+        raise ValueError(
+            f"convert: {shown(source)} may be {', '.join(unstated)}, and states no alpha; expected --alpha, the value "
+            "it was trained with"
+        )
+    if unstated:
+        raise _of(source, *unstated.values())
+    most, name, error = max(refused, key=lambda reason: reason[0])
+    if not most:
+        raise ValueError(f"convert: {shown(source)} has no key of any format's; expected one of {', '.join(FORMATS)}")
+    raise _of(source, error, f"as {name}, which is nearest: ") from error
+
+
+def _candidates(source: Path, load: Callable[[Format], Checkpoint]) -> list[tuple[Format, Checkpoint]]:
+    """The formats that may be asked: of those whose alpha is in a header or an adapter_config.json, if there is one."""
+    loaded, missing = [], []
+    for row in FORMATS.values():
+        try:
+            loaded.append((row, load(row)))
+        except files.Missing as error:
+            missing.append(error)
+    if not loaded:
+        raise ValueError(
+            f"convert: {shown(source)} holds none of "
+            f"{', '.join(dict.fromkeys(name for row in FORMATS.values() for name in row.files))}; expected a folder "
+            "with one of them, or a file"
+        ) from missing[0]
+    configured = [pair for pair in loaded if pair[1].config and pair[0].folder]
+    headed = [pair for pair in loaded if getattr(pair[0].scaling, "header", None) in pair[1].header]
+    return configured or headed or loaded
+
+
+def _of(source: Path, error: ValueError, said: str = "") -> ValueError:
+    return type(error)(f"convert: {shown(source)}: {said}{str(error).removeprefix('convert: ')}")
