@@ -3,8 +3,8 @@
 `dora_linear` is the layer as a function, `DoraLinear` as a module, and `enable(model)` puts it under the DoRA layers
 that a model already has. docs/internals.md has the map.
 
-The extras are imported when they are first asked for: `dora_kernels.serving`, `.parallel`, `.trainer`, `.analysis`,
-`.convert`, `.demo`, and `.dvora` with its `DvoraLinear`, `VeraProjection`, `dvora_linear` and `to_dvora`.
+The extras are imported when they are first asked for: `dora_kernels.serving`, `.starts`, `.parallel`, `.trainer`,
+`.analysis`, `.convert`, `.demo`, and `.dvora` with its `DvoraLinear`, `VeraProjection`, `dvora_linear` and `to_dvora`.
 """
 
 import importlib
@@ -43,7 +43,7 @@ _CORE = {
 """The names of the core, and the module of each."""
 
 _EXTRAS = dict.fromkeys(("DvoraLinear", "VeraProjection", "dvora_linear", "to_dvora"), "extras.dvora")
-_EXTRA_MODULES = ("analysis", "convert", "demo", "dvora", "parallel", "serving", "trainer")
+_EXTRA_MODULES = ("analysis", "convert", "demo", "dvora", "parallel", "serving", "starts", "trainer")
 
 if TYPE_CHECKING:
     # "as": for type checkers the names are this package's, too
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from dora_kernels.extras import dvora as dvora
     from dora_kernels.extras import parallel as parallel
     from dora_kernels.extras import serving as serving
+    from dora_kernels.extras import starts as starts
     from dora_kernels.extras import trainer as trainer
     from dora_kernels.extras.dvora import DvoraLinear, VeraProjection, dvora_linear, to_dvora
     from dora_kernels.functional.linear import dora_linear as dora_linear

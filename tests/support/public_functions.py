@@ -7,7 +7,7 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels import DoraLinear, DvoraLinear, VeraProjection, reuse, testing
-from dora_kernels.extras import analysis, convert, demo, dvora, parallel, serving, trainer
+from dora_kernels.extras import analysis, convert, demo, dvora, parallel, serving, starts, trainer
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.planning.options import BACKENDS, PRECISIONS, WAYS
 from tests.support import peft_problem, vera_problem
@@ -50,7 +50,7 @@ from tests.support.wrong_values import (
     zeros,
 )
 
-MODULES = (dora_kernels, reuse, testing, analysis, convert, dvora, demo, parallel, serving, trainer)
+MODULES = (dora_kernels, reuse, testing, analysis, convert, dvora, demo, parallel, serving, starts, trainer)
 """Whose names are public: __all__, or where there is none what is defined there without an underscore."""
 
 _VALUE = "a value that the package makes, or that the row of another checks"
@@ -65,7 +65,7 @@ NO_ROW = {
     **dict.fromkeys(("norm_reusing", "weight_norm_reusing", "MergeableLinear.merged_product"), _OF_LAYERS),
     **dict.fromkeys(("DemoResult", "Preset", "Run", "Settings", "run", "sample"), _DEMO),
     **dict.fromkeys(("standard_library", "trained_base"), _DEMO),
-    **dict.fromkeys(("DoraColwise", "DoraRowwise", "nan_filled_memory"), _NOTHING),
+    **dict.fromkeys(("DoraColwise", "DoraRowwise", "fast_init", "nan_filled_memory"), _NOTHING),
     "MergeableLinear.train": _TORCH,
     "ParallelDoraLinear": "made by shard_dora_linear alone",
     "dvora_linear_ref": "the definition, as short as it can be: the errors are PyTorch's",

@@ -138,6 +138,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "dora_kernels/pytorch.py": _STEPS,
     "dora_kernels/reference.py": ("tests/kernels/test_steps.py", "tests/test_reference.py"),
     "dora_kernels/functional/rescale.py": (*_RESCALE, "tests/functional/test_dropout.py", *_SECOND),
+    "dora_kernels/extras/starts.py": ("tests/extras/test_starts.py",),
     "dora_kernels/extras/serving.py": (
         *_SERVING,
         *_PARTS,
