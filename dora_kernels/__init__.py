@@ -4,7 +4,8 @@
 that a model already has. docs/internals.md has the map.
 
 The extras are imported when they are first asked for: `dora_kernels.serving`, `.starts`, `.parallel`, `.trainer`,
-`.analysis`, `.convert`, `.demo`, and `.dvora` with its `DvoraLinear`, `VeraProjection`, `dvora_linear` and `to_dvora`.
+`.analysis`, `.convert`, `.merging`, `.demo`, and `.dvora` with its `DvoraLinear`, `VeraProjection`, `dvora_linear` and
+`to_dvora`.
 """
 
 import importlib
@@ -43,7 +44,7 @@ _CORE = {
 """The names of the core, and the module of each."""
 
 _EXTRAS = dict.fromkeys(("DvoraLinear", "VeraProjection", "dvora_linear", "to_dvora"), "extras.dvora")
-_EXTRA_MODULES = ("analysis", "convert", "demo", "dvora", "parallel", "serving", "starts", "trainer")
+_EXTRA_MODULES = ("analysis", "convert", "demo", "dvora", "merging", "parallel", "serving", "starts", "trainer")
 
 if TYPE_CHECKING:
     # "as": for type checkers the names are this package's, too
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from dora_kernels.extras import convert as convert
     from dora_kernels.extras import demo as demo
     from dora_kernels.extras import dvora as dvora
+    from dora_kernels.extras import merging as merging
     from dora_kernels.extras import parallel as parallel
     from dora_kernels.extras import serving as serving
     from dora_kernels.extras import starts as starts

@@ -94,6 +94,18 @@ class ModelIndex(BaseModel):
     weight_map: Shards
 
 
+class ModelConfig(BaseModel):
+    """config.json of a model: what a merge asks of it. All other fields are kept as well."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    most_bytes: ClassVar[int] = 16 << 20
+
+    model_type: str | None = None
+    tie_word_embeddings: bool | None = None
+    quantization_config: Any = None
+    text_config: Any = None
+
+
 class HeaderAlphas(RootModel[Numbers]):
     """{module: alpha}, of the files written by `convert`."""
 
@@ -102,7 +114,7 @@ class HeaderAlphas(RootModel[Numbers]):
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
-_File = TypeVar("_File", AdapterConfig, ModelIndex)
+_File = TypeVar("_File", AdapterConfig, ModelConfig, ModelIndex)
 
 
 def read_json(function: str, path: Path, model: type[_File]) -> _File:

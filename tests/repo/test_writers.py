@@ -14,6 +14,7 @@ OTHERS = {
     "dora_kernels/files/claims.py": {"open"},
     "dora_kernels/files/writing.py": {"write_text", "fdopen"},
     "dora_kernels/extras/convert/files.py": {"write_text", "save_file"},  # into the folder that `creating` gives
+    "dora_kernels/extras/merging/output.py": {"open"},  # likewise
     "dora_kernels/extras/analysis/plot.py": {"savefig"},  # these too
     "dora_kernels/extras/demo/show.py": {"savefig"},
     "bench/lib/plots.py": {"savefig"},

@@ -2,7 +2,8 @@
 
 problem: one DoRA call of random numbers, and its three results: actual, yardstick, exact. step_problem: a single step.
 peft_problem, quantized_, vera_, llama_, shared_, distributed_problem: a small model of that kind. convert_problem:
-    random adapters in a file of any format. compile_problem: a backend of torch.compile that remembers our operators.
+    random adapters in a file of any format. merge_problem: a base in shards, and its exact merge.
+compile_problem: a backend of torch.compile that remembers our operators.
 image_files: what tools for image models save of a small one; image_readers: what each tool computes of such a file.
 layer_kinds: one layer of every kind, as it is and enabled, for what has to hold of all of them alike.
 conformance_checks: what enable() promises of a library's layers; library_layers, structure_cases and restated_layers

@@ -9,8 +9,8 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dora_kernels import testing
-from dora_kernels.extras import analysis, convert, parallel, serving
-from tests.support import peft_problem
+from dora_kernels.extras import analysis, convert, merging, parallel, serving
+from tests.support import merge_problem, peft_problem
 from tests.support import right_values as right
 from tests.support.right_values import NAMES, Public, always, inputs
 from tests.support.wrong_values import (
@@ -28,6 +28,7 @@ from tests.support.wrong_values import (
     MODEL,
     NORM,
     NOT_LISTS,
+    NOT_SIZES,
     NUMBER,
     OURS,
     PATH,
@@ -207,6 +208,15 @@ EXTRAS = (
         right.adapters_on_disk,
         {"source": PATH, "source_format": optional(choice("peft")), "allow_nonfinite": FLAG}
         | {"alpha": optional(Argument([], NUMBER.refuses))},
+    ),
+    Public(
+        merging.merge_checkpoint,
+        "merge",
+        merge_problem.merge_arguments,
+        {"base": PATH, "adapter": PATH, "out": PATH, "source_format": optional(choice("dora_kernels"))}
+        | {"alpha": optional(Argument([], NUMBER.refuses)), "rename": besides(PAIRS, takes=((),), shown=("no name",))}
+        | {"heads": optional(Argument([], HEADS.refuses)), "same_rows": FLAG, "allow_nonfinite": FLAG}
+        | {"check": Argument([0, 1, 2], [*NOT_SIZES]), "progress": optional(CALLABLE)},
     ),
     Public(
         convert.decode,

@@ -7,7 +7,7 @@ from torch import nn
 
 import dora_kernels
 from dora_kernels import DoraLinear, DvoraLinear, VeraProjection, reuse, testing
-from dora_kernels.extras import analysis, convert, demo, dvora, parallel, serving, starts, trainer
+from dora_kernels.extras import analysis, convert, demo, dvora, merging, parallel, serving, starts, trainer
 from dora_kernels.functional.rescale import rescale
 from dora_kernels.planning.options import BACKENDS, PRECISIONS, WAYS
 from tests.support import peft_problem, vera_problem
@@ -50,7 +50,7 @@ from tests.support.wrong_values import (
     zeros,
 )
 
-MODULES = (dora_kernels, reuse, testing, analysis, convert, dvora, demo, parallel, serving, starts, trainer)
+MODULES = (dora_kernels, reuse, testing, analysis, convert, merging, dvora, demo, parallel, serving, starts, trainer)
 """Whose names are public: __all__, or where there is none what is defined there without an underscore."""
 
 _VALUE = "a value that the package makes, or that the row of another checks"
@@ -60,7 +60,7 @@ _TORCH = "torch's own"
 _DEMO = "the command's parts, whose arguments are those of the command line"
 NO_ROW = {
     **dict.fromkeys(("Adapter", "Analysis", "Change", "Comparison", "Format", "LeftOut"), _VALUE),
-    **dict.fromkeys(("NormTerms", "Report", "Row", "Scope", "Trend", "Unrepresentable"), _VALUE),
+    **dict.fromkeys(("NormTerms", "Report", "MergeReport", "Row", "Scope", "Trend", "Unrepresentable"), _VALUE),
     **dict.fromkeys(("constant_reusing", "dora_linear_reusing", "forget", "mode_set"), _OF_LAYERS),
     **dict.fromkeys(("norm_reusing", "weight_norm_reusing", "MergeableLinear.merged_product"), _OF_LAYERS),
     **dict.fromkeys(("DemoResult", "Preset", "Run", "Settings", "run", "sample"), _DEMO),

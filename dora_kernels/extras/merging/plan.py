@@ -1,0 +1,157 @@
+"""The plan: each tensor that is merged, and by which adapter; refused, if it is, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dora_kernels.extras.convert import FORMATS, DoraAdapter
+from dora_kernels.extras.merging.base import DTYPES, Base, Shard, Stored
+from dora_kernels.extras.merging.matching import match
+from dora_kernels.files.reading import shown
+
+_CONV1D = {
+    "gpt2": ("c_attn", "q_attn", "c_proj", "c_fc"),
+    "decision_transformer": ("c_attn", "q_attn", "c_proj", "c_fc"),
+    "imagegpt": ("c_attn", "q_attn", "c_proj", "c_fc"),
+    "openai-gpt": ("c_attn", "c_proj", "c_fc"),
+    "clvp": ("c_proj", "c_fc"),
+}
+"""By model_type, the layers of transformers' that are its Conv1D, whose weight is (K, N)."""
+_PACKED = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "qzeros", "scales", "SCB", "g_idx")
+_PACKED_WEIGHT = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+_HEADS = ("lm_head", "embed_out", "output_projection", "decoder")
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """One tensor that is merged. bias: the layer's own where the gain multiplies it, too."""
+
+    adapter: DoraAdapter
+    shard: Shard
+    entry: Stored
+    transposed: bool
+    bias: tuple[Shard, Stored] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.entry.dtype]
+
+
+def plan(base: Base, name: str, adapters: Sequence[DoraAdapter], fan_in_fan_out: bool | None) -> list[Planned]:
+    """The jobs, in the order of the adapters. name: their format. Raises ValueError for what cannot be merged."""
+    config = base.config
+    if config is not None and config.quantization_config is not None:
+        raise ValueError(
+            f"merge: {shown(base.path)} is quantized: config.json has a quantization_config "
+            f"({_method(config.quantization_config)}); expected the model before it was"
+        )
+    found = match([adapter.module for adapter in adapters], base.entries)
+    layouts = {adapter.module: _is_across(adapter, base.entries[found[adapter.module]][1]) for adapter in adapters}
+    jobs = []
+    for adapter in adapters:
+        key = found[adapter.module]
+        shard, entry = base.entries[key]
+        _check_dtype(base, key, entry)
+        _check_tie(base, key, entry)
+        transposed = _is_transposed(base, key, layouts[adapter.module], set(layouts.values()), fan_in_fan_out)
+        jobs.append(Planned(adapter, shard, entry, transposed, _bias(base, name, key)))
+    return jobs
+
+
+def _method(config: Any) -> str:
+    return shown(config.get("quant_method", "of no name") if isinstance(config, Mapping) else config)
+
+
+def _check_dtype(base: Base, key: str, entry: Stored) -> None:
+    module = key.removesuffix(".weight")
+    beside = [f"{module}.{name}" for name in _PACKED] + [f"{key}.{name}" for name in _PACKED_WEIGHT]
+    packed = next((name for name in beside if name in base.entries), None)
+    if packed is not None:
+        raise ValueError(f"merge: {shown(key)} is quantized: {shown(packed)} is beside it; expected floating point")
+    if entry.dtype not in DTYPES:
+        raise ValueError(f"merge: {shown(key)} is {entry.dtype}; expected {', '.join(DTYPES)}")
+    copies = [shard.path.name for shard in base.shards if any(other.key == key for other in shard.entries)]
+    if len(copies) > 1:
+        raise ValueError(f"merge: {shown(key)} is in {shown(copies[0])} and in {shown(copies[1])}; expected one")
+
+
+def _is_across(adapter: DoraAdapter, entry: Stored) -> bool | None:
+    """False of a weight (N, K, *kernel), True of one that is stored (K, N), None where it may be either."""
+    shape = (adapter.N, *adapter.lora_A.shape[1:])
+    straight, across = entry.shape == shape, adapter.ndim == 2 and entry.shape == shape[::-1]
+    if straight and across:
+        return None
+    if straight or across:
+        return across
+    raise ValueError(
+        f"merge: {shown(entry.key)} has shape {entry.shape} but the adapter's lora_B is "
+        f"{tuple(adapter.lora_B.shape)} and lora_A {tuple(adapter.lora_A.shape)}; expected {shape}"
+    )
+
+
+def _is_transposed(
+    base: Base, key: str, layout: bool | None, layouts: set[bool | None], fan_in_fan_out: bool | None
+) -> bool:
+    """True where the weight is stored (K, N). layouts: those that shapes tell, of all layers.
+
+    What adapter_config.json says of fan_in_fan_out PEFT changes layer by layer, and saves what the last layer had.
+    """
+    names = _CONV1D.get(base.config.model_type or "") if base.config is not None else None
+    known = None if names is None else key.removesuffix(".weight").rpartition(".")[2] in names
+    if layout is None and known is not None:
+        return known
+    if layout is None and bool(fan_in_fan_out) is False and True not in layouts:
+        return False
+    if layout is None and fan_in_fan_out and False not in layouts:
+        return True
+    if layout is None:
+        raise ValueError(
+            f"merge: {shown(key)} is square, fan_in_fan_out is {fan_in_fan_out} in adapter_config.json, and the other "
+            "layers are stored the other way; expected a config.json in the base that tells the model's type"
+        )
+    if layout and not known and not fan_in_fan_out:
+        raise ValueError(
+            f"merge: {shown(key)} has shape {base.entries[key][1].shape}, that of the adapter's layer transposed; "
+            "expected that shape only of GPT-2's Conv1D, or with fan_in_fan_out in adapter_config.json"
+        )
+    return layout
+
+
+def _bias(base: Base, name: str, key: str) -> tuple[Shard, Stored] | None:
+    """The layer's bias where it has one, and the format's gain multiplies it."""
+    bias = key.removesuffix(".weight") + ".bias"
+    kind = FORMATS[name].bias
+    if kind == "unscaled" or bias not in base.entries:
+        return None
+    if kind == "either":
+        raise ValueError(
+            f"merge: {shown(bias)}: {name}'s gain multiplies a layer's bias or not, layer by layer; expected adapted "
+            "layers without a bias"
+        )
+    shard, entry = base.entries[bias]
+    if entry.dtype not in DTYPES or entry.shape != base.entries[key][1].shape[:1]:
+        expected = f"{', '.join(DTYPES)} and shape {base.entries[key][1].shape[:1]}"
+        raise ValueError(f"merge: {shown(bias)} is {entry.dtype} of shape {entry.shape}; expected {expected}")
+    return shard, entry
+
+
+def _check_tie(base: Base, key: str, entry: Stored) -> None:
+    """Raise ValueError where the tensor is the model's embedding as well: both would have to be the merged one.
+
+    PEFT writes to the parameter that they share, and so the embedding is wrong by its merge_and_unload.
+    """
+    if key.removesuffix(".weight").rpartition(".")[2] not in _HEADS:
+        return
+    config = base.config
+    text = config.text_config if config is not None else None
+    stated = [config.tie_word_embeddings if config is not None else None]
+    stated.append(text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
+    if True in stated:
+        raise ValueError(
+            f"merge: {shown(key)} is the embedding, too, as tie_word_embeddings in config.json says; expected a base "
+            "that was saved with both, and tie_word_embeddings false"
+        )
