@@ -103,6 +103,7 @@ class ModelConfig(BaseModel):
     model_type: str | None = None
     tie_word_embeddings: bool | None = None
     quantization_config: Any = None
+    compression_config: Any = None
     text_config: Any = None
 
 

@@ -30,6 +30,8 @@ _COPIES = re.compile(
 _FOLDERS = {".git", ".cache", "original", "metal", "onnx", "openvino", "coreml"}
 """Folders of the same, and what says of each file where it was downloaded from."""
 
+_COMPARED = 1 << 20
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -128,6 +130,21 @@ def open_base(path: Path) -> Base:
     has_config = os.path.lexists(path / "config.json")
     config = read_json("merge", path / "config.json", ModelConfig) if has_config else None
     return Base(path, True, shards, entries, config, others, left_out)
+
+
+def same_bytes(one: tuple[Shard, Stored], other: tuple[Shard, Stored]) -> bool:
+    """True for two tensors of one dtype and shape that are equal to the last bit."""
+    if one == other or (one[1].dtype, one[1].shape) != (other[1].dtype, other[1].shape):
+        return False
+    size = one[1].end - one[1].start
+    with one[0].opened() as first, other[0].opened() as second:
+        for start in range(0, size, _COMPARED):
+            parts = [bytearray(min(_COMPARED, size - start)) for _ in range(2)]
+            one[0].read_into(first, memoryview(parts[0]), one[1].start + start)
+            other[0].read_into(second, memoryview(parts[1]), other[1].start + start)
+            if parts[0] != parts[1]:
+                return False
+    return True
 
 
 def _weights(folder: Path) -> tuple[list[Path], dict[str, str] | None]:

@@ -17,14 +17,15 @@ from torch import Tensor
 from dora_kernels.extras.convert.adapter import DoraAdapter
 from dora_kernels.files.reading import shown
 
-CACHED = 1 << 20
-"""Bytes of float32 that are computed at a time: they stay in the second cache from the product to the rounding."""
+COMPUTED = 4 << 20
+"""Bytes of a block in float32, if a row has no more: they stay in a cache from the product to the rounding. 4096 x 4096
+numbers with R = 16 took 20 ms on two cores; 36 by 512 KB, whose products are slow, and 26 by 16 MB."""
 # of a row that float32 can sum the squares of
 _LEAST, _MOST = 1e-15, 1e18
 
 
 class LayerMerge:
-    """The merge of one tensor, by blocks of its stored rows: `measure` all where `twice`, then `merge` each once.
+    """The merge of one tensor, by blocks of some stored `rows`: `measure` all where `twice`, then `merge` each once.
 
     W' = gain * (W + scaling * B A), gain = magnitude / norm, 0 where the norm is 0; 1 of a plain LoRA. Of a norm over
     the columns of what is stored, the gain is known when all rows were measured.
@@ -50,36 +51,33 @@ class LayerMerge:
         self.columns = self.right.shape[1]
         # a convolution's input feature has a column for each element of the kernel
         self.each = math.prod(adapter.lora_A.shape[2:])
-        self._squares = torch.zeros(self.columns // self.each if self.twice else 0, dtype=torch.float64, device="cpu")
+        self._squares = torch.zeros(self.columns // self.each if self.twice else 0, dtype=torch.float64)
         self._factor = self._squares
-        self._rows = max(1, CACHED // (4 * self.columns))
+        self.rows = min(len(self.left), max(1, COMPUTED // (4 * self.columns)))
+        # once: memory that is new for each block took more time in the system than the products
+        self._memory = torch.empty(self.rows, self.columns, dtype=self.compute)
 
     def measure(self, block: Tensor, first: int) -> None:
         """Add the squares of a block of rows (n, columns), the first of which is row `first` of the tensor."""
-        for _, part in self._parts(block, first):
-            self._squares += part.double().square_().sum(0).view(-1, self.each).sum(1)
+        self._squares += self._direction(block, first).double().square_().sum(0).view(-1, self.each).sum(1)
         if first + len(block) == self.left.shape[0]:
             self._factor = self._divide(self._squares.sqrt(), 0, "column").repeat_interleave(self.each)
 
     def merge(self, block: Tensor, first: int) -> None:
         """Replace a block of rows by the merged ones."""
-        for start, part in self._parts(block, first):
-            rows = block[start - first : start - first + len(part)]
-            if self.magnitude is None:
-                rows.copy_(part)
-            else:
-                factor = self._factor if self.twice else self._divide(_norms(part), start, "row")[:, None]
-                torch.mul(part, factor, out=rows)
-            if self.finite and (self.largest is None or not self.largest.isfinite()):
-                self._check(rows, start)
+        direction = self._direction(block, first)
+        if self.magnitude is None:
+            block.copy_(direction)
+        else:
+            factor = self._factor if self.twice else self._divide(_norms(direction), first, "row")[:, None]
+            block.copy_(direction.mul_(factor))
+        if self.finite and (self.largest is None or not self.largest.isfinite()):
+            self._check(block, first)
 
-    def _parts(self, block: Tensor, first: int) -> Iterator[tuple[int, Tensor]]:
-        """(first row, W + scaling * B A) of some rows of a block at a time, in the dtype that is computed in."""
-        for start in range(0, len(block), self._rows):
-            part = block[start : start + self._rows].to(self.compute, copy=True)
-            left = self.left[first + start : first + start + len(part)]
-            torch.addmm(part, left, self.right, alpha=self.scaling, out=part)
-            yield first + start, part
+    def _direction(self, block: Tensor, first: int) -> Tensor:
+        """W + scaling * B A of these rows, in the dtype that is computed in."""
+        direction = self._memory[: len(block)].copy_(block)
+        return direction.addmm_(self.left[first : first + len(block)], self.right, alpha=self.scaling)
 
     def _divide(self, norm: Tensor, start: int, what: str) -> Tensor:
         """The gain of these norms, which is kept. Raises ValueError where a norm is not finite."""
@@ -104,13 +102,13 @@ class LayerMerge:
             )
 
 
-def _norms(part: Tensor) -> Tensor:
+def _norms(rows: Tensor) -> Tensor:
     """The norms of the rows, in float64 where squares of float32 would be rounded to few bits or to infinity."""
-    norm = torch.linalg.vector_norm(part, dim=1)
+    norm = torch.linalg.vector_norm(rows, dim=1)
     odd = ~((norm > _LEAST) & (norm < _MOST))
     if odd.any():
         norm = norm.double()
-        norm[odd] = torch.linalg.vector_norm(part[odd].double(), dim=1)
+        norm[odd] = torch.linalg.vector_norm(rows[odd].double(), dim=1)
     return norm
 
 
@@ -120,7 +118,7 @@ def exact_products() -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from dora_kernels.extras.convert import FORMATS, DoraAdapter
-from dora_kernels.extras.merging.base import DTYPES, Base, Shard, Stored
-from dora_kernels.extras.merging.matching import match
+from dora_kernels.extras.merging.base import DTYPES, Base, Shard, Stored, same_bytes
+from dora_kernels.extras.merging.matching import HEADS, match
 from dora_kernels.files.reading import shown
 
 _CONV1D = {
@@ -21,9 +21,10 @@ _CONV1D = {
     "clvp": ("c_proj", "c_fc"),
 }
 """By model_type, the layers of transformers' that are its Conv1D, whose weight is (K, N)."""
-_PACKED = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "qzeros", "scales", "SCB", "g_idx")
-_PACKED_WEIGHT = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
-_HEADS = ("lm_head", "embed_out", "output_projection", "decoder")
+_PARTS = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "qzeros", "scales", "SCB", "g_idx")
+_OF_A_WEIGHT = ("absmax", "quant_map", "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+_PACKED = re.compile(rf"\.({'|'.join(_PARTS)}|weight\.({'|'.join(_OF_A_WEIGHT)}))$")
+"""Parts of a quantized weight: of compressed-tensors, fine-grained FP8, GPTQ, AWQ, and bitsandbytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,35 +44,51 @@ class Planned:
 
 def plan(base: Base, name: str, adapters: Sequence[DoraAdapter], fan_in_fan_out: bool | None) -> list[Planned]:
     """The jobs, in the order of the adapters. name: their format. Raises ValueError for what cannot be merged."""
-    config = base.config
-    if config is not None and config.quantization_config is not None:
-        raise ValueError(
-            f"merge: {shown(base.path)} is quantized: config.json has a quantization_config "
-            f"({_method(config.quantization_config)}); expected the model before it was"
-        )
-    found = match([adapter.module for adapter in adapters], base.entries)
+    _check_config(base)
+    try:
+        found = match([adapter.module for adapter in adapters], base.entries)
+    except ValueError:
+        _check_packed(base, *base.entries)
+        raise
+    for key in found.values():
+        _check_dtype(base, key, base.entries[key][1])
     layouts = {adapter.module: _is_across(adapter, base.entries[found[adapter.module]][1]) for adapter in adapters}
+    told = {layouts[adapter.module] for adapter in adapters if adapter.ndim == 2}
     jobs = []
     for adapter in adapters:
         key = found[adapter.module]
         shard, entry = base.entries[key]
-        _check_dtype(base, key, entry)
         _check_tie(base, key, entry)
-        transposed = _is_transposed(base, key, layouts[adapter.module], set(layouts.values()), fan_in_fan_out)
+        transposed = _is_transposed(base, key, layouts[adapter.module], told, fan_in_fan_out)
         jobs.append(Planned(adapter, shard, entry, transposed, _bias(base, name, key)))
     return jobs
 
 
-def _method(config: Any) -> str:
-    return shown(config.get("quant_method", "of no name") if isinstance(config, Mapping) else config)
+def _check_config(base: Base) -> None:
+    """Raise ValueError where config.json says that the model is quantized."""
+    if base.config is None:
+        return
+    inner = base.config.text_config if isinstance(base.config.text_config, Mapping) else {}
+    for field in ("quantization_config", "compression_config"):
+        stated = getattr(base.config, field) or inner.get(field)
+        if stated:
+            method = stated.get("quant_method") if isinstance(stated, Mapping) else None
+            by = f" of {shown(method)}" if method else ""
+            raise ValueError(
+                f"merge: {shown(base.path)} is quantized: config.json has a {field}{by}; expected the model before that"
+            )
+
+
+def _check_packed(base: Base, *keys: str) -> None:
+    """Raise ValueError where one of the keys is a part of a quantized weight."""
+    packed = next((key for key in keys if _PACKED.search(key) and key in base.entries), None)
+    if packed is not None:
+        raise ValueError(f"merge: {shown(base.path)} is quantized: it has {shown(packed)}; expected floating point")
 
 
 def _check_dtype(base: Base, key: str, entry: Stored) -> None:
     module = key.removesuffix(".weight")
-    beside = [f"{module}.{name}" for name in _PACKED] + [f"{key}.{name}" for name in _PACKED_WEIGHT]
-    packed = next((name for name in beside if name in base.entries), None)
-    if packed is not None:
-        raise ValueError(f"merge: {shown(key)} is quantized: {shown(packed)} is beside it; expected floating point")
+    _check_packed(base, *(f"{module}.{part}" for part in _PARTS), *(f"{key}.{part}" for part in _OF_A_WEIGHT))
     if entry.dtype not in DTYPES:
         raise ValueError(f"merge: {shown(key)} is {entry.dtype}; expected {', '.join(DTYPES)}")
     copies = [shard.path.name for shard in base.shards if any(other.key == key for other in shard.entries)]
@@ -144,14 +161,18 @@ def _check_tie(base: Base, key: str, entry: Stored) -> None:
 
     PEFT writes to the parameter that they share, and so the embedding is wrong by its merge_and_unload.
     """
-    if key.removesuffix(".weight").rpartition(".")[2] not in _HEADS:
+    if key.removesuffix(".weight").rpartition(".")[2] not in HEADS:
         return
     config = base.config
     text = config.text_config if config is not None else None
     stated = [config.tie_word_embeddings if config is not None else None]
     stated.append(text.get("tie_word_embeddings") if isinstance(text, Mapping) else None)
-    if True in stated:
+    # where nothing is stated the model has its class' default, which may be either
+    alike = [other for name, other in base.entries.items() if "embed" in name or name.endswith("wte.weight")]
+    same = False not in stated and any(same_bytes(base.entries[key], other) for other in alike)
+    if True in stated or same:
+        told = "tie_word_embeddings in config.json says" if True in stated else "their equal bytes tell"
         raise ValueError(
-            f"merge: {shown(key)} is the embedding, too, as tie_word_embeddings in config.json says; expected a base "
-            "that was saved with both, and tie_word_embeddings false"
+            f"merge: {shown(key)} is the embedding, too, as {told}; expected a base that was saved with two of them, "
+            "and tie_word_embeddings false"
         )
