@@ -1,6 +1,5 @@
 """A merged checkpoint holds the merge in float64, rounded once: of every dtype, shape, norm and way to store."""
 
-import copy
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -207,7 +206,7 @@ def test_a_bias_that_the_gain_multiplies(tmp_path, shards, dtype):
 
 def test_a_plain_lora_adds_its_product():
     weight = random(30, 50, seed=0, dtype=torch.bfloat16)
-    adapter = replace_magnitude(adapter_of("a", weight))
+    adapter = replace(adapter_of("a", weight), magnitude=None)
     assert_merged(merge_blocks(weight, adapter, rows=7), exact_merge(weight, adapter), torch.bfloat16)
 
 
@@ -217,7 +216,7 @@ def test_a_plain_lora_adds_its_product():
 def test_a_number_that_is_not_finite_is_named(value, plain, axis):
     weight = random(30, 50, seed=0, dtype=torch.bfloat16)
     adapter = adapter_of("a", weight, axis=axis)
-    adapter = replace_magnitude(adapter) if plain else adapter
+    adapter = replace(adapter, magnitude=None) if plain else adapter
     weight[17, 23] = value
     line = "column 23" if axis == "in" and not plain else "row 17"
     with pytest.raises(ValueError, match=f"^merge: a.weight: .*{line} is .*; expected"):
@@ -235,16 +234,9 @@ def test_what_float16_cannot_hold_is_refused():
     with pytest.raises(ValueError, match="^merge: a.weight: row 17 is not finite in torch.float16 once it is merged; "):
         merge_blocks(weight, adapter)
     with pytest.raises(ValueError, match="row 5 is not finite"):
-        plain = replace_magnitude(adapter)
+        plain = replace(adapter, magnitude=None)
         plain.lora_B[5] = 6e4
         merge_blocks(weight, plain)
-
-
-def replace_magnitude(adapter):
-    """The same as a plain LoRA."""
-    plain = copy.copy(adapter)
-    object.__setattr__(plain, "magnitude", None)
-    return plain
 
 
 def test_the_check_finds_what_is_wrong(tmp_path, monkeypatch):

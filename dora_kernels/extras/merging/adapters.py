@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dora_kernels.extras.checkpoint_files import ADAPTER_CONFIG
-from dora_kernels.extras.convert import FORMATS, DoraAdapter, decode, files
+from dora_kernels.extras.convert import FORMATS, DoraAdapter, read_adapters
 from dora_kernels.extras.convert.checkpoint import _check_rename, _checked_heads, _renamed, _reordered
 from dora_kernels.extras.schema import read_config
-from dora_kernels.files.reading import shown
 
 
 def read(
@@ -24,7 +23,7 @@ def read(
 ) -> tuple[str, list[DoraAdapter], bool | None]:
     """The format's name, the adapters, and what adapter_config.json says of fan_in_fan_out, None where nothing."""
     try:
-        name, adapters = _read_adapters(source, source_format, alpha=alpha, allow_nonfinite=allow_nonfinite)
+        name, adapters = read_adapters(source, source_format, alpha=alpha, allow_nonfinite=allow_nonfinite)
         adapters = _renamed(adapters, rename)
         if name == "torchtune":
             adapters = _reordered(adapters, to_torchtune=False, heads=heads, same_rows=same_rows)
@@ -53,18 +52,3 @@ def _fan_in_fan_out(source: Path) -> bool | None:
     path = source / ADAPTER_CONFIG if os.path.isdir(source) else source.parent / ADAPTER_CONFIG
     known = os.path.isdir(source) or any(source.name in row.files for row in FORMATS.values())
     return read_config("convert", path).get("fan_in_fan_out") if known and os.path.lexists(path) else None
-
-
-def _read_adapters(
-    source: Path, source_format: str | None, *, alpha: float | None, allow_nonfinite: bool
-) -> tuple[str, list[DoraAdapter]]:
-    if source_format is not None:
-        row = FORMATS[source_format]
-        return source_format, decode(row, files.load(row, source), alpha)
-    reasons = []
-    for name, row in FORMATS.items():
-        try:
-            return name, decode(row, files.load(row, source), alpha)
-        except ValueError as error:
-            reasons.append(f"{name}: {str(error).removeprefix('convert: ')}")
-    raise ValueError(f"convert: {shown(source)} is of no format: {'; '.join(reasons)}")

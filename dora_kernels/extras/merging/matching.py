@@ -21,7 +21,7 @@ _MODULES = (
 )
 """transformers renames the tensors of models that see: modules have other names than most of their checkpoints
 (https://github.com/huggingface/transformers/blob/main/src/transformers/conversion_mapping.py)."""
-_COMPARED = 2000
+_COMPARED, _GUESSES = 2000, 4
 
 Names = Mapping[str, Sequence[str]]
 
@@ -79,18 +79,25 @@ def _found(modules: Sequence[str], spelled: Sequence[str], names: Names) -> dict
 
 def _prefixed(modules: Sequence[str], spelled: Sequence[str], names: Names, dot: str) -> dict[str, str] | None:
     """{module: key} with one prefix before all, or taken off all; None where none serves."""
-    first = min(spelled, key=len)
-    put = {name[: -len(first)] for name in names if name.endswith(dot + first)}
-    off = {first[: at + 1] for at, letter in enumerate(first) if letter == dot and first[at + 1 :] in names}
-    # by generators: of 10^5 prefixes most fail with the first module
-    before = [prefix for prefix in put if all(prefix + name in names for name in spelled)]
-    begun = [prefix for prefix in off if all(name.startswith(prefix) for name in spelled)]
-    after = [prefix for prefix in begun if all(name[len(prefix) :] in names for name in spelled)]
-    ways = [[prefix + name for name in spelled] for prefix in before]
-    ways += [[name[len(prefix) :] for name in spelled] for prefix in after]
-    if len(ways) > 1:
-        raise _ambiguous(modules[0], sorted(way[0] for way in ways))
-    return _found(modules, ways[0], names) if ways else None
+    changes = _changes(min(spelled, key=len), names, dot)
+    # by a generator: of 10^5 prefixes most fail with the first module
+    served = [change for change in changes if all(_changed(name, change) in names for name in spelled)]
+    if len(served) > 1:
+        raise _ambiguous(modules[0], sorted(str(_changed(spelled[0], change)) for change in served))
+    return _found(modules, [str(_changed(name, served[0])) for name in spelled], names) if served else None
+
+
+def _changes(module: str, names: Iterable[str], dot: str) -> list[tuple[str, str]]:
+    """(what is taken off, what is put before), one of them empty, that make one of the names of a module."""
+    put = {name[: -len(module)] for name in names if name.endswith(dot + module)}
+    known = set(names)
+    off = {module[: at + 1] for at, letter in enumerate(module) if letter == dot and module[at + 1 :] in known}
+    return [("", prefix) for prefix in sorted(put)] + [(prefix, "") for prefix in sorted(off)]
+
+
+def _changed(name: str, change: tuple[str, str]) -> str | None:
+    off, put = change
+    return put + name[len(off) :] if name.startswith(off) else None
 
 
 def _ambiguous(module: str, keys: Sequence[str]) -> ValueError:
@@ -99,12 +106,12 @@ def _ambiguous(module: str, keys: Sequence[str]) -> ValueError:
 
 
 def _unmatched(modules: Sequence[str], names: Mapping[str, str]) -> ValueError:
-    """The error for one module that matches nothing: of a kind that the base lacks, if there is such a one."""
-    kinds = {_last(name) for name in names}
-    missing = [module for module in modules if module not in names] or list(modules)
-    module = next((module for module in missing if _last(module) not in kinds), missing[0])
+    """The error for one module that matches nothing, by the prefix with which most of the others match."""
+    guesses = [("", ""), *_changes(modules[0], names, ".")[:_GUESSES], *_changes(modules[-1], names, ".")[:_GUESSES]]
+    best = max(guesses, key=lambda change: sum(_changed(module, change) in names for module in modules))
+    module = next((module for module in modules if _changed(module, best) not in names), modules[0])
     alike = [name for name in names if _last(name) == _last(module)] or list(names)
-    near = difflib.get_close_matches(module, alike[:_COMPARED], 1, 0.0)
+    near = difflib.get_close_matches(_changed(module, best) or module, alike[:_COMPARED], 1, 0.0)
     nearest = f", and the nearest is {shown(names[near[0]])}" if near else ""
     tied = ", or is tied to the embedding there" if _last(module) in HEADS else ""
     return ValueError(

@@ -65,11 +65,10 @@ class Writer:
                 if job is None:
                     continue
                 self._copy(shard, number, file.fileno(), at, entry.start, shard.path.name)
-                merge = LayerMerge(entry.key, job.adapter, job.dtype, job.transposed, self.finite)
-                self._merge(shard, number, file.fileno(), entry, merge)
+                gain = self._merge(job, number, file.fileno())
                 at = entry.end
-                if job.bias is not None and merge.gain is not None:
-                    biases.append((*job.bias, merge.gain))
+                if job.bias is not None and gain is not None:
+                    biases.append((*job.bias, gain))
             self._copy(shard, number, file.fileno(), at, shard.bytes, shard.path.name)
 
     def _copy(self, source: Source, number: int, out: int, start: int, end: int, name: str) -> None:
@@ -92,8 +91,10 @@ class Writer:
             start += count
             self._report(count, name)
 
-    def _merge(self, shard: Shard, number: int, out: int, entry: Stored, merge: LayerMerge) -> None:
-        """Write a merged tensor to the end of a file."""
+    def _merge(self, job: Planned, number: int, out: int) -> Tensor | None:
+        """Write a merged tensor to the end of a file. Returns the gain, None of a plain LoRA."""
+        shard, entry = job.shard, job.entry
+        merge = LayerMerge(entry.key, job.adapter, job.dtype, job.transposed, self.finite)
         row_bytes = merge.columns * merge.dtype.itemsize
         each = merge.rows * row_bytes
         steps = [merge.measure, merge.merge] if merge.twice else [merge.merge]
@@ -106,6 +107,7 @@ class Writer:
                 if step == steps[-1]:
                     _write(out, view)
                     self._report(len(view), entry.key)
+        return merge.gain
 
     def _write_bias(self, shard: Shard, entry: Stored, gain: Tensor, path: Path) -> None:
         view = self._view(entry.end - entry.start)
