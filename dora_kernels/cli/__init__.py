@@ -12,9 +12,9 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command, and return its exit code: whatever a user types or presses, that and at most one line on stderr.
 
-    0: all right. 1: the command's own checks failed (check, demo). 2: it could not run: an argument, a file that cannot
-    be read, an output that cannot be written, no memory. 130: Ctrl-C; 143, 129: ended by SIGTERM, SIGHUP. 141: who read
-    stdout went away, which is said by no line. An error that is ours, and nothing else, is raised.
+    0: all right. 1: the command's own checks failed (check, demo, merge). 2: it could not run: an argument, a file that
+    cannot be read, an output that cannot be written, no memory. 130: Ctrl-C; 143, 129: ended by SIGTERM, SIGHUP. 141:
+    who read stdout went away, which is said by no line. An error that is ours, and nothing else, is raised.
     """
     from dora_kernels.cli.running import run  # not above: __main__.py sees to the signals first
 

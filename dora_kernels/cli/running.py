@@ -7,14 +7,14 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from dora_kernels.cli import arguments, streams
-from dora_kernels.cli.commands import analyze, check, convert, demo, info
+from dora_kernels.cli.commands import analyze, check, convert, demo, info, merge
 from dora_kernels.planning import choices
 
-COMMANDS = (info, demo, check, analyze, convert)
+COMMANDS = (info, demo, check, analyze, convert, merge)
 EXIT_CODES = (
-    "Exit codes: 0 all right; 1 the command's own checks failed (check, demo); 2 it could not run: an argument, a file "
-    "that cannot be read, an output that cannot be written, no memory; 130 Ctrl-C; 143, 129 SIGTERM, SIGHUP; 141 the "
-    "reader of stdout went away. One line on stderr tells why, but for 0, 1 and 141."
+    "Exit codes: 0 all right; 1 the command's own checks failed (check, demo, merge); 2 it could not run: an argument, "
+    "a file that cannot be read, an output that cannot be written, no memory; 130 Ctrl-C; 143, 129 SIGTERM, SIGHUP; "
+    "141 the reader of stdout went away. One line on stderr tells why, but for 0, 1 and 141."
 )
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from dora_kernels.cli import main, streams
-from dora_kernels.cli.commands import check, convert
+from dora_kernels.cli.commands import check, convert, merge
 from dora_kernels.cli.running import EXIT_CODES
 from dora_kernels.extras.convert import FORMATS
 from dora_kernels.testing import suite
 from tests.support.command_files import write_checkpoints
 
 CONVERT = ("convert", "a", "b", "--from", "peft", "--to", "lycoris")
+MERGE = ("merge", "a", "b", "c")
 WRONG = {
     (): "dora_kernels: the following arguments are required: command",
     ("foo",): "dora_kernels: argument command: invalid choice: 'foo' (choose from ",
@@ -59,6 +60,19 @@ WRONG = {
     CONVERT: "convert: a does not exist; expected a file or a folder",
     ("convert", "", *CONVERT[2:]): "convert: '' does not exist; expected a file or a folder",
     ("convert", ".", *CONVERT[2:], "--base", ""): "convert: '' does not exist; expected a file or a folder",
+    MERGE: "merge: a does not exist; expected a file or a folder",
+    MERGE[:3]: "merge: the following arguments are required: OUT",
+    (*MERGE, "--from", "onnx"): "merge: argument --from: invalid choice: 'onnx' (choose from ",
+    (*MERGE, "--alpha", "nan"): "merge: argument --alpha: is 'nan'; expected a finite number",
+    (*MERGE, "--check", "0"): "merge: argument --check: is '0'; expected an integer from 1 to",
+    (*MERGE, "--heads", "1", "x"): "merge: argument --heads: is 'x'; expected an integer from 1 to",
+    (*MERGE, "--heads", "1", "1", "--same-rows"): "merge: argument --same-rows: not allowed with argument --heads",
+    (*MERGE, "--rename", "(", ""): "merge: rename is '(', '': missing ), unterminated",
+    ("merge", ".", "", "c"): "merge: '' does not exist; expected a file or a folder",
+    ("merge", ".", ".", "."): "merge: . exists; expected a name that is free",
+    ("merge", ".", ".", ""): "merge: out is ''; expected ",
+    ("merge", ".", ".", "no/such/folder/"): "merge: out is 'no/such/folder'; expected a file in a folder that exists",
+    ("merge", ".", ".", "a\0b"): "merge: out is 'a\\x00b'; expected a path that can be",
     ("analyze", "", "."): "analyze: '' is no checkpoint: it does not exist; expected",
 }
 
@@ -100,6 +114,7 @@ def test_a_gpu_that_is_not_there(ends):
         ("check", "--way", "foo"),
         ("demo", "--steps", "2"),
         CONVERT,
+        ("merge", ".", ".", "no/such/folder"),
         ("analyze", "a", "b"),
     ],
 )
@@ -111,10 +126,10 @@ def test_torch_is_not_imported_for_it(arguments, tmp_path):
     assert "dora_kernels.cli.running" in imported and not imported & {"torch", "numpy", "rich", "transformers"}
 
 
-@pytest.mark.parametrize("command", ("check", "demo", "analyze", "convert"))
+@pytest.mark.parametrize("command", ("check", "demo", "analyze", "convert", "merge"))
 def test_a_wrong_backend_in_the_environment(command, monkeypatch, ends):
     monkeypatch.setenv("DORA_KERNELS_BACKEND", "fast\n")
-    arguments = {"analyze": ["a", "b"], "convert": CONVERT[1:]}.get(command, [])
+    arguments = {"analyze": ["a", "b"], "convert": CONVERT[1:], "merge": MERGE[1:]}.get(command, [])
     expected = rf"{command}: DORA_KERNELS_BACKEND is 'fast\n'; expected one of auto, triton, reference" + "\n"
     assert ends([command, *arguments]) == (2, expected)
 
@@ -128,7 +143,7 @@ def test_info_works_with_a_wrong_backend_in_the_environment(monkeypatch):
 
 def test_the_names_that_are_known_without_torch():
     assert set(check.LAYERS) == set(suite.LAYERS) and set(check.DTYPES) == set(suite.DTYPES)
-    assert convert.FORMATS == tuple(FORMATS)
+    assert convert.FORMATS == merge.FORMATS == tuple(FORMATS)
 
 
 def test_the_exit_codes_are_documented(capsys):
@@ -193,12 +208,14 @@ OPTIONS = {
         "--from", "--to", "--alpha", "--base", "--no-bias", "--fold", "--rename", "--heads", "--same-rows",
         "--allow-nonfinite", "--adapter-name",
     ),
+    "merge": ("--from", "--alpha", "--rename", "--heads", "--same-rows", "--allow-nonfinite", "--check"),
 }  # fmt: skip
 # what makes the work small, or ends a vector before it; what comes later has the last word
 FIRST = {
     "check": ("--shape", "1x2x3x1", "--dtype", "float32", "--backend", "reference", "--seed", "1"),
     "convert": ("adapter", "out", "--from", "peft", "--to", "lycoris", "--no-bias"),
     "analyze": ("base.safetensors", "adapter"),
+    "merge": ("base.safetensors", "adapter", "out"),
 }
 LAST = {"demo": ("--steps", "3")}
 

@@ -160,6 +160,7 @@ def test_a_mistake_of_ours_is_a_traceback(monkeypatch):
         ("info", "torch.fx"),
         ("check", "dora_kernels.testing.suite"),
         ("convert", "safetensors"),
+        ("merge", "dora_kernels.extras.merging.output"),
         ("analyze", "matplotlib.figure"),
     ],
 )

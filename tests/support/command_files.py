@@ -21,6 +21,7 @@ def write_checkpoints(folder: Path) -> dict[str, list[str]]:
         "info": ["info"],
         "check": ["check", "--json", "check.json"],
         "convert": ["convert", "adapter", "out", "--from", "peft", "--to", "lycoris", "--no-bias"],
+        "merge": ["merge", "base.safetensors", "adapter", "out", "--check"],
         "analyze": ["analyze", "base.safetensors", "adapter", "--json", "analysis.json"],
         "demo": ["demo", "--steps", "4"],
         "check of peft": ["check", "--layer", "peft", "--json", "check.json"],
