@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from dora_kernels.adapters import parents
+from dora_kernels.adapters import parents, training
 from dora_kernels.adapters.libraries import dora_layers, libraries
 from dora_kernels.adapters.report import LayerReport, ModelReport
 from dora_kernels.adapters.taking import give_back, take_over
@@ -45,8 +45,8 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
     held = [(functions.held(layer) if hasattr(functions, "held") else layer, layer) for _, layer, _, functions in found]
     past = parents.remarks(model, held)
     for name, layer, library, functions in found:
-        remark = past.get(layer)
-        if remark is None or remark.is_called:
+        reader = past.get(layer)
+        if reader is None or reader.is_called:
             cls, reason = functions.class_for(layer)
         else:
             cls, reason = None, ""
@@ -58,8 +58,9 @@ def enable(model: nn.Module, *, dropout: str | None = None, fuse_shared_inputs: 
             if own is not None:
                 reason = "; ".join(filter(None, (reason, f"dropout stays the library's, of {own}")))
         sharing.leave(layer)
-        reason = "; ".join(filter(None, (reason, None if remark is None else remark.text)))
-        layers.append(LayerReport(name, library, cls is not None, reason))
+        reason = "; ".join(filter(None, (reason, None if reader is None else reader.text)))
+        remarks = training.remarks(layer, functions.adapters(layer))
+        layers.append(LayerReport(name, library, cls is not None, reason, remarks=remarks))
     shares_with = _share(model) if fuse_shared_inputs else {}
     return ModelReport(tuple(replace(report, shares_with=shares_with.get(report.name, ())) for report in layers))
 

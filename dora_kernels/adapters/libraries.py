@@ -1,9 +1,10 @@
 """The libraries whose DoRA layers are known, and their layers in a model.
 
-A library's file, or CopiedLibrary for the copied ones, offers two functions:
+A library's file, or CopiedLibrary for the copied ones, offers three functions:
 
     layers(model)       (name, layer) of every DoRA layer of the library's in a model
     class_for(layer)    the class that takes the layer over (a TakenOver: taking.py), or None; and a reason or a remark
+    adapters(layer)     (magnitude, [the other tensors]) of each adapter of a layer, where they can be told
 
 and may offer more: the first for `enable(model, fuse_shared_inputs=True)`, the second where a layer stands beside the
 module that it wraps:

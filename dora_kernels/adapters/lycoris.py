@@ -68,6 +68,11 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     return (DoraKernelsLoConModule, "") if reason is None else (None, reason)
 
 
+def adapters(layer: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """(dora_scale, the factors, of whatever kind) of `layer`."""
+    yield layer.dora_scale, [one for one in layer.parameters() if one is not layer.dora_scale]
+
+
 class DoraKernelsLoConModule(TakenOver, LoConModule):
     """LyCORIS' LoConModule, its forward computed by dora_linear or rescale."""
 

@@ -20,6 +20,8 @@ class LayerReport:
     both, which code reads its weight past it (parents.py)."""
     shares_with: tuple[str, ...] = ()
     """The layers that are called with the same x, with which it shares the product of x and lora_A."""
+    remarks: tuple[str, ...] = ()
+    """The parameters that may not train as their owner thinks, whoever computes the layer (training.py)."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,21 @@ class ModelReport:
             if layer.reason:
                 groups.setdefault((layer.taken_over, layer.library, layer.reason), []).append(layer.name)
         for (taken_over, library, reason), names in groups.items():
-            shown = ", ".join(names[:NAMES_SHOWN])
-            more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             verb = "taken over but for" if taken_over else f"left to {library}"
-            lines.append(f"  {len(names)} {verb}: {reason} ({shown}{more})")
+            lines.append(f"  {len(names)} {verb}: {reason} ({shown(names)})")
+        remarked: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for remark in layer.remarks:
+                remarked.setdefault(remark, []).append(layer.name)
+        lines += [f"  {len(names)} may not train as meant: {what} ({shown(names)})" for what, names in remarked.items()]
         sharing_groups = {frozenset({layer.name, *layer.shares_with}) for layer in self.layers if layer.shares_with}
         if sharing_groups:
             count = sum(map(len, sharing_groups))
             lines.append(f"  {count} share the product of x and lora_A, in {len(sharing_groups)} groups")
         return "\n".join(lines)
+
+
+def shown(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more

@@ -54,6 +54,11 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     return (DoraKernelsDoRALinear, "") if reason is None else (None, reason)
 
 
+def adapters(layer: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """(magnitude, [lora_a, lora_b]) of `layer`."""
+    yield layer.magnitude, [layer.lora_a.weight, layer.lora_b.weight]
+
+
 class DoraKernelsDoRALinear(TakenOver, DoRALinear):
     """torchtune's DoRALinear, its forward computed by dora_linear."""
 

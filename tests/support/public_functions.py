@@ -175,6 +175,12 @@ PUBLIC = (
     Public(reuse.hold_adapters, "hold_adapters", always(model=right.enabled), {"model": OURS, "keep_merged": FLAG}),
     Public(trainer.FrozenAdaptersCallback, "FrozenAdaptersCallback", always(), {"keep_merged": FLAG}),
     Public(
+        trainer.FrozenAdaptersCallback.on_train_begin,
+        "on_train_begin",
+        always(self=trainer.FrozenAdaptersCallback, model=right.enabled),
+        {"model": MODEL},
+    ),
+    Public(
         trainer.FrozenAdaptersCallback.on_step_begin,
         "hold_adapters",
         always(self=trainer.FrozenAdaptersCallback, model=right.enabled),

@@ -1,10 +1,10 @@
-"""The two functions of a library whose layers are known by structure. A layer is claimed, then read, then probed."""
+"""The three functions of a library whose layers are known by structure. A layer is claimed, then read, then probed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from dora_kernels.adapters.copied import probe
 from dora_kernels.adapters.copied.structure import Structure
@@ -13,7 +13,7 @@ from dora_kernels.adapters.taking import TakenOver, class_over, library_class
 
 
 class CopiedLibrary:
-    """`layers` and `class_for` (see adapters/libraries.py) for a library with these structures."""
+    """`layers`, `class_for` and `adapters` (see adapters/libraries.py) for a library with these structures."""
 
     def __init__(self, structures: tuple[type[Structure], ...]) -> None:
         self.structures = structures
@@ -38,6 +38,16 @@ class CopiedLibrary:
         if reason is None:
             reason = probe.why_not_same(layer, parts, structure)
         return (class_over(library_class(layer), structure), "") if reason is None else (None, reason)
+
+    def adapters(self, layer: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """(magnitude, [lora_A, lora_B]) of `layer`; nothing where it cannot be read."""
+        try:
+            parts, _ = self._structure_of(layer).read(layer)
+        except (AttributeError, KeyError, TypeError):
+            parts = None
+        if parts is not None:
+            _, lora_A, lora_B, magnitude, _ = parts.dora
+            yield probe.owner(magnitude), [probe.owner(lora_A), probe.owner(lora_B)]
 
     def _structure_of(self, module: nn.Module) -> type[Structure] | None:
         return next((structure for structure in self.structures if structure.claims(module)), None)

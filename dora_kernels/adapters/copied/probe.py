@@ -163,7 +163,7 @@ def _by_identity(
 ) -> tuple[dict[int, Tensor], str | None]:
     """The small tensor for each tensor of the layer, by id; and the name of one that is no part of it."""
     pairs = zip((*parts.dora, parts.bias), (*small.dora, small.bias), strict=True)
-    sources = {id(_owner(value)): new for value, new in pairs if isinstance(value, Tensor)}
+    sources = {id(owner(value)): new for value, new in pairs if isinstance(value, Tensor)}
     known: dict[int, Tensor] = {}
     for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
         if _is_within(name, opaque):
@@ -176,7 +176,8 @@ def _by_identity(
     return known, None
 
 
-def _owner(tensor: Tensor) -> Tensor:
+def owner(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what it is a view of."""
     return tensor if tensor._base is None else tensor._base
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peft.tuners.lora.layer import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 
 from dora_kernels.adapters.peft.adapter import read_adapter, why_not_adapter, why_not_family
 from dora_kernels.adapters.peft.conv import DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d
@@ -35,7 +35,7 @@ from dora_kernels.adapters.taking import TakenOver, library_class
 from dora_kernels.adapters.two_steps import is_two_steps
 
 _DENSE = (DoraKernelsLinear, DoraKernelsConv1d, DoraKernelsConv2d, DoraKernelsConv3d, DoraKernelsEmbedding)
-__all__ = ["CLASSES", "QUANTIZED_LAYERS", "groups", "class_for", "layers"]
+__all__ = ["CLASSES", "QUANTIZED_LAYERS", "adapters", "class_for", "groups", "layers"]
 
 CLASSES: dict[type[nn.Module], type[TakenOverLayer]] = {cls.__bases__[-1]: cls for cls in _DENSE}
 """The class that takes over each of PEFT's over a dense weight."""
@@ -67,6 +67,14 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
     reasons = {name: why_not_adapter(adapter, cls.family) for name, adapter in adapters.items()}
     against = [f"adapter {name!r}: {reason}" for name, reason in reasons.items() if reason is not None]
     return None if len(against) == len(reasons) else cls, "; ".join(against or cls.remarks(weight))
+
+
+def adapters(layer: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """(magnitude, [lora_A, lora_B]) of each adapter of `layer`."""
+    for name, magnitude in layer.lora_magnitude_vector.items():
+        holders = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
+        factors = [holder[name] for holder in holders if name in holder]
+        yield magnitude.weight, [factor if isinstance(factor, Tensor) else factor.weight for factor in factors]
 
 
 def _class_over(cls: type[nn.Module], layer: nn.Module) -> type[TakenOverLayer] | None:
