@@ -39,7 +39,7 @@ def is_traced_for_onnx() -> bool:
 
     It would run an autograd Function, too, and leave results of it out of the graph.
     """
-    return not torch.compiler.is_compiling() and torch._C._is_tracing() and is_for_onnx()
+    return torch._C._get_tracing_state() is not None and is_for_onnx()  # the question that Dynamo can trace
 
 
 def _dense(

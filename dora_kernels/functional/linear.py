@@ -99,7 +99,7 @@ def dora_linear_core(
     scaling, how, direct = checked(function, x, layer, bias, x_dropped, given, norm_grad)
     weight, lora_A, lora_B, magnitude, _ = layer
     base_dtype, dtype = how.base_dtype, how.dtype
-    if decompositions.is_traced_for_onnx():
+    if not direct and decompositions.is_traced_for_onnx():
         return _decomposed(x, layer._replace(scaling=scaling), bias, x_dropped, given, how)
     # the kernels read both without a stride
     norm = None if given.norm is None else _constant_row(given.norm, base_dtype)

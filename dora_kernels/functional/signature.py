@@ -46,9 +46,9 @@ def run(name: str, *arguments: Any) -> Any:
 
     Those of its decomposition where ONNX' tracer records, which is to see no operator of ours.
     """
-    if decompositions.is_traced_for_onnx():
-        return decompositions.BY_NAME[name](*arguments)
     if is_observed() or not all(map(_is_plain, arguments)):
+        if decompositions.is_traced_for_onnx():
+            return decompositions.BY_NAME[name](*arguments)
         return getattr(ops, name)(*arguments)
     return ops.OPERATORS[name](*arguments)
 
