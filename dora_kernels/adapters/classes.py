@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -47,7 +47,10 @@ PRODUCTS = {nn.Linear: LINEAR} | CONVOLUTIONS
 
 
 def why_replaced(part: str, module: nn.Module) -> str | None:
-    """The reason why an object of one of torch's classes, and of none derived from it, does not compute its product."""
+    """The reason why an object of one of torch's classes, and of none derived from it, does not compute its product.
+
+    Beside a forward on the object, at which why_not_bypass looks.
+    """
     product = PRODUCTS.get(type(module))
     return None if product is None else _why_not_methods(part, module, product)
 
@@ -56,21 +59,24 @@ def why_not_product(part: str, module: nn.Module, product: Product, expected: st
     """The reason why calling `module` is not the product of that class with the module's own weight and bias."""
     if not isinstance(module, product.cls):
         return f"{part} is a {class_name(module)}; expected {expected or product}"
-    return _why_not_methods(part, module, product) or why_not_attributes(part, module, product.methods)
+    return _why_not_methods(part, module, product) or why_not_attributes(part, module)
 
 
 def _why_not_methods(part: str, module: nn.Module, product: Product) -> str | None:
     for name, own in product.methods.items():
         if getattr(type(module), name) is not own:
             return f"{part} is a {class_name(module)}, whose {name} is not {product}'s own"
-    return None
+    return why_hidden(part, module) if "_conv_forward" in product.methods else None
 
 
-def why_not_attributes(part: str, module: nn.Module, methods: Any = ("forward",)) -> str | None:
-    """The reason why `module` may be called, or its weight and bias found, otherwise than an nn.Module's.
+def why_hidden(part: str, module: nn.Module, methods: tuple[str, ...] = ("_conv_forward",)) -> str | None:
+    """The reason why an attribute of `module` hides a method of its class."""
+    found = next((name for name in methods if name in module.__dict__), None)
+    return None if found is None else f"the {found} of {part} was replaced on the instance"
 
-    methods: those of its class that must not be hidden by attributes, beside forward, at which why_not_bypass looks.
-    """
+
+def why_not_attributes(part: str, module: nn.Module) -> str | None:
+    """The reason why `module` may be called, or its weight and bias found, otherwise than an nn.Module's."""
     cls = type(module)
     for name in CALLING:
         if getattr(cls, name) is not getattr(nn.Module, name):
@@ -78,10 +84,7 @@ def why_not_attributes(part: str, module: nn.Module, methods: Any = ("forward",)
     for name in ("weight", "bias"):
         if hasattr(cls, name):
             return f"{part} is a {class_name(module)}, whose {name} is an attribute of the class"
-    for name in (*methods, "_call_impl", "_wrapped_call_impl"):
-        if name != "forward" and name in module.__dict__:
-            return f"the {name} of {part} was replaced on the instance"
-    return None
+    return why_hidden(part, module, ("_call_impl", "_wrapped_call_impl"))
 
 
 def class_name(value: object) -> str:

@@ -19,10 +19,10 @@ if _version < MINIMUM_VERSION:
 from peft.tuners.lora import dora, variants  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
+from dora_kernels.adapters.classes import PRODUCTS, class_name, why_not_product  # noqa: E402
 from dora_kernels.adapters.reading import (  # noqa: E402
     DROPOUT_LAYERS,
     PLAIN,
-    class_name,
     why_not_bypass,
     why_not_device,
     why_not_plain,
@@ -36,7 +36,8 @@ _ARGUMENTS = ("self", "x", "lora_A", "lora_B", "scaling", "base_layer", "base_re
 
 
 class Family(NamedTuple):
-    """The classes of an adapter's parts in one kind of layer; subclasses do not count."""
+    """The classes of an adapter's parts in one kind of layer. Subclasses do not count, but as factors that compute the
+    same (classes.py)."""
 
     variant: type
     factors: tuple[type, ...]
@@ -134,7 +135,12 @@ def why_not_adapter(adapter: PeftAdapter, family: Family, device: torch.device |
     for part, known in known_parts.items():
         module = inner(getattr(adapter, part))
         if type(module) not in known:
-            return f"{part} is a {class_name(module)}"
+            product = PRODUCTS.get(known[0]) if known is factors else None
+            reason = f"{part} is a {class_name(module)}"
+            if product is not None:  # PEFT makes a convolution's lora_A and lora_B of the class of its base layer
+                reason = why_not_product(part, module, product)
+            if reason is not None:
+                return reason
         if isinstance(module, nn.Module):
             reason = why_not_bypass(part, getattr(adapter, part)) or why_not_bypass(part, module)
             if reason is not None:

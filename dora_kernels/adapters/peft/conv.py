@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, LoraLayer
 from torch import Tensor, nn
 
 from dora_kernels import reuse
-from dora_kernels.adapters.classes import CONVOLUTIONS, why_not_product
+from dora_kernels.adapters.classes import CONVOLUTIONS, class_name, why_not_product
 from dora_kernels.adapters.peft.adapter import CONV1D, CONV2D, CONV3D, PeftAdapter
 from dora_kernels.adapters.peft.layer import TakenOverLayer, dropout_is_active, nests_apart, read_weight
 from dora_kernels.adapters.reading import why_not_bypass, why_not_dtypes
@@ -36,6 +36,8 @@ class TakenOverConv(TakenOverLayer):
         weight, reason = read_weight(base)
         if reason is None and base.padding != "same" and any(step != 1 for step in base.dilation):
             reason = "the base layer is dilated, and PEFT's lora_A is not: their outputs differ in size"
+        if reason is None and type(base) is not cls.base_class:
+            reason = _why_not_factors(layer, base)
         if reason is not None:
             return None, reason
         return weight, why_not_bypass("base_layer", base)
@@ -145,6 +147,26 @@ class TakenOverConv(TakenOverLayer):
         if base.padding_mode != "zeros" or any(step != 1 for step in base.dilation):
             return "PEFT's lora_A pads with zeros and is not dilated, as the base layer is: no one weight computes both"
         return super()._why_not_merge(name, quantized)
+
+
+def _why_not_factors(layer: LoraLayer, base: nn.Module) -> str | None:
+    """The reason why PEFT must compute over a base layer of a class that derives from torch's.
+
+    PEFT calls that class to make lora_A and lora_B, and its constructor may make them otherwise than torch's.
+    """
+    ones, none = (1,) * len(base.kernel_size), (0,) * len(base.kernel_size)
+    for name in layer.lora_A:
+        lora_A, lora_B = layer.lora_A[name], layer.lora_B[name]
+        if _settings(lora_A) != (base.kernel_size, base.stride, base.padding, ones, 1, "zeros"):
+            return f"the constructor of {class_name(base)} makes another lora_A than that of torch's class"
+        if _settings(lora_B) != (ones, ones, none, ones, base.groups, "zeros"):
+            return f"the constructor of {class_name(base)} makes another lora_B than that of torch's class"
+    return None
+
+
+def _settings(convolution: nn.Module) -> tuple[object, ...]:
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return tuple(getattr(convolution, name, None) for name in names)
 
 
 class DoraKernelsConv1d(TakenOverConv, Conv1d):

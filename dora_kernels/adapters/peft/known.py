@@ -107,6 +107,10 @@ def read(layer: nn.Module, device: torch.device, base_kind: str) -> Reading | No
             lora_A, lora_B, magnitude = _weight(module_A, True), _weight(module_B, True), _weight(module_m)
             if _may_run_code(dropout.__dict__):
                 return None
+            if base_kind == "convolution" and (
+                "_conv_forward" in module_A.__dict__ or "_conv_forward" in module_B.__dict__
+            ):
+                return None
             variant, scaling, factor = own["lora_variant"][name], own["scaling"][name], type(module_A)
             state += (
                 variant,

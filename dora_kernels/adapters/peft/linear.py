@@ -81,9 +81,10 @@ class TakenOverLinear(TakenOverLayer):
     ) -> Tensor:
         (first, *others), lora_dropout = adapters, self.dora_dropout == "lora"
         norms = self.norms(weight.T if self.fan_in_fan_out else weight, adapters)
-        dtype = _output_dtype(x, operand, first.lora_A.weight)
+        product_dtype = _output_dtype(x, operand, first.lora_A.weight)
+        dtype = self.sum_dtype(product_dtype, bias)
         wide = torch.promote_types(dtype, first.magnitude.weight.dtype)
-        if wide != dtype or (lora_dropout and dropout_is_active(self, first)):
+        if wide != product_dtype or (lora_dropout and dropout_is_active(self, first)):
             # Between two adapters PEFT keeps the running result in their dtype. Rounded to half precision there, the
             # error with two adapters was 1.22 times PEFT's and with three 1.31 (geometric means over y and gradients).
             result, nested = frozen_product(operand.to(weight.dtype), weight).to(wide), adapters
@@ -97,6 +98,10 @@ class TakenOverLinear(TakenOverLayer):
             x_dropped = self._dropped(adapter, x) if apart or dropout_is_active(self, adapter) else None
             result = _nest(result, operand, adapter.over(weight), norms[i], bias, x_dropped, apart)
         return result.to(dtype)
+
+    def sum_dtype(self, dtype: torch.dtype, bias: Tensor | None) -> torch.dtype:
+        """The dtype of the base layer's output, whose product is of this dtype."""
+        return dtype
 
     def one_adapter(
         self, x: Tensor, operand: Tensor, adapter: PeftAdapter, dora: DoraWeight, bias: Tensor | None
@@ -174,6 +179,9 @@ class DoraKernelsTwoSteps(TakenOverDense, LoraLinear):
             return "fan_in_fan_out is set over an nn.Linear"
         return why_not_two_steps("the base layer", layer.base_layer)
 
+    def sum_dtype(self, dtype: torch.dtype, bias: Tensor | None) -> torch.dtype:
+        return dtype if bias is None else torch.promote_types(dtype, bias.dtype)
+
     def one_adapter(
         self, x: Tensor, operand: Tensor, adapter: PeftAdapter, dora: DoraWeight, bias: Tensor | None
     ) -> Tensor:
@@ -181,14 +189,6 @@ class DoraKernelsTwoSteps(TakenOverDense, LoraLinear):
         if bias is None or bias.dtype == _output_dtype(x, operand, dora.lora_A):
             return super().one_adapter(x, operand, adapter, dora, bias)
         return super().one_adapter(x, operand, adapter, dora, None) + bias
-
-    def several_adapters(
-        self, x: Tensor, operand: Tensor, weight: Weight, adapters: list[PeftAdapter], bias: Tensor | None
-    ) -> Tensor:
-        """Adds the bias as one_adapter does."""
-        if bias is None or bias.dtype == _output_dtype(x, operand, adapters[0].lora_A.weight):
-            return super().several_adapters(x, operand, weight, adapters, bias)
-        return super().several_adapters(x, operand, weight, adapters, None) + bias
 
 
 def _output_dtype(x: Tensor, operand: Tensor, lora_A: Tensor) -> torch.dtype:
