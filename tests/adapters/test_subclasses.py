@@ -488,6 +488,55 @@ def test_a_convolution_whose_constructor_makes_other_factors():
     assert "makes another lora_A than that of torch's class" in report.reason
 
 
+class Positions(nn.Embedding):
+    """As Whisper's: the places of the tokens, without a batch."""
+
+    def forward(self, x):
+        return self.weight[torch.arange(x.shape[-1], device=x.device)]
+
+
+class OneBatch(nn.Embedding):
+    """The places of the tokens, in a batch of one."""
+
+    def forward(self, x):
+        return super().forward(torch.arange(x.shape[-1], device=x.device))[None]
+
+
+class Normed(nn.Embedding):
+    """As Inkling's: a norm over the embedding."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.norm = nn.LayerNorm(sizes[1])
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+def gemma(tokens, width):
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
+
+    return Gemma3TextScaledWordEmbedding(tokens, width, 0, embed_scale=7.0)
+
+
+@pytest.mark.parametrize("adapters", [1, 2])
+@pytest.mark.parametrize("make", [Positions, OneBatch, Normed, gemma], ids=lambda make: make.__name__)
+def test_embeddings_with_a_forward_of_their_own_are_called(make, adapters):
+    """What they return may have fewer dimensions than x."""
+    stock = model_over(make(11, 6), torch.float64, adapters=adapters)
+    ours, results = enabled(stock), []
+    ids = torch.randint(11, (3, 5), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for model in (stock, ours):
+        y = model(ids)
+        y.pow(2).sum().backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+        results.append({"y": y.detach()} | trained)
+    assert is_ours(ours, ids) and results[0]["y"].shape == (3, 5, 6)
+    for key, value in results[0].items():
+        torch.testing.assert_close(results[1][key], value, rtol=1e-10, atol=1e-10)
+        assert value.abs().sum() > 0
+
+
 FORWARDS = {
     "x @ self.weight.T": False,
     "x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias": True,

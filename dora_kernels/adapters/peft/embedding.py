@@ -44,7 +44,7 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
         """x: (...) tokens -> (..., N), of the dtype of the base layer's output.
 
         Adapters nest: y = g2 * (g1 * (base + d1) + d2), d = embed_scale * scaling * A^T[x] B^T. PEFT has no
-        dropout here.
+        dropout here. A base layer with a forward of its own may return fewer dimensions; then its output is repeated.
         """
         base = self.base_layer(x)
         result = base
@@ -57,6 +57,9 @@ class DoraKernelsEmbedding(TakenOverLayer, Embedding):
             low = self._embed(x, lora_A.T)
             if embed_scale is not None:
                 low = low * embed_scale.to(low.dtype)
+            if result.shape[:-1] != low.shape[:-1]:  # Whisper has one row of positions for all the batch
+                shape = torch.broadcast_shapes(result.shape[:-1], low.shape[:-1])
+                result, low = (tensor.expand(*shape, tensor.shape[-1]) for tensor in (result, low))
             result = rescale(result, low, lora_B, gain_of(magnitude, norms[i]), scaling)
         return result.to(base.dtype)
 
