@@ -1,6 +1,9 @@
 """What is not merged is kept to the last byte: headers, other tensors, the index, and the files beside."""
 
+import json
 import os
+import random as chance
+import shutil
 import struct
 import subprocess
 import sys
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dora_kernels.extras.convert import DoraAdapter
 from dora_kernels.extras.merging import merge_checkpoint, output
@@ -248,3 +251,62 @@ def test_memory_is_a_block_whatever_the_file_has(tmp_path, few, many, rows):
     of_small, of_large, of_larger = growth(small, *large)
     assert of_small + of_large + of_larger < 3 * tensor.nbytes
     assert of_large < tensor.nbytes / 2 and of_larger < tensor.nbytes / 4
+
+
+def header_and_data(path):
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    return json.loads(content[8 : 8 + size]), content[8 + size :]
+
+
+def with_header(header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def test_headers_as_others_write_them(tmp_path):
+    """Keys in any order, metadata at the end or none, no padding or much of it."""
+    shards = model()
+    tensors, adapters = shards[0] | shards[1], adapters_of(shards)
+    write_adapter(tmp_path / "adapter", adapters)
+    save_file(tensors, tmp_path / "base", {"a": "\u00e9\n"})
+    header, data = header_and_data(tmp_path / "base")
+    metadata = {"__metadata__": header.pop("__metadata__")}
+    backwards = dict(reversed(header.items()))
+    for number, text in enumerate(
+        [backwards, header | metadata, metadata | backwards, json.dumps(header).encode() + b" " * 999]
+    ):
+        (tmp_path / "base").write_bytes(with_header(text, data))
+        merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / f"out{number}")
+        assert header_of(tmp_path / f"out{number}") == header_of(tmp_path / "base")
+        assert_is_merge_of(tmp_path / f"out{number}", shards, adapters)
+
+
+@pytest.mark.parametrize("times", [150, pytest.param(5000, marks=pytest.mark.nightly)])
+def test_damaged_headers(tmp_path, times):
+    """One or two bytes are others: it is merged as safetensors reads it, or refused by one line."""
+    weight = random(4, 6, seed=0)
+    base = write_base(tmp_path / "base", {"a.weight": weight, "b": weight + 1}) / "model.safetensors"
+    adapter = write_adapter(tmp_path / "adapter", [adapter_of("a", weight)])
+    good, draw = base.read_bytes(), chance.Random(times)
+    size = len(header_of(base))
+    merged = 0
+    for _ in range(times):
+        content = bytearray(good)
+        for _ in range(draw.randint(1, 2)):
+            content[draw.randrange(size)] = draw.choice([draw.randrange(256), ord(draw.choice('0123456789"{}[],:ab '))])
+        base.write_bytes(content)
+        out = tmp_path / "out"
+        try:
+            merge_checkpoint(tmp_path / "base", adapter, out)
+        except ValueError as error:
+            assert str(error).startswith("merge: ") and str(error).isprintable() and not out.exists()
+            continue
+        merged += 1
+        before, after = load_file(base), load_file(out / base.name)
+        assert header_of(out / base.name) == bytes(content[:size])
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[key], after[key]) for key in before.keys() - {"a.weight"}
+        )
+        shutil.rmtree(out)
+    assert times / 20 < merged < times / 2
