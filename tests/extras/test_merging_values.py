@@ -135,21 +135,28 @@ def test_blocks_change_nothing_but_rounding():
             assert (merge_blocks(weight, adapter, rows) - whole).norm() < 2e-7 * whole.norm()
 
 
-def test_what_the_process_has_chosen_for_its_models_changes_nothing(tmp_path):
+def test_what_the_process_has_chosen_for_its_models_changes_nothing(tmp_path, monkeypatch):
     weight = random(40, 300, seed=0)
     adapter = adapter_of("layers.0", weight, R=32)
     expected = merged(tmp_path / "usual", weight, adapter)
-    before = torch.get_float32_matmul_precision(), torch.get_default_dtype(), torch.is_grad_enabled()
-    torch.set_float32_matmul_precision("medium")
+    products, merge = [], blocks.LayerMerge.merge
+
+    def watched(*arguments):
+        products.append(torch.backends.mkldnn.matmul.fp32_precision)
+        merge(*arguments)
+
+    monkeypatch.setattr(blocks.LayerMerge, "merge", watched)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # as torch.set_float32_matmul_precision("medium") does
     torch.set_default_dtype(torch.float64)
     try:
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
             found = merged(tmp_path / "other", weight, adapter)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16" and torch.is_grad_enabled()
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.set_default_dtype(before[1])
-    assert torch.equal(found, expected) and torch.is_grad_enabled() == before[2]
+        torch.set_default_dtype(torch.float32)
+        torch.backends.mkldnn.matmul.fp32_precision = before
+    assert torch.equal(found, expected) and set(products) == {"ieee"}
 
 
 def peft_layer(weight, adapter, dtype):

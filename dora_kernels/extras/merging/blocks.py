@@ -115,10 +115,12 @@ def _norms(rows: Tensor) -> Tensor:
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
     """Inside, float32 products are float32's, on the CPU, whatever the process has chosen for its models."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    # not by torch.get_float32_matmul_precision, which raises where somebody has set this one
+    matmul = torch.backends.mkldnn.matmul
+    precision = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
+        matmul.fp32_precision = precision
