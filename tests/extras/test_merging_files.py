@@ -97,10 +97,11 @@ def test_all_but_the_merged_bytes_are_the_bases(problem, tmp_path):
                     assert torch.equal(ours.get_tensor(key), theirs.get_tensor(key))
     total = sum(map(len, before.values()))
     assert sorted(report.merged) == sorted(f"{adapter.module}.weight" for adapter in adapters)
+    assert [f"{adapter.module}.weight" for adapter in report.adapters] == list(report.merged)
     assert (report.copied, report.bytes, report.format) == (7, total, "dora_kernels")
     assert report.dtypes == {"bfloat16": 6} and report.left_out == ()
     assert [checked.merge for checked in report.check] == ["PEFT", "PEFT"]
-    assert all(0 < checked.error < 2**-9 for checked in report.check)
+    assert all(0 < checked.error <= checked.most < 2**-7 for checked in report.check)
     assert seen[-1][:2] == (total, total) and {step[1] for step in seen} == {total}
     assert [step[0] for step in seen] == sorted({step[0] for step in seen})
     assert {"model.layers.0.mlp.up_proj.weight", "tokenizer.json"} <= {step[2] for step in seen}

@@ -27,6 +27,7 @@ from tests.support.merge_problem import (
     write_base,
 )
 
+TEXT = "model.language_model"
 LAYERS = ["layers.0.q_proj", "layers.0.up_proj", "layers.1.q_proj", "layers.10.q_proj"]
 
 
@@ -51,6 +52,7 @@ def weights(*names):
             ["model.language_model.layers.0.fc", "model.visual.fc", "lm_head"],
             ["model.layers.0.fc", "visual.fc", "lm_head"],
         ),
+        (["model.vision_model.fc", f"{TEXT}.layers.0.a"], ["vision_model.fc", "language_model.model.layers.0.a"]),
         (["model.vision_tower.fc", "model.multi_modal_projector.a"], ["vision_tower.fc", "multi_modal_projector.a"]),
         (["lora_unet_down_blocks_0_to_q"], ["down_blocks.0.to_q"]),
         (["lora_te1_text_model_fc_1"], ["text_model.fc_1"]),
@@ -88,6 +90,7 @@ def test_names_that_are_told(modules, names):
             [f"{tower}.{name}" for tower in "ab" for name in LAYERS],
             "layers.0.q_proj may be a.*q_proj and b.*q_proj",
         ),
+        ([*LAYERS, "pooler.dense"], [f"bert.{name}" for name in LAYERS], "pooler.dense matches no weight of the base"),
         (["layers.0.w1"], LAYERS, "layers.0.w1 matches no weight of the base, and the nearest is layers.0"),
         (
             ["lm_head"],

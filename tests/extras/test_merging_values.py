@@ -1,5 +1,6 @@
 """A merged checkpoint holds the merge in float64, rounded once: of every dtype, shape, norm and way to store."""
 
+import pickle
 from collections import OrderedDict
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from dora_kernels.extras.merging import blocks, merge_checkpoint
+from dora_kernels.extras.merging import CheckFailed, blocks, merge_checkpoint
 from tests.support.merge_problem import (
     adapter_of,
     direction_of,
@@ -256,6 +257,9 @@ def test_the_check_finds_what_is_wrong(tmp_path, monkeypatch):
         block[len(block) // 2] *= 1.0625
 
     monkeypatch.setattr(blocks.LayerMerge, "merge", spoilt)
-    with pytest.raises(ValueError, match=r"^merge: layers.0.weight: row 300 differs from .* by 6.2\de-02 of its"):
+    with pytest.raises(CheckFailed, match=r"^merge: layers.0.weight: row 300 differs from .* by 6.2\de-02") as error:
         merged(tmp_path, weight, adapter)
+    (checked,) = error.value.checked
+    assert checked.name == "layers.0.weight" and checked.error > 10 * checked.most and checked.merge == "PEFT"
+    assert pickle.loads(pickle.dumps(error.value)).checked == error.value.checked
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

@@ -59,8 +59,12 @@ _NOTHING = "takes no arguments"
 _TORCH = "torch's own"
 _DEMO = "the command's parts, whose arguments are those of the command line"
 NO_ROW = {
+    **dict.fromkeys(("CheckFailed", "Checked"), _VALUE),
     **dict.fromkeys(("Adapter", "Analysis", "Change", "Comparison", "Format", "LeftOut"), _VALUE),
-    **dict.fromkeys(("NormTerms", "Report", "MergeReport", "Row", "Scope", "Trend", "Unrepresentable"), _VALUE),
+    **dict.fromkeys(
+        ("NormTerms", "Report", "MergeReport", "Row", "Scope", "Trend", "Unrepresentable"),
+        _VALUE,
+    ),
     **dict.fromkeys(("constant_reusing", "dora_linear_reusing", "forget", "mode_set"), _OF_LAYERS),
     **dict.fromkeys(("norm_reusing", "weight_norm_reusing", "MergeableLinear.merged_product"), _OF_LAYERS),
     **dict.fromkeys(("DemoResult", "Preset", "Run", "Settings", "run", "sample"), _DEMO),

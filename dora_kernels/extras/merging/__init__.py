@@ -4,6 +4,7 @@ base.py reads the folder of the model, adapters.py the adapter, matching.py find
 decides and refuses, blocks.py has the numbers, output.py writes, check.py compares what was written with PEFT's merge.
 """
 
+from dora_kernels.extras.merging.check import Checked, CheckFailed
 from dora_kernels.extras.merging.checkpoint import MergeReport, merge_checkpoint
 
-__all__ = ["MergeReport", "merge_checkpoint"]
+__all__ = ["CheckFailed", "Checked", "MergeReport", "merge_checkpoint"]

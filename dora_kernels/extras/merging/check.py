@@ -24,43 +24,60 @@ _COMPUTED = {torch.float64: 1e-12}
 
 
 class Checked(NamedTuple):
-    """A tensor that was written: how far it is from the merge in float64, as rms over rms, and whose merge that is."""
+    """A tensor that was compared. error: by how much of its length the worst row is off; most: what rounding may make.
+
+    merge: whose merge in float64 it was, "PEFT" or "the definition".
+    """
 
     name: str
     error: float
+    most: float
     merge: str
 
 
-def check_jobs(jobs: Sequence[Planned], count: int, made: Path, folder: bool) -> list[Checked]:
-    """Compare `count` of the jobs, spread over all. Raises ValueError where a row differs by more than its rounding."""
+class CheckFailed(ValueError):
+    """The error for a tensor that was written wrong. checked: all that were compared."""
+
+    def __init__(self, message: str, checked: tuple[Checked, ...]) -> None:
+        super().__init__(message, checked)
+        self.checked = checked
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def check_jobs(jobs: Sequence[Planned], count: int, made: Path, folder: bool) -> tuple[Checked, ...]:
+    """Compare `count` of the jobs, spread over all. Raises CheckFailed where a row is off by more than its rounding."""
     count = min(count, len(jobs))
     chosen = [jobs[index * (len(jobs) - 1) // max(1, count - 1)] for index in range(count)]
-    return [_check(job, made / job.shard.path.name if folder else made) for job in chosen]
+    found = [_check(job, made / job.shard.path.name if folder else made) for job in chosen]
+    checked = tuple(one for one, _ in found)
+    for one, row in found:
+        if not one.error <= one.most:
+            raise CheckFailed(
+                f"merge: {shown(one.name)}: row {row} differs from the merge in float64 by {one.error:.2e} of its "
+                f"length; expected at most {one.most:.2e}",
+                checked,
+            )
+    return checked
 
 
-def _check(job: Planned, path: Path) -> Checked:
+def _check(job: Planned, path: Path) -> tuple[Checked, int]:
+    """The comparison of one tensor, and its worst row."""
     by_peft = job.adapter.norm_axis == "out" and job.adapter.ndim == 2 and importlib.util.find_spec("peft") is not None
     base, written = _matrix(job, job.shard), _matrix(job, Source.of(path))
     finfo = torch.finfo(job.dtype)
     least = finfo.smallest_normal * finfo.eps / 2  # by which the smallest numbers are rounded, which have fewer places
-    most = finfo.eps / 2 + _COMPUTED.get(job.dtype, 2e-5)
-    wrong = size = 0.0
+    worst, error = 0, 0.0
     for rows, exact in _by_peft(job, base) if by_peft else _by_definition(job, base):
-        # not those of zeros, of which PEFT makes NaN, nor those that are not finite if these are allowed
-        finite = exact.isfinite().all(1)
-        exact, found = exact[finite], written[rows][finite].double()
-        off, length = ((found - exact).abs() - least).clamp(min=0).norm(dim=1), exact.norm(dim=1)
-        bad = ~(off <= most * length)
-        if bad.any():
-            first = int(bad.nonzero()[0])
-            row = rows.start + int(finite.nonzero()[first])
-            raise ValueError(
-                f"merge: {shown(job.entry.key)}: row {row} differs from the merge in float64 by "
-                f"{float(off[first] / length[first]):.2e} of its length; expected at most {most:.2e}"
-            )
-        wrong += float(off.square().sum())
-        size += float(length.square().sum())
-    return Checked(job.entry.key, math.sqrt(wrong / size) if size else 0.0, "PEFT" if by_peft else "the definition")
+        off = ((written[rows].double() - exact).abs() - least).clamp(min=0).norm(dim=1)
+        off = torch.where(off == 0, 0, off / exact.norm(dim=1)).nan_to_num(nan=math.inf, posinf=math.inf)
+        # not of zeros, of which PEFT makes NaN, nor where the base or the adapter is not finite and may be so
+        off[~exact.isfinite().all(1)] = 0
+        if len(off) and float(off.max()) > error:
+            worst, error = rows.start + int(off.argmax()), float(off.max())
+    most = finfo.eps / 2 + _COMPUTED.get(job.dtype, 2e-5)
+    return Checked(job.entry.key, error, most, "PEFT" if by_peft else "the definition"), worst
 
 
 def _matrix(job: Planned, source: Source) -> Tensor:

@@ -6,11 +6,11 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-from dora_kernels.extras.convert import FORMATS
+from dora_kernels.extras.convert import FORMATS, DoraAdapter
 from dora_kernels.extras.merging import adapters
 from dora_kernels.extras.merging.base import Base, open_base
 from dora_kernels.extras.merging.blocks import exact_products
@@ -36,6 +36,7 @@ class MergeReport:
     merged: the keys of the tensors that were merged, in the order of the files. copied: how many tensors were not.
     bytes: of all files. dtypes: how many merged tensors are of each. format: the adapter's. check: what was compared.
     left_out: files and folders of the base that hold its weights once more, as they were before, and are not in `out`.
+    adapters: as they were merged, by the names that the base has, and with its rows.
     """
 
     merged: tuple[str, ...]
@@ -45,6 +46,7 @@ class MergeReport:
     format: str
     check: tuple[Checked, ...] = ()
     left_out: tuple[str, ...] = ()
+    adapters: tuple[DoraAdapter, ...] = field(default=(), repr=False)
 
 
 def merge_checkpoint(
@@ -78,7 +80,8 @@ def merge_checkpoint(
 
     Raises ValueError, and `out` is not there, where a layer of the adapter matches no tensor of the base or several, or
     one of another shape; where the base is quantized, or ties an adapted layer to its embedding; where a row is not
-    finite; where `out` exists or the disk has too little space; and OSError where the disk refuses.
+    finite; where `out` exists or the disk has too little space; CheckFailed, which is one, with all that was compared,
+    where a tensor was written wrong; and OSError where the disk refuses.
     """
     for name, path in {"base": base, "adapter": adapter, "out": out}.items():
         check_path("merge", name, path)
@@ -106,7 +109,9 @@ def merge_checkpoint(
     merged = [entry.key for job in jobs for _, entry in ((job.shard, job.entry), *([job.bias] if job.bias else []))]
     dtypes = Counter(str(job.dtype).removeprefix("torch.") for job in jobs)
     copied = len(opened.entries) - len(merged)
-    return MergeReport(tuple(merged), copied, opened.bytes, dtypes, name, tuple(checked), opened.left_out)
+    return MergeReport(
+        tuple(merged), copied, opened.bytes, dtypes, name, checked, opened.left_out, tuple(job.adapter for job in jobs)
+    )
 
 
 def _check_out(base: Path, out: Path) -> None:

@@ -16,7 +16,7 @@ _KOHYA = re.compile(r"(lora|lycoris)_(unet|te\d?|transformer|prior_unet|prior_te
 _MODULES = (
     (re.compile(r"^language_model\.lm_head$"), "lm_head"),
     (re.compile(r"^language_model\.model\."), "model.language_model."),
-    (re.compile(r"^(vision_tower|multi_modal_projector|visual)\."), r"model.\1."),
+    (re.compile(r"^(vision_tower|vision_model|visual|audio_tower|multi_modal_projector)\."), r"model.\1."),
     (re.compile(r"^model\.layers\."), "model.language_model.layers."),
 )
 """transformers renames the tensors of models that see: modules have other names than most of their checkpoints
