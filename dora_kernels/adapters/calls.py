@@ -5,7 +5,7 @@ torch.fx.symbolic_trace; the library's own forward has. torch.compile, torch.exp
 
 Global module hooks: they are meant to be called for the parts of a layer (base_layer, lora_A, dropout, ...), which the
 library's forward calls and dora_kernels reads. So the library gets the call, unless it would compute another function.
-Those with which torch itself keeps track of the module that runs (FlopCounterMode, CommDebugMode, MemTracker) do not
+Those with which torch itself keeps track of the module that runs (FlopCounterMode, CommDebugMode, ModTracker) do not
 count: they tell whose an operator is, and a table of the library's operators would be of a run that nobody makes.
 """
 
