@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from dora_kernels import reuse
 from dora_kernels.adapters import calls
+from dora_kernels.adapters.classes import PRODUCTS, class_name, why_not_product
 from dora_kernels.adapters.reading import (
-    class_name,
     forward_is_the_class_s,
     why_not_device,
     why_not_dtypes,
@@ -42,8 +42,6 @@ from dora_kernels.functional.validate import FLOATING, why_not_scaling
 from dora_kernels.functional.weight import weight_norm
 from dora_kernels.reference import accumulate_dtype
 from dora_kernels.types import DoraWeight, Given
-
-WRAPPED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -225,8 +223,12 @@ def _why_not_layer(layer: LoConModule) -> str | None:
         return "bypass_mode is on, which leaves the decomposition out"
     if layer.tucker:
         return "the module has a Tucker core (lora_mid)"
-    if type(wrapped) not in WRAPPED:
+    product = next((known for cls, known in PRODUCTS.items() if isinstance(wrapped, cls)), None)
+    if product is None:
         return f"the wrapped layer is a {class_name(wrapped)}; expected nn.Linear or nn.Conv1d, 2d, 3d"
+    reason = why_not_product("the wrapped layer", wrapped, product)
+    if reason is not None:
+        return reason
     forward = layer.org_forward
     if getattr(forward, "__self__", None) is not wrapped or forward.__func__ is not type(wrapped).forward:
         return "there is another wrapper or hook under this one"
@@ -239,10 +241,9 @@ def _why_not_layer(layer: LoConModule) -> str | None:
     reason = why_not_scaling(layer.scale, wrapped.weight.dtype)
     if reason is not None:
         return reason
-    factors = type(wrapped)
     for part in ("lora_up", "lora_down"):
         module = getattr(layer, part)
-        if type(module) is not factors:
+        if type(module) not in (product.cls, type(wrapped)):  # LyCORIS reads their weights, too
             return f"{part} is a {class_name(module)}"
     for name, tensor in _tensors(layer).items():
         reason = why_not_plain(name, tensor)

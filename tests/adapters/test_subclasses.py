@@ -6,6 +6,7 @@ class or on an object before and after enable().
 
 import contextlib
 import copy
+import importlib
 import pickle
 import warnings
 
@@ -16,13 +17,18 @@ from torch import nn
 
 pytest.importorskip("peft")
 
+from peft import VeraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
 import dora_kernels
 from dora_kernels.adapters import two_steps
 from dora_kernels.adapters.taking import TakenOver
+from dora_kernels.testing import rms_error
+from tests.support import library_layers
+from tests.support.conformance_checks import randomise
 from tests.support.peft_problem import adapt, assert_as_good, enabled, exact_tensors, layers, tensors, training_step
 from tests.support.problem import DEVICE
+from tests.support.restated_layers import DORA
 
 
 class Sub(nn.Linear):
@@ -34,7 +40,8 @@ class Sub(nn.Linear):
         self.register_buffer("steps", torch.tensor(7))
 
     def reset_parameters(self):
-        nn.init.normal_(self.weight, std=0.3)
+        for parameter in (self.weight, self.bias):
+            nn.init.normal_(parameter, std=0.3)
 
     def extra_repr(self):
         return self.tag
@@ -617,3 +624,131 @@ def test_another_base_layer_is_judged_again():
         assert dora_kernels.enable(ours).taken_over
         assert is_ours(ours, x)
         torch.testing.assert_close(ours(x), stock(x), rtol=1e-10, atol=1e-10)
+
+
+def fsdp_qlora(base):
+    """The copied layer over `base`; a base layer that is called."""
+    layer = DORA(base, base.weight.norm(dim=1))
+    base.requires_grad_(False)
+    return randomise(nn.Sequential(layer)).to(DEVICE, torch.float64)
+
+
+def lycoris(base):
+    pytest.importorskip("lycoris")
+    return randomise(library_layers.Wrapped(base, torch.float64, lora_dim=2, bypass_mode=False)).to(DEVICE)
+
+
+@pytest.mark.parametrize("base", [Sub, Mixed, SubConv2d])
+@pytest.mark.parametrize("library", [fsdp_qlora, lycoris])
+def test_the_base_layers_of_other_libraries(library, base):
+    """A subclass is taken over; one that computes otherwise, or is patched later, is the library's."""
+    if base is SubConv2d and library is fsdp_qlora:
+        pytest.skip("it has linear layers alone")
+    stock = library(base(8, 6, 3) if base is SubConv2d else base(8, 6))
+    ours = copy.deepcopy(stock)
+    (report,) = dora_kernels.enable(ours).layers
+    assert report.taken_over, report.reason
+    x = torch.randn(*((2, 8, 5, 5) if base is SubConv2d else (2, 3, 8)), dtype=torch.float64, device=DEVICE)
+    expected = stock(x)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-9, atol=1e-9)
+    (layer,) = (module for module in ours.modules() if isinstance(module, TakenOver))
+    assert layer.read_call(x)[1] is None
+    forward = convolved_twice if base is SubConv2d else twice
+    with patched(base, "_conv_forward" if base is SubConv2d else "forward", forward):
+        assert "own" in layer.read_call(x)[1]
+        torch.testing.assert_close(ours(x), stock(x), rtol=1e-9, atol=1e-9)
+        # LyCORIS keeps the bound forward that the wrapped layer had
+        assert torch.allclose(stock(x), expected) == (library is lycoris and base is not SubConv2d)
+        (report,) = dora_kernels.enable(copy.deepcopy(stock)).layers
+        assert not report.taken_over
+
+
+def test_dvora_over_a_subclass():
+    """to_dvora takes it, and refuses one that computes otherwise, then and at a call."""
+    model = get_peft_model(nn.Sequential(Sub(8, 6)), VeraConfig(r=4, target_modules=["0"])).double().to(DEVICE)
+    x = torch.randn(3, 8, dtype=torch.float64, device=DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    stock = copy.deepcopy(model)
+    model = dora_kernels.to_dvora(model)
+    torch.testing.assert_close(model(x), stock(x), rtol=1e-9, atol=1e-9)  # a fresh magnitude
+    with patched(Sub, "forward", twice):
+        with pytest.raises(ValueError, match="whose forward is not nn.Linear's own"):
+            model(x)
+        with pytest.raises(ValueError, match="whose forward is not nn.Linear's own"):
+            dora_kernels.to_dvora(stock)
+
+
+def falcon_model(dtype, **config):
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    settings = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4} | config
+    names = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+    model = FalconForCausalLM(FalconConfig(**settings)).to(DEVICE, dtype)
+    return adapt(model, target_modules=names, r=3, lora_alpha=5)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_transformers_falcon(bias):
+    """Eight of eight layers; loss and gradients, a training step, autocast, generation and kept norms, as stock."""
+    stock = falcon_model(torch.float64, bias=bias)
+    ours, losses = enabled(stock), []
+    assert len(layers(ours)) == 8
+    ids = torch.randint(50, (2, 7), device=DEVICE)
+    for model in (stock, ours):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+        steps = []
+        for _ in range(3):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            steps.append(loss.item())
+        losses.append(steps)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10) and losses[0][-1] < losses[0][0] - 1e-3
+    for (name, ours_p), stock_p in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        if ours_p.requires_grad:
+            torch.testing.assert_close(ours_p.grad, stock_p.grad, rtol=1e-7, atol=1e-10, msg=name)
+    with torch.no_grad(), dora_kernels.frozen_adapters(ours.eval()):
+        for _ in range(2):
+            torch.testing.assert_close(ours(ids).logits, stock.eval()(ids).logits, rtol=1e-9, atol=1e-9)
+    ours, stock = ours.float(), stock.float()
+    with torch.no_grad(), torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found, expected = ours(ids).logits, stock(ids).logits
+    assert found.dtype == expected.dtype
+    assert rms_error(found.double(), expected.double()) < 0.02
+    merged = [copy.deepcopy(model).merge_and_unload()(ids).logits for model in (stock, ours)]
+    torch.testing.assert_close(merged[1], merged[0], rtol=1e-4, atol=1e-5)
+
+
+TRANSFORMERS = {
+    # class: its module, positional and keyword arguments, and the method that it has of its own
+    "EsmFoldLinear": ("esm.modeling_esmfold", (8, 6), {}, None),
+    "FalconLinear": ("falcon.modeling_falcon", (8, 6), {}, None),
+    "Llama4Router": ("llama4.modeling_llama4", None, {}, "forward"),
+    "ParakeetEncoderCTCHead": ("parakeet.modeling_parakeet", (8, 6, 1), {}, "forward"),
+    "Conv2dSamePadding": ("perceiver.modeling_perceiver", (8, 6, 3), {}, "forward"),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_classes_of_transformers(name):
+    """Those without a forward of their own, and Falcon's, are taken over; the others are left, with the reason."""
+    place, arguments, keywords, other = TRANSFORMERS[name]
+    cls = getattr(importlib.import_module(f"transformers.models.{place}"), name)
+    if arguments is None:
+        config = importlib.import_module("transformers").Llama4TextConfig(
+            hidden_size=8, num_local_experts=6, num_experts_per_tok=2
+        )
+        arguments = (config,)
+    stock = model_over(cls(*arguments, **keywords), torch.float64)
+    (report,) = dora_kernels.enable(copy.deepcopy(stock)).layers
+    assert report.taken_over == (other is None)
+    if other is not None:
+        assert f"{name}, whose {other} is not" in report.reason
+        return
+    x, dy = x_and_dy(stock, 3, 8, dtype=torch.float64)
+    found, expected = tensors(enabled(stock), x, dy), tensors(stock, x, dy)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-10, atol=1e-10)

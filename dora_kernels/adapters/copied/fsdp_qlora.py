@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dora_kernels import quant
+from dora_kernels.adapters.classes import LINEAR, why_not_product
 from dora_kernels.adapters.copied.structure import LayerParts, Structure, checked, class_names, why_not_linear
-from dora_kernels.adapters.reading import class_name, first_reason, why_not_bypass
+from dora_kernels.adapters.reading import first_reason, why_not_bypass
 from dora_kernels.functional.linear import dora_linear_core
 from dora_kernels.quant import QuantizedWeight
 from dora_kernels.reference import gain_of
@@ -53,8 +54,8 @@ class FsdpQloraLayer(Structure):
         if quant.is_quantized(base):
             weight, reason = quant.read_or_reason(base)
             reasons.append(reason)
-        elif type(base) is not nn.Linear:
-            reasons.append(f"base_layer is a {class_name(base)}; expected nn.Linear or a quantized one")
+        else:
+            reasons.append(why_not_product("base_layer", base, LINEAR, "nn.Linear or a quantized one"))
         reason = first_reason(reasons)
         if reason is not None:
             return None, reason

@@ -16,10 +16,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.tuners.vera.layer import Linear as VeraLinear
 from peft.tuners.vera.layer import VeraLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dora_kernels import quant, reuse
+from dora_kernels.adapters.classes import LINEAR, why_not_product
 from dora_kernels.adapters.peft.bitsandbytes_cpu import refuse_wrong_decoding, unpack
+from dora_kernels.adapters.peft.linear import CONV1D
 from dora_kernels.adapters.reading import DROPOUT_LAYERS, class_name, forward_is_the_class_s, is_active, why_not_bypass
 from dora_kernels.adapters.taking import TakenOver, take_over
 from dora_kernels.extras.dvora.function import dvora_linear_reusing, dvora_norm, dvora_update
@@ -185,12 +186,20 @@ def _read_base(layer: VeraLinear) -> tuple[Weight, Tensor | None]:
     """The base layer's weight (N, K) and its bias. Raises ValueError where it must be called by PEFT."""
     base = layer.base_layer
     reason = why_not_bypass("base_layer", base)
+    if reason is None and not quant.is_quantized(base):
+        reason = _why_not_product(layer)
     if reason is not None:
         raise ValueError(f"DvoraVeraLinear: {reason}; expected a base layer whose weight may be read")
     if quant.is_quantized(base):
         unpack(base)
         return quant.read(base), base.bias
     return base.weight.T if layer.fan_in_fan_out else base.weight, base.bias
+
+
+def _why_not_product(layer: VeraLayer) -> str | None:
+    """The reason why a base layer that is not quantized must be called by PEFT."""
+    product = CONV1D if layer.fan_in_fan_out else LINEAR
+    return why_not_product("the base layer", layer.base_layer, product, "nn.Linear, or Conv1D with fan_in_fan_out")
 
 
 def _why_not_dvora(layer: VeraLayer, adapter: str) -> str | None:
@@ -205,8 +214,9 @@ def _why_not_dvora(layer: VeraLayer, adapter: str) -> str | None:
     if not forward_is_the_class_s(layer):
         return "the layer's forward was replaced on the instance"
     if not quant.is_quantized(base):
-        if type(base) is not (Conv1D if layer.fan_in_fan_out else nn.Linear):
-            return f"the base layer is a {class_name(base)}; expected nn.Linear, or Conv1D with fan_in_fan_out"
+        reason = _why_not_product(layer)
+        if reason is not None:
+            return reason
         if base.weight.requires_grad:
             return "the base weight requires a gradient"
     else:
