@@ -103,7 +103,7 @@ ODD: dict[str, tuple[Callable[[Tensor], Any], bool]] = {
     "half": (lambda t: t.half(), True),
     "bfloat16": (lambda t: t.bfloat16(), True),
     "float64": (lambda t: t.double(), True),
-    "not finite": (lambda t: t * float("nan"), True),
+    "not finite": (lambda t: t * float("nan"), False),
     "complex": (lambda t: torch.complex(t, t), False),
     "conjugated": (lambda t: torch.complex(t, t).conj(), False),
     "int8": (lambda t: t.to(torch.int8), False),

@@ -22,19 +22,10 @@ from dora_kernels.files.reading import shown
 _PICKLES = (".bin", ".pt", ".pth")
 
 
-class Missing(ValueError):
-    """A folder that has no file of the format's names."""
-
-
-def weights_of(row: Format, source: Path) -> Path:
-    """The file of the tensors: in a folder one of row.files. Raises ValueError where there is none."""
+def weights_of(row: Format, source: Path) -> Path | None:
+    """The file of the tensors: `source`, or in a folder the first of row.files, None where it has none of them."""
     if os.path.isdir(source):
-        path = next((source / name for name in row.files if os.path.lexists(source / name)), None)
-        if path is None:
-            raise Missing(
-                f"convert: {shown(source)} holds none of {', '.join(row.files)}; expected a {row.name} folder"
-            )
-        return path
+        return next((source / name for name in row.files if os.path.lexists(source / name)), None)
     if not os.path.lexists(source):
         raise ValueError(f"convert: {shown(source)} does not exist; expected a {row.name} file or folder")
     return source
@@ -47,6 +38,13 @@ def load(row: Format, source: Path) -> Checkpoint:
     or it cannot be read.
     """
     path = weights_of(row, source)
+    if path is None:
+        raise ValueError(f"convert: {shown(source)} holds none of {', '.join(row.files)}; expected a {row.name} folder")
+    return load_weights(row, path)
+
+
+def load_weights(row: Format, path: Path) -> Checkpoint:
+    """The checkpoint of which `path` is the file of tensors, as `load` has it."""
     tensors, header = _tensors(path)
     config_path = path.parent / ADAPTER_CONFIG
     has_config = path.name in row.files and os.path.lexists(config_path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
@@ -35,25 +35,17 @@ def read_adapters(
     alpha = None if alpha is None else check_number("convert", "alpha", alpha)
     check_flag("convert", "allow_nonfinite", allow_nonfinite)
     source = Path(source)
-    loaded: dict[Path, Checkpoint] = {}
-
-    def load(row: Format) -> Checkpoint:
-        path = files.weights_of(row, source)
-        if path not in loaded:
-            loaded[path] = files.load(row, path)
-        return loaded[path]
-
     if source_format is None:
-        row, adapters = _found(source, load, alpha)
+        row, checkpoint, adapters = _found(source, alpha)
     else:
         row = FORMATS[source_format]
-        checkpoint = load(row)
+        checkpoint = files.load(row, source)
         try:
             adapters = decode(row, checkpoint, alpha)
         except ValueError as error:
             raise _of(source, error) from error
     if not allow_nonfinite:
-        check_finite(source, load(row).tensors)
+        check_finite(source, checkpoint.tensors)
     return row.name, adapters
 
 
@@ -69,58 +61,57 @@ def check_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _found(source: Path, load: Callable[[Format], Checkpoint], alpha: float | None) -> tuple[Format, list[DoraAdapter]]:
-    """The row and the adapters of the one format that `source` is in."""
-    fit: list[tuple[Format, list[DoraAdapter]]] = []
+def _found(source: Path, alpha: float | None) -> tuple[Format, Checkpoint, list[DoraAdapter]]:
+    """The row and the adapters of the one format that `source` is in, and what they were made of."""
+    fit: list[tuple[Format, Checkpoint, list[DoraAdapter]]] = []
     unstated: dict[str, ValueError] = {}
     refused: list[tuple[int, str, ValueError]] = []
-    for row, checkpoint in _candidates(source, load):
+    for row, checkpoint in _candidates(source):
         try:
-            fit.append((row, decode(row, checkpoint, alpha)))
+            fit.append((row, checkpoint, decode(row, checkpoint, alpha)))
         except Unstated as error:
             unstated[row.name] = error
         except ValueError as error:
             refused.append((known_keys(row, checkpoint.tensors), row.name, error))
-    if fit:
-        (row, first), *others = fit
-        for other, adapters in others:
-            if len(adapters) != len(first) or not all(a.same(b) for a, b in zip(first, adapters, strict=True)):
-                raise ValueError(
-                    f"convert: {shown(source)} may be {row.name} or {other.name}, which read it differently; "
-                    "expected --from to say which"
-                )
-        return row, first
-    if len(unstated) > 1:
+    if unstated and not fit:
+        if len(unstated) == 1:
+            raise _of(source, *unstated.values())
         raise ValueError(
             f"convert: {shown(source)} may be {', '.join(unstated)}, and states no alpha; expected --alpha, the value "
-            "it was trained with"
+            f"it was trained with"
         )
-    if unstated:
-        raise _of(source, *unstated.values())
+    if fit:
+        first, *others = fit
+        for row, _, adapters in others:
+            if len(adapters) != len(first[2]) or not all(a.same(b) for a, b in zip(first[2], adapters, strict=True)):
+                raise ValueError(
+                    f"convert: {shown(source)} may be {first[0].name} or {row.name}, which read it differently; "
+                    "expected --from to say which"
+                )
+        return first
     most, name, error = max(refused, key=lambda reason: reason[0])
     if not most:
         raise ValueError(f"convert: {shown(source)} has no key of any format's; expected one of {', '.join(FORMATS)}")
     raise _of(source, error, f"as {name}, which is nearest: ") from error
 
 
-def _candidates(source: Path, load: Callable[[Format], Checkpoint]) -> list[tuple[Format, Checkpoint]]:
+def _candidates(source: Path) -> list[tuple[Format, Checkpoint]]:
     """The formats that may be asked: of those whose alpha is in a header or an adapter_config.json, if there is one."""
-    loaded, missing = [], []
+    checkpoints: dict[Path, Checkpoint] = {}
+    loaded = []
     for row in FORMATS.values():
-        try:
-            loaded.append((row, load(row)))
-        except files.Missing as error:
-            missing.append(error)
+        path = files.weights_of(row, source)
+        if path is not None:
+            if path not in checkpoints:
+                checkpoints[path] = files.load_weights(row, path)
+            loaded.append((row, checkpoints[path]))
     if not loaded:
-        raise ValueError(
-            f"convert: {shown(source)} holds none of "
-            f"{', '.join(dict.fromkeys(name for row in FORMATS.values() for name in row.files))}; expected a folder "
-            "with one of them, or a file"
-        ) from missing[0]
+        names = ", ".join(dict.fromkeys(name for row in FORMATS.values() for name in row.files))
+        raise ValueError(f"convert: {shown(source)} holds none of {names}; expected a folder with one, or a file")
     configured = [pair for pair in loaded if pair[1].config and pair[0].folder]
     headed = [pair for pair in loaded if getattr(pair[0].scaling, "header", None) in pair[1].header]
     return configured or headed or loaded
 
 
 def _of(source: Path, error: ValueError, said: str = "") -> ValueError:
-    return type(error)(f"convert: {shown(source)}: {said}{str(error).removeprefix('convert: ')}")
+    return ValueError(f"convert: {shown(source)}: {said}{str(error).removeprefix('convert: ')}")
