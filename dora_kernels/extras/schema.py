@@ -1,4 +1,4 @@
-"""The schema of the JSON in a checkpoint: adapter_config.json, the index of shards, the alphas in a header.
+"""The schema of the JSON in a checkpoint: adapter_config.json, the index of shards, what a header has of them.
 
 Types are strict, so that true is no 1 and "8" no 8, numbers are finite, and pydantic's parser bounds how deep JSON may
 be nested. What a field means, and which of them can be kept, is each command's to say.
@@ -112,6 +112,13 @@ class HeaderAlphas(RootModel[Numbers]):
 
     model_config = ConfigDict(strict=True)
     most_bytes: ClassVar[int] = 16 << 20  # 75 MB of brackets, which a header may have, became 5 GB of lists
+
+
+class HeaderConfig(RootModel[dict[str, Any]]):
+    """`lora_adapter_metadata` of a header: the fields of one adapter_config.json, or of several by a model's name."""
+
+    model_config = ConfigDict(strict=True)
+    most_bytes: ClassVar[int] = AdapterConfig.most_bytes
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

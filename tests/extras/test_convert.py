@@ -15,7 +15,19 @@ from safetensors.torch import load_file, save_file
 from dora_kernels.cli import main
 from dora_kernels.extras.convert import FORMATS, Checkpoint, Unrepresentable, convert_checkpoint, decode, encode
 from dora_kernels.extras.convert.adapter import alpha_of
-from tests.support.convert_problem import MIXED, PAIRS, WEIGHTS, K, adapter, assert_same, reread, several, written
+from tests.support.convert_problem import (
+    MIXED,
+    ONE,
+    PAIRS,
+    WEIGHTS,
+    K,
+    adapter,
+    assert_same,
+    axis_of,
+    reread,
+    several,
+    written,
+)
 
 # --- every pair of formats ---
 
@@ -26,7 +38,7 @@ FEW = settings(MANY, max_examples=40)
 @pytest.mark.parametrize("source, target", PAIRS)
 def test_every_pair_there_and_back(tmp_path, source, target):
     originals = several(torch.bfloat16)
-    if "fsdp_qlora" in (source, target):  # its scaling is 1: a power of two goes into lora_B without rounding
+    if {source, target} & set(ONE):  # its scaling is 1: a power of two goes into lora_B without rounding
         originals = [replace(a, lora_B=a.lora_B * 2, scaling=1.0) for a in originals]
     there, back = tmp_path / "there", tmp_path / "back"
     path = written(tmp_path, source, originals)
@@ -46,16 +58,24 @@ def test_ranks_and_alphas_by_layer(tmp_path, source, target):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_bits_are_kept_of_values_that_equal_nothing_or_another(tmp_path, name):
-    a = adapter(scaling=1.0)
+    a = adapter(scaling=1.0, axis=axis_of(name))
     a.lora_A[0, 0], a.lora_B[0, 0], a.magnitude[0] = -0.0, torch.nan, -0.0
     (b,) = reread(written(tmp_path, name, [a]), name)
     assert a.same(b) and not a.same(replace(b, magnitude=b.magnitude.abs()))
 
 
 @pytest.mark.parametrize("kernel", [(3,), (1, 1), (3, 2), (2, 1, 3)])
-@pytest.mark.parametrize("source, target", [("peft", "lycoris"), ("lycoris", "peft")])
+@pytest.mark.parametrize("source", ["peft", "lycoris", "diffusers"])
+@pytest.mark.parametrize("target", ["peft", "lycoris", "diffusers"])
 def test_convolutions_where_both_have_them(tmp_path, source, target, kernel):
     originals = [adapter("conv", kernel=kernel), adapter("linear", seed=1)]
+    convert_checkpoint(written(tmp_path, source, originals), tmp_path / "there", source, target)
+    assert_same(reread(tmp_path / "there", target), originals)
+
+
+@pytest.mark.parametrize("source, target", [("lycoris", "comfy"), ("comfy", "lycoris"), ("comfy", "comfy")])
+def test_norms_over_columns_where_both_have_them(tmp_path, source, target):
+    originals = [*several(torch.float16, 0.5, axis="in"), adapter("q", kernel=(3, 2), axis="in", seed=9, rank=3)]
     convert_checkpoint(written(tmp_path, source, originals), tmp_path / "there", source, target)
     assert_same(reread(tmp_path / "there", target), originals)
 
@@ -106,7 +126,7 @@ def test_alpha_of_is_exact_or_nothing(scaling, rank):
 @FEW
 @given(scaling=st.floats(-1e3, 1e3).filter(bool), rank=st.integers(1, 20), size=st.integers(1, 2))
 def test_a_format_keeps_a_scaling_exactly_or_not_at_all(name, scaling, rank, size):
-    originals = [adapter(module, scaling, rank=rank) for module in "ab"[:size]]
+    originals = [adapter(module, scaling, rank=rank, axis=axis_of(name)) for module in "ab"[:size]]
     try:
         checkpoint = encode(FORMATS[name], originals)
     except Unrepresentable:

@@ -11,7 +11,20 @@ from safetensors.torch import save_file
 from dora_kernels.cli import main
 from dora_kernels.extras.convert import FORMATS, convert_checkpoint, encode
 from dora_kernels.extras.convert.files import save
-from tests.support.convert_problem import BIAS, PAIRS, K, N, R, adapter, assert_same, reread, written
+from tests.support.convert_problem import (
+    BIAS,
+    CONV,
+    PAIRS,
+    ROWS,
+    K,
+    N,
+    R,
+    adapter,
+    assert_same,
+    axis_of,
+    reread,
+    written,
+)
 
 
 def refuses(tmp_path, capsys, expected, path, source, target, *options):
@@ -24,13 +37,13 @@ def refuses(tmp_path, capsys, expected, path, source, target, *options):
     assert sorted(tmp_path.rglob("*")) == before, "something was written"
 
 
-@pytest.mark.parametrize("target", [name for name in FORMATS if name not in ("peft", "lycoris")])
+@pytest.mark.parametrize("target", [name for name in FORMATS if name not in CONV])
 def test_refuses_convolutions_elsewhere(tmp_path, capsys, target):
     path = written(tmp_path, "peft", [adapter("conv", kernel=(3, 3))])
     refuses(tmp_path, capsys, ("conv", "dimensions"), path, "peft", target, "--no-bias")
 
 
-@pytest.mark.parametrize("target", [name for name in FORMATS if name != "lycoris"])
+@pytest.mark.parametrize("target", [name for name in ROWS if name != "lycoris"])
 def test_refuses_a_norm_over_columns_elsewhere(tmp_path, capsys, target):
     path = written(tmp_path, "lycoris", [adapter("fc", axis="in")])
     refuses(tmp_path, capsys, ("fc", "wd_on_out"), path, "lycoris", target, "--no-bias")
@@ -109,22 +122,23 @@ def test_refuses_torchtunes_rows_without_a_word(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, expected",
     [
-        (lambda t, row: t | {"extra.thing": torch.ones(1)}, ("extra.thing", "is no key of")),
-        (lambda t, row: t | {f"{row.prefix}a.weight": torch.ones(1)}, ("a.weight", "is no key of")),
-        (lambda t, row: {k: v for k, v in t.items() if v.numel() != N}, ("has no magnitude", "plain LoRA")),
-        (lambda t, row: {k: v for k, v in t.items() if v.shape != (N, R)}, "has no lora_B"),
-        (lambda t, row: {k: v for k, v in t.items() if v.shape != (R, K)}, "has no lora_A"),
-        (lambda t, row: {k: v[:-1] if v.numel() == N else v for k, v in t.items()}, "has shape"),
-        (lambda t, row: {k: v[:, :-1] if v.shape == (N, R) else v for k, v in t.items()}, "lora_B (6, 3)"),
-        (lambda t, row: {k: v.char() if v.shape == (R, K) else v for k, v in t.items()}, "torch.int8"),
-        (lambda t, row: {}, "no tensors"),
+        (lambda t, row, size: t | {"extra.thing": torch.ones(1)}, ("extra.thing", "is no key of")),
+        (lambda t, row, size: t | {f"{row.prefix}a.weight": torch.ones(1)}, ("a.weight", "is no key of")),
+        (lambda t, row, size: {k: v for k, v in t.items() if v.numel() != size}, ("has no magnitude", "plain LoRA")),
+        (lambda t, row, size: {k: v for k, v in t.items() if v.shape != (N, R)}, "has no lora_B"),
+        (lambda t, row, size: {k: v for k, v in t.items() if v.shape != (R, K)}, "has no lora_A"),
+        (lambda t, row, size: {k: v.flatten()[:-1] if v.numel() == size else v for k, v in t.items()}, "has shape"),
+        (lambda t, row, size: {k: v[:, :-1] if v.shape == (N, R) else v for k, v in t.items()}, "lora_B (6, 3)"),
+        (lambda t, row, size: {k: v.char() if v.shape == (R, K) else v for k, v in t.items()}, "torch.int8"),
+        (lambda t, row, size: {}, "no tensors"),
     ],
     ids=("unknown", "base weight", "plain", "no B", "no A", "magnitude", "rank", "dtype", "empty"),
 )
 def test_refuses_what_is_no_adapter(tmp_path, capsys, name, change, expected):
     row = FORMATS[name]
-    checkpoint = encode(row, [adapter("a", 1.0)])
-    save(row, replace(checkpoint, tensors=change(dict(checkpoint.tensors), row)), tmp_path / "broken")
+    checkpoint = encode(row, [adapter("a", 1.0, axis=axis_of(name))])
+    size = N if name in ROWS else K
+    save(row, replace(checkpoint, tensors=change(dict(checkpoint.tensors), row, size)), tmp_path / "broken")
     refuses(tmp_path, capsys, expected, tmp_path / "broken", name, "lycoris", "--no-bias")
 
 

@@ -7,10 +7,13 @@ from dora_kernels.extras.convert.files import load, save
 
 N, K, R = 6, 10, 4
 WEIGHTS = "adapter_model.safetensors"
-PAIRS = [(source, target) for source in FORMATS for target in FORMATS]
+ROWS = [name for name in FORMATS if name != "comfy"]  # formats whose norms are over rows
+PAIRS = [(source, target) for source in ROWS for target in ROWS]
+CONV = ("peft", "lycoris", "comfy", "diffusers")
+ONE = ("fsdp_qlora", "ai-toolkit")  # formats whose scaling is 1
 # formats that do not leave a layer's bias as it is
 BIAS = {"torchtune": "scaled", "fsdp_qlora": "scaled", "megatron-bridge": "either"}
-MIXED = ("peft", "lycoris", "dora_kernels")  # formats in which layers may differ in rank and alpha
+MIXED = ("peft", "lycoris", "dora_kernels", "diffusers")  # formats in which layers may differ in rank and alpha
 
 
 def adapter(module="layers.0.mlp.w1", scaling=2.0, dtype=torch.float32, seed=0, kernel=(), rank=R, axis="out"):
@@ -31,10 +34,15 @@ def adapter(module="layers.0.mlp.w1", scaling=2.0, dtype=torch.float32, seed=0, 
     )
 
 
-def several(dtype=torch.float32, scaling=2.0):
+def several(dtype=torch.float32, scaling=2.0, axis="out"):
     # a module within another, whose keys sort before the other's
     names = ("layers.0.mlp.a", "layers.0.mlp", "layers.10.mlp.w1", "layers.2.mlp.w1")
-    return [adapter(name, scaling, dtype, seed) for seed, name in enumerate(sorted(names))]
+    return [adapter(name, scaling, dtype, seed, axis=axis) for seed, name in enumerate(sorted(names))]
+
+
+def axis_of(name):
+    """The axis that a format has, or its first."""
+    return "out" if name in ROWS else "in"
 
 
 def written(tmp_path, name, adapters):

@@ -20,6 +20,9 @@ FORMATS = (
     "megatron-bridge",
     "automodel",
     "dora_kernels",
+    "comfy",
+    "diffusers",
+    "ai-toolkit",
 )
 
 

@@ -11,6 +11,7 @@ underscores for dots, from which dots cannot be told.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,11 @@ from torch import Tensor
 
 from dora_kernels.extras.checkpoint_files import PREFIX
 from dora_kernels.extras.convert.adapter import DoraAdapter, check_shapes
-from dora_kernels.extras.convert.scaling import InConfig, InHeader, InPeftConfig, InTensor, One
+from dora_kernels.extras.convert.scaling import InConfig, InHeader, InMetadata, InPeftConfig, InTensor, One, Unstated
 from dora_kernels.files.reading import shown
 from dora_kernels.functional.arguments import check_dense, check_items, check_number, check_type, described
 
-Scaling = InConfig | InHeader | InPeftConfig | InTensor | One
+Scaling = InConfig | InHeader | InMetadata | InPeftConfig | InTensor | One
 # what becomes of the bias beneath an adapter
 BIAS = {
     "unscaled": "leaves a layer's bias as it is",
@@ -73,15 +74,23 @@ def _lycoris(ndim: int, N: int, K: int) -> dict[str, tuple[int, ...]]:
     return {"out": (N, 1, *ones), "in": (1, K, *ones)}
 
 
+def _comfy(ndim: int, N: int, K: int) -> dict[str, tuple[int, ...]]:
+    # which takes a magnitude whose first size is N for one over rows
+    shapes = _lycoris(ndim, N, K)
+    return shapes if N > 1 else {"out": shapes["out"]}
+
+
 @dataclass(frozen=True)
 class Format:
     """One library's adapters on disk.
 
     lora_A, lora_B, magnitude: what follows `<module>.` in a key; {adapter} stands for an adapter's name.
-    prefix: what is written before every module, and read where every key has it.
-    folder: written as a folder of adapter_model.safetensors and adapter_config.json, else as one file.
-    bias: one of BIAS. mixed: a layer without a magnitude is one of plain LoRA, where others have one.
-    refused: patterns of keys, and why they are refused.
+    also: other names of them, which are read and not written. prefix: what is written before every module, and read
+    where every key has it; stripped: the same, but not written. folder: written as a folder of
+    adapter_model.safetensors and adapter_config.json, else as one file. bias: one of BIAS. mixed: a layer without a
+    magnitude is one of plain LoRA, where others have one. refused: patterns of keys, and why they are refused.
+    asked: a pattern of keys beside which alpha has to be said by the caller, and why. axes: norm axes that shapes has
+    but whose function is another, and why.
     """
 
     name: str
@@ -90,7 +99,9 @@ class Format:
     magnitude: str
     scaling: Scaling
     alpha: str | None = None
+    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefix: str = ""
+    stripped: str = ""
     folder: bool = False
     files: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin")
     shapes: Shapes = _flat
@@ -98,11 +109,49 @@ class Format:
     bias: str = "unscaled"
     mixed: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    asked: tuple[str, str] | None = None
+    axes: Mapping[str, str] = field(default_factory=dict)
 
     def parts(self) -> dict[str, str]:
         parts = {"lora_A": self.lora_A, "lora_B": self.lora_B, "magnitude": self.magnitude}
         return parts if self.alpha is None else parts | {"alpha": self.alpha}
 
+    def names(self) -> list[tuple[str, str]]:
+        """(part, what follows `<module>.`) of every key that is read."""
+        return [*self.parts().items(), *((part, name) for part, names in self.also.items() for name in names)]
+
+
+_EMBEDDING = "an embedding's adapter has no counterpart elsewhere"
+_LORA_BIAS = "a lora_bias has no counterpart elsewhere"
+_NO_LORA = "and no LoRA, whose product with a magnitude is all that is converted"
+# of LyCORIS, kohya's scripts, OneTrainer and PEFT; what ComfyUI reads is in its comfy/lora.py and comfy/weight_adapter/
+_OTHERS = {
+    r"lora_mid\.weight": "a Tucker decomposition has no counterpart elsewhere",
+    r"hada_(w[12]_[ab]|t[12])": f"this is LoHa, a product of two, {_NO_LORA}",
+    r"lokr_(w[12](_[ab])?|t2)": f"this is LoKr, a Kronecker product, {_NO_LORA}",
+    r"(oft_blocks|oft_diag|oft_R(\..*)?|boft_.*)": f"this is OFT or BOFT, a rotation, {_NO_LORA}",
+    r"(a[12]|b[12]|bm)\.weight": f"this is GLoRA or a weight of the model itself, {_NO_LORA}",
+    r"(ia3_.*|on_input)": f"this is IA3, {_NO_LORA}",
+    r"(diff|set_weight)": f"this is a whole weight, or its change, {_NO_LORA}",
+    r"(diff_b|b_norm|w_norm)": "a trained bias or norm has no counterpart elsewhere",
+    r"reshape_weight": "a weight of another shape than the base's has no counterpart elsewhere",
+    r"bias_(indices|values|size)": "a trained bias has no counterpart elsewhere",
+    r"(scalar|rescale)": "a factor beside alpha has no counterpart elsewhere",
+    r"lora_embedding_[AB](\..+)?": _EMBEDDING,
+    r"lora_B(\.[^.]+)?\.bias": _LORA_BIAS,
+    r"lora_(up|down)\.bias": _LORA_BIAS,
+    r"base_layer\..+": "this is the model's own, of a state dict of all of it; expected the adapter's part alone",
+    r"(modules_to_save|original_module)\..+": "a module that is saved whole has no counterpart elsewhere",
+}
+# https://github.com/Comfy-Org/ComfyUI/pull/15458
+_COMFY_ROWS = (
+    "a norm over rows, which ComfyUI takes of the base's weight alone and not of the sum, as no other does; expected "
+    "one over columns, or lycoris in place of comfy, which says what the file's trainer computes"
+)
+_DOWN = ("lora_A.weight", "lora_A.{adapter}.weight", "lora.down.weight", "lora_linear_layer.down.weight")
+_UP = ("lora_B.weight", "lora_B.{adapter}.weight", "lora.up.weight", "lora_linear_layer.up.weight")
+# by PEFT's state dicts now and before 0.11, and by OneTrainer
+_VECTOR = ("lora_magnitude_vector.weight", "lora_magnitude_vector.{adapter}.weight", "lora_magnitude_vector.{adapter}")
 
 _ROWS = (
     # Automodel writes this format too over a dense base, and torchtune beside its own, where it leaves use_dora out
@@ -113,14 +162,12 @@ _ROWS = (
         "lora_B.weight",
         "lora_magnitude_vector",
         InPeftConfig(),
+        also={"lora_A": _DOWN[1:2], "lora_B": _UP[1:2], "magnitude": _VECTOR},
         prefix=PREFIX,
         folder=True,
         shapes=_peft,
         conv=True,
-        refused={
-            r"lora_embedding_[AB]": "an embedding's adapter has no counterpart elsewhere",
-            r"lora_B\.bias": "a lora_bias has no counterpart elsewhere",
-        },
+        refused=_OTHERS,
     ),
     Format(
         "torchtune",
@@ -170,10 +217,11 @@ _ROWS = (
         "dora_scale",
         InTensor(),
         alpha="alpha",
+        also={"lora_A": _DOWN, "lora_B": _UP},
         shapes=_lycoris,
         conv=True,
         mixed=True,
-        refused={r"lora_mid\.weight": "a Tucker decomposition has no counterpart elsewhere"},
+        refused=_OTHERS,
     ),
     # a linear layer of Megatron's returns its bias beside its output or within it, and the gain multiplies the output
     Format(
@@ -187,6 +235,53 @@ _ROWS = (
     # the names of its modules, which it writes over a quantized base; over a dense one it writes peft
     Format("automodel", "lora_A.weight", "lora_B.weight", "lora_magnitude", InConfig(), folder=True),
     Format("dora_kernels", "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", InHeader()),
+    # what ComfyUI computes of a file, and the names that OneTrainer writes for it; of lycoris' names it reads most too
+    Format(
+        "comfy",
+        "lora_A.weight",
+        "lora_B.weight",
+        "dora_scale",
+        InTensor(lenient=True),
+        alpha="alpha",
+        also={"lora_A": ("lora_down.weight", *_DOWN[1:]), "lora_B": ("lora_up.weight", *_UP[1:])},
+        shapes=_comfy,
+        conv=True,
+        mixed=True,
+        refused=_OTHERS,
+        axes={"out": _COMFY_ROWS},
+    ),
+    # one file of one model or several, whose names begin the modules. Beside a magnitude a layer without one gets the
+    # norm of its base weight, which is no plain LoRA
+    Format(
+        "diffusers",
+        "lora_A.weight",
+        "lora_B.weight",
+        "lora_magnitude_vector",
+        InMetadata(),
+        also={"lora_A": _DOWN[1:], "lora_B": _UP[1:], "magnitude": _VECTOR, "alpha": ("alpha",)},
+        stripped=PREFIX,
+        files=("pytorch_lora_weights.safetensors", "pytorch_lora_weights.bin"),
+        shapes=_peft,
+        conv=True,
+        refused=_OTHERS,
+    ),
+    # its networks with a magnitude have linear layers alone, and alpha = R. With the names for Stable Diffusion it may
+    # be another, which multiplies the product but not within the norm: toolkit/models/DoRA.py
+    Format(
+        "ai-toolkit",
+        "lora_A.weight",
+        "lora_B.weight",
+        "magnitude",
+        One(is_rank=True),
+        also={"lora_A": ("lora_down.weight",), "lora_B": ("lora_up.weight",)},
+        mixed=True,
+        refused=_OTHERS,
+        asked=(
+            r"lora_(down|up)\.weight",
+            "ai-toolkit trains with any alpha under these names, and not within the norm unless it is the rank; "
+            "expected --alpha, the value it was trained with",
+        ),
+    ),
 )
 FORMATS = {row.name: row for row in _ROWS}
 
@@ -211,6 +306,10 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
                 key = getattr(row, part)
                 raise ValueError(f"convert: {shown(module)} has no {part}; expected a {shown(module)}.{key}{plain}")
         check_shapes(module, tensors["lora_A"], tensors["lora_B"])
+    if row.asked is not None and alpha is None:
+        key = next((key for key in sorted(checkpoint.tensors) if re.search(rf"\.{row.asked[0]}$", key)), None)
+        if key is not None:
+            raise Unstated(f"convert: {shown(key)}: {row.asked[1]}")
     ranks = {module: tensors["lora_A"].shape[0] for module, tensors in modules.items()}
     alphas = {module: tensors.get("alpha") for module, tensors in modules.items()}
     scaling = row.scaling.read(alphas, ranks, checkpoint.config, checkpoint.header, alpha)
@@ -223,8 +322,10 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
             continue
         shapes = row.shapes(lora_A.ndim, lora_B.shape[0], lora_A.shape[1])
         axis = next((axis for axis, shape in shapes.items() if shape == tuple(magnitude.shape)), None)
+        if axis in row.axes:
+            raise ValueError(f"convert: {shown(module)} has {row.axes[axis]}")
         if axis is None:
-            expected = " or ".join(map(str, shapes.values()))
+            expected = " or ".join(str(shape) for axis, shape in shapes.items() if axis not in row.axes)
             raise ValueError(
                 f"convert: {shown(module)}: {row.magnitude} has shape {tuple(magnitude.shape)}; expected {expected}"
             )
@@ -272,10 +373,13 @@ def check_layers(row: Format, adapters: Sequence[DoraAdapter]) -> None:
                 f"convert: {shown(adapter.module)} has no magnitude, a plain LoRA among others, which {row.name} has "
                 "no word for; expected a magnitude for every layer"
             )
-        if adapter.norm_axis not in row.shapes(adapter.ndim, adapter.N, adapter.K):
+        if adapter.magnitude is not None and adapter.norm_axis in row.axes:
+            raise ValueError(f"convert: {shown(adapter.module)} has {row.axes[adapter.norm_axis]}")
+        if adapter.magnitude is not None and adapter.norm_axis not in row.shapes(adapter.ndim, adapter.N, adapter.K):
             raise ValueError(
                 f"convert: {shown(adapter.module)}: its norm is over each input column (LyCORIS with "
-                f"wd_on_out=False), which {row.name} does not know; expected one over each output row"
+                f"wd_on_out=False), which {row.name} does not know{' of one row' * (adapter.N == 1)}; expected one "
+                "over each output row"
             )
 
 
@@ -294,37 +398,48 @@ def _check_conv(row: Format, module: str, ndim: int) -> None:
 
 
 def known_keys(row: Format, tensors: Mapping[str, Tensor]) -> int:
-    """The number of keys that the format knows, if only as what is refused."""
-    return sum(
-        _match(row, key)[0] is not None or any(re.fullmatch(rf".+\.{pattern}", key) for pattern in row.refused)
-        for key in tensors
-    )
+    """The number of keys that the format knows, if only as what is refused, of the first thousand."""
+    first = itertools.islice(tensors, 1000)
+    return sum(_match(row, key)[0] is not None or _why_refused(row, key) is not None for key in first)
+
+
+def begins(row: Format, tensors: Mapping[str, Tensor]) -> str:
+    """The prefix of the format's that every key begins with, "" where there is none."""
+    prefix = row.prefix or row.stripped
+    return prefix if prefix and all(key.startswith(prefix) for key in tensors) else ""
 
 
 def _sort_keys(row: Format, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """{module: {part: tensor}}; every key is accounted for, or ValueError."""
-    prefix = row.prefix if row.prefix and all(key.startswith(row.prefix) for key in tensors) else ""
+    prefix = begins(row, tensors)
     modules: dict[str, dict[str, Tensor]] = {}
     names: dict[str, str] = {}
     for key in sorted(tensors):
         name = key.removeprefix(prefix)
-        for pattern, reason in row.refused.items():
-            if re.fullmatch(rf".+\.{pattern}", name):
-                raise ValueError(f"convert: {shown(key)}: {reason}")
         module, part, adapter = _match(row, name)
         if module is None:
+            reason = _why_refused(row, name)
+            if reason is not None:
+                raise ValueError(f"convert: {shown(key)}: {reason}")
             expected = ", ".join(f"<module>.{suffix}" for suffix in row.parts().values())
             raise ValueError(f"convert: {shown(key)} is no key of {row.name}; expected only {expected}")
-        names.setdefault(adapter, key)
+        if part in modules.setdefault(module, {}):
+            raise ValueError(f"convert: {shown(key)}: {shown(module)} has a {part} of another name too; expected one")
+        if adapter:  # a magnitude or an alpha may be by no adapter's name
+            names.setdefault(adapter, key)
         if len(names) > 1:
             raise ValueError(f"convert: the source holds adapters {shown(sorted(names))}; expected one")
-        modules.setdefault(module, {})[part] = tensors[key]
+        modules[module][part] = tensors[key]
     return modules
+
+
+def _why_refused(row: Format, name: str) -> str | None:
+    return next((why for pattern, why in row.refused.items() if re.fullmatch(rf".+\.{pattern}", name)), None)
 
 
 def _match(row: Format, name: str) -> tuple[str | None, str, str]:
     """(module, part, adapter's name) of a key; module is None where it is no key of the format."""
-    for part, suffix in row.parts().items():
+    for part, suffix in row.names():
         pattern = re.escape(suffix).replace(r"\{adapter\}", r"(?P<adapter>[^.]+)")
         match = re.fullmatch(rf"(?P<module>.+)\.{pattern}", name)
         if match:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dora_kernels.extras.convert import files
 from dora_kernels.extras.convert.adapter import DTYPES, DoraAdapter
-from dora_kernels.extras.convert.formats import FORMATS, Checkpoint, Format, decode, known_keys
-from dora_kernels.extras.convert.scaling import Unstated
+from dora_kernels.extras.convert.formats import FORMATS, Checkpoint, Format, begins, decode, known_keys
+from dora_kernels.extras.convert.scaling import InMetadata, InTensor, Unstated
 from dora_kernels.files.reading import shown
 from dora_kernels.functional.arguments import check_choice, check_flag, check_number, check_path
 
@@ -73,12 +73,13 @@ def _found(source: Path, alpha: float | None) -> tuple[Format, Checkpoint, list[
             unstated[row.name] = error
         except ValueError as error:
             refused.append((known_keys(row, checkpoint.tensors), row.name, error))
-    if unstated and not fit:
-        if len(unstated) == 1:
+    if unstated and alpha is None and all(_is_supposed(*found) for found in fit):
+        if len(unstated) == 1 and not fit:
             raise _of(source, *unstated.values())
+        supposed = f", or --from {fit[0][0].name}, which takes the rank for it" if fit else ""
         raise ValueError(
             f"convert: {shown(source)} may be {', '.join(unstated)}, and states no alpha; expected --alpha, the value "
-            f"it was trained with"
+            f"it was trained with{supposed}"
         )
     if fit:
         first, *others = fit
@@ -95,6 +96,13 @@ def _found(source: Path, alpha: float | None) -> tuple[Format, Checkpoint, list[
     raise _of(source, error, f"as {name}, which is nearest: ") from error
 
 
+def _is_supposed(row: Format, checkpoint: Checkpoint, adapters: Sequence[DoraAdapter]) -> bool:
+    """True where nothing says alpha, and the format takes the rank for it."""
+    modules = [adapter.module for adapter in adapters]
+    supposes = isinstance(row.scaling, (InMetadata, InTensor)) and row.scaling.supposes
+    return bool(supposes) and supposes(modules, checkpoint.tensors, checkpoint.header)
+
+
 def _candidates(source: Path) -> list[tuple[Format, Checkpoint]]:
     """The formats that may be asked: of those whose alpha is in a header or an adapter_config.json, if there is one."""
     checkpoints: dict[Path, Checkpoint] = {}
@@ -108,6 +116,8 @@ def _candidates(source: Path) -> list[tuple[Format, Checkpoint]]:
     if not loaded:
         names = ", ".join(dict.fromkeys(name for row in FORMATS.values() for name in row.files))
         raise ValueError(f"convert: {shown(source)} holds none of {names}; expected a folder with one, or a file")
+    prefixed = [pair for pair in loaded if begins(pair[0], pair[1].tensors)]
+    loaded = prefixed or loaded
     configured = [pair for pair in loaded if pair[1].config and pair[0].folder]
     headed = [pair for pair in loaded if getattr(pair[0].scaling, "header", None) in pair[1].header]
     return configured or headed or loaded

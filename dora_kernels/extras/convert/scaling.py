@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from dora_kernels.extras.checkpoint_files import BASE_KEPT, lora_scaling
 from dora_kernels.extras.convert.adapter import DTYPES, DoraAdapter, Unrepresentable, alpha_of
 from dora_kernels.extras.patterns import pattern_values, whole
-from dora_kernels.extras.schema import HeaderAlphas, is_number, parsed
+from dora_kernels.extras.schema import AdapterConfig, HeaderAlphas, HeaderConfig, is_number, parsed
 from dora_kernels.files.reading import shown
 
 Written = tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]
@@ -46,6 +47,9 @@ _SILENT = {
     "target_modules",
     "task_type",
 }
+_FILE = "adapter_config.json"
+# the models of diffusers' pipelines that may have an adapter
+_COMPONENT = re.compile(r"(unet|transformer(_2|_ref)?|text_encoder(_[23])?|connectors|text_conditioner)\.")
 _READ = {"peft_type", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 
 
@@ -55,10 +59,17 @@ class Unstated(ValueError):
 
 @dataclass(frozen=True)
 class One:
-    """No alpha at all: scaling is 1."""
+    """No alpha at all: scaling is 1. is_rank: the caller may say alpha, but no other than R."""
+
+    is_rank: bool = False
 
     def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
-        if alpha is not None:
+        if alpha is not None and not (self.is_rank and set(ranks.values()) == {alpha}):
+            if self.is_rank:
+                raise ValueError(
+                    f"convert: alpha is {alpha}; expected {shown(sorted(set(ranks.values())))}, the rank, for with "
+                    "another the norm is of a sum without alpha / R, which is no DoRA"
+                )
             raise ValueError(f"convert: alpha is {alpha}; expected none, for in this format scaling is always 1")
         return dict.fromkeys(ranks, 1.0)
 
@@ -71,7 +82,17 @@ class One:
 
 @dataclass(frozen=True)
 class InTensor:
-    """A 0-d tensor `alpha` beside each module's weights, float32 as LyCORIS makes it; its 0 means R."""
+    """A 0-d tensor `alpha` beside each module's weights, float32 as LyCORIS makes it; its 0 means R.
+
+    lenient: where there is none it is R, as ComfyUI, InvokeAI and kohya's scripts have it, of which the first two
+    multiply by 0 and the last take R where it is 0: that is refused. LyCORIS reads no file without it.
+    """
+
+    lenient: bool = False
+
+    def supposes(self, modules: Sequence[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:
+        """True where a module's alpha is R for want of a tensor."""
+        return self.lenient and any(f"{module}.alpha" not in tensors for module in modules)
 
     def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
         scaling = {}
@@ -82,7 +103,15 @@ class InTensor:
                     f"convert: {shown(module)}: alpha is {tensor.dtype} of shape {tuple(tensor.shape)}; "
                     "expected one number"
                 )
-            value = _stated(None if tensor is None else float(tensor), alpha, f"{module}.alpha")
+            stated = None if tensor is None else float(tensor)
+            if self.lenient and stated is None and alpha is None:
+                stated = rank
+            value = _stated(stated, alpha, f"{module}.alpha")
+            if self.lenient and not value:
+                raise ValueError(
+                    f"convert: {shown(module)}.alpha is 0, which is a scaling of 0 to ComfyUI and of 1 to LyCORIS and "
+                    "kohya's scripts; expected another"
+                )
             scaling[module] = (value or rank) / rank
         return scaling
 
@@ -154,15 +183,7 @@ class InPeftConfig:
             raise Unstated("convert: there is no adapter_config.json; expected PEFT's folder, or --alpha")
         if not config:
             return {module: alpha / rank for module, rank in ranks.items()}
-        if not config.get("use_dora"):
-            raise ValueError(f"convert: use_dora is {config.get('use_dora')} in adapter_config.json; expected true")
-        _check_config(config, "LORA")
-        # PEFT's own defaults
-        r, lora_alpha = config.get("r", 8), _stated(config.get("lora_alpha", 8), alpha, "lora_alpha")
-        _check_ranks(ranks, pattern_values("convert", "rank_pattern", config.get("rank_pattern"), ranks, r))
-        alphas = pattern_values("convert", "alpha_pattern", config.get("alpha_pattern"), ranks, lora_alpha)
-        use_rslora = bool(config.get("use_rslora"))
-        return {module: lora_scaling(alphas[module], rank, use_rslora) for module, rank in ranks.items()}
+        return _peft_scaling(ranks, config, alpha)
 
     def write(self, adapters: Sequence[DoraAdapter]) -> Written:
         use_rslora = False
@@ -199,6 +220,100 @@ class InPeftConfig:
         return {}, config, {}
 
 
+@dataclass(frozen=True)
+class InMetadata:
+    """diffusers' `lora_adapter_metadata` in the safetensors header, PEFT's config as JSON: of one model; or of several
+    of a pipeline's, whose names begin the fields as they begin the modules. Else `<module>.alpha`, else alpha is R.
+
+    The loaders of diffusers 0.42 take R where nothing states alpha, whatever it was in training (get_peft_kwargs in
+    utils/peft_utils.py).
+    """
+
+    header: ClassVar[str] = "lora_adapter_metadata"
+
+    def supposes(self, modules: Sequence[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:
+        """True where alpha is R for want of a word, and not even the modules' names are diffusers' alone."""
+        stated = self.header in header or any(key.endswith(".alpha") for key in tensors)
+        return not stated and not all(map(component, modules))
+
+    def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
+        scaling = self._of_header(ranks, header[self.header], alpha) if self.header in header else None
+        if any(tensor is not None for tensor in tensors.values()):
+            for module, tensor in tensors.items():
+                if tensor is None:
+                    raise ValueError(
+                        f"convert: {shown(module)} has no alpha but others have; expected one for each, for diffusers "
+                        "takes the commonest of the others'"
+                    )
+            by_tensor = InTensor(lenient=True).read(tensors, ranks, config, header, alpha)
+            if scaling not in (None, by_tensor):
+                raise ValueError(
+                    f"convert: the header's {self.header} and the tensors named alpha say different scalings; expected "
+                    "one of them"
+                )
+            return by_tensor
+        if scaling is not None:
+            return scaling
+        return {module: 1.0 if alpha is None else alpha / rank for module, rank in ranks.items()}
+
+    def _of_header(self, ranks: Mapping[str, int], text: str, alpha: float | None) -> dict[str, float]:
+        where = f"the header's {self.header}"
+        if len(text) > HeaderConfig.most_bytes:
+            raise ValueError(f"convert: {where} has {len(text)} letters; expected at most {HeaderConfig.most_bytes}")
+        fields = parsed("convert", where, text, HeaderConfig).root
+        parts: dict[str, dict[str, Any]] = {}
+        for key, value in fields.items():
+            name, dot, field = key.rpartition(".")
+            parts.setdefault(f"{name}{dot}", {})[field] = value
+        if "" in parts and len(parts) > 1:
+            raise ValueError(f"convert: {where} has fields of {shown(sorted(parts))}; expected those of one kind")
+        scaling = {}
+        for module in ranks:
+            if not any(module.startswith(part) for part in parts):
+                raise ValueError(f"convert: {where} has no word of {shown(module)}; expected a config for it")
+        for part, config in parts.items():
+            within = {m.removeprefix(part): rank for m, rank in ranks.items() if m.startswith(part)}
+            read = parsed("convert", where, json.dumps(config), AdapterConfig)
+            config = {name: value for name, value in read if name in read.model_fields_set}
+            if within:
+                scaling |= {part + m: value for m, value in _peft_scaling(within, config, alpha, where).items()}
+        return scaling
+
+    def write(self, adapters: Sequence[DoraAdapter]) -> Written:
+        parts: dict[str, list[DoraAdapter]] = {}
+        for adapter in adapters:
+            part = component(adapter.module)
+            parts.setdefault(part, []).append(replace(adapter, module=adapter.module.removeprefix(part)))
+        if "" in parts and len(parts) > 1:
+            other = next(part for part in parts if part)
+            raise ValueError(
+                f"convert: {shown(parts[''][0].module)} begins with no model of a pipeline, but others with {other}; "
+                "expected --rename to have all of them or none so, for diffusers reads those alone"
+            )
+        fields = {f"{part}{key}": v for part, of in parts.items() for key, v in InPeftConfig().write(of)[1].items()}
+        return {}, {}, {self.header: json.dumps(fields, indent=2, sort_keys=True)}
+
+
+def component(module: str) -> str:
+    """The name of a pipeline's model, with its dot, that a module begins with in diffusers' files; "" where none."""
+    match = _COMPONENT.match(module)
+    return match[0] if match else ""
+
+
+def _peft_scaling(
+    ranks: Mapping[str, int], config: Mapping[str, Any], alpha: float | None, where: str = _FILE
+) -> dict[str, float]:
+    if not config.get("use_dora"):
+        raise ValueError(f"convert: use_dora is {config.get('use_dora')} in {where}; expected true")
+    _check_config(config, "LORA", where=where)
+    # PEFT's own defaults
+    r, lora_alpha = config.get("r", 8), _stated(config.get("lora_alpha", 8), alpha, "lora_alpha")
+    _check_ranks(ranks, pattern_values("convert", "rank_pattern", config.get("rank_pattern"), ranks, r), where)
+    alphas = pattern_values("convert", "alpha_pattern", config.get("alpha_pattern"), ranks, lora_alpha)
+    use_rslora = bool(config.get("use_rslora"))
+    return {module: lora_scaling(alphas[module], rank, use_rslora) for module, rank in ranks.items()}
+
+
 def _stated(stated: float | None, given: float | None, name: str) -> float:
     """The alpha that the file states or the caller gives; ValueError where neither does, or they differ."""
     if stated is None and given is None:
@@ -213,17 +328,15 @@ def _stated(stated: float | None, given: float | None, name: str) -> float:
     return value
 
 
-def _check_config(config: Mapping[str, Any], peft_type: str, never: Sequence[str] = ()) -> None:
+def _check_config(config: Mapping[str, Any], peft_type: str, never: Sequence[str] = (), where: str = _FILE) -> None:
     """Raise ValueError for a field of adapter_config.json that changes what an adapter computes, and is not read here.
 
     fan_in_fan_out says how the base stores its weight, and the adapter's tensors are the same either way.
     """
     if config.get("peft_type", peft_type) != peft_type:
-        raise ValueError(
-            f"convert: peft_type is {config['peft_type']!r:.80} in adapter_config.json; expected {peft_type}"
-        )
+        raise ValueError(f"convert: peft_type is {config['peft_type']!r:.80} in {where}; expected {peft_type}")
     if config.get("use_dora") is False:
-        raise ValueError("convert: use_dora is false in adapter_config.json; expected a DoRA adapter")
+        raise ValueError(f"convert: use_dora is false in {where}; expected a DoRA adapter")
     allowed = {
         "bias": ("none",),
         "fan_in_fan_out": (True, False),
@@ -235,17 +348,16 @@ def _check_config(config: Mapping[str, Any], peft_type: str, never: Sequence[str
             continue
         if value not in (None, False, [], {}):
             raise ValueError(
-                f"convert: {shown(field)} is {value!r:.80} in adapter_config.json, which a conversion cannot keep; "
+                f"convert: {shown(field)} is {value!r:.80} in {where}, which a conversion cannot keep; "
                 f"expected {' or '.join(map(repr, allowed[field])) if field in allowed else 'it unset'}"
             )
 
 
-def _check_ranks(ranks: Mapping[str, int], stated: Mapping[str, int | None]) -> None:
+def _check_ranks(ranks: Mapping[str, int], stated: Mapping[str, int | None], where: str = _FILE) -> None:
     for module, rank in ranks.items():
         if stated[module] not in (None, rank):
             raise ValueError(
-                f"convert: {shown(module)}: lora_A has rank {rank} but adapter_config.json says {stated[module]}; "
-                "expected the same"
+                f"convert: {shown(module)}: lora_A has rank {rank} but {where} says {stated[module]}; expected the same"
             )
 
 
