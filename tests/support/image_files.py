@@ -9,9 +9,11 @@ OneTrainer: LoRAModule.py, convert_lora_util.py and LoRASaverMixin.py under modu
 """
 
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -101,18 +103,19 @@ def trained(
     scaling: float = SCALING,
     axis: str = "out",
     plain: Iterable[str] = (),
+    rank: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> dict[str, Trained]:
     """Random adapters of these modules, `plain` ones among them; ranks 2 and 3, gains far from 1."""
     random, adapters = torch.Generator().manual_seed(1), {}
     for module in modules:
         N, K, *kernel = layer(module).weight.shape
-        rank = 3 if "to_q" in module else 2
+        R = rank or (3 if "to_q" in module else 2)
 
         def normal(*shape):
             return torch.randn(*shape, generator=random).to(dtype)
 
-        A, B = normal(rank, K, *kernel), normal(N, rank, *(1 for _ in kernel))
+        A, B = normal(R, K, *kernel), normal(N, R, *(1 for _ in kernel))
         magnitude = None if module in plain else normal(N if axis == "out" else K).abs() + 1
         adapters[module] = Trained(A, B, magnitude, scaling, axis)
     return adapters
@@ -223,16 +226,39 @@ def save_diffusers_model(path: Path, adapters: Mapping[str, Trained]) -> None:
 
 def save_diffusers_pipeline(path: Path, adapters: Mapping[str, Trained]) -> None:
     """A diffusers pipeline's save_lora_weights: `transformer.` before every key, in the header too."""
+    _save_pipeline(path, _diffusers_model(adapters))
+
+
+def _save_pipeline(path: Path, model: nn.Module) -> None:
     from diffusers.loaders.lora_pipeline import FluxLoraLoaderMixin
     from peft import get_peft_model_state_dict
 
-    model = _diffusers_model(adapters)
     FluxLoraLoaderMixin.save_lora_weights(
         path.parent,
         transformer_lora_layers=get_peft_model_state_dict(model),
         transformer_lora_adapter_metadata=model.peft_config["default"].to_dict(),
         weight_name=path.name,
     )
+
+
+def save_random(path: Path, config: Mapping[str, Any], pipeline: bool) -> tuple[Path, dict[str, Tensor]]:
+    """(path, outputs of the layers in it) of what diffusers saves of random adapters by a config of PEFT's."""
+    from peft import LoraConfig
+
+    model = diffusers_class()()
+    model.add_adapter(LoraConfig(use_dora=True, **config))
+    random = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            values = torch.randn(parameter.shape, generator=random) + 2 * ("magnitude" in name)
+            parameter.data = values.to(parameter.dtype)
+    if pipeline:
+        _save_pipeline(path, model)
+    else:
+        model.save_lora_adapter(path.parent, weight_name=path.name)
+    with torch.no_grad():
+        adapted = [m for m in MODULES if hasattr(model.get_submodule(m), "lora_A")]
+        return path, {m: model.get_submodule(m)(inputs(m)) for m in adapted}
 
 
 def save_ai_toolkit(path: Path, adapters: Mapping[str, Trained]) -> None:
@@ -303,3 +329,38 @@ def save_one_trainer_diffusers(path: Path, adapters: Mapping[str, Trained]) -> N
         if a.magnitude is not None:
             tensors[f"{stem}.lora_magnitude_vector.weight"] = a.magnitude.reshape(a.peft_shape).clone()
     save_file(tensors, path)
+
+
+SAVES = {
+    "PEFT": save_peft,
+    "PEFT, one file": save_peft_file,
+    "PEFT, a state dict": save_peft_state,
+    "diffusers model": save_diffusers_model,
+    "diffusers pipeline": save_diffusers_pipeline,
+    "ai-toolkit": save_ai_toolkit,
+    "LyCORIS": save_lycoris,
+    "OneTrainer, kohya's names": save_one_trainer_kohya,
+    "OneTrainer, ComfyUI's names": save_one_trainer_comfy,
+    "OneTrainer, diffusers' names": save_one_trainer_diffusers,
+}
+NAMES = {"PEFT": "folder", "PEFT, a state dict": "file.pt"}
+
+
+def saved(folder: Path, tool: str, **options: Any) -> tuple[Path, dict[str, Trained]]:
+    """The path of what the tool saves under this folder, and the adapters in it; options of `trained`."""
+    if tool == "ai-toolkit":  # which has linear layers alone, alpha = rank, and one dtype
+        options = {"modules": LINEAR, "scaling": 1.0, "dtype": torch.bfloat16} | options
+    adapters = trained(**options)
+    path = folder / "saved" / NAMES.get(tool, "file.safetensors")
+    path.parent.mkdir()
+    SAVES[tool](path, adapters)
+    return path, adapters
+
+
+def renames(style: tuple[str, str] | None) -> list[tuple[str, str]]:
+    """Pairs for `rename`: whatever stands before a module's name goes, and its dots are the style's."""
+    pairs = []
+    for module in MODULES:
+        pattern = "[._]".join(map(re.escape, module.split(".")))
+        pairs.append((rf"^(.+[._])?{pattern}$", module if style is None else name_in(style, module)))
+    return pairs

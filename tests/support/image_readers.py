@@ -34,10 +34,18 @@ from tests.support.image_files import (
 
 Outputs = dict[str, Tensor]
 EPS = torch.finfo(torch.float64).eps
+CLOSE = 1e-13
+"""What `error` is below where two are the same in float64: gains are off by tenths else, and LyCORIS' eps is 2e-16."""
 
 
 class Unread(Exception):
     """A file of which the tool takes nothing or not all."""
+
+
+def error(actual: Outputs, exact: Outputs) -> float:
+    """The largest difference of any output, beside the largest output of its layer."""
+    assert actual.keys() == exact.keys() and actual
+    return max(((actual[name] - exact[name]).abs().max() / exact[name].abs().max()).item() for name in exact)
 
 
 def norms(weight: Tensor, axis: int) -> Tensor:
