@@ -10,6 +10,7 @@ import threading
 import peft
 import pytest
 import torch
+import transformers
 from peft.tuners.lora import dora
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 
 import dora_kernels
 from dora_kernels.extras import starts
-from tests.support import quantized_problem
+from tests.support import llama_problem, quantized_problem
 from tests.support.peft_problem import LAST, ConvNet, Net, Tokens
 from tests.support.problem import DEVICE
 
@@ -269,6 +270,22 @@ def test_adapters_that_are_loaded(tmp_path, library_calls):
     assert set(library_calls) == {"DoraLinearLayer"}
 
 
+def test_a_model_that_is_loaded_with_its_adapter(tmp_path, library_calls):
+    tuned = llama_problem.stock_llama(target_modules=["q_proj", "down_proj"])
+    tuned.get_base_model().config.save_pretrained(tmp_path / "base")
+    base = transformers.LlamaForCausalLM(tuned.get_base_model().config)
+    base.save_pretrained(tmp_path / "base")
+    tuned.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "adapter")
+    stock = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    with starts.fast_init():
+        fast = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert_same(stock, fast)
+    saved = {name: p for name, p in tuned.named_parameters() if "magnitude" in name}
+    assert all(torch.equal(p.cpu(), saved[name].cpu()) for name, p in magnitudes(fast).items())
+    assert not library_calls
+
+
 def test_the_layer_is_gathered_and_the_magnitude_placed(monkeypatch):
     """As PEFT does for ZeRO-3, and for ephemeral_gpu_offload."""
     gathered = []
@@ -282,6 +299,12 @@ def test_the_layer_is_gathered_and_the_magnitude_placed(monkeypatch):
     base = nn.Linear(5, 6)
     magnitude = start(base, torch.ones(2, 5), torch.zeros(6, 2), 1.0, fast=True, place_on_cpu=True)
     assert magnitude.device.type == "cpu"
+    # a tensor that is elsewhere, and that nothing can move
+    monkeypatch.setattr(starts, "_norm_of_base", lambda *_: (torch.ones(6, device="meta"), None))
+    arguments = base, torch.ones(2, 5), torch.zeros(6, 2), 1.0
+    assert start(*arguments, fast=True).is_meta
+    with pytest.raises(NotImplementedError):
+        start(*arguments, fast=True, place_on_cpu=True)
     assert [one is other for one, other in zip(gathered[0], base.parameters(), strict=True)] == [True, True]
 
 
@@ -306,6 +329,7 @@ CALLS = {
     "scaling is nan": (WEIGHT, A, B, torch.nan),
     "scaling is huge": (WEIGHT.bfloat16(), A.bfloat16(), B.bfloat16(), 1e39),
     "scaling is a tensor": (WEIGHT, A, B, torch.tensor(torch.inf)),
+    "adapters of two dtypes": (WEIGHT, A, B.bfloat16(), 1.0),
     "the weight is a view": (WEIGHT[:, ::2], A[:, ::2].contiguous(), B, 1.0),
     "lora_A is a view": (WEIGHT, A.T.contiguous().T, B, 1.0),
     "the weight is broadcast": (WEIGHT[:1], A, B, 1.0),
@@ -328,6 +352,24 @@ def test_what_is_left_to_the_library(call, library_calls):
     else:
         torch.testing.assert_close(*outcome, rtol=0, atol=0, equal_nan=True)
     assert library_calls
+
+
+KERNELS = torch.linspace(-1, 1, 216).view(6, 4, 3, 3)
+
+
+@pytest.mark.parametrize("shape", ((2, 4, 1, 1), (5, 4, 3, 3)), ids=str)
+def test_a_convolution_that_its_adapter_does_not_fit(shape, library_calls):
+    with pytest.raises(RuntimeError, match="shape"):
+        arguments = over(KERNELS), torch.ones(shape), torch.zeros(6, 2, 1, 1), 1.0
+        start(*arguments, fast=True, cls=dora.DoraConv2dLayer)
+    assert library_calls
+
+
+def test_a_convolution_below_an_adapter_of_another_dtype(library_calls):
+    arguments = over(KERNELS.bfloat16()), torch.ones(2, 4, 3, 3), torch.zeros(6, 2, 1, 1), 1.0
+    stock, fast = (start(*arguments, fast=fast, cls=dora.DoraConv2dLayer) for fast in (False, True))
+    assert fast.dtype == stock.dtype == torch.float32 and torch.equal(fast, stock)
+    assert not library_calls
 
 
 def test_a_weight_that_is_not_finite():
@@ -420,7 +462,7 @@ def test_another_thread_gets_the_librarys_own(library_calls):
 
 def test_many_threads_leave_the_library_as_it_was():
     def enter():
-        for _ in range(200):
+        for _ in range(50):
             with starts.fast_init():
                 pass
 

@@ -35,7 +35,9 @@ _BANK, _EPILOGUE, _FOUR_BITS, _GROUPED_NORM, _MERGE, _NORM, _PROJECT, _SHARES, _
 _DVORA, _FORMATS, _OPS = (f"dora_kernels/{name}.py" for name in ("extras/dvora/function", "quant/formats", "ops"))
 _AUTOGRAD, _WEIGHT_FUNCTIONS = (f"dora_kernels/functional/{name}.py" for name in ("autograd", "weight"))
 _GEMM, _PYTORCH, _REFERENCE = (f"dora_kernels/{name}.py" for name in ("gemm", "pytorch", "reference"))
-_SERVING, _SHARING = (f"dora_kernels/{name}.py" for name in ("extras/serving", "reuse/sharing"))
+_SERVING, _SHARING, _STARTS = (
+    f"dora_kernels/{name}.py" for name in ("extras/serving", "reuse/sharing", "extras/starts")
+)
 _MASKED = "what is loaded outside the mask is not stored, and not summed over"
 _NO_QUOTIENT = "the quotient of a row whose norm is 0 is not used; another row is divided by its norm, which is 1"
 _NO_TENSOR = "strides, a rank or a scaling of a tensor that is not there"
@@ -106,6 +108,11 @@ EXCLUDED = (
     Excluded(_WEIGHT_FUNCTIONS, "unmerge_weight", "shown =", ("len(lost) > ROWS_SHOWN",), _MESSAGE),
     Excluded(_SERVING, "bank_linear", "F.linear(rows.to(base_dtype)", ("rows.to(", "weight.to("), _LINEAR),
     Excluded(_SERVING, "bank_linear", "check_adapter(", ("1.0",), "a scaling that is checked, and used nowhere"),
+    Excluded(_STARTS, "", "_ROWS =", ("256",), _BLOCKS),
+    Excluded(_STARTS, "", "_LARGEST_SCALING =", ("2.0", "15"), _SPEED),
+    Excluded(_STARTS, "_norm_of_base", "weight = weight.detach().to(", ("weight.detach().to(",), _ONE_DEVICE),
+    Excluded(_STARTS, "_norm_of_base", 'if weight.device.type != "cpu"', ("",), "asked on a GPU alone"),
+    Excluded(_STARTS, "_why_not_call", "> _LARGEST_SCALING", ("abs(scaling) > _LARGEST_SCALING",), _SPEED),
     Excluded(_OPS, "plain_mode", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_TOKEN_SUMS, "_finish", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
     Excluded(_NORM, "gain_of", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
