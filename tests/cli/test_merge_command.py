@@ -88,7 +88,7 @@ def test_a_wrong_tensor_is_named_and_nothing_is_written(files, capsys, monkeypat
     said = capsys.readouterr()
     assert said.err == "" and said.out.endswith("FAILED: out was not written\n")
     (line,) = [line for line in said.out.splitlines() if "DIFFERS" in line]
-    assert line.startswith("layers.0.up_proj.weight") and 9e-3 < float(line.split()[1]) < 1.1e-2
+    assert line.startswith("layers.0.up_proj.weight") and 9e-3 < float(line.split()[1]) < 1.5e-2
     assert said.out.count(" ok, by PEFT in float64") == 2
     assert left(tmp_path) == ["adapter", "base"]
 
