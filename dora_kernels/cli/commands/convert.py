@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
     add("--from", dest="source_format", help=f"{', '.join(FORMATS)} (default: the one that fits)", **formats)
     add("--to", dest="target_format", help="the same", required=True, **formats)
     add("--alpha", type=number("a finite number"), help="where the source does not say it; scaling is alpha / R")
-    add("--base", help="the model's safetensors, a file or a folder: looked through for biases")
+    add("--base", help="the model's safetensors, a file or a folder: for biases, and kohya's names")
     add("--no-bias", action="store_true", help="no adapted layer has a bias, which some libraries' gain multiplies")
     add("--fold", action="store_true", help="round scaling * lora_B where the target cannot hold scaling exactly")
     add("--rename", nargs=2, action="append", metavar=("PATTERN", "WITH"), help="re.sub on module names")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from dora_kernels.extras.convert import files
 from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable
 from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format, check_adapter_name, check_layers, decode, encode
+from dora_kernels.extras.convert.names import dotted
 from dora_kernels.extras.convert.reading import read_adapters
 from dora_kernels.extras.convert.scaling import One
 from dora_kernels.files.reading import shown
@@ -56,7 +57,8 @@ def convert_checkpoint(
 
     source_format: None for the one that fits, as `read_adapters` finds it. alpha: for a source that does not state
     it. base: the model beneath (safetensors), or no_bias: the caller's word that no adapted layer has a bias; one of
-    them is needed between formats that treat a bias differently. fold: where the target cannot hold scaling exactly,
+    them is needed between formats that treat a bias differently. With base kohya's names (lora_unet_...) become those
+    of its modules, before rename. fold: where the target cannot hold scaling exactly,
     round scaling * lora_B to lora_B's dtype. rename: (pattern, replacement) pairs for re.sub, applied to each module's
     name in turn. heads (query, key and value): between torchtune and the others, reorder the rows of q_proj and k_proj
     as torchtune does for Llama's rotary embedding; same_rows: the caller's word that this model's rows need none.
@@ -116,10 +118,13 @@ def converted(
     with claimed("convert", out):
         name, before = read_adapters(source, source_format, alpha=alpha, allow_nonfinite=allow_nonfinite)
         reader = FORMATS[name]
+        keys = None if base is None else set(files.keys_of(Path(base)))
+        if keys is not None:
+            before = _dotted(before, keys)
         adapters = _renamed(before, rename)
         if reader.bias != writer.bias and not no_bias:
             differ = f"{reader.name} {BIAS[reader.bias]} and {writer.name} {BIAS[writer.bias]}"
-            _check_bias(differ, before, adapters, base)
+            _check_bias(differ, before, adapters, base, keys)
         if (reader.name == "torchtune") != (writer.name == "torchtune"):
             adapters = _reordered(adapters, to_torchtune=writer.name == "torchtune", heads=heads, same_rows=same_rows)
         check_layers(writer, adapters)
@@ -194,16 +199,29 @@ def _renamed(adapters: Sequence[DoraAdapter], rename: Sequence[tuple[str, str]])
     return [renamed[module] for module in sorted(renamed)]
 
 
+def _dotted(adapters: Sequence[DoraAdapter], keys: Collection[str]) -> list[DoraAdapter]:
+    """By the names of the model beneath, where the adapters have kohya's. Raises ValueError where two become one."""
+    result: dict[str, DoraAdapter] = {}
+    for adapter, module in zip(adapters, dotted([adapter.module for adapter in adapters], keys), strict=True):
+        if module in result:
+            raise ValueError(f"convert: base has {shown(module)} for two adapters, one of them {shown(adapter.module)}")
+        result[module] = replace(adapter, module=module)
+    return [result[module] for module in sorted(result)]
+
+
 def _check_bias(
-    differ: str, before: Sequence[DoraAdapter], after: Sequence[DoraAdapter], base: str | PathLike[str] | None
+    differ: str,
+    before: Sequence[DoraAdapter],
+    after: Sequence[DoraAdapter],
+    base: str | PathLike[str] | None,
+    keys: Collection[str] | None,
 ) -> None:
     """Raise ValueError unless the model beneath, by either's names, has no bias in any adapted layer."""
-    if base is None:
+    if keys is None:
         raise ValueError(
             f"convert: {differ}, and adapters do not tell whether there is one; "
             "expected --no-bias where no adapted layer has a bias, or --base, the model's safetensors, to look"
         )
-    keys = files.keys_of(Path(base))
     names = {adapter.module for adapter in before}, {adapter.module for adapter in after}
     known = max(names, key=lambda modules: sum(f"{module}.weight" in keys for module in modules))
     for module in sorted(known):

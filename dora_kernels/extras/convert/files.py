@@ -20,6 +20,7 @@ from dora_kernels.files.reading import shown
 
 # what torch.save made; everything else is taken for safetensors
 _PICKLES = (".bin", ".pt", ".pth")
+PIPELINE = "model_index.json"
 
 
 def weights_of(row: Format, source: Path) -> Path | None:
@@ -87,7 +88,15 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def keys_of(base: Path) -> Collection[str]:
-    """The names of all tensors of a model: one .safetensors file, or a folder of them. Reads no tensor."""
+    """The names of all tensors of a model: one .safetensors file, or a folder of them. Reads no tensor.
+
+    Of a pipeline of diffusers', a folder with model_index.json, those of each model behind the name of its folder.
+    """
+    if os.path.lexists(base / PIPELINE):
+        folders = sorted({path.parent for path in base.glob("*/*.safetensors")})
+        keys = [f"{folder.name}.{key}" for folder in folders for key in keys_of(folder)]
+        if keys:
+            return keys
     paths = sorted(base.glob("*.safetensors")) if os.path.isdir(base) else [base]
     if not paths or not os.path.lexists(base):
         raise ValueError(f"convert: {shown(base)} holds no .safetensors; expected the model beneath the adapters")

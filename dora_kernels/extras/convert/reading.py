@@ -11,7 +11,7 @@ from torch import Tensor
 from dora_kernels.extras.convert import files
 from dora_kernels.extras.convert.adapter import DTYPES, DoraAdapter
 from dora_kernels.extras.convert.formats import FORMATS, Checkpoint, Format, begins, decode, known_keys
-from dora_kernels.extras.convert.scaling import InMetadata, InTensor, Unstated
+from dora_kernels.extras.convert.scaling import InMetadata, InTensor, Unstated, component
 from dora_kernels.files.reading import shown
 from dora_kernels.functional.arguments import check_choice, check_flag, check_number, check_path
 
@@ -65,14 +65,15 @@ def _found(source: Path, alpha: float | None) -> tuple[Format, Checkpoint, list[
     """The row and the adapters of the one format that `source` is in, and what they were made of."""
     fit: list[tuple[Format, Checkpoint, list[DoraAdapter]]] = []
     unstated: dict[str, ValueError] = {}
-    refused: list[tuple[int, str, ValueError]] = []
+    refused: list[tuple[tuple[int, bool], str, ValueError]] = []
     for row, checkpoint in _candidates(source):
         try:
             fit.append((row, checkpoint, decode(row, checkpoint, alpha)))
         except Unstated as error:
             unstated[row.name] = error
         except ValueError as error:
-            refused.append((known_keys(row, checkpoint.tensors), row.name, error))
+            modules_named = row.name == "diffusers" and all(map(component, checkpoint.tensors))
+            refused.append(((known_keys(row, checkpoint.tensors), modules_named), row.name, error))
     if unstated and alpha is None and all(_is_supposed(*found) for found in fit):
         if len(unstated) == 1 and not fit:
             raise _of(source, *unstated.values())
@@ -90,7 +91,7 @@ def _found(source: Path, alpha: float | None) -> tuple[Format, Checkpoint, list[
                     "expected --from to say which"
                 )
         return first
-    most, name, error = max(refused, key=lambda reason: reason[0])
+    (most, _), name, error = max(refused, key=lambda reason: reason[0])
     if not most:
         raise ValueError(f"convert: {shown(source)} has no key of any format's; expected one of {', '.join(FORMATS)}")
     raise _of(source, error, f"as {name}, which is nearest: ") from error
