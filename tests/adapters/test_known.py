@@ -256,6 +256,8 @@ def changes(layer):
     made["__call__ of the class of the base layer"] = on_class, type(base), "__call__", refuse
     if hasattr(base, "dilation"):
         made["_conv_forward of the base layer"] = put, base.__dict__, "_conv_forward", refuse
+        made["_conv_forward of lora_A"] = put, lora_A.__dict__, "_conv_forward", refuse
+        made["_conv_forward of lora_B"] = put, lora_B.__dict__, "_conv_forward", refuse
         made["_conv_forward of its class"] = on_class, type(base), "_conv_forward", refuse
         made["dilation"] = put, base.__dict__, "dilation", tuple(3 for _ in base.dilation)
         made["padding"] = put, base.__dict__, "padding", tuple(0 for _ in base.dilation)

@@ -559,6 +559,7 @@ FORWARDS = {
     "x @ self.weight.T if self.bias is None or not x else x @ self.weight.T + self.bias": False,
     "x.float() @ self.weight.T if self.bias is None else x.float() @ self.weight.T + self.bias": False,
     "x @ self.weight.T if self.bias is None else torch.add(x @ self.weight.T, self.bias)": False,
+    "x @ self.weight.T if self.bias is None or FLAG else x @ self.weight.T + self.bias": False,
     "x @ T if self.bias is None else x @ T + self.bias": False,
     "nn.functional.linear(x, self.weight, self.bias)": False,
     "super().forward(x)": False,
@@ -569,7 +570,7 @@ FORWARDS = {
 
 @pytest.mark.parametrize("expression", FORWARDS)
 def test_the_forward_that_is_known_by_what_it_does(expression):
-    namespace = {"nn": nn, "torch": torch, "T": torch.ones(8, 8)}
+    namespace = {"nn": nn, "torch": torch, "T": torch.ones(8, 8), "FLAG": False}
     exec(f"class Written(nn.Linear):\n    def forward(self, x):\n        return {expression}", namespace)
     module = namespace["Written"](8, 8)
     assert two_steps.is_two_steps(module) == FORWARDS[expression]
