@@ -125,7 +125,7 @@ def tune(model: nn.Module, seed: int = 2) -> None:
                 parameter.mul_(0.6 + torch.rand(parameter.shape, generator=random))
 
 
-def write(folder, name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+def write(folder, name: str, dtype: torch.dtype = torch.float32, embeddings: Any = "auto", **settings: Any):
     """The base in shards and the adapter on disk; returns PEFT's model, in float64, with the adapter from the disk."""
     model = make(name, dtype)
     model.save_pretrained(folder / "base", max_shard_size="20KB")
@@ -133,7 +133,7 @@ def write(folder, name: str, dtype: torch.dtype = torch.float32, **settings: Any
     settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "use_dora": True} | settings
     tuned = peft.get_peft_model(model, peft.LoraConfig(**settings))
     tune(tuned)
-    tuned.save_pretrained(folder / "adapter")
+    tuned.save_pretrained(folder / "adapter", save_embedding_layers=embeddings)
     return tuned_of(folder, type(model))
 
 
@@ -360,11 +360,8 @@ def test_a_base_that_does_not_fit(tmp_path):
 
 def test_a_head_that_is_the_embedding_is_refused(tmp_path):
     """PEFT's merge writes to both, and so to an embedding that the adapter never saw."""
-    settings = {"target_modules": ["lm_head", "q_proj"]}
     with pytest.warns(UserWarning, match="tie"):
-        tuned = write(tmp_path, "llama, tied", **settings)
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    save_file({key: tensor for key, tensor in load_file(file).items() if "base_layer" not in key}, file)
+        tuned = write(tmp_path, "llama, tied", embeddings=False, target_modules=["lm_head", "q_proj"])
     with pytest.raises(ValueError, match="^merge: lm_head.*embedding"):
         merge(tmp_path)
     exact = output(tuned)
@@ -372,10 +369,8 @@ def test_a_head_that_is_the_embedding_is_refused(tmp_path):
 
 
 def test_a_head_of_its_own(tmp_path):
-    tuned = write(tmp_path, "llama", target_modules=["lm_head", "q_proj"])
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    # PEFT also saves the weight beneath, which it does not train (save_embedding_layers)
-    save_file({key: tensor for key, tensor in load_file(file).items() if "base_layer" not in key}, file)
+    """Saved without the weight beneath it, which PEFT adds of itself."""
+    tuned = write(tmp_path, "llama", embeddings=False, target_modules=["lm_head", "q_proj"])
     assert "lm_head.weight" in merge(tmp_path).merged
     assert_merged(tmp_path, tuned, 3)
 
@@ -434,6 +429,32 @@ def test_peft_itself_drops_the_magnitude_when_it_makes_a_lora_of_it(rank, tmp_pa
     off = [distance(found[key], exact[key]) for key in exact if "_proj" in key]
     assert len(off) == 14
     assert 0.2 < sum(off) / len(off) < 0.4, "PEFT keeps the magnitude by now: docs/serving.md says otherwise"
+
+
+@pytest.mark.nightly
+def test_a_component_of_diffusers(tmp_path):
+    """A UNet's folder, and the file that its save_lora_adapter writes: linear layers and convolutions."""
+    UNet = pytest.importorskip("diffusers").UNet2DConditionModel
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "block_out_channels": (32, 64)}
+    blocks |= {"up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "layers_per_block": 1, "sample_size": 8}
+    model = UNet(**blocks, cross_attention_dim=32, attention_head_dim=8)
+    model.save_pretrained(tmp_path / "base", max_shard_size="500KB")
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]
+    settings = peft.LoraConfig(r=4, lora_alpha=4, use_dora=True, target_modules=layers)
+    model.add_adapter(settings)
+    tune(model)
+    model.save_lora_adapter(tmp_path / "adapter")
+    assert len(merge(tmp_path, check=4).merged) == 44
+    inputs = (torch.randn(1, 4, 8, 8), 3, torch.randn(1, 5, 32))
+    out, base = (UNet.from_pretrained(tmp_path / name) for name in ("out", "base"))
+    with torch.no_grad():
+        exact, found, before = (each.double().eval()(*_double(inputs)).sample for each in (model, out, base))
+    assert distance(found, exact) < 1e-6 and distance(before, exact) > 0.01
+
+
+def _double(values):
+    return [value.double() if isinstance(value, torch.Tensor) else value for value in values]
 
 
 @pytest.mark.nightly

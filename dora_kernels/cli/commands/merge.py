@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("merge", help="write a model with an adapter merged into it, as servers want it")
     add = parser.add_argument
     add("base", metavar="BASE", help="the model: a Hugging Face folder (safetensors), or a .safetensors file")
-    add("adapter", metavar="ADAPTER", help="DoRA or LoRA: whatever convert reads")
+    add("adapter", metavar="ADAPTER", help="a file or a folder of any format that convert reads")
     add("out", metavar="OUT", help="what is written: a folder or a file as BASE is, of the same dtype and shards")
     add(
         "--from",
