@@ -58,6 +58,7 @@ _HINT = "a hint to the compiler, which the interpreter does not read"
 _FEW = "there are fewer tiles than 2**30"
 _NO_REST = "beside a basis of the whole space there is only rounding"
 _ONE_DEVICE = "all are on one device"
+_ON_A_GPU = "asked on a GPU alone"
 _PROMOTED = "another factor has the dtype already, and torch promotes"
 _NO_FEATURES = "layers without in features may share their lows or not: those are 0"
 EXCLUDED = (
@@ -111,7 +112,10 @@ EXCLUDED = (
     Excluded(_STARTS, "", "_ROWS =", ("256",), _BLOCKS),
     Excluded(_STARTS, "", "_LARGEST_SCALING =", ("2.0", "15"), _SPEED),
     Excluded(_STARTS, "_norm_of_base", "weight = weight.detach().to(", ("weight.detach().to(",), _ONE_DEVICE),
-    Excluded(_STARTS, "_norm_of_base", 'if weight.device.type != "cpu"', ("",), "asked on a GPU alone"),
+    Excluded(_STARTS, "_norm_of_base", 'if weight.device.type != "cpu"', ("",), _ON_A_GPU),
+    Excluded(_STARTS, "_row_norms", "if isinstance(weight, Tensor)", ("weight.dtype == dtype or",), _SPEED),
+    Excluded(_STARTS, "_row_norms", "if isinstance(weight, Tensor)", ("weight.device.type !=",), _ON_A_GPU),
+    Excluded(_STARTS, "_row_norms", "return torch.linalg.norm(weight.to(", ("weight.to(",), _ON_A_GPU),
     Excluded(_STARTS, "_why_not_call", "> _LARGEST_SCALING", ("abs(scaling) > _LARGEST_SCALING",), _SPEED),
     Excluded(_OPS, "plain_mode", "elsewhere = ", ("device.index !=",), "the current one of several GPUs"),
     Excluded(_TOKEN_SUMS, "_finish", "divisor =", ("0 -> 1", "1.0 -> 0.0"), _NO_QUOTIENT),
