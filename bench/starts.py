@@ -1,11 +1,12 @@
-"""What it takes to put DoRA adapters on a model of 8B shapes: PEFT's own start, and inside of starts.fast_init.
+"""The time and memory in which DoRA adapters start on a model of 8B shapes: PEFT's own, and inside of starts.fast_init.
 
-    python -m bench.starts                          # bench/results/cpu/starts.json, in some ten minutes
+    python -m bench.starts                          # bench/results/cpu/starts.json, five minutes of two idle cores
     python -m bench.starts --case bf16 --repeats 5
 
 Llama-3-8B's seven linear layers in each of its 32 blocks, or of fewer, without embeddings. Layers of one shape read the
 same numbers, so that 32 blocks take their time and 0.3 GB. Times are process time on one thread, for others may be
-running: the median over interleaved repeats, and the least. Of that, "magnitudes" is the time of PEFT's
+running: the median over interleaved repeats, and the least. A case has a process of its own: what an allocator keeps
+of another one halves its time (page faults) and doubles its peak. Of the time, "magnitudes" is that of PEFT's
 DoraLinearVariant.init, which makes them. Peaks are VmHWM over what was resident before. Every magnitude that starts
 inside is compared with PEFT's: the same bits, or the row is not ok.
 """
@@ -18,6 +19,7 @@ import copy
 import ctypes
 import gc
 import math
+import multiprocessing
 import os
 import pathlib
 import statistics
@@ -58,7 +60,7 @@ STARTS = ("get_peft_model", "add_adapter", "from_pretrained", "low_cpu_mem_usage
 
 
 @dataclass(frozen=True)
-class Case:
+class StartCase:
     """A model, its adapters and the ways to start them that are measured."""
 
     precision: str = "bf16"
@@ -70,18 +72,18 @@ class Case:
 
 
 CASES = {
-    "bf16": Case(blocks=32, starts=STARTS),
-    "bf16, 8 blocks": Case(blocks=8),
-    "bf16, 2 blocks": Case(),
-    "bf16, rank 64": Case(rank=64),
-    "bf16, rank 256": Case(rank=256),
-    "fp16": Case("fp16"),
-    "fp32": Case("fp32"),
-    "nf4": Case("nf4"),
+    "bf16": StartCase(blocks=32, starts=("get_peft_model", "from_pretrained", "low_cpu_mem_usage")),
+    "bf16, 8 blocks": StartCase(blocks=8),
+    "bf16, 2 blocks": StartCase(starts=STARTS),
+    "bf16, rank 64": StartCase(rank=64),
+    "bf16, rank 256": StartCase(rank=256),
+    "fp16": StartCase("fp16"),
+    "fp32": StartCase("fp32"),
+    "nf4": StartCase("nf4"),
 }
 
 
-def model_of(case: Case, numbers: dict[tuple[int, ...], Tensor]) -> nn.Module:
+def model_of(case: StartCase, numbers: dict[tuple[int, ...], Tensor]) -> nn.Module:
     """A Llama whose parameters are views of `numbers`: it has, or gets, one of each shape."""
     heads = case.hidden // 128 or 1
     config = LlamaConfig(
@@ -122,7 +124,7 @@ def _nf4(linear: nn.Linear) -> nn.Module:
 
 
 @dataclass
-class Cost:
+class StartCost:
     """Of one start: process time, that of the magnitudes, and the peak over what was resident before, in bytes."""
 
     seconds: float = math.nan
@@ -131,7 +133,7 @@ class Cost:
 
 
 @contextlib.contextmanager
-def measured(cost: Cost) -> Iterator[None]:
+def measured(cost: StartCost) -> Iterator[None]:
     """Fill in `cost` of what is done inside."""
     init = variants.DoraLinearVariant.init
 
@@ -165,13 +167,13 @@ def _status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
-def run(case: Case, way: str, numbers: dict[tuple[int, ...], Tensor], folder: pathlib.Path) -> dict[str, Any]:
-    """start -> (Cost, the magnitudes), all of one way. The first run saves the adapter in `folder`, to be loaded."""
+def run(case: StartCase, way: str, numbers: dict[tuple[int, ...], Tensor], folder: pathlib.Path) -> dict[str, Any]:
+    """start -> (its cost, the magnitudes), of one way. The first run saves the adapter in `folder`, to be loaded."""
     config = peft.LoraConfig(r=case.rank, use_dora=True, target_modules="all-linear")
     found = {}
 
     def start(name: str, call: Callable[[], Any]) -> Any:
-        cost = Cost()
+        cost = StartCost()
         torch.manual_seed(0)
         with WAYS[way](), measured(cost):
             made = call()
@@ -195,17 +197,18 @@ def run(case: Case, way: str, numbers: dict[tuple[int, ...], Tensor], folder: pa
 
 
 @dataclass
-class Taken:
-    """What the repeats of one start by one way took."""
+class CostsTaken:
+    """The costs of one start by one way, of each repeat; not ok where a magnitude has other bits than PEFT's."""
 
-    costs: list[Cost] = field(default_factory=list)
+    costs: list[StartCost] = field(default_factory=list)
     ok: bool = True
 
 
-def measure(name: str, case: Case, repeats: int) -> list[dict[str, Any]]:
-    """A row for each start and way of the case."""
+def measure(name: str, case: StartCase, repeats: int) -> list[dict[str, Any]]:
+    """A row for each start and way of the case, on one thread."""
+    torch.set_num_threads(1)
     numbers: dict[tuple[int, ...], Tensor] = {}
-    taken = {(start, way): Taken() for start in case.starts for way in WAYS}
+    taken = {(start, way): CostsTaken() for start in case.starts for way in WAYS}
     with tempfile.TemporaryDirectory() as saved:
         for _ in range(repeats):
             results = {way: run(case, way, numbers, pathlib.Path(saved)) for way in WAYS}
@@ -229,8 +232,9 @@ def measure(name: str, case: Case, repeats: int) -> list[dict[str, Any]]:
     return rows
 
 
-def measure_enable(case: Case, repeats: int) -> float:
-    """The median process time of enable(model)."""
+def measure_enable(case: StartCase, repeats: int) -> float:
+    """The median process time of enable(model), on one thread."""
+    torch.set_num_threads(1)
     seconds = []
     with warnings.catch_warnings(), starts.fast_init():
         warnings.simplefilter("ignore")
@@ -269,18 +273,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.repeats < 1:
         parser.error(f"repeats is {arguments.repeats}; expected 1 or more")
     outputs.claim("bench.starts", arguments.out)
-    threads, rows = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        information = meta(torch.device("cpu"), arguments.commit) | {"repeats": arguments.repeats}
-        before = os.getloadavg()
-        with Progress(console=Console(stderr=True)) as progress:
-            for name in progress.track(arguments.case, description="starts"):
-                rows += measure(name, CASES[name], arguments.repeats)
-        information["load"] = [before[0], os.getloadavg()[0]]
-        information["enable_seconds"] = measure_enable(CASES[arguments.case[0]], arguments.repeats)
-    finally:
-        torch.set_num_threads(threads)
+    rows: list[dict[str, Any]] = []
+    information = meta(torch.device("cpu"), arguments.commit) | {"threads": 1, "repeats": arguments.repeats}
+    load = [os.getloadavg()[0]]
+    with (
+        multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool,
+        Progress(console=Console(stderr=True)) as progress,
+    ):
+        for name in progress.track(arguments.case, description="starts"):
+            rows += pool.apply(measure, (name, CASES[name], arguments.repeats))
+            load.append(os.getloadavg()[0])
+        enabling = pool.apply(measure_enable, (CASES[arguments.case[0]], arguments.repeats))
+    information |= {"load": load, "enable_seconds": enabling}
     write(arguments.out, information, rows)
     print(table(rows))
     print(f"enable: {information['enable_seconds']:.3f} s\n{arguments.out}")
