@@ -1,7 +1,7 @@
 """DoRA checkpoints from one library's format to another's: `python -m dora_kernels convert`.
 
 adapter.py is the neutral form, scaling.py where alpha is kept, formats.py the table of formats, files.py the disk,
-reading.py what finds the format, checkpoint.py the conversion. Needs safetensors.
+reading.py what finds the format, names.py what finds kohya's modules, checkpoint.py the conversion. Needs safetensors.
 """
 
 from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable

@@ -23,7 +23,7 @@ class DoraAdapter:
     """The adapter of one layer: gain * (base + scaling * low lora_B^T), gain = magnitude / norm.
 
     lora_A (R, K), lora_B (N, R), magnitude (N,); of a convolution lora_A (R, K, *kernel), lora_B (N, R, 1, ...).
-    norm_axis "out" is one norm for each of the N rows; "in", which LyCORIS alone knows, one for each of the K columns,
+    norm_axis "out" is one norm for each of the N rows; "in", of LyCORIS and ComfyUI, one for each of the K columns,
     and the magnitude is (K,). A magnitude of None is a layer of plain LoRA, whose gain is 1. Raises ValueError where
     shapes, dtypes or scaling are none of these.
     """

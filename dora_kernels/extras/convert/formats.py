@@ -1,12 +1,12 @@
 """The formats: the names of an adapter's tensors on disk in each library, and their meaning in its layer.
 
 A format is one row of FORMATS; `decode` and `encode` serve them all, through DoraAdapter. What a row does not say a
-file may not contain: a key that nothing accounts for is an error, and so is a plain LoRA without a magnitude.
+file may not contain: a key that nothing accounts for is an error, and so is a file of plain LoRA, without a magnitude.
 
 What differs between libraries and is no part of an adapter is not converted: dropout, whether the gradient goes
 through the norm, and LyCORIS' eps: its gain is magnitude / (norm + finfo.eps), 1.2e-7 in float32, which is below
-rounding for every norm over 4. A module keeps its name (`rename` changes it): kohya's lora_unet_... names have
-underscores for dots, from which dots cannot be told.
+rounding for every norm over 4. A module keeps its name (`rename` changes it, and names.py kohya's lora_unet_..., whose
+underscores for dots the model beneath alone can tell).
 """
 
 from __future__ import annotations
