@@ -64,6 +64,16 @@ def test_it_merges_and_tells_what(files, capsys, tmp_path):
     assert torch.equal(written["norm.weight"], base["norm"])
 
 
+def test_what_is_left_out_is_named(files, capsys, tmp_path):
+    for name in ("pytorch_model.bin", "model.\x1b[31m.gguf"):
+        (tmp_path / "base" / name).write_bytes(b"older weights")
+    assert main(MERGE) == 0
+    said = capsys.readouterr().out
+    line = r"left out, being weights from before the merge: model.\x1b[31m.gguf, pytorch_model.bin"
+    assert line in said.splitlines() and "\x1b" not in said
+    assert not {"pytorch_model.bin", "model.\x1b[31m.gguf"} & set(left(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("arguments, count", [([], 0), (["--check", "2"], 2), (["--check"], 3), (["--check", "9"], 3)])
 def test_a_check_is_a_line_for_each_tensor(files, capsys, arguments, count):
     assert main([*MERGE, *arguments]) == 0
@@ -216,7 +226,7 @@ def test_the_bar_is_on_a_terminal_alone(files, tmp_path):
         subprocess.Popen(
             [*COMMAND, "merge", "odd", "tuned", out], stdout=subprocess.PIPE, stderr=stream, env=environment
         )
-        for out, stream in (("a", theirs), ("b", subprocess.PIPE))
+        for out, stream in (("a\x1b[2J", theirs), ("b\x1b[2J", subprocess.PIPE))
     ]
     for run in runs:
         printed, said = run.communicate()
