@@ -285,6 +285,22 @@ def test_other_names_of_a_model_that_sees(spelled, tmp_path):
     assert_merged(tmp_path, tuned, 2)
 
 
+@pytest.mark.nightly
+def test_names_that_only_the_caller_knows(monkeypatch, tmp_path):
+    """transformers 5 has other names for ViT's layers than its checkpoints: refused, and merged by --rename."""
+    monkeypatch.setitem(MODELS, "vit", ("ViTForImageClassification", SEES, 12))
+    tuned = write(tmp_path, "vit", target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"])
+    with pytest.raises(ValueError, match=r"^merge: vit\.layers\.\d.* --rename"):
+        merge(tmp_path)
+    rename = [(r"vit\.layers", "vit.encoder.layer"), ("o_proj", "output.dense")]
+    rename += [(r"mlp\.fc1", "intermediate.dense"), (r"mlp\.fc2", "output.dense")]
+    rename += [(f"{kind[0]}_proj", f"attention.{kind}") for kind in ("query", "key", "value")]
+    assert len(merge(tmp_path, rename=rename).merged) == 12
+    ours = loaded(tmp_path / "out", type(tuned.get_base_model())).state_dict()
+    exact = tuned.merge_and_unload().state_dict()
+    assert max(distance(ours[key], exact[key]) for key in exact) < 3e-7
+
+
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
