@@ -125,7 +125,7 @@ def tune(model: nn.Module, seed: int = 2) -> None:
                 parameter.mul_(0.6 + torch.rand(parameter.shape, generator=random))
 
 
-def write(folder, name: str, dtype: torch.dtype = torch.float32, embeddings: Any = "auto", **settings: Any):
+def write(folder, name: str, dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
     """The base in shards and the adapter on disk; returns PEFT's model, in float64, with the adapter from the disk."""
     model = make(name, dtype)
     model.save_pretrained(folder / "base", max_shard_size="20KB")
@@ -133,7 +133,7 @@ def write(folder, name: str, dtype: torch.dtype = torch.float32, embeddings: Any
     settings = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "use_dora": True} | settings
     tuned = peft.get_peft_model(model, peft.LoraConfig(**settings))
     tune(tuned)
-    tuned.save_pretrained(folder / "adapter", save_embedding_layers=embeddings)
+    tuned.save_pretrained(folder / "adapter")
     return tuned_of(folder, type(model))
 
 
@@ -377,18 +377,80 @@ def test_a_base_that_does_not_fit(tmp_path):
 def test_a_head_that_is_the_embedding_is_refused(tmp_path):
     """PEFT's merge writes to both, and so to an embedding that the adapter never saw."""
     with pytest.warns(UserWarning, match="tie"):
-        tuned = write(tmp_path, "llama, tied", embeddings=False, target_modules=["lm_head", "q_proj"])
+        tuned = write(tmp_path, "llama, tied", target_modules=["lm_head", "q_proj"])
     with pytest.raises(ValueError, match="^merge: lm_head.*embedding"):
         merge(tmp_path)
     exact = output(tuned)
     assert distance(output(tuned.merge_and_unload()), exact) > 0.01
 
 
-def test_a_head_of_its_own(tmp_path):
-    """Saved without the weight beneath it, which PEFT adds of itself."""
-    tuned = write(tmp_path, "llama", embeddings=False, target_modules=["lm_head", "q_proj"])
+HEAD = "base_model.model.lm_head.base_layer.weight"
+
+
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, None], ids=str)
+def test_a_head_of_its_own(saved, tmp_path):
+    """PEFT also saves the weight beneath, which it does not train (save_embedding_layers), as it was loaded."""
+    tuned = write(tmp_path, "llama", target_modules=["lm_head", "q_proj"])
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    assert tensors[HEAD].shape == (67, 32)
+    beneath = tensors.pop(HEAD)
+    save_file(tensors if saved is None else tensors | {HEAD: beneath.to(saved)}, file)
     assert "lm_head.weight" in merge(tmp_path).merged
     assert_merged(tmp_path, tuned, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_head_that_was_trained_in_another_dtype(dtype, tmp_path, monkeypatch):
+    """A base in half precision, loaded in float32; the head's bias is saved as well."""
+    phi = ("PhiForCausalLM", GROUPED, 3)
+    monkeypatch.setitem(MODELS, "phi", phi)
+    make("phi", dtype).save_pretrained(tmp_path / "base")
+    model = transformers.PhiForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    settings = {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head", "q_proj"], "use_dora": True}
+    tuned = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    tune(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert saved[HEAD].dtype == torch.float32 and HEAD.replace("weight", "bias") in saved
+    merge(tmp_path)
+    assert_merged(tmp_path, tuned_of(tmp_path, transformers.PhiForCausalLM), 3, 4e-3)
+
+
+@pytest.mark.parametrize(
+    "before, said",
+    [
+        (lambda model: model.resize_token_embeddings(72, mean_resizing=False), r"with shape \(72, 32\).*\(67, 32\)"),
+        (lambda model: model.lm_head.weight.data[40, 3].mul_(1.5), "with other values than the base's"),
+        (lambda model: model.lm_head.weight.data[-1, -1].mul_(-1), "with other values than the base's"),
+    ],
+    ids=("resized", "changed", "changed at the end"),
+)
+def test_a_head_that_is_not_the_bases(before, said, tmp_path):
+    model = make("llama")
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        before(model)
+    settings = {"r": 4, "target_modules": ["lm_head", "q_proj"], "use_dora": True}
+    peft.get_peft_model(model, peft.LoraConfig(**settings)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=rf"^merge: lm_head\.weight is saved beside the adapter {said}"):
+        merge(tmp_path)
+    with pytest.raises(ValueError, match=r"lm_head\.base_layer\.weight: .*as PEFT saves it"):
+        convert_checkpoint(tmp_path / "adapter", tmp_path / "out", "peft", "dora_kernels")
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
+def test_a_vocabulary_that_was_resized_is_said(tmp_path):
+    """PEFT saves the embeddings whole, which a merge of the layers beside them would leave out."""
+    model = make("llama")
+    model.save_pretrained(tmp_path / "base")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(72, mean_resizing=False)
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    assert "base_model.model.lm_head.weight" in _keys(tmp_path)
+    with pytest.raises(ValueError, match=r"^merge: .*lm_head\.weight: a whole weight .*vocabulary was resized"):
+        merge(tmp_path)
 
 
 CONVERSIONS: dict[str, Callable[[str], str]] = {

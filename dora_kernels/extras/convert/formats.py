@@ -140,7 +140,10 @@ _OTHERS = {
     r"lora_embedding_[AB](\..+)?": _EMBEDDING,
     r"lora_B(\.[^.]+)?\.bias": _LORA_BIAS,
     r"lora_(up|down)\.bias": _LORA_BIAS,
-    r"base_layer\..+": "this is the model's own, of a state dict of all of it; expected the adapter's part alone",
+    r"base_layer\..+": "this is the model's own, of a state dict of all of it, or beside an adapter of its head or "
+    "embedding, as PEFT saves it but with save_embedding_layers=False; expected the adapter's part alone",
+    r"(embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)\.weight": "a whole weight of the model, which PEFT "
+    "saves where the vocabulary was resized before training, and of modules_to_save; it has no counterpart elsewhere",
     r"(modules_to_save|original_module)\..+": "a module that is saved whole has no counterpart elsewhere",
 }
 # https://github.com/Comfy-Org/ComfyUI/pull/15458
@@ -434,7 +437,7 @@ def _sort_keys(row: Format, tensors: Mapping[str, Tensor]) -> dict[str, dict[str
 
 
 def _why_refused(row: Format, name: str) -> str | None:
-    return next((why for pattern, why in row.refused.items() if re.fullmatch(rf".+\.{pattern}", name)), None)
+    return next((why for pattern, why in row.refused.items() if re.fullmatch(rf"(.+\.)?{pattern}", name)), None)
 
 
 def _match(row: Format, name: str) -> tuple[str | None, str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from dora_kernels.extras.convert.formats import FORMATS, Checkpoint, Format, beg
 from dora_kernels.extras.convert.scaling import InMetadata, InTensor, Unstated, component
 from dora_kernels.files.reading import shown
 from dora_kernels.functional.arguments import check_choice, check_flag, check_number, check_path
+
+_BENEATH = re.compile(r".+\.base_layer\.(weight|bias)")
 
 
 def read_adapters(
@@ -29,6 +33,28 @@ def read_adapters(
     for a source that does not state it. Raises ValueError as `decode` does, where no format fits or several differ,
     and for NaN and infinite values unless allow_nonfinite.
     """
+    return _read(source, source_format, alpha, allow_nonfinite, None)
+
+
+def read_apart(
+    source: str | PathLike[str], source_format: str | None, alpha: float | None, allow_nonfinite: bool
+) -> tuple[str, list[DoraAdapter], dict[str, Tensor]]:
+    """`read_adapters`, and by its key in the file what is the model's own, which that refuses.
+
+    PEFT saves it beside the adapter of a head or an embedding (save_embedding_layers). Who asks for it has to compare
+    it with the model, which may have been resized before it was trained.
+    """
+    beneath: dict[str, Tensor] = {}
+    return (*_read(source, source_format, alpha, allow_nonfinite, beneath), beneath)
+
+
+def _read(
+    source: str | PathLike[str],
+    source_format: str | None,
+    alpha: float | None,
+    allow_nonfinite: bool,
+    beneath: dict[str, Tensor] | None,
+) -> tuple[str, list[DoraAdapter]]:
     check_path("convert", "source", source)
     if source_format is not None:
         check_choice("convert", "source_format", source_format, tuple(FORMATS))
@@ -36,10 +62,10 @@ def read_adapters(
     check_flag("convert", "allow_nonfinite", allow_nonfinite)
     source = Path(source)
     if source_format is None:
-        row, checkpoint, adapters = _found(source, alpha)
+        row, checkpoint, adapters = _found(source, alpha, beneath)
     else:
         row = FORMATS[source_format]
-        checkpoint = files.load(row, source)
+        checkpoint = _without(files.load(row, source), beneath)
         try:
             adapters = decode(row, checkpoint, alpha)
         except ValueError as error:
@@ -61,12 +87,22 @@ def check_finite(source: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _found(source: Path, alpha: float | None) -> tuple[Format, Checkpoint, list[DoraAdapter]]:
+def _without(checkpoint: Checkpoint, beneath: dict[str, Tensor] | None) -> Checkpoint:
+    """The checkpoint without the model's own tensors, which are put into `beneath`; all of it where that is None."""
+    if beneath is None:
+        return checkpoint
+    beneath.update({key: tensor for key, tensor in checkpoint.tensors.items() if _BENEATH.fullmatch(key)})
+    return replace(checkpoint, tensors={key: it for key, it in checkpoint.tensors.items() if key not in beneath})
+
+
+def _found(
+    source: Path, alpha: float | None, beneath: dict[str, Tensor] | None
+) -> tuple[Format, Checkpoint, list[DoraAdapter]]:
     """The row and the adapters of the one format that `source` is in, and what they were made of."""
     fit: list[tuple[Format, Checkpoint, list[DoraAdapter]]] = []
     unstated: dict[str, ValueError] = {}
     refused: list[tuple[tuple[int, bool], str, ValueError]] = []
-    for row, checkpoint in _candidates(source):
+    for row, checkpoint in _candidates(source, beneath):
         try:
             fit.append((row, checkpoint, decode(row, checkpoint, alpha)))
         except Unstated as error:
@@ -104,7 +140,7 @@ def _is_supposed(row: Format, checkpoint: Checkpoint, adapters: Sequence[DoraAda
     return bool(supposes) and supposes(modules, checkpoint.tensors, checkpoint.header)
 
 
-def _candidates(source: Path) -> list[tuple[Format, Checkpoint]]:
+def _candidates(source: Path, beneath: dict[str, Tensor] | None) -> list[tuple[Format, Checkpoint]]:
     """The formats that may be asked: of those whose alpha is in a header or an adapter_config.json, if there is one."""
     checkpoints: dict[Path, Checkpoint] = {}
     loaded = []
@@ -112,7 +148,7 @@ def _candidates(source: Path) -> list[tuple[Format, Checkpoint]]:
         path = files.weights_of(row, source)
         if path is not None:
             if path not in checkpoints:
-                checkpoints[path] = files.load_weights(row, path)
+                checkpoints[path] = _without(files.load_weights(row, path), beneath)
             loaded.append((row, checkpoints[path]))
     if not loaded:
         names = ", ".join(dict.fromkeys(name for row in FORMATS.values() for name in row.files))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dora_kernels.extras.checkpoint_files import ADAPTER_CONFIG, TensorFiles
 from dora_kernels.extras.schema import ModelConfig, ModelIndex, read_json
@@ -130,6 +131,16 @@ def open_base(path: Path) -> Base:
     has_config = os.path.lexists(path / "config.json")
     config = read_json("merge", path / "config.json", ModelConfig) if has_config else None
     return Base(path, True, shards, entries, config, others, left_out)
+
+
+def blocks_of(shard: Shard, entry: Stored) -> Iterator[Tensor]:
+    """The numbers of a tensor of one of DTYPES, some at a time, in memory that the next ones are read into."""
+    memory = memoryview(bytearray(min(_COMPARED, entry.end - entry.start)))
+    with shard.opened() as number:
+        for start in range(entry.start, entry.end, _COMPARED):
+            view = memory[: entry.end - start]
+            shard.read_into(number, view, start)
+            yield torch.frombuffer(view, dtype=DTYPES[entry.dtype])
 
 
 def same_bytes(one: tuple[Shard, Stored], other: tuple[Shard, Stored]) -> bool:

@@ -97,11 +97,9 @@ def merge_checkpoint(
     heads = adapters.checked_heads(rename, heads, same_rows)
     _check_out(base, out)
     with claimed("merge", out), exact_products():
-        name, layers, fan_in_fan_out = adapters.read(
-            adapter, source_format, alpha, rename, heads, same_rows, allow_nonfinite
-        )
+        found = adapters.read(adapter, source_format, alpha, rename, heads, same_rows, allow_nonfinite)
         opened = open_base(base)
-        jobs = plan(opened, name, layers, fan_in_fan_out)
+        jobs = plan(opened, found)
         _check_space(opened, out)
         with creating("merge", out) as made:
             Writer(opened, jobs, not allow_nonfinite, progress).write(made)
@@ -110,7 +108,14 @@ def merge_checkpoint(
     dtypes = Counter(str(job.dtype).removeprefix("torch.") for job in jobs)
     copied = len(opened.entries) - len(merged)
     return MergeReport(
-        tuple(merged), copied, opened.bytes, dtypes, name, checked, opened.left_out, tuple(job.adapter for job in jobs)
+        tuple(merged),
+        copied,
+        opened.bytes,
+        dtypes,
+        found.format,
+        checked,
+        opened.left_out,
+        tuple(job.adapter for job in jobs),
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from dora_kernels.extras.convert import FORMATS, DoraAdapter
-from dora_kernels.extras.merging.base import DTYPES, Base, Shard, Stored, same_bytes
+from dora_kernels.extras.convert.adapter import same_bits
+from dora_kernels.extras.merging.adapters import AdapterFile
+from dora_kernels.extras.merging.base import DTYPES, Base, Shard, Stored, blocks_of, same_bytes
 from dora_kernels.extras.merging.matching import HEADS, match
 from dora_kernels.files.reading import shown
 
@@ -42,9 +45,10 @@ class Planned:
         return DTYPES[self.entry.dtype]
 
 
-def plan(base: Base, name: str, adapters: Sequence[DoraAdapter], fan_in_fan_out: bool | None) -> list[Planned]:
-    """The jobs, in the order of the adapters. name: their format. Raises ValueError for what cannot be merged."""
+def plan(base: Base, read: AdapterFile) -> list[Planned]:
+    """The jobs, in the order of the adapters. Raises ValueError for what cannot be merged."""
     _check_config(base)
+    adapters = read.layers
     try:
         found = match([adapter.module for adapter in adapters], base.entries)
     except ValueError:
@@ -52,6 +56,8 @@ def plan(base: Base, name: str, adapters: Sequence[DoraAdapter], fan_in_fan_out:
         raise
     for key in found.values():
         _check_dtype(base, key, base.entries[key][1])
+    for (module, part), tensor in read.beneath.items():
+        _check_beneath(base, found[module], part, tensor)
     layouts = {adapter.module: _is_across(adapter, base.entries[found[adapter.module]][1]) for adapter in adapters}
     told = {layouts[adapter.module] for adapter in adapters if adapter.ndim == 2}
     jobs = []
@@ -59,8 +65,8 @@ def plan(base: Base, name: str, adapters: Sequence[DoraAdapter], fan_in_fan_out:
         key = found[adapter.module]
         shard, entry = base.entries[key]
         _check_tie(base, key, entry)
-        transposed = _is_transposed(base, key, layouts[adapter.module], told, fan_in_fan_out)
-        jobs.append(Planned(adapter, shard, entry, transposed, _bias(base, name, key)))
+        transposed = _is_transposed(base, key, layouts[adapter.module], told, read.fan_in_fan_out)
+        jobs.append(Planned(adapter, shard, entry, transposed, _bias(base, read.format, key)))
     return jobs
 
 
@@ -94,6 +100,31 @@ def _check_dtype(base: Base, key: str, entry: Stored) -> None:
     copies = [shard.path.name for shard in base.shards if any(other.key == key for other in shard.entries)]
     if len(copies) > 1:
         raise ValueError(f"merge: {shown(key)} is in {shown(copies[0])} and in {shown(copies[1])}; expected one")
+
+
+def _check_beneath(base: Base, key: str, part: str, saved: Tensor) -> None:
+    """Raise ValueError unless a tensor that the adapter has of its base is that of this one, in its own dtype.
+
+    PEFT saves it of a head that is adapted, in the dtype of training (https://github.com/huggingface/peft, function
+    get_peft_model_state_dict). Where it is another the adapter was trained over another model.
+    """
+    key = key.removesuffix("weight") + part
+    shape = tuple(saved.shape)
+    shard, entry = base.entries.get(key, (None, None))
+    if shard is None or entry is None or entry.dtype not in DTYPES or entry.shape != shape:
+        held = "has no such tensor" if entry is None else f"is {entry.dtype} of shape {entry.shape}"
+        raise ValueError(
+            f"merge: {shown(key)} is saved beside the adapter with shape {shape}, but the base's {held}; expected the "
+            "base that it was trained over, whose vocabulary may have been resized before"
+        )
+    done, saved = 0, saved.detach().resolve_neg().reshape(-1)
+    for block in blocks_of(shard, entry):
+        if not same_bits(block.to(saved.dtype), saved[done : done + len(block)]):
+            raise ValueError(
+                f"merge: {shown(key)} is saved beside the adapter with other values than the base's; expected the base "
+                "that it was trained over"
+            )
+        done += len(block)
 
 
 def _is_across(adapter: DoraAdapter, entry: Stored) -> bool | None:
