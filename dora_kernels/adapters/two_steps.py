@@ -1,8 +1,9 @@
 """Linear layers whose forward is x @ W.T, and then + bias: Falcon's in transformers, known by what the forward does.
 
 The forward is run on names in place of x, weight and bias. A name knows the product, the transpose and the sum, and
-nothing else: no shape, no dtype, no truth. The code may name nothing but these, so that no branch of it depends on
-anything that is not known here but whether there is a bias. What comes out then says what the forward computes.
+nothing else: no shape, no dtype, no truth. The code may name nothing but these, no global, and may catch no error of a
+name's, so that no branch of it depends on anything that is not known here but whether there is a bias. What comes out
+then says what the forward computes.
 
 It differs from nn.Linear's in roundings: the product is rounded to its dtype before the bias is added, and the sum has
 the wider of the two dtypes. Under autocast that is float32 where the bias is.
@@ -10,6 +11,7 @@ the wider of the two dtypes. Under autocast that is float32 where the bias is.
 
 from __future__ import annotations
 
+import dis
 import weakref
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from torch import nn
 from dora_kernels.adapters.classes import class_name, why_not_attributes
 
 NAMES = frozenset(("weight", "bias", "T", "mT", "t", "matmul"))
-"""The attributes, methods and globals that the code of such a forward may name."""
+"""The attributes and methods that the code of such a forward may name."""
 
 
 class Name:
@@ -96,7 +98,12 @@ def _names_no_more(forward: FunctionType) -> bool:
     code = forward.__code__
     constants = all(value is None or type(value) is str for value in code.co_consts)
     arguments = code.co_argcount == 2 and not code.co_kwonlyargcount and not code.co_freevars
-    return constants and arguments and set(code.co_names) <= NAMES
+    if not (constants and arguments and set(code.co_names) <= NAMES):
+        return False
+    if getattr(code, "co_exceptiontable", b""):
+        return False
+    # a global of such a name may be any function; SETUP: of Python 3.10, which has no table of handlers
+    return not any("GLOBAL" in one.opname or one.opname.startswith("SETUP") for one in dis.get_instructions(code))
 
 
 def _meaning(forward: FunctionType, bias: Name | None) -> Any:

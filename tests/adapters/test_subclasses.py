@@ -561,6 +561,7 @@ FORWARDS = {
     "x @ self.weight.T if self.bias is None else torch.add(x @ self.weight.T, self.bias)": False,
     "x @ self.weight.T if self.bias is None or FLAG else x @ self.weight.T + self.bias": False,
     "x @ T if self.bias is None else x @ T + self.bias": False,
+    "matmul(x, self.weight.T) if self.bias is None else matmul(x, self.weight.T) + self.bias": False,
     "nn.functional.linear(x, self.weight, self.bias)": False,
     "super().forward(x)": False,
     "(lambda: x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias)()": False,
@@ -568,9 +569,13 @@ FORWARDS = {
 """Expressions of x and self, and whether they are x @ W.T, and then + bias. The first forgets the bias."""
 
 
+def doubled_product(x, weight):
+    return 2 * x @ weight if isinstance(x, torch.Tensor) else x @ weight
+
+
 @pytest.mark.parametrize("expression", FORWARDS)
 def test_the_forward_that_is_known_by_what_it_does(expression):
-    namespace = {"nn": nn, "torch": torch, "T": torch.ones(8, 8), "FLAG": False}
+    namespace = {"nn": nn, "torch": torch, "T": torch.ones(8, 8), "FLAG": False, "matmul": doubled_product}
     exec(f"class Written(nn.Linear):\n    def forward(self, x):\n        return {expression}", namespace)
     module = namespace["Written"](8, 8)
     assert two_steps.is_two_steps(module) == FORWARDS[expression]
@@ -601,6 +606,36 @@ class Writes(nn.Linear):
         return y
 
 
+class Catches(nn.Linear):
+    """Goes on where something is no tensor."""
+
+    def forward(self, x):
+        try:
+            x = -x
+        except TypeError:
+            pass
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+class CatchesAll(nn.Linear):
+    """The same, and names nothing."""
+
+    def forward(self, x):
+        try:
+            x = -x
+        finally:
+            return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias  # noqa: B012
+
+
+class Stores(nn.Linear):
+    """Leaves x behind for somebody."""
+
+    def forward(self, x):
+        global t
+        t = x
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
 class Defaults(nn.Linear):
     """Has an argument of its own."""
 
@@ -609,7 +644,8 @@ class Defaults(nn.Linear):
 
 
 def test_forwards_that_are_not_known():
-    assert not any(two_steps.is_two_steps(cls(8, 6)) for cls in (InPlace, Writes, Defaults, Sub, nn.Linear))
+    others = (InPlace, Writes, Catches, CatchesAll, Stores, Defaults, Sub, nn.Linear)
+    assert not any(two_steps.is_two_steps(cls(8, 6)) for cls in others)
     assert not two_steps.is_two_steps(nn.Identity()) and not two_steps.is_two_steps(SubConv1D(6, 8))
 
 
