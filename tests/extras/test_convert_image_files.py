@@ -213,6 +213,18 @@ def test_no_alpha_is_the_rank_where_every_loader_takes_it_so(tmp_path):
     assert_same(read_adapters(path, "comfy")[1], [adapter("lora_unet_fc", 1.0, axis="in")])
 
 
+@pytest.mark.parametrize("prefix, names", [("base_model.model.", DOWN_UP[0]), ("", DOWN_UP[1])])
+def test_a_language_models_transformer_is_no_pipelines(tmp_path, prefix, names):
+    """GPT-2's and Falcon's modules begin with transformer. too: adapter_model.safetensors without its config."""
+    originals = [adapter("transformer.h.0.attn.c_attn"), adapter("transformer.h.0.mlp.c_fc", seed=1)]
+    path = file(tmp_path / "adapter_model.safetensors", originals, names, VECTORS[2], prefix=prefix)
+    with pytest.raises(ValueError, match="may be peft, and states no alpha"):
+        read_adapters(path)
+    found, adapters = read_adapters(path, alpha=8)
+    assert found == "peft"
+    assert_same(adapters, originals)
+
+
 def test_alpha_of_zero_is_refused_where_readers_differ(tmp_path):
     path = written(tmp_path, "comfy", [adapter("a", axis="in")])
     save_file(load_file(path) | {"a.alpha": torch.tensor(0)}, path)

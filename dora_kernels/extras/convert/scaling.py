@@ -50,6 +50,8 @@ _SILENT = {
 _FILE = "adapter_config.json"
 # the models of diffusers' pipelines that may have an adapter
 _COMPONENT = re.compile(r"(unet|transformer(_2|_ref)?|text_encoder(_[23])?|connectors|text_conditioner)\.")
+# an adapter's name in a key, which PEFT has in memory alone
+_NAMED = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
 _READ = {"peft_type", "use_dora", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 
 
@@ -232,9 +234,12 @@ class InMetadata:
     header: ClassVar[str] = "lora_adapter_metadata"
 
     def supposes(self, modules: Sequence[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> bool:
-        """True where alpha is R for want of a word, and not even the modules' names are diffusers' alone."""
+        """True where alpha is R for want of a word, and not even the keys are those that diffusers alone writes.
+
+        PEFT's own begin with base_model.model. (transformer. is a GPT-2's own then) or have an adapter's name.
+        """
         stated = self.header in header or any(key.endswith(".alpha") for key in tensors)
-        return not stated and not all(map(component, modules))
+        return not stated and not all(component(key) and not _NAMED.search(key) for key in tensors)
 
     def read(self, tensors, ranks, config, header, alpha) -> dict[str, float]:
         scaling = self._of_header(ranks, header[self.header], alpha) if self.header in header else None
