@@ -271,6 +271,9 @@ def test_rows_are_another_function_to_comfyui(tmp_path, capsys):
     one_row = replace(wide, lora_B=wide.lora_B[:1])  # (1, K) is of as many rows as the weight
     with pytest.raises(ValueError, match="which comfy does not know of one row"):
         encode(FORMATS["comfy"], [one_row])
+    path = file(tmp_path / "one", [one_row], DOWN_UP[0], "dora_scale", alpha="a")
+    with pytest.raises(ValueError, match=r"dora_scale has shape \(1, 10\); expected a layer of more than one row"):
+        read_adapters(path, "comfy")
     assert decode(FORMATS["lycoris"], encode(FORMATS["lycoris"], [one_row]))[0].same(one_row)
 
 

@@ -328,7 +328,8 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
         if axis in row.axes:
             raise ValueError(f"convert: {shown(module)} has {row.axes[axis]}")
         if axis is None:
-            expected = " or ".join(str(shape) for axis, shape in shapes.items() if axis not in row.axes)
+            known = [str(shape) for axis, shape in shapes.items() if axis not in row.axes]
+            expected = " or ".join(known) or "a layer of more than one row"
             raise ValueError(
                 f"convert: {shown(module)}: {row.magnitude} has shape {tuple(magnitude.shape)}; expected {expected}"
             )
