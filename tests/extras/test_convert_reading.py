@@ -51,6 +51,19 @@ def test_an_alpha_that_nothing_states_is_asked_for(tmp_path):
     assert_same(adapters, [adapter("a")])
 
 
+def test_the_config_beside_a_file_is_its_own_formats(tmp_path):
+    """adapter_model.pt is torchtune's by its name, and no other format's; adapter_model.safetensors is of several."""
+    written(tmp_path, "torchtune", [adapter("a")])
+    tensors = dict(encode(FORMATS["torchtune"], [adapter("a")]).tensors)
+    for name, save_it in (("adapter_model.pt", torch.save), ("adapter_model.safetensors", save_file)):
+        path = tmp_path / "as-torchtune" / name
+        save_it(tensors, path)
+        assert read_adapters(path)[0] == "torchtune"
+        assert_same(read_adapters(path)[1], [adapter("a")])
+        with pytest.raises(ValueError, match="lora_alpha is 8 in the source but --alpha is 2"):
+            read_adapters(path, alpha=2)
+
+
 def test_formats_that_say_different_things_are_both_named(tmp_path, monkeypatch):
     twin = replace(FORMATS["lycoris"], name="twin", scaling=FORMATS["fsdp_qlora"].scaling)
     monkeypatch.setitem(FORMATS, "twin", twin)

@@ -147,9 +147,12 @@ def _candidates(source: Path, beneath: dict[str, Tensor] | None) -> list[tuple[F
     for row in FORMATS.values():
         path = files.weights_of(row, source)
         if path is not None:
-            if path not in checkpoints:
-                checkpoints[path] = _without(files.load_weights(row, path), beneath)
-            loaded.append((row, checkpoints[path]))
+            if path not in checkpoints:  # read once, with its config if any format has one beside a file of this name
+                named = next((other for other in FORMATS.values() if path.name in other.files), row)
+                checkpoints[path] = _without(files.load_weights(named, path), beneath)
+            checkpoint = checkpoints[path]
+            others = bool(checkpoint.config) and path.name not in row.files
+            loaded.append((row, replace(checkpoint, config={}) if others else checkpoint))
     if not loaded:
         names = ", ".join(dict.fromkeys(name for row in FORMATS.values() for name in row.files))
         raise ValueError(f"convert: {shown(source)} holds none of {names}; expected a folder with one, or a file")
