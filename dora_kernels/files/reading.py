@@ -12,7 +12,10 @@ SHOWN = 200
 
 def printable(text: object, keep: str = "") -> str:
     """`text` with what moves a cursor, sets a colour or is no character escaped, but for the characters of `keep`."""
-    return "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1] for letter in str(text))
+    text = str(text)
+    if text.isprintable():  # as nearly all are, of which a file of 10^4 tensors has many
+        return text
+    return "".join(letter if letter.isprintable() or letter in keep else ascii(letter)[1:-1] for letter in text)
 
 
 def shown(name: object) -> str:

@@ -11,6 +11,7 @@ underscores for dots the model beneath alone can tell).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -441,11 +442,15 @@ def _why_refused(row: Format, name: str) -> str | None:
     return next((why for pattern, why in row.refused.items() if re.fullmatch(rf"(.+\.)?{pattern}", name)), None)
 
 
+@functools.cache
+def _pattern(suffix: str) -> re.Pattern[str]:
+    suffix = re.escape(suffix).replace(r"\{adapter\}", r"(?P<adapter>[^.]+)")
+    return re.compile(rf"(?P<module>.+)\.{suffix}")
+
+
 def _match(row: Format, name: str) -> tuple[str | None, str, str]:
     """(module, part, adapter's name) of a key; module is None where it is no key of the format."""
     for part, suffix in row.names():
-        pattern = re.escape(suffix).replace(r"\{adapter\}", r"(?P<adapter>[^.]+)")
-        match = re.fullmatch(rf"(?P<module>.+)\.{pattern}", name)
-        if match:
+        if match := _pattern(suffix).fullmatch(name):
             return match["module"], part, match.groupdict().get("adapter", "")
     return None, "", ""
