@@ -277,6 +277,27 @@ def test_rows_are_another_function_to_comfyui(tmp_path, capsys):
     assert decode(FORMATS["lycoris"], encode(FORMATS["lycoris"], [one_row]))[0].same(one_row)
 
 
+@pytest.mark.parametrize("name", ["lycoris", None])
+def test_rows_that_a_trainer_made_for_comfyui_are_refused(tmp_path, name):
+    """m n(W) / n(W + s B A) and not m, which is for LyCORIS to read: no conversion without the base keeps it."""
+    for key, value in (("ss_dora_format", "comfyui"), ("ss_dora_scale_format", "comfy_weight_norm")):
+        rows, columns = (adapter("lora_unet_a", axis=axis) for axis in ("out", "in"))
+        path = file(tmp_path / "a", [rows], DOWN_UP[2], "dora_scale", alpha=["lora_unet_a"], header={key: value})
+        with pytest.raises(ValueError, match=f"lora_unet_a has a norm over rows, and by the header's {key} that of"):
+            read_adapters(path, name)
+        path = file(tmp_path / "b", [columns], DOWN_UP[2], "dora_scale", alpha=["lora_unet_a"], header={key: value})
+        assert_same(read_adapters(path, name)[1], [columns])
+
+
+def test_rows_without_alpha_are_asked_for_by_format(tmp_path):
+    """A file for ComfyUI with alpha in lora_B, whose rows may be over the norm of the base's weight."""
+    path = file(tmp_path / "file", [adapter("diffusion_model.a", 1.0)], DOWN_UP[0], "dora_scale")
+    for alpha in (None, 4):
+        with pytest.raises(ValueError, match="expected --alpha" if alpha is None else "no alpha, .* --from lycoris"):
+            read_adapters(path, alpha=alpha)
+    assert_same(read_adapters(path, "lycoris", alpha=4)[1], [adapter("diffusion_model.a", 1.0)])
+
+
 KINDS = {
     "hada_w1_a": "LoHa",
     "hada_t2": "LoHa",

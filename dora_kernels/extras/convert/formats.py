@@ -152,6 +152,13 @@ _COMFY_ROWS = (
     "a norm over rows, which ComfyUI takes of the base's weight alone and not of the sum, as no other does; expected "
     "one over columns, or lycoris in place of comfy, which says what the file's trainer computes"
 )
+# what trainers for it say in the header where their rows are its: m n(W) / n(W + s B A), as of
+# https://github.com/akatsuki-neo/anima-edit/blob/156a6221e4892b14cc24548eb71a869bd46ba6ec/networks/dora.py
+_COMFY_HEADERS = {
+    "ss_dora_format": "comfyui",
+    "ss_dora_scale_format": "comfy_weight_norm",
+    "anima_dora_scale_format": "comfy_output_axis_adjusted",
+}
 _DOWN = ("lora_A.weight", "lora_A.{adapter}.weight", "lora.down.weight", "lora_linear_layer.down.weight")
 _UP = ("lora_B.weight", "lora_B.{adapter}.weight", "lora.up.weight", "lora_linear_layer.up.weight")
 # by PEFT's state dicts now and before 0.11, and by OneTrainer
@@ -328,6 +335,12 @@ def decode(row: Format, checkpoint: Checkpoint, alpha: float | None = None) -> l
         axis = next((axis for axis, shape in shapes.items() if shape == tuple(magnitude.shape)), None)
         if axis in row.axes:
             raise ValueError(f"convert: {shown(module)} has {row.axes[axis]}")
+        said = next((key for key, value in _COMFY_HEADERS.items() if checkpoint.header.get(key) == value), None)
+        if said is not None and axis == "out":
+            raise ValueError(
+                f"convert: {shown(module)} has a norm over rows, and by the header's {said} that of the base's weight "
+                "alone and not of the sum, as ComfyUI takes it; expected one of the sum"
+            )
         if axis is None:
             known = [str(shape) for axis, shape in shapes.items() if axis not in row.axes]
             expected = " or ".join(known) or "a layer of more than one row"

@@ -126,11 +126,26 @@ def _found(
                     f"convert: {shown(source)} may be {first[0].name} or {row.name}, which read it differently; "
                     "expected --from to say which"
                 )
+        _check_rows(source, *first)
         return first
     (most, _), name, error = max(refused, key=lambda reason: reason[0])
     if not most:
         raise ValueError(f"convert: {shown(source)} has no key of any format's; expected one of {', '.join(FORMATS)}")
     raise _of(source, error, f"as {name}, which is nearest: ") from error
+
+
+def _check_rows(source: Path, row: Format, checkpoint: Checkpoint, adapters: Sequence[DoraAdapter]) -> None:
+    """Raise ValueError for rows of `dora_scale` without an `alpha` beside, which no trainer writes that means the sum.
+
+    LyCORIS and OneTrainer write both. What has alpha in lora_B was made for ComfyUI, and its rows may be as that reads
+    them, over the norm of the base's weight.
+    """
+    for a in adapters if row.magnitude == "dora_scale" else ():
+        if a.magnitude is not None and a.norm_axis == "out" and f"{a.module}.alpha" not in checkpoint.tensors:
+            raise ValueError(
+                f"convert: {shown(source)}: {shown(a.module)} has a norm over rows and no alpha, as files for ComfyUI "
+                f"of which it is that of the base's weight alone; expected --from {row.name} where it is of the sum"
+            )
 
 
 def _is_supposed(row: Format, checkpoint: Checkpoint, adapters: Sequence[DoraAdapter]) -> bool:
