@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from dora_kernels.cli import main
 from dora_kernels.extras.convert import convert_checkpoint
+from dora_kernels.extras.convert.names import dotted
 from tests.support.convert_problem import adapter, assert_same, reread, several, written
 
 # of Stable Diffusion XL, as diffusers has it, and of its single file
@@ -63,6 +64,19 @@ def test_the_whole_name_comes_before_an_end(tmp_path):
     path = written(tmp_path, "lycoris", [adapter("lora_unet_block_0_fc")])
     convert_checkpoint(path, tmp_path / "o", None, "peft", base=base)
     assert reread(tmp_path / "o", "peft")[0].module == "block.0.fc"
+
+
+FLUX = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.attn.to_q", "proj_out"
+
+
+@pytest.mark.parametrize("where", ["", "transformer."])
+@pytest.mark.parametrize("prefix", ["lycoris", "lora_unet", "lora_transformer"])
+def test_a_model_whose_own_names_begin_as_a_prefix_goes_on(tmp_path, where, prefix):
+    """SimpleTuner's files of LyCORIS over Flux: lycoris_transformer_blocks_0_attn_to_q."""
+    names = [where + module for module in FLUX]
+    assert dotted([flat(prefix, module) for module in FLUX], [f"{name}.weight" for name in names]) == names
+    others = ["text_encoder.blocks.0.attn.to_q.weight", *(f"{name}.weight" for name in names)]
+    assert dotted([flat(prefix, FLUX[0])], others) == names[:1]
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ def weights(*names):
         (["model.vision_model.fc", f"{TEXT}.layers.0.a"], ["vision_model.fc", "language_model.model.layers.0.a"]),
         (["model.vision_tower.fc", "model.multi_modal_projector.a"], ["vision_tower.fc", "multi_modal_projector.a"]),
         (["lora_unet_down_blocks_0_to_q"], ["down_blocks.0.to_q"]),
+        (["lycoris_proj_out", "lycoris_transformer_blocks_0_q"], ["proj_out", "transformer_blocks.0.q"]),
         (["lora_te1_text_model_fc_1"], ["text_model.fc_1"]),
         (
             ["lora_unet_mid_fc1", "lora_unet_mid_fc2"],

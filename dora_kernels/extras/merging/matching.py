@@ -6,13 +6,12 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from dora_kernels.extras.convert.names import behind_prefix
 from dora_kernels.files.reading import shown
 
 HEADS = ("lm_head", "embed_out", "output_projection", "decoder")
 """transformers' names of the layer that may share its weight with the embedding."""
 _WEIGHT = ".weight"
-_KOHYA = re.compile(r"(lora|lycoris)_(unet|te\d?|transformer|prior_unet|prior_te|text_encoder\d?)_|lycoris_|lora_")
-"""The words that kohya's sd-scripts, LyCORIS and others put before a module with underscores."""
 _MODULES = (
     (re.compile(r"^language_model\.lm_head$"), "lm_head"),
     (re.compile(r"^language_model\.model\."), "model.language_model."),
@@ -39,9 +38,10 @@ def match(modules: Sequence[str], keys: Iterable[str]) -> dict[str, str]:
     if found is None:
         found = _found(modules, [_in_transformers(module) for module in modules], _spelled(names, _in_transformers))
     if found is None and not any("." in module for module in modules):
-        spelled = [_KOHYA.sub("", module, count=1) if _KOHYA.match(module) else module for module in modules]
         flat = _spelled(names, lambda name: name.replace(".", "_"))
-        found = _found(modules, spelled, flat) or _prefixed(modules, spelled, flat, "_")
+        ends = [[end for end, _ in behind_prefix(module)] or [module] for module in modules]
+        found = _found(modules, [of[0] for of in ends], flat) or _found(modules, [of[-1] for of in ends], flat)
+        found = found or _prefixed(modules, [of[0] for of in ends], flat, "_")
     if found is None:
         raise _unmatched(modules, names)
     taken: dict[str, str] = {}
