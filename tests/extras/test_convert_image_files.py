@@ -225,6 +225,13 @@ def test_a_language_models_transformer_is_no_pipelines(tmp_path, prefix, names):
     assert_same(adapters, originals)
 
 
+def test_alphas_in_the_header_of_another_format_are_not_taken_for_the_rank(tmp_path):
+    path = written(tmp_path, "dora_kernels", [adapter("transformer.fc", 3.0)])
+    with pytest.raises(ValueError, match="the header has dora_alpha, .*expected --from dora_kernels"):
+        read_adapters(path, "diffusers")
+    assert_same(read_adapters(path)[1], [adapter("transformer.fc", 3.0)])
+
+
 def test_alpha_of_zero_is_refused_where_readers_differ(tmp_path):
     path = written(tmp_path, "comfy", [adapter("a", axis="in")])
     save_file(load_file(path) | {"a.alpha": torch.tensor(0)}, path)

@@ -79,6 +79,13 @@ def test_a_model_whose_own_names_begin_as_a_prefix_goes_on(tmp_path, where, pref
     assert dotted([flat(prefix, FLUX[0])], others) == names[:1]
 
 
+def test_a_prefix_says_which_model_of_a_pipeline(tmp_path):
+    names = [f"{encoder}.text_model.layers.0.fc" for encoder in ("text_encoder", "text_encoder_2")]
+    path = written(tmp_path, "lycoris", [adapter("lora_te1_layers_0_fc"), adapter("lora_te2_layers_0_fc", 0.5)])
+    convert_checkpoint(path, tmp_path / "o", None, "peft", base=model(tmp_path / "base.safetensors", names))
+    assert [(a.module, a.scaling) for a in reread(tmp_path / "o", "peft")] == [(names[0], 2.0), (names[1], 0.5)]
+
+
 @pytest.mark.parametrize(
     "modules, expected",
     [

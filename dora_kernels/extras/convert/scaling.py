@@ -259,6 +259,11 @@ class InMetadata:
             return by_tensor
         if scaling is not None:
             return scaling
+        if InHeader.header in header:
+            raise ValueError(
+                f"convert: the header has {InHeader.header}, for another format, which diffusers does not read; "
+                "expected --from dora_kernels"
+            )
         return {module: 1.0 if alpha is None else alpha / rank for module, rank in ranks.items()}
 
     def _of_header(self, ranks: Mapping[str, int], text: str, alpha: float | None) -> dict[str, float]:
