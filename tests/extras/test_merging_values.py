@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from dora_kernels.extras.merging import CheckFailed, blocks, merge_checkpoint
+from dora_kernels.extras.merging import CheckFailed, blocks, check, checkpoint, merge_checkpoint
+from dora_kernels.extras.merging.base import Source
 from tests.support.merge_problem import (
     adapter_of,
     direction_of,
@@ -245,6 +246,28 @@ def test_what_float16_cannot_hold_is_refused():
         plain = replace(adapter, magnitude=None)
         plain.lora_B[5] = 6e4
         merge_blocks(weight, plain)
+
+
+@pytest.mark.parametrize("axis", ["out", "in"])
+def test_the_check_reads_some_rows_at_a_time(axis, tmp_path, monkeypatch):
+    """Of the largest tensor of a model with 70B weights it would else hold 4 GB."""
+    weight = random(600, 700, seed=0, dtype=torch.bfloat16)
+    adapter, sizes = adapter_of("layers.0", weight, axis=axis), []
+    monkeypatch.setattr(check, "_BLOCK", 8 * 700 * 40)
+    check_jobs, read_into = checkpoint.check_jobs, Source.read_into
+
+    def seen(self, number, view, start):
+        sizes.append(len(view))
+        read_into(self, number, view, start)
+
+    def check_these(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(Source, "read_into", seen)
+            return check_jobs(*arguments)
+
+    monkeypatch.setattr(checkpoint, "check_jobs", check_these)
+    merged(tmp_path, weight, adapter, "lycoris")
+    assert set(sizes) == {2 * 700 * 40} and sum(sizes) == (2 if axis == "out" else 3) * weight.nbytes
 
 
 def test_the_check_finds_what_is_wrong(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ _BLOCK = 4 << 20
 """Bytes of float64 that are compared at a time; PEFT makes some ten times as much of them."""
 _COMPUTED = {torch.float64: 1e-12}
 """Beside the rounding of what is written, by which a row may be off: of sums in float64, and in float32 for others."""
+
+_Rows = Callable[[slice], Tensor]
 
 
 class Checked(NamedTuple):
@@ -65,12 +67,12 @@ def check_jobs(jobs: Sequence[Planned], count: int, made: Path, folder: bool) ->
 def _check(job: Planned, path: Path) -> tuple[Checked, int]:
     """The comparison of one tensor, and its worst row."""
     by_peft = job.adapter.norm_axis == "out" and job.adapter.ndim == 2 and importlib.util.find_spec("peft") is not None
-    base, written = _matrix(job, job.shard), _matrix(job, Source.of(path))
+    base, written = _rows_of(job, job.shard), _rows_of(job, Source.of(path))
     finfo = torch.finfo(job.dtype)
     least = finfo.smallest_normal * finfo.eps / 2  # by which the smallest numbers are rounded, which have fewer places
     worst, error = 0, 0.0
     for rows, exact in _by_peft(job, base) if by_peft else _by_definition(job, base):
-        off = ((written[rows].double() - exact).abs() - least).clamp(min=0).norm(dim=1)
+        off = ((written(rows).double() - exact).abs() - least).clamp(min=0).norm(dim=1)
         off = torch.where(off == 0, 0, off / exact.norm(dim=1)).nan_to_num(nan=math.inf, posinf=math.inf)
         # not of zeros, of which PEFT makes NaN, nor where the base or the adapter is not finite and may be so
         off[~exact.isfinite().all(1)] = 0
@@ -80,28 +82,35 @@ def _check(job: Planned, path: Path) -> tuple[Checked, int]:
     return Checked(job.entry.key, error, most, "PEFT" if by_peft else "the definition"), worst
 
 
-def _matrix(job: Planned, source: Source) -> Tensor:
-    """The job's tensor in a file, (N, K) or of a convolution (N, K * kernel)."""
-    content = bytearray(job.entry.end - job.entry.start)
-    with source.opened() as number:
-        source.read_into(number, memoryview(content), job.entry.start)
-    stored = torch.frombuffer(content, dtype=job.dtype).view(job.entry.shape).flatten(1)
-    return stored.T if job.transposed else stored
+def _rows_of(job: Planned, source: Source) -> _Rows:
+    """The function that reads some of the N rows of the job's tensor from a file, (n, K) or (n, K * kernel)."""
+
+    def stored(first: int, end: int) -> Tensor:
+        size = (job.entry.end - job.entry.start) // job.entry.shape[0]
+        content = bytearray((end - first) * size)
+        with source.opened() as number:
+            source.read_into(number, memoryview(content), job.entry.start + first * size)
+        return torch.frombuffer(content, dtype=job.dtype).view(end - first, -1)
+
+    if job.transposed:  # then a row is in all of it
+        whole = stored(0, job.entry.shape[0]).T
+        return lambda rows: whole[rows]
+    return lambda rows: stored(rows.start, rows.stop)
 
 
-def _blocks(matrix: Tensor) -> Iterator[slice]:
-    each = max(1, _BLOCK // (8 * matrix.shape[1]))
-    return (slice(start, min(start + each, len(matrix))) for start in range(0, len(matrix), each))
+def _blocks(job: Planned) -> Iterator[slice]:
+    N, each = job.adapter.N, max(1, _BLOCK // (8 * job.adapter.lora_A[0].numel()))
+    return (slice(start, min(start + each, N)) for start in range(0, N, each))
 
 
-def _by_definition(job: Planned, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _by_definition(job: Planned, base: _Rows) -> Iterator[tuple[slice, Tensor]]:
     adapter = job.adapter
     lora_A, lora_B = adapter.lora_A.double().flatten(1), adapter.lora_B.double().flatten(1)
     magnitude = None if adapter.magnitude is None else adapter.magnitude.double()
     each = adapter.lora_A[0, 0].numel()
 
     def directions() -> Iterator[tuple[slice, Tensor]]:
-        return ((rows, base[rows].double() + adapter.scaling * lora_B[rows] @ lora_A) for rows in _blocks(base))
+        return ((rows, base(rows).double() + adapter.scaling * lora_B[rows] @ lora_A) for rows in _blocks(job))
 
     if magnitude is None:
         yield from directions()
@@ -114,13 +123,13 @@ def _by_definition(job: Planned, base: Tensor) -> Iterator[tuple[slice, Tensor]]
         yield from ((rows, gain * direction) for rows, direction in directions())
 
 
-def _by_peft(job: Planned, base: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _by_peft(job: Planned, base: _Rows) -> Iterator[tuple[slice, Tensor]]:
     """The merge of PEFT's layer over some rows at a time, which no other row has a part in."""
     from peft import LoraConfig, get_peft_model
 
     adapter = job.adapter
-    for rows in _blocks(base):
-        weight = base[rows].double()
+    for rows in _blocks(job):
+        weight = base(rows).double()
         beneath = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), bias=False, dtype=torch.float64)
         beneath.weight.data = weight
         config = LoraConfig(r=adapter.R, target_modules=["layer"], use_dora=adapter.magnitude is not None)
