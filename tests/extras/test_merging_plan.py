@@ -246,6 +246,8 @@ def test_folders_that_are_no_checkpoint(tmp_path):
     (base / INDEX).unlink()
     (base / "pytorch_model.bin").touch()
     refused(tmp_path, "base holds no model.safetensors and no index of one")
+    (base / "snapshots").mkdir()
+    refused(tmp_path, "or its index, which a folder in .*base/snapshots has")
     for content in (good[:-1], good + b"1", good[:100], b"", b"\xff" * 50):
         (base / "model.safetensors").write_bytes(content)
         refused(tmp_path, "model.safetensors cannot be read")

@@ -167,6 +167,8 @@ def _weights(folder: Path) -> tuple[list[Path], dict[str, str] | None]:
         pickled = any(name.startswith("pytorch_model") for name in os.listdir(folder))
         held = f"holds {' and '.join(found)}" if found else "holds no model.safetensors and no index of one"
         saved = ", which save_pretrained writes" if pickled and not found else ""
+        if os.path.isdir(folder / "snapshots"):  # of huggingface_hub's cache
+            saved = f", which a folder in {shown(folder / 'snapshots')} has"
         raise ValueError(f"merge: {shown(folder)} {held}; expected one of {', '.join(WEIGHTS)} or its index{saved}")
     if not found[0].endswith(".json"):
         return [folder / found[0]], None
