@@ -99,6 +99,10 @@ def test_refuses_a_fold_that_leaves_the_range(tmp_path, capsys):
     huge = replace(adapter("a", 4.0, torch.float16), lora_B=torch.full((N, R), 3e4).half())
     save(FORMATS["torchtune"], encode(FORMATS["torchtune"], [huge]), tmp_path / "huge")
     refuses(tmp_path, capsys, "overflows", tmp_path / "huge", "torchtune", "fsdp_qlora", "--fold")
+    huge.lora_B[0] = torch.inf  # which may stay, where no other becomes one
+    save(FORMATS["torchtune"], encode(FORMATS["torchtune"], [huge]), tmp_path / "more")
+    options = ("--fold", "--allow-nonfinite")
+    refuses(tmp_path, capsys, "overflows", tmp_path / "more", "torchtune", "fsdp_qlora", *options)
 
 
 def test_refuses_torchtunes_rows_without_a_word(tmp_path, capsys):

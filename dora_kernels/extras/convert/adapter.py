@@ -91,7 +91,7 @@ class DoraAdapter:
                 f"convert: {shown(self.module)}: scaling {self.scaling!r} cannot be folded into lora_B "
                 "without rounding it; expected a power of two, or --fold to round"
             )
-        if lora_B.isinf().any() and not self.lora_B.isinf().any():
+        if (lora_B.isinf() & ~self.lora_B.isinf()).any():
             raise Unrepresentable(
                 f"convert: {shown(self.module)}: scaling {self.scaling!r} times lora_B overflows {lora_B.dtype}; "
                 "expected a lora_B that can hold it"
