@@ -86,10 +86,10 @@ class Format:
     """One library's adapters on disk.
 
     lora_A, lora_B, magnitude: what follows `<module>.` in a key; {adapter} stands for an adapter's name.
-    also: other names of them, which are read and not written. prefix: what is written before every module, and read
-    where every key has it; stripped: the same, but not written. folder: written as a folder of
-    adapter_model.safetensors and adapter_config.json, else as one file. bias: one of BIAS. mixed: a layer without a
-    magnitude is one of plain LoRA, where others have one. refused: patterns of keys, and why they are refused.
+    prefix: what is written before every module, and read where every key has it. folder: written as a folder of
+    adapter_model.safetensors and adapter_config.json, else as one file. bias: one of BIAS. refused: patterns of keys,
+    and why they are refused. also: other names of lora_A and the others, which are read and not written. stripped: a
+    prefix that is read and not written. mixed: a layer without a magnitude is one of plain LoRA, where others have one.
     asked: a pattern of keys beside which alpha has to be said by the caller, and why. axes: norm axes that shapes has
     but whose function is another, and why.
     """
@@ -100,16 +100,16 @@ class Format:
     magnitude: str
     scaling: Scaling
     alpha: str | None = None
-    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     prefix: str = ""
-    stripped: str = ""
     folder: bool = False
     files: tuple[str, ...] = ("adapter_model.safetensors", "adapter_model.bin")
     shapes: Shapes = _flat
     conv: bool = False
     bias: str = "unscaled"
-    mixed: bool = False
     refused: Mapping[str, str] = field(default_factory=dict)
+    also: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stripped: str = ""
+    mixed: bool = False
     asked: tuple[str, str] | None = None
     axes: Mapping[str, str] = field(default_factory=dict)
 
