@@ -221,17 +221,21 @@ def test_the_bar_is_on_a_terminal_alone(files, tmp_path):
     write_base(tmp_path / "odd", {f"{name}.weight": weight})
     write_adapter(tmp_path / "tuned", [adapter_of(name, weight)], "peft")
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "150"}
-    runs = [
-        subprocess.Popen(
-            [*COMMAND, "merge", "odd", "tuned", out], stdout=subprocess.PIPE, stderr=stream, env=environment
-        )
-        for out, stream in (("a\x1b[2J", theirs), ("b\x1b[2J", subprocess.PIPE))
-    ]
-    for run in runs:
-        printed, said = run.communicate()
-        assert run.returncode == 0 and b"1 tensors merged" in printed and b"\x1b" not in printed
-        assert not said
+
+    def run(stream, out):
+        os.environ.update(TERM="xterm", COLUMNS="150")
+        sys.stdout = open(f"{out}.stdout", "w")
+        sys.stderr = open(stream, "w")
+        code = main(["merge", "odd", "tuned", f"{out}\x1b[2J"])
+        sys.stdout.close()
+        sys.stderr.close()
+        return code
+
+    assert children.in_child(lambda: run(theirs, "a")) == children.in_child(lambda: run("said", "b")) == 0
+    for out in ("a", "b"):
+        printed = (tmp_path / f"{out}.stdout").read_text()
+        assert "1 tensors merged" in printed and "\x1b" not in printed
+    assert not (tmp_path / "said").read_bytes()
     os.close(theirs)
     drawn = b""
     while True:
