@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -380,6 +380,25 @@ def test_torchtunes_rows_are_put_in_order(tmp_path):
     found = tensors_of(tmp_path / "out")["model.layers.0.self_attn.q_proj.weight"]
     exact = exact_merge(weight, adapter)
     assert (found.double() - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_what_peft_saves_of_the_base_is_found_by_the_new_name(tmp_path):
+    weight, bias = random(6, 10, seed=3), random(6, seed=4)
+    tensors = {"model.embed.weight": -weight, "model.output.weight": weight, "model.output.bias": bias}
+    write_base(tmp_path / "base", tensors)
+    file = write_adapter(tmp_path / "adapter", [adapter_of("lm_head", weight)], "peft") / "adapter_model.safetensors"
+    saved = load_file(file)
+    beneath = {f"base_model.model.lm_head.base_layer.{part}": it for part, it in (("weight", weight), ("bias", bias))}
+    rename = [("lm_head", "output")]
+    for wrong in ("weight", "bias"):
+        key = f"base_model.model.lm_head.base_layer.{wrong}"
+        save_file(saved | beneath | {key: beneath[key] + 1e-3}, file)
+        refused(tmp_path, f"model.output.{wrong} is saved beside the adapter with other values", rename=rename)
+    save_file(saved | {"base_model.model.other.base_layer.weight": weight}, file)
+    refused(tmp_path, "other.base_layer.weight is beneath no adapter", rename=rename)
+    save_file(saved | beneath, file)
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", rename=rename)
+    assert torch.equal(tensors_of(tmp_path / "out")["model.output.bias"], bias)
 
 
 def test_any_format_that_convert_reads(tmp_path):
