@@ -81,6 +81,13 @@ def _part(parts: dict[str, Tensor], *names: str) -> Tensor | None:
     return next((parts.pop(name) for name in names if name in parts), None)
 
 
+def _direction(weight: Tensor, parts: dict[str, Tensor]) -> Tensor:
+    """W + alpha / R B A, or W + B A without alpha, as ComfyUI and InvokeAI have it."""
+    up, down = _part(parts, "lora_up.weight", "lora_B.weight"), _part(parts, "lora_down.weight", "lora_A.weight")
+    alpha = _part(parts, "alpha")
+    return weight + product(up, down, weight) * (1.0 if alpha is None else alpha.item() / down.shape[0])
+
+
 def _only(parts: dict[str, Tensor]) -> None:
     if parts:
         raise Unread(f"it leaves {sorted(parts)} alone")
@@ -152,11 +159,9 @@ def comfyui(path: Path) -> Outputs:
     """Over rows, ComfyUI divides by the norm of the base weight: https://github.com/Comfy-Org/ComfyUI/pull/15458"""
     results = {}
     for module, parts in _by_module(path, NATIVE, KOHYA, DOTTED).items():
-        weight = layer(module).weight
-        up, down = _part(parts, "lora_up.weight", "lora_B.weight"), _part(parts, "lora_down.weight", "lora_A.weight")
-        alpha, scale = _part(parts, "alpha"), _part(parts, "dora_scale")
+        weight, scale = layer(module).weight, _part(parts, "dora_scale")
+        direction = _direction(weight, parts)
         _only(parts)
-        direction = weight + product(up, down, weight) * (1.0 if alpha is None else alpha.item() / down.shape[0])
         if scale is not None:
             rows = scale.shape[0] == weight.shape[0]
             norm = norms(weight, 0) if rows else norms(direction, 1)
@@ -169,12 +174,10 @@ def invokeai(path: Path) -> Outputs:
     """`dora_scale` is over columns to InvokeAI, whatever its shape, and the other names over rows."""
     results = {}
     for module, parts in _by_module(path, DOTTED, NATIVE, KOHYA).items():
-        weight = layer(module).weight
-        up, down = _part(parts, "lora_up.weight", "lora_B.weight"), _part(parts, "lora_down.weight", "lora_A.weight")
-        alpha, columns = _part(parts, "alpha"), _part(parts, "dora_scale")
+        weight, columns = layer(module).weight, _part(parts, "dora_scale")
         rows = _part(parts, "magnitude", "lora_magnitude_vector.weight", "lora_magnitude_vector")
+        direction = _direction(weight, parts)
         _only(parts)
-        direction = weight + product(up, down, weight) * (1.0 if alpha is None else alpha.item() / down.shape[0])
         if rows is not None:
             direction = direction * (rows.double().view(-1, *(1,) * (weight.ndim - 1)) / norms(direction, 0))
         elif columns is not None:
