@@ -149,8 +149,8 @@ _OTHERS = {
 }
 # https://github.com/Comfy-Org/ComfyUI/pull/15458
 _COMFY_ROWS = (
-    "a norm over rows, which ComfyUI takes of the base's weight alone and not of the sum, as no other does; expected "
-    "one over columns, or lycoris in place of comfy, which says what the file's trainer computes"
+    "a norm over rows, which ComfyUI takes of the base's weight alone and not of the sum; expected one over columns, "
+    "or lycoris in place of comfy, which says what LyCORIS and OneTrainer compute"
 )
 # what trainers for it say in the header where their rows are its: m n(W) / n(W + s B A), as of
 # https://github.com/akatsuki-neo/anima-edit/blob/156a6221e4892b14cc24548eb71a869bd46ba6ec/networks/dora.py
