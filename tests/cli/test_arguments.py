@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from dora_kernels.cli import main, streams
-from dora_kernels.cli.commands import check, convert, merge
+from dora_kernels.cli import adapter_options, main, streams
+from dora_kernels.cli.commands import check
 from dora_kernels.cli.running import EXIT_CODES
 from dora_kernels.extras.convert import FORMATS
 from dora_kernels.testing import suite
@@ -143,7 +143,7 @@ def test_info_works_with_a_wrong_backend_in_the_environment(monkeypatch):
 
 def test_the_names_that_are_known_without_torch():
     assert set(check.LAYERS) == set(suite.LAYERS) and set(check.DTYPES) == set(suite.DTYPES)
-    assert convert.FORMATS == merge.FORMATS == tuple(FORMATS)
+    assert adapter_options.FORMATS == tuple(FORMATS)
 
 
 def test_the_exit_codes_are_documented(capsys):

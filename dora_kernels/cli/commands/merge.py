@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from dora_kernels.cli import stopping
-from dora_kernels.cli.arguments import integer, number, why_no_substitution
-from dora_kernels.cli.commands.convert import FORMATS
+from dora_kernels.cli import adapter_options, stopping
+from dora_kernels.cli.arguments import integer
 from dora_kernels.files import writing
 from dora_kernels.files.reading import printable
 
@@ -29,24 +28,7 @@ def add(commands: Any) -> None:
     add("base", metavar="BASE", help="the model: a Hugging Face folder (safetensors), or a .safetensors file")
     add("adapter", metavar="ADAPTER", help="a file or a folder of any format that convert reads")
     add("out", metavar="OUT", help="what is written: a folder or a file as BASE is, of the same dtype and shards")
-    add(
-        "--from",
-        dest="source_format",
-        choices=FORMATS,
-        metavar="FORMAT",
-        help=f"of the adapter: {', '.join(FORMATS)} (default: told by its keys)",
-    )
-    add("--alpha", type=number("a finite number"), help="where the adapter does not say it; scaling is alpha / R")
-    add("--rename", nargs=2, action="append", metavar=("PATTERN", "WITH"), help="re.sub on the adapter's module names")
-    rows = parser.add_mutually_exclusive_group()
-    heads = integer(1, 2**31 - 1)
-    rows.add_argument(
-        "--heads", nargs=2, type=heads, metavar=("Q", "KV"), help="torchtune: reorder the rows of q_proj and k_proj"
-    )
-    rows.add_argument(
-        "--same-rows", action="store_true", help="torchtune: this model's q_proj and k_proj need no reordering"
-    )
-    add("--allow-nonfinite", action="store_true", help="merge NaN and inf, too")
+    adapter_options.add(parser)
     add(
         "--check",
         nargs="?",
@@ -61,15 +43,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Merge, and print what was. Returns 0, or 1 where a tensor that was checked is wrong; then there is no OUT."""
-    arguments.rename = arguments.rename or []
-    for pattern, replacement in arguments.rename:
-        if reason := why_no_substitution(pattern, replacement):
-            raise ValueError(f"rename is {pattern!r:.80}, {replacement!r:.80}: {reason}; expected what re.sub takes")
-    for path in (arguments.base, arguments.adapter):
-        if not os.path.exists(path):
-            raise ValueError(f"{path or repr(path)} does not exist; expected a file or a folder")
-    if os.path.lexists(arguments.out):
-        raise ValueError(f"{arguments.out} exists; expected a name that is free")
+    adapter_options.check(arguments, arguments.base, arguments.adapter)
     writing.check_target("merge", "out", arguments.out.rstrip(os.sep))
 
     from dora_kernels.extras.merging import CheckFailed, merge_checkpoint
