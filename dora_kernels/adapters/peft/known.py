@@ -78,22 +78,23 @@ def read(layer: nn.Module, device: torch.device, base_kind: str) -> Reading | No
             weight = _weight(base)
             if weight.requires_grad:
                 return None
+            if base_kind == "linear":
+                settings = own["fan_in_fan_out"]
+            elif "_conv_forward" in attributes:
+                return None
+            else:
+                settings = (cls._conv_forward, attributes["padding"], attributes["dilation"])
             state = (
                 type(layer),
                 cls,
                 cls.forward,
                 cls.__call__,
+                settings,
                 device,
                 type(weight),
                 weight.dtype,
                 weight.device,
             )
-            if base_kind == "linear":
-                state += (own["fan_in_fan_out"],)
-            elif "_conv_forward" in attributes:
-                return None
-            else:
-                state += (cls._conv_forward, attributes["padding"], attributes["dilation"])
         lora_As, lora_Bs = modules["lora_A"], modules["lora_B"]
         dropouts, magnitudes = modules["lora_dropout"], modules["lora_magnitude_vector"]
         if not type(lora_As) is type(lora_Bs) is type(dropouts) is type(magnitudes) is nn.ModuleDict:
