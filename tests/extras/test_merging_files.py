@@ -174,7 +174,7 @@ def test_copies_of_the_weights_are_left_out_and_told(problem, tmp_path):
     stale = ["pytorch_model.bin", "consolidated.safetensors", "model.fp16.safetensors", "m.Q4_K_M.gguf", "tf_model.h5"]
     stale += ["pytorch_model.bin.index.json", "pytorch_model-00001-of-00002.bin", "flax_model.msgpack"]
     kept = ["generation_config.json", "tokenizer.model", "modeling_own.py", "README.md", "LICENSE", ".gitattributes"]
-    kept += ["1_Pooling/more/deep.txt", "2_Dense/model.safetensors", "merges.txt", "imatrix.dat", "training_args.txt"]
+    kept += ["1_Pooling/more/deep.txt", "2_Dense/model.safetensors", "merges.txt", "imatrix.dat", "training_args.bin"]
     for name in [*stale, *kept, "original/consolidated.00.pth", ".git/HEAD", "onnx/model.onnx", ".cache/a/b"]:
         (base / name).parent.mkdir(parents=True, exist_ok=True)
         (base / name).write_text(name)

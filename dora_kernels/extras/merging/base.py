@@ -24,7 +24,7 @@ WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 """transformers' and diffusers' names; an index has ".index.json" behind."""
 
 _COPIES = re.compile(
-    r"(.*\.safetensors(\.index\.json)?|(pytorch_model|diffusion_pytorch_model|consolidated|adapter_model|training_args)"
+    r"(.*\.safetensors(\.index\.json)?|(pytorch_model|diffusion_pytorch_model|consolidated|adapter_model)"
     r".*\.(bin|pth?|pkl)(\.index\.json)?|.*\.(gguf|ggml|onnx|onnx_data|h5|msgpack|ot|ckpt|tflite|nemo))"
 )
 """Files of a checkpoint's folder that hold its weights once more, and would be those before the merge."""
