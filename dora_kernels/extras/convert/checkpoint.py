@@ -110,10 +110,8 @@ def converted(
         check_flag("convert", name, flag)
     alpha = None if alpha is None else check_number("convert", "alpha", alpha)
     check_adapter_name(adapter_name)
-    _check_rename(rename)
-    heads = None if heads is None else _checked_heads(heads)
-    if heads is not None and same_rows:
-        raise ValueError("convert: heads and same_rows are both given; expected one of them")
+    check_rename("convert", rename)
+    heads = checked_heads("convert", heads, same_rows)
     files.check_out(out)
     with claimed("convert", out):
         name, before = read_adapters(source, source_format, alpha=alpha, allow_nonfinite=allow_nonfinite)
@@ -121,12 +119,12 @@ def converted(
         keys = None if base is None else set(files.keys_of(Path(base)))
         if keys is not None:
             before = _dotted(before, keys)
-        adapters = _renamed(before, rename)
+        adapters = with_names(before, rename)
         if reader.bias != writer.bias and not no_bias:
             differ = f"{reader.name} {BIAS[reader.bias]} and {writer.name} {BIAS[writer.bias]}"
             _check_bias(differ, before, adapters, base, keys)
         if (reader.name == "torchtune") != (writer.name == "torchtune"):
-            adapters = _reordered(adapters, to_torchtune=writer.name == "torchtune", heads=heads, same_rows=same_rows)
+            adapters = with_rows(adapters, to_torchtune=writer.name == "torchtune", heads=heads, same_rows=same_rows)
         check_layers(writer, adapters)
         adapters = _fitted(writer, adapters, fold)
         checkpoint = encode(writer, adapters, adapter_name)
@@ -162,24 +160,29 @@ def _dtypes(*tensors: Tensor) -> str:
     return ", ".join(dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors))
 
 
-def _check_rename(rename: Sequence[tuple[str, str]]) -> None:
+def check_rename(function: str, rename: Sequence[tuple[str, str]]) -> None:
     """Raise ValueError unless `rename` is a list of pairs of str."""
-    check_items("convert", "rename", rename, (tuple, list), "a pair (pattern, replacement)")
+    check_items(function, "rename", rename, (tuple, list), "a pair (pattern, replacement)")
     for pair in rename:
         if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"convert: rename has {described(pair)}; expected pairs (pattern, replacement) of str")
+            raise ValueError(f"{function}: rename has {described(pair)}; expected pairs (pattern, replacement) of str")
 
 
-def _checked_heads(heads: tuple[int, int]) -> tuple[int, int]:
-    """`heads` as ints. Raises ValueError unless they are two positive ones."""
+def checked_heads(function: str, heads: tuple[int, int] | None, same_rows: bool) -> tuple[int, int] | None:
+    """`heads` as ints. Raises ValueError unless they are two positive ones, or None; and that beside same_rows."""
+    if heads is None:
+        return None
     if not isinstance(heads, (tuple, list)) or len(heads) != 2:
-        raise ValueError(f"convert: heads is {described(heads)}; expected the numbers of query and of key, value heads")
-    query, key = (check_size("convert", f"heads[{index}]", count, 1) for index, count in enumerate(heads))
+        counts = "the numbers of query and of key, value heads"
+        raise ValueError(f"{function}: heads is {described(heads)}; expected {counts}")
+    query, key = (check_size(function, f"heads[{index}]", count, 1) for index, count in enumerate(heads))
+    if same_rows:
+        raise ValueError(f"{function}: heads and same_rows are both given; expected one of them")
     return query, key
 
 
-def _renamed(adapters: Sequence[DoraAdapter], rename: Sequence[tuple[str, str]]) -> list[DoraAdapter]:
-    """In the order of their new names. Raises ValueError where two get the same one, or one gets none."""
+def with_names(adapters: Sequence[DoraAdapter], rename: Sequence[tuple[str, str]]) -> list[DoraAdapter]:
+    """The adapters in the order of their new names. Raises ValueError where two get the same, or one gets none."""
     renamed: dict[str, DoraAdapter] = {}
     for adapter in adapters:
         module = adapter.module
@@ -233,7 +236,7 @@ def _check_bias(
             raise ValueError(f"convert: {shown(module)} has a bias in {base}; expected none, for {differ}")
 
 
-def _reordered(
+def with_rows(
     adapters: Sequence[DoraAdapter], to_torchtune: bool, heads: tuple[int, int] | None, same_rows: bool
 ) -> list[DoraAdapter]:
     """lora_B and magnitude of q_proj and k_proj with their rows in the target's order.

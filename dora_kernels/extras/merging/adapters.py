@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dora_kernels.extras.checkpoint_files import ADAPTER_CONFIG, PREFIX
 from dora_kernels.extras.convert import FORMATS, DoraAdapter
-from dora_kernels.extras.convert.checkpoint import _check_rename, _checked_heads, _renamed, _reordered
+from dora_kernels.extras.convert.checkpoint import with_names, with_rows
 from dora_kernels.extras.convert.reading import read_apart
 from dora_kernels.extras.schema import read_config
 from dora_kernels.files.reading import shown
@@ -42,9 +42,9 @@ def read(
     try:
         name, adapters, own = read_apart(source, source_format, alpha, allow_nonfinite)
         beneath = _by_module(own, adapters, rename)
-        adapters = _renamed(adapters, rename)
+        adapters = with_names(adapters, rename)
         if name == "torchtune":
-            adapters = _reordered(adapters, to_torchtune=False, heads=heads, same_rows=same_rows)
+            adapters = with_rows(adapters, to_torchtune=False, heads=heads, same_rows=same_rows)
         elif heads is not None:
             raise ValueError(f"convert: heads is {heads}; expected None, for {name} keeps the rows as the model does")
         return AdapterFile(name, adapters, _fan_in_fan_out(source), beneath)
@@ -64,22 +64,8 @@ def _by_module(
         adapter = modules.get(module) or modules.get(module.removeprefix(PREFIX))
         if adapter is None:
             raise ValueError(f"convert: {shown(key)} is beneath no adapter of the file; expected one, or no such key")
-        found[_renamed([adapter], rename)[0].module, part] = tensor
+        found[with_names([adapter], rename)[0].module, part] = tensor
     return found
-
-
-def checked_heads(
-    rename: Sequence[tuple[str, str]], heads: tuple[int, int] | None, same_rows: bool
-) -> tuple[int, int] | None:
-    """`heads` as ints. Raises ValueError unless they and `rename` are what `convert` takes."""
-    try:
-        _check_rename(rename)
-        heads = None if heads is None else _checked_heads(heads)
-    except ValueError as error:
-        raise ValueError(f"merge: {str(error).removeprefix('convert: ')}") from error
-    if heads is not None and same_rows:
-        raise ValueError("merge: heads and same_rows are both given; expected one of them")
-    return heads
 
 
 def _fan_in_fan_out(source: Path) -> bool | None:

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 
 from dora_kernels.extras.convert import FORMATS, DoraAdapter
+from dora_kernels.extras.convert.checkpoint import check_rename, checked_heads
 from dora_kernels.extras.merging import adapters
 from dora_kernels.extras.merging.base import Base, open_base
 from dora_kernels.extras.merging.blocks import exact_products
@@ -94,7 +95,8 @@ def merge_checkpoint(
     check = check_size("merge", "check", check)
     if progress is not None:
         check_callable("merge", "progress", progress)
-    heads = adapters.checked_heads(rename, heads, same_rows)
+    check_rename("merge", rename)
+    heads = checked_heads("merge", heads, same_rows)
     _check_out(base, out)
     with claimed("merge", out), exact_products():
         found = adapters.read(adapter, source_format, alpha, rename, heads, same_rows, allow_nonfinite)
