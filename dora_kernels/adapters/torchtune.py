@@ -56,7 +56,7 @@ def class_for(layer: nn.Module) -> tuple[type[TakenOver] | None, str]:
 
 def adapters(layer: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """(magnitude, [lora_a, lora_b]) of `layer`."""
-    yield layer.magnitude, [layer.lora_a.weight, layer.lora_b.weight]
+    yield layer.magnitude, [getattr(part, "weight", part) for part in (layer.lora_a, layer.lora_b)]
 
 
 class DoraKernelsDoRALinear(TakenOver, DoRALinear):

@@ -32,7 +32,7 @@ def remarks(layer: nn.Module, adapters: Iterable[tuple[Tensor, Sequence[Tensor]]
         if magnitude.requires_grad and torch.finfo(dtype).bits < 32:
             lost = f"{name} is trained in {dtype}, where a step under 1/{_parts(dtype)} of a number is lost"
             found.append(f"{lost}; expected float32, or an optimizer that keeps float32 copies")
-        trained = [names[id(factor)] for factor in factors if factor.requires_grad and id(factor) in names]
+        trained = [names[id(factor)] for factor in factors if id(factor) in names and factor.requires_grad]
         if trained and not magnitude.requires_grad:
             found.append(f"{name} is frozen, while {' and '.join(trained)} are trained; expected it to be trained, too")
     return tuple(found)

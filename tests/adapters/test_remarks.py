@@ -152,6 +152,17 @@ def test_a_layer_that_is_left_alone_trains_no_better():
     assert not any(layer.remarks for layer in dora_kernels.disable(model).layers)
 
 
+@pytest.mark.parametrize(("part", "name"), (("lora_magnitude_vector", "magnitude"), ("lora_A", "lora_A")))
+def test_a_part_that_has_no_weight_is_no_error(part, name):
+    """Of what was put in its place nothing is known; the other layer's remark stays."""
+    model = linear()
+    set_dtypes(magnitudes(model).values(), torch.bfloat16)
+    getattr(model.base_model.model[0], part)["default"] = nn.Sequential()
+    left, ours = dora_kernels.enable(model).layers
+    assert not left.taken_over and f"{name} is a torch.nn.modules.container.Sequential" in left.reason
+    assert ours.taken_over and len(ours.remarks) == 1 and len(left.remarks) == (part == "lora_A")
+
+
 def test_an_adapter_that_is_not_active_is_not_trained():
     """PEFT freezes all of it."""
     model = linear()

@@ -73,8 +73,9 @@ def adapters(layer: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
     """(magnitude, [lora_A, lora_B]) of each adapter of `layer`."""
     for name, magnitude in layer.lora_magnitude_vector.items():
         holders = (layer.lora_A, layer.lora_B, layer.lora_embedding_A, layer.lora_embedding_B)
+        # a part that somebody has put there may have no weight; a parameter has none
         factors = [holder[name] for holder in holders if name in holder]
-        yield magnitude.weight, [factor if isinstance(factor, Tensor) else factor.weight for factor in factors]
+        yield getattr(magnitude, "weight", magnitude), [getattr(factor, "weight", factor) for factor in factors]
 
 
 def _class_over(cls: type[nn.Module], layer: nn.Module) -> type[TakenOverLayer] | None:
