@@ -250,7 +250,7 @@ def test_fully_sharded_parts_of_a_layer_go_to_peft():
     for losses, count, logged in world(2).run(steps_aside):
         assert worst(losses, expected) < TOLERANCE[torch.float64]
         assert count == 0
-        assert "lora_A is a torch.distributed.fsdp._fully_shard" in logged[0] and len(logged) == 1
+        assert logged == ["dora_kernels: a call went to PEFT: lora_A has hooks"]  # which gather it
 
 
 def enabled_late_and_disabled(rank, size):
