@@ -14,8 +14,14 @@ import torch
 import dora_kernels
 
 # what each module of the extras needs beyond the package's own requirements
-NEEDS = {"convert": "safetensors", "demo": "rich", "trainer": "transformers"}
-MODULES = ("analysis", "convert", "demo", "dvora", "parallel", "serving", "trainer")
+NEEDS = {
+    "convert": "safetensors",
+    "demo": "rich",
+    "merging": "safetensors",
+    "starts": "peft",
+    "trainer": "transformers",
+}
+MODULES = ("analysis", "convert", "demo", "dvora", "merging", "parallel", "serving", "starts", "trainer")
 OF_DVORA = ("DvoraLinear", "VeraProjection", "dvora_linear", "to_dvora")
 OPTIONAL = ("lycoris", "matplotlib", "peft", "rich", "safetensors", "torchtune", "transformers")
 
