@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import NamedTuple
 
 from torch import nn
+from torch.fx.experimental.proxy_tensor import _AttrProxy
 
 CALLING = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__", "__getattribute__")
 """The methods by which an object is called and its weight is found; those of nn.Module, or its code must run."""
@@ -51,12 +52,14 @@ def why_replaced(part: str, module: nn.Module) -> str | None:
 
     Beside a forward on the object, at which why_not_bypass looks.
     """
+    module = _itself(module)
     product = PRODUCTS.get(type(module))
     return None if product is None else _why_not_methods(part, module, product)
 
 
 def why_not_product(part: str, module: nn.Module, product: Product, expected: str | None = None) -> str | None:
     """The reason why calling `module` is not the product of that class with the module's own weight and bias."""
+    module = _itself(module)
     if not isinstance(module, product.cls):
         return f"{part} is a {class_name(module)}; expected {expected or product}"
     return _why_not_methods(part, module, product) or why_not_attributes(part, module)
@@ -77,6 +80,7 @@ def why_hidden(part: str, module: nn.Module, methods: tuple[str, ...] = ("_conv_
 
 def why_not_attributes(part: str, module: nn.Module) -> str | None:
     """The reason why `module` may be called, or its weight and bias found, otherwise than an nn.Module's."""
+    module = _itself(module)
     cls = type(module)
     for name in CALLING:
         if getattr(cls, name) is not getattr(nn.Module, name):
@@ -85,6 +89,11 @@ def why_not_attributes(part: str, module: nn.Module) -> str | None:
         if hasattr(cls, name):
             return f"{part} is a {class_name(module)}, whose {name} is an attribute of the class"
     return why_hidden(part, module, ("_call_impl", "_wrapped_call_impl"))
+
+
+def _itself(module: nn.Module) -> nn.Module:
+    """The module for which torch.export's tracer hands out an object of a class of its own."""
+    return module.get_base() if isinstance(module, _AttrProxy) else module
 
 
 def class_name(value: object) -> str:
