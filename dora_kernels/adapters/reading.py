@@ -45,6 +45,10 @@ def forward_is_the_class_s(module: nn.Module) -> bool:
     the instance and brings x to the module's device. Where x is on that device already it does nothing; where
     the weights are offloaded it moves them, and the module must be called.
     """
+    if torch.compiler.is_compiling():  # Dynamo guards on this forward, and not on a name that a __dict__ has not yet
+        forward = module.forward
+        if isinstance(forward, MethodType) and forward.__func__ is type(module).forward:
+            return True
     forward = module.__dict__.get("forward")
     if forward is None or is_bound_forward(module, forward):
         return True

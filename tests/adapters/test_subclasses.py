@@ -9,6 +9,7 @@ import copy
 import importlib
 import pickle
 import warnings
+from types import MethodType
 
 import pytest
 import torch
@@ -249,6 +250,26 @@ def test_compiles_without_a_graph_break(name):
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(tensors(ours, x, dy, call=compiled), tensors(ours, x, dy))
     torch.compiler.reset()  # the next file compiles the same functions, which Dynamo does a few times only
+
+
+@pytest.mark.parametrize("name", ["subclass", "falcon", "conv2d"])
+def test_a_compiled_model_sees_a_forward_that_is_put_on_an_object_later(name):
+    """As the library's compiled model does: what is put there is then called, and what is taken away is not."""
+    shape = (3, 8) if name in LINEAR else CONVOLUTIONS[name][1]
+    stock = model_over((LINEAR.get(name) or CONVOLUTIONS[name][0])(), torch.float64)
+    ours, (x, _) = enabled(stock), x_and_dy(stock, *shape, dtype=torch.float64)
+    before = stock(x)
+    torch.compiler.reset()
+    compiled = torch.compile(ours, backend="aot_eager")  # PEFT's own forward breaks the graph
+    torch.testing.assert_close(compiled(x), before, rtol=1e-10, atol=1e-10)
+    for model in (stock, ours):
+        base = layers(model)[0].base_layer
+        base.forward = MethodType(lambda self, x: 2 * type(self).forward(self, x), base)
+    assert not torch.allclose(stock(x), before)
+    torch.testing.assert_close(compiled(x), stock(x), rtol=1e-10, atol=1e-10)
+    del layers(ours)[0].base_layer.forward
+    torch.testing.assert_close(compiled(x), before, rtol=1e-10, atol=1e-10)
+    torch.compiler.reset()
 
 
 class Doubles(nn.Module):
