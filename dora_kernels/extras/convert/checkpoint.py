@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dora_kernels.extras.convert import files
 from dora_kernels.extras.convert.adapter import DoraAdapter, Unrepresentable
-from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format, check_adapter_name, check_layers, decode, encode
+from dora_kernels.extras.convert.coding import check_adapter_name, check_layers, decode, encode
+from dora_kernels.extras.convert.formats import BIAS, FORMATS, Format
 from dora_kernels.extras.convert.names import dotted
 from dora_kernels.extras.convert.reading import read_adapters
 from dora_kernels.extras.convert.scaling import One

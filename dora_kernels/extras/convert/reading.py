@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dora_kernels.extras.convert import files
 from dora_kernels.extras.convert.adapter import DTYPES, DoraAdapter
-from dora_kernels.extras.convert.formats import FORMATS, Checkpoint, Format, begins, decode, known_keys
+from dora_kernels.extras.convert.coding import begins, decode, known_keys
+from dora_kernels.extras.convert.formats import FORMATS, Checkpoint, Format
 from dora_kernels.extras.convert.scaling import InMetadata, InTensor, Unstated, component
 from dora_kernels.files.reading import shown
 from dora_kernels.functional.arguments import check_choice, check_flag, check_number, check_path
