@@ -70,7 +70,7 @@ def merge_checkpoint(
 
     Of a plain LoRA the gain is 1. W' is computed in float32 (float64 over float64) and rounded once to W's dtype. All
     other tensors, the header, the shards with their index and the files beside are the base's, byte for byte, but that
-    copies of the weights in other formats are left out. Some 16 MB of one tensor are in memory at a time, and the
+    copies of the weights in other formats are left out. Some 4 MB of one tensor are in memory at a time, and the
     adapter.
 
     base: a folder of transformers' or diffusers' (safetensors, one file or shards), which makes `out` a folder, or one
